@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up what they need on first use; a second run sets up nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow test-versions lint hub_repo clean
+
+demo: $(VENV)/.core
+	$(BIN)/mymodels demo
+
+test: $(VENV)/.test
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.test
+	$(BIN)/pytest -m slow
+
+test-versions: $(VENV)/.test
+	$(BIN)/pytest -m versions
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+hub_repo: $(VENV)/.core
+	$(BIN)/mymodels demo --out hub_repo
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once, some minutes) …"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mymodels needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) --editable '.[lint]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info

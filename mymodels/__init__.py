@@ -1,0 +1,71 @@
+"""Modified GPT-2 and BERT models that load anywhere with transformers' Auto classes.
+
+Importing this package registers both families, so that `AutoModel.from_pretrained(path)` needs no
+`trust_remote_code` here. Everything beyond the models is imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from .models import modeling_mybert, modeling_mygpt2
+from .models.configuration_mybert import MyBertConfig
+from .models.configuration_mygpt2 import MyGPT2Config
+from .models.modeling_mybert import (
+    MyBertForMaskedLM,
+    MyBertForQuestionAnswering,
+    MyBertForSequenceClassification,
+    MyBertForTokenClassification,
+    MyBertModel,
+)
+from .models.modeling_mygpt2 import MyGPT2ForCausalLM, MyGPT2ForSequenceClassification, MyGPT2Model
+
+if TYPE_CHECKING:
+    from .hub import build_repo, load_in_clean_process
+    from .training.loop import train
+    from .training.sample_text import load_sample_text
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "build_repo": ".hub",
+    "load_in_clean_process": ".hub",
+    "load_sample_text": ".training.sample_text",
+    "train": ".training.loop",
+}
+
+__all__ = [
+    "MyBertConfig",
+    "MyBertForMaskedLM",
+    "MyBertForQuestionAnswering",
+    "MyBertForSequenceClassification",
+    "MyBertForTokenClassification",
+    "MyBertModel",
+    "MyGPT2Config",
+    "MyGPT2ForCausalLM",
+    "MyGPT2ForSequenceClassification",
+    "MyGPT2Model",
+    "build_repo",
+    "load_in_clean_process",
+    "load_sample_text",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
+
+
+def _register() -> None:
+    for config, modeling in ((MyGPT2Config, modeling_mygpt2), (MyBertConfig, modeling_mybert)):
+        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto_class, reference in config.AUTO_MAP.items():
+            if auto_class != "AutoConfig":
+                model = getattr(modeling, reference.split(".")[1])
+                getattr(transformers, auto_class).register(config, model, exist_ok=True)
+
+
+_register()

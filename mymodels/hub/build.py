@@ -1,0 +1,66 @@
+"""Build a Hub repo folder: config with `auto_map`, code, sharded weights, tokenizer, card."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG_NAME = "config.json"
+
+
+def build_repo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | os.PathLike,
+    *,
+    card: str,
+    max_shard_size: int | str = "2GB",
+) -> Path:
+    """Write a folder that `AutoModel.from_pretrained(output_dir, trust_remote_code=True)` loads anywhere.
+
+    The folder is made beside `output_dir` and put in its place when it is complete, so a failure leaves what was there.
+
+    Args:
+        model: a MyGPT2 or MyBert model; its code files are copied along.
+        tokenizer: saved so that every supported transformers release can load it.
+        output_dir: created, or replaced if it is empty or an older Hub repo folder.
+        card: content of `README.md`, see `mymodels.hub.card`.
+        max_shard_size: as in `save_pretrained`: bytes, or a string like `"500MB"`.
+
+    Returns:
+        `output_dir` as a `Path`.
+
+    Raises:
+        FileExistsError: `output_dir` holds something that is not a Hub repo folder.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not (output_dir / CONFIG_NAME).is_file():
+        if not output_dir.is_dir() or any(output_dir.iterdir()):
+            raise FileExistsError(
+                f"{output_dir} exists and is not a Hub repo folder (it has no {CONFIG_NAME}): choose another output_dir"
+            )
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
+    try:
+        new, old = staging / "new", staging / "old"
+        model.save_pretrained(new, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(new)
+        _name_tokenizer_class_for_all_releases(new / "tokenizer_config.json")
+        (new / "README.md").write_text(card, encoding="utf-8")
+        if output_dir.exists():
+            output_dir.rename(old)
+        new.rename(output_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return output_dir
+
+
+def _name_tokenizer_class_for_all_releases(path: Path) -> None:
+    # transformers 5 writes "TokenizersBackend", which 4.x does not know; every release knows its older name.
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

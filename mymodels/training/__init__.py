@@ -1,0 +1,1 @@
+"""Training: the sample text, tokenizers made from text, and an explicit training loop on accelerate."""
