@@ -1,0 +1,258 @@
+"""What MyGPT2 and MyBert share: the bridge over transformers releases, base classes, attention, norms, rotary positions.
+
+This file is copied as it is into Hub repos and runs there without mymodels. It imports the standard library, torch
+and transformers only.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+# ---- bridge over transformers 4.56 … 5.23: everything that differs between releases is here, and only here ----------
+
+TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if TRANSFORMERS_VERSION < (4, 56):
+    raise ImportError(
+        f"this model needs transformers 4.56 or newer (tested from 4.56 to 5.23), but transformers "
+        f"{transformers.__version__} is installed: run `pip install --upgrade transformers`"
+    )
+
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+
+
+def _bridge_mask(create_mask: Callable) -> Callable:
+    """Give a mask builder of transformers one signature, whatever the release.
+
+    Before 5.2 the keyword is `input_embeds`; `cache_position` is needed through 5.3, then ignored, then gone.
+    """
+    accepted = inspect.signature(create_mask).parameters
+
+    def create(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, cache_position=None, **kw):
+        kw.update(config=config, attention_mask=attention_mask, past_key_values=past_key_values)
+        kw.update(position_ids=position_ids, cache_position=cache_position)
+        kw["inputs_embeds" if "inputs_embeds" in accepted else "input_embeds"] = inputs_embeds
+        return create_mask(**{name: value for name, value in kw.items() if name in accepted})
+
+    return create
+
+
+create_causal_mask = _bridge_mask(masking_utils.create_causal_mask)
+create_sliding_window_causal_mask = _bridge_mask(masking_utils.create_sliding_window_causal_mask)
+
+if hasattr(masking_utils, "create_bidirectional_mask"):  # 5.0 and newer
+    create_bidirectional_mask = _bridge_mask(masking_utils.create_bidirectional_mask)
+else:  # 4.56, 4.57: a causal mask opened in the forward direction too; padding is still taken out
+
+    def create_bidirectional_mask(config, inputs_embeds, attention_mask, **kwargs):
+        if attention_mask is None and not kwargs:
+            return None
+        return create_causal_mask(
+            config,
+            inputs_embeds,
+            attention_mask,
+            cache_position=torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device),
+            or_mask_function=lambda batch, head, query, key: query >= 0,
+            **kwargs,
+        )
+
+
+def get_attention_function(name: str, default: Callable) -> Callable:
+    """The attention function registered as `name` ("sdpa", "flash_attention_2", an engine's own, …), or `default`."""
+    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # 5.0 and newer
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+    return default if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+
+
+class _TieWeights53(PreTrainedModel):
+    """5.3 only: it forgets, for remote code, that a tied head is absent from the checkpoint, and then leaves it empty."""
+
+    def tie_weights(self, missing_keys: set[str] | None = None, **kwargs: Any) -> None:
+        if missing_keys is not None:
+            missing_keys.update(name for name in self.all_tied_weights_keys if self.get_parameter(name).is_meta)
+        super().tie_weights(missing_keys=missing_keys, **kwargs)
+
+
+_Bridge = _TieWeights53 if TRANSFORMERS_VERSION == (5, 3) else PreTrainedModel
+
+# torch 2.13 with MKL, seen here: the first exp or tanh of a process, if it is split over threads, is now and then off
+# by up to 2e-3 (the threads race to pick a kernel). Making it once on one element first takes the race away.
+for _function in (torch.exp, torch.tanh):
+    _function(torch.zeros(1, device="cpu"))
+
+# ---- end of the bridge -----------------------------------------------------------------------------------------------
+
+
+class MyPretrainedConfig(PretrainedConfig):
+    """Base of both configs: a complete `auto_map`, GPT-2's and BERT's usual fields checked in one place.
+
+    `AUTO_MAP` names the class behind every Auto class that the model serves. It goes into each saved `config.json`, so
+    that any of them loads the folder, whichever head was saved.
+    """
+
+    AUTO_MAP = {}
+    CHOICES = {}  # field: its allowed values
+
+    def _finish_init(self, auto_map: dict[str, Any] | None, **fields: Any) -> None:
+        # Called after `PretrainedConfig.__init__`, which sets or drops some of these itself, differently by release.
+        for name, value in fields.items():
+            setattr(self, name, value)
+        self.auto_map = {**self.AUTO_MAP, **(auto_map or {})}
+        self.check_consistency()
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        # The code is saved beside the config, so a class is named by its file there, not by the repo it came from.
+        auto_map = output.get("auto_map") or {}
+        output["auto_map"] = {k: v.split("--")[-1] if isinstance(v, str) else v for k, v in auto_map.items()}
+        return output
+
+    def _require(self, condition: bool, field: str, need: str) -> None:
+        if not condition:
+            raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r}, but it must be {need}")
+
+    def check_consistency(self) -> None:
+        """Raise a `ValueError` that names the first field whose value is impossible, with the value and the remedy."""
+        for field, choices in self.CHOICES.items():
+            self._require(getattr(self, field) in choices, field, f"one of {', '.join(map(repr, choices))}")
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            value = getattr(self, field)
+            self._require(isinstance(value, int) and value > 0, field, "a positive integer")
+        self._require(self.max_position_embeddings > 0, "max_position_embeddings", "a positive integer")
+
+
+class MyPreTrainedModel(_Bridge):
+    """Base of every model here: what it supports, and how its weights start."""
+
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # `nn.init` on the parameter itself, leaf modules only: the loader guards exactly these calls, so that they
+        # never touch a weight that came from a checkpoint.
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            std = self.config.initializer_range
+            if getattr(module, "is_residual_projection", False):
+                # GPT-2 report, section 2.3: 1/√N for the N projections that write to the residual stream
+                std /= (2 * self.config.num_hidden_layers) ** 0.5
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+            padding_idx = getattr(module, "padding_idx", None)
+            if padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                nn.init.zeros_(module.weight[padding_idx])
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def _outputs_wanted(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
+        """Resolve the two flags against the config; refuse attentions that the chosen function cannot return."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs attn_implementation='eager', but this model runs "
+                f"{self.config._attn_implementation!r}: call model.set_attn_implementation('eager') first"
+            )
+        return bool(output_attentions), bool(output_hidden_states)
+
+
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, for `attn_implementation="eager"`: the only one that returns its weights.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`.
+        key, value: `[batch, kv_heads, keys, head_dim]`; each key/value head serves `heads // kv_heads` query heads.
+        attention_mask: added to the scores, broadcastable to `[batch, heads, queries, keys]`.
+
+    Returns:
+        The mixed values `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def rotary_cos_sin(
+    position_ids: torch.Tensor, head_dim: int, rope_theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of rotary positions (RoFormer, arXiv 2104.09864), `[batch, length, head_dim]` each.
+
+    Computed from `position_ids` (`[batch, length]`) at each call: a table kept as a buffer would not survive loading
+    on the meta device under transformers 5.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[..., None].float() * rope_theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn queries or keys `[batch, heads, length, head_dim]` by their positions; half i pairs with half i + d/2."""
+    first, second = states.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return states * cos[:, None] + turned * sin[:, None]
+
+
+def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
+    """Number the sequences packed in each row: a new one starts wherever positions do not go on by one.
+
+    `[[0, 1, 2, 0, 1]]` → `[[0, 0, 0, 1, 1]]`.
+    """
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return nn.functional.pad(starts, (1, 0)).cumsum(-1)
+
+
+def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:
+    """Raise a `ValueError` if `ids` leave `[0, limit)`, where `limit` is the config's `field`.
+
+    On the CPU and outside compilation only: elsewhere reading a value would stall the device or break the graph.
+    """
+    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    low, high = (bound.item() for bound in torch.aminmax(ids))
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"{name} contains {low if low < 0 else high}, but this model has {field}={limit}: "
+            f"valid values are 0 to {limit - 1}"
+        )
+
+
+def check_positions(position_ids: torch.Tensor, limit: int) -> None:
+    """Raise a `ValueError` if an input does not fit into a learned table of `limit` positions."""
+    if not torch.compiler.is_compiling() and position_ids.shape[-1] > limit:
+        raise ValueError(
+            f"the input is {position_ids.shape[-1]} tokens long, but this model's learned position table ends at "
+            f"max_position_embeddings={limit}: shorten the input (truncation=True, max_length={limit} in the tokenizer)"
+        )
+    check_ids("position_ids", position_ids, limit, "max_position_embeddings")

@@ -1,0 +1,440 @@
+"""MyGPT2: GPT-2 with switches. Copied as it is into Hub repos: imports torch, transformers and its siblings only.
+
+    tokens ─ embed_tokens (+ embed_positions) ─ N × [ norm ─ attention ─ + ─ norm ─ MLP ─ + ] ─ norm ─ lm_head
+
+Shapes in comments: B batch, T tokens, H query heads, K key/value heads, D head_dim, C hidden_size.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_mygpt2 import MyGPT2Config
+from .layers import (
+    NORMS,
+    MyPreTrainedModel,
+    apply_rotary,
+    check_ids,
+    check_positions,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    eager_attention_forward,
+    get_attention_function,
+    rotary_cos_sin,
+)
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+def make_norm(config: MyGPT2Config, width: int) -> nn.Module:
+    return NORMS[config.norm_type](width, eps=config.layer_norm_epsilon)
+
+
+# `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` from 5.0 on, before
+# that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `get_attention_function` does the one or the other.
+class MyGPT2Attention(nn.Module):
+    """Causal self-attention, grouped-query if `num_key_value_heads < num_attention_heads`."""
+
+    def __init__(self, config: MyGPT2Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.attention_dropout = config.attn_pdrop
+
+        self.scaling = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+        self.o_proj.is_residual_projection = True
+        if config.qk_norm:
+            self.q_norm = make_norm(config, config.head_dim)
+            self.k_norm = make_norm(config, config.head_dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        cache_position: torch.Tensor,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads)  # [B, T, H, D]
+        key = self.k_proj(hidden_states).view(heads)  # [B, T, K, D]
+        value = self.v_proj(hidden_states).view(heads)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H or K, T, D]
+        if rotary is not None:
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+
+        attention_function = get_attention_function(self.config._attn_implementation, eager_attention_forward)
+        mixed, weights = attention_function(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )  # [B, T, H, D]
+        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class MyGPT2DenseMLP(nn.Module):
+    def __init__(self, config: MyGPT2Config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.is_residual_projection = True
+        self.act_fn = ACT2FN[config.activation_function]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class MyGPT2GatedMLP(nn.Module):
+    def __init__(self, config: MyGPT2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.is_residual_projection = True
+        self.act_fn = ACT2FN[config.activation_function]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+MLPS = {"dense": MyGPT2DenseMLP, "gated": MyGPT2GatedMLP}
+
+
+class MyGPT2Block(GradientCheckpointingLayer):
+    def __init__(self, config: MyGPT2Config, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.self_attn = MyGPT2Attention(config, layer_idx)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.mlp = MLPS[config.mlp_type](config)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return hidden_states, weights
+
+
+class MyGPT2PreTrainedModel(MyPreTrainedModel):
+    config_class = MyGPT2Config
+    base_model_prefix = "model"
+    _no_split_modules = ["MyGPT2Block"]
+
+
+class MyGPT2Model(MyGPT2PreTrainedModel):
+    """The blocks without a head."""
+
+    def __init__(self, config: MyGPT2Config):
+        super().__init__(config)
+        config.check_consistency()  # fields may have changed since the config was made
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.layers = nn.ModuleList(MyGPT2Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = make_norm(config, config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def get_decoder(self) -> nn.Module:
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks.
+
+        Args:
+            input_ids: `[batch, length]` tokens, only the new ones when `past_key_values` holds the rest.
+            past_key_values: a cache of keys and values, any kind that transformers offers.
+            attention_mask: `[batch, past + length]`, 1 for tokens and 0 for padding; or an additive
+                `[batch, 1, length, past + length]` mask; or a dict of such masks by layer type.
+            token_type_ids: `[batch, length]`; as in GPT-2, their *token* embeddings are added.
+            position_ids: `[batch, length]`. Without cache and `attention_mask`, positions that start over mark
+                sequences packed in one row, which then do not see each other.
+            inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
+            use_cache: return `past_key_values` for the next call. Default: `config.use_cache`, but no in training.
+            output_attentions, output_hidden_states: also return them; attentions with `eager` only.
+
+        Returns:
+            `last_hidden_state` `[batch, length, hidden_size]`, after the last norm, and what was asked for:
+            `hidden_states` has `num_hidden_layers + 1` entries, the last one being `last_hidden_state`.
+
+        Raises:
+            ValueError: none or both of `input_ids` and `inputs_embeds` given; a token or position out of range.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        output_attentions, output_hidden_states = self._outputs_wanted(output_attentions, output_hidden_states)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None
+        if inputs_embeds is None:
+            check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
+
+        cache_position = kwargs.pop("cache_position", None)  # by name in the signature, 5.4 and newer would warn
+        if cache_position is None:
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+
+        # Masks before the cache: transformers looks for packed sequences only where there is none.
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = {
+                layer_type: MASKS[layer_type](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                    cache_position=cache_position,
+                )
+                for layer_type in set(self.config.layer_types)
+            }
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if position_ids is None:
+            position_ids = cache_position[None]
+        hidden_states, rotary = inputs_embeds, None
+        if self.config.position_embedding_type == "learned":
+            check_positions(position_ids, self.config.max_position_embeddings)
+            hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.device)
+        elif self.config.position_embedding_type == "rope":
+            rotary = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.embed_tokens(token_type_ids)
+        hidden_states = self.dropout(hidden_states)
+
+        all_hidden_states, all_attentions = [hidden_states], []
+        for layer, layer_type in zip(self.layers, self.config.layer_types):
+            hidden_states, weights = layer(
+                hidden_states,
+                rotary=rotary,
+                attention_mask=masks[layer_type],
+                past_key_values=past_key_values,
+                cache_position=cache_position,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions:
+                all_attentions.append(weights)
+        hidden_states = self.norm(hidden_states)
+        all_hidden_states[-1] = hidden_states
+
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+
+
+class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
+    """MyGPT2 with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MyGPT2Config):
+        super().__init__(config)
+        self.model = MyGPT2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at each position. Arguments beyond `MyGPT2Model`'s:
+
+        Args:
+            labels: `[batch, length]`, usually `input_ids` itself: the shift by one happens inside; -100 is left out.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
+
+        Returns:
+            `logits` `[batch, kept, vocab_size]`, with `labels` the mean cross-entropy in nats as `loss`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        cap = self.config.final_logit_softcapping
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
+    """MyGPT2 with a classification head on the last token of each sequence."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over examples; the Trainer scales it for gradient accumulation
+
+    def __init__(self, config: MyGPT2Config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MyGPT2Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def _last_token(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int, length: int):
+        """Index of each sequence's last token, padded on either side, `[batch]`."""
+        if input_ids is not None and self.config.pad_token_id is not None:
+            is_token = input_ids != self.config.pad_token_id
+        elif attention_mask is not None and attention_mask.ndim == 2:
+            is_token = attention_mask[:, -length:].bool()
+        elif rows == 1 or input_ids is None:
+            return -1
+        else:
+            raise ValueError(
+                f"cannot tell padding from tokens in a batch of {rows}: set config.pad_token_id or pass attention_mask"
+            )
+        return (is_token * torch.arange(length, device=is_token.device)).argmax(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = False,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Classify each sequence. Arguments beyond `MyGPT2Model`'s:
+
+        Args:
+            labels: `[batch]` class numbers, `[batch, num_labels]` 0/1 floats (multi-label), or floats (regression),
+                by `config.problem_type`, which is inferred at the first call as everywhere in transformers.
+
+        Returns:
+            `logits` `[batch, num_labels]`, with `labels` the `loss`.
+
+        Raises:
+            ValueError: several rows, and neither `config.pad_token_id` nor `attention_mask` tells where they end.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        rows, length = hidden_states.shape[:2]
+        last = self._last_token(input_ids, attention_mask, rows, length)
+        logits = self.score(hidden_states[torch.arange(rows, device=hidden_states.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+MyGPT2Model.register_for_auto_class("AutoModel")
+MyGPT2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MyGPT2ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

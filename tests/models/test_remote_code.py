@@ -1,0 +1,119 @@
+"""The folder loads where mymodels does not exist, and what is loaded there can be saved and loaded again."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import SWITCHES, largest_difference, mybert_config, mygpt2_config
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import mymodels
+from mymodels import MyBertForMaskedLM, MyBertForSequenceClassification, MyGPT2Config, MyGPT2ForCausalLM
+from mymodels.hub import build_repo, load_in_clean_process
+from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
+
+TEXTS = ["the cat sat on the mat", "a dog", "where did the mat go and why did the dog sit on it"]
+MODELS_FOLDER = Path(mymodels.__file__).parent / "models"
+
+
+def gpt2_repo(folder: Path, **switches) -> tuple[MyGPT2ForCausalLM, Path]:
+    tokenizer = train_gpt2_tokenizer(TEXTS, vocab_size=300, model_max_length=64)
+    config = mygpt2_config(**switches, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
+    model = MyGPT2ForCausalLM(config).eval()
+    return model, build_repo(model, tokenizer, folder, card="# card", max_shard_size="30KB")
+
+
+def reference(model, folder: Path):
+    from transformers import AutoTokenizer
+
+    return model(**AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, truncation=True, return_tensors="pt"))[0]
+
+
+@pytest.mark.parametrize("switches", ["stock", "modern", "everything"])
+def test_mygpt2_in_a_clean_process(switches: str, tmp_path: Path) -> None:
+    model, folder = gpt2_repo(tmp_path / "repo", **SWITCHES[switches])
+    names = ["AutoModelForCausalLM", "AutoModel", "AutoModelForSequenceClassification"]
+    report, outputs = load_in_clean_process(folder, names, texts=TEXTS, prompt="the cat")
+    for name in names:
+        seen = report["models"][name]
+        assert seen["class"].startswith("transformers_modules.")
+        assert seen["missing_keys"] == (["score.weight"] if "Classification" in name else [])
+        assert not seen["mismatched_keys"]
+    assert largest_difference(outputs["AutoModelForCausalLM"], reference(model, folder)) <= 1e-5
+    assert largest_difference(outputs["AutoModel"], reference(model.model, folder)) <= 1e-5
+
+
+def test_mybert_in_a_clean_process_through_every_auto_class(tmp_path: Path) -> None:
+    tokenizer = train_bert_tokenizer(TEXTS, vocab_size=120, model_max_length=64)
+    model = MyBertForMaskedLM(mybert_config(vocab_size=len(tokenizer))).eval()
+    folder = build_repo(model, tokenizer, tmp_path / "repo", card="# card", max_shard_size="30KB")
+    names = [name for name in model.config.auto_map if name != "AutoConfig"]
+    assert len(names) == 5
+    report, outputs = load_in_clean_process(folder, names, texts=TEXTS)
+    assert not report["models"]["AutoModelForMaskedLM"]["missing_keys"]
+    assert largest_difference(outputs["AutoModelForMaskedLM"], reference(model, folder)) <= 1e-5
+    assert largest_difference(outputs["AutoModel"], reference(model.bert, folder)) <= 1e-5
+
+
+def test_saved_again_from_remote_code_and_loaded_again(tmp_path: Path) -> None:
+    model, folder = gpt2_repo(tmp_path / "first", **SWITCHES["modern"])
+    script = """
+import sys
+sys.modules["mymodels"] = None
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+source, target = sys.argv[1:]
+AutoTokenizer.from_pretrained(source).save_pretrained(target)
+AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+"""
+    again = tmp_path / "second"
+    subprocess.run([sys.executable, "-I", "-c", script, folder, again], check=True, capture_output=True)
+    for name in ("configuration_mygpt2.py", "modeling_mygpt2.py", "layers.py"):
+        assert (again / name).read_bytes() == (MODELS_FOLDER / name).read_bytes()
+    saved = json.loads((again / "config.json").read_text())
+    assert saved["auto_map"] == MyGPT2Config.AUTO_MAP  # every class, though another head was saved
+    report, outputs = load_in_clean_process(again, ["AutoModel", "AutoModelForSequenceClassification"], texts=TEXTS)
+    assert not report["models"]["AutoModelForSequenceClassification"]["missing_keys"]
+    assert largest_difference(outputs["AutoModel"], reference(model.model, folder)) <= 1e-5
+
+
+def test_inside_the_package_no_trust_is_needed_and_its_own_classes_are_used(tmp_path: Path) -> None:
+    MyBertForSequenceClassification(mybert_config()).save_pretrained(tmp_path / "bert")
+    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")) is MyBertForSequenceClassification
+    assert type(AutoModel.from_pretrained(tmp_path / "bert")) is mymodels.MyBertModel
+    assert type(AutoModelForCausalLM.from_config(mygpt2_config())) is MyGPT2ForCausalLM
+
+
+def test_a_clean_process_that_fails_says_why(tmp_path: Path) -> None:
+    _, folder = gpt2_repo(tmp_path / "repo")
+    (folder / "layers.py").unlink()
+    with pytest.raises(RuntimeError, match=r"(?s)did not load in a clean process.*layers\.py"):
+        load_in_clean_process(folder, ["AutoModel"], texts=TEXTS)
+
+
+@pytest.mark.parametrize("path", sorted(MODELS_FOLDER.glob("[!_]*.py")), ids=lambda path: path.name)
+def test_the_rule_of_the_models_room(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    siblings = {p.stem for p in MODELS_FOLDER.glob("*.py")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module in siblings, ast.unparse(node)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name in [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
+                top = name.split(".")[0]
+                assert top in {"torch", "transformers"} | set(sys.stdlib_module_names), name
+        elif isinstance(node, ast.Attribute) and node.attr in ("register_buffer", "data"):
+            pytest.fail(f"{ast.unparse(node)} at line {node.lineno}")
+
+
+def test_too_old_a_transformers_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text('__version__ = "4.55.4"')
+    shutil.copy(MODELS_FOLDER / "layers.py", tmp_path)
+    process = subprocess.run([sys.executable, "-c", "import layers"], capture_output=True, text=True, cwd=tmp_path)
+    assert process.stderr.strip().splitlines()[-1] == (
+        "ImportError: this model needs transformers 4.56 or newer (tested from 4.56 to 5.23), but transformers 4.55.4 "
+        "is installed: run `pip install --upgrade transformers`"
+    )

@@ -1,0 +1,184 @@
+"""Run by `test_versions.py` as a script, under one transformers release: load folders and compare with golden outputs.
+
+    python -I run_under_release.py RELEASE_FOLDER remote|package WORK_FOLDER
+
+`remote` blocks mymodels and goes by `trust_remote_code`, `package` imports mymodels and needs no trust. Any failed
+assertion ends the script with its traceback.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+release, mode, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+sys.path.insert(0, release)
+if mode == "remote":
+    sys.modules["mymodels"] = None
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+assert transformers.__file__.startswith(release), transformers.__file__
+TRUST = {"trust_remote_code": True} if mode == "remote" else {}
+if mode == "package":
+    import mymodels  # noqa: F401
+
+
+def load(auto_class: str, folder: Path, **how):
+    model, loading = getattr(transformers, auto_class).from_pretrained(
+        folder, output_loading_info=True, **TRUST, **how
+    )
+    home = "transformers_modules" if mode == "remote" else "mymodels"
+    assert type(model).__module__.startswith(home), type(model)
+    return model.eval(), {name: sorted(map(str, keys)) for name, keys in loading.items()}
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    difference = (a - b).abs().max().item()
+    assert difference <= tolerance, difference
+
+
+def same_weights_as_in_files(model, folder: Path) -> None:
+    tensors = model.state_dict()
+    for shard in folder.glob("*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            assert torch.equal(tensors[name], tensor), name
+
+
+def gradients(model, batch: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def check_folder(folder: Path, auto_class: str, new_head: tuple[str, set[str]]) -> None:
+    golden = load_file(folder.with_suffix(".safetensors"))
+    batch = {name: golden[name] for name in ("input_ids", "attention_mask")}
+    shown = batch["attention_mask"].bool() if golden["logits"].ndim == 3 else ...
+
+    # load: nothing missing, unexpected or re-initialised; same numbers, here and placed by accelerate
+    model, loading = load(auto_class, folder)
+    assert not any(loading.values()), loading
+    same_weights_as_in_files(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None:
+        assert (head.weight is embeddings.weight) == config.get("tie_word_embeddings", True)
+    with torch.no_grad():
+        close(model(**batch).logits[shown], golden["logits"][shown])
+        placed, _ = load(auto_class, folder, device_map="auto")
+        close(placed(**batch).logits[shown], golden["logits"][shown])
+
+        # attention: eager is sdpa, and the switch really switches
+        model.set_attn_implementation("eager")
+        assert model.config._attn_implementation == "eager"
+        outputs = model(**batch, output_attentions=True)
+        size = golden["logits"][shown].abs().max().item()  # another order of sums: relative to the largest logit
+        close(outputs.logits[shown], golden["logits"][shown], tolerance=1e-5 * max(size, 1))
+        assert len(outputs.attentions) == config["num_hidden_layers"]
+        model.set_attn_implementation("sdpa")
+        assert model.config._attn_implementation == "sdpa"
+
+    # greedy tokens, whatever the cache
+    if "greedy" in golden:
+        for how in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+            tokens = model.generate(**batch, do_sample=False, max_new_tokens=golden["greedy"].shape[1] - batch["input_ids"].shape[1], **how)
+            assert torch.equal(tokens, golden["greedy"]), how
+
+    # save and reload, code and map included
+    again = work / f"{folder.name}-again-{mode}"
+    model.save_pretrained(again)
+    assert json.loads((again / "config.json").read_text())["auto_map"] == config["auto_map"]
+    for code in folder.glob("*.py"):
+        assert (again / code.name).read_bytes() == code.read_bytes()
+    reloaded, loading = load(auto_class, again)
+    assert not any(loading.values()), loading
+    same_weights_as_in_files(reloaded, folder)
+
+    # another class on the same folder: its new tensors start well, and no loaded one is touched
+    other, missing = new_head
+    model, loading = load(other, folder)
+    assert set(loading["missing_keys"]) == missing, loading
+    loaded = model.state_dict()
+    for shard in folder.glob("*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            if name in loaded and name not in missing:
+                assert torch.equal(loaded[name], tensor), name
+    for name in missing:
+        assert loaded[name].isfinite().all()
+        if name.endswith("bias"):
+            assert not loaded[name].any(), name
+        elif "LayerNorm" in name:
+            assert (loaded[name] == 1).all(), name
+        else:
+            assert 0.5 < loaded[name].std() / config["initializer_range"] < 1.5, (name, loaded[name].std())
+
+    # train: gradients, with checkpointing too; resize
+    model, _ = load(auto_class, folder)
+    labels = batch["input_ids"] if golden["logits"].ndim == 3 else torch.zeros(len(batch["input_ids"]), dtype=torch.long)
+    batch["labels"] = labels
+    expected = gradients(model, batch)
+    model.gradient_checkpointing_enable()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout",):
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
+    for name, gradient in gradients(model, batch).items():
+        close(gradient, expected[name])
+    model.eval()
+    model.resize_token_embeddings(config["vocab_size"] + 5)
+    with torch.no_grad():
+        assert model.config.vocab_size == config["vocab_size"] + 5
+        logits = model(input_ids=golden["input_ids"], attention_mask=golden["attention_mask"]).logits
+        close(logits[..., : golden["logits"].shape[-1]][shown], golden["logits"][shown])
+
+
+def check_new_weights(folder: Path, auto_class: str) -> None:
+    config = transformers.AutoConfig.from_pretrained(folder, **TRUST)
+    config.num_hidden_layers, config.layer_types = 2, ["full_attention"] * 2
+    config.hidden_size = config.intermediate_size = 256
+    model = getattr(transformers, auto_class).from_config(config, **TRUST)
+    block = model.base_model.layers[0]
+    for linear, share in ((block.self_attn.q_proj, 1), (block.self_attn.o_proj, 0.5), (block.mlp.down_proj, 0.5)):
+        assert 0.9 < linear.weight.std() / (config.initializer_range * share) < 1.1  # 0.5: 1/√(2 × 2 layers)
+
+
+def check_stock_bert(my_bert: type) -> None:
+    stock = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+        )
+    ).eval()
+    stock.save_pretrained(work / f"stock-bert-{mode}")
+    mine, loading = my_bert.from_pretrained(work / f"stock-bert-{mode}", output_loading_info=True)
+    assert not any(loading.values()), loading
+    ids, mask = torch.randint(1, 97, (2, 9)), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    with torch.no_grad():
+        close(mine(ids, attention_mask=mask).logits, stock(ids, attention_mask=mask).logits)
+
+
+torch.manual_seed(0)
+for folder in sorted(work.glob("mygpt2-*/config.json")):
+    folder = folder.parent
+    if "-again-" not in folder.name:
+        check_folder(folder, "AutoModelForCausalLM", ("AutoModelForSequenceClassification", {"score.weight"}))
+        check_new_weights(folder, "AutoModelForCausalLM")
+check_folder(
+    work / "mybert-classifier",
+    "AutoModelForSequenceClassification",
+    ("AutoModelForTokenClassification", set()),
+)
+check_folder(
+    work / "mybert-masked",
+    "AutoModelForMaskedLM",
+    ("AutoModelForSequenceClassification", {"classifier.weight", "classifier.bias", "bert.pooler.score.weight", "bert.pooler.score.bias"}),
+)
+check_stock_bert(type(load("AutoModelForSequenceClassification", work / "mybert-classifier")[0]))
+tokenizer = transformers.AutoTokenizer.from_pretrained(work / "mygpt2-demo")
+expected = json.loads((work / "tokens.json").read_text())
+assert tokenizer(expected["text"]).input_ids == expected["input_ids"]
+print("transformers", transformers.__version__, mode, "ok")

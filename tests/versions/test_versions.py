@@ -1,0 +1,103 @@
+"""One set of files under the ends and the awkward ones of the supported transformers releases (`make test-versions`)."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import SWITCHES, batch, mybert_config, mygpt2_config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
+
+ROOT = Path(__file__).parents[2]
+# transformers: the huggingface_hub and tokenizers that it takes
+RELEASES = {
+    "4.56.2": ("0.36.2", "0.22.2"),
+    "4.57.6": ("0.36.2", "0.22.2"),
+    "5.0.0": ("1.31.0", "0.22.2"),
+    "5.2.0": ("1.31.0", "0.22.2"),
+    "5.3.0": ("1.31.0", "0.22.2"),
+    "5.4.0": ("1.31.0", "0.22.2"),
+    "5.10.4": ("1.31.0", "0.22.2"),
+    "5.23.0": ("2.4.0", "0.23.3"),
+}
+TOO_OLD = "4.55.4", ("0.36.2", "0.21.4")
+pytestmark = pytest.mark.versions
+
+
+def installed(release: str, companions: tuple[str, str]) -> Path:
+    """The folder of a release, installed on first use without its dependencies: torch is shared."""
+    target = ROOT / ".cache" / "transformers" / release
+    if not target.exists():
+        staging = target.with_name(f"{release}.{os.getpid()}")
+        packages = [f"transformers=={release}", f"huggingface_hub=={companions[0]}", f"tokenizers=={companions[1]}"]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", staging, *packages], check=True
+        )
+        staging.rename(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders to load, each with its golden inputs and outputs beside it, made under the pinned release."""
+    work = tmp_path_factory.mktemp("versions")
+    torch.manual_seed(0)
+    for name in ("stock", "modern", "everything", "sliding-mixed"):
+        MyGPT2ForCausalLM(mygpt2_config(**SWITCHES[name])).save_pretrained(work / f"mygpt2-{name}", max_shard_size="20KB")
+    masked = MyBertForMaskedLM(mybert_config(pooling="attention"))
+    torch.nn.init.normal_(masked.cls.predictions.bias)
+    masked.save_pretrained(work / "mybert-masked", max_shard_size="20KB")
+    shutil.copytree(ROOT / "hub_repo" / "mygpt2", work / "mygpt2-demo")
+    shutil.copytree(ROOT / "hub_repo" / "mybert", work / "mybert-classifier")
+    for folder in work.glob("my*"):
+        record_golden(folder)
+    text = "Oh! Toto ran — café"
+    ids = AutoTokenizer.from_pretrained(work / "mygpt2-demo")(text).input_ids
+    (work / "tokens.json").write_text(json.dumps({"text": text, "input_ids": ids}))
+    return work
+
+
+@torch.no_grad()
+def record_golden(folder: Path) -> None:
+    inputs = batch("left")
+    if folder.name.startswith("mygpt2"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    elif folder.name == "mybert-masked":
+        model = MyBertForMaskedLM.from_pretrained(folder)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+    golden = {**inputs, "logits": model(**inputs).logits}
+    if model.can_generate():
+        golden["greedy"] = model.generate(**inputs, do_sample=False, max_new_tokens=20)
+    save_file(golden, folder.with_suffix(".safetensors"))
+
+
+def run(release: Path, mode: str, work: Path, scratch: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    environment.update(HF_HOME=str(scratch), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    script = Path(__file__).with_name("run_under_release.py")
+    command = [sys.executable, "-I", script, release, mode, work]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("mode", ["remote", "package"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_release(release: str, mode: str, work: Path, tmp_path: Path) -> None:
+    process = run(installed(release, RELEASES[release]), mode, work, tmp_path)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stdout.splitlines()[-1] == f"transformers {release} {mode} ok"
+
+
+def test_a_release_that_is_too_old_says_so(work: Path, tmp_path: Path) -> None:
+    process = run(installed(*TOO_OLD), "remote", work, tmp_path)
+    assert process.returncode != 0
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: this model needs transformers 4.56 or newer (tested from 4.56 to 5.23), but ")
+    assert "transformers 4.55.4 is installed" in last
