@@ -11,6 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .hub import build_repo, load_in_clean_process
+from .hub.build import check_output_dir
 from .hub.card import model_card
 from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
@@ -53,7 +54,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> l
     """Documents one after another, an end token after each, cut into windows of `WINDOW` tokens."""
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer(document.text, verbose=False).input_ids + [tokenizer.eos_token_id]
+        ids += [*tokenizer(document.text, verbose=False).input_ids, tokenizer.eos_token_id]
     rows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
     return [{"input_ids": row, "labels": row} for row in rows]
 
@@ -214,7 +215,10 @@ def run_demo(output_dir: Path, console: Console | None = None) -> bool:
     texts = [text for text, _ in passages(load_sample_text("held_out"))[::20]]
     truth = [LABELS[label] for _, label in passages(load_sample_text("held_out"))[::20]]
     held = True
-    for make, name in ((make_mygpt2, "mygpt2"), (make_mybert, "mybert")):
+    makers = {"mygpt2": make_mygpt2, "mybert": make_mybert}
+    for name in makers:
+        check_output_dir(output_dir / name)  # before minutes of training
+    for name, make in makers.items():
         repo = make(output_dir / name)
         console.print(_file_table(repo.path))
         console.print(f"Loading {repo.path} in a new process: no mymodels, empty cache, offline …")
@@ -253,8 +257,14 @@ def _load_checks(
     module = seen["class"].split(".")[0]
     return [
         (f"{auto_class}: {seen['class'].split('.')[-1]} from the folder's own code", module == "transformers_modules"),
-        (f"{auto_class}: no tensor missing, mismatched{'' if own_head else ' or left over'}: {stray or 'none'}", not stray),
-        (f"{auto_class}: largest difference of its output there and here: {difference:.3g}{note}", difference <= TOLERANCE),
+        (
+            f"{auto_class}: no tensor missing, mismatched{'' if own_head else ' or left over'}: {stray or 'none'}",
+            not stray,
+        ),
+        (
+            f"{auto_class}: largest difference of its output there and here: {difference:.3g}{note}",
+            difference <= TOLERANCE,
+        ),
     ]
 
 

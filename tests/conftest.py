@@ -2,13 +2,15 @@
 
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false"
+)
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import pytest
+import torch
+from transformers.utils import logging
 
-import mymodels  # noqa: E402, F401  registers the models
+import mymodels  # noqa: F401  registers the models
 
 logging.set_verbosity_error()
 

@@ -36,12 +36,7 @@ def build_repo(
     Raises:
         FileExistsError: `output_dir` holds something that is not a Hub repo folder.
     """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and not (output_dir / CONFIG_NAME).is_file():
-        if not output_dir.is_dir() or any(output_dir.iterdir()):
-            raise FileExistsError(
-                f"{output_dir} exists and is not a Hub repo folder (it has no {CONFIG_NAME}): choose another output_dir"
-            )
+    output_dir = check_output_dir(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
     try:
@@ -52,10 +47,26 @@ def build_repo(
         (new / "README.md").write_text(card, encoding="utf-8")
         if output_dir.exists():
             output_dir.rename(old)
-        new.rename(output_dir)
+        try:
+            new.rename(output_dir)
+        except OSError:
+            if old.exists():
+                old.rename(output_dir)
+            raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return output_dir
+
+
+def check_output_dir(output_dir: str | os.PathLike) -> Path:
+    """`output_dir` as a `Path`, if `build_repo` may write there; else the `FileExistsError` described there."""
+    path = Path(output_dir)
+    replaceable = (path / CONFIG_NAME).is_file() or (path.is_dir() and not any(path.iterdir()))
+    if path.exists() and not replaceable:
+        raise FileExistsError(
+            f"{path} exists and is not a Hub repo folder (it has no {CONFIG_NAME}): choose another output folder"
+        )
+    return path
 
 
 def _name_tokenizer_class_for_all_releases(path: Path) -> None:

@@ -70,7 +70,7 @@ def model_card(
 ```python
 from transformers import AutoModel{head}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
 model = AutoModel{head}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 

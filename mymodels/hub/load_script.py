@@ -6,7 +6,7 @@ Reads a job from standard input, see `load_in_clean_process`, and writes the rep
 import json
 import sys
 
-sys.modules["mymodels"] = None  # from here on `import mymodels` fails, installed or not
+sys.modules["mymodels"] = None  # type: ignore[assignment]  # from here on `import mymodels` fails, installed or not
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -15,9 +15,9 @@ from safetensors.torch import save_file  # noqa: E402
 
 def main() -> None:
     job = json.load(sys.stdin)
-    report = {"transformers": transformers.__version__, "models": {}}
+    models = {}
     outputs = {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(job["path"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["path"], trust_remote_code=True)
     batch = tokenizer(job["texts"], padding=True, truncation=True, return_tensors="pt")
     for name in job["auto_classes"]:
         model, loading = getattr(transformers, name).from_pretrained(
@@ -31,7 +31,7 @@ def main() -> None:
                 prompt = tokenizer(job["prompt"], return_tensors="pt")
                 tokens = model.generate(**prompt, max_new_tokens=job["max_new_tokens"], do_sample=False)
                 continuation = tokenizer.decode(tokens[0], skip_special_tokens=True)
-        report["models"][name] = {
+        models[name] = {
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "missing_keys": sorted(loading["missing_keys"]),
             "unexpected_keys": sorted(loading["unexpected_keys"]),
@@ -40,7 +40,7 @@ def main() -> None:
         }
     save_file(outputs, job["outputs"])
     with open(job["report"], "w", encoding="utf-8") as file:
-        json.dump(report, file)
+        json.dump({"transformers": transformers.__version__, "models": models}, file)
 
 
 main()

@@ -357,7 +357,7 @@ def classification_loss(config: MyBertConfig, logits: torch.Tensor, labels: torc
     if config.problem_type == "multi_label_classification":
         targets = labels.float() * (1 - config.label_smoothing) + config.label_smoothing / 2
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
-        total = losses.numel()
+        total: int | torch.Tensor = losses.numel()
         truth = torch.where(labels > 0.5, logits, -logits).sigmoid()  # probability given to what is true
     else:
         labels = labels.view(-1).long()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
@@ -48,8 +49,8 @@ def train(
     """
     accelerator = Accelerator()
     torch.manual_seed(seed)
-    loader = torch.utils.data.DataLoader(
-        dataset,
+    loader: DataLoader = DataLoader(
+        dataset,  # type: ignore[arg-type]  # any sequence will do
         batch_size=per_device_train_batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),
@@ -60,9 +61,10 @@ def train(
     # the schedule counts the optimizer's steps itself, so it is not prepared
     scheduler = get_cosine_schedule_with_warmup(optimizer, int(warmup_ratio * steps), steps)
 
-    losses = []
+    losses: list[float] = []
     model.train()
-    with tqdm(total=steps, desc=description, disable=not accelerator.is_local_main_process) as progress:
+    hidden = {} if accelerator.is_local_main_process else {"disable": True}  # one bar; TQDM_DISABLE=1 hides it too
+    with tqdm(total=steps, desc=description, mininterval=0.5, **hidden) as progress:
         for _ in range(num_train_epochs):
             for batch in loader:
                 loss = model(**batch).loss
@@ -76,8 +78,8 @@ def train(
                 scheduler.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
+                progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
                 progress.update()
-                progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
     accelerator.unwrap_model(model).eval()
     return losses
 

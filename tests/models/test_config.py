@@ -102,7 +102,10 @@ GPT2_FAULTS = [
     ({"n_head": 0}, "num_attention_heads=0, but it must be a positive integer"),
     ({"n_layer": 0}, "num_hidden_layers=0"),
     ({"n_positions": 0}, "max_position_embeddings=0"),
-    ({"position_embedding_type": "rotary"}, "position_embedding_type='rotary', but it must be one of 'learned', 'rope', 'none'"),
+    (
+        {"position_embedding_type": "rotary"},
+        "position_embedding_type='rotary', but it must be one of 'learned', 'rope', 'none'",
+    ),
     ({"norm_type": "batchnorm"}, "norm_type='batchnorm', but it must be one of 'layernorm', 'rmsnorm'"),
     ({"mlp_type": "moe"}, "mlp_type='moe', but it must be one of 'dense', 'gated'"),
     ({"activation_function": "gelou"}, "activation_function='gelou'"),
@@ -160,13 +163,13 @@ def test_inputs_out_of_range(model: type) -> None:
         model(ids)
     with pytest.raises(ValueError, match="input_ids contains -"):
         model(ids - 98)
-    with pytest.raises(ValueError, match="65 tokens long.*max_position_embeddings=64"):
+    with pytest.raises(ValueError, match=r"65 tokens long.*max_position_embeddings=64"):
         model(torch.ones(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="position_ids contains 64, but this model has max_position_embeddings=64"):
         model(torch.ones(1, 2, dtype=torch.long), position_ids=torch.tensor([[63, 64]]))
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+    with pytest.raises(ValueError, match=r"exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="output_attentions=True needs attn_implementation='eager'.*'sdpa'"):
+    with pytest.raises(ValueError, match=r"output_attentions=True needs attn_implementation='eager'.*'sdpa'"):
         model(torch.ones(1, 2, dtype=torch.long), output_attentions=True)
 
 

@@ -45,7 +45,9 @@ def test_bare_cls_has_no_pooling_parameters() -> None:
 def test_pooling_refuses_a_mask_that_does_not_name_tokens() -> None:
     inputs = batch()
     mask = torch.zeros(3, 1, 11, 11)
-    with pytest.raises(ValueError, match=r"pooling='mean' needs attention_mask of shape \[batch, length\].*3, 1, 11, 11"):
+    with pytest.raises(
+        ValueError, match=r"pooling='mean' needs attention_mask of shape \[batch, length\].*3, 1, 11, 11"
+    ):
         classifier(pooling="mean")(input_ids=inputs["input_ids"], attention_mask=mask)
     classifier(pooling="cls")(input_ids=inputs["input_ids"], attention_mask=mask)
 
@@ -79,7 +81,9 @@ class TestLosses:
     def test_ignored_labels(self) -> None:
         labels = torch.tensor([0, -100, 1])
         for switches in ({}, {"class_weights": [0.5, 2.0, 1.0]}, {"focal_gamma": 2.0}):
-            kept = classification_loss(mybert_config(num_labels=3, **switches), self.logits[[0, 2]], self.labels[[0, 2]])
+            kept = classification_loss(
+                mybert_config(num_labels=3, **switches), self.logits[[0, 2]], self.labels[[0, 2]]
+            )
             assert largest_difference(self.loss(labels, **switches), kept) <= 1e-6
 
     @pytest.mark.parametrize("gamma", [0.5, 2.0])

@@ -104,7 +104,7 @@ def test_classifier_without_pad_token_reads_the_mask() -> None:
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])
     ]
     assert largest_difference(model(**inputs).logits, torch.cat(one_by_one)) <= 1e-5
-    with pytest.raises(ValueError, match="set config.pad_token_id or pass attention_mask"):
+    with pytest.raises(ValueError, match=r"set config.pad_token_id or pass attention_mask"):
         model(input_ids=inputs["input_ids"])
 
 

@@ -82,7 +82,9 @@ AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=Tru
 
 def test_inside_the_package_no_trust_is_needed_and_its_own_classes_are_used(tmp_path: Path) -> None:
     MyBertForSequenceClassification(mybert_config()).save_pretrained(tmp_path / "bert")
-    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")) is MyBertForSequenceClassification
+    assert (
+        type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")) is MyBertForSequenceClassification
+    )
     assert type(AutoModel.from_pretrained(tmp_path / "bert")) is mymodels.MyBertModel
     assert type(AutoModelForCausalLM.from_config(mygpt2_config())) is MyGPT2ForCausalLM
 

@@ -26,9 +26,7 @@ if mode == "package":
 
 
 def load(auto_class: str, folder: Path, **how):
-    model, loading = getattr(transformers, auto_class).from_pretrained(
-        folder, output_loading_info=True, **TRUST, **how
-    )
+    model, loading = getattr(transformers, auto_class).from_pretrained(folder, output_loading_info=True, **TRUST, **how)
     home = "transformers_modules" if mode == "remote" else "mymodels"
     assert type(model).__module__.startswith(home), type(model)
     return model.eval(), {name: sorted(map(str, keys)) for name, keys in loading.items()}
@@ -83,7 +81,9 @@ def check_folder(folder: Path, auto_class: str, new_head: tuple[str, set[str]]) 
     # greedy tokens, whatever the cache
     if "greedy" in golden:
         for how in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
-            tokens = model.generate(**batch, do_sample=False, max_new_tokens=golden["greedy"].shape[1] - batch["input_ids"].shape[1], **how)
+            tokens = model.generate(
+                **batch, do_sample=False, max_new_tokens=golden["greedy"].shape[1] - batch["input_ids"].shape[1], **how
+            )
             assert torch.equal(tokens, golden["greedy"]), how
 
     # save and reload, code and map included
@@ -116,7 +116,9 @@ def check_folder(folder: Path, auto_class: str, new_head: tuple[str, set[str]]) 
 
     # train: gradients, with checkpointing too; resize
     model, _ = load(auto_class, folder)
-    labels = batch["input_ids"] if golden["logits"].ndim == 3 else torch.zeros(len(batch["input_ids"]), dtype=torch.long)
+    labels = (
+        batch["input_ids"] if golden["logits"].ndim == 3 else torch.zeros(len(batch["input_ids"]), dtype=torch.long)
+    )
     batch["labels"] = labels
     expected = gradients(model, batch)
     model.gradient_checkpointing_enable()
@@ -175,10 +177,13 @@ check_folder(
 check_folder(
     work / "mybert-masked",
     "AutoModelForMaskedLM",
-    ("AutoModelForSequenceClassification", {"classifier.weight", "classifier.bias", "bert.pooler.score.weight", "bert.pooler.score.bias"}),
+    (
+        "AutoModelForSequenceClassification",
+        {"classifier.weight", "classifier.bias", "bert.pooler.score.weight", "bert.pooler.score.bias"},
+    ),
 )
 check_stock_bert(type(load("AutoModelForSequenceClassification", work / "mybert-classifier")[0]))
-tokenizer = transformers.AutoTokenizer.from_pretrained(work / "mygpt2-demo")
+tokenizer = transformers.AutoTokenizer.from_pretrained(work / "mygpt2-demo", **TRUST)
 expected = json.loads((work / "tokens.json").read_text())
 assert tokenizer(expected["text"]).input_ids == expected["input_ids"]
 print("transformers", transformers.__version__, mode, "ok")

@@ -50,7 +50,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("versions")
     torch.manual_seed(0)
     for name in ("stock", "modern", "everything", "sliding-mixed"):
-        MyGPT2ForCausalLM(mygpt2_config(**SWITCHES[name])).save_pretrained(work / f"mygpt2-{name}", max_shard_size="20KB")
+        MyGPT2ForCausalLM(mygpt2_config(**SWITCHES[name])).save_pretrained(
+            work / f"mygpt2-{name}", max_shard_size="20KB"
+        )
     masked = MyBertForMaskedLM(mybert_config(pooling="attention"))
     torch.nn.init.normal_(masked.cls.predictions.bias)
     masked.save_pretrained(work / "mybert-masked", max_shard_size="20KB")
