@@ -12,7 +12,7 @@ demo: $(VENV)/.core
 test: $(VENV)/.test
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.test-slow
 	$(BIN)/pytest -m slow
 
 test-versions: $(VENV)/.test
@@ -35,6 +35,10 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.test-slow: $(VENV)/.test
+	$(PIP) --editable '.[test-slow]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

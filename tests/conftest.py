@@ -1,9 +1,13 @@
-"""Settings for every test: offline, quiet, the same random numbers each time."""
+"""Settings for every test: offline, quiet, the same random numbers each time, one thread (the models are tiny)."""
 
 import os
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false"
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TQDM_DISABLE="1",
+    TOKENIZERS_PARALLELISM="false",
 )
 
 import pytest
