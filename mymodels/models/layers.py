@@ -223,7 +223,7 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     """Turn queries or keys `[batch, heads, length, head_dim]` by their positions; half i pairs with half i + d/2."""
     first, second = states.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return states * cos[:, None] + turned * sin[:, None]
+    return (states * cos[:, None] + turned * sin[:, None]).to(states.dtype)  # autocast: states may be narrower
 
 
 def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:

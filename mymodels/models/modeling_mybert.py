@@ -201,7 +201,8 @@ class MyBertMaxPooling(MyBertClsPooling):
     """`pooling="max"`: the largest value of each feature over the tokens, padding left out."""
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        return hidden_states.masked_fill(~token_mask, torch.finfo(hidden_states.dtype).min).amax(dim=1)
+        largest = hidden_states.masked_fill(~token_mask, torch.finfo(hidden_states.dtype).min).amax(dim=1)
+        return largest.masked_fill(~token_mask.any(dim=1), 0.0)  # a row of nothing but padding: 0, as for the mean
 
 
 class MyBertAttentionPooling(nn.Module):

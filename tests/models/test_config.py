@@ -112,7 +112,10 @@ GPT2_FAULTS = [
     ({"position_embedding_type": "rope", "head_dim": 7}, "head_dim=7, but it must be even"),
     ({"position_embedding_type": "rope", "rope_theta": 0.0}, "rope_theta=0.0, but it must be positive"),
     ({"sliding_window": 0}, "sliding_window=0"),
-    ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, but num_hidden_layers=3"),
+    (
+        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4},
+        "layer_types names 2 layers, but num_hidden_layers=3",
+    ),
     ({"layer_types": ["full_attention", "local", "local"]}, "layer_types=.*'local'"),
     ({"layer_types": ["sliding_attention"] * 3}, "but sliding_window=None"),
     ({"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0"),
@@ -171,6 +174,17 @@ def test_inputs_out_of_range(model: type) -> None:
         model()
     with pytest.raises(ValueError, match=r"output_attentions=True needs attn_implementation='eager'.*'sdpa'"):
         model(torch.ones(1, 2, dtype=torch.long), output_attentions=True)
+
+
+def test_fewer_layers_of_a_saved_model(tmp_path: Path) -> None:
+    model = MyGPT2ForCausalLM(mygpt2_config()).eval()
+    model.save_pretrained(tmp_path)
+    shallow = MyGPT2ForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert len(shallow.model.layers) == len(shallow.config.layer_types) == 2
+    ids = torch.ones(1, 3, dtype=torch.long)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    assert torch.equal(shallow(ids).logits, model(ids).logits)
 
 
 def test_generation_beyond_the_learned_table_says_so() -> None:

@@ -38,6 +38,15 @@ def test_pooling_against_a_loop_over_unpadded_rows(pooling: str, padding: str) -
         assert largest_difference(outputs.pooler_output[row], expected) <= 1e-5
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_row_of_nothing_but_padding_stays_finite(pooling: str) -> None:
+    inputs = batch("right")
+    inputs["attention_mask"][1] = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        outputs = classifier(pooling=pooling).to(dtype)(**inputs)
+        assert outputs.logits.isfinite().all() and outputs.logits.abs().max() < 1e3
+
+
 def test_bare_cls_has_no_pooling_parameters() -> None:
     assert not [name for name in classifier(pooling="cls").state_dict() if "pooler" in name]
 

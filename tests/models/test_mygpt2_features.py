@@ -207,6 +207,17 @@ def test_bfloat16(switches: dict, tmp_path: Path) -> None:
     half.generate(**inputs, max_new_tokens=3)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("switches", [{}, MODERN], ids=["stock", "modern"])
+def test_generation_under_autocast(switches: dict, cache: str) -> None:
+    model = make(**switches)
+    inputs = batch("left")
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=5, cache_implementation=cache)
+    assert tokens.shape[0] == 3 and tokens.shape[1] > 11
+
+
 @pytest.mark.slow
 def test_quantised_cache() -> None:
     model = make(**MODERN, head_dim=64, initializer_range=0.02)
