@@ -109,7 +109,9 @@ class MyBertConfig(MyPretrainedConfig):
             )
         # what a stock BERT's config.json may ask for and this model does not have
         positions = getattr(self, "position_embedding_type", None) or "absolute"
-        self._require(positions == "absolute", "position_embedding_type", "'absolute': relative ones are not built here")
+        self._require(
+            positions == "absolute", "position_embedding_type", "'absolute': relative ones are not built here"
+        )
         self._require(not getattr(self, "is_decoder", False), "is_decoder", "False: MyBert is an encoder")
         self._require(not getattr(self, "add_cross_attention", False), "add_cross_attention", "False: not built here")
 

@@ -6,7 +6,7 @@ and transformers only.
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -32,7 +32,9 @@ def _bridge_mask(create_mask: Callable) -> Callable:
     """
     accepted = inspect.signature(create_mask).parameters
 
-    def create(config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, cache_position=None, **kw):
+    def create(
+        config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, cache_position=None, **kw
+    ):
         kw.update(config=config, attention_mask=attention_mask, past_key_values=past_key_values)
         kw.update(position_ids=position_ids, cache_position=cache_position)
         kw["inputs_embeds" if "inputs_embeds" in accepted else "input_embeds"] = inputs_embeds
@@ -94,8 +96,8 @@ class MyPretrainedConfig(PretrainedConfig):
     that any of them loads the folder, whichever head was saved.
     """
 
-    AUTO_MAP = {}
-    CHOICES = {}  # field: its allowed values
+    AUTO_MAP: ClassVar[dict[str, str]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}  # field: its allowed values
 
     def _finish_init(self, auto_map: dict[str, Any] | None, **fields: Any) -> None:
         # Called after `PretrainedConfig.__init__`, which sets or drops some of these itself, differently by release.
@@ -221,7 +223,7 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     """Turn queries or keys `[batch, heads, length, head_dim]` by their positions; half i pairs with half i + d/2."""
     first, second = states.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return states * cos[:, None] + turned * sin[:, None]
+    return (states * cos[:, None] + turned * sin[:, None]).to(states.dtype)  # autocast: states may be narrower
 
 
 def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:

@@ -201,7 +201,8 @@ class MyBertMaxPooling(MyBertClsPooling):
     """`pooling="max"`: the largest value of each feature over the tokens, padding left out."""
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        return hidden_states.masked_fill(~token_mask, torch.finfo(hidden_states.dtype).min).amax(dim=1)
+        largest = hidden_states.masked_fill(~token_mask, torch.finfo(hidden_states.dtype).min).amax(dim=1)
+        return largest.masked_fill(~token_mask.any(dim=1), 0.0)  # a row of nothing but padding: 0, as for the mean
 
 
 class MyBertAttentionPooling(nn.Module):
@@ -357,7 +358,7 @@ def classification_loss(config: MyBertConfig, logits: torch.Tensor, labels: torc
     if config.problem_type == "multi_label_classification":
         targets = labels.float() * (1 - config.label_smoothing) + config.label_smoothing / 2
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
-        total = losses.numel()
+        total: int | torch.Tensor = losses.numel()
         truth = torch.where(labels > 0.5, logits, -logits).sigmoid()  # probability given to what is true
     else:
         labels = labels.view(-1).long()

@@ -164,6 +164,8 @@ class MyGPT2Config(MyPretrainedConfig):
         self._require(cap is None or cap > 0, "final_logit_softcapping", "None or positive")
         known = {"full_attention", "sliding_attention"}
         self._require(set(self.layer_types) <= known, "layer_types", f"a list over {sorted(known)}")
+        if len(set(self.layer_types)) == 1:  # one kind of layer goes on when num_hidden_layers is changed afterwards
+            self.layer_types = self.layer_types[:1] * self.num_hidden_layers
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"{type(self).__name__}: layer_types names {len(self.layer_types)} layers, but "

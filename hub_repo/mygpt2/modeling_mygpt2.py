@@ -84,7 +84,10 @@ class MyGPT2Attention(nn.Module):
         key = self.k_proj(hidden_states).view(heads)  # [B, T, K, D]
         value = self.v_proj(hidden_states).view(heads)
         if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
+            # under autocast the projections are narrower than the norm's weight
+            wide = self.q_norm.weight.dtype
+            query = self.q_norm(query.to(wide)).to(value.dtype)
+            key = self.k_norm(key.to(wide)).to(value.dtype)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H or K, T, D]
         if rotary is not None:
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
@@ -373,7 +376,7 @@ class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
         """Index of each sequence's last token, padded on either side, `[batch]`."""
         if input_ids is not None and self.config.pad_token_id is not None:
             is_token = input_ids != self.config.pad_token_id
-        elif attention_mask is not None and attention_mask.ndim == 2:
+        elif isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             is_token = attention_mask[:, -length:].bool()
         elif rows == 1 or input_ids is None:
             return -1
