@@ -41,9 +41,10 @@ def build_repo(
     staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
     try:
         new, old = staging / "new", staging / "old"
-        model.save_pretrained(new, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(new)
-        _name_tokenizer_class_for_all_releases(new / "tokenizer_config.json")
+        # by name: transformers 5 keeps another order for a model that was loaded than for one that was trained
+        state_dict = dict(sorted(model.state_dict().items()))
+        model.save_pretrained(new, state_dict=state_dict, max_shard_size=max_shard_size)
+        _save_tokenizer(tokenizer, new)
         (new / "README.md").write_text(card, encoding="utf-8")
         if output_dir.exists():
             output_dir.rename(old)
@@ -69,9 +70,16 @@ def check_output_dir(output_dir: str | os.PathLike) -> Path:
     return path
 
 
-def _name_tokenizer_class_for_all_releases(path: Path) -> None:
-    # transformers 5 writes "TokenizersBackend", which 4.x does not know; every release knows its older name.
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save without traces of how this tokenizer was loaded or last called, under a class every release knows."""
+    if tokenizer.is_fast:  # the padding and truncation of the last call would become the saved default
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
+    for trace in ("is_local", "local_files_only"):
+        config.pop(trace, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 writes, 4.x does not know it
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

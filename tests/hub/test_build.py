@@ -108,3 +108,10 @@ def test_the_card_has_the_metadata_the_hub_reads(parts) -> None:
     ]
     assert 'AutoModelForSequenceClassification.from_pretrained("me/a-model", trust_remote_code=True)' in body
     assert "What it saw." in body and "What it cannot." in body and "| accuracy | 0.8765 |" in body
+
+
+def test_the_last_call_of_the_tokenizer_is_not_saved(parts, tmp_path: Path) -> None:
+    model, tokenizer = parts
+    tokenizer(TEXTS, padding="max_length", truncation=True, max_length=4)
+    folder = build_repo(model, tokenizer, tmp_path / "repo", card="# card")
+    assert [len(ids) for ids in AutoTokenizer.from_pretrained(folder)(TEXTS).input_ids] == [8, 4]
