@@ -74,7 +74,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
 model = AutoModel{head}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 
-The code files in this folder run on every transformers minor release from 4.56 to 5.23. With mymodels installed,
+The code files in this folder are for transformers 4.56 to 5.23, tested under eight releases. With mymodels installed,
 `import mymodels` registers the model, and `trust_remote_code=True` is not needed.
 
 ## Training data
