@@ -81,12 +81,12 @@ class _TieWeights53(PreTrainedModel):
 
 _Bridge = _TieWeights53 if TRANSFORMERS_VERSION == (5, 3) else PreTrainedModel
 
+# ---- end of the bridge -----------------------------------------------------------------------------------------------
+
 # torch 2.13 with MKL, seen here: the first exp or tanh of a process, if it is split over threads, is now and then off
 # by up to 2e-3 (the threads race to pick a kernel). Making it once on one element first takes the race away.
 for _function in (torch.exp, torch.tanh):
     _function(torch.zeros(1, device="cpu"))
-
-# ---- end of the bridge -----------------------------------------------------------------------------------------------
 
 
 class MyPretrainedConfig(PretrainedConfig):
@@ -250,11 +250,10 @@ def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:
         )
 
 
-def check_positions(position_ids: torch.Tensor, limit: int) -> None:
-    """Raise a `ValueError` if an input does not fit into a learned table of `limit` positions."""
-    if not torch.compiler.is_compiling() and position_ids.shape[-1] > limit:
+def check_length(length: int, limit: int) -> None:
+    """Raise a `ValueError` if an input of `length` tokens does not fit into a learned table of `limit` positions."""
+    if not torch.compiler.is_compiling() and length > limit:
         raise ValueError(
-            f"the input is {position_ids.shape[-1]} tokens long, but this model's learned position table ends at "
+            f"the input is {length} tokens long, but this model's learned position table ends at "
             f"max_position_embeddings={limit}: shorten the input (truncation=True, max_length={limit} in the tokenizer)"
         )
-    check_ids("position_ids", position_ids, limit, "max_position_embeddings")

@@ -26,7 +26,7 @@ from .configuration_mybert import MyBertConfig
 from .layers import (
     MyPreTrainedModel,
     check_ids,
-    check_positions,
+    check_length,
     create_bidirectional_mask,
     eager_attention_forward,
     get_attention_function,
@@ -55,8 +55,9 @@ class MyBertEmbeddings(nn.Module):
             check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.word_embeddings(input_ids)  # [B, T, C]
         if position_ids is None:
+            check_length(inputs_embeds.shape[1], self.config.max_position_embeddings)
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        check_positions(position_ids, self.config.max_position_embeddings)
+        check_ids("position_ids", position_ids, self.config.max_position_embeddings, "max_position_embeddings")
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
         check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, "type_vocab_size")
@@ -206,7 +207,7 @@ class MyBertMaxPooling(MyBertClsPooling):
 
 
 class MyBertAttentionPooling(nn.Module):
-    """`pooling="attention"`: a mean weighted by a learned score per token (arXiv 1703.03130, one hop)."""
+    """`pooling="attention"`: a mean weighted by a learned score per token (after arXiv 1703.03130: one hop, a linear score)."""
 
     def __init__(self, config: MyBertConfig):
         super().__init__()
@@ -226,12 +227,14 @@ POOLINGS = {
 }
 
 
+OLD_POSITION_IDS = r"embeddings\.position_ids$"  # in older stock checkpoints: a table of 0, 1, 2, …
+
+
 class MyBertPreTrainedModel(MyPreTrainedModel):
     config_class = MyBertConfig
     base_model_prefix = "bert"
     _no_split_modules = ["MyBertEmbeddings", "MyBertLayer"]
-    # in older stock checkpoints: a table of 0, 1, 2, … and a second name of the MLM bias
-    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$", r"cls\.predictions\.decoder\.bias$"]
+    _keys_to_ignore_on_load_unexpected = [OLD_POSITION_IDS]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -310,6 +313,8 @@ class MyBertModel(MyBertPreTrainedModel):
         for layer in self.encoder.layer:
             hidden_states, weights = layer(hidden_states, attention_mask=mask, position_ids=position_ids, **kwargs)
             all_hidden_states.append(hidden_states)
+            if not output_hidden_states:  # keep only what the mix will read
+                del all_hidden_states[: -(self.config.layer_mix or 1)]
             if output_attentions:
                 all_attentions.append(weights)
         if self.layer_mix is not None:
@@ -472,6 +477,9 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
 
     def __init__(self, config: MyBertConfig):
         super().__init__(config)
+        self.loss_type = "ForMaskedLM"  # by name, a subclass called otherwise would get another loss
+        if config.tie_word_embeddings:  # a second name of the bias; untied it may be another one, and is reported
+            self._keys_to_ignore_on_load_unexpected = [OLD_POSITION_IDS, r"cls\.predictions\.decoder\.bias$"]
         self.bert = MyBertModel(config, add_pooling_layer=False)
         self.cls = MyBertOnlyMLMHead(config)
         self.post_init()
@@ -528,6 +536,7 @@ class MyBertForTokenClassification(MyBertPreTrainedModel):
 
     def __init__(self, config: MyBertConfig):
         super().__init__(config)
+        self.loss_type = "ForTokenClassification"
         self.num_labels = config.num_labels
         self.bert = MyBertModel(config, add_pooling_layer=False)
         self.dropout = make_classifier_dropout(config)
@@ -572,6 +581,7 @@ class MyBertForQuestionAnswering(MyBertPreTrainedModel):
 
     def __init__(self, config: MyBertConfig):
         super().__init__(config)
+        self.loss_type = "ForQuestionAnswering"
         self.bert = MyBertModel(config, add_pooling_layer=False)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

@@ -25,7 +25,7 @@ class MyBertConfig(MyPretrainedConfig):
         classifier_dropout: dropout before the classifier. Default: `hidden_dropout_prob`.
         pooling: how one vector per sequence (`pooler_output`) is made: `pooler` (stock: first token through a dense
             layer and tanh), `cls` (first token as it is), `mean` or `max` over the tokens (arXiv 1908.10084), or
-            `attention` (a learned query, arXiv 1703.03130).
+            `attention` (a learned linear score per token, after arXiv 1703.03130).
         layer_mix: if set, the heads read a learned softmax mix of the last `layer_mix` layers instead of the last
             layer (ELMo, arXiv 1802.05365); `last_hidden_state` is that mix.
         label_smoothing: in [0, 1), for classification (arXiv 1512.00567).
@@ -125,7 +125,7 @@ class MyBertConfig(MyPretrainedConfig):
         if self.class_weights is not None:
             fits = len(self.class_weights) == self.num_labels and min(self.class_weights, default=0) > 0
             self._require(fits, "class_weights", f"one positive number for each of {self.num_labels} labels")
-        if self.problem_type == "regression":
+        if self.problem_type == "regression" or (self.problem_type is None and self.num_labels == 1):
             for field, off in (("label_smoothing", 0), ("class_weights", None), ("focal_gamma", 0)):
                 self._require(getattr(self, field) == off, field, f"{off} for problem_type='regression'")
 

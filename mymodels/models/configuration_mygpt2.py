@@ -30,7 +30,7 @@ class MyGPT2Config(MyPretrainedConfig):
         layer_norm_epsilon: added to the variance in either norm.
         mlp_type: `dense` or `gated` (`down(act(gate(x)) * up(x))`, GLU variants, arXiv 2002.05202).
         activation_function: a name from `transformers.activations.ACT2FN`; `silu` with `gated` is SwiGLU.
-        qk_norm: normalise queries and keys per head before their product, with `norm_type` (arXiv 2010.04245).
+        qk_norm: normalise queries and keys per head before their product, with `norm_type` (arXiv 2302.05442, after 2010.04245).
         attention_bias, mlp_bias: biases in the attention and MLP projections.
         sliding_window: how many tokens a `sliding_attention` layer sees, itself included (arXiv 2004.05150).
         layer_types: per layer `full_attention` or `sliding_attention`. Default: all sliding if `sliding_window` is
@@ -170,6 +170,11 @@ class MyGPT2Config(MyPretrainedConfig):
             raise ValueError(
                 f"{type(self).__name__}: layer_types names {len(self.layer_types)} layers, but "
                 f"num_hidden_layers={self.num_hidden_layers}: give one entry per layer"
+            )
+        if window is not None and "sliding_attention" not in self.layer_types:
+            raise ValueError(
+                f"{type(self).__name__}: sliding_window={window}, but layer_types has no 'sliding_attention' layer: "
+                "set layer_types too"
             )
         if window is None and "sliding_attention" in self.layer_types:
             raise ValueError(

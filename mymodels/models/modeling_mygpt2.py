@@ -26,7 +26,7 @@ from .layers import (
     MyPreTrainedModel,
     apply_rotary,
     check_ids,
-    check_positions,
+    check_length,
     create_causal_mask,
     create_sliding_window_causal_mask,
     eager_attention_forward,
@@ -208,7 +208,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             position_ids: `[batch, length]`. Without cache and `attention_mask`, positions that start over mark
                 sequences packed in one row, which then do not see each other.
             inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
-            use_cache: return `past_key_values` for the next call. Default: `config.use_cache`, but no in training.
+            use_cache: return `past_key_values` for the next call. Default: `config.use_cache`, but not in training.
             output_attentions, output_hidden_states: also return them; attentions with `eager` only.
 
         Returns:
@@ -251,20 +251,28 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
+        limit = self.config.max_position_embeddings
+        learned = self.config.position_embedding_type == "learned"
         if position_ids is None:
+            if learned:
+                check_length(inputs_embeds.shape[1], limit)
             position_ids = cache_position[None]
         hidden_states, rotary = inputs_embeds, None
-        if self.config.position_embedding_type == "learned":
-            check_positions(position_ids, self.config.max_position_embeddings)
+        if learned:
+            check_ids("position_ids", position_ids, limit, "max_position_embeddings")
             hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.device)
         elif self.config.position_embedding_type == "rope":
             rotary = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
         if token_type_ids is not None:
+            check_ids("token_type_ids", token_type_ids, self.config.vocab_size, "vocab_size")
             hidden_states = hidden_states + self.embed_tokens(token_type_ids)
         hidden_states = self.dropout(hidden_states)
 
-        all_hidden_states, all_attentions = [hidden_states], []
-        for layer, layer_type in zip(self.layers, self.config.layer_types):
+        all_hidden_states, all_attentions = [], []
+        # the depth by the config: assisted decoding with an early exit lowers it for a while
+        for layer, layer_type in zip(self.layers[: self.config.num_hidden_layers], self.config.layer_types):
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             hidden_states, weights = layer(
                 hidden_states,
                 rotary=rotary,
@@ -274,12 +282,11 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
             if output_attentions:
                 all_attentions.append(weights)
         hidden_states = self.norm(hidden_states)
-        all_hidden_states[-1] = hidden_states
+        if output_hidden_states:
+            all_hidden_states.append(hidden_states)
 
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -367,6 +374,7 @@ class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
 
     def __init__(self, config: MyGPT2Config):
         super().__init__(config)
+        self.loss_type = "ForSequenceClassification"  # by name, a subclass called otherwise would get another loss
         self.num_labels = config.num_labels
         self.model = MyGPT2Model(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -425,6 +433,7 @@ class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
         hidden_states = outputs.last_hidden_state
         rows, length = hidden_states.shape[:2]
         last = self._last_token(input_ids, attention_mask, rows, length)
+        last = last.to(hidden_states.device) if isinstance(last, torch.Tensor) else last
         logits = self.score(hidden_states[torch.arange(rows, device=hidden_states.device), last])
         loss = None
         if labels is not None:

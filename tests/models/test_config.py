@@ -116,6 +116,7 @@ GPT2_FAULTS = [
         {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4},
         "layer_types names 2 layers, but num_hidden_layers=3",
     ),
+    ({"layer_types": ["full_attention"] * 3, "sliding_window": 4}, "sliding_window=4, but layer_types has no"),
     ({"layer_types": ["full_attention", "local", "local"]}, "layer_types=.*'local'"),
     ({"layer_types": ["sliding_attention"] * 3}, "but sliding_window=None"),
     ({"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0"),
@@ -133,6 +134,7 @@ BERT_FAULTS = [
     ({"hidden_act": "gelou"}, "hidden_act='gelou'"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
     ({"is_decoder": True}, "is_decoder=True"),
+    ({"num_labels": 1, "label_smoothing": 0.1}, "label_smoothing=0.1.*regression"),
     ({"num_labels": 1, "problem_type": "regression", "focal_gamma": 1.0}, "focal_gamma=1.0.*regression"),
 ]
 

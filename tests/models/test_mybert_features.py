@@ -276,3 +276,25 @@ def test_flex_attention() -> None:
         expected = model(**inputs).last_hidden_state[shown]
         model.set_attn_implementation("flex_attention")
         assert largest_difference(model(**inputs).last_hidden_state[shown], expected) <= 1e-4
+
+
+def test_a_subclass_of_any_name_has_its_parent_s_loss() -> None:
+    class Filler(MyBertForMaskedLM):
+        pass
+
+    model = Filler(mybert_config()).eval()
+    parent = MyBertForMaskedLM(mybert_config()).eval()
+    parent.load_state_dict(model.state_dict())
+    inputs = batch()
+    assert torch.equal(
+        model(**inputs, labels=inputs["input_ids"]).loss, parent(**inputs, labels=inputs["input_ids"]).loss
+    )
+
+
+def test_an_untied_stock_head_s_own_bias_is_reported(tmp_path: Path) -> None:
+    from tiny import stock_bert_config
+    from transformers import BertForMaskedLM
+
+    BertForMaskedLM(stock_bert_config(tie_word_embeddings=False)).save_pretrained(tmp_path)
+    _, loading = MyBertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert "cls.predictions.decoder.bias" in loading["unexpected_keys"]

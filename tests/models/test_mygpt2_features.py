@@ -259,3 +259,25 @@ def test_flex_attention(switches: dict) -> None:
         expected = model(**inputs).logits[shown]
         model.set_attn_implementation("flex_attention")
         assert largest_difference(model(**inputs).logits[shown], expected) <= 1e-4
+
+
+def test_a_packed_row_may_be_longer_than_the_learned_table() -> None:
+    model = make()
+    pieces = torch.randint(2, 97, (2, 50))
+    packed = model(pieces.view(1, 100), position_ids=torch.arange(50).repeat(2)[None]).logits[0]
+    assert largest_difference(packed, model(pieces).logits.flatten(0, 1)) <= 1e-5
+
+
+def test_early_exit_assistant() -> None:
+    model = make(**MODERN)
+    inputs = batch(rows=1)
+    how = {"do_sample": False, "max_new_tokens": 8}
+    expected = model.generate(**inputs, **how)
+    assert torch.equal(model.generate(**inputs, **how, assistant_early_exit=1), expected)
+    assert model.config.num_hidden_layers == 3
+
+
+def test_token_types_out_of_range() -> None:
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="token_type_ids contains 97, but this model has vocab_size=97"):
+        make()(ids, token_type_ids=ids + 96)
