@@ -141,7 +141,7 @@ def check_folder(folder: Path, auto_class: str, new_head: tuple[str, set[str]]) 
 
 def check_new_weights(folder: Path, auto_class: str) -> None:
     config = transformers.AutoConfig.from_pretrained(folder, **TRUST)
-    config.num_hidden_layers, config.layer_types = 2, ["full_attention"] * 2
+    config.num_hidden_layers, config.layer_types, config.sliding_window = 2, ["full_attention"] * 2, None
     config.hidden_size = config.intermediate_size = 256
     model = getattr(transformers, auto_class).from_config(config, **TRUST)
     block = model.base_model.layers[0]
