@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-versions lint hub_repo clean
+.PHONY: demo test test-slow test-formats test-versions lint hub_repo clean
 
 demo: $(VENV)/.core
 	$(BIN)/mymodels demo
@@ -14,6 +14,9 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test-slow
 	$(BIN)/pytest -m slow
+
+test-formats: $(VENV)/.test-formats
+	$(BIN)/pytest -m formats
 
 test-versions: $(VENV)/.test
 	$(BIN)/pytest -m versions
@@ -39,6 +42,10 @@ $(VENV)/.test: $(VENV)/.core
 
 $(VENV)/.test-slow: $(VENV)/.test
 	$(PIP) --editable '.[test-slow]'
+	@touch $@
+
+$(VENV)/.test-formats: $(VENV)/.test
+	$(PIP) --editable '.[test-formats]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

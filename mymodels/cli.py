@@ -1,16 +1,82 @@
 """The `mymodels` command: one thin function per verb."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from . import __version__
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from .demo import run_demo
 
     return 0 if run_demo(arguments.out) else 1
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .checkpoints import open_checkpoint
+    from .checkpoints.inspecting import compare_checkpoints, inspect_checkpoint, show_difference, show_inspection
+
+    options = {name: getattr(arguments, name) for name in ("section", "allow_pickle", "revision")}
+    if arguments.diff is None:
+        found = inspect_checkpoint(arguments.path, **options)
+        print(json.dumps(found, indent=2)) if arguments.json else show_inspection(
+            found, Console(), every_tensor=arguments.all
+        )
+        return 0
+    other = open_checkpoint(arguments.diff, allow_pickle=arguments.allow_pickle)
+    rows = compare_checkpoints(open_checkpoint(arguments.path, **options), other)
+    print(json.dumps(rows, indent=2)) if arguments.json else show_difference(
+        rows, arguments.path, arguments.diff, Console()
+    )
+    return int(any(row["status"] != "equal" for row in rows))
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .checkpoints.converting import convert_checkpoint
+
+    dtype = None if arguments.dtype is None else getattr(torch, _DTYPES.get(arguments.dtype, arguments.dtype))
+    source = convert_checkpoint(
+        arguments.source,
+        arguments.destination,
+        max_shard_size=arguments.max_shard_size,
+        dtype=dtype,
+        format=arguments.format,
+        section=arguments.section,
+        allow_pickle=arguments.allow_pickle,
+        revision=arguments.revision,
+    )
+    print(f"{arguments.destination}: {len(source)} tensors from {source.format}, written as {arguments.format}")
+    if source.extras:
+        print(f"not taken along: {', '.join(source.extras)}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from .checkpoints import check_checkpoint, write_manifest
+
+    if arguments.write_manifest:
+        write_manifest(arguments.path)
+    problems = check_checkpoint(arguments.path, full=arguments.full)
+    if arguments.json:
+        print(json.dumps([problem._asdict() for problem in problems], indent=2))
+        return int(bool(problems))
+    console = Console(soft_wrap=True)
+    for problem in problems:
+        console.print(Text(problem.message))
+    read = "every byte read" if arguments.full else "data not read, --full reads it"
+    console.print(f"{len(problems)} problems" if problems else f"ok ({read})")
+    return int(bool(problems))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,6 +88,37 @@ def main(argv: list[str] | None = None) -> int:
     demo = verbs.add_parser("demo", help="train both models briefly, save them as Hub repos, load them elsewhere")
     demo.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
     demo.set_defaults(run=_demo)
+
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("--section", metavar="NAME", help="of a file with several models, the one that is meant")
+    source.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="run the code that a pickled object asks for, in another process but with your rights; only if you trust it",
+    )
+    source.add_argument("--revision", help="branch, tag or commit of a Hub repo")
+
+    inspect = verbs.add_parser("inspect", parents=[source], help="show what is in a checkpoint; nothing is executed")
+    inspect.add_argument("path", metavar="PATH|REPO_ID", help="a file or folder of any format, or a Hub repo")
+    inspect.add_argument("--diff", metavar="OTHER", help="compare tensor by tensor; exit code 1 if anything differs")
+    inspect.add_argument("--all", action="store_true", help="a row for every tensor, also of repeated layers")
+    inspect.add_argument("--json", action="store_true", help="everything, for programs")
+    inspect.set_defaults(run=_inspect)
+
+    convert = verbs.add_parser("convert", parents=[source], help="write any checkpoint as safetensors, .bin or .pt")
+    convert.add_argument("source", metavar="SRC", help="a file or folder of any format, or a Hub repo")
+    convert.add_argument("destination", metavar="DST", help="the new folder (safetensors, bin) or file (pt)")
+    convert.add_argument("--format", choices=["safetensors", "bin", "pt"], default="safetensors", help="%(default)s")
+    convert.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
+    convert.add_argument("--dtype", choices=[*_DTYPES, *_DTYPES.values()], help="of floating-point tensors")
+    convert.set_defaults(run=_convert)
+
+    check = verbs.add_parser("check", help="is a checkpoint whole? index, headers and manifest against each other")
+    check.add_argument("path", type=Path, metavar="PATH")
+    check.add_argument("--full", action="store_true", help="read every byte: hashes, checksums, NaN weights")
+    check.add_argument("--write-manifest", action="store_true", help="record what is there now, then check")
+    check.add_argument("--json", action="store_true", help="for programs")
+    check.set_defaults(run=_check)
 
     arguments = parser.parse_args(argv)
     try:

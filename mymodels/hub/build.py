@@ -1,12 +1,13 @@
-"""Build a Hub repo folder: config with `auto_map`, code, sharded weights, tokenizer, card."""
+"""Build a Hub repo folder: config with `auto_map`, code, sharded weights, tokenizer, card, manifest."""
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoints import replace_folder, write_manifest
+from ..checkpoints.writing import save_model_files
 
 CONFIG_NAME = "config.json"
 
@@ -21,7 +22,8 @@ def build_repo(
 ) -> Path:
     """Write a folder that `AutoModel.from_pretrained(output_dir, trust_remote_code=True)` loads anywhere.
 
-    The folder is made beside `output_dir` and put in its place when it is complete, so a failure leaves what was there.
+    The folder takes `output_dir`'s place in one step when it is complete, so an interruption leaves what was there;
+    its `manifest.json` lists the size and SHA-256 of every file.
 
     Args:
         model: a MyGPT2 or MyBert model; its code files are copied along.
@@ -37,25 +39,10 @@ def build_repo(
         FileExistsError: `output_dir` holds something that is not a Hub repo folder.
     """
     output_dir = check_output_dir(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
-        new, old = staging / "new", staging / "old"
-        # by name: transformers 5 keeps another order for a model that was loaded than for one that was trained
-        state_dict = dict(sorted(model.state_dict().items()))
-        model.save_pretrained(new, state_dict=state_dict, max_shard_size=max_shard_size)
-        _save_tokenizer(tokenizer, new)
-        (new / "README.md").write_text(card, encoding="utf-8")
-        if output_dir.exists():
-            output_dir.rename(old)
-        try:
-            new.rename(output_dir)
-        except OSError:
-            if old.exists():
-                old.rename(output_dir)
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with replace_folder(output_dir, finish=write_manifest) as folder:
+        save_model_files(model, folder, max_shard_size)
+        _save_tokenizer(tokenizer, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return output_dir
 
 

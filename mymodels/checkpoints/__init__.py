@@ -1,0 +1,23 @@
+"""Weights on disk: any format opened lazily; sharded safetensors written so that no interruption breaks them."""
+
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .integrity import check_checkpoint, write_manifest
+from .loading import load_checkpoint_and_dispatch, load_state_dict
+from .opening import open_checkpoint
+from .replacing import replace_file, replace_folder
+from .writing import save_checkpoint, save_torch_file
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "TensorInfo",
+    "check_checkpoint",
+    "load_checkpoint_and_dispatch",
+    "load_state_dict",
+    "open_checkpoint",
+    "replace_file",
+    "replace_folder",
+    "save_checkpoint",
+    "save_torch_file",
+    "write_manifest",
+]

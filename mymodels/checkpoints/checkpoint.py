@@ -1,0 +1,149 @@
+"""What every format is opened as: a lazy mapping of name → tensor."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+# safetensors' names of the dtypes torch has; used in files and wherever a dtype is shown
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",  # torch 2.7
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype) for name, dtype in _DTYPES.items() if hasattr(torch, dtype)
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written as asked; the message says what, where, and what to do."""
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before its data is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str  # which of the checkpoint's files holds it
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        return DTYPE_NAMES.get(self.dtype, str(self.dtype).removeprefix("torch."))
+
+
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """A lazy mapping of name → tensor over the files of a checkpoint, made by `open_checkpoint`.
+
+    `checkpoint[name]` reads one tensor, on the CPU; `checkpoint.info[name]` tells its shape and dtype without reading.
+
+    Attributes:
+        path: the file or folder that was opened.
+        format: what it was found to be, for people, such as `"sharded safetensors"`.
+        info: name → `TensorInfo`.
+        sections: the models in it, section → its tensors' names there. One section (named `""` at the top of the file)
+            unless a file holds several models; then the names of the mapping start with their section and a dot.
+        extras: what a training checkpoint holds beside the weights, name → value; empty for other formats.
+        aliases: tied names recorded by the writer, name → the name that is stored. Both can be read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        info: dict[str, TensorInfo],
+        read: Callable[[str], torch.Tensor],
+        *,
+        sections: dict[str, list[str]] | None = None,
+        extras: dict[str, Any] | None = None,
+        aliases: dict[str, str] | None = None,
+    ):
+        self.path, self.format, self._read = path, format, read
+        self.aliases = aliases or {}
+        self.info = info | {alias: info[name] for alias, name in self.aliases.items() if alias not in info}
+        self.sections = sections or {"": list(self.info)}
+        self.extras = extras or {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        info = self.info[name]
+        try:
+            tensor = self._read(self.aliases.get(name, name))
+        except (CheckpointError, MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # any third-party reader's; the file changed or is damaged
+            raise unreadable(self.path, f"tensor {name!r} of {info.file}", error) from error
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} in {info.file} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, "
+                f"but {info.shape} and {info.dtype} were announced; make the file again"
+            )
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.info)
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self)} tensors)"
+
+    def section(self, name: str) -> "Checkpoint":
+        """The part of a checkpoint that is one of its several models, under that model's own names.
+
+        Raises:
+            CheckpointError: there is no such section.
+        """
+        if name not in self.sections:
+            known = ", ".join(repr(section) for section in self.sections)
+            raise CheckpointError(f"{self.path} has no section {name!r}; it has {known}")
+        if len(self.sections) == 1:
+            return self
+        prefix = f"{name}." if name else ""
+        names = {prefix + key: key for key in self.sections[name]}
+        return Checkpoint(
+            self.path,
+            self.format,
+            {key: self.info[full] for full, key in names.items()},
+            lambda key: self[prefix + key],
+            sections={name: list(names.values())},
+            extras=self.extras,
+            aliases={names[a]: names[b] for a, b in self.aliases.items() if a in names and b in names},
+        )
+
+
+def unreadable(path: str | os.PathLike, what: str, error: BaseException) -> CheckpointError:
+    """One sentence for an error from deep inside a reader."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = (lines[0].rstrip(". ") if lines else type(error).__name__)[:300]
+    return CheckpointError(
+        f"{path}: {what} cannot be read ({reason}); the file is damaged or incomplete, copy or download it again"
+    )

@@ -1,0 +1,150 @@
+"""Other ecosystems' files, each opened by that ecosystem's own library: NumPy, ONNX, TensorFlow, GGUF."""
+
+import math
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .safetensors_files import inside
+
+
+def _library(module: str, extra: str, path: Path, what: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise CheckpointError(f"{path} is {what}; reading it needs pip install 'mymodels[{extra}]'") from error
+
+
+def _torch_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype that NumPy or ml_dtypes calls `name`, if there is one."""
+    dtype = getattr(torch, {"bool_": "bool"}.get(name, name), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _to_torch(array: np.ndarray) -> torch.Tensor:
+    """The same bytes as a tensor; ml_dtypes' types (bfloat16, float8) are unknown to `torch.from_numpy`."""
+    dtype = _torch_dtype(array.dtype.name)
+    assert dtype is not None
+    shape, array = array.shape, np.ascontiguousarray(array)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    flat = torch.from_numpy(array.reshape(-1).view(np.uint8).copy())
+    return flat.view(dtype).reshape(shape) if array.size else torch.empty(shape, dtype=dtype)
+
+
+def open_npz(path: Path) -> Checkpoint:
+    """A NumPy `.npz` archive; arrays of objects are pickles and refused."""
+    archive = np.load(path, allow_pickle=False)
+    info = {}
+    for name in archive.files:
+        with archive.zip.open(name if name in archive.zip.namelist() else f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(file)
+        torch_dtype = _torch_dtype(dtype.name)
+        if torch_dtype is None:
+            raise CheckpointError(
+                f"{path}: array {name!r} has the dtype {dtype}, which no tensor has; leave it out and save the file again"
+            )
+        info[name] = TensorInfo(tuple(shape), torch_dtype, path.name)
+    return Checkpoint(path, "NumPy", info, lambda name: _to_torch(archive[name]))
+
+
+def open_onnx(path: Path) -> Checkpoint:
+    """The initialisers of an ONNX model, those in external data files included."""
+    onnx = _library("onnx", "onnx", path, "an ONNX model")
+    model = onnx.load(path, load_external_data=False)
+    helper = onnx.helper
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    info, strings = {}, {}
+    for name, tensor in initializers.items():
+        if tensor.data_type == onnx.TensorProto.STRING:
+            strings[name] = list(tensor.string_data)
+            continue
+        dtype = _torch_dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type).name)
+        if dtype is None:
+            kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+            raise CheckpointError(f"{path}: initialiser {name!r} has the type {kind}, which torch has not")
+        where = path.name
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            external = {entry.key: entry.value for entry in tensor.external_data}
+            where = external["location"]
+            file = inside(path.parent, where, path)
+            needed = int(external.get("offset", 0)) + math.prod(tensor.dims) * dtype.itemsize
+            if not file.is_file() or file.stat().st_size < needed:
+                raise CheckpointError(
+                    f"{file} is missing or truncated; {path.name} keeps {name!r} there: copy both again"
+                )
+        info[name] = TensorInfo(tuple(tensor.dims), dtype, where)
+    if not info:
+        raise CheckpointError(f"{path} is an ONNX model without initialisers: it holds no weights")
+
+    def read(name: str) -> torch.Tensor:
+        return _to_torch(onnx.numpy_helper.to_array(initializers[name], base_dir=str(path.parent)))
+
+    return Checkpoint(path, "ONNX", info, read, extras=strings)
+
+
+def open_tensorflow(prefix: Path) -> Checkpoint:
+    """A TensorFlow checkpoint by its prefix (`model.ckpt` of `model.ckpt.index`, `variables/variables`)."""
+    tensorflow = _library("tensorflow", "tf", prefix, "a TensorFlow checkpoint")
+    reader = tensorflow.train.load_checkpoint(str(prefix))
+    shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+    info, others = {}, {}
+    for name in sorted(shapes):
+        dtype = _torch_dtype(dtypes[name].base_dtype.name)
+        if dtype is None:  # texts, such as the object graph
+            others[name] = f"{dtypes[name].name} {shapes[name]}"
+        else:
+            info[name] = TensorInfo(tuple(shapes[name]), dtype, prefix.name)
+
+    def read(name: str) -> torch.Tensor:
+        return _to_torch(np.asarray(reader.get_tensor(name)))
+
+    return Checkpoint(prefix, "TensorFlow", info, read, extras=others)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """A GGUF file; block-quantised tensors are read dequantised, as float32."""
+    gguf = _library("gguf", "gguf", path, "a GGUF file")
+    reader = gguf.GGUFReader(path)
+    kinds = gguf.GGMLQuantizationType
+    plain = {kinds[name]: dtype for name, dtype in _GGUF_DTYPES.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    info = {
+        # GGUF counts dimensions from the fastest one
+        name: TensorInfo(
+            tuple(int(size) for size in reversed(tensor.shape)), plain.get(tensor.tensor_type, torch.float32), path.name
+        )
+        for name, tensor in tensors.items()
+    }
+
+    def read(name: str) -> torch.Tensor:
+        tensor, (shape, dtype, _) = tensors[name], info[name]
+        if tensor.tensor_type not in plain:
+            return _to_torch(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+        return torch.from_numpy(tensor.data.reshape(-1).view(np.uint8).copy()).view(dtype).reshape(shape)
+
+    quantised = {
+        name: kinds(tensor.tensor_type).name for name, tensor in tensors.items() if tensor.tensor_type not in plain
+    }
+    extras = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    return Checkpoint(path, "GGUF", info, read, extras=extras | ({"quantisation": quantised} if quantised else {}))
+
+
+_GGUF_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}

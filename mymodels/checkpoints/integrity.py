@@ -1,0 +1,176 @@
+"""Is a checkpoint whole? Index against headers against manifest, and on request every byte."""
+
+import hashlib
+import json
+import os
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .checkpoint import Checkpoint, CheckpointError
+from .opening import open_checkpoint, open_file, weight_files
+from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
+
+MANIFEST = "manifest.json"
+_MADE_WITH = ("mymodels", "torch", "transformers", "safetensors")
+
+
+def _files(folder: Path) -> list[str]:
+    """Every file of a folder but the manifest and hidden ones, as `/`-separated names."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [Path(parent, name).relative_to(folder).as_posix() for name in files if not name.startswith(".")]
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def sha256(path: Path, progress: tqdm | None = None) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            if progress is not None:
+                progress.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _hashing(total: int) -> tqdm:
+    return tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name goes when a model is saved into its folder: weights of any format, index, manifest."""
+    stem = name.startswith(("model", "pytorch_model"))
+    return name == MANIFEST or (stem and name.endswith((".safetensors", ".bin", ".index.json")))
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json`: size and SHA-256 of every file of `folder`, and the versions it was made with."""
+    sizes = {name: (folder / name).stat().st_size for name in _files(folder)}
+    with _hashing(sum(sizes.values())) as progress:
+        files = {name: {"sha256": sha256(folder / name, progress), "size": size} for name, size in sizes.items()}
+    manifest = {"files": files, "made_with": {package: version(package) for package in _MADE_WITH}}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """The manifest's files, name → (size, SHA-256).
+
+    Raises:
+        CheckpointError: it is damaged, or names files outside the folder.
+    """
+    path = folder / MANIFEST
+    files = read_json(path).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path}: it has no table of files; {ADVICE}, or write it anew")
+    result = {}
+    for name, entry in files.items():
+        inside(folder, name, path)
+        size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or size < 0 or not isinstance(digest, str) or len(digest) != 64:
+            raise CheckpointError(f"{path}: {name!r} has no size and SHA-256; {ADVICE}, or write it anew")
+        result[name] = (size, digest)
+    return result
+
+
+def check_checkpoint(path: str | os.PathLike, *, full: bool = False) -> list[Problem]:
+    """Everything that is wrong with a checkpoint: its index, headers and manifest compared, without reading the data.
+
+    Args:
+        path: a folder or file that `open_checkpoint` opens.
+        full: also read every byte: hashes against the manifest, checksums of zip files, NaN and infinite weights.
+
+    Returns:
+        One `Problem` each; an empty list for a checkpoint that is whole.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+    path = Path(path)
+    problems = _check_manifest(path, full) if path.is_dir() and (path / MANIFEST).is_file() else []
+    checkpoint = None
+    try:
+        indexes = _indexes(path)
+        for index in indexes:
+            problems += _check_index(index)
+        if not (indexes and problems):
+            checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        problems.append(Problem(path.name, str(error)))
+    if full and checkpoint is not None:
+        problems += _check_data(checkpoint)
+    return problems
+
+
+def _indexes(path: Path) -> list[Path]:
+    files = weight_files(path) if path.is_dir() else [path] if path.is_file() else []
+    return [file for file in files if file.suffix == ".json"]
+
+
+def _check_manifest(folder: Path, full: bool) -> list[Problem]:
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return [Problem(MANIFEST, str(error))]
+    problems = []
+    with _hashing(sum(size for size, _ in manifest.values()) if full else 0) as progress:
+        for name, (size, digest) in manifest.items():
+            file = folder / name
+            if not file.is_file():
+                problems.append(Problem(name, f"{file} is missing; {MANIFEST} lists it: {ADVICE}"))
+            elif file.stat().st_size != size:
+                message = f"{file} has {file.stat().st_size:,} bytes, {MANIFEST} says {size:,}: {ADVICE}"
+                problems.append(Problem(name, message))
+            elif full and sha256(file, progress) != digest:
+                problems.append(Problem(name, f"{file} is not what {MANIFEST} recorded, its SHA-256 differs: {ADVICE}"))
+    for name in sorted(set(_files(folder)) - set(manifest)):
+        problems.append(Problem(name, f"{folder / name} is not in {MANIFEST}: remove it, or write the manifest anew"))
+    return problems
+
+
+def _check_index(index: Path) -> list[Problem]:
+    homes, problems = scan_index(index, open_file)
+    data = read_json(index)
+    total = data.get("metadata", {}).get("total_size") if isinstance(data.get("metadata"), dict) else None
+    stored = {name: shard for name, shard in homes.items() if name not in shard.aliases}
+    actual = sum(shard.info[name].nbytes for name, shard in stored.items())
+    if total is not None and total != actual and not problems:
+        message = f"{index}: total_size is {total}, but the tensors have {actual:,} bytes; make the index again"
+        problems.append(Problem(index.name, message))
+    named = set(data["weight_map"].values())
+    stem = index.name.split(".")[0]
+    for file in sorted(index.parent.glob(f"{stem}*{Path(next(iter(named))).suffix}")):
+        if file.name not in named:
+            message = f"{file} is not named by {index.name}, and tools may still read it: remove it, or {ADVICE}"
+            problems.append(Problem(file.name, message))
+    return problems
+
+
+def _check_data(checkpoint: Checkpoint) -> list[Problem]:
+    problems = []
+    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    for name in sorted({info.file for info in checkpoint.info.values()}):
+        file = root / name
+        if file.is_file() and zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                problems.append(Problem(name, f"{file}: its part {damaged} has a wrong checksum; {ADVICE}"))
+    for name in tqdm(checkpoint, desc="reading", unit="tensor", disable=None):
+        try:
+            tensor = checkpoint[name]
+        except CheckpointError as error:
+            problems.append(Problem(checkpoint.info[name].file, str(error), name))
+            continue
+        values = tensor.float() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
+        bad = int((~values.isfinite()).sum()) if values.is_floating_point() or values.is_complex() else 0
+        if bad:
+            message = (
+                f"{root / checkpoint.info[name].file}: tensor {name!r} has {bad:,} NaN or infinite of {tensor.numel():,} "
+                f"values; go back to a checkpoint before the training diverged"
+            )
+            problems.append(Problem(checkpoint.info[name].file, message, name))
+    return problems

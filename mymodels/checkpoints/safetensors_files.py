@@ -1,0 +1,205 @@
+"""Safetensors files and index files, read with suspicion: every claim of a header or an index is checked."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+
+from .checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo, unreadable
+
+MAX_JSON_BYTES = 100_000_000  # the safetensors library's own limit for a header
+ADVICE = "copy or download it again"
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with a checkpoint, as a sentence."""
+
+    file: str
+    message: str
+    tensor: str = ""
+
+
+def parse_json(data: bytes, path: Path, what: str = "it") -> dict[str, Any]:
+    """A JSON object, without duplicate keys, `NaN`, or text that is not Unicode.
+
+    Raises:
+        CheckpointError: it is none, or larger than 100 MB.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{path}: {what} names {twice!r} twice; {ADVICE}")
+        return result
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: {what} is {len(data):,} bytes of JSON, more than {MAX_JSON_BYTES:,}; {ADVICE}")
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # "\ud800" alone is no text
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {what} is not valid JSON ({error}); {ADVICE}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {what} is a JSON {type(value).__name__}, not an object; {ADVICE}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`, as strictly as `parse_json`."""
+    with path.open("rb") as file:
+        return parse_json(file.read(MAX_JSON_BYTES + 1), path)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and the metadata that a safetensors file announces, checked against the file's size.
+
+    Raises:
+        CheckpointError: the header is not what the format asks for, or its tensors do not tile the file's data.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{path}: the header claims {length:,} bytes, but the file has {size:,}: truncated, or no safetensors; "
+                f"{ADVICE}"
+            )
+        header = parse_json(file.read(min(length, MAX_JSON_BYTES + 1)), path, "the header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the header's __metadata__ is not a table of texts; {ADVICE}")
+    info: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise CheckpointError(f"{path}: tensor {name!r} lacks dtype, shape or data_offsets; {ADVICE}")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r} has the dtype {dtype!r}, not one of {', '.join(DTYPES)}")
+        if not isinstance(shape, list) or not all(map(_is_size, shape)):
+            raise CheckpointError(f"{path}: tensor {name!r} has the shape {shape!r}, not a list of sizes; {ADVICE}")
+        if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
+            raise CheckpointError(f"{path}: tensor {name!r} has the offsets {offsets!r}, not [begin, end]; {ADVICE}")
+        info[name] = TensorInfo(tuple(shape), DTYPES[dtype], path.name)
+        if offsets[1] - offsets[0] != info[name].nbytes:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} needs {info[name].nbytes:,} bytes, its "
+                f"offsets {offsets} hold {offsets[1] - offsets[0]:,}; {ADVICE}"
+            )
+        spans.append((offsets[0], offsets[1], name))
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            problem = "overlaps the tensor before it" if begin < end else "leaves a gap before it"
+            raise CheckpointError(f"{path}: tensor {name!r} begins at byte {begin:,}, which {problem}; {ADVICE}")
+        end = stop
+    if end != size - 8 - length:
+        raise CheckpointError(
+            f"{path}: its tensors end at byte {end:,} of the data, but the file has {size - 8 - length:,}: truncated or "
+            f"with something appended; {ADVICE}"
+        )
+    return info, metadata
+
+
+def open_safetensors(path: Path) -> Checkpoint:
+    """A single safetensors file."""
+    info, metadata = read_header(path)
+    try:
+        file = safe_open(path, framework="pt")
+    except Exception as error:  # what the library refuses beyond the checks above
+        raise unreadable(path, "the file", error) from error
+    aliases = {alias: name for alias, name in metadata.items() if name in info and alias not in info}
+    return Checkpoint(path, "safetensors", info, file.get_tensor, aliases=aliases)
+
+
+def inside(folder: Path, name: Any, where: Path) -> Path:
+    """The file `name` of `folder`, if it stays in there; in the Hub's cache, links to its `blobs` do.
+
+    Raises:
+        CheckpointError: `name` is absolute, or climbs out by `..` or by a link.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        raise CheckpointError(f"{where}: {name!r} is no file name; {ADVICE}")
+    root, path = folder.resolve(), (folder / name).resolve()
+    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    if os.path.isabs(name) or ".." in Path(name).parts or not any(path.is_relative_to(home) for home in allowed):
+        raise CheckpointError(f"{where}: {name!r} leads out of the folder; do not use a checkpoint that does this")
+    return folder / name
+
+
+def scan_index(
+    index_path: Path, open_file: Callable[[Path], Checkpoint]
+) -> tuple[dict[str, Checkpoint], list[Problem]]:
+    """Compare an index with the shards it names: name → the shard that holds it, and everything that does not agree."""
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index_path}: it has no weight_map, the table of tensors and their files, so it is no index of a checkpoint"
+        )
+    problems: list[Problem] = []
+    homes: dict[str, Checkpoint] = {}
+    shards: dict[str, Checkpoint] = {}
+    names_in: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if isinstance(file, str):
+            names_in.setdefault(file, []).append(name)
+        else:
+            message = f"{index_path}: tensor {name!r} is said to be in {file!r}, which is no file name; {ADVICE}"
+            problems.append(Problem(index_path.name, message, name))
+    for file, names in names_in.items():
+        try:
+            path = inside(index_path.parent, file, index_path)
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path} is missing; {index_path.name} names it as the home of {len(names)} tensors, the first is "
+                    f"{names[0]!r}: copy or download the shard again"
+                )
+            shards[file] = open_file(path)
+        except CheckpointError as error:
+            problems.append(Problem(file, str(error)))
+    for file, shard in shards.items():
+        for name in shard.info:
+            if name in homes and name not in shard.aliases:
+                message = f"{shard.path}: tensor {name!r} is also in {homes[name].path.name}; {ADVICE}"
+                problems.append(Problem(file, message, name))
+            elif name not in weight_map and name not in shard.aliases:
+                message = f"{shard.path}: tensor {name!r} is not in {index_path.name}; make the index again"
+                problems.append(Problem(file, message, name))
+            homes.setdefault(name, shard)
+    for file, shard in shards.items():
+        for name in names_in[file]:
+            if name not in shard.info:
+                message = f"{shard.path}: tensor {name!r} is missing; {index_path.name} says it is there: {ADVICE}"
+                problems.append(Problem(file, message, name))
+    return homes, problems
+
+
+def open_index(index_path: Path, open_file: Callable[[Path], Checkpoint], format: str) -> Checkpoint:
+    """The shards that an index file names, as one checkpoint."""
+    homes, problems = scan_index(index_path, open_file)
+    if problems:
+        more = f" ({len(problems) - 1} more: see `mymodels check`)" if len(problems) > 1 else ""
+        raise CheckpointError(problems[0].message + more)
+    shards = {shard.path: shard for shard in homes.values()}
+    folder = index_path.parent
+    return Checkpoint(
+        index_path,
+        format,
+        {n: shard.info[n]._replace(file=shard.path.relative_to(folder).as_posix()) for n, shard in homes.items()},
+        lambda name: homes[name][name],
+        aliases={alias: name for shard in shards.values() for alias, name in shard.aliases.items()},
+    )

@@ -1,0 +1,292 @@
+"""What torch writes beside `torch.save`: TorchScript and `torch.export` archives, `torch.distributed.checkpoint` folders.
+
+None of their code is run: the archives' tensors are found through their tables, and pickled tables are read by an
+unpickler that knows nothing but the types these tables are made of.
+"""
+
+import io
+import math
+import pathlib
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .safetensors_files import inside, parse_json
+from .torch_files import Leaf, load_plain, nested_checkpoint
+
+_TORCHSCRIPT_ADVICE = "save it again from the program that made it"
+
+
+class _Object:
+    """Stands for an instance of any TorchScript class."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+
+class _Storage(str):
+    """A pickled storage: the text is the name of its record, with the dtype as an attribute."""
+
+    dtype: torch.dtype
+
+
+class _View:
+    """A pickled tensor: a view of a storage."""
+
+    def __init__(self, storage: _Storage, offset: int, size: tuple, stride: tuple, *rest: Any):
+        self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
+
+
+_STORAGE_DTYPES = {
+    "UntypedStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+
+
+class _TorchScriptUnpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self.classes: dict[str, type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return self.classes.setdefault(
+                f"{module}.{name}", type(name, (_Object,), {"qualified": f"{module}.{name}"})
+            )
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch._utils" and name.startswith("_rebuild_tensor"):
+            return _View
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        return type(name, (_Object,), {})  # lists of numbers and the like: built, then ignored
+
+    def persistent_load(self, pid: tuple) -> _Storage:
+        _, kind, key, *_ = pid
+        storage = _Storage(key)
+        storage.dtype = _STORAGE_DTYPES[kind]
+        return storage
+
+
+def _top(archive: zipfile.ZipFile) -> str:
+    """The archive's one top folder, with a slash."""
+    return archive.namelist()[0].split("/")[0] + "/"
+
+
+def _record(archive: zipfile.ZipFile, name: str) -> bytearray:
+    return bytearray(archive.read(name))  # zipfile checks the CRC
+
+
+def _check_byteorder(archive: zipfile.ZipFile, path: Path) -> None:
+    name = _top(archive) + "byteorder"
+    if name in archive.namelist() and archive.read(name) != b"little":
+        raise CheckpointError(
+            f"{path} was written on a big-endian machine; {_TORCHSCRIPT_ADVICE} on a little-endian one"
+        )
+
+
+def _as_tensor(data: bytearray, dtype: torch.dtype, size: tuple, stride: tuple, offset: int) -> torch.Tensor:
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.as_strided(size, stride, offset).clone()
+
+
+def _saved_names(archive: zipfile.ZipFile, top: str) -> dict[str, set[str]]:
+    """Class → the attributes its code declares as parameters or buffers; other tensors are constants of the program."""
+    names: dict[str, set[str]] = {}
+    for file in archive.namelist():
+        if not file.startswith(f"{top}code/") or not file.endswith(".py"):
+            continue
+        module = file.removeprefix(f"{top}code/").removesuffix(".py").replace("/", ".")
+        text = archive.read(file).decode("utf-8")
+        for found in re.finditer(r"^class (\w+)\(Module\):\n((?:  __\w+__ = \[.*\]\n)*)", text, re.MULTILINE):
+            declared = re.findall(r"__(?:parameters|buffers)__ = \[(.*)\]", found[2])
+            names[f"{module}.{found[1]}"] = set(re.findall(r'"([^"]+)"', " ".join(declared)))
+    return names
+
+
+def open_torchscript(path: Path) -> Checkpoint:
+    """A TorchScript archive (`torch.jit.save`): the parameters and buffers of its modules, their code not run."""
+    archive = zipfile.ZipFile(path)
+    _check_byteorder(archive, path)
+    top = _top(archive)
+    root = _TorchScriptUnpickler(io.BytesIO(archive.read(f"{top}data.pkl"))).load()
+    declared = _saved_names(archive, top)
+    views: dict[str, _View] = {}
+
+    def visit(module: Any, prefix: str) -> None:
+        saved = declared.get(getattr(module, "qualified", ""), set())
+        for name, value in vars(module).items():
+            if isinstance(value, _View) and name in saved:
+                views[prefix + name] = value
+            elif isinstance(value, _Object):
+                visit(value, f"{prefix}{name}.")
+
+    visit(root, "")
+    if not views:
+        raise CheckpointError(f"{path} is a TorchScript archive without parameters; {_TORCHSCRIPT_ADVICE}")
+
+    def read(name: str) -> torch.Tensor:
+        view = views[name]
+        data = _record(archive, f"{top}data/{view.storage}")
+        return _as_tensor(data, view.storage.dtype, view.size, view.stride, view.offset)
+
+    info = {name: TensorInfo(view.size, view.storage.dtype, path.name) for name, view in views.items()}
+    first: dict[tuple, str] = {}
+    aliases = {}
+    for name, view in views.items():
+        if first.setdefault((view.storage, view.offset, view.size, view.stride), name) != name:
+            aliases[name] = first[view.storage, view.offset, view.size, view.stride]
+    return Checkpoint(path, "TorchScript", info, read, aliases=aliases)
+
+
+# The numbers of torch.export's schema (ScalarType) for the dtypes that weights have
+_EXPORT_DTYPES = dict(
+    enumerate(
+        ["uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32", "complex64"], 1
+    )
+) | {12: "bool", 13: "bfloat16", 28: "uint16", 29: "float8_e4m3fn", 30: "float8_e5m2"}
+
+
+def open_exported(path: Path) -> Checkpoint:
+    """A `torch.export` archive (`.pt2`, torch 2.8 or newer): the program's parameters and buffers."""
+    archive = zipfile.ZipFile(path)
+    _check_byteorder(archive, path)
+    top = _top(archive)
+    tables = [name for name in archive.namelist() if name.startswith(f"{top}data/weights/") and name.endswith(".json")]
+    if not tables:
+        raise CheckpointError(
+            f"{path} is a torch.export archive without a table of weights, as torch before 2.8 wrote it; "
+            f"export the model again with a newer torch"
+        )
+    entries: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        model = table.rsplit("/", 1)[1].removesuffix("_weights_config.json")
+        found = parse_json(archive.read(table), path, table)["config"]
+        entries |= {f"{model}.{name}" if len(tables) > 1 else name: entry for name, entry in found.items()}
+    info, layout = {}, {}
+    for name, entry in entries.items():
+        meta = entry["tensor_meta"]
+        size, stride = (tuple(number["as_int"] for number in meta[key]) for key in ("sizes", "strides"))
+        dtype = getattr(torch, _EXPORT_DTYPES[meta["dtype"]])
+        info[name] = TensorInfo(size, dtype, path.name)
+        layout[name] = (size, stride, meta["storage_offset"]["as_int"])
+
+    def read(name: str) -> torch.Tensor:
+        data = _record(archive, f"{top}data/weights/{entries[name]['path_name']}")
+        if entries[name].get("use_pickle"):
+            return load_plain(io.BytesIO(data), path).detach()
+        return _as_tensor(data, info[name].dtype, *layout[name])
+
+    first: dict[tuple, str] = {}
+    aliases = {}
+    for name, entry in entries.items():
+        key = (entry["path_name"], layout[name])
+        if first.setdefault(key, name) != name:
+            aliases[name] = first[key]
+    return Checkpoint(path, "torch.export", info, read, aliases=aliases)
+
+
+_TABLE_TYPES = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": (
+        "Size",
+        "device",
+        *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype)),
+    ),
+    "collections": ("OrderedDict", "defaultdict"),
+    "builtins": ("set", "dict", "list", "tuple"),
+}
+
+
+class _TableUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("pathlib"):
+            return pathlib.PurePosixPath  # written for bookkeeping only
+        if name not in _TABLE_TYPES.get(module, ()):
+            raise CheckpointError(
+                f"its table asks for {module}.{name}, which is no part of such a table; do not use it"
+            )
+        return getattr(import_module(module), name)
+
+
+def open_distributed(folder: Path) -> Checkpoint:
+    """A `torch.distributed.checkpoint` folder, written by any number of processes; read by torch's own loader."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+    table = folder / ".metadata"
+    try:
+        metadata = _TableUnpickler(io.BytesIO(table.read_bytes())).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{table}: {error}") from None
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{table} is no table of a torch.distributed.checkpoint folder; copy or save it again")
+    metadata.storage_meta = metadata.storage_meta or StorageMeta()
+    places: dict[str, Any] = {}
+    for index, place in metadata.storage_data.items():
+        file = inside(folder, place.relative_path, table)
+        if not file.is_file() or file.stat().st_size < place.offset + place.length:
+            raise CheckpointError(f"{file} is missing or truncated; it holds {index.fqn!r}: copy or save it again")
+        places.setdefault(index.fqn, place)
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            return metadata  # torch's own would unpickle it unrestricted
+
+    def read(key: str) -> torch.Tensor:
+        entry: Any = metadata.state_dict_metadata[key]
+        tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "torch.distributed is uninitialized, assuming a single process": it is
+            load(tensors, storage_reader=Reader(folder), no_dist=True)
+        return tensors[key]
+
+    tree: dict[str, Any] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        where = (metadata.planner_data or {}).get(key, (key,)) if isinstance(metadata.planner_data, Mapping) else (key,)
+        node = tree
+        for part in where[:-1]:
+            node = node.setdefault(str(part), {})
+        if isinstance(entry, TensorStorageMetadata):
+            covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+            if covered < math.prod(entry.size):
+                raise CheckpointError(f"{table}: the pieces of {key!r} do not cover it; save the checkpoint again")
+            node[str(where[-1])] = Leaf(
+                TensorInfo(tuple(entry.size), entry.properties.dtype, places[key].relative_path), key
+            )
+        else:
+            place = places[key]
+            with (folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                node[str(where[-1])] = load_plain(io.BytesIO(file.read(place.length)), folder / place.relative_path)
+    return nested_checkpoint(folder, "torch.distributed.checkpoint", tree, "", read)

@@ -1,0 +1,241 @@
+"""Files that `torch.save` wrote: state dicts, training checkpoints, and, on demand, whole pickled modules."""
+
+import argparse
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import types
+import weakref
+import zipfile
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo, unreadable
+
+HOW_TO_SAVE = (
+    "A pickled module loads only where its code lies as it did when it was saved; where it still does, save it as "
+    "torch.save(model.state_dict(), path) or model.save_pretrained(folder)"
+)
+# What training scripts put beside the weights: plain data, nothing that runs code when it is unpickled.
+_NUMPY: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]]
+PLAIN_TYPES: list[Any] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefdgSU"),
+    *((f, f"numpy.{core}.multiarray.{f.__name__}") for f in _NUMPY for core in ("core", "_core")),
+]
+# Names under which training checkpoints keep what is not a model.
+_BESIDE = re.compile(r"optim|sched|rng|random_state|scaler|callback|loops?$", re.IGNORECASE)
+
+
+class Parts(NamedTuple):
+    """A nested object taken apart: section → name → tensor, and what stands beside the models."""
+
+    models: dict[str, dict[str, Any]]
+    extras: dict[str, Any]
+
+
+class Leaf(NamedTuple):
+    """A tensor that has not been read, standing where it will in a nested object."""
+
+    info: TensorInfo
+    key: str
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, Leaf))
+
+
+def _entries(node: Any) -> list[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        return [(str(key), value) for key, value in node.items()]
+    if isinstance(node, (list, tuple)) and not _is_tensor(node):
+        return [(str(i), value) for i, value in enumerate(node)]
+    return []
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in _entries(node):
+        name = f"{path}.{key}" if path else key
+        if _entries(value):
+            yield from _leaves(value, name)
+        else:
+            yield name, value
+
+
+def _is_beside(key: str, value: Any) -> bool:
+    if isinstance(value, torch.Tensor) and value.dim() == 0:
+        return True  # a loss, a step
+    return bool(_BESIDE.search(key)) or (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys())
+
+
+def take_apart(node: Any, path: str = "") -> Parts:
+    """Find the models in a nested object: a bare state dict, or any training checkpoint around one or more.
+
+    A dict of tensors is a model. A dict with several dicts of tensors is several models, unless their names have no
+    dots and they nest deeper: that is one model, kept as a tree.
+    """
+    if _is_tensor(node):
+        return Parts({path: {"tensor": node}}, {})
+    entries = _entries(node)
+    inner = {k: v for k, v in entries if not _is_tensor(v) and any(_is_tensor(leaf) for _, leaf in _leaves(v))}
+    models = {k: v for k, v in inner.items() if not _is_beside(k, v)}
+    tensors = {k: v for k, v in entries if _is_tensor(v) and not (inner and _is_beside(k, v))}
+    name = partial("{}.{}".format, path) if path else str
+    extras = {name(k): v for k, v in entries if k not in models and k not in tensors}
+    if tensors and not models:
+        return Parts({path: tensors}, extras)
+    if not tensors:
+        parts = [take_apart(value, name(key)) for key, value in models.items()]
+        found = {section: model for part in parts for section, model in part.models.items()}
+        flat = all(len(list(_leaves(value))) == len(_entries(value)) for value in models.values())
+        if len(parts) == 1 or flat or any("." in key for model in found.values() for key in model):
+            return Parts(found, {k: v for part in parts for k, v in part.extras.items()} | extras)
+    tree = dict(_leaves(models)) | tensors
+    others = {name(key): value for key, value in tree.items() if not _is_tensor(value)}
+    return Parts({path: {key: value for key, value in tree.items() if _is_tensor(value)}}, others | extras)
+
+
+def _flat(parts: Parts) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The tensors under the names that the mapping gives them, and the sections."""
+    several = len(parts.models) > 1
+    tensors = {f"{s}.{k}" if several and s else k: t for s, model in parts.models.items() for k, t in model.items()}
+    return tensors, {section: list(model) for section, model in parts.models.items()}
+
+
+def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any = None) -> Checkpoint:
+    """A `Checkpoint` over a nested object; `read` gets the key of a `Leaf`."""
+    parts = take_apart(node)
+    if not parts.models:  # such as an optimizer's own file
+        leaves = {name: value for name, value in _leaves(node) if _is_tensor(value)}
+        parts = Parts({"": leaves} if leaves else {}, {k: v for k, v in _entries(node) if not _is_tensor(v)})
+    if not parts.models:
+        raise CheckpointError(f"{path} holds no tensors, only {type(node).__name__}: it is no checkpoint of weights")
+    tensors, sections = _flat(parts)
+    info: dict[str, TensorInfo] = {}
+    first: dict[tuple, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Leaf):
+            info[name] = tensor.info
+            continue
+        info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, file)
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta:
+            view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if first.setdefault(view, name) != name:
+                aliases[name] = first[view]
+
+    def get(name: str) -> torch.Tensor:
+        tensor = tensors[name]
+        if isinstance(tensor, Leaf):
+            return read(tensor.key)
+        if tensor.is_meta:
+            raise CheckpointError(f"{path}: tensor {name!r} was saved from the meta device and has no data")
+        return tensor.detach()
+
+    return Checkpoint(path, format, info, get, sections=sections, extras=parts.extras, aliases=aliases)
+
+
+def open_torch_file(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """A file made by `torch.save`, opened with `weights_only=True`; tensors of today's zip files stay on disk.
+
+    Args:
+        allow_pickle: run whatever code the file asks for, in another process, if it is not plain data.
+
+    Raises:
+        CheckpointError: the file is damaged, or needs more than plain data and `allow_pickle` is false.
+    """
+    if not zipfile.is_zipfile(path):
+        return _open_legacy(path, allow_pickle)
+    try:
+        node = load_plain(path)
+    except _NotPlain:
+        if not allow_pickle:
+            raise
+        return _unpickle_elsewhere(path)
+    return nested_checkpoint(path, "PyTorch (torch.save)", node, path.name)
+
+
+class _NotPlain(CheckpointError):
+    """A pickle that asks for more than plain data."""
+
+
+def load_plain(file: Any, path: Path | None = None) -> Any:
+    """`torch.load` with `weights_only=True`, on the CPU, memory-mapped if it can be; `path` names a stream."""
+    where = path or file
+    try:
+        with torch.serialization.safe_globals(PLAIN_TYPES):
+            mmap = isinstance(file, Path) and zipfile.is_zipfile(file)
+            return torch.load(str(file) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        needs = re.search(r"GLOBAL ([\w.]+)|Can only \w+[^,]*, .*?but got <class '([\w.]+)'>", str(error))
+        if not needs:
+            reason = str(error).split("WeightsUnpickler error:")[-1].strip()
+            raise unreadable(where, "the file", RuntimeError(reason)) from error
+        wanted = [needs[1] or needs[2]]
+        try:
+            with torch.serialization.safe_globals(PLAIN_TYPES):
+                wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)) or wanted
+        except Exception:
+            pass  # the older file format: the first one is known
+        shown = ", ".join(wanted[:8]) + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else "")
+        raise _NotPlain(
+            f"{where} is a pickle that asks for {shown}, which is more than plain tensors and would run code; it was "
+            f"not opened. {HOW_TO_SAVE}. If you trust the file, --allow-pickle (allow_pickle=True) runs its code in "
+            f"another process, with your rights, and takes out the tensors."
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _legacy_node(path: Path, modified: int, size: int) -> Any:
+    return load_plain(path)
+
+
+def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
+    """The format before torch 1.6 has no table of its tensors and is read whole, and again when it was let go of.
+
+    At most one such file stays in memory, so a sharded checkpoint of them costs one shard.
+    """
+    stat = path.stat()
+    load = partial(_legacy_node, path, stat.st_mtime_ns, stat.st_size)
+    try:
+        whole = nested_checkpoint(path, "PyTorch (torch.save before 1.6)", load(), path.name)
+    except _NotPlain:
+        if not allow_pickle:
+            raise
+        return _unpickle_elsewhere(path)
+
+    def read(name: str) -> torch.Tensor:
+        return _flat(take_apart(load()))[0][name].detach()
+
+    checkpoint = Checkpoint(
+        path, whole.format, whole.info, read, sections=whole.sections, extras=whole.extras, aliases=whole.aliases
+    )
+    weakref.finalize(checkpoint, _legacy_node.cache_clear)
+    return checkpoint
+
+
+def _unpickle_elsewhere(path: Path) -> Checkpoint:
+    script = Path(__file__).with_name("unpickle_script.py")
+    folder = tempfile.TemporaryDirectory(prefix="mymodels-unpickled-")
+    plain = Path(folder.name) / "plain.pt"
+    run = subprocess.run([sys.executable, script, path, plain], capture_output=True, text=True)
+    if run.returncode:
+        reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
+        raise CheckpointError(f"{path}: unpickling it failed ({reason.strip()[:300]}). {HOW_TO_SAVE}.")
+    checkpoint = nested_checkpoint(path, "PyTorch (pickled objects)", load_plain(plain), path.name)
+    weakref.finalize(checkpoint, folder.cleanup)
+    return checkpoint

@@ -1,0 +1,33 @@
+"""Run as a script, in a process of its own: unpickle a file with all the code it asks for, and save its plain data.
+
+`python unpickle_script.py SOURCE DESTINATION`. A module becomes its state dict; what is neither a tensor nor plain
+data becomes the text that stands for it.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+
+def plain(value):
+    """`value` with nothing in it that `torch.load(weights_only=True)` refuses."""
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, (str, int)) else repr(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+if __name__ == "__main__":
+    source, destination = sys.argv[1:]
+    sys.path[0] = os.getcwd()  # the code that the pickle names is the user's, not that beside this script
+    torch.save(plain(torch.load(source, map_location="cpu", weights_only=False)), destination)

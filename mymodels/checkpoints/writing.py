@@ -1,0 +1,167 @@
+"""Write checkpoints: sharded safetensors with an index (or `.bin`, `.pt`), crash-safe, a shard at a time."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo
+from .integrity import is_weight_file, write_manifest
+from .replacing import replace_file, replace_folder
+
+_PATTERNS = {"safetensors": "model{suffix}.safetensors", "bin": "pytorch_model{suffix}.bin"}
+
+
+def save_checkpoint(
+    model: torch.nn.Module | Mapping[str, torch.Tensor],
+    save_directory: str | os.PathLike,
+    *,
+    max_shard_size: int | str = "2GB",
+    dtype: torch.dtype | None = None,
+    format: str = "safetensors",
+) -> Path:
+    """Save a model or a state dict as a checkpoint folder; an interruption at any byte leaves the old or the new one.
+
+    Other files in the folder (config, tokenizer, code) stay; weights in it, of any format, are replaced. A
+    `manifest.json` with the size and SHA-256 of every file is written last. At most one shard is in memory beside
+    what `model` already holds there: an `open_checkpoint` mapping is read as it is written.
+
+    Args:
+        model: a model, a state dict, or a `Checkpoint`. Of a `PreTrainedModel`, config and code are saved too, by its
+            own `save_pretrained`. Tied tensors are stored once.
+        save_directory: created with its parents if need be.
+        max_shard_size: bytes, or text such as `"500MB"`.
+        dtype: what floating-point tensors are converted to; None keeps each byte.
+        format: `"safetensors"` or `"bin"`.
+
+    Returns:
+        `save_directory` as a `Path`.
+
+    Raises:
+        CheckpointError: a tensor cannot be stored in this format.
+        OSError: the disk is full or the folder read-only; it is as it was.
+    """
+    with replace_folder(save_directory, keep=lambda name: not is_weight_file(name), finish=write_manifest) as folder:
+        if isinstance(model, PreTrainedModel):
+            if dtype is not None or format != "safetensors":
+                raise CheckpointError("a PreTrainedModel is saved as it is: cast it first, model.to(dtype)")
+            save_model_files(model, folder, max_shard_size)
+        else:
+            state_dict = model.state_dict() if isinstance(model, torch.nn.Module) else model
+            write_shards(state_dict, folder, max_shard_size=max_shard_size, dtype=dtype, format=format)
+    return Path(save_directory)
+
+
+def save_model_files(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+    """`save_pretrained`, with the tensors in an order that does not depend on how the model was made."""
+    model.save_pretrained(folder, state_dict=dict(sorted(model.state_dict().items())), max_shard_size=max_shard_size)
+
+
+def write_shards(
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    max_shard_size: int | str = "2GB",
+    dtype: torch.dtype | None = None,
+    format: str = "safetensors",
+) -> None:
+    """Write `tensors` as one file or as shards with an index into the existing `folder`; see `save_checkpoint`."""
+    info, aliases = describe(tensors)
+    sizes = {name: _stored(info[name], dtype).nbytes for name in info if name not in aliases}
+    if not sizes:
+        raise CheckpointError("there are no tensors to save")
+    split = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern=_PATTERNS[format], max_shard_size=max_shard_size
+    )
+    weight_map = dict(split.tensor_to_filename)
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing", disable=None) as progress:
+        for file, names in split.filename_to_tensors.items():
+            shard = {name: storable(name, tensors[name], dtype, format) for name in names}
+            tied = {alias: name for alias, name in aliases.items() if name in shard}
+            if format == "safetensors":
+                save_file(shard, folder / file, metadata={"format": "pt", **tied})
+            else:
+                weight_map |= dict.fromkeys(tied, file)
+                torch_save(shard | {alias: shard[name] for alias, name in tied.items()}, folder / file)
+            progress.update(sum(sizes[name] for name in names))
+            del shard
+    if split.is_sharded:
+        total = {"total_parameters": sum(info[name].numel for name in sizes), "total_size": sum(sizes.values())}
+        index = {"metadata": total, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        suffixed = _PATTERNS[format].format(suffix="") + ".index.json"
+        (folder / suffixed).write_text(text, encoding="utf-8")
+
+
+def describe(tensors: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """What is known of each tensor, and the tied ones: name → the name it is stored under."""
+    if isinstance(tensors, Checkpoint):
+        return tensors.info, tensors.aliases
+    info, aliases = {}, {}
+    first: dict[tuple, str] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{name!r} is a {type(tensor).__name__}, not a tensor: take it out of the state dict")
+        info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, "")
+        if tensor.is_meta:
+            raise CheckpointError(f"tensor {name!r} is on the meta device and has no data: load the weights first")
+        if tensor.layout == torch.strided and tensor.numel():
+            view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if first.setdefault(view, name) != name:
+                aliases[name] = first[view]
+    return info, aliases
+
+
+def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    return info._replace(dtype=dtype) if dtype is not None and info.dtype.is_floating_point else info
+
+
+def storable(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, format: str) -> torch.Tensor:
+    """The tensor as it goes into a file: on the CPU, contiguous, alone in its storage."""
+    if format == "safetensors" and (tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES):
+        kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        raise CheckpointError(f"tensor {name!r} is {kind}, which safetensors cannot hold: convert it, or save as pt")
+    tensor = tensor.detach().to("cpu", dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return tensor
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if alone else tensor.clone()
+
+
+def torch_save(value: Any, path: Path) -> None:
+    """`torch.save` that reports a full disk as the operating system does."""
+    with path.open("wb") as file:
+        failed: list[OSError] = []
+
+        class Writer:
+            def write(self, data: Any) -> int:
+                try:
+                    return file.write(data)
+                except OSError as error:  # torch would lose it
+                    failed.append(error)
+                    raise
+
+            def flush(self) -> None:
+                file.flush()
+
+        try:
+            torch.save(value, Writer())  # type: ignore[arg-type]
+        except RuntimeError:
+            if failed:
+                raise failed[0] from None
+            raise
+
+
+def save_torch_file(value: Any, path: str | os.PathLike) -> Path:
+    """`torch.save(value, path)`, crash-safe: `path` holds the old or the new file, whole, at every moment."""
+    with replace_file(path) as staged:
+        torch_save(value, staged)
+    return Path(path)
