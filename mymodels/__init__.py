@@ -22,6 +22,7 @@ from .models.modeling_mybert import (
 from .models.modeling_mygpt2 import MyGPT2ForCausalLM, MyGPT2ForSequenceClassification, MyGPT2Model
 
 if TYPE_CHECKING:
+    from .checkpoints import load_checkpoint_and_dispatch, load_state_dict, open_checkpoint, save_checkpoint
     from .hub import build_repo, load_in_clean_process
     from .training.loop import train
     from .training.sample_text import load_sample_text
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "load_checkpoint_and_dispatch": ".checkpoints",
+    "load_state_dict": ".checkpoints",
+    "open_checkpoint": ".checkpoints",
+    "save_checkpoint": ".checkpoints",
     "build_repo": ".hub",
     "load_in_clean_process": ".hub",
     "load_sample_text": ".training.sample_text",
@@ -47,8 +52,12 @@ __all__ = [
     "MyGPT2ForSequenceClassification",
     "MyGPT2Model",
     "build_repo",
+    "load_checkpoint_and_dispatch",
     "load_in_clean_process",
     "load_sample_text",
+    "load_state_dict",
+    "open_checkpoint",
+    "save_checkpoint",
     "train",
 ]
 

@@ -1,6 +1,7 @@
 """Other ecosystems' files, each opened by that ecosystem's own library: NumPy, ONNX, TensorFlow, GGUF."""
 
 import math
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def _library(module: str, extra: str, path: Path, what: str) -> Any:
 def _torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype that NumPy or ml_dtypes calls `name`, if there is one."""
     dtype = getattr(torch, {"bool_": "bool"}.get(name, name), None)
-    return dtype if isinstance(dtype, torch.dtype) else None
+    return dtype if isinstance(dtype, torch.dtype) and not re.fullmatch(r"u?int[1-7]", name) else None
 
 
 def _to_torch(array: np.ndarray) -> torch.Tensor:

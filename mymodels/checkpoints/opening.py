@@ -134,7 +134,7 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     if files[0].name == ".metadata":
         return _guarded(open_distributed, folder, "the folder")
     if files[0].name == "saved_model.pb":
-        return open_tensorflow(folder / "variables" / "variables")
+        return _guarded(open_tensorflow, folder / "variables" / "variables", "the checkpoint")
     return open_file(files[0], allow_pickle)
 
 
@@ -148,7 +148,7 @@ def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
     if kind == "PyTorch":
         return _guarded(partial(open_torch_file, allow_pickle=allow_pickle), path, "the file")
     if kind == "TensorFlow index":
-        return _guarded(open_tensorflow, path.with_suffix(""), "the checkpoint")
+        return _guarded(open_tensorflow, _tf_prefix(path), "the checkpoint")
     if kind in _OPENERS:
         return _guarded(_OPENERS[kind], path, "the file")
     raise CheckpointError(f"{path} is {kind}")
@@ -173,6 +173,10 @@ def _guarded(opener: Callable[[Path], Checkpoint], path: Path, what: str) -> Che
         raise unreadable(path, what, error) from error
 
 
+def _tf_prefix(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix == ".index" else path  # TensorFlow 1 also wrote a single file
+
+
 def _index_format(path: Path) -> str:
     first = next(iter((read_json(path).get("weight_map") or {"": ""}).values()))
     return "sharded safetensors" if str(first).endswith(".safetensors") else "sharded PyTorch"
@@ -187,6 +191,8 @@ def kind_of(path: Path) -> str:
         tail = file.read()
     if not size:
         return "an empty file: copy or download it again"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return "safetensors"
     if head.startswith(b"GGUF"):
         return "GGUF"
     if head.startswith(b"PK"):

@@ -53,6 +53,9 @@ _STORAGE_DTYPES = {
     "ShortStorage": torch.int16,
     "IntStorage": torch.int32,
     "LongStorage": torch.int64,
+    "UInt16Storage": torch.uint16,
+    "UInt32Storage": torch.uint32,
+    "UInt64Storage": torch.uint64,
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
     "FloatStorage": torch.float32,
@@ -60,6 +63,7 @@ _STORAGE_DTYPES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }
+_STORAGE_DTYPES |= {f"F{name[1:]}Storage": getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
 
 class _TorchScriptUnpickler(pickle.Unpickler):
@@ -158,12 +162,13 @@ def open_torchscript(path: Path) -> Checkpoint:
     return Checkpoint(path, "TorchScript", info, read, aliases=aliases)
 
 
-# The numbers of torch.export's schema (ScalarType) for the dtypes that weights have
-_EXPORT_DTYPES = dict(
-    enumerate(
-        ["uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32", "complex64"], 1
-    )
-) | {12: "bool", 13: "bfloat16", 28: "uint16", 29: "float8_e4m3fn", 30: "float8_e5m2"}
+# torch.export's numbers (its schema's ScalarType) for the dtypes that weights have
+_EXPORT_DTYPES = (
+    {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 28: "uint16", 34: "uint32", 35: "uint64"}
+    | {6: "float16", 7: "float32", 8: "float64", 12: "bool", 13: "bfloat16"}
+    | {9: "complex32", 10: "complex64", 11: "complex128"}
+    | {29: "float8_e4m3fn", 30: "float8_e5m2", 31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz", 33: "float8_e8m0fnu"}
+)
 
 
 def open_exported(path: Path) -> Checkpoint:

@@ -9,6 +9,7 @@ import tempfile
 import types
 import weakref
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -96,11 +97,14 @@ def take_apart(node: Any, path: str = "") -> Parts:
     extras = {name(k): v for k, v in entries if k not in models and k not in tensors}
     if tensors and not models:
         return Parts({path: tensors}, extras)
-    if not tensors:
-        parts = [take_apart(value, name(key)) for key, value in models.items()]
-        found = {section: model for part in parts for section, model in part.models.items()}
+    parts = [take_apart(value, name(key)) for key, value in models.items()]
+    found = {section: model for part in parts for section, model in part.models.items()}
+    dotted = any("." in key for model in found.values() for key in model)
+    if dotted and tensors:  # a tensor beside state dicts
+        extras |= {name(key): value for key, value in tensors.items()}
+    if dotted or not tensors:
         flat = all(len(list(_leaves(value))) == len(_entries(value)) for value in models.values())
-        if len(parts) == 1 or flat or any("." in key for model in found.values() for key in model):
+        if len(parts) == 1 or flat or dotted:
             return Parts(found, {k: v for part in parts for k, v in part.extras.items()} | extras)
     tree = dict(_leaves(models)) | tensors
     others = {name(key): value for key, value in tree.items() if not _is_tensor(value)}
@@ -123,6 +127,11 @@ def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any =
     if not parts.models:
         raise CheckpointError(f"{path} holds no tensors, only {type(node).__name__}: it is no checkpoint of weights")
     tensors, sections = _flat(parts)
+    names = Counter(name for name, value in _leaves(node) if _is_tensor(value))
+    if names and names.most_common(1)[0][1] > 1:
+        raise CheckpointError(
+            f"{path} has two tensors at {names.most_common(1)[0][0]!r}, their keys joined: rename one"
+        )
     info: dict[str, TensorInfo] = {}
     first: dict[tuple, str] = {}
     aliases: dict[str, str] = {}
@@ -176,8 +185,13 @@ def load_plain(file: Any, path: Path | None = None) -> Any:
     where = path or file
     try:
         with torch.serialization.safe_globals(PLAIN_TYPES):
-            mmap = isinstance(file, Path) and zipfile.is_zipfile(file)
-            return torch.load(str(file) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+            if not isinstance(file, Path):
+                return torch.load(file, map_location="cpu", weights_only=True)
+            # a path lets torch map the file into memory, but one named .safetensors it would read as such
+            if file.suffix != ".safetensors" and zipfile.is_zipfile(file):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            with file.open("rb") as stream:
+                return torch.load(stream, map_location="cpu", weights_only=True)
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
