@@ -18,12 +18,13 @@ _MADE_WITH = ("mymodels", "torch", "transformers", "safetensors")
 
 
 def _files(folder: Path) -> list[str]:
-    """Every file of a folder but the manifest and hidden ones, as `/`-separated names."""
-    names = []
-    for parent, folders, files in os.walk(folder):
+    """Every file of a folder but the manifest, links and hidden ones, as `/`-separated names."""
+    names: list[Path] = []
+    for parent, folders, found in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(parent, name).relative_to(folder).as_posix() for name in files if not name.startswith(".")]
-    return sorted(name for name in names if name != MANIFEST)
+        names += [Path(parent, name) for name in found if not name.startswith(".")]
+    files = (path.relative_to(folder).as_posix() for path in names if not path.is_symlink())
+    return sorted(name for name in files if name != MANIFEST)
 
 
 def sha256(path: Path, progress: tqdm | None = None) -> str:
@@ -138,12 +139,12 @@ def _check_index(index: Path) -> list[Problem]:
     stored = {name: shard for name, shard in homes.items() if name not in shard.aliases}
     actual = sum(shard.info[name].nbytes for name, shard in stored.items())
     if total is not None and total != actual and not problems:
-        message = f"{index}: total_size is {total}, but the tensors have {actual:,} bytes; make the index again"
+        message = f"{index}: total_size is {total!r}, but the tensors have {actual:,} bytes; make the index again"
         problems.append(Problem(index.name, message))
-    named = set(data["weight_map"].values())
-    stem = index.name.split(".")[0]
-    for file in sorted(index.parent.glob(f"{stem}*{Path(next(iter(named))).suffix}")):
-        if file.name not in named:
+    named = {file for file in data["weight_map"].values() if isinstance(file, str)}
+    stem, suffix = index.name.split(".")[0], Path(index.name.removesuffix(".index.json")).suffix
+    for file in sorted(index.parent.iterdir()):
+        if file.name.startswith(stem) and file.suffix == suffix and file.name not in named:
             message = f"{file} is not named by {index.name}, and tools may still read it: remove it, or {ADVICE}"
             problems.append(Problem(file.name, message))
     return problems
@@ -155,8 +156,11 @@ def _check_data(checkpoint: Checkpoint) -> list[Problem]:
     for name in sorted({info.file for info in checkpoint.info.values()}):
         file = root / name
         if file.is_file() and zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    damaged = archive.testzip()
+            except Exception as error:  # zipfile raises what it comes across
+                damaged = str(error) or type(error).__name__
             if damaged:
                 problems.append(Problem(name, f"{file}: its part {damaged} has a wrong checksum; {ADVICE}"))
     for name in tqdm(checkpoint, desc="reading", unit="tensor", disable=None):

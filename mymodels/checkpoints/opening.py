@@ -75,7 +75,8 @@ def open_checkpoint(
         >>> weight = checkpoint["wte.weight"]
     """
     where = locate(path, revision=revision, token=token)
-    checkpoint = _open_folder(where, allow_pickle) if where.is_dir() else open_file(where, allow_pickle)
+    opener = partial(_open_folder if where.is_dir() else open_file, where, allow_pickle)
+    checkpoint = _open_whole(where, opener) if where.is_dir() else opener()
     return checkpoint if section is None else checkpoint.section(section)
 
 
@@ -105,6 +106,29 @@ def locate(path: str | os.PathLike, *, revision: str | None = None, token: str |
         raise FileNotFoundError(
             f"there is no file or folder {path}, and no Hub repo could be fetched: {reason}"
         ) from error
+
+
+def _open_whole(folder: Path, opener: Callable[[], Checkpoint]) -> Checkpoint:
+    """Open a folder file by file, and again if a writer has replaced it meanwhile, lest two saves are mixed."""
+    for _ in range(100):
+        before = _identity(folder)
+        try:
+            checkpoint = opener()
+        except (CheckpointError, OSError):
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            return checkpoint
+    raise CheckpointError(f"{folder} is being written again and again: open it when its writer has finished")
+
+
+def _identity(folder: Path) -> tuple[int, ...]:
+    try:
+        stat = folder.stat()
+    except FileNotFoundError:
+        return ()
+    return stat.st_dev, stat.st_ino, stat.st_ctime_ns
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -140,11 +164,14 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
 
 def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint that the file `path` is, or is the index of."""
-    if not path.exists():  # a TensorFlow prefix, by its index
+    if not path.exists():
+        if not path.with_name(path.name + ".index").is_file():
+            raise FileNotFoundError(f"{path} is gone")
         return _guarded(open_tensorflow, path, "the checkpoint")
     kind = kind_of(path)
     if kind == "index":
-        return open_index(path, partial(open_file, allow_pickle=allow_pickle), _index_format(path))
+        opener = partial(open_file, allow_pickle=allow_pickle)
+        return _open_whole(path.parent, partial(open_index, path, opener, _index_format(path)))
     if kind == "PyTorch":
         return _guarded(partial(open_torch_file, allow_pickle=allow_pickle), path, "the file")
     if kind == "TensorFlow index":
@@ -178,8 +205,9 @@ def _tf_prefix(path: Path) -> Path:
 
 
 def _index_format(path: Path) -> str:
-    first = next(iter((read_json(path).get("weight_map") or {"": ""}).values()))
-    return "sharded safetensors" if str(first).endswith(".safetensors") else "sharded PyTorch"
+    weight_map = read_json(path).get("weight_map")
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    return "sharded safetensors" if all(str(file).endswith(".safetensors") for file in files) else "sharded PyTorch"
 
 
 def kind_of(path: Path) -> str:
@@ -223,8 +251,11 @@ def kind_of(path: Path) -> str:
 def _kind_of_zip(path: Path) -> str:
     if not zipfile.is_zipfile(path):
         return "a zip archive without its end: truncated, copy or download it again"
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # zipfile raises what it comes across
+        return "a zip archive with a damaged table of contents: copy or download it again"
     inner = {name.split("/", 1)[-1] for name in names}
     if names and all(name.endswith(".npy") for name in names):
         return "NumPy"
@@ -259,7 +290,7 @@ def _looks_like_onnx(path: Path, size: int) -> bool:
                     return True
                 length = varint()
                 if wire == 2:
-                    file.seek(length, 1)
+                    file.seek(min(length, size), 1)
         except EOFError:
             pass
     return False

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,10 +67,11 @@ def replace_folder(
         new = staging / _NEW
         with _said(f"{target} was not written, what stood there is unchanged"):
             new.mkdir()
-            if target.exists():
+            existed = target.exists()
+            if existed:
                 shutil.copymode(target, new)
             yield new
-            if keep and target.exists():
+            if keep and existed:
                 _take_over(target, new, keep)
             if finish:
                 finish(new)
@@ -78,7 +80,7 @@ def replace_folder(
             _sync(target.parent)
     finally:
         if not (staging / _OLD).exists() or target.exists():
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
         lock.release()
 
 
@@ -100,25 +102,24 @@ def replace_file(target: str | os.PathLike) -> Iterator[Path]:
     try:
         with _said(f"{target} was not written, what stood there is unchanged"):
             yield staging / _NEW
+            if target.exists():
+                shutil.copymode(target, staging / _NEW)
             _sync(staging / _NEW)
             os.replace(staging / _NEW, target)
             _sync(target.parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
         lock.release()
 
 
 def repair(target: Path) -> None:
     """Clear away what killed writers of `target` left, and put back what one of them had set aside."""
-    for staging in target.parent.glob(f".{_escaped(target.name)}.saving-*"):
+    ours = re.compile(re.escape(f".{target.name}.saving-") + r"\w{8}")  # what `mkdtemp` makes of the prefix
+    for staging in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
         with contextlib.suppress(Timeout, OSError), FileLock(staging / _LOCK, timeout=0):
             if (staging / _OLD).exists() and not target.exists():
                 (staging / _OLD).rename(target)
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
+            _remove(staging)
 
 
 def _stage(target: Path) -> tuple[Path, FileLock]:
@@ -130,9 +131,21 @@ def _stage(target: Path) -> tuple[Path, FileLock]:
             lock.acquire(timeout=0)
         except (Timeout, FileNotFoundError):
             continue  # another writer's `repair` came between the two steps
+        except OSError:
+            _remove(staging)
+            raise
         if (staging / _LOCK).exists():
             return staging, lock
         lock.release()
+
+
+def _remove(folder: Path) -> None:
+    for parent, folders, _ in os.walk(folder):
+        for name in folders:  # what was taken over may be read-only
+            if not os.path.islink(os.path.join(parent, name)):
+                with contextlib.suppress(OSError):
+                    os.chmod(os.path.join(parent, name), 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -153,20 +166,39 @@ def _said(what: str) -> Iterator[None]:
         ) from error
 
 
-def _take_over(old: Path, new: Path, keep: Callable[[str], bool]) -> None:
-    def link(source: str, destination: str) -> None:
+def _take_over(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
+    """Link what is to be kept of `target` into `new`; once more if another writer replaces `target` meanwhile."""
+    for _ in range(1000):
+        taken: list[Path] = []
         try:
-            os.link(source, destination, follow_symlinks=False)
-        except OSError:  # a file system without hard links
-            shutil.copy2(source, destination, follow_symlinks=False)
+            identity = os.stat(target).st_ino
+            for entry in list(target.iterdir()):
+                if keep(entry.name) and not os.path.lexists(new / entry.name):
+                    taken.append(new / entry.name)
+                    if entry.is_dir() and not entry.is_symlink():
+                        shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+                    else:
+                        _link(str(entry), str(new / entry.name))
+            if os.stat(target).st_ino == identity:
+                return
+        except (FileNotFoundError, shutil.Error) as error:
+            gone = isinstance(error, FileNotFoundError) or all("No such file" in str(item[2]) for item in error.args[0])
+            if not gone:
+                raise OSError(errno.EIO, str(error.args[0][0][2]), str(error.args[0][0][0])) from error
+        for path in taken:
+            _remove(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        repair(target)  # without an exchange, its writer may have been killed between its two steps
+        time.sleep(0.01)
+    raise OSError(errno.EBUSY, f"{target} is replaced again and again by others, so its other files cannot be kept")
 
-    for entry in old.iterdir():
-        if not keep(entry.name) or (new / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=link)
-        else:
-            link(str(entry), str(new / entry.name))
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, destination, follow_symlinks=False)
 
 
 def _sync(path: Path) -> None:
@@ -190,19 +222,25 @@ def _flush(folder: Path) -> None:
 def _swap(new: Path, target: Path, old: Path) -> None:
     """Put `new` in `target`'s place; afterwards what was there lies where `new` was, or at `old`."""
     while True:
-        if target.exists():
-            if _exchange(new, target):
-                return
-            target.rename(old)
+        try:
+            if target.exists():
+                if _exchange(new, target):
+                    return
+                _remove(old)
+                target.rename(old)
+        except FileNotFoundError:
+            continue  # another writer without an exchange is between its two steps
         try:
             new.rename(target)
             return
         except OSError as error:
-            if old.exists():
-                old.rename(target)
+            if error.errno not in (
+                errno.EEXIST,
+                errno.ENOTEMPTY,
+            ):  # else another writer was first: replace what it wrote
+                if old.exists():
+                    old.rename(target)
                 raise
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise  # else another writer was first: exchange with what it wrote
 
 
 def _exchange(a: Path, b: Path) -> bool:

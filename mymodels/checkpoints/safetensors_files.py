@@ -11,6 +11,7 @@ from safetensors import safe_open
 from .checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo, unreadable
 
 MAX_JSON_BYTES = 100_000_000  # the safetensors library's own limit for a header
+MAX_DIMENSIONS = 64  # torch's own limit
 ADVICE = "copy or download it again"
 
 
@@ -89,15 +90,21 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise CheckpointError(f"{path}: tensor {name!r} lacks dtype, shape or data_offsets; {ADVICE}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} has the dtype {dtype!r}, not one of {', '.join(DTYPES)}")
-        if not isinstance(shape, list) or not all(map(_is_size, shape)):
-            raise CheckpointError(f"{path}: tensor {name!r} has the shape {shape!r}, not a list of sizes; {ADVICE}")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has the dtype {_brief(dtype)}, not one of {', '.join(DTYPES)}"
+            )
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has the shape {_brief(shape)}, not a list of sizes; {ADVICE}"
+            )
         if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
-            raise CheckpointError(f"{path}: tensor {name!r} has the offsets {offsets!r}, not [begin, end]; {ADVICE}")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has the offsets {_brief(offsets)}, not [begin, end]; {ADVICE}"
+            )
         info[name] = TensorInfo(tuple(shape), DTYPES[dtype], path.name)
         if offsets[1] - offsets[0] != info[name].nbytes:
             raise CheckpointError(
-                f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} needs {info[name].nbytes:,} bytes, its "
+                f"{path}: tensor {name!r} of shape {_brief(shape)} and dtype {dtype} needs {info[name].nbytes:,} bytes, its "
                 f"offsets {offsets} hold {offsets[1] - offsets[0]:,}; {ADVICE}"
             )
         spans.append((offsets[0], offsets[1], name))
@@ -122,8 +129,16 @@ def open_safetensors(path: Path) -> Checkpoint:
         file = safe_open(path, framework="pt")
     except Exception as error:  # what the library refuses beyond the checks above
         raise unreadable(path, "the file", error) from error
-    aliases = {alias: name for alias, name in metadata.items() if name in info and alias not in info}
+    tied = {
+        alias: name for alias, name in metadata.items() if alias != "format"
+    }  # as `safetensors.torch.save_model` notes it
+    aliases = {alias: name for alias, name in tied.items() if name in info and alias not in info}
     return Checkpoint(path, "safetensors", info, file.get_tensor, aliases=aliases)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
 
 
 def inside(folder: Path, name: Any, where: Path) -> Path:
@@ -132,9 +147,15 @@ def inside(folder: Path, name: Any, where: Path) -> Path:
     Raises:
         CheckpointError: `name` is absolute, or climbs out by `..` or by a link.
     """
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-        raise CheckpointError(f"{where}: {name!r} is no file name; {ADVICE}")
-    root, path = folder.resolve(), (folder / name).resolve()
+    if not isinstance(name, str) or not name or not name.isprintable() or "\\" in name:
+        raise CheckpointError(f"{where}: {_brief(name)} is no file name; {ADVICE}")
+    try:
+        root, path = folder.resolve(), (folder / name).resolve()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, or a link to itself
+        raise CheckpointError(
+            f"{where}: {_brief(name)} cannot be a file name ({type(error).__name__}); {ADVICE}"
+        ) from error
     allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if os.path.isabs(name) or ".." in Path(name).parts or not any(path.is_relative_to(home) for home in allowed):
         raise CheckpointError(f"{where}: {name!r} leads out of the folder; do not use a checkpoint that does this")

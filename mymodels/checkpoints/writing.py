@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def save_checkpoint(
 def save_model_files(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
     """`save_pretrained`, with the tensors in an order that does not depend on how the model was made."""
     model.save_pretrained(folder, state_dict=dict(sorted(model.state_dict().items())), max_shard_size=max_shard_size)
+    for file in folder.glob("*.safetensors"):
+        _readable(file)
+
+
+def _readable(file: Path) -> None:
+    """Give a file the mode that the user's umask asks for; safetensors 0.8 makes it readable by its owner only."""
+    probe = file.with_name(f"{file.name}.mode")
+    probe.touch()
+    shutil.copymode(probe, file)
+    probe.unlink()
 
 
 def write_shards(
@@ -87,6 +98,7 @@ def write_shards(
             tied = {alias: name for alias, name in aliases.items() if name in shard}
             if format == "safetensors":
                 save_file(shard, folder / file, metadata={"format": "pt", **tied})
+                _readable(folder / file)
             else:
                 weight_map |= dict.fromkeys(tied, file)
                 torch_save(shard | {alias: shard[name] for alias, name in tied.items()}, folder / file)
@@ -125,6 +137,8 @@ def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
 
 def storable(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, format: str) -> torch.Tensor:
     """The tensor as it goes into a file: on the CPU, contiguous, alone in its storage."""
+    if format == "safetensors" and name == "__metadata__":
+        raise CheckpointError(f"a tensor cannot be named {name!r} in a safetensors file: rename it")
     if format == "safetensors" and (tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES):
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise CheckpointError(f"tensor {name!r} is {kind}, which safetensors cannot hold: convert it, or save as pt")
