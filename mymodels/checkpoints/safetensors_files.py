@@ -191,7 +191,7 @@ def scan_index(
                 )
             shards[file] = open_file(path)
         except CheckpointError as error:
-            problems.append(Problem(file, str(error)))
+            problems.append(Problem(file or index_path.name, str(error)))
     for file, shard in shards.items():
         for name in shard.info:
             if name in homes and name not in shard.aliases:
