@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 
@@ -16,9 +18,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if run_demo(arguments.out) else 1
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _console() -> Any:
     from rich.console import Console
 
+    return Console() if sys.stdout.isatty() else Console(width=160)  # a file or a pipe has no width of its own
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
     from .checkpoints import open_checkpoint
     from .checkpoints.inspecting import compare_checkpoints, inspect_checkpoint, show_difference, show_inspection
 
@@ -26,28 +32,30 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.diff is None:
         found = inspect_checkpoint(arguments.path, **options)
         print(json.dumps(found, indent=2)) if arguments.json else show_inspection(
-            found, Console(), every_tensor=arguments.all
+            found, _console(), every_tensor=arguments.all
         )
         return 0
     other = open_checkpoint(arguments.diff, allow_pickle=arguments.allow_pickle)
     rows = compare_checkpoints(open_checkpoint(arguments.path, **options), other)
-    print(json.dumps(rows, indent=2)) if arguments.json else show_difference(
-        rows, arguments.path, arguments.diff, Console()
+    print(json.dumps(_without_nan(rows), indent=2)) if arguments.json else show_difference(
+        rows, arguments.path, arguments.diff, _console()
     )
     return int(any(row["status"] != "equal" for row in rows))
 
 
-def _convert(arguments: argparse.Namespace) -> int:
-    import torch
+def _without_nan(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON has no NaN and no infinity: as texts."""
+    return [{k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()} for row in rows]
 
+
+def _convert(arguments: argparse.Namespace) -> int:
     from .checkpoints.converting import convert_checkpoint
 
-    dtype = None if arguments.dtype is None else getattr(torch, _DTYPES.get(arguments.dtype, arguments.dtype))
     source = convert_checkpoint(
         arguments.source,
         arguments.destination,
         max_shard_size=arguments.max_shard_size,
-        dtype=dtype,
+        dtype=_DTYPES.get(arguments.dtype, arguments.dtype),
         format=arguments.format,
         section=arguments.section,
         allow_pickle=arguments.allow_pickle,

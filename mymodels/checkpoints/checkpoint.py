@@ -40,6 +40,20 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written as asked; the message says what, where, and what to do."""
 
 
+def resolve_dtype(dtype: "str | torch.dtype | None") -> torch.dtype | None:
+    """The dtype that a name stands for, as transformers takes it; None for `"auto"`: what the checkpoint has.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto":
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"{dtype!r} is no floating-point dtype: use float32, bfloat16, float16 or auto")
+    return found
+
+
 class TensorInfo(NamedTuple):
     """What is known of a tensor before its data is read."""
 
@@ -63,7 +77,7 @@ class TensorInfo(NamedTuple):
 class Checkpoint(Mapping[str, torch.Tensor]):
     """A lazy mapping of name → tensor over the files of a checkpoint, made by `open_checkpoint`.
 
-    `checkpoint[name]` reads one tensor, on the CPU; `checkpoint.info[name]` tells its shape and dtype without reading.
+    `checkpoint[name]` reads one tensor, on the CPU (clone it before you change it in place); `checkpoint.info[name]` tells its shape and dtype without reading.
 
     Attributes:
         path: the file or folder that was opened.

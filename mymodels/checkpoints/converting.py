@@ -1,5 +1,6 @@
 """Any checkpoint into safetensors, `.bin` or `.pt`."""
 
+import json
 import os
 import re
 import shutil
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .integrity import write_manifest
 from .opening import locate, open_checkpoint
 from .replacing import replace_file, replace_folder
-from .writing import storable, torch_save, write_shards
+from .safetensors_files import inside, read_json
+from .writing import parse_size, storable, torch_save, write_shards
 
 FORMATS = ("safetensors", "bin", "pt")
 # Files of a folder that are weights of some format; the rest (config, tokenizer, code, card) is taken along.
@@ -26,7 +28,7 @@ def convert_checkpoint(
     destination: str | os.PathLike,
     *,
     max_shard_size: int | str = "2GB",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     format: str = "safetensors",
     section: str | None = None,
     allow_pickle: bool = False,
@@ -54,6 +56,7 @@ def convert_checkpoint(
         FileExistsError: `destination` exists.
         OSError: the disk is full, or the place read-only; nothing is left there.
     """
+    dtype, max_shard_size = resolve_dtype(dtype), parse_size(max_shard_size)
     if format not in FORMATS:
         raise CheckpointError(f"the format {format!r} is not written: choose one of {', '.join(FORMATS)}")
     where = locate(source, revision=revision)
@@ -68,7 +71,7 @@ def convert_checkpoint(
     folders = _folder_names(checkpoint)
     with replace_folder(destination, overwrite=False) as folder:
         if where.is_dir():
-            _copy_others(where, folder)
+            _copy_others(where, folder, dtype)
         for name, inner in folders.items():
             (folder / inner).mkdir(parents=True, exist_ok=True)
             part = checkpoint.section(name)
@@ -97,7 +100,16 @@ def _folder_names(checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _copy_others(source: Path, folder: Path) -> None:
-    for file in source.iterdir():
-        if file.is_file() and not _WEIGHTS.search(file.name) and file.stat().st_size < 100_000_000:
-            shutil.copy2(file, folder / file.name)
+def _copy_others(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        skipped = any(_WEIGHTS.search(part) or re.fullmatch(r"checkpoint-\d+", part) for part in name.parts)
+        golden = name.as_posix() == "golden.safetensors" and dtype is None
+        if file.is_file() and (golden or not skipped):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(source, name.as_posix(), source), folder / name)
+    config = folder / "config.json"
+    if dtype is not None and config.is_file():  # transformers 5 loads what it says there
+        content = read_json(config)
+        changed = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in content}
+        config.write_text(json.dumps(content | changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

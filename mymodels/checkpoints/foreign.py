@@ -40,7 +40,7 @@ def _to_torch(array: np.ndarray) -> torch.Tensor:
 def open_npz(path: Path) -> Checkpoint:
     """A NumPy `.npz` archive; arrays of objects are pickles and refused."""
     archive = np.load(path, allow_pickle=False)
-    info = {}
+    info, others = {}, {}
     for name in archive.files:
         with archive.zip.open(name if name in archive.zip.namelist() else f"{name}.npy") as file:
             version = np.lib.format.read_magic(file)
@@ -49,12 +49,13 @@ def open_npz(path: Path) -> Checkpoint:
             )
             shape, _, dtype = read_header(file)
         torch_dtype = _torch_dtype(dtype.name)
-        if torch_dtype is None:
-            raise CheckpointError(
-                f"{path}: array {name!r} has the dtype {dtype}, which no tensor has; leave it out and save the file again"
-            )
+        if torch_dtype is None:  # text, objects
+            others[name] = f"array of {dtype}, shape {tuple(shape)}"
+            continue
         info[name] = TensorInfo(tuple(shape), torch_dtype, path.name)
-    return Checkpoint(path, "NumPy", info, lambda name: _to_torch(archive[name]))
+    if not info:
+        raise CheckpointError(f"{path} holds no arrays of numbers, only {', '.join(others) or 'nothing'}: no weights")
+    return Checkpoint(path, "NumPy", info, lambda name: _to_torch(archive[name]), extras=others)
 
 
 def open_onnx(path: Path) -> Checkpoint:

@@ -122,6 +122,8 @@ def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         inner = ", ".join(f"{key}: {_short(item)}" for key, item in list(value.items())[:6])
         return f"{inner}{', …' if len(value) > 6 else ''}" if value else "empty"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
+        return "; ".join(describe(item) for item in value)
     if isinstance(value, (list, tuple)) and len(value) > 8:
         return f"{type(value).__name__} of {len(value)}"
     return _short(value, 200)
@@ -196,28 +198,29 @@ def compare_checkpoints(a: Checkpoint, b: Checkpoint) -> list[dict[str, Any]]:
     """Every tensor of either, with how it differs; tensors are read one at a time from each side.
 
     Returns:
-        rows with `name`, `status` (`"equal"`, `"different"`, `"shape"`, `"missing"`: only in `a`, `"extra"`: only in
-        `b`), `a` and `b` (shape and dtype), `dtype_differs`, and `max_difference` where both have the same shape.
+        rows with `name`, `status` (`"equal"`, `"dtype"`: equal values, `"different"`, `"shape"`, `"missing"`: only in `a`, `"extra"`: only in
+        `b`), `a` and `b` (shape and dtype), and `max_difference` where both have the same shape.
     """
     rows = []
     for name in tqdm(list(dict.fromkeys([*a, *b])), desc="comparing", unit="tensor", disable=None):
         left, right = a.info.get(name), b.info.get(name)
         row: dict[str, Any] = {"name": name, "max_difference": None}
         row |= {side: f"{i.dtype_name} {list(i.shape)}" if i else None for side, i in (("a", left), ("b", right))}
-        row["dtype_differs"] = bool(left and right and left.dtype != right.dtype)
         if left is None or right is None:
             row["status"] = "extra" if left is None else "missing"
         elif left.shape != right.shape:
             row["status"] = "shape"
         else:
             row["max_difference"] = max_difference(a[name], b[name])
-            row["status"] = "equal" if row["max_difference"] == 0 and not row["dtype_differs"] else "different"
+            same = "dtype" if left.dtype != right.dtype else "equal"
+            row["status"] = same if row["max_difference"] == 0 else "different"
         rows.append(row)
     return rows
 
 
 def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest absolute difference of two tensors of one shape; NaN where only one of them is NaN."""
+    a, b = (tensor.to_dense() if tensor.layout != torch.strided else tensor for tensor in (a, b))
     if a.dtype == b.dtype and torch.equal(a, b):
         return 0.0
     if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in (a, b)):
@@ -254,9 +257,9 @@ def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: 
         _add(table, names, "×".join(map(str, shape)) or "scalar", dtype, files)
     console.print(table)
     for alias, name in data["tied"].items():
-        console.print(Text(f"tied: {alias} is {name}"))
+        console.print(Text(printable(f"tied: {alias} is {name}")))
     for names in data["duplicates"]:
-        console.print(Text(f"stored {len(names)} times with the same bytes: {', '.join(names)}"))
+        console.print(Text(printable(f"stored {len(names)} times with the same bytes: {', '.join(names)}")))
     if "files" in data:
         table = _table("files", ("file", "left"), ("size", "right"), ("what it is for", "left"))
         for name, file in data["files"].items():
@@ -319,7 +322,12 @@ def _table(title: str | None, *columns: tuple[str, Any]) -> Table:
 
 
 def _add(table: Table, *cells: str) -> None:
-    table.add_row(*(Text(cell, style="red" if cell == "missing" else "") for cell in cells))
+    table.add_row(*(Text(printable(cell), style="red" if cell == "missing" else "") for cell in cells))
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which could steer a terminal, written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _share(count: int, total: int) -> str:

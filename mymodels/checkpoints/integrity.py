@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
+import re
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError
 from .opening import open_checkpoint, open_file, weight_files
+from .replacing import replace_file
 from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
 
 MANIFEST = "manifest.json"
@@ -21,7 +24,11 @@ def _files(folder: Path) -> list[str]:
     """Every file of a folder but the manifest, links and hidden ones, as `/`-separated names."""
     names: list[Path] = []
     for parent, folders, found in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not re.match(r"\.|checkpoint-\d+$", name) and not Path(parent, name, MANIFEST).exists()
+        ]
         names += [Path(parent, name) for name in found if not name.startswith(".")]
     files = (path.relative_to(folder).as_posix() for path in names if not path.is_symlink())
     return sorted(name for name in files if name != MANIFEST)
@@ -42,19 +49,31 @@ def _hashing(total: int) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None)
 
 
+_SAVED_MODEL = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+
+
 def is_weight_file(name: str) -> bool:
-    """Whether a file of this name goes when a model is saved into its folder: weights of any format, index, manifest."""
-    stem = name.startswith(("model", "pytorch_model"))
-    return name == MANIFEST or (stem and name.endswith((".safetensors", ".bin", ".index.json")))
+    """Whether a file of this name is replaced when a model is saved into its folder: the weights, index and manifest."""
+    return name == MANIFEST or _SAVED_MODEL.fullmatch(name) is not None
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `manifest.json`: size and SHA-256 of every file of `folder`, and the versions it was made with."""
+    """Write `manifest.json`: size and SHA-256 of every file of `folder`, and the versions it was made with.
+
+    Left out are links, hidden files, and folders of other checkpoints (`checkpoint-500`, or with a manifest of their own).
+
+    Raises:
+        CheckpointError: `folder` is no folder.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder, so it has no manifest: name the folder of the checkpoint")
     sizes = {name: (folder / name).stat().st_size for name in _files(folder)}
     with _hashing(sum(sizes.values())) as progress:
         files = {name: {"sha256": sha256(folder / name, progress), "size": size} for name, size in sizes.items()}
     manifest = {"files": files, "made_with": {package: version(package) for package in _MADE_WITH}}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replace_file(folder / MANIFEST) as file:
+        file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
@@ -90,7 +109,7 @@ def check_checkpoint(path: str | os.PathLike, *, full: bool = False) -> list[Pro
     Raises:
         FileNotFoundError: there is no such file or folder.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     problems = _check_manifest(path, full) if path.is_dir() and (path / MANIFEST).is_file() else []
     checkpoint = None
     try:
@@ -169,12 +188,18 @@ def _check_data(checkpoint: Checkpoint) -> list[Problem]:
         except CheckpointError as error:
             problems.append(Problem(checkpoint.info[name].file, str(error), name))
             continue
-        values = tensor.float() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
-        bad = int((~values.isfinite()).sum()) if values.is_floating_point() or values.is_complex() else 0
-        if bad:
-            message = (
-                f"{root / checkpoint.info[name].file}: tensor {name!r} has {bad:,} NaN or infinite of {tensor.numel():,} "
-                f"values; go back to a checkpoint before the training diverged"
-            )
-            problems.append(Problem(checkpoint.info[name].file, message, name))
+        if tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        finite = values.isfinite()
+        if bool(finite.all()) or (
+            values.is_floating_point() and bool((finite & (values == 0) | values.isneginf()).all())
+        ):
+            continue  # a mask is kept as 0 and -inf
+        nan, infinite = int(values.isnan().sum()), int((~finite & ~values.isnan()).sum())
+        message = (
+            f"{root / checkpoint.info[name].file}: tensor {name!r} has {nan:,} NaN and {infinite:,} infinite of "
+            f"{tensor.numel():,} values; go back to a checkpoint before the training diverged"
+        )
+        problems.append(Problem(checkpoint.info[name].file, message, name))
     return problems

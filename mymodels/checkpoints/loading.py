@@ -9,28 +9,29 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory, offload_weight, save_offload_index, set_module_tensor_to_device
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .opening import open_checkpoint
 
 Device = int | str | torch.device
 
 
 def load_state_dict(
-    path: str | os.PathLike | Checkpoint, *, device: Device = "cpu", dtype: torch.dtype | None = None
+    path: str | os.PathLike | Checkpoint, *, device: Device = "cpu", dtype: str | torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
     """Read a whole checkpoint, saved on whatever device, into a state dict on `device`; tied tensors stay tied.
 
     Args:
         path: what `open_checkpoint` opens, or has opened.
         device: where the tensors go: `"cpu"`, `"cuda"`, `"cuda:1"`, `1`, `"mps"`, `"meta"` (shapes only), …
-        dtype: what floating-point tensors are converted to; None keeps them.
+        dtype: what floating-point tensors are converted to, or its name; None and `"auto"` keep them.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or this machine has no such device.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    place = _available(device, "")
+    place, dtype = _available(device, ""), resolve_dtype(dtype)
     state_dict: dict[str, torch.Tensor] = {}
     stored = [name for name in checkpoint if name not in checkpoint.aliases]
     for name in tqdm(stored, desc="loading", unit="tensor", disable=None):
@@ -50,10 +51,17 @@ def load_checkpoint_and_dispatch(
     max_memory: dict[int | str, int | str] | None = None,
     no_split_module_classes: list[str] | None = None,
     offload_folder: str | os.PathLike | None = None,
-    dtype: torch.dtype | None = None,
+    *,
+    offload_buffers: bool = False,
+    dtype: str | torch.dtype | None = None,
+    skip_keys: str | list[str] | None = None,
+    preload_module_classes: list[str] | None = None,
+    force_hooks: bool = False,
     strict: bool = True,
 ) -> torch.nn.Module:
     """accelerate's function of this name, for every format `open_checkpoint` reads, one tensor at a time.
+
+    Unlike accelerate's it is strict unless told otherwise.
 
     Args:
         model: may be on the meta device (`accelerate.init_empty_weights`), so that it is never in memory twice.
@@ -64,7 +72,8 @@ def load_checkpoint_and_dispatch(
         max_memory: device → bytes or text like `"1GB"`, for the automatic maps.
         no_split_module_classes: names of module classes that stay on one device; default: what the model declares.
         offload_folder: where modules placed on `"disk"` go.
-        dtype: what floating-point tensors are converted to; None keeps the checkpoint's.
+        dtype: what floating-point tensors are converted to, or its name; None and `"auto"` keep the checkpoint's.
+        offload_buffers, skip_keys, preload_module_classes, force_hooks: as for `accelerate.dispatch_model`.
         strict: whether names that are missing or left over are an error.
 
     Returns:
@@ -80,6 +89,9 @@ def load_checkpoint_and_dispatch(
         >>> model = load_checkpoint_and_dispatch(model, "old/model.onnx", device_map="auto")
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    dtype = resolve_dtype(dtype)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
     _compare(model, source, strict)
     places = resolve_device_map(model, device_map, max_memory, no_split_module_classes, dtype)
     if "disk" in places.values() and offload_folder is None:
@@ -108,8 +120,19 @@ def load_checkpoint_and_dispatch(
                 setattr(model.get_submodule(module), attribute, attrgetter(homes[place])(model))
     if offloaded:
         save_offload_index(offloaded, str(offload_folder))
-    if len(set(places.values())) > 1 or "disk" in places.values():
-        return dispatch_model(model, places, offload_dir=offload_folder, force_hooks=True)
+    if force_hooks or len(set(places.values())) > 1 or "disk" in places.values():
+        return dispatch_model(
+            model,
+            places,
+            offload_dir=offload_folder,
+            offload_buffers=offload_buffers,
+            skip_keys=skip_keys or getattr(model, "_skip_keys_device_placement", None),
+            preload_module_classes=preload_module_classes,
+            force_hooks=True,
+        )
+    for name, buffer in model.named_buffers():
+        if name not in source and not buffer.is_meta:  # not saved, such as position ids
+            set_module_tensor_to_device(model, name, placed[name], value=buffer)
     return model
 
 

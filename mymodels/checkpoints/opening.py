@@ -9,13 +9,18 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, CheckpointError, unreadable
 from .foreign import open_gguf, open_npz, open_onnx, open_tensorflow
+from .replacing import repair
 from .safetensors_files import open_index, open_safetensors, read_json
 from .torch_archives import open_distributed, open_exported, open_torchscript
 from .torch_files import open_torch_file
 
 _TF_INDEX_MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a TensorFlow index file
 _LEGACY_TORCH = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", re.DOTALL)
-_WEIGHTS = (  # in a folder, the first that is there is the checkpoint, as for transformers
+_WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first what transformers takes, in its order
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "model*.safetensors.index.json",
     "model*.safetensors",
     "*.safetensors.index.json",
@@ -35,8 +40,7 @@ _WEIGHTS = (  # in a folder, the first that is there is the checkpoint, as for t
     "*.onnx",
     "*.npz",
 )
-_EXACT = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}
-_NOT_MODEL_WEIGHTS = re.compile(r"^(optimizer|scheduler|scaler|rng_state|training_args|golden)")
+_BESIDE = re.compile(r"^(optimizer|scheduler|scaler|rng_state|training_args|golden)")
 
 
 def open_checkpoint(
@@ -87,6 +91,8 @@ def locate(path: str | os.PathLike, *, revision: str | None = None, token: str |
         FileNotFoundError: there is neither.
     """
     found = Path(path).expanduser()
+    if not found.exists() and found.parent.is_dir():
+        repair(found)  # a writer that was killed may have set it aside
     if found.exists() or found.with_name(found.name + ".index").is_file():
         return found
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or found.suffix in (".pt", ".pth", ".bin", ".safetensors"):
@@ -134,12 +140,13 @@ def _identity(folder: Path) -> tuple[int, ...]:
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder that its checkpoint is opened by: an index, or one file; more if that is not clear."""
     for pattern in _WEIGHTS:
-        found = [file for file in sorted(folder.glob(pattern)) if not _NOT_MODEL_WEIGHTS.match(file.name)]
+        found = [file for file in sorted(folder.glob(pattern)) if file.is_file() and not _BESIDE.match(file.name)]
         if pattern == "*.index":
             found = [file for file in found if kind_of(file) == "TensorFlow index"]
         if found:
-            return [file for file in found if file.name in _EXACT] or found
-    return []
+            return found
+    others = [file for file in sorted(folder.iterdir()) if file.is_file() and not _BESIDE.match(file.name)]
+    return [file for file in others if file.suffix != ".json" and kind_of(file) in ("PyTorch", *_OPENERS)]
 
 
 def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:

@@ -48,7 +48,7 @@ def replace_folder(
         FileExistsError: `target` is a file, or not empty and `overwrite` is false.
         OSError: the disk is full, or the place read-only; `target` is as it was.
     """
-    target = Path(os.path.realpath(target))
+    target = Path(os.path.realpath(os.path.expanduser(target)))
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: choose a folder to write to")
     with _said(f"{target} was not written"):
@@ -92,7 +92,7 @@ def replace_file(target: str | os.PathLike) -> Iterator[Path]:
         IsADirectoryError: `target` is a folder.
         OSError: the disk is full, or the place read-only; `target` is as it was.
     """
-    target = Path(os.path.realpath(target))
+    target = Path(os.path.realpath(os.path.expanduser(target)))
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder: choose a file to write to")
     with _said(f"{target} was not written"):
@@ -161,9 +161,12 @@ def _said(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or (error.filename is None and error.errno == errno.EBUSY):
             raise  # a sentence already
-        raise OSError(
-            error.errno, f"{what}: {os.strerror(error.errno).lower()} ({error.filename or 'writing'})"
-        ) from error
+        reason = f"{os.strerror(error.errno).lower()} ({error.filename or 'writing'})"
+        if error.errno == errno.EXDEV:
+            reason = (
+                "it spans file systems, as a folder of a container's image does, and cannot be replaced: choose another"
+            )
+        raise OSError(error.errno, f"{what}: {reason}") from error
 
 
 def _take_over(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
@@ -245,6 +248,8 @@ def _swap(new: Path, target: Path, old: Path) -> None:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Exchange two folders in one step; False where the system or the file system cannot."""
+    if sys.platform not in ("linux", "darwin"):
+        return False
     libc = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(a), os.fsencode(b)
     if sys.platform == "linux" and hasattr(libc, "renameat2"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,6 +137,9 @@ def open_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", info, file.get_tensor, aliases=aliases)
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
@@ -147,7 +151,7 @@ def inside(folder: Path, name: Any, where: Path) -> Path:
     Raises:
         CheckpointError: `name` is absolute, or climbs out by `..` or by a link.
     """
-    if not isinstance(name, str) or not name or not name.isprintable() or "\\" in name:
+    if not isinstance(name, str) or not name or _CONTROL.search(name) or "\\" in name:
         raise CheckpointError(f"{where}: {_brief(name)} is no file name; {ADVICE}")
     try:
         root, path = folder.resolve(), (folder / name).resolve()
@@ -156,7 +160,7 @@ def inside(folder: Path, name: Any, where: Path) -> Path:
         raise CheckpointError(
             f"{where}: {_brief(name)} cannot be a file name ({type(error).__name__}); {ADVICE}"
         ) from error
-    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    allowed = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
     if os.path.isabs(name) or ".." in Path(name).parts or not any(path.is_relative_to(home) for home in allowed):
         raise CheckpointError(f"{where}: {name!r} leads out of the folder; do not use a checkpoint that does this")
     return folder / name
@@ -194,13 +198,18 @@ def scan_index(
             problems.append(Problem(file or index_path.name, str(error)))
     for file, shard in shards.items():
         for name in shard.info:
-            if name in homes and name not in shard.aliases:
+            if name in shard.aliases:
+                continue
+            if name in homes:
                 message = f"{shard.path}: tensor {name!r} is also in {homes[name].path.name}; {ADVICE}"
                 problems.append(Problem(file, message, name))
-            elif name not in weight_map and name not in shard.aliases:
+            elif name not in weight_map:
                 message = f"{shard.path}: tensor {name!r} is not in {index_path.name}; make the index again"
                 problems.append(Problem(file, message, name))
             homes.setdefault(name, shard)
+    for shard in shards.values():
+        for alias in shard.aliases:
+            homes.setdefault(alias, shard)
     for file, shard in shards.items():
         for name in names_in[file]:
             if name not in shard.info:
@@ -222,5 +231,7 @@ def open_index(index_path: Path, open_file: Callable[[Path], Checkpoint], format
         format,
         {n: shard.info[n]._replace(file=shard.path.relative_to(folder).as_posix()) for n, shard in homes.items()},
         lambda name: homes[name][name],
-        aliases={alias: name for shard in shards.values() for alias, name in shard.aliases.items()},
+        aliases={
+            alias: name for shard in shards.values() for alias, name in shard.aliases.items() if homes[alias] is shard
+        },
     )

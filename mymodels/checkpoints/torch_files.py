@@ -29,15 +29,20 @@ _NUMPY: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]]
 PLAIN_TYPES: list[Any] = [
     argparse.Namespace,
     types.SimpleNamespace,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
+    *(
+        (getattr(pathlib, f"Pure{kind}"), f"{module}.{pure}{kind}")
+        for kind in ("PosixPath", "WindowsPath")
+        for pure in ("", "Pure")
+        for module in ("pathlib", "pathlib._local")  # the latter is Python 3.13's
+    ),
     np.ndarray,
     np.dtype,
     *(type(np.dtype(code)) for code in "?bhilqBHILQefdgSU"),
     *((f, f"numpy.{core}.multiarray.{f.__name__}") for f in _NUMPY for core in ("core", "_core")),
 ]
 # Names under which training checkpoints keep what is not a model.
-_BESIDE = re.compile(r"optim|sched|rng|random_state|scaler|callback|loops?$", re.IGNORECASE)
+_BESIDE = re.compile(r"(^|[_.-])(optim|optimizers?|schedulers?|rng|random|callbacks?|loops?)([_.-]|$)", re.IGNORECASE)
+_NUMBER = re.compile(r"loss|step|epoch|iter|acc|best|metric|score|lr|time|ppl|perplexity|f1", re.IGNORECASE)
 
 
 class Parts(NamedTuple):
@@ -77,7 +82,7 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_beside(key: str, value: Any) -> bool:
     if isinstance(value, torch.Tensor) and value.dim() == 0:
-        return True  # a loss, a step
+        return bool(_NUMBER.search(key))
     return bool(_BESIDE.search(key)) or (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo
+from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo, resolve_dtype
 from .integrity import is_weight_file, write_manifest
 from .replacing import replace_file, replace_folder
 
@@ -25,12 +26,12 @@ def save_checkpoint(
     save_directory: str | os.PathLike,
     *,
     max_shard_size: int | str = "2GB",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     format: str = "safetensors",
 ) -> Path:
     """Save a model or a state dict as a checkpoint folder; an interruption at any byte leaves the old or the new one.
 
-    Other files in the folder (config, tokenizer, code) stay; weights in it, of any format, are replaced. A
+    Other files in the folder (config, tokenizer, code) stay; the weights that transformers would read there are replaced. A
     `manifest.json` with the size and SHA-256 of every file is written last. At most one shard is in memory beside
     what `model` already holds there: an `open_checkpoint` mapping is read as it is written.
 
@@ -49,6 +50,11 @@ def save_checkpoint(
         CheckpointError: a tensor cannot be stored in this format.
         OSError: the disk is full or the folder read-only; it is as it was.
     """
+    dtype, max_shard_size = resolve_dtype(dtype), parse_size(max_shard_size)
+    if format not in _PATTERNS:
+        raise CheckpointError(
+            f"the format {format!r} is not one of {', '.join(_PATTERNS)}; for .pt use save_torch_file"
+        )
     with replace_folder(save_directory, keep=lambda name: not is_weight_file(name), finish=write_manifest) as folder:
         if isinstance(model, PreTrainedModel):
             if dtype is not None or format != "safetensors":
@@ -75,6 +81,22 @@ def _readable(file: Path) -> None:
     probe.unlink()
 
 
+def parse_size(size: int | str) -> int:
+    """Bytes of an integer, or of text such as `"500MB"`.
+
+    Raises:
+        CheckpointError: it is neither, or not positive.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
+    count = 0
+    if found:
+        base = 1024 if found[3] else 1000
+        count = int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+    if count <= 0:
+        raise CheckpointError(f"max_shard_size={size!r} is no size: use bytes, or text such as 500MB or 2GB")
+    return count
+
+
 def write_shards(
     tensors: Mapping[str, torch.Tensor],
     folder: Path,
@@ -85,6 +107,10 @@ def write_shards(
 ) -> None:
     """Write `tensors` as one file or as shards with an index into the existing `folder`; see `save_checkpoint`."""
     info, aliases = describe(tensors)
+    apart = (
+        aliases.get("format") if format == "safetensors" else None
+    )  # where aliases are noted, this means another thing
+    aliases = {alias: name for alias, name in aliases.items() if apart is None or alias != "format"}
     sizes = {name: _stored(info[name], dtype).nbytes for name in info if name not in aliases}
     if not sizes:
         raise CheckpointError("there are no tensors to save")
@@ -95,6 +121,8 @@ def write_shards(
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing", disable=None) as progress:
         for file, names in split.filename_to_tensors.items():
             shard = {name: storable(name, tensors[name], dtype, format) for name in names}
+            if apart is not None and "format" in shard:
+                shard["format"] = shard["format"].clone()
             tied = {alias: name for alias, name in aliases.items() if name in shard}
             if format == "safetensors":
                 save_file(shard, folder / file, metadata={"format": "pt", **tied})
@@ -142,7 +170,17 @@ def storable(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, format:
     if format == "safetensors" and (tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES):
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise CheckpointError(f"tensor {name!r} is {kind}, which safetensors cannot hold: convert it, or save as pt")
-    tensor = tensor.detach().to("cpu", dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+    tensor = tensor.detach()
+    if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+        cast = tensor.to("cpu", dtype)
+        if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and int(cast.isinf().sum()) > int(
+            tensor.isinf().sum()
+        ):
+            raise CheckpointError(
+                f"tensor {name!r} has values beyond {dtype}'s range, they would be infinite: use bf16"
+            )
+        tensor = cast
+    tensor = tensor.cpu()
     if tensor.layout != torch.strided or tensor.is_quantized:
         return tensor
     tensor = tensor.resolve_conj().resolve_neg().contiguous()

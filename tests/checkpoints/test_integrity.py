@@ -441,7 +441,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, format: str, dtype: str, va
         return  # it has no infinity
     file = "model.safetensors" if format == "safetensors" else "pytorch_model.bin"
     problems = check_finds(folder, file, "bad", full=True)
-    assert len(problems) == 1 and " 1 NaN or infinite of 5 values" in problems[0].message
+    assert len(problems) == 1 and (" 1 NaN" if value != value else " 1 infinite") in problems[0].message
 
 
 @pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])

@@ -151,12 +151,12 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert code == 1 and {name: row["status"] for name, row in rows.items()} == {
         "same": "equal",
         "moved": "different",
-        "cast": "different",
+        "cast": "dtype",
         "shape": "shape",
         "gone": "missing",
         "new": "extra",
     }
-    assert rows["moved"]["max_difference"] == 0.5 and rows["cast"]["dtype_differs"]
+    assert rows["moved"]["max_difference"] == 0.5 and rows["cast"]["max_difference"] == 0
     assert said(capsys, "inspect", tmp_path / "a.safetensors", "--diff", tmp_path / "a.safetensors")[0] == 0
 
 
