@@ -86,7 +86,7 @@ def inspect_checkpoint(
         "dtypes": dict(dtypes.most_common()),
         "modules": dict(modules),
         "sections": {name or "(top)": len(names) for name, names in opened.sections.items()},
-        "extras": {name: describe(value) for name, value in opened.extras.items()},
+        "extras": {name: describe(value) for name, value in (opened.extras | _trainer_state(folder)).items()},
         "tied": opened.aliases,
         "duplicates": _duplicates(opened) if duplicates else [],
         "tensors": {
@@ -94,6 +94,16 @@ def inspect_checkpoint(
             for name, info in opened.info.items()
         },
         **({"files": _files(folder), "auto_map": _auto_map(folder)} if folder else {}),
+    }
+
+
+def _trainer_state(folder: Path | None) -> dict[str, Any]:
+    """How far transformers' Trainer was when it wrote this folder."""
+    if folder is None or not (folder / "trainer_state.json").is_file():
+        return {}
+    state = read_json(folder / "trainer_state.json")
+    return {
+        key: state[key] for key in ("epoch", "global_step", "max_steps", "best_metric") if state.get(key) is not None
     }
 
 

@@ -107,10 +107,8 @@ def write_shards(
 ) -> None:
     """Write `tensors` as one file or as shards with an index into the existing `folder`; see `save_checkpoint`."""
     info, aliases = describe(tensors)
-    apart = (
-        aliases.get("format") if format == "safetensors" else None
-    )  # where aliases are noted, this means another thing
-    aliases = {alias: name for alias, name in aliases.items() if apart is None or alias != "format"}
+    if format == "safetensors":  # among the aliases that a file notes, this name means something else
+        aliases = {alias: name for alias, name in aliases.items() if alias != "format"}
     sizes = {name: _stored(info[name], dtype).nbytes for name in info if name not in aliases}
     if not sizes:
         raise CheckpointError("there are no tensors to save")
@@ -121,7 +119,7 @@ def write_shards(
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing", disable=None) as progress:
         for file, names in split.filename_to_tensors.items():
             shard = {name: storable(name, tensors[name], dtype, format) for name in names}
-            if apart is not None and "format" in shard:
+            if "format" in shard:
                 shard["format"] = shard["format"].clone()
             tied = {alias: name for alias, name in aliases.items() if name in shard}
             if format == "safetensors":

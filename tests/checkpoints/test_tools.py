@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import mygpt2_config, stock_bert_config
-from transformers import AutoModelForCausalLM, BertModel
+from transformers import AutoModelForCausalLM, BertModel, Trainer, TrainingArguments
 
 from mymodels import MyGPT2ForCausalLM, cli
 from mymodels.checkpoints import CheckpointError, load_state_dict, open_checkpoint, save_checkpoint
@@ -85,6 +85,20 @@ def test_inspect_an_optimizer_file_alone(tmp_path: Path) -> None:
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     assert len(inspect_checkpoint(tmp_path / "optimizer.pt")["tensors"]) == 6
+
+
+def test_inspect_a_folder_of_the_trainer(tmp_path: Path) -> None:
+    model = MyGPT2ForCausalLM(mygpt2_config())
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(2, 97, (8, 6))]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    Trainer(model, arguments, train_dataset=rows).train()
+    found = inspect_checkpoint(tmp_path / "checkpoint-2")
+    assert found["extras"]["global_step"] == "2" and found["extras"]["max_steps"] == "2"
+    assert found["files"]["optimizer.pt"]["purpose"] == "training state"
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert len(inspect_checkpoint(tmp_path / "checkpoint-2" / "optimizer.pt")["tensors"]) > 2
 
 
 def test_missing_code_is_seen(tmp_path: Path) -> None:
