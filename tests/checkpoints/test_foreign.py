@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_reading import FLOAT8, NUMPY_DTYPES, assert_reads, assert_same, one_sentence
+from states import FLOAT8, NUMPY_DTYPES, assert_reads, assert_same, one_sentence
 from torch import nn
 
 from mymodels.checkpoints import CheckpointError, load_checkpoint_and_dispatch, load_state_dict, open_checkpoint
