@@ -255,7 +255,7 @@ def test_distributed_training_checkpoint(tmp_path: Path) -> None:
 
 
 SHARDED = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -264,7 +264,9 @@ torch.manual_seed(5)
 whole = {"rows": torch.randn(7, 3), "columns": torch.randn(2, 9).bfloat16(), "copied": torch.arange(4)}
 places = {"rows": [Shard(0)], "columns": [Shard(1)], "copied": [Replicate()]}
 dcp.save({"model": {n: distribute_tensor(t, mesh, places[n]) for n, t in whole.items()}}, checkpoint_id=f"{folder}/dcp")
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads sometimes abort the interpreter's own exit
 """
 
 
