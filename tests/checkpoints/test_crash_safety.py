@@ -248,8 +248,8 @@ def test_killed_at_random_moments(tmp_path: Path, points: int) -> None:
         save(old)
         assert os.listdir(tmp_path) == ["model"]
         assert check_checkpoint(target, full=True) == []
-    assert writing > 0.25 * points, f"of {points} kills only {writing} came while it wrote"
-    assert finished < 0.75 * points
+    assert writing > 0.1 * points, f"of {points} kills only {writing} came while it wrote"
+    assert finished < 0.9 * points
 
 
 @pytest.mark.parametrize("exchange", [True, False])
