@@ -154,6 +154,12 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         )
 
 
+def view_of(tensor: torch.Tensor) -> tuple:
+    """What two tied tensors have in common: the same view, bits and all, of the same memory."""
+    signs = (tensor.is_conj(), tensor.is_neg())
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), signs
+
+
 def unreadable(path: str | os.PathLike, what: str, error: BaseException) -> CheckpointError:
     """One sentence for an error from deep inside a reader."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

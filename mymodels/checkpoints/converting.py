@@ -13,7 +13,7 @@ from .integrity import write_manifest
 from .opening import locate, open_checkpoint
 from .replacing import replace_file, replace_folder
 from .safetensors_files import inside, read_json
-from .writing import parse_size, storable, torch_save, write_shards
+from .writing import parse_size, separate, storable, torch_save, write_shards
 
 FORMATS = ("safetensors", "bin", "pt")
 # Files of a folder that are weights of some format; the rest (config, tokenizer, code, card) is taken along.
@@ -64,7 +64,7 @@ def convert_checkpoint(
     if format == "pt":
         if os.path.lexists(destination):
             raise FileExistsError(f"{destination} exists: choose another file, or remove it first")
-        with replace_file(destination) as file:
+        with replace_file(destination, overwrite=False) as file:
             models = {name: _state_dict(checkpoint.section(name), dtype) for name in checkpoint.sections}
             torch_save(models if len(models) > 1 else next(iter(models.values())), file)
         return checkpoint
@@ -87,6 +87,7 @@ def _state_dict(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, 
     stored = {
         name: storable(name, checkpoint[name], dtype, "pt") for name in checkpoint if name not in checkpoint.aliases
     }
+    separate(stored)
     return {name: stored[checkpoint.aliases.get(name, name)] for name in checkpoint}
 
 

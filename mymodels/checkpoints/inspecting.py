@@ -164,7 +164,7 @@ def _duplicates(checkpoint: Checkpoint) -> list[list[str]]:
         tensor = checkpoint[name]
         if tensor.layout != torch.strided or tensor.is_quantized:
             continue
-        data = tensor.contiguous().view(-1).view(torch.uint8)
+        data = tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
         size = tensor.dtype.itemsize
         if not torch.equal(data[size:], data[:-size]):  # not one value throughout
             found[checkpoint.info[name].shape, hashlib.sha256(data.numpy().data).digest()].append(name)

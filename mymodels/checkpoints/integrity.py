@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError
-from .opening import open_checkpoint, open_file, weight_files
+from .opening import locate, open_checkpoint, open_file, weight_files
 from .replacing import replace_file
 from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
 
@@ -29,8 +29,8 @@ def _files(folder: Path) -> list[str]:
             for name in folders
             if not re.match(r"\.|checkpoint-\d+$", name) and not Path(parent, name, MANIFEST).exists()
         ]
-        names += [Path(parent, name) for name in found if not name.startswith(".")]
-    files = (path.relative_to(folder).as_posix() for path in names if not path.is_symlink())
+        names += [Path(parent, name) for name in found if not name.startswith(".") or name == ".metadata"]
+    files = (path.relative_to(folder).as_posix() for path in names if path.is_file() and not path.is_symlink())
     return sorted(name for name in files if name != MANIFEST)
 
 
@@ -72,6 +72,8 @@ def write_manifest(folder: Path) -> None:
     with _hashing(sum(sizes.values())) as progress:
         files = {name: {"sha256": sha256(folder / name, progress), "size": size} for name, size in sizes.items()}
     manifest = {"files": files, "made_with": {package: version(package) for package in _MADE_WITH}}
+    if (folder / MANIFEST).is_symlink():
+        (folder / MANIFEST).unlink()
     with replace_file(folder / MANIFEST) as file:
         file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -109,7 +111,7 @@ def check_checkpoint(path: str | os.PathLike, *, full: bool = False) -> list[Pro
     Raises:
         FileNotFoundError: there is no such file or folder.
     """
-    path = Path(path).expanduser()
+    path = locate(path)
     problems = _check_manifest(path, full) if path.is_dir() and (path / MANIFEST).is_file() else []
     checkpoint = None
     try:

@@ -39,7 +39,8 @@ def load_state_dict(
         if place.type == "meta":
             state_dict[name] = torch.empty(checkpoint.info[name].shape, dtype=kind, device="meta")
         else:
-            state_dict[name] = checkpoint[name].to(place, kind)
+            value = checkpoint[name]
+            state_dict[name] = value.to(place, kind, copy=checkpoint is path)
     state_dict |= {alias: state_dict[name] for alias, name in checkpoint.aliases.items()}
     return {name: state_dict[name] for name in checkpoint}
 
@@ -99,6 +100,7 @@ def load_checkpoint_and_dispatch(
         raise CheckpointError(f"the device map places {names} on disk: pass offload_folder, a folder for it")
     groups = list(_tied_groups(model).values())
     placed = {name: _place(name, places) for names in groups for name in names}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     offloaded: dict[str, dict] = {}
     for names in tqdm(groups, desc="loading", unit="tensor", disable=None):
         stored = next((name for name in names if name in source), None)
@@ -106,9 +108,11 @@ def load_checkpoint_and_dispatch(
             continue  # only if not strict
         kind = _cast(source.info[stored].dtype, dtype)
         value = source[stored].to(dtype=kind)
+        if source is checkpoint:  # it may be read again, and must not change with the model
+            value = value.clone()
         homes: dict[Device, str] = {}
         for name in names:
-            place = placed[name]
+            place = "cpu" if name in buffers and placed[name] == "disk" and not offload_buffers else placed[name]
             if place == "disk":
                 Path(str(offload_folder)).mkdir(parents=True, exist_ok=True)
                 offload_weight(value, name, str(offload_folder), index=offloaded)
@@ -197,11 +201,24 @@ def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> None:
             f"{source.path}: {len(shapes)} tensors do not fit the model, the first is {name!r} of shape "
             f"{source.info[name].shape} for {tuple(wanted[name].shape)}: build the model from the checkpoint's config"
         )
+    if strict:
+        _check_ties(groups, source)
     if strict and (missing or extra):
         raise CheckpointError(
             f"{source.path}: {len(missing)} tensors of the model are missing and {len(extra)} are left over, such as "
             f"{', '.join(map(repr, (missing[:2] + extra[:2])))}: see `mymodels inspect`, or pass strict=False"
         )
+
+
+def _check_ties(groups: list[list[str]], source: Checkpoint) -> None:
+    """A model that ties what the checkpoint has apart would lose one of the two."""
+    for names in groups:
+        stored = [name for name in names if name in source and name not in source.aliases]
+        if any(not torch.equal(source[stored[0]], source[name]) for name in stored[1:]):
+            raise CheckpointError(
+                f"{source.path}: {' and '.join(map(repr, stored))} differ, but are one tensor in the model: build it untied "
+                f"(tie_word_embeddings=False), or pass strict=False to take the first"
+            )
 
 
 def _tied_groups(model: torch.nn.Module) -> dict[int, list[str]]:

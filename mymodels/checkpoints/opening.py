@@ -1,5 +1,6 @@
 """`open_checkpoint`: find out by content what a file or folder is, and open it lazily."""
 
+import contextlib
 import os
 import re
 import zipfile
@@ -80,7 +81,7 @@ def open_checkpoint(
     """
     where = locate(path, revision=revision, token=token)
     opener = partial(_open_folder if where.is_dir() else open_file, where, allow_pickle)
-    checkpoint = _open_whole(where, opener) if where.is_dir() else opener()
+    checkpoint = _open_whole(where, opener) if where.is_dir() and not allow_pickle else opener()
     return checkpoint if section is None else checkpoint.section(section)
 
 
@@ -91,8 +92,9 @@ def locate(path: str | os.PathLike, *, revision: str | None = None, token: str |
         FileNotFoundError: there is neither.
     """
     found = Path(path).expanduser()
-    if not found.exists() and found.parent.is_dir():
-        repair(found)  # a writer that was killed may have set it aside
+    if not found.exists():
+        with contextlib.suppress(OSError):
+            repair(found)  # a writer that was killed may have set it aside
     if found.exists() or found.with_name(found.name + ".index").is_file():
         return found
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or found.suffix in (".pt", ".pth", ".bin", ".safetensors"):
@@ -178,7 +180,8 @@ def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
     kind = kind_of(path)
     if kind == "index":
         opener = partial(open_file, allow_pickle=allow_pickle)
-        return _open_whole(path.parent, partial(open_index, path, opener, _index_format(path)))
+        sharded = partial(open_index, path, opener, _index_format(path))
+        return sharded() if allow_pickle else _open_whole(path.parent, sharded)
     if kind == "PyTorch":
         return _guarded(partial(open_torch_file, allow_pickle=allow_pickle), path, "the file")
     if kind == "TensorFlow index":

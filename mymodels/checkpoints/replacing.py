@@ -77,6 +77,12 @@ def replace_folder(
                 finish(new)
             _flush(new)
             _swap(new, target, staging / _OLD)
+            former = new if new.exists() else staging / _OLD
+            if former.exists() and (not former.is_dir() or (not overwrite and any(former.iterdir()))):
+                _swap(former, target, staging / "refused")
+                raise FileExistsError(f"{target} was put there meanwhile, and is left as it is: choose another folder")
+            if keep and former.exists():
+                _move_late(former, target, keep)
             _sync(target.parent)
     finally:
         if not (staging / _OLD).exists() or target.exists():
@@ -85,10 +91,11 @@ def replace_folder(
 
 
 @contextlib.contextmanager
-def replace_file(target: str | os.PathLike) -> Iterator[Path]:
+def replace_file(target: str | os.PathLike, *, overwrite: bool = True) -> Iterator[Path]:
     """As `replace_folder`, for one file: yields the path to write it to.
 
     Raises:
+        FileExistsError: `target` exists and `overwrite` is false.
         IsADirectoryError: `target` is a folder.
         OSError: the disk is full, or the place read-only; `target` is as it was.
     """
@@ -105,6 +112,11 @@ def replace_file(target: str | os.PathLike) -> Iterator[Path]:
             if target.exists():
                 shutil.copymode(target, staging / _NEW)
             _sync(staging / _NEW)
+            if not overwrite:
+                with contextlib.suppress(FileExistsError):
+                    os.link(staging / _NEW, target)  # unlike a rename, never over another file
+                if not os.path.samefile(staging / _NEW, target):
+                    raise FileExistsError(f"{target} exists: choose another file, or remove it first")
             os.replace(staging / _NEW, target)
             _sync(target.parent)
     finally:
@@ -171,7 +183,7 @@ def _said(what: str) -> Iterator[None]:
 
 def _take_over(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
     """Link what is to be kept of `target` into `new`; once more if another writer replaces `target` meanwhile."""
-    for _ in range(1000):
+    for attempt in range(1000):
         taken: list[Path] = []
         try:
             identity = os.stat(target).st_ino
@@ -191,8 +203,17 @@ def _take_over(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
         for path in taken:
             _remove(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         repair(target)  # without an exchange, its writer may have been killed between its two steps
+        if attempt > 100 and not target.exists():
+            return  # somebody removed it
         time.sleep(0.01)
     raise OSError(errno.EBUSY, f"{target} is replaced again and again by others, so its other files cannot be kept")
+
+
+def _move_late(former: Path, target: Path, keep: Callable[[str], bool]) -> None:
+    """What came into the folder after `_take_over` moves along."""
+    for entry in former.iterdir():
+        if keep(entry.name) and not os.path.lexists(target / entry.name):
+            entry.rename(target / entry.name)
 
 
 def _link(source: str, destination: str) -> None:
@@ -217,8 +238,9 @@ def _sync(path: Path) -> None:
 def _flush(folder: Path) -> None:
     for parent, _, files in os.walk(folder, topdown=False):
         for name in files:
-            if not os.path.islink(os.path.join(parent, name)):
-                _sync(Path(parent, name))
+            path = Path(parent, name)
+            if path.is_file() and not path.is_symlink():
+                _sync(path)
         _sync(Path(parent))
 
 
@@ -232,6 +254,8 @@ def _swap(new: Path, target: Path, old: Path) -> None:
                 _remove(old)
                 target.rename(old)
         except FileNotFoundError:
+            if not new.exists():
+                raise
             continue  # another writer without an exchange is between its two steps
         try:
             new.rename(target)

@@ -197,11 +197,17 @@ def scan_index(
         except CheckpointError as error:
             problems.append(Problem(file or index_path.name, str(error)))
     for file, shard in shards.items():
+        noted = shard.aliases if shard.format == "safetensors" else {}  # not in the file, only noted in its header
         for name in shard.info:
-            if name in shard.aliases:
+            if name in noted:
                 continue
             if name in homes:
                 message = f"{shard.path}: tensor {name!r} is also in {homes[name].path.name}; {ADVICE}"
+                problems.append(Problem(file, message, name))
+            elif weight_map.get(name, file) != file:
+                message = (
+                    f"{shard.path}: tensor {name!r} is here, {index_path.name} says in {weight_map[name]!r}; {ADVICE}"
+                )
                 problems.append(Problem(file, message, name))
             elif name not in weight_map:
                 message = f"{shard.path}: tensor {name!r} is not in {index_path.name}; make the index again"

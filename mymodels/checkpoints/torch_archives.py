@@ -77,6 +77,7 @@ class _TableUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
+    del dispatch[pickle.BYTEARRAY8[0]]  # makes room for any length that is claimed
 
 
 class _TorchScriptUnpickler(_TableUnpickler):

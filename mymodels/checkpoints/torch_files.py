@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError, TensorInfo, unreadable
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo, unreadable, view_of
 
 HOW_TO_SAVE = (
     "A pickled module loads only where its code lies as it did when it was saved; where it still does, save it as "
@@ -41,7 +41,9 @@ PLAIN_TYPES: list[Any] = [
     *((f, f"numpy.{core}.multiarray.{f.__name__}") for f in _NUMPY for core in ("core", "_core")),
 ]
 # Names under which training checkpoints keep what is not a model.
-_BESIDE = re.compile(r"(^|[_.-])(optim|optimizers?|schedulers?|rng|random|callbacks?|loops?)([_.-]|$)", re.IGNORECASE)
+_BESIDE = re.compile(
+    r"(^|[_.-])(optim|optimizers?|schedulers?|rng|rng_states?|random_states?|callbacks?|loops?)([_.-]|$)", re.IGNORECASE
+)
 _NUMBER = re.compile(r"loss|step|epoch|iter|acc|best|metric|score|lr|time|ppl|perplexity|f1", re.IGNORECASE)
 
 
@@ -146,7 +148,7 @@ def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any =
             continue
         info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, file)
         if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta:
-            view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            view = view_of(tensor)
             if first.setdefault(view, name) != name:
                 aliases[name] = first[view]
 
@@ -238,7 +240,7 @@ def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
         return _unpickle_elsewhere(path)
 
     def read(name: str) -> torch.Tensor:
-        return _flat(take_apart(load()))[0][name].detach()
+        return _flat(take_apart(load()))[0][name].detach().clone()  # the loaded file is kept, and may be read again
 
     checkpoint = Checkpoint(
         path, whole.format, whole.info, read, sections=whole.sections, extras=whole.extras, aliases=whole.aliases

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo, resolve_dtype
+from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo, resolve_dtype, view_of
 from .integrity import is_weight_file, write_manifest
 from .replacing import replace_file, replace_folder
 
@@ -119,8 +119,7 @@ def write_shards(
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing", disable=None) as progress:
         for file, names in split.filename_to_tensors.items():
             shard = {name: storable(name, tensors[name], dtype, format) for name in names}
-            if "format" in shard:
-                shard["format"] = shard["format"].clone()
+            separate(shard)
             tied = {alias: name for alias, name in aliases.items() if name in shard}
             if format == "safetensors":
                 save_file(shard, folder / file, metadata={"format": "pt", **tied})
@@ -145,16 +144,27 @@ def describe(tensors: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[st
     info, aliases = {}, {}
     first: dict[tuple, str] = {}
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"the key {name!r} is a {type(name).__name__}: a tensor's name must be text")
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{name!r} is a {type(tensor).__name__}, not a tensor: take it out of the state dict")
         info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, "")
         if tensor.is_meta:
             raise CheckpointError(f"tensor {name!r} is on the meta device and has no data: load the weights first")
-        if tensor.layout == torch.strided and tensor.numel():
-            view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if first.setdefault(view, name) != name:
-                aliases[name] = first[view]
+        strided = tensor.layout == torch.strided and tensor.numel() > 0
+        if strided and first.setdefault(view_of(tensor), name) != name:
+            aliases[name] = first[view_of(tensor)]
     return info, aliases
+
+
+def separate(shard: dict[str, torch.Tensor]) -> None:
+    """Copy what shares memory with another tensor without being tied to it, such as a view of other shape."""
+    storages = set()
+    for name, tensor in shard.items():
+        storage = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+        if storage and storage in storages:
+            shard[name] = tensor.clone()
+        storages.add(storage)
 
 
 def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
@@ -171,11 +181,9 @@ def storable(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, format:
     tensor = tensor.detach()
     if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
         cast = tensor.to("cpu", dtype)
-        if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and int(cast.isinf().sum()) > int(
-            tensor.isinf().sum()
-        ):
+        if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and _count_infinite(cast) > _count_infinite(tensor):
             raise CheckpointError(
-                f"tensor {name!r} has values beyond {dtype}'s range, they would be infinite: use bf16"
+                f"tensor {name!r} has values beyond {dtype}'s range, they would be lost: use bfloat16"
             )
         tensor = cast
     tensor = tensor.cpu()
@@ -184,6 +192,10 @@ def storable(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, format:
     tensor = tensor.resolve_conj().resolve_neg().contiguous()
     alone = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if alone else tensor.clone()
+
+
+def _count_infinite(tensor: torch.Tensor) -> int:
+    return int((~(tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite()).sum())
 
 
 def torch_save(value: Any, path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mymodels.checkpoints import (
     load_checkpoint_and_dispatch,
     load_state_dict,
     open_checkpoint,
+    replace_file,
     replace_folder,
     save_checkpoint,
     write_manifest,
@@ -234,3 +236,146 @@ def test_an_error_inside_leaves_nothing(tmp_path: Path) -> None:
         (folder / "x").write_text("x")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_views_that_are_not_the_same_tensor(format: str, tmp_path: Path) -> None:
+    a, w = torch.randn(3, dtype=torch.complex64), torch.randn(2, 3)
+    tensors = {
+        "a": a,
+        "b": a.conj(),
+        "c": a.imag,
+        "d": a.conj().imag,
+        "w": w,
+        "flat": w.view(-1),
+        "bits": w.view(torch.int32),
+    }
+    saved = open_checkpoint(save_checkpoint(tensors, tmp_path / "m", format=format))
+    one_dtype = {name: tensor for name, tensor in tensors.items() if name in ("a", "b", "w", "flat")}
+    torch.save(one_dtype, tmp_path / "m.pt")  # which refuses the others
+    convert_checkpoint(tmp_path / "m.pt", tmp_path / "again.pt", format="pt")
+    for opened in (saved, open_checkpoint(tmp_path / "m.pt"), open_checkpoint(tmp_path / "again.pt")):
+        for name in tensors if opened is saved else one_dtype:
+            assert torch.equal(opened[name].resolve_conj(), tensors[name].resolve_conj()), (opened, name)
+    assert cli.main(["inspect", str(tmp_path / "m.pt")]) == 0
+
+
+def test_a_tensor_in_two_shards_of_which_one_ties_it(tmp_path: Path) -> None:
+    weight = torch.zeros(2)
+    torch.save({"a": weight, "b": weight}, tmp_path / "1.bin")
+    torch.save({"b": torch.ones(2)}, tmp_path / "2.bin")
+    for home in ("1.bin", "2.bin"):
+        index = {"weight_map": {"a": "1.bin", "b": home, "c": "2.bin"}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match="tensor 'b' is"):
+            open_checkpoint(tmp_path)
+
+
+def test_what_comes_while_saving_is_not_lost(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="meanwhile"), replace_folder(tmp_path / "m", overwrite=False) as folder:
+        (folder / "x").write_text("ours")
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "thesis").write_text("theirs")
+    assert (tmp_path / "m" / "thesis").read_text() == "theirs" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(FileExistsError, match="meanwhile"), replace_folder(tmp_path / "f") as folder:
+        (tmp_path / "f").write_text("theirs")
+    assert (tmp_path / "f").read_text() == "theirs"
+    with pytest.raises(FileExistsError, match="exists"), replace_file(tmp_path / "g", overwrite=False) as file:
+        file.write_text("ours")
+        (tmp_path / "g").write_text("theirs")
+    assert (tmp_path / "g").read_text() == "theirs"
+
+    def late(folder: Path) -> None:
+        (tmp_path / "m" / "late").write_text("theirs")
+
+    with replace_folder(tmp_path / "m", keep=lambda name: name != "x", finish=late) as folder:
+        (folder / "x").write_text("ours")
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {"x", "thesis", "late"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "g", "m"]
+
+
+def test_a_folder_removed_while_saving_is_written_all_the_same(tmp_path: Path) -> None:
+    save_checkpoint(ONE, tmp_path / "m")
+    with replace_folder(tmp_path / "m", keep=lambda name: True) as folder:
+        (folder / "x").write_text("ours")
+        shutil.rmtree(tmp_path / "m")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt", "old.pt"])
+def test_models_from_one_open_checkpoint_are_apart(name: str, tmp_path: Path) -> None:
+    tensors = nn.Linear(2, 2).state_dict()
+    if name == "m.safetensors":
+        save_file(tensors, tmp_path / name)
+    else:
+        torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=name == "m.pt")
+    opened = open_checkpoint(tmp_path / name)
+    first, second = (load_checkpoint_and_dispatch(nn.Linear(2, 2), opened) for _ in range(2))
+    third = load_state_dict(opened)
+    fourth, fifth = load_state_dict(tmp_path / name), load_state_dict(tmp_path / name)
+    for values in (first.state_dict(), third, fourth):
+        values["weight"].zero_()
+    for values in (second.state_dict(), fifth, opened):
+        assert torch.equal(values["weight"], tensors["weight"])
+
+
+def test_a_small_table_that_claims_gigabytes(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"\x80\x05\x96" + (6 * 2**30).to_bytes(8, "little") + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
+
+
+def test_buffers_of_a_layer_on_disk(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    folder, inputs = save_checkpoint(model.state_dict(), tmp_path / "m"), torch.randn(3, 2)
+    expected = model(inputs)
+    with init_empty_weights():
+        empty = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    loaded = load_checkpoint_and_dispatch(empty, folder, {"0": "cpu", "1": "disk"}, offload_folder=tmp_path / "off")
+    assert torch.equal(loaded(inputs), expected)
+
+
+def test_an_untied_checkpoint_for_a_tied_model(tmp_path: Path) -> None:
+    untied = MyGPT2ForCausalLM(mygpt2_config(tie_word_embeddings=False))
+    folder = save_checkpoint(untied, tmp_path / "m")
+    with pytest.raises(
+        CheckpointError, match=r"'lm_head.weight' differ, but are one tensor.*tie_word_embeddings=False"
+    ):
+        load_checkpoint_and_dispatch(MyGPT2ForCausalLM(mygpt2_config()), folder)
+
+
+def test_code_of_a_pickle_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "its_code.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Linear):\n"
+        "    def __setstate__(self, state):\n        open('runs', 'a').write('x')\n        super().__setstate__(state)\n"
+    )
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(__import__("its_code").Net(2, 2), tmp_path / "model" / "model.pt")
+    assert len(open_checkpoint(tmp_path / "model", allow_pickle=True)) == 2
+    assert (tmp_path / "model" / "runs").read_text() == "x"
+
+
+def test_odd_keys_and_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the key 1 is a int: a tensor's name must be text"):
+        save_checkpoint({1: torch.ones(1)}, tmp_path / "m")
+    folder = save_checkpoint(ONE, tmp_path / "m")
+    os.mkfifo(folder / "pipe")
+    save_checkpoint(ONE, folder, dtype="float8_e4m3fn")
+    assert (folder / "pipe").is_fifo() and check_checkpoint(folder, full=True) == []
+
+
+def test_the_manifest_covers_a_distributed_table_and_stays_here(tmp_path: Path) -> None:
+    dcp.save(ONE, checkpoint_id=tmp_path / "m", no_dist=True)
+    (tmp_path / "elsewhere.json").write_text("dear")
+    (tmp_path / "m" / "manifest.json").symlink_to("../elsewhere.json")
+    write_manifest(tmp_path / "m")
+    assert (tmp_path / "elsewhere.json").read_text() == "dear"
+    assert check_checkpoint(tmp_path / "m", full=True) == []
+    table = tmp_path / "m" / ".metadata"
+    table.write_bytes(table.read_bytes()[:-1] + b"?")
+    assert any(problem.file == ".metadata" for problem in check_checkpoint(tmp_path / "m", full=True))
