@@ -2,6 +2,7 @@
 
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,6 +159,14 @@ def view_of(tensor: torch.Tensor) -> tuple:
     """What two tied tensors have in common: the same view, bits and all, of the same memory."""
     signs = (tensor.is_conj(), tensor.is_neg())
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), signs
+
+
+def is_zip(path: Path) -> bool:
+    """`zipfile.is_zipfile`, which raises on some damaged files."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def unreadable(path: str | os.PathLike, what: str, error: BaseException) -> CheckpointError:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, is_zip
 from .opening import locate, open_checkpoint, open_file, weight_files
 from .replacing import replace_file
 from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
@@ -176,7 +176,7 @@ def _check_data(checkpoint: Checkpoint) -> list[Problem]:
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     for name in sorted({info.file for info in checkpoint.info.values()}):
         file = root / name
-        if file.is_file() and zipfile.is_zipfile(file):
+        if file.is_file() and is_zip(file):
             try:
                 with zipfile.ZipFile(file) as archive:
                     damaged = archive.testzip()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .checkpoint import Checkpoint, CheckpointError, unreadable
+from .checkpoint import Checkpoint, CheckpointError, is_zip, unreadable
 from .foreign import open_gguf, open_npz, open_onnx, open_tensorflow
 from .replacing import repair
 from .safetensors_files import open_index, open_safetensors, read_json
@@ -259,7 +259,7 @@ def kind_of(path: Path) -> str:
 
 
 def _kind_of_zip(path: Path) -> str:
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return "a zip archive without its end: truncated, copy or download it again"
     try:
         with zipfile.ZipFile(path) as archive:

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import types
 import weakref
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError, TensorInfo, unreadable, view_of
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo, is_zip, unreadable, view_of
 
 HOW_TO_SAVE = (
     "A pickled module loads only where its code lies as it did when it was saved; where it still does, save it as "
@@ -172,7 +171,7 @@ def open_torch_file(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     Raises:
         CheckpointError: the file is damaged, or needs more than plain data and `allow_pickle` is false.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return _open_legacy(path, allow_pickle)
     try:
         node = load_plain(path)
@@ -195,7 +194,7 @@ def load_plain(file: Any, path: Path | None = None) -> Any:
             if not isinstance(file, Path):
                 return torch.load(file, map_location="cpu", weights_only=True)
             # a path lets torch map the file into memory, but one named .safetensors it would read as such
-            if file.suffix != ".safetensors" and zipfile.is_zipfile(file):
+            if file.suffix != ".safetensors" and is_zip(file):
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             with file.open("rb") as stream:
                 return torch.load(stream, map_location="cpu", weights_only=True)

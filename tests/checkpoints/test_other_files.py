@@ -4,6 +4,7 @@ import gzip
 import io
 import pickle
 import random
+import struct
 import zipfile
 from pathlib import Path
 
@@ -167,3 +168,14 @@ def test_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     shard.symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match=f"{shard.name}.*leads out of the folder"):
         open_checkpoint(snapshot)
+
+
+def test_zip_over_several_disks(tmp_path: Path) -> None:
+    """zipfile itself raises when asked whether this is a zip file."""
+    locator = b"PK\x06\x07" + struct.pack("<LQL", 1, 0, 9)
+    end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 0, 0, 0, 0, 0)
+    for head in (b"PK\x03\x04", b"\x80\x02"):
+        (tmp_path / "model.pt").write_bytes(head + bytes(60) + locator + end)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(tmp_path / "model.pt")
+        one_sentence(caught.value, "model.pt")
