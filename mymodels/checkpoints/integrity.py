@@ -115,10 +115,9 @@ def check_checkpoint(path: str | os.PathLike, *, full: bool = False) -> list[Pro
     problems = _check_manifest(path, full) if path.is_dir() and (path / MANIFEST).is_file() else []
     checkpoint = None
     try:
-        indexes = _indexes(path)
-        for index in indexes:
-            problems += _check_index(index)
-        if not (indexes and problems):
+        found = [problem for index in _indexes(path) for problem in _check_index(index)]
+        problems += found
+        if not found:
             checkpoint = open_checkpoint(path)
     except CheckpointError as error:
         problems.append(Problem(path.name, str(error)))

@@ -2,13 +2,13 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -31,9 +31,9 @@ def save_checkpoint(
 ) -> Path:
     """Save a model or a state dict as a checkpoint folder; an interruption at any byte leaves the old or the new one.
 
-    Other files in the folder (config, tokenizer, code) stay; the weights that transformers would read there are replaced. A
-    `manifest.json` with the size and SHA-256 of every file is written last. At most one shard is in memory beside
-    what `model` already holds there: an `open_checkpoint` mapping is read as it is written.
+    Other files in the folder (config, tokenizer, code) stay; the weights that transformers would read there are
+    replaced. A `manifest.json` with the size and SHA-256 of every file is written last. At most one shard is in memory
+    beside what `model` already holds there: an `open_checkpoint` mapping is read as it is written.
 
     Args:
         model: a model, a state dict, or a `Checkpoint`. Of a `PreTrainedModel`, config and code are saved too, by its
@@ -87,11 +87,10 @@ def parse_size(size: int | str) -> int:
     Raises:
         CheckpointError: it is neither, or not positive.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
-    count = 0
-    if found:
-        base = 1024 if found[3] else 1000
-        count = int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+    try:
+        count = int(size) if str(size).isdigit() else convert_file_size_to_int(str(size))
+    except ValueError:
+        count = 0
     if count <= 0:
         raise CheckpointError(f"max_shard_size={size!r} is no size: use bytes, or text such as 500MB or 2GB")
     return count

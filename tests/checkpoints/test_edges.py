@@ -190,7 +190,7 @@ def test_models_are_not_taken_for_training_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("500MB", 500_000_000), ("2GB", 2 * 10**9), (7, 7), ("1.5 KiB", 1536), ("9", 9)]
+    ("text", "size"), [("500MB", 500_000_000), ("2GB", 2 * 10**9), (7, 7), ("3KiB", 3072), ("9", 9)]
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size

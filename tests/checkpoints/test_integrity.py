@@ -444,6 +444,16 @@ def test_weights_that_are_no_numbers(tmp_path: Path, format: str, dtype: str, va
     assert len(problems) == 1 and (" 1 NaN" if value != value else " 1 infinite") in problems[0].message
 
 
+def test_the_data_is_read_though_another_file_changed(tmp_path: Path) -> None:
+    weights = {"good": torch.ones(9), "bad": torch.full((9,), float("nan"))}
+    folder = save_checkpoint(weights, tmp_path / "model", max_shard_size=40)
+    (folder / "README.md").write_text("new")
+    assert {problem.file for problem in check_checkpoint(folder, full=True)} == {
+        "README.md",
+        "model-00002-of-00002.safetensors",
+    }
+
+
 @pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])
 def test_a_flipped_byte_in_a_zip_file(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
