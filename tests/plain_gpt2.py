@@ -91,5 +91,7 @@ class PlainGPT2:
         x = self.norm(x, "model.norm")
         head = "model.embed_tokens" if self.config.get("tie_word_embeddings", True) else "lm_head"
         logits = x @ self.weights[f"{head}.weight"].t()
+        if self.config["lm_head_bias"]:
+            logits = logits + self.weights["lm_head.bias"]
         cap = self.config["final_logit_softcapping"]
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -58,6 +58,7 @@ SWITCHES = {
     },
     "softcap": {"final_logit_softcapping": 3.0},
     "untied": {"tie_word_embeddings": False},
+    "head-bias": {"lm_head_bias": True},
     "inverse-layer": {"scale_attn_by_inverse_layer_idx": True},
     "modern": MODERN,
     "everything": {
@@ -67,6 +68,7 @@ SWITCHES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "final_logit_softcapping": 5.0,
         "tie_word_embeddings": False,
+        "lm_head_bias": True,
     },
 }
 

@@ -37,6 +37,7 @@ class MyGPT2Config(MyPretrainedConfig):
             set, else all full.
         final_logit_softcapping: `c` in `c * tanh(logits / c)` (Gemma 2, arXiv 2408.00118).
         tie_word_embeddings: the head shares the token embeddings' weight.
+        lm_head_bias: a bias per token in the language-model head.
         scale_attn_weights, scale_attn_by_inverse_layer_idx: divide scores by `√head_dim`, and by layer number.
         resid_pdrop, embd_pdrop, attn_pdrop: dropout after each sub-layer, after the embeddings, on attention weights.
         initializer_range: standard deviation of new weights.
@@ -89,6 +90,7 @@ class MyGPT2Config(MyPretrainedConfig):
         layer_types: list[str] | None = None,
         final_logit_softcapping: float | None = None,
         tie_word_embeddings: bool = True,
+        lm_head_bias: bool = False,
         scale_attn_weights: bool = True,
         scale_attn_by_inverse_layer_idx: bool = False,
         resid_pdrop: float = 0.1,
@@ -119,6 +121,7 @@ class MyGPT2Config(MyPretrainedConfig):
         self.mlp_bias = mlp_bias
         self.sliding_window = sliding_window
         self.final_logit_softcapping = final_logit_softcapping
+        self.lm_head_bias = lm_head_bias
         self.scale_attn_weights = scale_attn_weights
         self.scale_attn_by_inverse_layer_idx = scale_attn_by_inverse_layer_idx
         self.resid_pdrop = resid_pdrop
