@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from .models import modeling_mybert, modeling_mygpt2
+from .models import layers, modeling_mybert, modeling_mygpt2
 from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
 from .models.modeling_mybert import (
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .hub import build_repo, load_in_clean_process
     from .training.loop import train
     from .training.sample_text import load_sample_text
+    from .warm_start import WarmStartReport, warm_start
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,8 @@ _LAZY = {
     "load_in_clean_process": ".hub",
     "load_sample_text": ".training.sample_text",
     "train": ".training.loop",
+    "WarmStartReport": ".warm_start",
+    "warm_start": ".warm_start",
 }
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "MyGPT2ForCausalLM",
     "MyGPT2ForSequenceClassification",
     "MyGPT2Model",
+    "WarmStartReport",
     "build_repo",
     "load_checkpoint_and_dispatch",
     "load_in_clean_process",
@@ -59,6 +63,7 @@ __all__ = [
     "open_checkpoint",
     "save_checkpoint",
     "train",
+    "warm_start",
 ]
 
 
@@ -77,4 +82,17 @@ def _register() -> None:
                 getattr(transformers, auto_class).register(config, model, exist_ok=True)
 
 
+def _convert_stock_checkpoints() -> None:
+    """Let `from_pretrained` take stock checkpoints too; the classes are remote code and know nothing of them."""
+
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        from .warm_start.stock import from_pretrained as convert
+
+        return convert(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    from_pretrained.__doc__ = layers.MyPreTrainedModel.from_pretrained.__doc__
+    layers.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
 _register()
+_convert_stock_checkpoints()

@@ -1,8 +1,10 @@
 """The `mymodels` command: one thin function per verb."""
 
 import argparse
+import ast
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,60 @@ def _check(arguments: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
+def _warm_start(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .warm_start import NotAllowedError, warm_start
+
+    torch.manual_seed(arguments.seed)
+    names = ("head", "widen", "positions", "tokenizer", "source_tokenizer", "word_vectors", "skip", "only", "strict")
+    options = {name: getattr(arguments, name) for name in (*names, "allow", "section", "allow_pickle", "revision")}
+    layers = arguments.layers
+    if re.fullmatch(r"\d+(,\d+)*", layers):
+        layers = [int(number) for number in layers.split(",")]
+    try:
+        report = warm_start(
+            arguments.to,
+            arguments.source,
+            overrides=dict(_field(text) for text in arguments.set),
+            rename=dict(_pair(text, "REGEX=REPLACEMENT") for text in arguments.rename),
+            dtype=_DTYPES.get(arguments.dtype, arguments.dtype),
+            layers=layers,
+            **options,
+        )
+    except NotAllowedError as error:
+        error.report.show(_console(), every_tensor=arguments.all)
+        if arguments.json:
+            error.report.save_json(arguments.json)
+        raise
+    report.show(_console(), every_tensor=arguments.all)
+    if arguments.json:
+        report.save_json(arguments.json)
+    if arguments.out:
+        report.save_pretrained(arguments.out, max_shard_size=arguments.max_shard_size)
+        print(
+            f"{arguments.out}: {report.target} with code, weights{', tokenizer' if report.tokenizer else ''} and report"
+        )
+    return 0
+
+
+def _pair(text: str, form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} has no '=': write {form}")
+    return name, value
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """`name=value` with the value as JSON or Python would read it, else as text."""
+    name, value = _pair(text, "FIELD=VALUE")
+    words = {"true": True, "false": False, "null": None}
+    try:
+        return name, words[value] if value in words else ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
     parser = argparse.ArgumentParser(prog="mymodels", description="Modified GPT-2 and BERT models that load anywhere.")
@@ -127,6 +183,40 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("--write-manifest", action="store_true", help="record what is there now, then check")
     check.add_argument("--json", action="store_true", help="for programs")
     check.set_defaults(run=_check)
+
+    warm = verbs.add_parser(
+        "warm-start", parents=[source], help="stock weights into a modified architecture, every tensor accounted for"
+    )
+    warm.add_argument("source", nargs="?", metavar="SOURCE", help="a checkpoint of any format, or a Hub repo")
+    warm.add_argument("--to", required=True, choices=["mygpt2", "mybert"], help="the architecture to fill")
+    warm.add_argument(
+        "--head", metavar="NAME", help="ForCausalLM, ForSequenceClassification, …, Model; default: the source's"
+    )
+    warm.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a config field that differs")
+    warm.add_argument("--out", type=Path, metavar="DIR", help="where to save; without it only the report is made")
+    warm.add_argument(
+        "--layers", default="every", metavar="WHICH", help="every, first, last or 0,2,4 (default: %(default)s)"
+    )
+    warm.add_argument("--widen", choices=["pad", "split"], default="pad", help="new MLP units; default: %(default)s")
+    warm.add_argument(
+        "--positions", choices=["tile", "interpolate"], default="tile", help="a longer table; default: %(default)s"
+    )
+    warm.add_argument("--tokenizer", metavar="PATH", help="the target's, if it is another than the source's")
+    warm.add_argument("--source-tokenizer", metavar="PATH", help="the source's, if it is not beside it")
+    warm.add_argument("--word-vectors", metavar="FILE", help="word2vec or GloVe text, plain or .gz, for the embeddings")
+    warm.add_argument(
+        "--rename", action="append", default=[], metavar="REGEX=NEW", help="of the source's names, before all else"
+    )
+    warm.add_argument("--skip", action="append", default=[], metavar="REGEX", help="parameters or tensors not to load")
+    warm.add_argument("--only", action="append", default=[], metavar="REGEX", help="load nothing else")
+    warm.add_argument("--strict", action="store_true", help="fail if anything is new or unused, and write nothing")
+    warm.add_argument("--allow", action="append", default=[], metavar="REGEX", help="names that --strict lets pass")
+    warm.add_argument("--dtype", choices=[*_DTYPES, *_DTYPES.values()], help="of the new model; default: float32")
+    warm.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
+    warm.add_argument("--seed", type=int, default=0, help="of what is new; default: %(default)s")
+    warm.add_argument("--all", action="store_true", help="a row for every tensor, also of repeated layers")
+    warm.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
+    warm.set_defaults(run=_warm_start)
 
     arguments = parser.parse_args(argv)
     try:

@@ -306,18 +306,19 @@ def _rows(tensors: Mapping[str, Mapping[str, Any]], every: bool) -> list[tuple[s
     for (pattern, shape, dtype), members in groups.items():
         layers = [number for numbers, _ in members for number in numbers]
         files = list(dict.fromkeys(file for _, file in members))
-        rows.append((pattern.replace("*", _ranges(layers)) if layers else pattern, list(shape), dtype, _span(files)))
+        rows.append((pattern.replace("*", ranges(layers)) if layers else pattern, list(shape), dtype, _span(files)))
     return rows
 
 
 def _span(files: list[str]) -> str:
     shards = sorted(int(found[1]) for file in files if (found := re.search(r"-0*(\d+)-of-\d+\.", file)))
     if len(shards) == len(files):
-        return f"shard {_ranges(shards)}"
+        return f"shard {ranges(shards)}"
     return files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
+    """`{0–11}` for numbers in a row, `{0,2,4}` for others."""
     if len(numbers) == 1:
         return str(numbers[0])
     whole = sorted(numbers) == list(range(min(numbers), max(numbers) + 1))

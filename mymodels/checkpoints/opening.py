@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import Checkpoint, CheckpointError, is_zip, unreadable
 from .foreign import open_gguf, open_npz, open_onnx, open_tensorflow
@@ -85,8 +86,10 @@ def open_checkpoint(
     return checkpoint if section is None else checkpoint.section(section)
 
 
-def locate(path: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """`path` itself, or the local copy of the Hub repo of this name, downloaded if need be.
+def locate(
+    path: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None, **download: Any
+) -> Path:
+    """`path` itself, or the local copy of the Hub repo of this name, downloaded if need be; `download` goes to the Hub's client.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -108,7 +111,7 @@ def locate(path: str | os.PathLike, *, revision: str | None = None, token: str |
     others = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ckpt*", "*.pt", "*.pth", "*.tflite"]
     ignore = others if any(file.endswith(".safetensors") for file in files) else None
     try:
-        return Path(snapshot_download(str(path), revision=revision, token=token, ignore_patterns=ignore))
+        return Path(snapshot_download(str(path), revision=revision, token=token, ignore_patterns=ignore, **download))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(

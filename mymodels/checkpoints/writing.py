@@ -12,7 +12,7 @@ from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo, resolve_dtype, view_of
 from .integrity import is_weight_file, write_manifest
@@ -71,6 +71,21 @@ def save_model_files(model: PreTrainedModel, folder: Path, max_shard_size: int |
     model.save_pretrained(folder, state_dict=dict(sorted(model.state_dict().items())), max_shard_size=max_shard_size)
     for file in folder.glob("*.safetensors"):
         _readable(file)
+
+
+def save_tokenizer_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save without traces of how this tokenizer was loaded or last called, under a class every release knows."""
+    if tokenizer.is_fast:  # the padding and truncation of the last call would become the saved default
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for trace in ("is_local", "local_files_only"):
+        config.pop(trace, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 writes, 4.x does not know it
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _readable(file: Path) -> None:

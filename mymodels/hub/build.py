@@ -1,13 +1,12 @@
 """Build a Hub repo folder: config with `auto_map`, code, sharded weights, tokenizer, card, manifest."""
 
-import json
 import os
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import replace_folder, write_manifest
-from ..checkpoints.writing import save_model_files
+from ..checkpoints.writing import save_model_files, save_tokenizer_files
 
 CONFIG_NAME = "config.json"
 
@@ -41,7 +40,7 @@ def build_repo(
     output_dir = check_output_dir(output_dir)
     with replace_folder(output_dir, finish=write_manifest) as folder:
         save_model_files(model, folder, max_shard_size)
-        _save_tokenizer(tokenizer, folder)
+        save_tokenizer_files(tokenizer, folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return output_dir
 
@@ -55,18 +54,3 @@ def check_output_dir(output_dir: str | os.PathLike) -> Path:
             f"{path} exists and is not a Hub repo folder (it has no {CONFIG_NAME}): choose another output folder"
         )
     return path
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save without traces of how this tokenizer was loaded or last called, under a class every release knows."""
-    if tokenizer.is_fast:  # the padding and truncation of the last call would become the saved default
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for trace in ("is_local", "local_files_only"):
-        config.pop(trace, None)
-    if config.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 writes, 4.x does not know it
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

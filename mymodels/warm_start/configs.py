@@ -1,0 +1,154 @@
+"""The config of a source in our terms, and the config of a target from it."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..checkpoints import CheckpointError
+from .names import CONFIGS, Family
+
+# of a foreign config, beside the fields of ours, what every config has or what `check_consistency` looks at
+_COMMON = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type",
+    "position_embedding_type", "is_decoder", "add_cross_attention",
+}  # fmt: skip
+_LAYERS = re.compile(r"\.layers?\.(\d+)\.")
+
+
+def fields_of(config_class: type[PretrainedConfig]) -> set[str]:
+    """The names of the fields that a config class of ours takes itself."""
+    named = set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs", "auto_map"}
+    return named | _COMMON
+
+
+def translate_config(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of a `config.json` of `family` that ours knows, under our names."""
+    config_class = CONFIGS[family.target]
+    known, renamed = fields_of(config_class), {**config_class.attribute_map, **family.fields}
+    ours = {renamed.get(name, name): value for name, value in raw.items() if value is not None or name not in renamed}
+    fields = {name: value for name, value in ours.items() if name in known}
+    if "id2label" in fields:  # JSON has no integer keys
+        fields["id2label"] = {int(number): label for number, label in fields["id2label"].items()}
+        fields.pop("num_labels", None)
+    if family.position_offset and "max_position_embeddings" in fields:
+        fields["max_position_embeddings"] -= family.position_offset
+    return {**family.implied, **fields} if raw else {}
+
+
+def from_shapes(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, Any]:
+    """The config fields that the tensors' shapes settle. `shapes` has our names, fused and transposed tensors resolved."""
+    layers = [int(found[1]) for name in shapes if (found := _LAYERS.search(name))]
+    fields: dict[str, Any] = {"num_hidden_layers": max(layers) + 1} if layers else {}
+
+    def first(pattern: str) -> tuple[int, ...] | None:
+        return next((shape for name, shape in shapes.items() if re.search(pattern, name)), None)
+
+    sizes = {
+        "vocab_size": r"\.(embed_tokens|word_embeddings)\.weight$",
+        "max_position_embeddings": r"\.(embed_positions|position_embeddings)\.weight$",
+        "type_vocab_size": r"\.token_type_embeddings\.weight$",
+        "intermediate_size": r"\.(up_proj|intermediate\.dense)\.weight$",
+        "num_labels": r"^(score|classifier)\.weight$",
+        "layer_mix": r"\.layer_mix\.weights$",
+        "head_dim": r"\.q_norm\.weight$",
+    }
+    fields |= {field: shape[0] for field, pattern in sizes.items() if (shape := first(pattern))}
+    if width := first(r"\.(embed_tokens|word_embeddings)\.weight$"):
+        fields["hidden_size"] = width[1]
+    if family.target == "mygpt2":
+        learned = "max_position_embeddings" in fields
+        fields |= {
+            "norm_type": "layernorm" if first(r"layernorm\.bias$") else "rmsnorm",
+            "mlp_type": "gated" if first(r"\.gate_proj\.") else "dense",
+            "qk_norm": bool(first(r"\.q_norm\.")),
+            "attention_bias": bool(first(r"\.q_proj\.bias$")),
+            "mlp_bias": bool(first(r"\.up_proj\.bias$")),
+            "lm_head_bias": bool(first(r"^lm_head\.bias$")),
+            **({"position_embedding_type": "learned"} if learned else {}),
+        }
+    return fields
+
+
+def source_config(
+    raw: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    family: Family,
+    like: PretrainedConfig | None,
+    where: str,
+) -> tuple[PretrainedConfig, list[str]]:
+    """What a source would be as a model of ours, and what had to be assumed for want of a `config.json`.
+
+    Args:
+        raw: its `config.json`, empty if it has none.
+        shapes: of its tensors, under our names.
+        like: the target, which settles what neither says.
+
+    Raises:
+        CheckpointError: the number of heads is known from nowhere, or the fields contradict each other.
+    """
+    config_class, assumed = CONFIGS[family.target], []
+    found = from_shapes(shapes, family)
+    fields = {**translate_config(raw, family), **found}
+    if "num_labels" in found and len(fields.get("id2label", ())) not in (0, found["num_labels"]):
+        fields.pop("id2label"), fields.pop("label2id", None)
+    if "id2label" in fields:
+        fields.pop("num_labels", None)
+    width = fields.get("hidden_size")
+    if "num_attention_heads" not in fields:
+        if like is not None and like.hidden_size == width:
+            heads = like.num_attention_heads
+        elif width and width % 64 == 0:
+            heads = width // 64
+        else:
+            raise CheckpointError(f"{where} has no config.json and nothing tells its num_attention_heads: pass config=")
+        fields["num_attention_heads"] = heads
+        assumed.append(f"the source has no config: num_attention_heads={heads} is assumed")
+        same = config_class.model_type == "mygpt2" and "position_embedding_type" not in fields
+        if same and like is not None:  # no table of positions: rotary ones, or none
+            fields["position_embedding_type"] = like.position_embedding_type.replace("learned", "none")
+    if family.target == "mygpt2" and (rows := _rows(shapes, "q_proj")):
+        fields["head_dim"] = rows // fields["num_attention_heads"]
+        if kv_rows := _rows(shapes, "k_proj"):
+            fields["num_key_value_heads"] = kv_rows // fields["head_dim"]
+    try:
+        return config_class(**fields), assumed
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where}: its config and tensors do not agree ({error}): correct config.json") from error
+
+
+def _rows(shapes: Mapping[str, tuple[int, ...]], projection: str) -> int | None:
+    return next((shape[0] for name, shape in shapes.items() if name.endswith(f"{projection}.weight")), None)
+
+
+def make_config(model_type: str, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """A config of ours with the fields `base` changed by `overrides`; what derives from a changed field follows it.
+
+    Raises:
+        CheckpointError: there is no such field.
+        ValueError: a value is impossible.
+    """
+    config_class = CONFIGS[model_type]
+    known = {name for name, value in vars(config_class()).items() if not name.startswith("_")} | fields_of(config_class)
+    overrides = {config_class.attribute_map.get(name, name): value for name, value in overrides.items()}
+    for name in overrides.keys() - known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f": did you mean {close[0]}?" if close else f"; it has {', '.join(sorted(known))}"
+        raise CheckpointError(f"{config_class.__name__} has no field {name!r}{hint}")
+    fields = dict(base)
+    heads, width = fields.get("num_attention_heads") or 1, fields.get("hidden_size") or 0
+    derived = {"num_key_value_heads": heads, "head_dim": width // heads, "intermediate_size": 4 * width}
+    for name, value in derived.items() if model_type == "mygpt2" else ():
+        if fields.get(name) == value:
+            del fields[name]
+    if len(set(fields.get("layer_types") or ())) == 1 and (
+        "sliding_window" in overrides or "layer_types" not in overrides
+    ):
+        del fields["layer_types"]
+    if "num_labels" in overrides or "id2label" in overrides:
+        for name in ("id2label", "label2id", "num_labels"):
+            fields.pop(name, None)
+    return config_class(**{**fields, **overrides})

@@ -1,0 +1,241 @@
+"""What became of every parameter and every tensor: as an object, a table, JSON."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel
+
+from ..checkpoints import CheckpointError, replace_file, replace_folder, write_manifest
+from ..checkpoints.inspecting import printable, ranges
+from ..checkpoints.integrity import is_weight_file
+from ..checkpoints.writing import parse_size, save_model_files, save_tokenizer_files
+
+REPORT_NAME = "warm_start.json"
+STATUSES = ("loaded", "transformed", "resized", "new", "unused")
+_STYLES = {"new": "yellow", "unused": "yellow", "resized": "cyan", "transformed": "cyan", "loaded": "green"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of a warm start: which tensors of the source became which parameters of the target, and how.
+
+    Attributes:
+        status: `"loaded"` (every bit as it was), `"transformed"`, `"resized"`, `"new"` (no source), `"unused"` (no target).
+        kind: `"exact"`: the step preserves the function; `"approximate"`: it does not; `"new"`: values from nowhere.
+        targets: the target's parameters, the names of a tied one together; empty if unused.
+        sources: the source's tensors; empty if new.
+        how: what was done; of a new parameter what it starts with, of an unused tensor why.
+        parameters: number of elements of the targets, or of an unused tensor.
+        steps: each target → what was done for it, in order.
+        constant: an unused tensor that is no weight, such as a mask.
+        frozen: whether `freeze_loaded` made the targets untrainable.
+    """
+
+    status: str
+    kind: str
+    targets: tuple[str, ...]
+    sources: tuple[str, ...]
+    how: str
+    parameters: int
+    steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    constant: bool = False
+    frozen: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.targets, *self.sources)
+
+
+@dataclass
+class WarmStartReport:
+    """The account of a warm start. Each parameter of the target and each tensor of the source is in exactly one row.
+
+    Attributes:
+        model: the model with its new weights; None when a report was only planned.
+        source, target: what was read, and the class that was filled.
+        rows: see `Row`.
+        notes: differences that no tensor shows, such as another activation, and what had to be assumed.
+        coverage: of the vocabulary: name → count, where tokens or word vectors were matched.
+        tokenizer: the one that goes with the model, if one was given or stood beside the source.
+        source_parameters: number of elements of the source's tensors.
+    """
+
+    source: str
+    target: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    coverage: dict[str, int] = field(default_factory=dict)
+    model: PreTrainedModel | None = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False)
+    source_parameters: int = 0
+
+    @property
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Status → `tensors`, `parameters` and `percent`: of the target's parameters; for `unused`, of the source's."""
+        tensors, parameters = Counter[str](), Counter[str]()
+        for row in self.rows:
+            tensors[row.status] += len(row.targets) or len(row.sources)
+            parameters[row.status] += row.parameters
+        whole = sum(count for status, count in parameters.items() if status != "unused") or 1
+        everything = self.source_parameters or 1
+        return {
+            status: {
+                "tensors": tensors[status],
+                "parameters": parameters[status],
+                "percent": round(100 * parameters[status] / (everything if status == "unused" else whole), 4),
+            }
+            for status in STATUSES
+        }
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the target computes what the source did, as far as both have the same inputs and outputs."""
+        return not self.notes and all(row.kind == "exact" for row in self.rows)
+
+    def not_allowed(self, allow: Iterable[str] = ()) -> list[Row]:
+        """The rows that `strict` objects to: new or unused, no constant, and with a name that no pattern of `allow` finds."""
+        patterns = [re.compile(pattern) for pattern in allow]
+        return [
+            row
+            for row in self.rows
+            if row.status in ("new", "unused") and not row.constant
+            if not all(any(pattern.search(name) for pattern in patterns) for name in row.names)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data.
+
+        Keys: `source`, `target` (text); `exact` (bool, see `is_exact`); `totals` (status → `tensors`, `parameters`,
+        `percent`); `rows` (list of objects with the fields of `Row`); `notes` (list of text); `coverage` (name → count).
+        """
+        rows = [asdict(row) for row in self.rows]
+        described = {"source": self.source, "target": self.target, "exact": self.is_exact, "totals": self.totals}
+        return {**described, "rows": rows, "notes": self.notes, "coverage": self.coverage}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: int | str = "2GB") -> Path:
+        """Save the model with its code, the tokenizer if there is one, and `warm_start.json`: all or nothing.
+
+        Args:
+            save_directory: created if need be; weights that stand there are replaced, other files stay.
+            max_shard_size: bytes, or text such as `"500MB"`.
+
+        Raises:
+            OSError: the disk is full or the folder read-only; it is as it was.
+        """
+        size = parse_size(max_shard_size)
+        if self.model is None:
+            raise CheckpointError("this report has no model: it was planned, not carried out")
+        with replace_folder(
+            save_directory, keep=lambda name: not is_weight_file(name), finish=write_manifest
+        ) as folder:
+            save_model_files(self.model, folder, size)
+            if self.tokenizer is not None:
+                save_tokenizer_files(self.tokenizer, folder)
+            (folder / REPORT_NAME).write_text(self.to_json() + "\n", encoding="utf-8")
+        return Path(save_directory)
+
+    def save_json(self, path: str | os.PathLike) -> Path:
+        """Write `to_dict()` as JSON to `path`, crash-safe."""
+        with replace_file(path) as staged:
+            staged.write_text(self.to_json() + "\n", encoding="utf-8")
+        return Path(path)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def tables(self, *, every_tensor: bool = False, only: Iterable[str] = STATUSES) -> list[Table]:
+        """The rows and the totals; layers that went the same way share a row unless `every_tensor`."""
+        only = tuple(only)
+        table = Table(header_style="bold", box=None, pad_edge=False, title_justify="left", title_style="bold")
+        table.title = f"{printable(self.source)} → {self.target}"
+        for name in ("", "kind", "source", "target", "how"):
+            table.add_column(name, overflow="fold")
+        for row, targets, sources in _collapsed([row for row in self.rows if row.status in only], every_tensor):
+            cells = (
+                row.status,
+                row.kind,
+                sources or "–",
+                targets or "–",
+                row.how + (" (frozen)" if row.frozen else ""),
+            )
+            table.add_row(
+                *(Text(printable(cell), style=_STYLES[row.status] if i == 0 else "") for i, cell in enumerate(cells))
+            )
+        totals = Table(header_style="bold", box=None, pad_edge=False)
+        for name in ("", "tensors", "parameters", "share"):
+            totals.add_column(name, justify="right" if name else "left")
+        for status, total in self.totals.items():
+            share = f"{total['percent']:.2f} %" + (" of the source" if status == "unused" else "")
+            totals.add_row(status, f"{total['tensors']:,}", f"{total['parameters']:,}", share)
+        return [table, totals]
+
+    def show(self, console: Console | None = None, *, every_tensor: bool = False) -> None:
+        """Print the tables, the notes and the coverage."""
+        console = console or Console()
+        for table in self.tables(every_tensor=every_tensor):
+            console.print(table)
+        for name, count in self.coverage.items():
+            console.print(Text(printable(f"{name}: {count:,}")))
+        for note in self.notes:
+            console.print(Text(printable(f"note: {note}"), style="yellow"))
+        if self.is_exact:
+            console.print(Text("Every step is exact: the target computes what the source did.", style="green"))
+
+    def __str__(self) -> str:
+        console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        self.show(console)
+        return console.export_text()
+
+
+def _collapsed(rows: list[Row], every: bool) -> list[tuple[Row, str, str]]:
+    """Rows that differ in layer numbers only, as one: a representative, the targets' and the sources' names."""
+    groups: dict[tuple, list[Row]] = {}
+    for i, row in enumerate(rows):
+        targets, sources = ({_pattern(name) for name in names} for names in (row.targets, row.sources))
+        key = (i,) if every else (row.status, row.kind, row.how, row.frozen, frozenset(targets), frozenset(sources))
+        groups.setdefault(key, []).append(row)
+    return [
+        (members[0], short_names([row.targets for row in members]), short_names([row.sources for row in members]))
+        for members in groups.values()
+    ]
+
+
+_LAYER_NUMBER = re.compile(r"(?<![^./])\d+(?=[./])|(?<=[./]h)\d+(?=/)|(?<=layer_)\d+(?=/)")
+_SIBLINGS = re.compile(r"(?<=\.)([qkv](?=_proj\.)|gate(?=_proj\.)|up(?=_proj\.)|query|key|value|weight$|bias$)")
+
+
+def _pattern(name: str) -> str:
+    return _SIBLINGS.sub("*", _LAYER_NUMBER.sub("*", name, count=1))
+
+
+def short_names(rows: list[tuple[str, ...]]) -> str:
+    """`a.0.q_proj.weight`, `a.0.k_proj.weight` and the same of layer 1 as `a.{0–1}.{q,k}_proj.weight`."""
+    layers: dict[str, list[int]] = {}  # pattern → numbers
+    for name in dict.fromkeys(name for names in rows for name in names):
+        number = _LAYER_NUMBER.search(name)
+        pattern = f"{name[: number.start()]}*{name[number.end() :]}" if number else name
+        layers.setdefault(pattern, []).extend([int(number[0])] if number else [])
+    names = [
+        pattern.replace("*", ranges(sorted(numbers))) if numbers else pattern for pattern, numbers in layers.items()
+    ]
+    for _ in range(2):  # once for projections, once for weight and bias
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            found = _SIBLINGS.search(name)
+            groups.setdefault(name if found is None else _SIBLINGS.sub("\0", name, count=1), []).append(
+                found[0] if found else ""
+            )
+        names = [
+            key.replace("\0", parts[0] if len(parts) == 1 else "{" + ",".join(parts) + "}")
+            for key, parts in groups.items()
+        ]
+    return ", ".join(names)

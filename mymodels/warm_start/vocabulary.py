@@ -1,0 +1,189 @@
+"""Rows for tokens: an old tokenizer's rows for a new one, and pretrained word vectors from a text file."""
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..checkpoints import CheckpointError
+from .transforms import TokenVectors
+
+_ROLES = (
+    "bos_token_id",
+    "eos_token_id",
+    "unk_token_id",
+    "sep_token_id",
+    "pad_token_id",
+    "cls_token_id",
+    "mask_token_id",
+)
+_ALIKE = {"bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id"}  # begin and end of a text, in GPT-2 and BERT
+
+
+def load_tokenizer(source: str | os.PathLike | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or the one saved in a folder or Hub repo.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises many kinds
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"no tokenizer could be loaded from {source} ({reason}): name a folder that has one"
+        ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model"))
+
+
+def match_tokens(
+    old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, old_size: int, new_size: int
+) -> tuple[list[list[int]], dict[str, int]]:
+    """For each token of `new` the tokens of `old` whose mean it starts as, and how many were found how.
+
+    The same string keeps its row, a special token that of its role; any other gets the pieces that the old tokenizer
+    cuts it into. Tokens with no pieces, and rows beyond the tokenizer (`new_size`), get an empty list: the mean of all.
+    """
+    vocabulary = old.get_vocab()
+    rows: list[list[int]] = [[] for _ in range(new_size)]
+    by_role: dict[int, int] = {}
+    for role in _ROLES:
+        for other in (role, _ALIKE.get(role), next((k for k, v in _ALIKE.items() if v == role), None)):
+            mine, theirs = getattr(new, role, None), getattr(old, other, None) if other else None
+            if mine is not None and theirs is not None:
+                by_role.setdefault(mine, theirs)
+    unknown = old.unk_token_id
+    counts = dict.fromkeys(("same token", "same role", "mean of old pieces", "mean of all"), 0)
+    for token, number in new.get_vocab().items():
+        if number >= new_size:
+            continue
+        if vocabulary.get(token, old_size) < old_size:
+            rows[number], how = [vocabulary[token]], "same token"
+        elif by_role.get(number, old_size) < old_size:
+            rows[number], how = [by_role[number]], "same role"
+        else:
+            pieces = old(_text(new, token), add_special_tokens=False, verbose=False).input_ids
+            rows[number] = [piece for piece in pieces if piece != unknown and piece < old_size]
+            how = "mean of old pieces" if rows[number] else "mean of all"
+        counts[how] += 1
+    counts["mean of all"] += new_size - sum(counts.values())
+    return rows, {f"tokens, {how}": count for how, count in counts.items()}
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token: str) -> str:
+    """What a token stands for in a text, its leading space included."""
+    text = tokenizer.convert_tokens_to_string([token])
+    return text.removeprefix("##")
+
+
+class WordVectors(NamedTuple):
+    """The vectors of a file that some word asked for."""
+
+    vectors: dict[str, np.ndarray]
+    name: str  # the file's
+    size: int  # number of vectors in the file
+
+
+def read_word_vectors(path: str | os.PathLike, wanted: set[str], width: int) -> WordVectors:
+    """Read a word2vec or GloVe text file, plain or `.gz`, line by line; only words in `wanted` are kept.
+
+    Raises:
+        CheckpointError: a line is no word with `width` numbers, or the file is damaged; the message says which line.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} of word vectors")
+    found: dict[str, np.ndarray] = {}
+    count = 0
+    for number, line in _lines(path):
+        words = line.rstrip().rsplit(" ", width)
+        if number == 1 and len(line.split()) == 2:  # word2vec's first line: how many, how wide
+            if line.split()[1] != str(width):
+                raise CheckpointError(
+                    f"{path} has vectors of width {line.split()[1]}, but hidden_size={width}: they must be equal"
+                )
+            continue
+        if not line.strip():
+            continue
+        if len(words) != width + 1:
+            raise CheckpointError(
+                f"{path}, line {number}: {len(line.split()) - 1} numbers, but hidden_size={width} are needed: use vectors of that width"
+            )
+        count += 1
+        if words[0] in wanted and words[0] not in found:
+            try:
+                vector = np.array(words[1:], dtype=np.float32)
+            except ValueError:
+                vector = np.array([np.nan])
+            if not np.isfinite(vector).all():
+                raise CheckpointError(
+                    f"{path}, line {number}: the vector of {words[0]!r} has something that is no number"
+                )
+            found[words[0]] = vector
+    return WordVectors(found, path.name, count)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    with (
+        path.open("rb") as raw,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="vectors", disable=None) as bar,
+    ):
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        lines: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+        try:
+            for number, line in enumerate(lines, 1):
+                if number % 1000 == 0:
+                    bar.update(raw.tell() - bar.n)
+                yield number, line.decode("utf-8")
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            raise CheckpointError(
+                f"{path}, after line {number}: cannot be read ({error}): copy or download it again"
+            ) from error
+
+
+def vectors_by_token(
+    vectors: WordVectors, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[TokenVectors, dict[str, int]]:
+    """The vector of each token that has one, and how many have."""
+    words = {number: vector_name(tokenizer, token, vectors.vectors) for token, number in tokenizer.get_vocab().items()}
+    index = [number for number, word in words.items() if word is not None and number < vocab_size]
+    if not index:
+        raise CheckpointError(
+            f"{vectors.name} has a vector for none of the tokenizer's words: it is of another language or form"
+        )
+    table = torch.from_numpy(np.stack([vectors.vectors[words[number]] for number in index]))  # type: ignore[index]
+    coverage = {
+        f"tokens with a vector in {vectors.name}": len(index),
+        f"tokens without one in {vectors.name}": vocab_size - len(index),
+    }
+    return TokenVectors(torch.tensor(index), table, vectors.name, vectors.size), coverage
+
+
+def vector_name(tokenizer: PreTrainedTokenizerBase, token: str, known: Any) -> str | None:
+    """The word whose vector a token takes: itself, or without its space, or in lower case; pieces inside words have none."""
+    if token.startswith("##"):
+        return None
+    plain = _text(tokenizer, token).strip()
+    return next((word for word in (token, plain, plain.lower()) if word in known), None)
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Every word that `vector_name` could ask for."""
+    tokens = list(tokenizer.get_vocab())
+    plain = [_text(tokenizer, token).strip() for token in tokens]
+    return {*tokens, *plain, *(word.lower() for word in plain)} - {""}
