@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .hub import build_repo, load_in_clean_process
     from .training.loop import train
     from .training.sample_text import load_sample_text
-    from .warm_start import WarmStartReport, warm_start
+    from .warmstart import WarmStartReport, warm_start
 
 __version__ = "0.1.0"
 
@@ -39,8 +39,8 @@ _LAZY = {
     "load_in_clean_process": ".hub",
     "load_sample_text": ".training.sample_text",
     "train": ".training.loop",
-    "WarmStartReport": ".warm_start",
-    "warm_start": ".warm_start",
+    "WarmStartReport": ".warmstart",
+    "warm_start": ".warmstart",
 }
 
 __all__ = [
@@ -86,7 +86,7 @@ def _convert_stock_checkpoints() -> None:
     """Let `from_pretrained` take stock checkpoints too; the classes are remote code and know nothing of them."""
 
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        from .warm_start.stock import from_pretrained as convert
+        from .warmstart.stock import from_pretrained as convert
 
         return convert(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 

@@ -92,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _warm_start(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .warm_start import NotAllowedError, warm_start
+    from .warmstart import NotAllowedError, warm_start
 
     torch.manual_seed(arguments.seed)
     names = ("head", "widen", "positions", "tokenizer", "source_tokenizer", "word_vectors", "skip", "only", "strict")
