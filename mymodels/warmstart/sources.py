@@ -64,7 +64,7 @@ def open_source(
     """
     folder, raw, where = None, _as_dict(config), "the source"
     if isinstance(source, torch.nn.Module):
-        raw = raw or _as_dict(getattr(source, "config", None))
+        raw = raw or {**_as_dict(getattr(source, "config", None)), "architectures": [type(source).__name__]}
         where = f"the {type(source).__name__}"
         source = source.state_dict()
     elif not isinstance(source, Mapping):
@@ -85,7 +85,7 @@ def open_source(
     family, ours, unfit = _rename(source, info, raw, target, rename or {}, where)
     shapes = {name: value.shape for name, value in ours.items()}
     found_config, assumed = source_config(raw, shapes, family, like, where)
-    if "tie_word_embeddings" not in raw and (not raw or family.model_types in ((), ("mygpt2",))):
+    if not {"tie_word_embeddings", "model_type"} & raw.keys():  # no whole config
         found_config.tie_word_embeddings = _is_tied(source, ours, family)
     return Source(where, folder, info, family, found_config, raw, ours, unfit, assumed, partial(_read, source))
 

@@ -273,7 +273,12 @@ def _head_of(tensors: Mapping[str, Value]) -> str:
         return "ForSequenceClassification"
     if "model.embed_tokens.weight" in tensors:
         return "ForCausalLM"
-    return "ForMaskedLM" if "cls.predictions.transform.dense.weight" in tensors else "Model"
+    if "cls.predictions.transform.dense.weight" in tensors:
+        return "ForMaskedLM"
+    if "qa_outputs.weight" in tensors:
+        return "ForQuestionAnswering"
+    pooled = "classifier.weight" in tensors and "bert.pooler.dense.weight" in tensors
+    return "ForSequenceClassification" if pooled else "Model"
 
 
 def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig, **how: Any) -> PreTrainedModel:
