@@ -173,6 +173,10 @@ def unreadable(path: str | os.PathLike, what: str, error: BaseException) -> Chec
     """One sentence for an error from deep inside a reader."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = (lines[0].rstrip(". ") if lines else type(error).__name__)[:300]
+    if "Cannot allocate memory" in reason:
+        return CheckpointError(
+            f"{path}: {what} needs more memory than there is ({reason}): split it into smaller shards"
+        )
     return CheckpointError(
         f"{path}: {what} cannot be read ({reason}); the file is damaged or incomplete, copy or download it again"
     )

@@ -135,7 +135,7 @@ def make_config(model_type: str, base: Mapping[str, Any], overrides: Mapping[str
     known = {name for name, value in vars(config_class()).items() if not name.startswith("_")} | fields_of(config_class)
     overrides = {config_class.attribute_map.get(name, name): value for name, value in overrides.items()}
     for name in overrides.keys() - known:
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, [*known, *config_class.attribute_map], n=1)
         hint = f": did you mean {close[0]}?" if close else f"; it has {', '.join(sorted(known))}"
         raise CheckpointError(f"{config_class.__name__} has no field {name!r}{hint}")
     fields = dict(base)

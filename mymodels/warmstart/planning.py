@@ -13,10 +13,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo
+from .change import Change
 from .names import PREFIXES
 from .report import Row, WarmStartReport
 from .sources import Source
-from .transforms import TRANSFORMS, Change, tie
+from .transforms import TRANSFORMS, tie
 from .values import Value, constant, worst
 
 _PARTS = re.compile(r"^(lm_head|score|classifier|qa_outputs|cls)\.")
@@ -65,8 +66,10 @@ def _not_finite(source: Source, names: tuple[str, ...], what: str) -> Checkpoint
     )
 
 
-def check_finite(source: Source, plan: Plan) -> None:
+def check_finite(source: Source, plan: Plan, dtype: torch.dtype) -> None:
     """Read what the plan will read, so that nothing is changed when something is wrong with it.
+
+    Where `dtype` holds smaller numbers than the source, every value is computed too.
 
     Raises:
         CheckpointError: a tensor has NaN or infinite values, or cannot be read.
@@ -76,6 +79,10 @@ def check_finite(source: Source, plan: Plan) -> None:
         tensor = source.read(name)
         if not torch.isfinite(tensor).all():
             raise _not_finite(source, (name,), "")
+    largest = torch.finfo(dtype).max
+    if any(value.sources and torch.finfo(value.dtype).max > largest for value in plan.values.values()):
+        for name in tqdm(plan.values, desc="trying", unit="tensor", disable=None):
+            plan.compute(name, dtype)
 
 
 def make_plan(

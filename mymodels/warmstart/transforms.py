@@ -2,79 +2,23 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
-from typing import NamedTuple
+from functools import partial
 
 import torch
-from transformers import PretrainedConfig
 
 from ..checkpoints import CheckpointError
+from .change import LAYER, LAYER_NAME, Change, same
+from .projections import attention, mlp
 from .sources import HEADS
 from .values import Value, constant
 
-LAYER = {"mygpt2": "model.layers.{}.", "mybert": "bert.encoder.layer.{}."}
-_LAYER_NAME = re.compile(r"^(model\.layers|bert\.encoder\.layer)\.(\d+)\.(.*)$")
-_LAYER_NUMBER = re.compile(r"(?<=layer|ayers)\.\d+\.")
-_MLP_IN = {"mygpt2": ("mlp.up_proj", "mlp.gate_proj"), "mybert": ("intermediate.dense",)}
-_MLP_OUT = {"mygpt2": "mlp.down_proj", "mybert": "output.dense"}
 _POSITIONS = {"mygpt2": "model.embed_positions.weight", "mybert": "bert.embeddings.position_embeddings.weight"}
 _BY_TOKEN = {
     "mygpt2": ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"),
     "mybert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight", "cls.predictions.bias"),
 }
 LAYER_CHOICES = ("every", "first", "last")
-WIDENING = ("pad", "split")
 POSITION_GROWTH = ("tile", "interpolate")
-
-
-class TokenVectors(NamedTuple):
-    """Pretrained vectors for some tokens."""
-
-    tokens: torch.Tensor  # their numbers
-    table: torch.Tensor  # a row for each of them
-    name: str  # where they come from
-    size: int  # how many vectors there were
-
-
-@dataclass
-class Change:
-    """A source on its way to a target."""
-
-    tensors: dict[str, Value]  # under our names
-    source: PretrainedConfig
-    target: PretrainedConfig
-    wanted: set[str]  # the target's parameters
-    fresh: Callable[[str], Value]  # what a parameter of the target starts with when nothing is loaded
-    why: dict[str, tuple[str, str]]  # the source's tensors that get lost → why, and whether that is "exact"
-    layers: str | Sequence[int] = "every"
-    widen: str = "pad"
-    positions: str = "tile"
-    token_rows: list[list[int]] | None = None  # per token of the target, the source's tokens it is the mean of
-    vectors: TokenVectors | None = None
-    pools: bool = False  # whether the target makes one vector of a text
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def kind(self) -> str:
-        return self.target.model_type
-
-    def drop(self, name: str, why: str, kind: str = "approximate") -> None:
-        """Take a tensor out. Where it is used nowhere else, the report will say why."""
-        if name in self.tensors:
-            for source in self.tensors.pop(name).sources:
-                self.why.setdefault(source, (why, kind))
-
-    def wants(self, name: str) -> bool:
-        """Whether the target has such a parameter, in whatever layer."""
-        return _LAYER_NUMBER.sub(".0.", name) in self._patterns
-
-    @cached_property
-    def _patterns(self) -> set[str]:
-        return {_LAYER_NUMBER.sub(".0.", name) for name in self.wanted}
-
-    def each_layer(self) -> list[str]:
-        return [LAYER[self.kind].format(i) for i in range(self.source.num_hidden_layers)]
 
 
 def tie(change: Change) -> None:
@@ -83,7 +27,7 @@ def tie(change: Change) -> None:
     if change.source.tie_word_embeddings:
         change.drop(head, "the source ties it to the token embeddings", "exact")
         if not change.target.tie_word_embeddings and embeddings in change.tensors:
-            change.tensors[head] = change.tensors[embeddings].then("copied, the target's head is untied", _same)
+            change.tensors[head] = change.tensors[embeddings].then("copied, the target's head is untied", same)
     elif change.target.tie_word_embeddings:
         change.drop(head, "the target ties its head to the token embeddings")
 
@@ -99,10 +43,10 @@ def norms(change: Change) -> None:
     tensors = change.tensors
     if change.target.norm_type == "layernorm":
         for name in [name for name in tensors if name.endswith("norm.weight")]:
-            tensors[name] = tensors[name].then("LayerNorm centres, RMSNorm did not", _same, kind="approximate")
+            tensors[name] = tensors[name].then("LayerNorm centres, RMSNorm did not", same, kind="approximate")
         return
     for name in [name for name in tensors if name.endswith(("q_norm.weight", "k_norm.weight"))]:
-        tensors[name] = tensors[name].then("RMSNorm does not centre, LayerNorm did", _same, kind="approximate")
+        tensors[name] = tensors[name].then("RMSNorm does not centre, LayerNorm did", same, kind="approximate")
     for layer in change.each_layer():
         _fold(change, f"{layer}input_layernorm", [f"{layer}self_attn.{part}_proj" for part in "qkv"])
         _fold(change, f"{layer}post_attention_layernorm", [f"{layer}mlp.{part}_proj" for part in ("up", "gate")])
@@ -181,7 +125,7 @@ def layers(change: Change) -> None:
         return
     by_layer: dict[int, dict[str, Value]] = {}
     for name in list(change.tensors):
-        if found := _LAYER_NAME.match(name):
+        if found := LAYER_NAME.match(name):
             by_layer.setdefault(int(found[2]), {})[found[3]] = change.tensors[name]
             if int(found[2]) not in chosen:
                 change.drop(name, "its layer is not among the chosen ones")
@@ -195,158 +139,15 @@ def layers(change: Change) -> None:
             name = LAYER[change.kind].format(to) + rest
             if origin not in seen:
                 step, kind = ("", "exact") if kept_all else ("a chosen layer", "approximate")
-                change.tensors[name] = value.then(step, _same, kind=kind if pre_norm or not kept_all else "approximate")
+                change.tensors[name] = value.then(step, same, kind=kind if pre_norm or not kept_all else "approximate")
             elif pre_norm and re.match(r"(self_attn\.o_proj|mlp\.down_proj)\.", rest):
                 change.tensors[name] = constant(value.shape, 0.0, value, "zeros: the added block changes nothing")
             else:
                 kind = "exact" if pre_norm and kept_all else "approximate"
-                change.tensors[name] = value.then("copied into an added block", _same, kind=kind)
+                change.tensors[name] = value.then("copied into an added block", same, kind=kind)
         seen.add(origin)
     if change.source.model_type == "mygpt2" and change.target.scale_attn_by_inverse_layer_idx:
         change.notes.append("scale_attn_by_inverse_layer_idx divides the scores of a layer by its new number")
-
-
-def attention(change: Change) -> None:
-    """Fewer or more key/value heads: the mean over each group (GQA, arXiv 2305.13245, section 2.1), or copies."""
-    source, target = change.source, change.target
-    parts = {"mygpt2": "self_attn.{}_proj", "mybert": "attention.self.{}"}[change.kind]
-    names = {"mygpt2": "qkv", "mybert": ("query", "key", "value")}[change.kind]
-    heads, head_dim = source.num_attention_heads, _head_dim(source)
-    now = target.num_attention_heads, _head_dim(target)
-    prefixes = [name for name in change.tensors if _LAYER_NAME.match(name)]
-    if (heads, head_dim) != now:
-        step = f"read as {now[0]} heads of {now[1]}, was {heads} of {head_dim}"
-        for name in prefixes:
-            if any(f".{parts.format(part)}." in name for part in names):
-                if heads * head_dim == now[0] * now[1]:
-                    change.tensors[name] = change.tensors[name].then(step, _same, kind="approximate")
-                else:
-                    change.drop(name, f"{now[0]} heads of {now[1]} are wanted, the source has {heads} of {head_dim}")
-        return
-    if change.kind != "mygpt2" or source.num_key_value_heads == target.num_key_value_heads:
-        return
-    old, new = source.num_key_value_heads, target.num_key_value_heads
-    repeated = new % old == 0
-    step = f"{old} key/value heads {'repeated' if repeated else 'mean-pooled'} to {new}"
-    for name in prefixes:
-        if re.search(r"\.self_attn\.[kv]_proj\.", name):
-            value = change.tensors[name]
-            change.tensors[name] = value.then(
-                step,
-                lambda tensor: regroup(tensor, old, new, heads),
-                (new * head_dim, *value.shape[1:]),
-                kind="exact" if repeated else "approximate",
-                resized=True,
-            )
-
-
-def _head_dim(config: PretrainedConfig) -> int:
-    own = getattr(config, "head_dim", None) if config.model_type == "mygpt2" else None
-    return own or config.hidden_size // config.num_attention_heads
-
-
-def regroup(tensor: torch.Tensor, old: int, new: int, heads: int) -> torch.Tensor:
-    """`[old * D, …]` of `old` key/value heads → `[new * D, …]`, for `heads` query heads."""
-    by_head = tensor.view(old, -1, *tensor.shape[1:])
-    if new % old == 0:
-        return by_head.repeat_interleave(new // old, dim=0).flatten(0, 1)
-    if old % new:  # neither divides the other: through one for each query head
-        by_head = by_head.repeat_interleave(heads // old, dim=0)
-    groups = by_head.view(new, -1, *by_head.shape[1:])
-    return groups.double().mean(dim=1).flatten(0, 1)
-
-
-def mlp(change: Change) -> None:
-    """Dense ↔ gated, wider, narrower."""
-    if change.kind == "mygpt2" and change.source.mlp_type != change.target.mlp_type:
-        for layer in change.each_layer():
-            _regate(change, f"{layer}mlp.")
-    old, new = change.source.intermediate_size, change.target.intermediate_size
-    if old != new and change.widen not in WIDENING:
-        raise CheckpointError(f"widen={change.widen!r} is none of {', '.join(WIDENING)}")
-    if old != new:
-        for layer in change.each_layer():
-            inner = [f"{layer}{part}" for part in _MLP_IN[change.kind] if f"{layer}{part}.weight" in change.tensors]
-            resize = _narrow if new < old else _pad if change.widen == "pad" else _split
-            if inner and f"{layer}{_MLP_OUT[change.kind]}.weight" in change.tensors:
-                resize(change, inner, f"{layer}{_MLP_OUT[change.kind]}.weight", old, new)
-
-
-def _regate(change: Change, layer: str) -> None:
-    tensors = change.tensors
-    if change.target.mlp_type == "dense":  # down(act(gate) * up) → down(act(gate))
-        for name in ("weight", "bias"):
-            change.drop(f"{layer}up_proj.{name}", "the target's MLP has no gate")
-            if f"{layer}gate_proj.{name}" in tensors:
-                gate = tensors.pop(f"{layer}gate_proj.{name}")
-                tensors[f"{layer}up_proj.{name}"] = gate.then(
-                    "the gate, without what it gated", _same, kind="approximate"
-                )
-        return
-    exact = change.wants(f"{layer}up_proj.bias")
-    for name in ("weight", "bias"):  # down(act(up)) → down(act(gate) * 1)
-        if f"{layer}up_proj.{name}" in tensors:
-            value, step = tensors.pop(f"{layer}up_proj.{name}"), "becomes the gate"
-            tensors[f"{layer}gate_proj.{name}"] = value.then(step, _same, kind="exact" if exact else "approximate")
-            if exact:
-                fill = float(name == "bias")
-                what = f"{'ones' if fill else 'zeros'}: the gate passes as it is"
-                tensors[f"{layer}up_proj.{name}"] = constant(value.shape, fill, value, what)
-    if exact and f"{layer}gate_proj.weight" in tensors and f"{layer}up_proj.bias" not in tensors:
-        gate = tensors[f"{layer}gate_proj.weight"]
-        tensors[f"{layer}up_proj.bias"] = constant((gate.shape[0],), 1.0, gate, "ones: the gate passes as it is")
-
-
-def _pad(change: Change, inner: list[str], outer: str, old: int, new: int) -> None:
-    step, std = f"{new - old} units added that write zeros", change.target.initializer_range
-    tensors = change.tensors
-    for name in inner:
-        weight = tensors[f"{name}.weight"]
-        tensors[f"{name}.weight"] = weight.then(
-            step,
-            lambda t: torch.cat((t, torch.randn(new - old, t.shape[1]).mul(std).to(t))),
-            (new, weight.shape[1]),
-            resized=True,
-            partly_new=True,
-        )
-        if bias := tensors.get(f"{name}.bias"):
-            tensors[f"{name}.bias"] = bias.then(
-                step, lambda t: torch.cat((t, t.new_zeros(new - old))), (new,), resized=True, partly_new=True
-            )
-    shape = (tensors[outer].shape[0], new)
-    tensors[outer] = tensors[outer].then(
-        step, lambda t: torch.cat((t, t.new_zeros(t.shape[0], new - old)), dim=1), shape, resized=True, partly_new=True
-    )
-
-
-def _split(change: Change, inner: list[str], outer: str, old: int, new: int) -> None:
-    """Net2WiderNet (arXiv 1511.05641): some units are there several times and share what they wrote."""
-    index = torch.arange(new) * old // new
-    shares = 1.0 / torch.bincount(index, minlength=old).double()[index]
-    tensors, step = change.tensors, f"{old} units split into {new}"
-    for name in [f"{name}.{part}" for name in inner for part in ("weight", "bias")]:
-        if value := tensors.get(name):
-            tensors[name] = value.then(step, lambda t: t[index], (new, *value.shape[1:]), resized=True)
-    shape = (tensors[outer].shape[0], new)
-    tensors[outer] = tensors[outer].then(step, lambda t: t[:, index].double() * shares, shape, resized=True)
-
-
-def _narrow(change: Change, inner: list[str], outer: str, old: int, new: int) -> None:
-    tensors, step = change.tensors, f"the {new} of {old} units with the largest norms"
-    weights, writer = [tensors[f"{name}.weight"] for name in inner], tensors[outer]
-
-    @cache
-    def index() -> torch.Tensor:
-        size = writer.compute().double().norm(dim=0)
-        for weight in weights:
-            size = size * weight.compute().double().norm(dim=1)
-        return size.topk(new).indices.sort().values
-
-    narrowed = partial(Value.then, step=step, kind="approximate", resized=True, using=(*weights, writer))
-    for name in [f"{name}.{part}" for name in inner for part in ("weight", "bias")]:
-        if value := tensors.get(name):
-            tensors[name] = narrowed(value, change=lambda t: t[index()], shape=(new, *value.shape[1:]))
-    tensors[outer] = narrowed(writer, change=lambda t: t[:, index()], shape=(writer.shape[0], new))
 
 
 def positions(change: Change) -> None:
@@ -472,10 +273,6 @@ def unequal_settings(change: Change) -> None:
         rope = "rope" in (change.source.position_embedding_type, change.target.position_embedding_type) if name == "rope_theta" else True  # fmt: skip
         if old != new and rope and (name != "pooling" or change.pools):
             change.notes.append(f"{name} was {old!r} and is {new!r}, which changes what the same weights compute")
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 TRANSFORMS: tuple[Callable[[Change], None], ...] = (

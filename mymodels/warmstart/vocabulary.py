@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoints import CheckpointError
-from .transforms import TokenVectors
+from .change import TokenVectors
 
 _ROLES = (
     "bos_token_id",

@@ -15,12 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..checkpoints import CheckpointError, load_checkpoint_and_dispatch
 from ..checkpoints.checkpoint import resolve_dtype
 from ..models import modeling_mybert, modeling_mygpt2
+from .change import TokenVectors
 from .configs import fields_of, make_config
 from .names import CONFIGS, FAMILIES
 from .planning import Plan, check_finite, make_plan
 from .report import Row, WarmStartReport
 from .sources import Source, open_source
-from .transforms import TokenVectors
 from .values import Value
 from .vocabulary import (
     has_tokenizer,
@@ -157,7 +157,7 @@ def warm_start(
     report.coverage, report.tokenizer = match.coverage, match.tokenizer
     if strict and (found := report.not_allowed(allow)):
         raise NotAllowedError(found, report)
-    check_finite(opened, plan)
+    check_finite(opened, plan, resolve_dtype(dtype) or target.dtype)
     if given is not None:
         _fill(given, plan)
     else:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 assert transformers.__file__.startswith(release), transformers.__file__
 TRUST = {"trust_remote_code": True} if mode == "remote" else {}
 if mode == "package":
-    import mymodels  # noqa: F401
+    import mymodels
 
 
 def load(auto_class: str, folder: Path, **how):
@@ -163,7 +163,34 @@ def check_stock_bert(my_bert: type) -> None:
         close(mine(ids, attention_mask=mask).logits, stock(ids, attention_mask=mask).logits)
 
 
+def check_stock_gpt2() -> None:
+    """In the package only: a stock folder loads as it is, places included, and `warm_start` fits it to another shape."""
+    stock = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)).eval()
+    stock.save_pretrained(work / "stock-gpt2")
+    ids = torch.randint(1, 97, (2, 9))
+    with torch.no_grad():
+        expected = stock(ids).logits
+        for how in ({}, {"device_map": "auto"}, {"attn_implementation": "eager"}):
+            mine, loading = mymodels.MyGPT2ForCausalLM.from_pretrained(
+                work / "stock-gpt2", output_loading_info=True, **how
+            )
+            assert not any(loading.values()), loading
+            close(mine(ids).logits, expected)
+        exact = {"norm_type": "rmsnorm", "tie_word_embeddings": False, "lm_head_bias": True, "num_hidden_layers": 3}
+        report = mymodels.warm_start("mygpt2", work / "stock-gpt2", overrides={**exact, "intermediate_size": 200})
+        assert report.is_exact, report
+        close(report.model(ids).logits, expected, tolerance=1e-4)
+        report.save_pretrained(work / "warm")
+        again, loading = mymodels.MyGPT2ForCausalLM.from_pretrained(work / "warm", output_loading_info=True)
+        assert not any(loading.values()), loading
+        close(again(ids).logits, expected, tolerance=1e-4)
+        pooled = mymodels.MyGPT2ForCausalLM.from_pretrained(work / "stock-gpt2", num_key_value_heads=2)
+        assert all(p.isfinite().all() and p.std() < 2 for p in pooled.parameters() if p.ndim > 1)
+
+
 torch.manual_seed(0)
+if mode == "package":
+    check_stock_gpt2()
 for folder in sorted(work.glob("mygpt2-*/config.json")):
     folder = folder.parent
     if "-again-" not in folder.name:

@@ -8,7 +8,8 @@ from warmstart.stock import difference, stock_model
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM, MyGPT2ForSequenceClassification, MyGPT2Model, warm_start
 from mymodels.checkpoints import CheckpointError
-from mymodels.warmstart.transforms import choose_layers, gather_rows, regroup
+from mymodels.warmstart.projections import regroup
+from mymodels.warmstart.transforms import choose_layers, gather_rows
 
 UNTIED = {"tie_word_embeddings": False}
 EXACT = {  # name: overrides, options
