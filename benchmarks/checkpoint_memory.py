@@ -27,6 +27,8 @@ CASES = [
     ("save", "transformers", "save_pretrained"),
     ("load", "mymodels", "load_state_dict"),
     ("load", "mymodels-model", "load_checkpoint_and_dispatch from meta"),
+    ("load", "mymodels-stock", "from_pretrained of a stock GPT-2"),
+    ("load", "mymodels-warm", "warm_start from a stock GPT-2"),
     ("load", "transformers", "from_pretrained"),
 ]
 
@@ -65,11 +67,11 @@ def measure(work: str, who: str, folder: Path) -> dict[str, int]:
     import accelerate
     import torch
 
-    from mymodels import MyGPT2Config, MyGPT2ForCausalLM
+    from mymodels import MyGPT2Config, MyGPT2ForCausalLM, warm_start
     from mymodels.checkpoints import load_checkpoint_and_dispatch, load_state_dict, save_checkpoint
 
     config = MyGPT2Config(**CONFIG)
-    source, target = folder / "source", folder / f"{work}-{who}"
+    source, stock, target = folder / "source", folder / "stock", folder / f"{work}-{who}"
     with accelerate.init_empty_weights():
         empty = MyGPT2ForCausalLM(config)
     empty.tie_weights()
@@ -78,6 +80,8 @@ def measure(work: str, who: str, folder: Path) -> dict[str, int]:
         actions = {
             "mymodels": lambda: load_state_dict(source),
             "mymodels-model": lambda: load_checkpoint_and_dispatch(empty, source, device_map="cpu"),
+            "mymodels-stock": lambda: MyGPT2ForCausalLM.from_pretrained(stock),
+            "mymodels-warm": lambda: warm_start("mygpt2", stock, overrides={"norm_type": "rmsnorm"}).model,
             "transformers": lambda: MyGPT2ForCausalLM.from_pretrained(source),
         }
     else:
@@ -105,6 +109,7 @@ def main() -> int:
 
     from rich.console import Console
     from rich.table import Table
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     from mymodels import MyGPT2Config, MyGPT2ForCausalLM
 
@@ -114,6 +119,7 @@ def main() -> int:
         largest = max(SHARD, max(parameter.nbytes for parameter in model.parameters()))  # a tensor is never split
         model.save_pretrained(Path(folder, "source"), max_shard_size=SHARD)
         del model
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(Path(folder, "stock"), max_shard_size=SHARD)
         rows = []
         for work, who, name in CASES:
             command = [sys.executable, __file__, "--measure", work, who, folder]

@@ -18,7 +18,7 @@ from .names import PREFIXES
 from .report import Row, WarmStartReport
 from .sources import Source
 from .transforms import TRANSFORMS, tie
-from .values import Value, constant, worst
+from .values import Value, constant, is_finite, worst
 
 _PARTS = re.compile(r"^(lm_head|score|classifier|qa_outputs|cls)\.")
 
@@ -54,7 +54,7 @@ class Plan:
         """
         value = self.values[name]
         tensor = value.compute().to(dtype).contiguous()
-        if value.sources and not torch.isfinite(tensor).all():
+        if value.sources and not is_finite(tensor):
             raise _not_finite(self.source, value.sources, f"in {dtype}, as {name}")
         return tensor
 
@@ -77,7 +77,7 @@ def check_finite(source: Source, plan: Plan, dtype: torch.dtype) -> None:
     used = dict.fromkeys(name for value in plan.values.values() for name in value.sources)
     for name in tqdm([name for name in used if name in source.info], desc="checking", unit="tensor", disable=None):
         tensor = source.read(name)
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise _not_finite(source, (name,), "")
     largest = torch.finfo(dtype).max
     if any(value.sources and torch.finfo(value.dtype).max > largest for value in plan.values.values()):

@@ -67,8 +67,8 @@ def _writers(change: Change) -> list[tuple[str, int]]:
 
 
 def _centre(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    wide = tensor.double()
-    return wide - wide.mean(dim=dim, keepdim=True)
+    wide = tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+    return wide - wide.mean(dim=dim, keepdim=True, dtype=torch.float64).to(wide.dtype)
 
 
 def _fold(change: Change, norm: str, readers: list[str]) -> None:

@@ -71,3 +71,11 @@ def constant(shape: tuple[int, ...], fill: float, like: Value, step: str, kind: 
     """A value made from no source."""
     dtype = like.dtype
     return Value(shape, dtype, lambda: torch.full(shape, fill, dtype=dtype), steps=(step,) if step else (), kind=kind)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity in it; without a copy, which `torch.isfinite` makes."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)  # either is NaN if one is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
