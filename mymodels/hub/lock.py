@@ -15,14 +15,14 @@ from ..checkpoints import replace_file
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import inside, parse_json, read_json
 from .contents import shown
-from .remote import Remote
+from .remote import REPO_ID, Remote
 
 LOCK_NAME = "mymodels.lock"
 # configs too, they name the classes that are loaded; `config.5.0.0.json` is what `configuration_files` may name
 _CODE = re.compile(r".*\.(py|so|pyd)|(.*/)?[^/]*config[^/]*\.json", re.IGNORECASE | re.DOTALL)
 _PATTERNS = ["*.py", "*.so", "*.pyd", "*config*.json"]
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
-_AT_COMMIT = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", re.ASCII)
+_AT_COMMIT = re.compile(rf"({REPO_ID})@([0-9a-f]{{40}})", re.ASCII)
 _COPIES: list[tempfile.TemporaryDirectory] = []  # kept until the process ends: offloaded weights are read from there
 
 

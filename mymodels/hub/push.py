@@ -26,7 +26,7 @@ from .contents import (
     scan,
     shown,
 )
-from .remote import SENTENCES, HubError, Remote, status_of
+from .remote import REPO_ID, SENTENCES, HubError, Remote, status_of
 
 NEW, CHANGED, UNCHANGED, REMOVED, KEPT = "new", "changed", "unchanged", "removed", "only there, kept"
 _READ_AGAIN = 10_000_000  # bytes; of larger files the Hub's own SHA-256 is compared
@@ -251,7 +251,8 @@ def _is_loaded(name: str) -> bool:
 
 
 def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, tag: str | None) -> str:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id, re.ASCII) or re.search(r"--|\.\.|\.git$", repo_id):
+    named = re.fullmatch(REPO_ID, repo_id, re.ASCII) and "/" in repo_id
+    if not named or re.search(r"--|\.\.|\.git$", repo_id):
         raise ValueError(f"{shown(repo_id)} is no name of a Hub repo: write it as user/name")
     if revision is not None and _COMMIT.fullmatch(revision):
         raise ValueError(f"a push makes a new commit and cannot go to {revision}: name a branch")

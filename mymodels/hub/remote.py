@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from huggingface_hub import HfApi, get_token
 
+REPO_ID = r"\w[\w.-]*(?:/\w[\w.-]*)?"
 ATTEMPTS = 5
 LONGEST_WAIT = 60.0  # seconds; what a server asks for in Retry-After is kept up to this
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{8,}")
