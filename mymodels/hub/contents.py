@@ -198,7 +198,7 @@ def _refusal(name: str, allow: tuple[str, ...]) -> str:
         return "a name with control characters or backslashes"
     if _fits(base.lower(), PICKLES):
         return "a pickle or a format like it, which can run code when it is loaded"
-    if kind_of(name) is None and _fits(base.lower(), _SECRETS):
+    if _fits(base.lower(), _SECRETS):
         return "by its name a secret"
     if any(_fits(part, _LEFTOVER_FOLDERS) for part in folders) or _fits(base, _LEFTOVERS):
         return "left over from work"

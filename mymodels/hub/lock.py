@@ -117,7 +117,7 @@ def load(
     With a lock, a Hub repo is fetched at the lock's commit; the code files are read once, compared with the lock, and
     written to a private folder, from which the model is loaded: what is imported is what was compared, whatever
     happens to the repo, the cache or the folder meanwhile. Weights are linked, not copied. `trust_remote_code=True` is
-    implied.
+    implied. (MyGPT2 and MyBert are registered by this package, so for them its own classes are used.)
 
     Args:
         path_or_repo_id: a folder or `user/name`.

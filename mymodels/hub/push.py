@@ -303,7 +303,7 @@ def _head(remote: Remote, revision: str) -> str | None:
 
 
 def _tree(remote: Remote, commit: str) -> dict[str, Any]:
-    return remote.ask(lambda: _entries(remote, commit))
+    return remote.ask(lambda: _entries(remote, commit), attempts=2)  # most releases of huggingface_hub repeat it, too
 
 
 def _entries(remote: Remote, commit: str) -> dict[str, Any]:

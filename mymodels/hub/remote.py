@@ -108,7 +108,7 @@ class Remote:
         """One sentence on an exception: what is wrong and what to do, and what the server said to it."""
         status = status_of(error)
         said = getattr(error, "server_message", None) or ("" if status else str(error)) or type(error).__name__
-        detail = self.scrub(" ".join(said.split()))[:300]
+        detail = self.scrub("".join(c if c.isprintable() else " " for c in " ".join(said.split())))[:300]
         if status is None and type(error).__module__.split(".")[0] in _HTTP_LIBRARIES:
             return (
                 f"the connection to {self.api.endpoint} for {self.repo_id} failed or broke off: check it and try again; what "
