@@ -1,6 +1,5 @@
 """Push a folder to a Hub repo: privately, verified before, only what changed, and read again afterwards."""
 
-import json
 import os
 import re
 import tempfile
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoints.safetensors_files import read_json
 from .contents import (
     LOADED,
     PICKLES,
@@ -112,6 +112,7 @@ def push(
     check_no_secret_inside(files, remote.secrets)
     if not no_verify:
         _verify(folder, verify)
+    snippet = load_snippet(folder, repo_id, "COMMIT")  # also refuses a damaged config before anything is sent
     info = _look(remote)
     if info is not None:
         _check_visibility(remote, info.private, private)
@@ -124,7 +125,7 @@ def push(
     if console is not None:
         show_files(states, repo_id, console)
     if dry_run:
-        return PushResult(repo_id, None, states, [], None, load_snippet(folder, repo_id, "COMMIT"))
+        return PushResult(repo_id, None, states, [], None, snippet)
     if info is None:
         start = _create(remote, private is not False)
     if _head(remote, branch) is None:
@@ -175,15 +176,15 @@ def show_files(states: list[FileState], repo_id: str, console: Console) -> None:
 
 def load_snippet(folder: Path, repo_id: str, commit: str) -> str:
     """Python code that loads the model, and the tokenizer if there is one, pinned to a commit."""
-    config = (
-        json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").is_file() else {}
-    )
-    auto_map = config.get("auto_map") or {}
-    architecture = next(iter(config.get("architectures") or []), "")
-    served = [name for name, target in auto_map.items() if str(target).endswith(f".{architecture}")]
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    auto_map, listed = config.get("auto_map"), config.get("architectures")
+    auto_map = auto_map if isinstance(auto_map, dict) else {}
+    architecture = str(listed[0]) if isinstance(listed, list) and listed else ""
     head = re.search(r"For[A-Z]\w+$", architecture)
-    usual = f"AutoModel{head[0]}" if head else "AutoModel"
-    auto_class = next(iter(served), usual if not auto_map and hasattr(transformers, usual) else "AutoModel")
+    candidates = [name for name, target in auto_map.items() if str(target).endswith(f".{architecture}")]
+    candidates += [f"AutoModel{head[0]}"] if head and not auto_map else []
+    candidates = [name for name in candidates if re.fullmatch(r"Auto\w+", name) and hasattr(transformers, name)]
+    auto_class = (candidates or ["AutoModel"])[0]
     pins = f'"revision": "{commit}"'
     if auto_map:
         pins += f', "code_revision": "{commit}", "trust_remote_code": True'

@@ -20,7 +20,7 @@ from mymodels import MyGPT2ForCausalLM
 from mymodels.checkpoints import write_manifest
 from mymodels.hub import build_repo
 from mymodels.hub.checks import Check
-from mymodels.hub.push import HubError, push
+from mymodels.hub.push import HubError, load_snippet, push
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 REPO = "me/private-model"
@@ -173,6 +173,37 @@ def test_large_files_go_in_parts_and_long_listings_in_pages(hub, send, folder) -
     hub.part_size, hub.page_size = 20_000, 3
     send()
     assert remote(hub) == local(folder) and hub.asked("PUT .*/2.signed") and hub.asked("GET .*cursor=9")
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, 'AutoModelForCausalLM.from_pretrained("me/x", **pinned)'),
+        ({"architectures": ["BertModel"]}, 'AutoModel.from_pretrained("me/x", **pinned)'),
+        ({"architectures": ["XForNothing"]}, 'AutoModel.from_pretrained("me/x", **pinned)'),
+        ({}, 'AutoModel.from_pretrained("me/x", **pinned)'),
+        (
+            {"architectures": ["A"], "auto_map": {"AutoModelForMaskedLM": "m.A", "AutoModel": "m.B"}},
+            "= AutoModelForMaskedLM",
+        ),
+        ({"architectures": ["A"], "auto_map": {"AutoModel;evil": "m.A"}}, "= AutoModel.from_pretrained("),
+        ({"architectures": 3, "auto_map": "x"}, "= AutoModel.from_pretrained("),
+    ],
+)
+def test_the_snippet_names_the_class_and_only_a_class(tmp_path, config: dict, line: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    snippet = load_snippet(tmp_path, "me/x", "a" * 40)
+    compile(snippet, "snippet", "exec")
+    assert line in snippet and "evil" not in snippet and "AutoTokenizer" not in snippet
+    assert ("code_revision" in snippet) == isinstance(config.get("auto_map"), dict)
+
+
+def test_a_damaged_config_is_refused_before_anything_is_sent(hub, send, folder) -> None:
+    (folder / "config.json").write_text("{")
+    write_manifest(folder)
+    with pytest.raises(ValueError, match=r"config\.json: it is not valid JSON"):
+        send()
+    assert not hub.requests
 
 
 # verification first
@@ -389,6 +420,16 @@ def test_every_status_is_one_sentence_without_the_token(
     assert all(asked.count(path) <= 6 for path in asked)  # bounded
 
 
+def test_a_token_of_another_form_is_hidden_too(hub, send, monkeypatch) -> None:
+    token = "eyJhbGci.eyJzdWIi.c2lnbmF0dXJl"
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.fail("GET", 403, message=f"{token} may not")
+    with pytest.raises(HubError, match="403: hf_… may not"):
+        send(token=None)
+    hub.tokens[token] = ("me", "write")
+    send(token=None)  # it is the one that was sent
+
+
 def test_real_refusals_of_the_server(hub, send) -> None:
     with pytest.raises(HubError, match="someone/else: use one with write permission for it"):
         send(repo_id="someone/else")
@@ -412,15 +453,16 @@ def test_a_card_that_the_hub_refuses(hub, send, folder) -> None:
         send()
 
 
-def test_someone_else_commits_meanwhile(hub, send, folder, monkeypatch) -> None:
+@pytest.mark.parametrize("when", ["lfs_batch", "validate_yaml"])  # before and after the last look at the branch
+def test_someone_else_commits_meanwhile(hub, send, monkeypatch, when: str) -> None:
     repo = hub.create(REPO)
-    verb = hub.RequestHandlerClass.lfs_batch
+    verb = getattr(hub.RequestHandlerClass, when)
 
     def interrupt(handler, **arguments):
         repo.commit("refs/heads/main", {"theirs.md": Blob.regular(b"x")}, "theirs")
         return verb(handler, **arguments)
 
-    monkeypatch.setattr(hub.RequestHandlerClass, "lfs_batch", interrupt)
+    monkeypatch.setattr(hub.RequestHandlerClass, when, interrupt)
     with pytest.raises(HubError, match="was changed by someone else in the meantime, nothing was committed"):
         send()
     assert set(repo.files()) == {"theirs.md"}
