@@ -1,0 +1,211 @@
+"""What may leave the house: the files of a Hub repo folder, by kind, with their sizes and hashes."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoints.integrity import MANIFEST, read_manifest
+
+# kind → patterns for a file's own name, in any subfolder; what none of them fits is not pushed
+KINDS = {
+    "code": ("*.py",),
+    "weights": ("*.safetensors", "*.safetensors.index.json"),
+    "config": (
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "processor_config.json",
+        "adapter_config.json",
+        "quantize_config.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "modules.json",
+    ),
+    "tokenizer": (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "dict.txt",
+        "bpe.codes",
+        "*.model",
+        "*.spm",
+        "*.tiktoken",
+        "*.jinja",
+        "chat_template.json",
+    ),
+    "record": (MANIFEST,),
+    "document": (
+        "*.md",
+        "LICENSE*",
+        "NOTICE*",
+        "USE_POLICY*",
+        "CITATION.cff",
+        "requirements.txt",
+        ".gitattributes",
+        "*.png",
+        "*.jpg",
+        "*.jpeg",
+        "*.gif",
+        "*.svg",
+        "*.webp",
+    ),
+    "other format": ("*.gguf", "*.onnx", "*.onnx_data", "*.onnx.data"),
+}
+LOADED = ("code", "weights", "config", "tokenizer", "record")  # what loaders read, or what speaks of it
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.dill", "*.npy", "*.npz", "*.msgpack")
+_SECRETS = (
+    ".env",
+    ".env.*",
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "id_rsa*",
+    "id_ed25519*",
+    "*netrc",
+    ".pypirc",
+    ".npmrc",
+    ".git-credentials",
+    "*credential*",
+    "*secret*",
+    "token",
+    "*.token",
+    "*token*.txt",
+    "stored_tokens",
+)
+_LEFTOVERS = ("*.pyc", "*.ipynb", ".DS_Store", "Thumbs.db", "*.log", "*.tmp", "*~", "*tfevents*", "trainer_state.json")
+_LEFTOVER_FOLDERS = ("__pycache__", ".ipynb_checkpoints", "runs", "wandb", "checkpoint-*", ".*")
+_NEVER = (".git", ".cache")  # of git and of `hf download --local-dir`; huggingface_hub leaves them out as well
+_TEXT_BYTES = 10_000_000
+
+
+class LocalFile(NamedTuple):
+    """A file of the folder, by its `/`-separated name in there; `git_oid` is how git names its content."""
+
+    path: Path
+    size: int
+    sha256: str
+    git_oid: str
+
+
+def kind_of(name: str) -> str | None:
+    """The kind of file, a key of `KINDS`; None for what is not pushed."""
+    base = name.rsplit("/", 1)[-1]
+    return next((kind for kind, patterns in KINDS.items() if _fits(base, patterns)), None)
+
+
+def scan(folder: Path, allow: Iterable[str] = ()) -> dict[str, LocalFile]:
+    """Every file of `folder`, hashed.
+
+    Args:
+        allow: patterns of further file names to take along; pickles and secrets stay refused.
+
+    Raises:
+        ValueError: something in the folder is not pushed: pickles, secrets, links, leftovers, unknown kinds. All are named.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, so there is nothing to push: name the folder of the model")
+    names, refused = [], []
+    for name, is_link in _walk(folder):
+        reason = "a link" if is_link else _refusal(name, tuple(allow))
+        refused.append(f"{shown(name)} ({reason})") if reason else names.append(name)
+    if refused:
+        more = f" and {len(refused) - 20} more" if len(refused) > 20 else ""
+        raise ValueError(
+            f"{folder} is not pushed because of {', '.join(refused[:20])}{more}: remove what does not belong to the "
+            "model; a kind of file that does can be allowed by its name"
+        )
+    if not names:
+        raise ValueError(f"{folder} is empty, so there is nothing to push: name the folder of the model")
+    return {name: hash_file(folder / name) for name in sorted(names)}
+
+
+def check_manifest(folder: Path, files: dict[str, LocalFile]) -> None:
+    """Compare the files with `manifest.json`, if there is one.
+
+    Raises:
+        ValueError: a file differs from it, or one of both is missing.
+    """
+    if MANIFEST not in files:
+        return
+    listed = read_manifest(folder)
+    for name in sorted(set(listed) | set(files) - {MANIFEST, ".gitattributes"}):
+        if name not in files:
+            problem = f"lists {shown(name)}, which is missing"
+        elif name not in listed:
+            problem = f"does not list {shown(name)}"
+        elif listed[name] != (files[name].size, files[name].sha256):
+            problem = f"records another {shown(name)}, of {listed[name][0]:,} bytes and SHA-256 {listed[name][1][:16]}…"
+        else:
+            continue
+        raise ValueError(
+            f"{folder / MANIFEST} {problem}: if the folder is as you want it, write the manifest anew with "
+            "`mymodels check --write-manifest`"
+        )
+
+
+def check_no_secret_inside(files: dict[str, LocalFile], secrets: list[str]) -> None:
+    """Refuse texts that hold one of `secrets`, the caller's own tokens.
+
+    Raises:
+        ValueError: one does; its name is given, the secret is not.
+    """
+    for name, file in files.items():
+        if file.size <= _TEXT_BYTES:
+            content = file.path.read_bytes()
+            if any(secret.encode() in content for secret in secrets):
+                raise ValueError(f"{shown(name)} contains your Hub token: remove it there, and make a new token")
+
+
+def hash_file(path: Path) -> LocalFile:
+    """Size, SHA-256 and git's name for a file, in one reading."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            blob.update(chunk)
+    return LocalFile(path, size, digest.hexdigest(), blob.hexdigest())
+
+
+def shown(name: str) -> str:
+    """A file's name for messages: control characters escaped."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Everything in a folder that is not a folder itself: `/`-separated name, and whether it is a link."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in sorted(folders) if name not in _NEVER or Path(parent) != folder]
+        for name in [*folders, *files]:
+            path = Path(parent, name)
+            if path.is_symlink() or name in files:
+                yield path.relative_to(folder).as_posix(), path.is_symlink()
+
+
+def _refusal(name: str, allow: tuple[str, ...]) -> str:
+    """Why a file is not pushed; empty if it is."""
+    *folders, base = name.split("/")
+    if not name.isprintable() or "\\" in name:
+        return "a name with control characters or backslashes"
+    if _fits(base.lower(), PICKLES):
+        return "a pickle or a format like it, which can run code when it is loaded"
+    if _fits(base.lower(), _SECRETS):
+        return "by its name a secret"
+    if any(_fits(part, _LEFTOVER_FOLDERS) for part in folders) or _fits(base, _LEFTOVERS):
+        return "left over from work"
+    if kind_of(name) is None and not _fits(base, allow) and not _fits(name, allow):
+        return "no kind of file that belongs to a model"
+    return ""
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,255 @@
+"""Locks: the hashes of the code that was reviewed, and a `load` that runs no other code."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from huggingface_hub import snapshot_download
+
+from ..checkpoints import replace_file
+from ..checkpoints.opening import locate
+from ..checkpoints.safetensors_files import inside, parse_json, read_json
+from .contents import shown
+from .remote import REPO_ID, Remote
+
+LOCK_NAME = "mymodels.lock"
+# configs too, they name the classes that are loaded; `config.5.0.0.json` is what `configuration_files` may name
+_CODE = re.compile(r".*\.(py|so|pyd)|(.*/)?[^/]*config[^/]*\.json", re.IGNORECASE | re.DOTALL)
+_PATTERNS = ["*.py", "*.so", "*.pyd", "*config*.json"]
+_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
+_AT_COMMIT = re.compile(rf"({REPO_ID})@([0-9a-f]{{40}})", re.ASCII)
+_COPIES: list[tempfile.TemporaryDirectory] = []  # kept until the process ends: offloaded weights are read from there
+
+
+class LockError(ValueError):
+    """A folder or repo is not what its lock says; nothing of it was executed."""
+
+
+class Lock(NamedTuple):
+    """What was reviewed: a Hub repo's commit, or a folder (both None), and the size and SHA-256 of each code file."""
+
+    repo_id: str | None
+    commit: str | None
+    files: dict[str, tuple[int, str]]
+
+
+def write_lock(
+    source: str | os.PathLike, file: str | os.PathLike = LOCK_NAME, *, token: str | bool | None = None
+) -> Lock:
+    """Record the code that is in a folder or a commit, once it has been reviewed. Nothing of it is executed.
+
+    Locked are all `.py` files and all `…config.json`, which name the classes to load.
+
+    Args:
+        source: a folder, or `user/name@SHA` with the 40 digits of the commit.
+        file: the lock, a JSON file.
+        token: as in `huggingface_hub`.
+
+    Raises:
+        LockError: the code is partly in another repo, so a lock cannot cover it; or there is no code.
+        ValueError: `source` is neither.
+        HubError: the commit could not be read.
+    """
+    found = _AT_COMMIT.fullmatch(str(source))
+    if Path(source).expanduser().is_dir():
+        lock = Lock(None, None, _hashes(_read_code(*_walk(Path(source).expanduser()))))
+    elif found:
+        repo_id, commit = found.groups()
+        with tempfile.TemporaryDirectory(prefix="mymodels-lock-") as scratch:
+            folder = Remote(repo_id, token=token).ask(
+                lambda: snapshot_download(
+                    repo_id, revision=commit, allow_patterns=_PATTERNS, cache_dir=scratch, token=token
+                )
+            )
+            lock = Lock(repo_id, commit, _hashes(_read_code(*_walk(Path(folder)))))
+    else:
+        raise ValueError(
+            f"{shown(str(source))} is no folder and no commit: write user/name@SHA with all 40 digits of the commit "
+            "that was reviewed, as a branch or tag may move"
+        )
+    if not lock.files:
+        raise LockError(f"{source} has no code and no config, so there is nothing to lock: name the model's folder")
+    table = {name: {"sha256": digest, "size": size} for name, (size, digest) in lock.files.items()}
+    with replace_file(file) as path:
+        content = {"repo_id": lock.repo_id, "commit": lock.commit, "files": table}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return lock
+
+
+def read_lock(file: str | os.PathLike) -> Lock:
+    """The lock in `file`.
+
+    Raises:
+        LockError: it is damaged.
+        FileNotFoundError: there is none.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no lock {path}: write it with `mymodels lock`")
+    content = read_json(path)
+    repo_id, commit, table = content.get("repo_id"), content.get("commit"), content.get("files")
+    table = table if isinstance(table, dict) else {}
+    files = {}
+    for name, entry in table.items():
+        size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if isinstance(size, int) and isinstance(digest, str) and len(digest) == 64:
+            files[name] = (size, digest)
+    of_a_commit = _AT_COMMIT.fullmatch(f"{repo_id}@{commit}") is not None
+    if not files or len(files) < len(table) or not (of_a_commit or repo_id is commit is None):
+        raise LockError(f"{path} is no lock as `mymodels lock` writes it: review the code again, and lock it anew")
+    return Lock(repo_id, commit, files)
+
+
+def load(
+    path_or_repo_id: str | os.PathLike,
+    *,
+    lock: str | os.PathLike | None = None,
+    auto_class: str = "AutoModel",
+    **kwargs: Any,
+) -> Any:
+    """`auto_class.from_pretrained`, which with a lock runs the reviewed code or none.
+
+    With a lock, a Hub repo is fetched at the lock's commit; the code files are read once, compared with the lock, and
+    written to a private folder, from which the model is loaded: what is imported is what was compared, whatever
+    happens to the repo, the cache or the folder meanwhile. Weights are linked, not copied. `trust_remote_code=True` is
+    implied. (MyGPT2 and MyBert are registered by this package, so for them its own classes are used.)
+
+    Args:
+        path_or_repo_id: a folder or `user/name`.
+        lock: a file that `write_lock` wrote; None loads as transformers does.
+        auto_class: name of the class in transformers, such as `"AutoModelForCausalLM"` or `"AutoTokenizer"`.
+        kwargs: go to `from_pretrained`. With a lock, `revision` and `code_revision` may only repeat its commit.
+
+    Raises:
+        LockError: a code file differs from the lock, is not in it, or is missing; nothing was executed.
+        HubError: the repo could not be fetched.
+
+    Example:
+        >>> model = load("me/my-model", lock="mymodels.lock", auto_class="AutoModelForCausalLM")
+    """
+    loader = getattr(transformers, auto_class, None) if re.fullmatch(r"Auto\w+", auto_class) else None
+    if not hasattr(loader, "from_pretrained"):
+        raise ValueError(f"{auto_class} is no Auto class of transformers: name one, such as AutoModelForCausalLM")
+    assert loader is not None
+    if lock is None:
+        return loader.from_pretrained(path_or_repo_id, **kwargs)
+    locked = read_lock(lock)
+    folder = Path(path_or_repo_id).expanduser()
+    is_local = folder.is_dir()
+    _check_options(kwargs, locked, is_local)
+    token = kwargs.pop("token", None)
+    revision = locked.commit or kwargs.get("revision")
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "code_revision")}
+    if not is_local:
+        repo_id = str(path_or_repo_id)
+        if locked.repo_id not in (None, repo_id):
+            raise LockError(f"the lock {lock} is for {locked.repo_id}, not for {shown(repo_id)}: lock that one too")
+        folder = Remote(repo_id, token=token).ask(lambda: locate(repo_id, revision=revision, token=token))
+    copy = _checked_copy(folder, locked, Path(lock))
+    loaded = loader.from_pretrained(copy, **{"trust_remote_code": True, **kwargs})
+    result = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info, return_unused_kwargs
+    for owner in (result, getattr(result, "config", None)):
+        if hasattr(owner, "name_or_path"):
+            owner.name_or_path = str(path_or_repo_id)  # type: ignore[union-attr]
+    return loaded
+
+
+def _check_options(kwargs: dict[str, Any], locked: Lock, is_local: bool) -> None:
+    for name in ("revision", "code_revision"):
+        asked = kwargs.get(name)
+        if asked is not None and locked.commit is not None and asked != locked.commit:
+            raise LockError(f"{name}={asked!r} is not the commit of the lock, {locked.commit}: leave it out")
+    if isinstance(kwargs.get("config"), (str, os.PathLike)):
+        raise LockError("config names another place, which the lock does not cover: pass a config object or none")
+    for name in () if is_local else ("cache_dir", "force_download", "local_files_only", "proxies"):
+        if name in kwargs:
+            raise ValueError(
+                f"{name} does nothing with a lock: set huggingface_hub's environment variables (HF_HUB_CACHE, …)"
+            )
+
+
+def _checked_copy(folder: Path, locked: Lock, lock: Path) -> Path:
+    """A private folder with the code of `folder`, which is the lock's, and links to its other files."""
+    folder, files = _walk(folder)
+    code = _read_code(folder, files)
+    found = _hashes(code)
+    for name in sorted(set(found) | set(locked.files)):
+        if name not in locked.files:
+            problem = "was not reviewed"
+        elif name not in found:
+            problem = "was reviewed and is missing"
+        elif found[name] != locked.files[name]:
+            (size, digest), (locked_size, locked_digest) = found[name], locked.files[name]
+            problem = (
+                f"is not the one that was reviewed: {size:,} bytes with SHA-256 {digest[:16]}…, in the lock "
+                f"{locked_size:,} bytes with {locked_digest[:16]}…"
+            )
+        else:
+            continue
+        raise LockError(
+            f"{folder / shown(name)} {problem}; nothing was loaded: get the version that {lock} locks, or review this "
+            "one and lock it"
+        )
+    holder = tempfile.TemporaryDirectory(prefix="mymodels-locked-", ignore_cleanup_errors=True)
+    _COPIES.append(holder)
+    # transformers names the modules after the folder, so that of other code must have another name
+    copy = Path(holder.name) / f"locked_{hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:24]}"
+    for name in files:
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(code[name]) if name in code else target.symlink_to(inside(folder, name, folder).resolve())
+    return copy
+
+
+def _walk(folder: Path) -> tuple[Path, list[str]]:
+    """The folder and the `/`-separated names of its files, without caches and hidden folders."""
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in sorted(folders) if name != "__pycache__" and not name.startswith(".")]
+        files += [Path(parent, name).relative_to(folder).as_posix() for name in sorted(names)]
+    return folder, files
+
+
+def _read_code(folder: Path, files: list[str]) -> dict[str, bytes]:
+    """The content of every code file among `files`, each read once.
+
+    Raises:
+        LockError: one of them takes code from another repo.
+        CheckpointError: a link leads out of the folder.
+    """
+    code = {}
+    for name in filter(_CODE.fullmatch, files):
+        code[name] = inside(folder, name, folder).read_bytes()
+        if not name.lower().endswith(".json"):
+            continue
+        elsewhere = _elsewhere(parse_json(code[name], folder / name))
+        if name.rsplit("/", 1)[-1] == "adapter_config.json":
+            elsewhere = "the repo of its base model"
+        if elsewhere:
+            raise LockError(
+                f"{folder / shown(name)} takes code from {shown(elsewhere)}, which a lock of this folder does not "
+                "cover: copy that code into the folder"
+            )
+    return code
+
+
+def _elsewhere(value: Any, key: str = "") -> str:
+    """The first thing in a config that runs code of another repo; empty if nothing does."""
+    if isinstance(value, dict):
+        parts = [_elsewhere(item, key if key == "auto_map" else name) for name, item in value.items()]
+        return next(filter(None, parts), "")
+    if isinstance(value, list):
+        return next(filter(None, (_elsewhere(item, key) for item in value)), "")
+    if not isinstance(value, str):
+        return ""
+    foreign = (key == "auto_map" and "--" in value) or (key in _ATTENTION and "/" in value)
+    return value if foreign else ""
+
+
+def _hashes(code: dict[str, bytes]) -> dict[str, tuple[int, str]]:
+    return {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in code.items()}
