@@ -41,7 +41,7 @@ def text_config(config: Any) -> Any:
 def digest(tensor: torch.Tensor) -> str:
     """The SHA-256 of a tensor's bytes, whatever its dtype."""
     plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(plain.view(torch.uint8).numpy())).hexdigest() if plain.numel() else ""
+    return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest() if plain.numel() else ""
 
 
 def describe(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
