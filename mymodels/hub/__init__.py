@@ -3,6 +3,6 @@
 from .build import build_repo
 from .clean_process import load_in_clean_process
 from .golden import record_golden
-from .verify import Verification, verify
+from .verifying import Verification, verify
 
 __all__ = ["Verification", "build_repo", "load_in_clean_process", "record_golden", "verify"]

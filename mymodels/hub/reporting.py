@@ -11,7 +11,7 @@ from ..checkpoints.integrity import MANIFEST, write_manifest
 from ..checkpoints.replacing import replace_file
 from .checks import Check
 from .judging import DYNAMIC
-from .verify import Verification
+from .verifying import Verification
 
 _STYLES = {"ok": "green", "failed": "bold red", "warning": "yellow", "skipped": "dim"}
 _SIGNS = {"ok": "✓", "failed": "✗", "warning": "!", "skipped": "–"}

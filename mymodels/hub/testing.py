@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from .verify import Verification, verify
+from .verifying import Verification, verify
 
 
 def check_repo(path: str | os.PathLike, **how: Any) -> Verification:

@@ -67,6 +67,8 @@ def _names(names: list[str]) -> str:
 def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[str, str, str]]:
     tensors, prefix = loaded["tensors"], loaded["prefix"]
     missing = set(loaded["missing"])
+    tie = loaded["tie"]
+    untied = tie["head"] if tie and tie["wanted"] and not tie["tied"] else []  # is told by the check "tied"
     problems = []
     meta = [name for name, tensor in tensors.items() if tensor["meta"]]
     if meta:
@@ -79,7 +81,7 @@ def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[st
     changed, casts, unfound = [], [], []
     known: set[str] | None = None
     for name, tensor in tensors.items():
-        if tensor["meta"] or not tensor["persistent"] or name in missing:
+        if tensor["meta"] or not tensor["persistent"] or name in missing or name in untied:
             continue
         home = files.find(name, prefix)
         if home is None:
@@ -108,7 +110,7 @@ def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[st
                 problems.append(("warning", what, ""))
             else:
                 missing |= set(new)
-    return problems + _left_over(loaded, missing, files, main)
+    return problems + _left_over(loaded, missing - set(untied), files, main)
 
 
 def _left_over(loaded: dict[str, Any], missing: set[str], files: Files, main: bool) -> list[tuple[str, str, str]]:

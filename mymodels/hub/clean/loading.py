@@ -17,9 +17,16 @@ def load(job: dict[str, Any], name: str, folder: str | None = None, **how: Any) 
     options = {"dtype": "auto", "output_loading_info": True, **how}
     if name.startswith("Auto"):
         options["trust_remote_code"] = True
-    loaded = getattr(transformers, name).from_pretrained(folder or job["folder"], **options)
+    loaded = class_of(name).from_pretrained(folder or job["folder"], **options)
     model, loading = loaded if isinstance(loaded, tuple) else (loaded, {})
     return model.eval(), loading
+
+
+def class_of(name: str) -> Any:
+    """A class of transformers by its name."""
+    if not hasattr(transformers, name):
+        raise ImportError(f"transformers {transformers.__version__} has no {name}, and no auto_map says where it is")
+    return getattr(transformers, name)
 
 
 def config_of(job: dict[str, Any]) -> Any:
@@ -30,8 +37,8 @@ def build(name: str, config: Any, dtype: torch.dtype | None = None) -> Any:
     """A new model of a class, its weights initialised, none loaded."""
     how = {} if dtype is None else {"dtype": dtype}
     if name.startswith("Auto"):
-        return getattr(transformers, name).from_config(config, trust_remote_code=True, **how).eval()
-    return getattr(transformers, name)._from_config(config, **how).eval()
+        return class_of(name).from_config(config, trust_remote_code=True, **how).eval()
+    return class_of(name)._from_config(config, **how).eval()
 
 
 def text_config(config: Any) -> Any:
@@ -74,7 +81,7 @@ def describe(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     return tensors
 
 
-def tie(model: Any) -> dict[str, bool] | None:
+def tie(model: Any) -> dict[str, Any] | None:
     """Whether the config wants head and input embeddings tied, and whether they are; None without such a head."""
     try:
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
@@ -87,7 +94,8 @@ def tie(model: Any) -> dict[str, bool] | None:
     same = head.weight is embeddings.weight or (
         not head.weight.is_meta and head.weight.data_ptr() == embeddings.weight.data_ptr()
     )
-    return {"wanted": bool(wanted), "tied": same}
+    names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is head.weight]
+    return {"wanted": bool(wanted), "tied": same, "head": names}
 
 
 def loaded_event(model: Any, name: str, loading: dict[str, Any]) -> dict[str, Any]:

@@ -129,9 +129,8 @@ def verify(
                 if problem:
                     checks = sorted([*checks, problem], key=lambda check: list(DYNAMIC).index(check.name))
                 result.runs[release.transformers if release else str(installed or "installed")] = checks
-                if not result.serving:
-                    how = {"classes": about["classes"], "custom_code": bool(about["auto_map"])}
-                    result.serving.extend(serving_checks(run.one("facts"), export=run.one("export"), **how))
+                how = {"classes": about["classes"], "custom_code": bool(about["auto_map"])}
+                result.serving[:] = serving_checks(run.one("facts"), export=run.one("export"), **how)  # of the newest
     return result
 
 
