@@ -1,17 +1,135 @@
-"""Load a Hub repo folder as a stranger would: in a new process without mymodels, with an empty cache, offline."""
+"""Run a folder's code as a stranger would: in a new process without mymodels, with an empty cache, offline, in limits.
 
+`clean/run.py` is what runs there. Its job goes in as JSON, its results come out as a file of events, and nothing it
+does, crashing and hanging included, raises here.
+"""
+
+import contextlib
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("load_script.py")
+from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.opening import weight_files
+from ..checkpoints.safetensors_files import inside, read_json
+
+SCRIPT = Path(__file__).parent / "clean" / "run.py"
+TIME_LIMIT = 300.0  # seconds, for each stage
+_STARTING = 120.0  # seconds, for a machine that is busy: Python and the libraries
+_COPIED = 10_000_000  # bytes; larger files are linked
+_KEPT = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
+
+
+class CleanRun(NamedTuple):
+    """What came out of a clean process.
+
+    Attributes:
+        events: what it reported, in order.
+        failure: why it did not come to its end, in words; empty if it did.
+        scratch: its temporary folder, gone after the `with` block.
+        seconds: how long it took.
+    """
+
+    events: list[dict[str, Any]]
+    failure: str
+    scratch: Path
+    seconds: float
+
+    def one(self, key: str) -> Any:
+        """The value of the last event that has this key, or None."""
+        return next((event[key] for event in reversed(self.events) if key in event), None)
+
+
+@contextlib.contextmanager
+def clean_process(
+    path: str | os.PathLike,
+    stages: list[str],
+    *,
+    release: Path | None = None,
+    time_limit: float = TIME_LIMIT,
+    memory_limit: int | None = None,
+    golden: Path | None = None,
+    **job: Any,
+) -> Iterator[CleanRun]:
+    """Run stages of `clean/stages.py` on a folder.
+
+    Args:
+        path: the folder; the process gets a copy, in which files over 10 MB are links.
+        stages: names of stages.
+        release: a folder with another transformers release, see `releases.install`.
+        time_limit: seconds for each stage.
+        memory_limit: bytes for each process; default 4 GB and six times the weights.
+        golden: a golden file to compare with.
+        job: more that the stages want.
+
+    Yields:
+        the `CleanRun`; whatever happened in there, this raises nothing.
+    """
+    with tempfile.TemporaryDirectory(prefix="mymodels-clean-", ignore_cleanup_errors=True) as name:
+        scratch = Path(name).resolve()
+        began = time.monotonic()
+        try:
+            folder = _copy(Path(path), scratch / "folder")
+            everything = describe_folder(folder) | {
+                "folder": str(folder),
+                "scratch": str(scratch),
+                "saved": str(scratch / "saved" / f"{folder.name}-saved"),
+                "events": str(scratch / "events.jsonl"),
+                "release": str(release) if release else None,
+                "golden": _beside(golden, scratch, "golden-input.safetensors"),
+                "time_limit": time_limit,
+                "stages": stages,
+                **job,
+            }
+            everything["memory_limit"] = memory_limit or 4 * 10**9 + 6 * everything["weights_size"]
+            (scratch / "events.jsonl").touch()
+            (scratch / "job.json").write_text(json.dumps(everything), encoding="utf-8")
+            failure = _run(scratch, _STARTING + time_limit * len(stages))
+            events = _read_events(scratch / "events.jsonl")
+        except (OSError, CheckpointError) as error:
+            events, failure = [], str(error)
+        yield CleanRun(events, failure, scratch, time.monotonic() - began)
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """What the stages need to know of a folder: the classes to load, the first being that of `architectures`.
+
+    Raises:
+        CheckpointError: `config.json` is missing or no JSON object.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: name the folder of a model")
+    config = read_json(folder / "config.json")
+    found = config.get("auto_map")
+    auto_map = {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+    listed = config.get("architectures")
+    architectures = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    classes = [name for name in auto_map if name.startswith("AutoModel")]
+    if classes:
+        first = [name for name in classes if auto_map[name].split(".")[-1] in architectures]
+        heads = [name for name in classes if name != "AutoModel"]
+        main = (first or heads or classes)[0]
+    else:
+        main = architectures[0] if architectures else "AutoModel"
+        classes = [main, "AutoModel"]
+    return {
+        "auto_map": auto_map,
+        "classes": list(dict.fromkeys([main, *classes])),
+        "tokenizer": any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")),
+        "weights_size": sum(file.stat().st_size for file in weight_files(folder)),
+    }
 
 
 def load_in_clean_process(
@@ -23,7 +141,7 @@ def load_in_clean_process(
     max_new_tokens: int = 40,
     device_map: str | None = "auto",
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Run `load_script.py` on a folder and return what it saw.
+    """Load a folder in a clean process, run texts through it there, and return what it saw.
 
     Args:
         path: a folder, loaded with `trust_remote_code=True` through each of `auto_classes`.
@@ -32,34 +150,108 @@ def load_in_clean_process(
         prompt: continued by every model that can generate, greedily, by up to `max_new_tokens` tokens.
 
     Returns:
-        The script's report, and by Auto class the first output for `texts`: logits, or the last hidden states.
+        The process's report, and by Auto class the first output for `texts`: logits, or the last hidden states.
 
     Raises:
-        RuntimeError: the process failed; the message ends with what it printed.
+        RuntimeError: the process failed; the message says why.
     """
-    with tempfile.TemporaryDirectory(prefix="mymodels-clean-") as scratch:
-        outputs, report = Path(scratch) / "outputs.safetensors", Path(scratch) / "report.json"
-        job = {
-            "path": str(Path(path).resolve()),
-            "auto_classes": auto_classes,
-            "texts": texts,
-            "prompt": prompt,
-            "max_new_tokens": max_new_tokens,
-            "device_map": device_map,
-            "outputs": str(outputs),
-            "report": str(report),
-        }
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-        environment.update(HF_HOME=scratch, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
+    how: dict[str, Any] = {"texts": texts, "prompt": prompt, "max_new_tokens": max_new_tokens, "device_map": device_map}
+    with clean_process(path, ["texts"], classes=auto_classes, **how) as run:
+        if not (run.scratch / "report.json").exists():
+            raise RuntimeError(f"{path} did not load in a clean process: {why(run)}")
+        report = json.loads((run.scratch / "report.json").read_text(encoding="utf-8"))
+        return report, load_file(run.scratch / "outputs.safetensors")
+
+
+def why(run: CleanRun) -> str:
+    """Why a run did not get to its end, in words."""
+    for event in reversed(run.events):
+        if "ended" in event:
+            place = f" ({event['where']})" if event["where"] else ""
+            return f"it {event['how']}: {event['last']}{place}" if event["last"] else f"it {event['how']}{place}"
+    return run.failure or "it reported nothing"
+
+
+def _copy(source: Path, parent: Path) -> Path:
+    """A copy of a folder that may be changed without changing the folder; its name, which names modules, is kept."""
+    name = re.sub(r"[^\w.-]", "_", source.resolve().name) or "folder"
+    copy = parent / name
+    copy.mkdir(parents=True)
+    for base, folders, files in os.walk(source):
+        folders[:] = [folder for folder in folders if not re.match(r"\.|__pycache__$|checkpoint-\d+$", folder)]
+        here = copy / Path(base).relative_to(source)
+        here.mkdir(exist_ok=True)
+        for file in files:
+            origin = Path(base, file)
+            inside(source, origin.relative_to(source).as_posix(), source)
+            if not origin.is_file():
+                continue
+            if origin.stat().st_size > _COPIED:
+                (here / file).symlink_to(origin.resolve())
+            else:
+                shutil.copyfile(origin, here / file)
+    return copy
+
+
+def _beside(file: Path | None, scratch: Path, name: str) -> str | None:
+    if file is None:
+        return None
+    shutil.copyfile(file, scratch / name)
+    return str(scratch / name)
+
+
+def _run(scratch: Path, time_limit: float) -> str:
+    """Start the process and wait for it; why it failed, in words."""
+    environment = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+    environment.update(
+        HF_HOME=str(scratch / "hf"),
+        HOME=str(scratch),
+        TMPDIR=str(scratch),
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TQDM_DISABLE="1",
+        TOKENIZERS_PARALLELISM="false",
+        OMP_NUM_THREADS="1",  # the same order of sums each time
+        MKL_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+        USE_TF="0",
+        USE_FLAX="0",
+    )
+    with (scratch / "stderr").open("wb") as errors:
         # -I: no PYTHONPATH, no user packages, nothing from the script's own folder
-        process = subprocess.run(
-            [sys.executable, "-I", str(SCRIPT)],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(SCRIPT), str(scratch / "job.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
             env=environment,
             cwd=scratch,
+            start_new_session=True,
         )
-        if process.returncode:
-            raise RuntimeError(f"{path} did not load in a clean process:\n{process.stderr.strip()[-2000:]}")
-        return json.loads(report.read_text(encoding="utf-8")), load_file(outputs)
+        try:
+            code: int | None = process.wait(time_limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            stages = [event["pid"] for event in _read_events(scratch / "events.jsonl") if "stage" in event]
+            running = process.poll() is None
+            for group in [process.pid, *(stages[-1:] if running else [])]:
+                with contextlib.suppress(OSError):
+                    os.killpg(group, signal.SIGKILL)
+            process.wait()
+    if code == 0:
+        return ""
+    said = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    how = f"did not end within {time_limit:g} s" if code is None else f"ended with exit code {code}"
+    return f"it {how}: {said[-1].strip()[:300]}" if said else f"it {how}"
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    """The events written so far; lines that are none, which only the folder's own code can have written, left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict):
+                events.append(event)
+    return events

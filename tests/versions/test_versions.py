@@ -14,34 +14,13 @@ from tiny import SWITCHES, batch, mybert_config, mygpt2_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
+from mymodels.hub.releases import Release, install, resolve
 
 ROOT = Path(__file__).parents[2]
-# transformers: the huggingface_hub and tokenizers that it takes
-RELEASES = {
-    "4.56.2": ("0.36.2", "0.22.2"),
-    "4.57.6": ("0.36.2", "0.22.2"),
-    "5.0.0": ("1.31.0", "0.22.2"),
-    "5.2.0": ("1.31.0", "0.22.2"),
-    "5.3.0": ("1.31.0", "0.22.2"),
-    "5.4.0": ("1.31.0", "0.22.2"),
-    "5.10.4": ("1.31.0", "0.22.2"),
-    "5.23.0": ("2.4.0", "0.23.3"),
-}
-TOO_OLD = "4.55.4", ("0.36.2", "0.21.4")
+CACHE = ROOT / ".cache" / "transformers"
+RELEASES = resolve(["4.56", "4.57", "5.0", "5.2", "5.3", "5.4", "5.10", "5.23"])
+TOO_OLD = Release("4.55.4", "0.36.2", "0.21.4")
 pytestmark = pytest.mark.versions
-
-
-def installed(release: str, companions: tuple[str, str]) -> Path:
-    """The folder of a release, installed on first use without its dependencies: torch is shared."""
-    target = ROOT / ".cache" / "transformers" / release
-    if not target.exists():
-        staging = target.with_name(f"{release}.{os.getpid()}")
-        packages = [f"transformers=={release}", f"huggingface_hub=={companions[0]}", f"tokenizers=={companions[1]}"]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", staging, *packages], check=True
-        )
-        staging.rename(target)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +69,15 @@ def run(release: Path, mode: str, work: Path, scratch: Path) -> subprocess.Compl
 
 
 @pytest.mark.parametrize("mode", ["remote", "package"])
-@pytest.mark.parametrize("release", RELEASES)
-def test_release(release: str, mode: str, work: Path, tmp_path: Path) -> None:
-    process = run(installed(release, RELEASES[release]), mode, work, tmp_path)
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.transformers)
+def test_release(release: Release, mode: str, work: Path, tmp_path: Path) -> None:
+    process = run(install(release, CACHE), mode, work, tmp_path)
     assert process.returncode == 0, process.stderr[-4000:]
-    assert process.stdout.splitlines()[-1] == f"transformers {release} {mode} ok"
+    assert process.stdout.splitlines()[-1] == f"transformers {release.transformers} {mode} ok"
 
 
 def test_a_release_that_is_too_old_says_so(work: Path, tmp_path: Path) -> None:
-    process = run(installed(*TOO_OLD), "remote", work, tmp_path)
+    process = run(install(TOO_OLD, CACHE), "remote", work, tmp_path)
     assert process.returncode != 0
     last = process.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: this model needs transformers 4.56 or newer (tested from 4.56 to 5.23), but ")

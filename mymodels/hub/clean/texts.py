@@ -1,27 +1,21 @@
-"""Run by `clean_process.py` as a script of its own: load a folder without mymodels and report as JSON.
-
-Reads a job from standard input, see `load_in_clean_process`, and writes the report to the file that the job names.
-"""
+"""Stage: texts through tokenizer and models, as `load_in_clean_process` wants them."""
 
 import json
-import sys
+from pathlib import Path
+from typing import Any
 
-sys.modules["mymodels"] = None  # type: ignore[assignment]  # from here on `import mymodels` fails, installed or not
-
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+import transformers
+from safetensors.torch import save_file
 
 
-def main() -> None:
-    job = json.load(sys.stdin)
-    models = {}
-    outputs = {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(job["path"], trust_remote_code=True)
+def run(job: dict[str, Any], events: Any) -> None:
+    models, outputs = {}, {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["folder"], trust_remote_code=True)
     batch = tokenizer(job["texts"], padding=True, truncation=True, return_tensors="pt")
-    for name in job["auto_classes"]:
+    for name in job["classes"]:
         model, loading = getattr(transformers, name).from_pretrained(
-            job["path"], trust_remote_code=True, device_map=job["device_map"], output_loading_info=True
+            job["folder"], trust_remote_code=True, device_map=job["device_map"], output_loading_info=True
         )
         model.eval()
         with torch.inference_mode():
@@ -38,9 +32,6 @@ def main() -> None:
             "mismatched_keys": sorted(map(str, loading["mismatched_keys"])),
             "continuation": continuation,
         }
-    save_file(outputs, job["outputs"])
-    with open(job["report"], "w", encoding="utf-8") as file:
-        json.dump({"transformers": transformers.__version__, "models": models}, file)
-
-
-main()
+    save_file(outputs, Path(job["scratch"], "outputs.safetensors"))
+    report = {"transformers": transformers.__version__, "models": models}
+    Path(job["scratch"], "report.json").write_text(json.dumps(report), encoding="utf-8")

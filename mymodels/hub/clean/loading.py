@@ -1,0 +1,132 @@
+"""Load or build a model by the name of a class, and describe every tensor of it."""
+
+import hashlib
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .stages import sentence
+
+
+def load(job: dict[str, Any], name: str, folder: str | None = None, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """`from_pretrained` of an Auto class (or of one of the library's classes), in the dtype of the file."""
+    options = {"dtype": "auto", "output_loading_info": True, **how}
+    if name.startswith("Auto"):
+        options["trust_remote_code"] = True
+    loaded = class_of(name).from_pretrained(folder or job["folder"], **options)
+    model, loading = loaded if isinstance(loaded, tuple) else (loaded, {})
+    return model.eval(), loading
+
+
+def class_of(name: str) -> Any:
+    """A class of transformers by its name."""
+    if not hasattr(transformers, name):
+        raise ImportError(f"transformers {transformers.__version__} has no {name}, and no auto_map says where it is")
+    return getattr(transformers, name)
+
+
+def config_of(job: dict[str, Any]) -> Any:
+    return transformers.AutoConfig.from_pretrained(job["folder"], trust_remote_code=True)
+
+
+def build(name: str, config: Any, dtype: torch.dtype | None = None) -> Any:
+    """A new model of a class, its weights initialised, none loaded."""
+    how = {} if dtype is None else {"dtype": dtype}
+    if name.startswith("Auto"):
+        return class_of(name).from_config(config, trust_remote_code=True, **how).eval()
+    return class_of(name)._from_config(config, **how).eval()
+
+
+def text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """The SHA-256 of a tensor's bytes, whatever its dtype."""
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest() if plain.numel() else ""
+
+
+def describe(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """Of every parameter and buffer, tied names apart: dtype, shape, device, digest, and whether it is saved."""
+    saved = model.state_dict()
+    named = [
+        *((name, tensor, True) for name, tensor in model.named_parameters(remove_duplicate=False)),
+        *((name, tensor, False) for name, tensor in model.named_buffers(remove_duplicate=False)),
+    ]
+    digests: dict[tuple, str] = {}
+    tensors = {}
+    for name, tensor, is_parameter in named:
+        meta = tensor.is_meta
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if not meta and key not in digests:
+            digests[key] = digest(tensor)
+        tensors[name] = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "meta": meta,
+            "digest": "" if meta else digests[key],
+            "parameter": is_parameter,
+            "persistent": name in saved,
+        }
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                name = f"{path}.{attribute}".lstrip(".")
+                tensors[name] = {"meta": True, "persistent": False, "parameter": False, "attribute": True}
+    return tensors
+
+
+def tie(model: Any) -> dict[str, Any] | None:
+    """Whether the config wants head and input embeddings tied, and whether they are; None without such a head."""
+    try:
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    if getattr(head, "weight", None) is None or getattr(embeddings, "weight", None) is None:
+        return None
+    wanted = getattr(text_config(model.config), "tie_word_embeddings", None)
+    wanted = getattr(model.config, "tie_word_embeddings", False) if wanted is None else wanted
+    same = head.weight is embeddings.weight or (
+        not head.weight.is_meta and head.weight.data_ptr() == embeddings.weight.data_ptr()
+    )
+    names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is head.weight]
+    return {"wanted": bool(wanted), "tied": same, "head": names}
+
+
+def loaded_event(model: Any, name: str, loading: dict[str, Any]) -> dict[str, Any]:
+    """What `weights.py` needs, outside, to compare a loaded model with its files."""
+    keys = {kind: sorted(map(str, loading.get(f"{kind}_keys", []))) for kind in ("missing", "unexpected", "mismatched")}
+    tensors = describe(model)
+    event = {
+        "loaded": name,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "prefix": getattr(model, "base_model_prefix", ""),
+        "tensors": tensors,
+        "tie": tie(model),
+        **keys,
+    }
+    unsaved = [n for n, tensor in tensors.items() if not tensor["persistent"] and not tensor["meta"]]
+    if unsaved:
+        try:
+            fresh = describe(build(name, model.config, model.dtype))
+            event["fresh_buffers"] = {n: fresh[n] for n in unsaved if n in fresh}
+        except Exception as error:
+            event["fresh_error"] = sentence(error)
+    return event
+
+
+def accepts(model: Any, argument: str) -> bool:
+    """Whether the model's `forward` names this argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def forget_code_cache() -> None:
+    """Empty the module cache, as on a machine that never loaded this code."""
+    from transformers.utils import HF_MODULES_CACHE
+
+    shutil.rmtree(Path(HF_MODULES_CACHE), ignore_errors=True)

@@ -1,0 +1,95 @@
+"""`golden.safetensors`: recorded inputs and outputs that prove, anywhere and later, that a folder still loads right."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.integrity import MANIFEST, write_manifest
+from ..checkpoints.replacing import replace_file
+from ..checkpoints.safetensors_files import read_header
+from .clean.golden_outputs import Golden
+from .clean.golden_outputs import read as _read
+from .clean_process import TIME_LIMIT, clean_process, why
+
+GOLDEN = "golden.safetensors"
+
+
+def record_golden(
+    folder: str | os.PathLike,
+    *,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    release: Path | None = None,
+    time_limit: float = TIME_LIMIT,
+    memory_limit: int | None = None,
+) -> Path:
+    """Run a folder's models in a clean process and keep what they make of known inputs as `golden.safetensors`.
+
+    Recorded are, for each Auto class whose weights are all in the folder, its outputs (logits, or hidden states), and
+    for a generator the tokens it continues the inputs with. Do this while the folder is known to be right: later
+    verifications compare with it. The file appears whole or not at all; a `manifest.json` is refreshed.
+
+    Args:
+        folder: a Hub repo folder on this machine; its code is run.
+        inputs: arguments of `forward` by name; default: made-up tokens, a row of them padded.
+        release: a folder with another transformers release, see `releases.install`.
+        time_limit, memory_limit: as in `clean_process`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        CheckpointError: the models do not load or run, or lack weights; nothing was written.
+    """
+    folder = Path(folder)
+    with recorded(folder, inputs=inputs, release=release, time_limit=time_limit, memory_limit=memory_limit) as made:
+        with replace_file(folder / GOLDEN) as file:
+            shutil.copyfile(made, file)
+        if (folder / MANIFEST).is_file():
+            write_manifest(folder)
+    return folder / GOLDEN
+
+
+@contextlib.contextmanager
+def recorded(
+    folder: Path,
+    *,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    release: Path | None = None,
+    time_limit: float = TIME_LIMIT,
+    memory_limit: int | None = None,
+) -> Iterator[Path]:
+    """The golden file of a folder in a temporary place, for as long as the `with` block lasts; see `record_golden`."""
+    limits: dict[str, Any] = {"time_limit": time_limit, "memory_limit": memory_limit}
+    with tempfile.TemporaryDirectory(prefix="mymodels-golden-") as own:
+        job: dict[str, Any] = {}
+        if inputs is not None:
+            job["inputs"] = str(Path(own, "inputs.safetensors"))
+            save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, job["inputs"])
+        with clean_process(folder, ["record"], release=release, **limits, **job) as run:
+            made = run.scratch / GOLDEN
+            if any("ended" in event for event in run.events) or not made.is_file():
+                raise CheckpointError(f"{folder}: golden outputs cannot be recorded, {why(run)}")
+            read_golden(made)
+            yield made
+
+
+def read_golden(path: str | os.PathLike) -> Golden:
+    """The content of a golden file.
+
+    Raises:
+        CheckpointError: it is damaged, or no golden file.
+    """
+    path = Path(path)
+    read_header(path)
+    try:
+        return _read(path)
+    except Exception as error:  # also what the safetensors library raises
+        raise CheckpointError(f"{path}: {error}; record it anew with `mymodels verify --record`") from error

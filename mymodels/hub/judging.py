@@ -1,0 +1,121 @@
+"""From what a clean process reported to checks: every outcome named, with the remedy; crashes and hangs too."""
+
+from pathlib import Path
+
+from ..checkpoints import open_checkpoint
+from ..checkpoints.checkpoint import CheckpointError
+from .checks import Check
+from .clean_process import CleanRun, why
+from .weights import Files, compare_weights
+
+# every check of a clean process, in the order it is shown, and what to do when it fails
+DYNAMIC = {
+    "clean process": "run the folder's code by hand to see more: python -I, without mymodels",
+    "load": "make from_pretrained(folder, trust_remote_code=True) work with nothing but the folder's files",
+    "weights": "save the model again",
+    "buffers": "compute them in forward",
+    "tied": "declare the tie",
+    "tokenizer": "save the tokenizer that belongs to this model again",
+    "forward": "make forward work in eval mode, the same each time: functional dropout needs training=self.training",
+    "golden": "find out what changed since it was recorded; if the outputs are right now, record again: --record",
+    "generation": "find out what changed since it was recorded; if the tokens are right now, record again: --record",
+    "save": "leave save_pretrained to transformers, and import each code file by `from .name import …` at the top",
+    "reload": "leave save_pretrained and from_pretrained to transformers",
+    "padding": "build the attention mask with transformers.masking_utils, and hand it to every layer",
+    "cached generation": "update the cache in every layer, and take positions and mask from its length",
+    "eager = sdpa": "call the function that ALL_ATTENTION_FUNCTIONS has for the config, with the same mask and scaling",
+    "meta": "let neither __init__ nor _init_weights look at the values of a tensor",
+    "device map": "use the weights of a submodule by calling the submodule, not by reading its attributes",
+    "pickle": "define classes and functions at the top level of a module, keep no lambdas or handles in model and config",
+    "forked worker": "start no threads and open no files when the model is made",
+    "spawned worker": "define classes at the top level of a module, so that another process can import them",
+    "parallel load": "let no code write files while it is imported",
+    "network": "leave out whatever opens connections: a model loads from its folder only",
+    "file writes": "leave out whatever writes outside of the temporary folder",
+}
+# while one of these fails, what comes after it says nothing of its own
+_ROOTS = ("load", "weights", "buffers", "tied", "forward")
+_INDEPENDENT = {*_ROOTS, "clean process", "tokenizer", "save", "network", "file writes"}
+_OF_STAGE = {  # which check a stage is about, should it end before it began one
+    "outputs": "load",
+    "other classes": "load",
+    "reload": "reload",
+    "placement": "meta",
+    "workers": "pickle",
+    "parallel load": "parallel load",
+}
+
+
+def judge(run: CleanRun, folder: Path, main: str) -> list[Check]:
+    """The checks of one clean process, in the order of `DYNAMIC`.
+
+    Args:
+        run: what `clean_process` gave.
+        folder: the folder, to compare the weights with its files.
+        main: the class of `architectures`.
+    """
+    try:
+        checks = _outcomes(run) + _weights(run, folder, main)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the folder's own code can write events too
+        what = f"its report makes no sense ({type(error).__name__}: {str(error)[:100]})"
+        return [
+            Check("clean process", "failed", what, "", "do not trust this folder's code: it meddled with the report")
+        ]
+    if run.failure:
+        checks.append(_failed("clean process", why(run), ""))
+    elif not checks:
+        checks.append(_failed("clean process", "it reported nothing", ""))
+    order = list(DYNAMIC)
+    return sorted(_without_consequences(checks), key=lambda check: order.index(check.name))
+
+
+def _failed(name: str, what: str, where: str) -> Check:
+    return Check(name, "failed", what, where, DYNAMIC[name])
+
+
+def _outcomes(run: CleanRun) -> list[Check]:
+    checks: list[Check] = []
+    begun: tuple[str, str] | None = None
+    attempts = set()
+    for event in run.events:
+        if "begin" in event:
+            begun = event["begin"], event["where"]
+        elif "check" in event:
+            remedy = DYNAMIC[event["check"]] if event["status"] == "failed" else ""
+            checks.append(Check(event["check"], event["status"], event["what"], event["where"], remedy))
+            begun = None
+        elif "attempt" in event and (event["attempt"], event["where"]) not in attempts:
+            attempts.add((event["attempt"], event["where"]))
+            checks.append(_failed(event["attempt"], event["what"], event["where"]))
+        elif "ended" in event and (begun or event["ended"] in _OF_STAGE):
+            name, where = begun or (_OF_STAGE[event["ended"]], "")
+            last = f": {event['last']}" if event["last"] else ""
+            checks.append(_failed(name, f"the process {event['how']}{last}", event["where"] or where))
+            begun = None
+    return checks
+
+
+def _weights(run: CleanRun, folder: Path, main: str) -> list[Check]:
+    loaded = [event for event in run.events if "loaded" in event]
+    if not loaded:
+        return []
+    try:
+        files = Files(open_checkpoint(folder))
+        return [check for event in loaded for check in compare_weights(event, files, event["loaded"] == main)]
+    except CheckpointError as error:
+        return [Check("weights", "failed", str(error), "", "see `mymodels check`")]
+
+
+def _without_consequences(checks: list[Check]) -> list[Check]:
+    """Failures that follow from a failure of weights and such are no news, and become skipped."""
+    failed = {check.name for check in checks if check.status == "failed"}
+    root = next((name for name in _ROOTS if name in failed), None)
+    if root is None:
+        return checks
+    dependent = set(DYNAMIC) - _INDEPENDENT | ({"forward"} - {root})
+    return [
+        check._replace(status="skipped", what=f"not judged while {root!r} fails", remedy="")
+        if check.status == "failed" and check.name in dependent
+        else check
+        for check in checks
+    ]

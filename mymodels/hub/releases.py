@@ -1,0 +1,108 @@
+"""The supported transformers releases, and how to install one beside the others without a second torch."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoints.replacing import replace_folder
+
+# minor: its last release, and the huggingface_hub and tokenizers that it takes
+RELEASES = {
+    "4.56": ("4.56.2", "0.36.2", "0.22.2"),
+    "4.57": ("4.57.6", "0.36.2", "0.22.2"),
+    "5.0": ("5.0.0", "1.31.0", "0.22.2"),
+    "5.1": ("5.1.0", "1.31.0", "0.22.2"),
+    "5.2": ("5.2.0", "1.31.0", "0.22.2"),
+    "5.3": ("5.3.0", "1.31.0", "0.22.2"),
+    "5.4": ("5.4.0", "1.31.0", "0.22.2"),
+    "5.5": ("5.5.4", "1.31.0", "0.22.2"),
+    "5.6": ("5.6.2", "1.31.0", "0.22.2"),
+    "5.7": ("5.7.0", "1.31.0", "0.22.2"),
+    "5.8": ("5.8.1", "1.31.0", "0.22.2"),
+    "5.9": ("5.9.0", "1.31.0", "0.22.2"),
+    "5.10": ("5.10.4", "1.31.0", "0.22.2"),
+    "5.11": ("5.11.0", "1.31.0", "0.22.2"),
+    "5.12": ("5.12.1", "1.31.0", "0.22.2"),
+    "5.13": ("5.13.1", "1.31.0", "0.22.2"),
+    "5.14": ("5.14.1", "1.31.0", "0.22.2"),
+    "5.15": ("5.15.1", "1.31.0", "0.22.2"),
+    "5.16": ("5.16.1", "1.31.0", "0.23.3"),
+    "5.17": ("5.17.0", "1.31.0", "0.23.3"),
+    "5.18": ("5.18.0", "2.4.0", "0.23.3"),
+    "5.19": ("5.19.0", "2.4.0", "0.23.3"),
+    "5.20": ("5.20.2", "2.4.0", "0.23.3"),
+    "5.21": ("5.21.1", "2.4.0", "0.23.3"),
+    "5.22": ("5.22.2", "2.4.0", "0.23.3"),
+    "5.23": ("5.23.0", "2.4.0", "0.23.3"),
+}
+
+
+class Release(NamedTuple):
+    """One transformers release and the libraries that go with it."""
+
+    transformers: str
+    huggingface_hub: str
+    tokenizers: str
+
+
+def resolve(wanted: str | Iterable[str]) -> list[Release]:
+    """The exact releases that a wish such as `"4.57,5.0"`, `"latest"` or `"all"` means, oldest first.
+
+    Args:
+        wanted: minors (their last release is taken), exact releases of a supported minor, `"latest"` for the newest
+            supported one, `"all"` for the last release of every supported minor; as a list, or separated by commas.
+
+    Raises:
+        ValueError: a release is not supported; the message says which are.
+    """
+    names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
+    found: dict[str, Release] = {}
+    for name in (name.strip() for name in names):
+        if name == "all":
+            found.update({row[0]: Release(*row) for row in RELEASES.values()})
+            continue
+        minor = list(RELEASES)[-1] if name == "latest" else ".".join(name.split(".")[:2])
+        if minor not in RELEASES or not re.fullmatch(r"latest|\d+\.\d+(\.\d+)?", name):
+            supported = f"{next(iter(RELEASES))} to {list(RELEASES)[-1]}"
+            raise ValueError(
+                f"{name!r} is no supported transformers release: name one from {supported}, latest, or all"
+            )
+        last, *companions = RELEASES[minor]
+        exact = name if name.count(".") == 2 else last
+        found[exact] = Release(exact, *companions)
+    return sorted(found.values(), key=lambda release: tuple(map(int, release.transformers.split("."))))
+
+
+def default_cache_dir() -> Path:
+    """Where releases are kept: `$MYMODELS_CACHE` or `~/.cache/mymodels`, below it `transformers`."""
+    home = os.environ.get("MYMODELS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mymodels")
+    return Path(home).expanduser() / "transformers"
+
+
+def install(release: Release, cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder of a release, installed on first use by pip without its dependencies: torch is shared.
+
+    Args:
+        cache_dir: holds one folder per release; default `default_cache_dir()`.
+
+    Returns:
+        The folder to put in front of `sys.path`.
+
+    Raises:
+        RuntimeError: pip cannot install it; the message ends with pip's last line.
+    """
+    target = Path(cache_dir or default_cache_dir()) / release.transformers
+    if (target / "transformers" / "__init__.py").is_file():
+        return target
+    packages = [f"{name}=={version}" for name, version in release._asdict().items()]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    with replace_folder(target) as folder:
+        pip = subprocess.run([*command, "--target", str(folder), *packages], capture_output=True, text=True)
+        if pip.returncode:
+            said = [line for line in pip.stderr.splitlines() if line.strip()] or [f"exit code {pip.returncode}"]
+            raise RuntimeError(f"pip cannot install transformers {release.transformers}: {said[-1].strip()}")
+    return target

@@ -1,0 +1,111 @@
+"""What `verify` found, for people: a table, and the matrix of releases for the model card."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..checkpoints.integrity import MANIFEST, write_manifest
+from ..checkpoints.replacing import replace_file
+from .checks import Check
+from .judging import DYNAMIC
+from .verifying import Verification
+
+_STYLES = {"ok": "green", "failed": "bold red", "warning": "yellow", "skipped": "dim"}
+_SIGNS = {"ok": "✓", "failed": "✗", "warning": "!", "skipped": "–"}
+_START, _END = "<!-- mymodels verify: begin -->", "<!-- mymodels verify: end -->"
+
+
+def show_verification(verification: Verification, console: Console | None = None) -> None:
+    """Print one line per check (what is wrong, where, how to mend it), the matrix of releases, and the verdict."""
+    console = console or Console()
+    groups = [("read, nothing executed", verification.static)]
+    several = len(verification.runs) > 1
+    for release, checks in verification.runs.items():
+        shown = [c for c in checks if c.status == "failed"] if several else checks
+        groups.append((f"in a clean process, transformers {release}", shown))
+    groups.append(("ready for serving and tools", verification.serving))
+    for title, checks in groups:
+        if checks:
+            console.print(_table(title, checks))
+    if several:
+        console.print(_matrix(verification))
+    failed = len(verification.failed)
+    verdict = f"{failed} checks failed" if failed else "every check held"
+    console.print(Text(f"{verification.path}: {verdict}", style="bold red" if failed else "bold green"))
+
+
+def _table(title: str, checks: list[Check]) -> Table:
+    table = Table("check", "", "where", "what", "how to mend it", title=title, title_justify="left")
+    for check in checks:
+        status = Text(check.status, style=_STYLES[check.status])
+        table.add_row(Text(check.name), status, Text(check.where), Text(check.what), Text(check.remedy))
+    return table
+
+
+def matrix(verification: Verification) -> tuple[list[str], list[list[str]]]:
+    """Releases, and for each check its name and the worst of its outcomes under each release, as a sign."""
+    releases = list(verification.runs)
+    rows = []
+    for name in DYNAMIC:
+        signs = [_worst([c.status for c in verification.runs[release] if c.name == name]) for release in releases]
+        if any(signs):
+            rows.append([name, *(_SIGNS.get(sign, "–") for sign in signs)])
+    return releases, rows
+
+
+def _worst(statuses: list[str]) -> str:
+    return next((status for status in ("failed", "warning", "ok", "skipped") if status in statuses), "")
+
+
+def _matrix(verification: Verification) -> Table:
+    releases, rows = matrix(verification)
+    table = Table("check", *releases, title="transformers releases", title_justify="left")
+    for row in rows:
+        table.add_row(*(Text(cell, style="bold red" if cell == _SIGNS["failed"] else "") for cell in row))
+    return table
+
+
+def write_matrix(verification: Verification, folder: str | os.PathLike) -> Path:
+    """Write the matrix into the folder's model card, in place of an older one or at its end; refresh the manifest.
+
+    Args:
+        verification: what `verify` returned.
+        folder: the folder that was verified.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        FileNotFoundError: the folder has no `README.md`.
+    """
+    folder = Path(folder)
+    card = folder / "README.md"
+    if not card.is_file():
+        raise FileNotFoundError(f"{card} is missing: write a model card first")
+    releases, rows = matrix(verification)
+    lines = [
+        _START,
+        "## Verified under these transformers releases",
+        "",
+        f"{_SIGNS['ok']} holds, {_SIGNS['failed']} fails, {_SIGNS['warning']} see `mymodels verify`, "
+        f"{_SIGNS['skipped']} does not apply.",
+        "",
+        f"| check | {' | '.join(releases)} |",
+        f"|---|{'---|' * len(releases)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        _END,
+    ]
+    text = card.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(_START)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        before, after = text.rstrip() + "\n\n", "\n"
+    text = before + "\n".join(lines) + after
+    with replace_file(card) as file:
+        file.write_text(text, encoding="utf-8")
+    if (folder / MANIFEST).is_file():
+        write_manifest(folder)
+    return card

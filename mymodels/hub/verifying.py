@@ -1,0 +1,161 @@
+"""`verify`: does a Hub repo folder hold what it promises? Read, run in clean processes, under several releases."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.opening import locate
+from .checks import Check
+from .clean_process import TIME_LIMIT, clean_process, describe_folder
+from .golden import GOLDEN, read_golden, recorded
+from .judging import DYNAMIC, judge
+from .releases import Release, install, resolve
+from .serving import serving_checks
+
+FULL = ["outputs", "other classes", "reload", "placement", "workers", "parallel load", "facts", "export"]
+QUICK = ["outputs", "other classes", "reload", "placement", "facts"]
+
+
+class Verification(NamedTuple):
+    """All that `verify` found.
+
+    Attributes:
+        path: what was verified.
+        static: the checks that run nothing.
+        runs: transformers release → the checks in a clean process under it.
+        serving: readiness for serving engines and tools; informational.
+    """
+
+    path: str
+    static: list[Check]
+    runs: dict[str, list[Check]]
+    serving: list[Check]
+
+    @property
+    def rows(self) -> list[tuple[str, Check]]:
+        """Every check with the transformers release it was made under; empty for what runs nothing."""
+        rows = [("", check) for check in self.static]
+        rows += [(release, check) for release, checks in self.runs.items() for check in checks]
+        return rows + [("", check) for check in self.serving]
+
+    @property
+    def failed(self) -> list[tuple[str, Check]]:
+        """The rows that failed."""
+        return [(release, check) for release, check in self.rows if check.status == "failed"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        return {
+            "path": self.path,
+            "passed": self.passed,
+            "static": [check._asdict() for check in self.static],
+            "runs": {release: [check._asdict() for check in checks] for release, checks in self.runs.items()},
+            "serving": [check._asdict() for check in self.serving],
+        }
+
+
+def verify(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    releases: str | Iterable[str] = (),
+    execute: bool = True,
+    quick: bool = False,
+    time_limit: float = TIME_LIMIT,
+    memory_limit: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Verification:
+    """Check a Hub repo folder, with custom code or without: statically, then by running it in clean processes.
+
+    Such a process has no mymodels, no network, an empty Hugging Face cache, limits of time and memory, and a copy of
+    the folder. It is no sandbox against code that wants to break out: of a folder you do not trust, read the static
+    checks first (`execute=False`).
+
+    Args:
+        path: a folder, or the id of a Hub repo.
+        revision: branch, tag or commit of a Hub repo.
+        token: as in `huggingface_hub`.
+        releases: transformers releases to run under, as `releases.resolve` takes them, each installed on first use;
+            none: the installed one.
+        execute: if false, no code of the folder runs.
+        quick: leave out what takes longest: worker processes, loading in parallel, export.
+        time_limit: seconds for each stage of a clean process.
+        memory_limit: bytes for each process; default 4 GB and six times the weights.
+        cache_dir: where releases are installed, see `releases.install`.
+
+    Returns:
+        A `Verification`; whatever is wrong with the folder is in there, and raises nothing.
+
+    Raises:
+        FileNotFoundError: there is no such folder or repo.
+        ValueError: a release is not supported.
+        RuntimeError: a release cannot be installed.
+
+    Example:
+        >>> verification = verify("hub_repo/mygpt2", releases="4.57,5.0,latest")
+        >>> verification.passed
+        True
+    """
+    wanted: Sequence[Release | None] = resolve(releases) if releases else [None]
+    folder = locate(path, revision=revision, token=token)
+    result = Verification(str(path), _static(folder, [r.transformers for r in wanted if r]), {}, [])
+    if not execute:
+        return result
+    try:
+        about = describe_folder(folder)
+    except (CheckpointError, OSError) as error:
+        result.runs["installed"] = [Check("load", "failed", str(error), "config.json", DYNAMIC["load"])]
+        return result
+    main, stages = about["classes"][0], QUICK if quick else FULL
+    limits: dict[str, Any] = {"time_limit": time_limit, "memory_limit": memory_limit}
+    with contextlib.ExitStack() as stack:
+        golden, problem = _golden(folder, stack, limits, agree=len(wanted) > 1)
+        for release in wanted:
+            place = install(release, cache_dir) if release else None
+            methods = ["fork", "spawn"]
+            with clean_process(folder, stages, release=place, golden=golden, worker_methods=methods, **limits) as run:
+                versions = run.one("versions")
+                installed = versions.get("transformers") if isinstance(versions, dict) else None
+                checks = judge(run, folder, main)
+                if problem:
+                    checks = sorted([*checks, problem], key=lambda check: list(DYNAMIC).index(check.name))
+                result.runs[release.transformers if release else str(installed or "installed")] = checks
+                how = {"classes": about["classes"], "custom_code": bool(about["auto_map"])}
+                result.serving[:] = serving_checks(run.one("facts"), export=run.one("export"), **how)  # of the newest
+    return result
+
+
+def _static(folder: Path, releases: list[str]) -> list[Check]:
+    try:
+        from .static import static_checks
+    except ImportError:
+        return []
+    return static_checks(folder, releases=releases or None)
+
+
+def _golden(
+    folder: Path, stack: contextlib.ExitStack, limits: dict[str, Any], *, agree: bool
+) -> tuple[Path | None, Check | None]:
+    """The golden file to compare with, and what is to be said of it.
+
+    A folder without one that runs under several releases is compared with what the installed release makes of it.
+    """
+    if (folder / GOLDEN).is_file():
+        try:
+            read_golden(folder / GOLDEN)
+            return folder / GOLDEN, None
+        except (CheckpointError, OSError) as error:
+            return None, Check("golden", "failed", str(error), GOLDEN, DYNAMIC["golden"])
+    if agree:
+        with contextlib.suppress(CheckpointError):  # why it does not run, the runs will say
+            return stack.enter_context(recorded(folder, **limits)), None
+    return None, Check("golden", "skipped", f"the folder has no {GOLDEN}, `mymodels verify --record` makes one")

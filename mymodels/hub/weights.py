@@ -1,0 +1,183 @@
+"""Are the weights that a process loaded the ones in the files? Judged outside of that process, by digests."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from ..checkpoints import Checkpoint
+from .checks import Check
+from .clean.loading import digest
+
+_SHOWN = 3
+SET_DTYPE = 'save the weights in the dtype that "dtype" in config.json names, or change it there'
+INIT = (
+    "let _init_weights touch leaf modules only, by nn.init.* on the parameter itself; no .data writes, and no custom "
+    "from_pretrained"
+)
+TIE = 'declare _tied_weights_keys = {"lm_head.weight": "<embeddings>"} and get/set_output_embeddings, and tie_word_embeddings in the config'
+
+
+class Files:
+    """The tensors of a checkpoint by name, and their digests, computed once when asked for."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self._digests: dict[str, str] = {}
+
+    def digest(self, name: str) -> str:
+        if name not in self._digests:
+            self._digests[name] = digest(self.checkpoint[name])
+        return self._digests[name]
+
+    def find(self, name: str, prefix: str) -> str | None:
+        """The name under which the files hold a model's tensor, with or without the base model's prefix."""
+        candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
+        return next((candidate for candidate in candidates if candidate in self.checkpoint), None)
+
+
+def compare_weights(loaded: dict[str, Any], files: Files, main: bool) -> list[Check]:
+    """Compare what one class loaded with the files.
+
+    Args:
+        loaded: the event that the clean process reported, see `clean/loading.py`.
+        files: the folder's checkpoint.
+        main: whether it is the class of `architectures`, which must find every tensor and use every one.
+
+    Returns:
+        The checks `"weights"`, `"buffers"` if there are any outside of the files, and `"tied"` if there is a head.
+    """
+    where = loaded["loaded"]
+    problems = _problems(loaded, files, main)
+    checks = []
+    failed = [problem for problem in problems if problem[0] == "failed"]
+    for status, what, remedy in failed or problems[:1]:
+        checks.append(Check("weights", status, what, where, remedy))
+    if not checks:
+        count = sum(1 for tensor in loaded["tensors"].values() if tensor["persistent"])
+        checks.append(Check("weights", "ok", f"{count} tensors are bit for bit those of the files", where))
+    return checks + _buffers(loaded) + _tied(loaded)
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[str, str, str]]:
+    tensors, prefix = loaded["tensors"], loaded["prefix"]
+    missing = set(loaded["missing"])
+    tie = loaded["tie"]
+    untied = tie["head"] if tie and tie["wanted"] and not tie["tied"] else []  # is told by the check "tied"
+    problems = []
+    meta = [name for name, tensor in tensors.items() if tensor["meta"]]
+    if meta:
+        remedy = "keep no plain tensors as attributes and no tensors that __init__ computes: compute them in forward"
+        problems.append(("failed", f"left on the meta device, without data: {_names(meta)}", remedy))
+    if loaded["mismatched"]:
+        remedy = "make the sizes in config.json those of the weights"
+        problems.append(("failed", f"of another shape than in the files: {_names(loaded['mismatched'])}", remedy))
+
+    changed, casts, unfound = [], [], []
+    known: set[str] | None = None
+    for name, tensor in tensors.items():
+        if tensor["meta"] or not tensor["persistent"] or name in missing or name in untied:
+            continue
+        home = files.find(name, prefix)
+        if home is None:
+            unfound.append(name)
+        elif files.checkpoint.info[home].dtype != getattr(torch, tensor["dtype"]):
+            casts.append((name, str(files.checkpoint.info[home].dtype).removeprefix("torch."), tensor["dtype"]))
+        elif files.digest(home) != tensor["digest"]:
+            changed.append(name)
+    if casts:
+        (_, stored, now), names = casts[0], [name for name, _, _ in casts]
+        problems.append(("failed", f"loaded as {now}, but {stored} in the files: {_names(names)}", SET_DTYPE))
+    if changed:
+        what = f"not what is in the files, overwritten or initialised anew after loading: {_names(changed)}"
+        problems.append(("failed", what, INIT))
+    tied_to = Counter(tensor["digest"] for name, tensor in tensors.items() if files.find(name, prefix))
+    unfound = [name for name in unfound if not tied_to[tensors[name]["digest"]]]
+    if unfound:
+        known = known or {files.digest(name) for name in files.checkpoint}
+        new = [name for name in unfound if tensors[name]["digest"] not in known]
+        if new:
+            converted = bool(set(files.checkpoint) - _used(tensors, files, prefix) - set(loaded["unexpected"]))
+            if converted:
+                what = (
+                    f"transformers converts tensors of the files on loading, so these cannot be compared: {_names(new)}"
+                )
+                problems.append(("warning", what, ""))
+            else:
+                missing |= set(new)
+    return problems + _left_over(loaded, missing - set(untied), files, main)
+
+
+def _left_over(loaded: dict[str, Any], missing: set[str], files: Files, main: bool) -> list[tuple[str, str, str]]:
+    problems = []
+    unexpected = set(loaded["unexpected"])
+    if main:
+        if missing:
+            remedy = "save the weights again with all of them, or set architectures to the class that was saved"
+            problems.append(("failed", f"not in the files, so started at random: {_names(list(missing))}", remedy))
+        if unexpected:
+            remedy = "save the weights again from this class, or set architectures to the class that was saved"
+            problems.append(("failed", f"in the files but not in the model: {_names(list(unexpected))}", remedy))
+        return problems
+    shapes = {name: tuple(loaded["tensors"][name]["shape"]) for name in missing if name in loaded["tensors"]}
+    misnamed = [
+        name
+        for name in shapes
+        for other in unexpected
+        if other in files.checkpoint
+        and files.checkpoint.info[other].shape == shapes[name]
+        and (other.endswith(f".{name}") or name.endswith(f".{other}"))
+    ]
+    if misnamed:
+        remedy = "set base_model_prefix to the attribute under which the classes with a head keep the base model"
+        what = f"in the files under another prefix, so started at random: {_names(sorted(set(misnamed)))}"
+        problems.append(("failed", what, remedy))
+    elif missing:  # a head that is not there is how fine-tuning starts; a part of the model itself is worth a look
+        inner = f"{loaded['prefix']}."
+        has_head = any(name.startswith(inner) for name in loaded["tensors"])
+        of_base = [name for name in missing if not has_head or name.startswith(inner)]
+        what = f"not in the files, this class needs training first: {_names(of_base or list(missing))}"
+        problems.append(("warning" if of_base else "ok", what, ""))
+    return problems
+
+
+def _used(tensors: dict[str, Any], files: Files, prefix: str) -> set[str]:
+    return {home for name in tensors if (home := files.find(name, prefix))}
+
+
+def _buffers(loaded: dict[str, Any]) -> list[Check]:
+    where = loaded["loaded"]
+    if loaded.get("fresh_error"):
+        what = f"there are buffers that are not saved, and a new model to compare them with cannot be built: {loaded['fresh_error']}"
+        return [Check("buffers", "failed", what, where, "make the class work with from_config")]
+    fresh = loaded.get("fresh_buffers", {})
+    if not fresh:
+        return []
+    wrong = [n for n, tensor in fresh.items() if tensor["digest"] != loaded["tensors"][n]["digest"]]
+    if wrong:
+        what = f"not saved, and after loading not what __init__ computes: {_names(wrong)}"
+        remedy = "compute them in forward, fill them in _init_weights, or save them (persistent=True)"
+        return [Check("buffers", "failed", what, where, remedy)]
+    return [Check("buffers", "ok", f"{len(fresh)} buffers outside of the files are as __init__ computes them", where)]
+
+
+def _tied(loaded: dict[str, Any]) -> list[Check]:
+    tie, where = loaded["tie"], loaded["loaded"]
+    if tie is None:
+        return []
+    if tie["wanted"] and not tie["tied"]:
+        what = "the config ties the head to the input embeddings, but after loading they are two tensors"
+        return [Check("tied", "failed", what, where, TIE)]
+    if tie["tied"] and not tie["wanted"]:
+        what = "the config does not tie the head to the input embeddings, but after loading they are one tensor"
+        return [Check("tied", "failed", what, where, "set tie_word_embeddings in config.json to what the model does")]
+    return [
+        Check(
+            "tied", "ok", "head and embeddings are one tensor" if tie["tied"] else "head is a tensor of its own", where
+        )
+    ]

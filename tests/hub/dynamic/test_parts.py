@@ -1,0 +1,251 @@
+"""The parts of `verify`: golden files, releases, judging what a process reported, tables, the card, the pytest helper."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from repos import code, tiny_repo
+from rich.console import Console
+from safetensors.torch import save_file
+
+from mymodels.checkpoints import check_checkpoint, write_manifest
+from mymodels.checkpoints.checkpoint import CheckpointError
+from mymodels.hub import Verification, record_golden, verify
+from mymodels.hub.checks import Check
+from mymodels.hub.clean_process import CleanRun, clean_process
+from mymodels.hub.golden import read_golden
+from mymodels.hub.judging import DYNAMIC, judge
+from mymodels.hub.releases import RELEASES, install, resolve
+from mymodels.hub.reporting import show_verification, write_matrix
+from mymodels.hub.serving import serving_checks
+from mymodels.hub.testing import check_repo
+
+
+def names(checks: list[Check]) -> list[tuple[str, str]]:
+    return [(check.name, check.status) for check in checks]
+
+
+# ---- golden files
+
+
+def test_recording_twice_gives_the_same_bytes_and_keeps_the_manifest_true(tmp_path: Path) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    write_manifest(folder)
+    first = record_golden(folder).read_bytes()
+    assert not check_checkpoint(folder, full=True)
+    assert record_golden(folder).read_bytes() == first
+    golden = read_golden(folder / "golden.safetensors")
+    assert golden.inputs["input_ids"].shape == golden.inputs["attention_mask"].shape == (2, 11)
+    assert golden.inputs["attention_mask"].tolist() == [[1] * 11, [0] * 4 + [1] * 7]
+    assert set(golden.outputs) == {"AutoModelForCausalLM", "AutoModel"}
+    assert golden.outputs["AutoModelForCausalLM"]["logits"].shape == (18 * 97,)  # what is padding is left out
+    assert golden.greedy["AutoModelForCausalLM"].shape == (2, 11 + 8)
+    assert golden.made["tolerance"] == 1e-5 and golden.made["dtype"] == "float32" and golden.made["transformers"]
+
+
+def test_golden_inputs_of_the_authors_own(tmp_path: Path) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    record_golden(folder, inputs={"input_ids": torch.arange(5)[None]})
+    golden = read_golden(folder / "golden.safetensors")
+    assert list(golden.inputs) == ["input_ids"] and golden.outputs["AutoModel"]["last_hidden_state"].shape == (5 * 32,)
+
+
+@pytest.mark.slow
+def test_nothing_is_recorded_of_a_folder_that_is_not_whole(tmp_path: Path) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    code(before="raise RuntimeError('not today')\n")(folder)
+    with pytest.raises(CheckpointError, match=r"cannot be recorded.*RuntimeError: not today"):
+        record_golden(folder)
+    assert not (folder / "golden.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"),
+    [
+        ({"a": torch.ones(1)}, {"golden": "{}"}),
+        ({"input.x": torch.ones(1)}, None),
+        ({"input.x": torch.ones(1)}, {"golden": '{"tolerance": 1e-5}'}),
+        ({"output.x": torch.ones(1)}, {"golden": '{"tolerance": 1e-5}'}),
+        ({"output.x.y": torch.ones(1)}, {"golden": '{"tolerance": "much"}'}),
+    ],
+)
+def test_something_else_is_no_golden_file(tensors: dict, metadata: dict | None, tmp_path: Path) -> None:
+    save_file(tensors, tmp_path / "golden.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"golden\.safetensors: .*record it anew"):
+        read_golden(tmp_path / "golden.safetensors")
+
+
+# ---- releases
+
+
+def test_releases_by_minor_patch_and_word() -> None:
+    assert [release.transformers for release in resolve("5.0, 4.57")] == ["4.57.6", "5.0.0"]
+    assert resolve("4.57.3")[0] == ("4.57.3", "0.36.2", "0.22.2")
+    assert [release.transformers for release in resolve(["latest"])] == [list(RELEASES.values())[-1][0]]
+    assert [release.transformers for release in resolve("all,5.3")] == [row[0] for row in RELEASES.values()]
+    for wrong in ("4.55", "6.0", "five", "5.0.0.1", ""):
+        with pytest.raises(ValueError, match=r"no supported transformers release: name one from 4\.56 to 5\.\d+"):
+            resolve(wrong)
+    assert all(row[0].startswith(f"{minor}.") for minor, row in RELEASES.items())
+
+
+def test_a_release_that_pip_cannot_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RuntimeError, match=r"pip cannot install transformers 5\.0\.0: ERROR"):
+        install(resolve("5.0")[0], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- judging
+
+
+def run_of(*events: dict, failure: str = "") -> CleanRun:
+    return CleanRun([{"versions": {}}, *events], failure, Path(), 0.0)
+
+
+def test_a_stage_that_ends_early_fails_the_check_it_was_at(tmp_path: Path) -> None:
+    ended = {"ended": "workers", "how": "was killed", "last": "", "where": ""}
+    checks = judge(run_of({"begin": "pickle", "where": "AutoModel"}, ended), tmp_path, "AutoModel")
+    assert checks == [Check("pickle", "failed", "the process was killed", "AutoModel", DYNAMIC["pickle"])]
+    assert names(judge(run_of(ended), tmp_path, "AutoModel")) == [("pickle", "failed")]
+    assert names(judge(run_of(ended | {"ended": "export"}, {"export": "x"}), tmp_path, "")) == [
+        ("clean process", "failed")
+    ]
+
+
+def test_a_report_that_the_code_meddled_with_is_a_failure_and_raises_nothing(tmp_path: Path) -> None:
+    for forged in (
+        {"check": "no such"},
+        {"check": []},
+        {"begin": "load"},
+        {"loaded": 3},
+        {"check": "load", "status": "ok"},
+    ):
+        (check,) = judge(run_of(forged), tiny_repo(tmp_path / str(len(list(tmp_path.iterdir())))), "AutoModel")
+        assert (check.name, check.status) == ("clean process", "failed") and "makes no sense" in check.what
+
+
+def test_what_follows_from_wrong_weights_is_no_news(tmp_path: Path) -> None:
+    def outcome(name: str) -> dict:
+        return {"check": name, "status": "failed", "what": "wrong", "where": ""}
+
+    run = run_of(outcome("forward"), outcome("golden"), outcome("network"), outcome("tied"))
+    assert names(judge(run, tmp_path, "")) == [
+        ("tied", "failed"),
+        ("forward", "skipped"),
+        ("golden", "skipped"),
+        ("network", "failed"),
+    ]
+
+
+def test_a_folder_without_a_config_fails_and_raises_nothing(tmp_path: Path) -> None:
+    (checks,) = verify(tmp_path).runs.values()
+    assert names(checks) == [("load", "failed")] and "has no config.json" in checks[0].what
+    (tmp_path / "config.json").write_text("[")
+    (checks,) = verify(tmp_path).runs.values()
+    assert names(checks) == [("load", "failed")] and "not valid JSON" in checks[0].what
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    (tmp_path / "secret").write_text("x")
+    (folder / "vocab.txt").symlink_to(tmp_path / "secret")
+    with clean_process(folder, ["outputs"]) as run:
+        assert "leads out of the folder" in run.failure and not run.events
+
+
+# ---- serving
+
+FACTS = {
+    "forward": ["input_ids", "inputs_embeds", "position_ids"],
+    "forward_kwargs": True,
+    "attention_backend": True,
+    "attention": [{"path": "a", "layer_idx": True, "scaling": True, "is_causal": True, "children": [], "kwargs": True}],
+    "linears": ["x"],
+    "conv1d": [],
+    "heads": ["model", "lm_head"],
+    "input_embeddings": True,
+    "tp_plan": True,
+    "config": ["num_attention_heads", "hidden_size"],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "engine", "reason"),
+    [
+        ({"attention_backend": False}, "vLLM", "_supports_attention_backend"),
+        ({"forward_kwargs": False}, "SGLang", r"no \*\*kwargs"),
+        ({"heads": ["model", "out"]}, "vLLM", "the head is none of classifier, lm_head, score"),
+        ({"config": []}, "SGLang", "the config has no num_attention_heads, hidden_size"),
+        ({"forward": ["input_ids"]}, "vLLM", "does not name inputs_embeds, position_ids"),
+        ({"linears": []}, "PEFT", r"no nn\.Linear"),
+        ({"tp_plan": False}, "tensor parallel", "base_model_tp_plan"),
+        ({"attention": []}, "vLLM", "no class with Attention"),
+    ],
+)
+def test_readiness_is_yes_or_no_with_the_reason(change: dict, engine: str, reason: str) -> None:
+    how = {"classes": ["AutoModelForCausalLM", "AutoModel"], "custom_code": True, "export": ""}
+    assert {check.status for check in serving_checks(FACTS, **how)} == {"ok"}
+    found = {check.name: check for check in serving_checks(FACTS | change, **how)}
+    assert found[engine].status == "warning" and re.search(reason, found[engine].what), found[engine]
+    assert {check.status for check in serving_checks(None, **how)} == {"skipped"}
+
+
+# ---- what people see
+
+FOUND = Verification(
+    "me/model",
+    [Check("auto_map", "ok")],
+    {
+        "4.57.6": [Check("load", "ok"), Check("golden", "failed", "logits [differ]", "AutoModel", "look")],
+        "5.23.0": [Check("load", "ok"), Check("load", "warning"), Check("golden", "ok"), Check("padding", "skipped")],
+    },
+    [Check("PEFT", "ok", "any of q_proj")],
+)
+
+
+def test_tables_and_the_verdict() -> None:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    show_verification(FOUND, console)
+    text = console.export_text()
+    assert "logits [differ]" in text and "look" in text and "1 checks failed" in text and "any of q_proj" in text
+    assert json.loads(json.dumps(FOUND.to_dict()))["runs"]["4.57.6"][1]["what"] == "logits [differ]"
+    assert not FOUND.passed and [release for release, _ in FOUND.failed] == ["4.57.6"]
+
+
+def test_the_matrix_goes_into_the_card_once(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    with pytest.raises(FileNotFoundError, match=r"README\.md is missing"):
+        write_matrix(FOUND, tmp_path)
+    card.write_text("# A model\n\nText.\n")
+    write_matrix(FOUND, tmp_path)
+    first = card.read_text()
+    assert first.startswith("# A model\n\nText.\n\n<!-- mymodels verify: begin -->")
+    for line in ("| check | 4.57.6 | 5.23.0 |", "| load | ✓ | ! |", "| golden | ✗ | ✓ |", "| padding | – | – |"):
+        assert line in first.splitlines()
+    card.write_text(first + "\nMore.\n")
+    write_matrix(FOUND._replace(runs={"5.23.0": FOUND.runs["5.23.0"]}), tmp_path)
+    text = card.read_text()
+    assert "4.57.6" not in text and text.endswith("<!-- mymodels verify: end -->\n\nMore.\n")
+
+
+def test_check_repo_raises_the_failing_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mymodels.hub.testing.verify", lambda path, **how: FOUND)
+    with pytest.raises(AssertionError) as raised:
+        check_repo("me/model")
+    assert str(raised.value).splitlines() == [
+        "me/model does not hold what it promises:",
+        "golden [transformers 4.57.6]: logits [differ] (AutoModel); look",
+    ]
+    held = FOUND._replace(runs={})
+    monkeypatch.setattr("mymodels.hub.testing.verify", lambda path, **how: held)
+    assert check_repo("me/model", quick=True) is held
+
+
+def test_without_execution_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    monkeypatch.setattr("mymodels.hub.verifying.clean_process", lambda *args, **how: pytest.fail("a process started"))
+    monkeypatch.setattr("mymodels.hub.verifying._static", lambda folder, releases: [Check("auto_map", "ok")])
+    assert verify(folder, execute=False) == (str(folder), [Check("auto_map", "ok")], {}, [])

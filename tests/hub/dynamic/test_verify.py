@@ -1,0 +1,65 @@
+"""Every fault that only running shows is found and named, nothing else is; healthy folders of all shapes pass."""
+
+import re
+from pathlib import Path
+
+import pytest
+from repos import FAULTS, stock, tiny_repo
+
+from mymodels.hub import verify
+from mymodels.hub.testing import failures
+
+ROOT = Path(__file__).parents[3]
+RELEASES = ROOT / ".cache" / "transformers"
+FAST = {"attention mask ignored", "missing tensor", "module that is not there"}
+HEALTHY = {
+    "hub_repo/mygpt2": lambda folder: ROOT / "hub_repo" / "mygpt2",
+    "hub_repo/mybert": lambda folder: ROOT / "hub_repo" / "mybert",
+    **{
+        name: lambda folder, n=name: stock(folder, n)
+        for name in ("gpt2", "bert", "llama-untied", "llama-tied-bf16", "t5", "vit")
+    },
+    "one file, tied": lambda folder: tiny_repo(folder),
+    "one file, untied": lambda folder: tiny_repo(folder, tied=False),
+    "three files, tied": lambda folder: tiny_repo(folder, files=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_static_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have tests of their own; here a fault is one that only running shows."""
+    monkeypatch.setattr("mymodels.hub.verifying._static", lambda folder, releases: [])
+
+
+def slow_unless(names: set[str], table: dict) -> list:
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in table]
+
+
+@pytest.mark.parametrize("name", slow_unless({"hub_repo/mybert"}, HEALTHY))
+def test_a_healthy_folder_passes(name: str, tmp_path: Path) -> None:
+    verification = verify(HEALTHY[name](tmp_path / "repo"))
+    assert not failures(verification)
+    (checks,) = verification.runs.values()
+    held = {check.name for check in checks if check.status == "ok"}
+    assert {"load", "weights", "forward", "save", "reload", "meta", "device map", "pickle", "parallel load"} <= held
+    assert {"forked worker", "spawned worker", "eager = sdpa"} <= held
+    assert [check.name for check in verification.serving] == [
+        "vLLM",
+        "SGLang",
+        "PEFT",
+        "tensor parallel",
+        "ONNX export",
+    ]
+
+
+@pytest.mark.parametrize("name", slow_unless(FAST, FAULTS))
+def test_a_fault_is_found_and_named_and_nothing_else(name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    folder = tiny_repo(tmp_path / "repo")
+    fault.break_it(folder)
+    verification = verify(folder, **{"quick": True, "cache_dir": RELEASES, **fault.how})
+    assert {check.name for _, check in verification.failed} == {fault.check}, failures(verification)
+    assert any(re.search(fault.says, check.what) for _, check in verification.failed), failures(verification)
+    assert any(re.search(fault.where, check.where) for _, check in verification.failed), failures(verification)
+    assert all(check.remedy for _, check in verification.failed)
+    assert all("Traceback" not in line and "\n" not in line for line in failures(verification))
