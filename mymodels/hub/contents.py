@@ -114,8 +114,8 @@ def scan(folder: Path, allow: Iterable[str] = ()) -> dict[str, LocalFile]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder, so there is nothing to push: name the folder of the model")
     names, refused = [], []
-    for name, is_link in _walk(folder):
-        reason = "a link" if is_link else _refusal(name, tuple(allow))
+    for name, is_regular in _walk(folder):
+        reason = _refusal(name, tuple(allow)) if is_regular else "a link or no regular file"
         refused.append(f"{shown(name)} ({reason})") if reason else names.append(name)
     if refused:
         more = f" and {len(refused) - 20} more" if len(refused) > 20 else ""
@@ -182,13 +182,13 @@ def shown(name: str) -> str:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Everything in a folder that is not a folder itself: `/`-separated name, and whether it is a link."""
+    """Everything in a folder that is not a folder itself: `/`-separated name, and whether it is a regular file."""
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in sorted(folders) if name not in _NEVER or Path(parent) != folder]
         for name in [*folders, *files]:
             path = Path(parent, name)
             if path.is_symlink() or name in files:
-                yield path.relative_to(folder).as_posix(), path.is_symlink()
+                yield path.relative_to(folder).as_posix(), path.is_file() and not path.is_symlink()
 
 
 def _refusal(name: str, allow: tuple[str, ...]) -> str:

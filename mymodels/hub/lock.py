@@ -57,7 +57,7 @@ def write_lock(
     """
     found = _AT_COMMIT.fullmatch(str(source))
     if Path(source).expanduser().is_dir():
-        lock = Lock(None, None, _hashes(_read_code(*_walk(Path(source).expanduser()))))
+        lock = Lock(None, None, _hashes(_read_code(Path(source).expanduser())))
     elif found:
         repo_id, commit = found.groups()
         with tempfile.TemporaryDirectory(prefix="mymodels-lock-") as scratch:
@@ -66,7 +66,7 @@ def write_lock(
                     repo_id, revision=commit, allow_patterns=_PATTERNS, cache_dir=scratch, token=token
                 )
             )
-            lock = Lock(repo_id, commit, _hashes(_read_code(*_walk(Path(folder)))))
+            lock = Lock(repo_id, commit, _hashes(_read_code(Path(folder))))
     else:
         raise ValueError(
             f"{shown(str(source))} is no folder and no commit: write user/name@SHA with all 40 digits of the commit "
@@ -175,7 +175,7 @@ def _check_options(kwargs: dict[str, Any], locked: Lock, is_local: bool) -> None
 
 def _checked_copy(folder: Path, locked: Lock, lock: Path) -> Path:
     """A private folder with the code of `folder`, which is the lock's, and links to its other files."""
-    folder, files = _walk(folder)
+    files = _walk(folder)
     code = _read_code(folder, files)
     found = _hashes(code)
     for name in sorted(set(found) | set(locked.files)):
@@ -206,49 +206,53 @@ def _checked_copy(folder: Path, locked: Lock, lock: Path) -> Path:
     return copy
 
 
-def _walk(folder: Path) -> tuple[Path, list[str]]:
-    """The folder and the `/`-separated names of its files, without caches and hidden folders."""
+def _walk(folder: Path) -> list[str]:
+    """The `/`-separated names of a folder's files, without caches and hidden folders."""
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in sorted(folders) if name != "__pycache__" and not name.startswith(".")]
         files += [Path(parent, name).relative_to(folder).as_posix() for name in sorted(names)]
-    return folder, files
+    return files
 
 
-def _read_code(folder: Path, files: list[str]) -> dict[str, bytes]:
-    """The content of every code file among `files`, each read once.
+def _read_code(folder: Path, files: list[str] | None = None) -> dict[str, bytes]:
+    """The content of every code file among `files` (default: all of the folder), each read once.
 
     Raises:
-        LockError: one of them takes code from another repo.
+        LockError: one of them takes code from another repo, or is a pipe or the like.
         CheckpointError: a link leads out of the folder.
     """
     code = {}
-    for name in filter(_CODE.fullmatch, files):
-        code[name] = inside(folder, name, folder).read_bytes()
+    for name in filter(_CODE.fullmatch, _walk(folder) if files is None else files):
+        path = inside(folder, name, folder)
+        if not path.is_file():
+            raise LockError(f"{path} is no regular file, so it cannot be read as code: remove it")
+        code[name] = path.read_bytes()
         if not name.lower().endswith(".json"):
             continue
-        elsewhere = _elsewhere(parse_json(code[name], folder / name))
+        elsewhere = _elsewhere(parse_json(code[name], path))
         if name.rsplit("/", 1)[-1] == "adapter_config.json":
             elsewhere = "the repo of its base model"
         if elsewhere:
             raise LockError(
-                f"{folder / shown(name)} takes code from {shown(elsewhere)}, which a lock of this folder does not "
+                f"{path} takes code from {shown(elsewhere)}, which a lock of this folder does not "
                 "cover: copy that code into the folder"
             )
     return code
 
 
-def _elsewhere(value: Any, key: str = "") -> str:
-    """The first thing in a config that runs code of another repo; empty if nothing does."""
-    if isinstance(value, dict):
-        parts = [_elsewhere(item, key if key == "auto_map" else name) for name, item in value.items()]
-        return next(filter(None, parts), "")
-    if isinstance(value, list):
-        return next(filter(None, (_elsewhere(item, key) for item in value)), "")
-    if not isinstance(value, str):
-        return ""
-    foreign = (key == "auto_map" and "--" in value) or (key in _ATTENTION and "/" in value)
-    return value if foreign else ""
+def _elsewhere(config: dict[str, Any]) -> str:
+    """Something in a config that runs code of another repo; empty if nothing does."""
+    values: list[tuple[str, Any]] = [("", config)]
+    while values:
+        key, value = values.pop()
+        if isinstance(value, dict):
+            values += [(key if key == "auto_map" else name, item) for name, item in value.items()]
+        elif isinstance(value, list):
+            values += [(key, item) for item in value]
+        elif isinstance(value, str) and ((key == "auto_map" and "--" in value) or (key in _ATTENTION and "/" in value)):
+            return value
+    return ""
 
 
 def _hashes(code: dict[str, bytes]) -> dict[str, tuple[int, str]]:

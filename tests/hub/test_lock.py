@@ -1,6 +1,7 @@
 """`load(…, lock=…)` runs the code that was reviewed or none: code that leaves a mark where it ran proves it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -182,6 +183,8 @@ CHANGES = {
     "kernel": (write("config.json", '{"attn_implementation": "a/kernel"}'), "takes code from a/kernel"),
     "no json": (write("config.json", "{"), r"config\.json: it is not valid JSON"),
     "duplicate keys": (write("config.json", '{"a": 1, "a": 2}'), "names 'a' twice"),
+    "deep nesting": (write("config.json", '{"a":' * 400 + "1" + "}" * 400), "is not the one that was reviewed"),
+    "a pipe": (lambda folder, code: os.mkfifo(folder / "pipe.py"), r"pipe\.py is no regular file"),
     "link out of the folder": (add_link, "leads out of the folder"),
 }
 
