@@ -24,6 +24,7 @@ from .models.modeling_mygpt2 import MyGPT2ForCausalLM, MyGPT2ForSequenceClassifi
 if TYPE_CHECKING:
     from .checkpoints import load_checkpoint_and_dispatch, load_state_dict, open_checkpoint, save_checkpoint
     from .hub import build_repo, load_in_clean_process
+    from .hub.lock import load
     from .training.loop import train
     from .training.sample_text import load_sample_text
     from .warmstart import WarmStartReport, warm_start
@@ -36,6 +37,7 @@ _LAZY = {
     "open_checkpoint": ".checkpoints",
     "save_checkpoint": ".checkpoints",
     "build_repo": ".hub",
+    "load": ".hub.lock",
     "load_in_clean_process": ".hub",
     "load_sample_text": ".training.sample_text",
     "train": ".training.loop",
@@ -56,6 +58,7 @@ __all__ = [
     "MyGPT2Model",
     "WarmStartReport",
     "build_repo",
+    "load",
     "load_checkpoint_and_dispatch",
     "load_in_clean_process",
     "load_sample_text",

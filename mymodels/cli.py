@@ -143,6 +143,53 @@ def _field(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _build(arguments: argparse.Namespace) -> int:
+    from .hub import build_repo
+    from .hub.card import Card
+
+    said = {name: getattr(arguments, name) for name in _CARD if getattr(arguments, name)}
+    pairs = [_pair(text, "NAME=VALUE") for text in arguments.metric]
+    said |= {"metrics": {name: float(value) for name, value in pairs}} if pairs else {}
+    card = arguments.card.read_text(encoding="utf-8") if arguments.card else Card(**said) if said else None
+    options = {"max_shard_size": arguments.max_shard_size, "golden": not arguments.no_golden}
+    folder = build_repo(arguments.source, None, arguments.out, card=card, **options)
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    return 0
+
+
+# what a card says beyond the folder → its help; each an option of `mymodels build`
+_CARD = {
+    "name": "title of the model card",
+    "repo_id": "what the card's snippet loads",
+    "description": "what the model is",
+    "license": "such as apache-2.0",
+    "language": "such as en",
+    "base_model": "Hub id of the model it was made from",
+    "training_data": "what it was trained on",
+    "limits": "what it is not for",
+    "dataset": "what --metric was measured on",
+}
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from .hub.push import push
+
+    names = ("revision", "create_pr", "dry_run", "tag", "no_verify", "allow")
+    options = {name: getattr(arguments, name) for name in names}
+    push(arguments.path, arguments.repo_id, private=not arguments.public, console=_console(), **options)
+    return 0
+
+
+def _lock(arguments: argparse.Namespace) -> int:
+    from .hub.lock import write_lock
+
+    lock = write_lock(arguments.source, arguments.out)
+    print(
+        f"{arguments.out}: {len(lock.files)} code files locked; mymodels.load(…, lock={str(arguments.out)!r}) runs no other"
+    )
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
     parser = argparse.ArgumentParser(prog="mymodels", description="Modified GPT-2 and BERT models that load anywhere.")
@@ -217,6 +264,40 @@ def main(argv: list[str] | None = None) -> int:
     warm.add_argument("--all", action="store_true", help="a row for every tensor, also of repeated layers")
     warm.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
     warm.set_defaults(run=_warm_start)
+
+    build = verbs.add_parser("build", help="make a complete Hub repo folder: flat code, shards, card, golden, manifest")
+    build.add_argument("source", metavar="SOURCE", help="a folder with config and weights, or a Hub repo")
+    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty, or an older Hub repo folder")
+    build.add_argument(
+        "--card", type=Path, metavar="FILE", help="the whole README.md; default: the source's, or a new one"
+    )
+    for name, text in _CARD.items():
+        build.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=text)
+    build.add_argument(
+        "--metric", action="append", default=[], metavar="NAME=VALUE", help="a measured value for the card"
+    )
+    build.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
+    build.add_argument("--no-golden", action="store_true", help="run nothing; without golden.safetensors")
+    build.set_defaults(run=_build)
+
+    push = verbs.add_parser(
+        "push", help="push a folder to a Hub repo: privately, verified before, read again afterwards"
+    )
+    push.add_argument("path", type=Path, metavar="PATH")
+    push.add_argument("repo_id", metavar="REPO_ID", help="user/name; made if need be")
+    push.add_argument("--public", action="store_true", help="make or expect a public repo; default: a private one")
+    push.add_argument("--revision", metavar="BRANCH", help="made if need be; default: main")
+    push.add_argument("--create-pr", action="store_true", help="commit to a new pull request")
+    push.add_argument("--dry-run", action="store_true", help="list what would be sent, and stop")
+    push.add_argument("--tag", metavar="NAME", help="of the commit, such as v1")
+    push.add_argument("--no-verify", action="store_true", help="skip the verification; the commit message says so")
+    push.add_argument("--allow", action="append", default=[], metavar="PATTERN", help="push further kinds of files")
+    push.set_defaults(run=_push)
+
+    lock = verbs.add_parser("lock", help="record the code that was reviewed; mymodels.load(…, lock=FILE) runs no other")
+    lock.add_argument("source", metavar="PATH|REPO_ID@SHA")
+    lock.add_argument("--out", type=Path, default=Path("mymodels.lock"), metavar="FILE", help="default: %(default)s")
+    lock.set_defaults(run=_lock)
 
     arguments = parser.parse_args(argv)
     try:

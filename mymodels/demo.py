@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .hub import build_repo, load_in_clean_process
 from .hub.build import check_output_dir
-from .hub.card import model_card
+from .hub.card import Card
 from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
 from .models.modeling_mybert import MyBertForSequenceClassification
@@ -126,8 +126,8 @@ def make_mygpt2(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
     )
     loss, _, _ = evaluate(model, _batches(test))
     baseline = _unigram_loss(examples, test, len(tokenizer))
-    card = model_card(
-        model,
+    card = Card(
+        license="apache-2.0",
         name="MyGPT2 demo",
         repo_id="hub_repo/mygpt2",
         description="A tiny GPT-2 in its modern shape: rotary positions, RMSNorm, a gated MLP, grouped-query attention "
@@ -176,8 +176,8 @@ def make_mybert(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
     accuracy = (logits.argmax(dim=-1) == labels).float().mean().item()
     majority = Counter(example["labels"].item() for example in examples).most_common(1)[0][0]
     baseline = (labels == majority).float().mean().item()
-    card = model_card(
-        model,
+    card = Card(
+        license="apache-2.0",
         name="MyBert demo",
         repo_id="hub_repo/mybert",
         description="A tiny BERT that tells whether a passage comes from a book for children or for adults, with "
@@ -198,7 +198,7 @@ def make_mybert(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
 
 
 def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path, card: str, num_shards: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path, card: Card, num_shards: int
 ) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     build_repo(model, tokenizer, output_dir, card=card, max_shard_size=size // num_shards)

@@ -1,95 +1,150 @@
 """Model cards: the README.md of a Hub repo, with metadata the Hub understands."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
 from huggingface_hub import EvalResult, ModelCardData
-from transformers import PreTrainedModel
+
+from ..checkpoints import open_checkpoint
+from ..checkpoints.safetensors_files import read_json
+from .code_files import auto_class_of
 
 PIPELINE_TAGS = {
-    "ForCausalLM": "text-generation",
-    "ForSequenceClassification": "text-classification",
-    "ForMaskedLM": "fill-mask",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModel": "feature-extraction",
 }
+_UNSAID = "Its author has not said."
 
 
-def model_card(
-    model: PreTrainedModel,
-    *,
-    name: str,
-    repo_id: str,
-    description: str,
-    training_data: str,
-    limits: str,
-    dataset: str,
-    metrics: dict[str, float],
-    license: str = "apache-2.0",
-    language: str = "en",
-) -> str:
-    """The card's text: what the model is, how to load it, what it was trained on, how well it does, and its limits.
+@dataclass
+class Card:
+    """What a model card says beyond what the folder shows by itself.
 
-    Args:
-        model: its class decides the task and the Auto class in the snippet.
-        repo_id: what the snippet loads, a folder or `user/name`.
+    Attributes:
+        name: title; default: the folder's name.
+        repo_id: what the snippet loads, a folder or `user/name`; default: the folder's name.
+        license: an identifier the Hub knows, such as `"apache-2.0"`; `"other"` where nobody has said.
+        language: one code or several.
+        base_model: the Hub id of the model that it was made from.
+        datasets: Hub ids of the data it was trained on.
         dataset: name of the data that `metrics` were measured on.
         metrics: measured values by metric name, on data held out from training.
+        training_data, limits, description: texts.
     """
-    head = type(model).__name__.removeprefix("MyGPT2").removeprefix("MyBert")
-    results = [
-        EvalResult(
-            task_type=PIPELINE_TAGS[head],
-            dataset_type="text",
-            dataset_name=dataset,
-            metric_type=metric.lower().replace(" ", "_"),
-            metric_name=metric,
-            metric_value=round(value, 4),
-        )
-        for metric, value in metrics.items()
-    ]
+
+    name: str = ""
+    repo_id: str = ""
+    description: str = ""
+    training_data: str = _UNSAID
+    limits: str = _UNSAID
+    dataset: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    license: str = "other"
+    language: str | Sequence[str] = "en"
+    base_model: str | None = None
+    datasets: Sequence[str] = ()
+    tags: Sequence[str] = ()
+
+
+def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None = None) -> str:
+    """The text of a card: what the model is, how to load it, what it was trained on, how well it does, its limits.
+
+    Args:
+        folder: a Hub repo folder with config and weights; its architecture decides the task and the Auto class shown.
+        name: what to call it where the card does not say.
+        history: a `trainer_state.json` of transformers' Trainer, for metrics and training where the card has none.
+    """
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or ["AutoModel"])[0]
+    auto_class = auto_class_of(architecture) or "AutoModel"
+    parameters = sum(info.numel for info in open_checkpoint(folder).info.values())
+    metrics, training = dict(card.metrics), card.training_data
+    if history is not None and history.is_file():
+        measured, described = _trained(read_json(history))
+        metrics = metrics or measured
+        training = described if training == _UNSAID else training
+    title, repo_id, task = card.name or name, card.repo_id or name, PIPELINE_TAGS.get(auto_class, "feature-extraction")
+    custom = bool(config.get("auto_map"))
+    where = card.dataset or "held-out data"
     data = ModelCardData(
-        language=language,
-        license=license,
+        language=list(card.language) if not isinstance(card.language, str) else card.language,
+        license=card.license,
         library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS[head],
-        tags=[model.config.model_type, "custom_code"],
-        model_name=name,
-        eval_results=results,
+        pipeline_tag=task,
+        tags=[*dict.fromkeys([str(config.get("model_type")), *(["custom_code"] if custom else []), *card.tags])],
+        base_model=card.base_model,
+        datasets=list(card.datasets) or None,
+        metrics=[_metric_type(metric) for metric in metrics] or None,
+        model_name=title if metrics else None,
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type="text",
+                dataset_name=where,
+                metric_type=_metric_type(metric),
+                metric_name=metric,
+                metric_value=round(value, 4),
+            )
+            for metric, value in metrics.items()
+        ]
+        or None,
     )
+    trust = ", trust_remote_code=True" if custom else ""
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
     rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items())
-    return f"""---
-{data.to_yaml().strip()}
----
+    results = f"On {where}:\n\n| metric | value |\n|---|---|\n{rows}" if metrics else _UNSAID
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})\n' if has_tokenizer else ""
+    made_from = f" Made from [{card.base_model}](https://huggingface.co/{card.base_model})." if card.base_model else ""
+    sections = [
+        f"---\n{data.to_yaml().strip()}\n---",
+        f"# {title}",
+        card.description,
+        f"`{architecture}`, {parameters / 1e6:.2f} million parameters.{made_from}",
+        "## Load it",
+        f"```python\nfrom transformers import {auto_class}{', AutoTokenizer' if has_tokenizer else ''}\n\n"
+        f'{tokenizer}model = {auto_class}.from_pretrained("{repo_id}"{trust})\n```',
+        _about_code(config) if custom else "",
+        f"## Training data\n\n{training}",
+        f"## Results\n\n{results}",
+        f"## Limits\n\n{card.limits}",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
 
-# {name}
 
-{description}
+def _about_code(config: Mapping[str, Any]) -> str:
+    text = (
+        "The model's code is in this folder and is run by `trust_remote_code=True`: read it first, and pin what you read "
+        "with `revision=`."
+    )
+    if config.get("model_type") in ("mygpt2", "mybert"):
+        text += (
+            " It is for transformers 4.56 to 5.23, tested under eight releases. With the Python package mymodels installed, "
+            "`import mymodels` registers the model, and no trust is needed."
+        )
+    return text
 
-{model.num_parameters() / 1e6:.2f} million parameters. Made with the Python package mymodels, loads without it.
 
-## Load it
+def _metric_type(metric: str) -> str:
+    return metric.lower().split(" (")[0].replace(" ", "_")
 
-```python
-from transformers import AutoModel{head}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
-model = AutoModel{head}.from_pretrained("{repo_id}", trust_remote_code=True)
-```
-
-The code files in this folder are for transformers 4.56 to 5.23, tested under eight releases. With mymodels installed,
-`import mymodels` registers the model, and `trust_remote_code=True` is not needed.
-
-## Training data
-
-{training_data}
-
-## Results
-
-On {dataset}:
-
-| metric | value |
-|---|---|
-{rows}
-
-## Limits
-
-{limits}
-"""
+def _trained(state: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+    """Metrics and a sentence from the Trainer's history."""
+    log = [entry for entry in state.get("log_history", []) if isinstance(entry, dict)]
+    last = next((entry for entry in reversed(log) if any(key.startswith("eval_") for key in entry)), {})
+    skipped = ("runtime", "per_second", "samples", "steps")
+    metrics = {
+        key.removeprefix("eval_"): float(value)
+        for key, value in last.items()
+        if key.startswith("eval_") and isinstance(value, (int, float)) and not key.endswith(skipped)
+    }
+    steps, epochs = state.get("global_step"), state.get("epoch")
+    told = f"Fine-tuned for {steps} steps" + (f" ({epochs:g} epochs)" if isinstance(epochs, (int, float)) else "")
+    return metrics, f"{told}; the data itself its author has not named." if steps else _UNSAID

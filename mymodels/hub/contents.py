@@ -41,7 +41,7 @@ KINDS = {
         "*.jinja",
         "chat_template.json",
     ),
-    "record": (MANIFEST,),
+    "record": (MANIFEST, "warm_start.json"),
     "document": (
         "*.md",
         "LICENSE*",

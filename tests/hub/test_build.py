@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from tiny import mybert_config
 from transformers import AutoTokenizer
 
 from mymodels import MyBertForSequenceClassification
 from mymodels.hub import build_repo
-from mymodels.hub.card import model_card
+from mymodels.hub.card import Card
 from mymodels.training.tokenizers import train_bert_tokenizer
 
 TEXTS = ["the cat sat on the mat", "a dog"]
@@ -24,7 +25,7 @@ def parts():
 
 
 def test_files_shards_and_index(parts, tmp_path: Path) -> None:
-    folder = build_repo(*parts, tmp_path / "repo", card="# card", max_shard_size="30KB")
+    folder = build_repo(*parts, tmp_path / "repo", card="# card", golden=False, max_shard_size="30KB")
     names = {path.name for path in folder.iterdir()}
     shards = {name for name in names if name.endswith(".safetensors")}
     assert names - shards == {
@@ -47,10 +48,10 @@ def test_files_shards_and_index(parts, tmp_path: Path) -> None:
 
 
 def test_same_input_same_bytes_and_an_older_repo_is_replaced(parts, tmp_path: Path) -> None:
-    first = build_repo(*parts, tmp_path / "first", card="# card", max_shard_size="30KB")
-    second = build_repo(*parts, tmp_path / "second", card="# older", max_shard_size="90KB")
+    first = build_repo(*parts, tmp_path / "first", card="# card", golden=False, max_shard_size="30KB")
+    second = build_repo(*parts, tmp_path / "second", card="# older", golden=False, max_shard_size="90KB")
     (second / "stray.txt").write_text("x")
-    build_repo(*parts, second, card="# card", max_shard_size="30KB")
+    build_repo(*parts, second, card="# card", golden=False, max_shard_size="30KB")
     assert sorted(p.name for p in first.iterdir()) == sorted(p.name for p in second.iterdir())
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
@@ -62,13 +63,13 @@ def test_something_else_is_never_replaced(parts, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("dear")
     for name in ("thesis", "file"):
         with pytest.raises(FileExistsError, match=f"{name} exists and is not a Hub repo folder"):
-            build_repo(*parts, tmp_path / name, card="# card")
+            build_repo(*parts, tmp_path / name, card="# card", golden=False)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "dear"
 
 
 def test_a_failed_build_leaves_the_older_repo(parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = parts
-    folder = build_repo(model, tokenizer, tmp_path / "repo", card="# card")
+    folder = build_repo(model, tokenizer, tmp_path / "repo", card="# card", golden=False)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def fail(*args, **kwargs):
@@ -76,22 +77,21 @@ def test_a_failed_build_leaves_the_older_repo(parts, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(tokenizer, "save_pretrained", fail)
     with pytest.raises(OSError, match="No space left"):
-        build_repo(model, tokenizer, folder, card="# other")
+        build_repo(model, tokenizer, folder, card="# other", golden=False)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["repo"]
 
 
 def test_the_tokenizer_class_is_one_that_transformers_4_knows(parts, tmp_path: Path) -> None:
-    folder = build_repo(*parts, tmp_path / "repo", card="# card")
+    folder = build_repo(*parts, tmp_path / "repo", card="# card", golden=False)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer(TEXTS, padding=True).input_ids == parts[1](TEXTS, padding=True).input_ids
 
 
-def test_the_card_has_the_metadata_the_hub_reads(parts) -> None:
-    text = model_card(
-        parts[0],
+def test_the_card_has_the_metadata_the_hub_reads(parts, tmp_path: Path) -> None:
+    card = Card(
         name="A model",
         repo_id="me/a-model",
         description="What it is.",
@@ -99,20 +99,26 @@ def test_the_card_has_the_metadata_the_hub_reads(parts) -> None:
         limits="What it cannot.",
         dataset="some text",
         metrics={"accuracy": 0.87654},
+        license="apache-2.0",
+        base_model="google-bert/bert-base-uncased",
+        datasets=["me/data"],
     )
-    _, metadata, body = text.split("---\n", 2)
+    folder = build_repo(*parts, tmp_path / "repo", card=card, golden=False)
+    _, metadata, body = (folder / "README.md").read_text().split("---\n", 2)
     data = yaml.safe_load(metadata)
     assert data["license"] == "apache-2.0" and data["language"] == "en"
+    assert data["base_model"] == "google-bert/bert-base-uncased" and data["datasets"] == ["me/data"]
     assert data["pipeline_tag"] == "text-classification" and "custom_code" in data["tags"]
-    assert data["model-index"][0]["results"][0]["metrics"] == [
+    assert data["metrics"] == ["accuracy"] and data["model-index"][0]["results"][0]["metrics"] == [
         {"type": "accuracy", "value": 0.8765, "name": "accuracy"}
     ]
     assert 'AutoModelForSequenceClassification.from_pretrained("me/a-model", trust_remote_code=True)' in body
     assert "What it saw." in body and "What it cannot." in body and "| accuracy | 0.8765 |" in body
+    assert ModelCard((folder / "README.md").read_text()).data.model_name == "A model"
 
 
 def test_the_last_call_of_the_tokenizer_is_not_saved(parts, tmp_path: Path) -> None:
     model, tokenizer = parts
     tokenizer(TEXTS, padding="max_length", truncation=True, max_length=4)
-    folder = build_repo(model, tokenizer, tmp_path / "repo", card="# card")
+    folder = build_repo(model, tokenizer, tmp_path / "repo", card="# card", golden=False)
     assert [len(ids) for ids in AutoTokenizer.from_pretrained(folder)(TEXTS).input_ids] == [8, 4]

@@ -34,7 +34,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_gpt2_tokenizer(["the cat sat on the mat", "a dog"], vocab_size=300, model_max_length=64)
     torch.manual_seed(0)
     model = MyGPT2ForCausalLM(mygpt2_config(vocab_size=len(tokenizer)))
-    return build_repo(model, tokenizer, tmp_path_factory.mktemp("push") / "built", card=CARD, max_shard_size="60KB")
+    return build_repo(
+        model, tokenizer, tmp_path_factory.mktemp("push") / "built", card=CARD, golden=False, max_shard_size="60KB"
+    )
 
 
 @pytest.fixture

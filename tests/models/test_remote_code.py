@@ -24,7 +24,7 @@ def gpt2_repo(folder: Path, **switches) -> tuple[MyGPT2ForCausalLM, Path]:
     tokenizer = train_gpt2_tokenizer(TEXTS, vocab_size=300, model_max_length=64)
     config = mygpt2_config(**switches, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
     model = MyGPT2ForCausalLM(config).eval()
-    return model, build_repo(model, tokenizer, folder, card="# card", max_shard_size="30KB")
+    return model, build_repo(model, tokenizer, folder, card="# card", golden=False, max_shard_size="30KB")
 
 
 def reference(model, folder: Path):
@@ -50,7 +50,7 @@ def test_mygpt2_in_a_clean_process(switches: str, tmp_path: Path) -> None:
 def test_mybert_in_a_clean_process_through_every_auto_class(tmp_path: Path) -> None:
     tokenizer = train_bert_tokenizer(TEXTS, vocab_size=120, model_max_length=64)
     model = MyBertForMaskedLM(mybert_config(vocab_size=len(tokenizer))).eval()
-    folder = build_repo(model, tokenizer, tmp_path / "repo", card="# card", max_shard_size="30KB")
+    folder = build_repo(model, tokenizer, tmp_path / "repo", card="# card", golden=False, max_shard_size="30KB")
     names = [name for name in model.config.auto_map if name != "AutoConfig"]
     assert len(names) == 5
     report, outputs = load_in_clean_process(folder, names, texts=TEXTS)
