@@ -97,7 +97,7 @@ def clean_process(
             (scratch / "events.jsonl").touch()
             (scratch / "job.json").write_text(json.dumps(everything), encoding="utf-8")
             failure = _run(scratch, _STARTING + time_limit * len(stages))
-            events = _read_events(scratch / "events.jsonl")
+            events = _read_events(scratch)
         except (OSError, CheckpointError) as error:
             events, failure = [], str(error)
         yield CleanRun(events, failure, scratch, time.monotonic() - began)
@@ -127,7 +127,11 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     return {
         "auto_map": auto_map,
         "classes": list(dict.fromkeys([main, *classes])),
-        "tokenizer": any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")),
+        "companions": [
+            name for name in auto_map if name not in classes and name not in ("AutoConfig", "AutoTokenizer")
+        ],
+        "tokenizer": "AutoTokenizer" in auto_map
+        or any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")),
         "weights_size": sum(file.stat().st_size for file in weight_files(folder)),
     }
 
@@ -233,7 +237,7 @@ def _run(scratch: Path, time_limit: float) -> str:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            stages = [event["pid"] for event in _read_events(scratch / "events.jsonl") if "stage" in event]
+            stages = [event["pid"] for event in _read_events(scratch) if "stage" in event]
             running = process.poll() is None
             for group in [process.pid, *(stages[-1:] if running else [])]:
                 with contextlib.suppress(OSError):
@@ -246,10 +250,11 @@ def _run(scratch: Path, time_limit: float) -> str:
     return f"it {how}: {said[-1].strip()[:300]}" if said else f"it {how}"
 
 
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """The events written so far; lines that are none, which only the folder's own code can have written, left out."""
+def _read_events(scratch: Path) -> list[dict[str, Any]]:
+    """The events so far, temporary paths shortened; lines that are none, by the folder's own code, left out."""
     events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    text = (scratch / "events.jsonl").read_text(encoding="utf-8", errors="replace")
+    for line in text.replace(f"{scratch / 'folder'}/", "").splitlines():
         with contextlib.suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict):

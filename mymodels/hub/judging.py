@@ -25,7 +25,7 @@ DYNAMIC = {
     "cached generation": "update the cache in every layer, and take positions and mask from its length",
     "eager = sdpa": "call the function that ALL_ATTENTION_FUNCTIONS has for the config, with the same mask and scaling",
     "meta": "let neither __init__ nor _init_weights look at the values of a tensor",
-    "device map": "use the weights of a submodule by calling the submodule, not by reading its attributes",
+    "device map": "use the weights of a submodule by calling it, not by reading its attributes; look at no values in _init_weights",
     "pickle": "define classes and functions at the top level of a module, keep no lambdas or handles in model and config",
     "forked worker": "start no threads and open no files when the model is made",
     "spawned worker": "define classes at the top level of a module, so that another process can import them",

@@ -25,7 +25,7 @@ from .inputs import (
     side_of,
     tokens,
 )
-from .loading import accepts, describe, load, loaded_event, text_config
+from .loading import accepts, class_of, describe, load, loaded_event, text_config
 
 EQUAL = 5e-5  # two ways to the same numbers in float32, another order of sums
 
@@ -74,7 +74,10 @@ def run(job: dict[str, Any], events: Any) -> None:
 
 
 def run_other_classes(job: dict[str, Any], events: Any) -> None:
-    """Load through every other Auto class; their outputs against golden ones where those were recorded."""
+    """Load through every other Auto class; outputs against golden ones where those were recorded."""
+    for name in job["companions"]:  # processors and such
+        with events.check("load", name):
+            class_of(name).from_pretrained(job["folder"], trust_remote_code=True)
     golden = golden_outputs.read(job["golden"]) if job["golden"] else None
     for name in job["classes"][1:]:
         with events.check("load", name) as check:

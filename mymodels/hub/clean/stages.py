@@ -126,7 +126,7 @@ def run_stage(name: str, run: Callable, job: dict[str, Any], events: Events) -> 
     if status != 0:
         events.write(ended=name, how=_how(status, job["time_limit"]), **_last_words(errors))
     needed = Path(job["scratch"], "loaded")
-    return status in (0, 3) if name == "record" else name != "outputs" or needed.exists()
+    return name != "outputs" or needed.exists()
 
 
 def _in_the_fork(run: Callable, job: dict[str, Any], events: Events, errors: Path) -> None:

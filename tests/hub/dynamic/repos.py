@@ -4,7 +4,6 @@ The custom folders are written as files, weights included, so that making one ru
 """
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +73,8 @@ class TinyBlock(nn.Module):
         return x + self.down_proj(torch.relu(self.up_proj(x)))
 """
 MODEL_CODE = """
+import inspect
+
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -112,8 +113,17 @@ class TinyModel(TinyPreTrainedModel):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-                                  past_key_values=past_key_values, position_ids=position_ids)
+        known = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,  # its name since 5.2
+            "input_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+            "cache_position": torch.arange(seen, seen + inputs_embeds.size(1)),  # needed through 5.3
+        }
+        names = inspect.signature(create_causal_mask).parameters
+        mask = create_causal_mask(**{name: value for name, value in known.items() if name in names})
         x = inputs_embeds + self.embed_positions(position_ids)
         for layer in self.layers:
             x = layer(x, attention_mask=mask, past_key_values=past_key_values, **kwargs)
@@ -287,9 +297,14 @@ def big_tokenizer(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
 
 
-def wrong_auto_map(folder: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(re.sub('TinyForCausalLM(?="})', "TinyForCausalLMs", path.read_text()))
+def auto_map_with(**entries: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "config.json"
+        held = json.loads(path.read_text())
+        held["auto_map"].update(entries)
+        path.write_text(json.dumps(held))
+
+    return apply
 
 
 _INIT = "            nn.init.normal_(module.weight, std=0.02)\n"
@@ -381,7 +396,9 @@ FAULTS: dict[str, Fault] = {
         "load",
         "AttributeError",
     ),
-    "class that is not there": Fault(wrong_auto_map, "load", "TinyForCausalLMs"),
+    "class that is not there": Fault(
+        auto_map_with(AutoModelForCausalLM="modeling_tiny.TinyForCausalLMs"), "load", "TinyForCausalLMs"
+    ),
     "hangs": Fault(
         code(before="import time\n\nwhile True:\n    time.sleep(0.1)\n"),
         "load",
@@ -442,7 +459,7 @@ FAULTS: dict[str, Fault] = {
         r"modeling_tiny\.py:\d+",
     ),
     "attention mask ignored": Fault(
-        code(("attention_mask=attention_mask,\n", "attention_mask=None,\n")),
+        code(('"attention_mask": attention_mask,', '"attention_mask": None,')),
         "padding",
         "padding on the left changes",
     ),
@@ -479,9 +496,15 @@ FAULTS: dict[str, Fault] = {
     ),
     "init looks at values": Fault(
         code((_INIT, "            if module.weight.abs().max().item() != 0.123:\n    " + _INIT)),
-        "meta",
+        "device map",
         "item",
         r"modeling_tiny\.py:\d+",
+    ),
+    "processor that is not there": Fault(
+        auto_map_with(AutoImageProcessor="processing_tiny.TinyProcessor"),
+        "load",
+        "image processor for .repo.",
+        "AutoImageProcessor",
     ),
     "tokenizer larger than the embeddings": Fault(
         big_tokenizer, "tokenizer", "has 121 tokens, the model's vocab_size is 97"

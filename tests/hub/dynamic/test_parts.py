@@ -45,6 +45,7 @@ def test_recording_twice_gives_the_same_bytes_and_keeps_the_manifest_true(tmp_pa
     assert golden.made["tolerance"] == 1e-5 and golden.made["dtype"] == "float32" and golden.made["transformers"]
 
 
+@pytest.mark.slow
 def test_golden_inputs_of_the_authors_own(tmp_path: Path) -> None:
     folder = tiny_repo(tmp_path / "repo")
     record_golden(folder, inputs={"input_ids": torch.arange(5)[None]})

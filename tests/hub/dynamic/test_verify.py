@@ -4,14 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
-from repos import FAULTS, stock, tiny_repo
+from repos import FAULTS, code, stock, tiny_repo
 
-from mymodels.hub import verify
-from mymodels.hub.testing import failures
+from mymodels.hub import record_golden, verify
+from mymodels.hub.testing import check_repo, failures
 
 ROOT = Path(__file__).parents[3]
 RELEASES = ROOT / ".cache" / "transformers"
-FAST = {"attention mask ignored", "missing tensor", "module that is not there"}
+FAST = {"attention mask ignored", "missing tensor"}
 HEALTHY = {
     "hub_repo/mygpt2": lambda folder: ROOT / "hub_repo" / "mygpt2",
     "hub_repo/mybert": lambda folder: ROOT / "hub_repo" / "mybert",
@@ -63,3 +63,37 @@ def test_a_fault_is_found_and_named_and_nothing_else(name: str, tmp_path: Path) 
     assert any(re.search(fault.where, check.where) for _, check in verification.failed), failures(verification)
     assert all(check.remedy for _, check in verification.failed)
     assert all("Traceback" not in line and "\n" not in line for line in failures(verification))
+
+
+@pytest.mark.slow
+def test_releases_that_do_not_agree_are_found_without_a_golden_file(tmp_path: Path) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    old = "logits = self.lm_head(outputs.last_hidden_state)\n"
+    new = "        if transformers.__version__ < '5.1':\n            logits = logits * 1.01\n"
+    code((old, old + new), before="import transformers\n")(folder)
+    verification = verify(folder, releases="5.0,latest", quick=True, cache_dir=RELEASES)
+    assert [(release, check.name) for release, check in verification.failed] == [("5.0.0", "golden")]
+    assert any(check.name == "golden" and check.status == "ok" for check in verification.runs["5.23.0"])
+    assert not (folder / "golden.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_folder_is_left_as_it_was(tmp_path: Path) -> None:
+    folder = tiny_repo(tmp_path / "repo", files=3)
+    vandal = "import os\nfor name in os.listdir(os.path.dirname(__file__)):\n    pass\nopen({!r}, 'w').close()\n"
+    code(before=vandal.format(str(folder / "config.json")))(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    verification = verify(folder, quick=True)
+    assert {"load", "file writes"} == {check.name for _, check in verification.failed}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_what_was_recorded_holds(tmp_path: Path) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    record_golden(folder)
+    verification = check_repo(folder, quick=True)
+    (checks,) = verification.runs.values()
+    seen = {(check.name, check.where): check.status for check in checks}
+    assert seen["golden", "AutoModelForCausalLM"] == seen["golden", "AutoModel"] == "ok"
+    assert seen["generation", "AutoModelForCausalLM"] == "ok"
