@@ -27,6 +27,9 @@ from .contents import (
     shown,
 )
 from .remote import REPO_ID, SENTENCES, HubError, Remote, status_of
+from .testing import failures
+from .verifying import Verification
+from .verifying import verify as standard_verify
 
 NEW, CHANGED, UNCHANGED, REMOVED, KEPT = "new", "changed", "unchanged", "removed", "only there, kept"
 _READ_AGAIN = 10_000_000  # bytes; of larger files the Hub's own SHA-256 is compared
@@ -72,7 +75,7 @@ def push(
     token: str | bool | None = None,
     commit_message: str | None = None,
     no_verify: bool = False,
-    verify: Callable[[Path], Any] | None = None,
+    verify: Callable[[Path], Verification] | None = None,
     allow: Iterable[str] = (),
     endpoint: str | None = None,
     console: Console | None = None,
@@ -95,7 +98,7 @@ def push(
         token: as in `huggingface_hub`: None takes it from HF_TOKEN or from where `hf auth login` put it.
         commit_message: default "Push with mymodels <version>".
         no_verify: skip the verification; the commit message says so.
-        verify: called with the folder, returns something with `passed` and `checks`; default `mymodels.hub.verify`.
+        verify: called with the folder; default `mymodels.hub.verify`.
         allow: patterns of further file names to push; pickles and secrets stay refused.
         endpoint: another Hub than HF_ENDPOINT or huggingface.co.
         console: where the files are listed before the upload, and the snippet after it; None shows nothing.
@@ -264,19 +267,11 @@ def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, tag: s
     return revision or "main"
 
 
-def _verify(folder: Path, verify: Callable[[Path], Any] | None) -> None:
-    if verify is None:
-        from .verify import verify as standard
-
-        verify = standard
-    found = verify(folder)
+def _verify(folder: Path, verify: Callable[[Path], Verification] | None) -> None:
+    found = (verify or standard_verify)(folder)
     if not found.passed:
-        failed = [check for check in found.checks if check.status == "failed"]
-        lines = "".join(
-            f"\n  {check.name}: {' '.join(part for part in (check.where, check.what, check.remedy) if part)}"
-            for check in failed
-        )
-        raise ValueError(f"{folder} is not pushed, its verification failed ({len(failed)} checks):{lines}")
+        lines = "".join(f"\n  {line}" for line in failures(found))
+        raise ValueError(f"{folder} is not pushed, its verification failed ({len(found.failed)} checks):{lines}")
 
 
 def _look(remote: Remote) -> Any:

@@ -7,7 +7,6 @@ import shutil
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from mymodels.checkpoints import write_manifest
 from mymodels.hub import build_repo
 from mymodels.hub.checks import Check
 from mymodels.hub.push import HubError, load_snippet, push
+from mymodels.hub.verifying import Verification
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 REPO = "me/private-model"
@@ -214,9 +214,10 @@ def test_a_damaged_config_is_refused_before_anything_is_sent(hub, send, folder) 
 
 def test_a_failed_verification_is_shown_and_nothing_is_sent(hub, send) -> None:
     failed = Check("auto_map", "failed", "modeling_x.py has no class X", "config.json", "name the right class")
-    found = SimpleNamespace(passed=False, checks=[Check("weights", "ok"), failed])
+    found = Verification("folder", [Check("weights", "ok"), failed], {}, [])
     with pytest.raises(
-        ValueError, match=r"verification failed \(1 checks\):\n  auto_map: config.json modeling_x.py has"
+        ValueError,
+        match=r"verification failed \(1 checks\):\n  auto_map: modeling_x.py has no class X \(config.json\); name",
     ):
         send(verify=lambda path: found)
     assert not hub.requests
@@ -224,7 +225,7 @@ def test_a_failed_verification_is_shown_and_nothing_is_sent(hub, send) -> None:
 
 def test_a_passed_verification_leaves_no_remark(hub, send, folder) -> None:
     seen = []
-    result = send(verify=lambda path: seen.append(path) or SimpleNamespace(passed=True, checks=[]))
+    result = send(verify=lambda path: seen.append(path) or Verification(str(path), [], {}, []))
     assert seen == [folder] and hub.repos[REPO].messages[result.commit].startswith("Push with mymodels 0")
     assert "not verified" not in hub.repos[REPO].messages[result.commit]
 
