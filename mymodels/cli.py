@@ -171,6 +171,27 @@ _CARD = {
 }
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from .checkpoints.opening import locate
+    from .hub import record_golden, verify
+    from .hub.reporting import show_verification, write_matrix
+
+    path: Any = arguments.path
+    if arguments.record:
+        print(f"{record_golden(locate(path, revision=arguments.revision))}: recorded")
+    found = verify(
+        path,
+        revision=arguments.revision,
+        releases=arguments.transformers or (),
+        execute=not arguments.no_exec,
+        quick=arguments.quick,
+    )
+    print(json.dumps(found.to_dict(), indent=2)) if arguments.json else show_verification(found, _console())
+    if arguments.write_card:
+        write_matrix(found, path)
+    return 0 if found.passed else 1
+
+
 def _push(arguments: argparse.Namespace) -> int:
     from .hub.push import push
 
@@ -279,6 +300,23 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
     build.add_argument("--no-golden", action="store_true", help="run nothing; without golden.safetensors")
     build.set_defaults(run=_build)
+
+    verify = verbs.add_parser(
+        "verify", help="prove that a Hub repo folder loads and gives its recorded outputs, anywhere"
+    )
+    verify.add_argument("path", metavar="PATH|REPO_ID", help="a folder or Hub repo, with custom code or without")
+    verify.add_argument("--revision", help="branch, tag or commit of a Hub repo")
+    verify.add_argument("--no-exec", action="store_true", help="read only: none of its code runs")
+    verify.add_argument(
+        "--transformers", metavar="RELEASES", help="such as 4.57,5.0,latest, or all; default: the installed one"
+    )
+    verify.add_argument(
+        "--record", action="store_true", help="first write golden.safetensors, for a folder known to be right"
+    )
+    verify.add_argument("--quick", action="store_true", help="leave out worker processes, parallel loading and export")
+    verify.add_argument("--write-card", action="store_true", help="write the table of releases into the model card")
+    verify.add_argument("--json", action="store_true", help="for programs")
+    verify.set_defaults(run=_verify)
 
     push = verbs.add_parser(
         "push", help="push a folder to a Hub repo: privately, verified before, read again afterwards"
