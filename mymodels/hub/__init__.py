@@ -1,8 +1,23 @@
-"""Hub repo folders: build one, prove that it loads and gives the same numbers where nobody has heard of mymodels."""
+"""Hub repo folders: build one, prove that it loads and gives the same numbers elsewhere, push it, pin what was read."""
 
 from .build import build_repo
 from .clean_process import load_in_clean_process
 from .golden import record_golden
+from .lock import LockError, load, write_lock
+from .push import PushResult, push
+from .remote import HubError
 from .verifying import Verification, verify
 
-__all__ = ["Verification", "build_repo", "load_in_clean_process", "record_golden", "verify"]
+__all__ = [
+    "HubError",
+    "LockError",
+    "PushResult",
+    "Verification",
+    "build_repo",
+    "load",
+    "load_in_clean_process",
+    "push",
+    "record_golden",
+    "verify",
+    "write_lock",
+]
