@@ -92,9 +92,13 @@ def _check(arguments: argparse.Namespace) -> int:
 def _warm_start(arguments: argparse.Namespace) -> int:
     import torch
 
+    from .checkpoints.safetensors_files import read_json
+    from .checkpoints.writing import parse_size
     from .warmstart import NotAllowedError, warm_start
 
     torch.manual_seed(arguments.seed)
+    size = parse_size(arguments.max_shard_size)
+    config = read_json(arguments.config) if arguments.config else None
     names = ("head", "widen", "positions", "tokenizer", "source_tokenizer", "word_vectors", "skip", "only", "strict")
     options = {name: getattr(arguments, name) for name in (*names, "allow", "section", "allow_pickle", "revision")}
     layers = arguments.layers
@@ -107,19 +111,19 @@ def _warm_start(arguments: argparse.Namespace) -> int:
             overrides=dict(_field(text) for text in arguments.set),
             rename=dict(_pair(text, "REGEX=REPLACEMENT") for text in arguments.rename),
             dtype=_DTYPES.get(arguments.dtype, arguments.dtype),
+            config=config,
             layers=layers,
             **options,
         )
     except NotAllowedError as error:
         error.report.show(_console(), every_tensor=arguments.all)
-        if arguments.json:
-            error.report.save_json(arguments.json)
         raise
     report.show(_console(), every_tensor=arguments.all)
+    if arguments.out:
+        report.save_pretrained(arguments.out, max_shard_size=size)
     if arguments.json:
         report.save_json(arguments.json)
     if arguments.out:
-        report.save_pretrained(arguments.out, max_shard_size=arguments.max_shard_size)
         print(
             f"{arguments.out}: {report.target} with code, weights{', tokenizer' if report.tokenizer else ''} and report"
         )
@@ -261,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         "--head", metavar="NAME", help="ForCausalLM, ForSequenceClassification, …, Model; default: the source's"
     )
     warm.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a config field that differs")
+    warm.add_argument("--config", type=Path, metavar="FILE", help="the source's config.json, if it is not beside it")
     warm.add_argument("--out", type=Path, metavar="DIR", help="where to save; without it only the report is made")
     warm.add_argument(
         "--layers", default="every", metavar="WHICH", help="every, first, last or 0,2,4 (default: %(default)s)"

@@ -99,6 +99,11 @@ class MyPretrainedConfig(PretrainedConfig):
     AUTO_MAP: ClassVar[dict[str, str]] = {}
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}  # field: its allowed values
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # 5.4 and newer make a dataclass of a config, whose `__init__` would take the place of an inherited one
+        cls.__init__ = cls.__init__
+        super().__init_subclass__(**kwargs)
+
     def _finish_init(self, auto_map: dict[str, Any] | None, **fields: Any) -> None:
         # Called after `PretrainedConfig.__init__`, which sets or drops some of these itself, differently by release.
         for name, value in fields.items():

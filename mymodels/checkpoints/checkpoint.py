@@ -122,6 +122,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             )
         return tensor
 
+    def __contains__(self, name: object) -> bool:  # `Mapping`'s own would read the tensor
+        return name in self.info
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.info)
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from .values import Value
+from .names import kind_of
+from .values import Value, Why
 
 LAYER = {"mygpt2": "model.layers.{}.", "mybert": "bert.encoder.layer.{}."}
 LAYER_NAME = re.compile(r"^(model\.layers|bert\.encoder\.layer)\.(\d+)\.(.*)$")
@@ -34,7 +35,7 @@ class Change:
     target: PretrainedConfig
     wanted: set[str]  # the target's parameters
     fresh: Callable[[str], Value]  # what a parameter of the target starts with when nothing is loaded
-    why: dict[str, tuple[str, str]]  # the source's tensors that get lost → why, and whether that is "exact"
+    why: dict[str, Why]  # the source's tensors that get lost
     layers: str | Sequence[int] = "every"
     widen: str = "pad"
     positions: str = "tile"
@@ -42,16 +43,17 @@ class Change:
     vectors: TokenVectors | None = None
     pools: bool = False  # whether the target makes one vector of a text
     notes: list[str] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)  # the source's layer for each of the target's
 
     @property
     def kind(self) -> str:
-        return self.target.model_type
+        return kind_of(self.target)
 
     def drop(self, name: str, why: str, kind: str = "approximate") -> None:
         """Take a tensor out. Where it is used nowhere else, the report will say why."""
         if name in self.tensors:
             for source in self.tensors.pop(name).sources:
-                self.why.setdefault(source, (why, kind))
+                self.why.setdefault(source, Why(why, kind))
 
     def wants(self, name: str) -> bool:
         """Whether the target has such a parameter, in whatever layer."""

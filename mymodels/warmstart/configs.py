@@ -1,5 +1,6 @@
 """The config of a source in our terms, and the config of a target from it."""
 
+import copy
 import difflib
 import inspect
 import re
@@ -9,13 +10,18 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..checkpoints import CheckpointError
-from .names import CONFIGS, Family
+from .names import CONFIGS, Family, family_of, kind_of
 
 # of a foreign config, beside the fields of ours, what every config has or what `check_consistency` looks at
 _COMMON = {
     "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type",
-    "position_embedding_type", "is_decoder", "add_cross_attention",
+    "position_embedding_type", "is_decoder", "add_cross_attention", "output_attentions", "output_hidden_states",
 }  # fmt: skip
+# fields that no tensor shows, and that change what the model computes
+UNSEEN = {
+    "mygpt2": ("activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+    "mybert": ("hidden_act", "layer_norm_eps"),
+}
 _LAYERS = re.compile(r"\.layers?\.(\d+)\.")
 
 
@@ -29,14 +35,16 @@ def translate_config(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The fields of a `config.json` of `family` that ours knows, under our names."""
     config_class = CONFIGS[family.target]
     known, renamed = fields_of(config_class), {**config_class.attribute_map, **family.fields}
-    ours = {renamed.get(name, name): value for name, value in raw.items() if value is not None or name not in renamed}
+    # a foreign name last: it counts, where ours is there too with a default
+    entries = sorted(raw.items(), key=lambda entry: entry[0] in renamed)
+    ours = {renamed.get(name, name): value for name, value in entries if value is not None or name not in renamed}
     fields = {name: value for name, value in ours.items() if name in known}
     if "id2label" in fields:  # JSON has no integer keys
         fields["id2label"] = {int(number): label for number, label in fields["id2label"].items()}
         fields.pop("num_labels", None)
     if family.position_offset and "max_position_embeddings" in fields:
         fields["max_position_embeddings"] -= family.position_offset
-    return {**family.implied, **fields} if raw else {}
+    return {**family.implied, **fields}
 
 
 def from_shapes(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, Any]:
@@ -90,9 +98,42 @@ def source_config(
     Raises:
         CheckpointError: the number of heads is known from nowhere, or the fields contradict each other.
     """
+    try:
+        return _source_config(raw, shapes, family, like, where)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where}: its config and tensors do not agree ({error}): correct config.json") from error
+
+
+def _source_config(
+    raw: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    family: Family,
+    like: PretrainedConfig | None,
+    where: str,
+) -> tuple[PretrainedConfig, list[str]]:
     config_class, assumed = CONFIGS[family.target], []
-    found = from_shapes(shapes, family)
-    fields = {**translate_config(raw, family), **found}
+    layers = {int(number) for name in shapes for number in _LAYERS.findall(name)[:1]}
+    if missing := set(range(min(max(layers, default=0), len(layers)))) - layers:
+        raise CheckpointError(
+            f"{where} has no tensors of layer {min(missing)}: it is incomplete, copy or download it again"
+        )
+    if max(layers, default=0) >= len(layers) > 0:
+        raise CheckpointError(
+            f"{where} has a tensor of layer {max(layers)}, but only {len(layers)} layers: it is damaged"
+        )
+    found, said = from_shapes(shapes, family), translate_config(raw, family)
+    for name in ("num_hidden_layers", "hidden_size"):
+        if name in said and name in found and said[name] != found[name]:
+            raise CheckpointError(
+                f"{where}: its config says {name}={said[name]}, its tensors {found[name]}: it is incomplete, or the config "
+                "is another model's"
+            )
+    for name in ("vocab_size", "max_position_embeddings", "intermediate_size", "type_vocab_size"):
+        if said.get(name) is not None and name in found and said[name] != found[name]:
+            assumed.append(f"the source's config says {name}={said[name]}, its tensors {found[name]}, which counts")
+    fields = {**said, **found}
     if "num_labels" in found and len(fields.get("id2label", ())) not in (0, found["num_labels"]):
         fields.pop("id2label"), fields.pop("label2id", None)
     if "id2label" in fields:
@@ -106,7 +147,6 @@ def source_config(
         else:
             raise CheckpointError(f"{where} has no config.json and nothing tells its num_attention_heads: pass config=")
         fields["num_attention_heads"] = heads
-        assumed.append(f"the source has no config: num_attention_heads={heads} is assumed")
         same = config_class.model_type == "mygpt2" and "position_embedding_type" not in fields
         if same and like is not None:  # no table of positions: rotary ones, or none
             fields["position_embedding_type"] = like.position_embedding_type.replace("learned", "none")
@@ -114,10 +154,20 @@ def source_config(
         fields["head_dim"] = rows // fields["num_attention_heads"]
         if kv_rows := _rows(shapes, "k_proj"):
             fields["num_key_value_heads"] = kv_rows // fields["head_dim"]
-    try:
-        return config_class(**fields), assumed
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}: its config and tensors do not agree ({error}): correct config.json") from error
+    if "model_type" not in raw:  # no whole config, which leaves out what is as usual
+        asked = ["num_attention_heads", *UNSEEN[family.target]]
+        for name in asked[1:]:
+            if name not in fields and like is not None:
+                fields[name] = getattr(like, name)
+        config = config_class(**fields)
+        told = {renamed for name in raw for renamed in (name, config_class.attribute_map.get(name, name))}
+        guessed = [f"{name}={getattr(config, name)!r}" for name in asked if name not in told | family.implied.keys()]
+        if guessed:
+            assumed.append(
+                f"the source has no config that says it: {', '.join(guessed)} {'are' if len(guessed) > 1 else 'is'} assumed"
+            )
+        return config, assumed
+    return config_class(**fields), assumed
 
 
 def _rows(shapes: Mapping[str, tuple[int, ...]], projection: str) -> int | None:
@@ -128,16 +178,21 @@ def make_config(model_type: str, base: Mapping[str, Any], overrides: Mapping[str
     """A config of ours with the fields `base` changed by `overrides`; what derives from a changed field follows it.
 
     Raises:
-        CheckpointError: there is no such field.
+        CheckpointError: there is no such field, or a value is of another type.
         ValueError: a value is impossible.
     """
     config_class = CONFIGS[model_type]
-    known = {name for name, value in vars(config_class()).items() if not name.startswith("_")} | fields_of(config_class)
+    standard = config_class()
+    known = {name for name in vars(standard) if not name.startswith("_")} | fields_of(config_class)
     overrides = {config_class.attribute_map.get(name, name): value for name, value in overrides.items()}
     for name in overrides.keys() - known:
         close = difflib.get_close_matches(name, [*known, *config_class.attribute_map], n=1)
         hint = f": did you mean {close[0]}?" if close else f"; it has {', '.join(sorted(known))}"
         raise CheckpointError(f"{config_class.__name__} has no field {name!r}{hint}")
+    for name, value in overrides.items():
+        usual = getattr(standard, name, None)
+        if isinstance(usual, (bool, int, float)) and isinstance(usual, bool) != isinstance(value, bool):
+            raise CheckpointError(f"{config_class.__name__}: {name}={value!r} should be like {usual!r}")
     fields = dict(base)
     heads, width = fields.get("num_attention_heads") or 1, fields.get("hidden_size") or 0
     derived = {"num_key_value_heads": heads, "head_dim": width // heads, "intermediate_size": 4 * width}
@@ -151,4 +206,20 @@ def make_config(model_type: str, base: Mapping[str, Any], overrides: Mapping[str
     if "num_labels" in overrides or "id2label" in overrides:
         for name in ("id2label", "label2id", "num_labels"):
             fields.pop(name, None)
-    return config_class(**{**fields, **overrides})
+    try:
+        return config_class(**{**fields, **overrides})
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(f"{config_class.__name__}: {overrides} cannot be: {error}") from error
+
+
+def own_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy, as one of ours: a stock model's, or one of ours that was read from a stock folder, is translated.
+
+    Raises:
+        CheckpointError: it is of another architecture.
+    """
+    family = family_of(vars(config).get("model_type", type(config).model_type))
+    if family is not None and family.name not in CONFIGS:
+        return make_config(family.target, translate_config(config.to_dict(), family), {})
+    kind_of(config)
+    return copy.deepcopy(config)

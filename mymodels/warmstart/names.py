@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from ..checkpoints import CheckpointError
 from ..models.configuration_mybert import MyBertConfig
 from ..models.configuration_mygpt2 import MyGPT2Config
+from .values import Why
 
 
 class Family(NamedTuple):
@@ -33,13 +34,13 @@ class Family(NamedTuple):
     fields: Mapping[str, str] = {}  # config fields named otherwise: theirs → ours
     implied: Mapping[str, Any] = {}  # config fields that only its code knows
     constants: str = "$^"  # regex of tensors that are no weights: masks, position numbers
-    not_used: Mapping[str, str] = {}  # regex → why a tensor has no place in our model
+    not_used: Mapping[str, Why] = {}  # regex → why a tensor has no place in our model
     zeros: tuple[str, ...] = ()  # ours that it lacks, and that change nothing when they are 0
     position_offset: int = 0  # rows of the position table before position 0
 
 
 _BERT_ANCHOR = r"encoder\.layer\.0\.attention\.self\.query\.weight"
-_OPTIMIZER = "it belongs to the optimizer"
+_OPTIMIZER = Why("it belongs to the optimizer", "exact", constant=True)
 _LAYER = "bert.encoder.layer.*"
 _BERT_LAYER = (
     ("attention.self.query", "attention.self.query"),
@@ -58,7 +59,7 @@ _EMBEDDINGS = tuple(
 _BERT = (*_EMBEDDINGS, *((f"encoder.layer.*.{theirs}", f"{_LAYER}.{ours}") for theirs, ours in _BERT_LAYER))
 _HEADS = (("classifier", "classifier"), ("qa_outputs", "qa_outputs"))
 _TRANSFORM = "cls.predictions.transform"
-_NEXT_SENTENCE = "MyBert has no head for the next sentence"
+_NEXT_SENTENCE = Why("MyBert has no head for the next sentence", "exact")
 _BERT_HEADS = (
     ("pooler.dense", "bert.pooler.dense"),
     (f"{_TRANSFORM}.dense", f"{_TRANSFORM}.dense"),
@@ -114,7 +115,7 @@ FAMILIES = (
         ),
         transposed=r"(c_attn|c_proj|c_fc)\.weight$",
         constants=r"h\.\d+\.attn\.(bias|masked_bias)$",
-        not_used={r"multiple_choice_head\.": "MyGPT2 has no head for multiple choice"},
+        not_used={r"multiple_choice_head\.": Why("MyGPT2 has no head for multiple choice", "exact")},
     ),
     Family(
         name="gpt2 (TensorFlow)",
@@ -169,8 +170,9 @@ FAMILIES = (
             ("lm_head.decoder.bias", "cls.predictions.bias"),
             *_HEADS,
         ),
+        implied={"layer_norm_eps": 1e-5, "pad_token_id": 1},
         constants=r"embeddings\.(position_ids|token_type_ids)$",
-        position_offset=2,
+        position_offset=2,  # its positions count tokens only, so padding on the left is not as in MyBert
     ),
     Family(
         name="distilbert",
@@ -206,7 +208,7 @@ FAMILIES = (
         },
         implied={"layer_norm_eps": 1e-12},
         constants=r"embeddings\.position_ids$",
-        not_used={r"^pre_classifier\.": "it is followed by ReLU, MyBert's pooler by tanh"},
+        not_used={r"^pre_classifier\.": Why("it is followed by ReLU, MyBert's pooler by tanh")},
         zeros=("bert.embeddings.token_type_embeddings.weight",),
     ),
     Family(
@@ -249,6 +251,20 @@ FAMILIES = (
     ),
 )
 
+
+def kind_of(config: PretrainedConfig) -> str:
+    """`"mygpt2"` or `"mybert"`, also for a subclass's config, or one that was read from a stock folder.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    for kind, config_class in CONFIGS.items():
+        if isinstance(config, config_class):
+            return kind
+    name = getattr(config, "model_type", type(config).__name__)
+    raise CheckpointError(f"{name!r} is no model of mymodels: warm_start fills {' and '.join(CONFIGS)}")
+
+
 CONFIGS: dict[str, type[PretrainedConfig]] = {c.model_type: c for c in (MyGPT2Config, MyBertConfig)}
 PREFIXES = {"mygpt2": "model.", "mybert": "bert."}
 # what DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names
@@ -260,8 +276,7 @@ class Renamed(NamedTuple):
 
     ours: tuple[str, ...]
     transposed: bool = False
-    why: str = ""
-    constant: bool = False
+    why: Why | None = None
 
 
 def family_of(model_type: str | None) -> Family | None:
@@ -336,7 +351,7 @@ def translate(names: Iterable[str], family: Family, outer: str, *, tied: bool) -
         ranked.append((*_look_up(inner, table, family), name, inner))
     for row, renamed, name, inner in sorted(ranked, key=lambda entry: entry[0]):
         if orphaned and inner.startswith("classifier."):
-            renamed = Renamed((), why="it reads pre_classifier's output, which is not used")
+            renamed = Renamed((), why=Why("it reads pre_classifier's output, which is not used"))
         for ours in renamed.ours:
             if ours in taken and taken[ours][0] == row:
                 raise CheckpointError(
@@ -344,7 +359,7 @@ def translate(names: Iterable[str], family: Family, outer: str, *, tied: bool) -
                     f"off: leave one of them out with skip=, or name a section"
                 )
             if ours in taken:
-                renamed = Renamed((), why=f"{taken[ours][1]} stands for it")
+                renamed = Renamed((), why=Why(f"{taken[ours][1]} stands for it", "exact", constant=True))
         taken.update(dict.fromkeys(renamed.ours, (row, name)))
         found[name] = renamed
     return {name: found[name] for name in stripped}
@@ -352,7 +367,7 @@ def translate(names: Iterable[str], family: Family, outer: str, *, tied: bool) -
 
 def _look_up(inner: str, table: list[tuple[int, re.Pattern, str]], family: Family) -> tuple[int, Renamed]:
     if re.search(family.constants, inner):
-        return -1, Renamed((), why="a constant, which the model computes itself", constant=True)
+        return -1, Renamed((), why=Why("a constant, which the model computes itself", "exact", constant=True))
     for unused, why in family.not_used.items():
         if re.search(unused, inner):
             return -1, Renamed((), why=why)
@@ -364,7 +379,7 @@ def _look_up(inner: str, table: list[tuple[int, re.Pattern, str]], family: Famil
             if parameter is not None and not ours.endswith((".weight", ".bias", ".weights")):
                 ours = f"{ours}.{family.parameters[parameter]}"
             return row, Renamed(tuple(_parts(ours)), bool(re.search(family.transposed, inner)))
-    return -1, Renamed((), why=f"no tensor of {family.name} has this name")
+    return -1, Renamed((), why=Why(f"no tensor of {family.name} has this name"))
 
 
 def _pattern(theirs: str, parameters: Mapping[str, str]) -> re.Pattern:

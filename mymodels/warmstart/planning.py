@@ -9,18 +9,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo
 from .change import Change
-from .names import PREFIXES
+from .names import PREFIXES, kind_of
 from .report import Row, WarmStartReport
 from .sources import Source
-from .transforms import TRANSFORMS, tie
-from .values import Value, constant, is_finite, worst
+from .transforms import TRANSFORMS, tie, unequal_settings
+from .values import Value, Why, constant, is_finite, worst
 
-_PARTS = re.compile(r"^(lm_head|score|classifier|qa_outputs|cls)\.")
+_HEADS = re.compile(r"^(lm_head|score|classifier|qa_outputs|cls)\.")
 
 
 @dataclass
@@ -40,55 +39,46 @@ class Plan:
         name = type(self.model).__name__
         return WarmStartReport(self.source.where, name, self.rows, notes, source_parameters=total)
 
-    def checkpoint(self, dtype: torch.dtype | None = None) -> Checkpoint:
-        """The plan as a checkpoint of the target, each tensor computed when it is read."""
-        info = {name: TensorInfo(value.shape, dtype or value.dtype, "") for name, value in self.values.items()}
+    def checkpoint(self, dtype: torch.dtype) -> Checkpoint:
+        """The plan as a checkpoint of the target in `dtype`, each tensor computed when it is read."""
+        buffers = {name: b for name, b in self.model.state_dict().items() if name in dict(self.model.named_buffers())}
+        info = {name: TensorInfo(value.shape, dtype, "") for name, value in self.values.items()}
+        info |= {name: TensorInfo(tuple(buffer.shape), buffer.dtype, "") for name, buffer in buffers.items()}
         path: Any = self.source.where
-        return Checkpoint(path, "warm start", info, lambda name: self.compute(name, info[name].dtype))
+
+        def read(name: str) -> torch.Tensor:
+            return buffers[name] if name in buffers else self.compute(name, dtype)
+
+        return Checkpoint(path, "warm start", info, read)
 
     def compute(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The new value of a parameter.
 
         Raises:
-            CheckpointError: it is NaN or infinite.
+            CheckpointError: it is NaN or infinite, or cannot be computed.
         """
         value = self.values[name]
-        tensor = value.compute().to(dtype).contiguous()
+        try:
+            tensor = value.compute().to(dtype).contiguous()
+        except (CheckpointError, MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            made_of = f" from {', '.join(map(repr, value.sources))}" if value.sources else ""
+            raise CheckpointError(f"{self.source.where}: {name!r} cannot be made{made_of}: {error}") from error
         if value.sources and not is_finite(tensor):
-            raise _not_finite(self.source, value.sources, f"in {dtype}, as {name}")
+            names = " and ".join(map(repr, value.sources))
+            raise CheckpointError(
+                f"{self.source.where}: {names} has NaN or infinite values in {dtype}, as {name}: take a checkpoint from "
+                "before the training diverged, or leave it out with warm_start's skip="
+            )
         return tensor
-
-
-def _not_finite(source: Source, names: tuple[str, ...], what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source.where}: {' and '.join(map(repr, names))} has NaN or infinite values {what}: take a checkpoint from "
-        "before the training diverged, or leave it out with skip="
-    )
-
-
-def check_finite(source: Source, plan: Plan, dtype: torch.dtype) -> None:
-    """Read what the plan will read, so that nothing is changed when something is wrong with it.
-
-    Where `dtype` holds smaller numbers than the source, every value is computed too.
-
-    Raises:
-        CheckpointError: a tensor has NaN or infinite values, or cannot be read.
-    """
-    used = dict.fromkeys(name for value in plan.values.values() for name in value.sources)
-    for name in tqdm([name for name in used if name in source.info], desc="checking", unit="tensor", disable=None):
-        tensor = source.read(name)
-        if not is_finite(tensor):
-            raise _not_finite(source, (name,), "")
-    largest = torch.finfo(dtype).max
-    if any(value.sources and torch.finfo(value.dtype).max > largest for value in plan.values.values()):
-        for name in tqdm(plan.values, desc="trying", unit="tensor", disable=None):
-            plan.compute(name, dtype)
 
 
 def make_plan(
     model: PreTrainedModel,
     source: Source,
     *,
+    dtype: torch.dtype | None = None,
     transform: bool = True,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -98,6 +88,7 @@ def make_plan(
     """Decide what each parameter of `model` is made of.
 
     Args:
+        dtype: what the values become; None: each parameter's own.
         transform: fit what does not fit; without it, tensors are renamed, split and transposed only.
         skip, only: regexes over the names of parameters and tensors, see `warm_start`.
         keep_new: parameters that get nothing keep what they have, instead of starting anew.
@@ -106,8 +97,9 @@ def make_plan(
     Raises:
         CheckpointError: the two have nothing in common, or a quantised tensor would be needed.
     """
+    unwanted, wanted = compiled("skip", skip), compiled("only", only)
     tied = _tied_names(model)
-    prefix = "" if type(model).base_model_prefix in dict(model.named_children()) else PREFIXES[model.config.model_type]
+    prefix = "" if type(model).base_model_prefix in dict(model.named_children()) else PREFIXES[kind_of(model.config)]
     ours = {prefix + name: names[0] for names in tied.values() for name in names}  # in our form → the parameter
     if source.tensors and source.config.hidden_size != model.config.hidden_size:
         raise CheckpointError(
@@ -119,9 +111,13 @@ def make_plan(
     def fresh(name: str) -> Value:
         return _new(model, ours[name], parameters[ours[name]], keep_new)
 
+    if any(parameter.is_meta for parameter in model.parameters()) and keep_new:
+        raise CheckpointError(
+            f"the {type(model).__name__} has parameters without data (meta device, or offloaded): load it first"
+        )
     options["pools"] = getattr(model.base_model, "pooler", None) is not None
     change = Change(dict(source.tensors), source.config, model.config, set(ours), fresh, dict(source.why), **options)
-    for step in TRANSFORMS if transform else (tie,):
+    for step in TRANSFORMS if transform else (tie, unequal_settings):
         step(change)
     values: dict[str, Value] = {}
     refused: dict[str, str] = {}  # parameters that the source has something for, but nothing that serves
@@ -131,11 +127,11 @@ def make_plan(
             continue
         if value.shape != shape:
             refused[own] = f"the source's shape {_shown(value.shape)} is not {_shown(shape)}"
-        elif not _chosen((own, *value.sources), skip, only):
+        elif not _chosen((own, *value.sources), unwanted, wanted):
             refused[own] = "left out on request"
         else:
             _check_dtype(source, value)
-            values.setdefault(own, value)
+            values.setdefault(own, _rounded(value, dtype or parameters[own].dtype))
             continue
         change.drop(name, refused[own])
     for name, own in ours.items():
@@ -144,7 +140,7 @@ def make_plan(
             continue
         if own in refused:
             values[own] = fresh(name).then(refused[own], lambda tensor: tensor)
-        elif name.endswith(".bias") and weight in values and values[weight].sources:  # the source computes without
+        elif name.endswith(".bias") and weight in values and values[weight].sources and not _has_such(source, name):
             like = values[weight]
             values[own] = constant(tuple(parameters[own].shape), 0.0, like, "zeros, as the source has none")
         else:
@@ -152,23 +148,58 @@ def make_plan(
     return Plan(model, source, values, {names[0]: names for names in tied.values()}, _rows(model, source, change, values, tied), change.notes)  # fmt: skip
 
 
+def compiled(option: str, patterns: Sequence[str] | str) -> list[re.Pattern]:
+    """The regular expressions of an option, one or several.
+
+    Raises:
+        CheckpointError: one is none.
+    """
+    try:
+        return [re.compile(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    except (re.error, TypeError) as error:
+        raise CheckpointError(f"{option}={patterns!r} has something that is no regular expression: {error}") from None
+
+
+def _rounded(value: Value, dtype: torch.dtype) -> Value:
+    """The value, and that it loses digits where `dtype` has fewer."""
+    if not value.dtype.is_floating_point or torch.finfo(dtype).eps <= torch.finfo(value.dtype).eps:
+        return value
+    return value.then(f"rounded to {str(dtype).removeprefix('torch.')}", lambda tensor: tensor, kind="approximate")
+
+
+def _has_such(source: Source, name: str) -> bool:
+    """Whether the source has this bias in another layer, so that here it is missing and not left out by design."""
+    layer = re.compile(r"\b(layers?)\.\d+\.")
+    like = layer.sub("", name)
+    norm = (
+        name.endswith(("norm.bias", "LayerNorm.bias"))
+        and getattr(source.config, "norm_type", "layernorm") == "layernorm"
+    )
+    return norm or any(layer.sub("", other) == like for other in source.tensors)
+
+
 def _shown(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def _chosen(names: tuple[str, ...], skip: Sequence[str], only: Sequence[str]) -> bool:
-    if any(re.search(pattern, name) for pattern in skip for name in names):
+def _chosen(names: tuple[str, ...], skip: Sequence[re.Pattern], only: Sequence[re.Pattern]) -> bool:
+    if any(pattern.search(name) for pattern in skip for name in names):
         return False
-    return not only or any(re.search(pattern, name) for pattern in only for name in names)
+    return not only or any(pattern.search(name) for pattern in only for name in names)
 
 
 def _check_dtype(source: Source, value: Value) -> None:
     for name in value.sources:
         info = source.info.get(name)
         if info is not None and not info.dtype.is_floating_point:
+            whole = not info.dtype.is_complex and info.dtype != torch.bool
+            why = (
+                "the checkpoint is quantised, and its scales are needed to read it; take one that is not"
+                if whole
+                else "no weight"
+            )
             raise CheckpointError(
-                f"{source.where}: tensor {name!r} is {info.dtype_name}, not floating point: the checkpoint is quantised, "
-                "and its scales are needed to read it; take one that is not, or leave it out with skip="
+                f"{source.where}: tensor {name!r} is {info.dtype_name}, not floating point: {why}, or leave it out with skip="
             )
 
 
@@ -184,11 +215,16 @@ def _new(model: PreTrainedModel, name: str, parameter: torch.Tensor, keep: bool)
     )  # fmt: skip
 
 
-def _initialised(model: PreTrainedModel, module: torch.nn.Module, attribute: str) -> torch.Tensor:
-    """What the model's own `_init_weights` gives a parameter, without touching its module."""
+def _initialised(
+    model: PreTrainedModel, module: torch.nn.Module, attribute: str, at_most: int | None = None
+) -> torch.Tensor:
+    """What the model's own `_init_weights` gives a parameter, without touching its module; or a corner of it."""
     alone = copy.copy(module)
+    if at_most is not None and hasattr(alone, "padding_idx"):
+        alone.padding_idx = None  # type: ignore[assignment]
     alone._parameters = {
-        name: torch.nn.Parameter(torch.empty(p.shape, dtype=torch.float32)) for name, p in module._parameters.items() if p is not None
+        name: torch.nn.Parameter(torch.empty([min(n, at_most or n) for n in p.shape], dtype=torch.float32))
+        for name, p in module._parameters.items() if p is not None
     } | {name: None for name, p in module._parameters.items() if p is None}  # fmt: skip
     with torch.no_grad():
         model._init_weights(alone)
@@ -198,7 +234,7 @@ def _initialised(model: PreTrainedModel, module: torch.nn.Module, attribute: str
 
 
 def _start(model: PreTrainedModel, module: torch.nn.Module, attribute: str) -> str:
-    value = _initialised(model, module, attribute)
+    value = _initialised(model, module, attribute, at_most=4)
     low, high = value.aminmax() if value.numel() else (value, value)
     if low == high:
         return {0.0: "zeros", 1.0: "ones"}.get(low.item(), f"{low.item():g}")
@@ -254,23 +290,25 @@ def _rows(
     by_source = {s: name for name, value in reversed(source.tensors.items()) for s in value.sources}
     for name, info in source.info.items():
         if name not in taken:
-            why, kind = change.why.get(name) or _no_place(model, by_source.get(name, name))
-            constant = why.startswith("a constant")
-            rows.append(Row("unused", kind, (), (name,), why, info.numel, {}, constant))
+            text, kind, constant = change.why.get(name) or _no_place(model, by_source.get(name, name))
+            rows.append(Row("unused", kind, (), (name,), text, info.numel, {}, constant))
     return rows
 
 
-def _no_place(model: PreTrainedModel, ours: str) -> tuple[str, str]:
+def _no_place(model: PreTrainedModel, ours: str) -> Why:
     """Why nothing in the model took a tensor."""
     kind = type(model).__name__
     if ours.startswith("bert.pooler."):
         pooling = getattr(model.config, "pooling", "pooler")
-        if pooling == "pooler":
-            return f"{kind} has no pooler", "exact"
-        return f"{kind} has pooling={pooling!r}", "approximate"
-    if _PARTS.match(ours) is not None:
-        return f"{kind} has another head", "exact"
-    return f"{kind} has no {'.'.join(ours.split('.')[-2:])}", "approximate"
+        if getattr(model.base_model, "pooler", None) is None:
+            return Why(f"{kind} has no pooler", "exact")
+        return Why(f"{kind} has pooling={pooling!r}")
+    head = _HEADS.match(ours)
+    if head is not None and not any(
+        name.startswith(head[0]) for name, _ in model.named_parameters(remove_duplicate=False)
+    ):
+        return Why(f"{kind} has another head", "exact")
+    return Why(f"{kind} has no {'.'.join(ours.split('.')[-2:])}")
 
 
 def _status(parts: list[Value]) -> str:

@@ -142,7 +142,8 @@ def _split(change: Change, inner: list[str], outer: str, old: int, new: int) -> 
 
 def _narrow(change: Change, inner: list[str], outer: str, old: int, new: int) -> None:
     tensors, step = change.tensors, f"the {new} of {old} units with the largest norms"
-    weights, writer = [tensors[f"{name}.weight"] for name in inner], tensors[outer]
+    writer = tensors[outer]
+    weights = [w for name in inner if (w := tensors[f"{name}.weight"]).sources]  # a gate that passes all weighs nothing
 
     @cache
     def index() -> torch.Tensor:

@@ -36,7 +36,7 @@ class Row:
         how: what was done; of a new parameter what it starts with, of an unused tensor why.
         parameters: number of elements of the targets, or of an unused tensor.
         steps: each target → what was done for it, in order.
-        constant: an unused tensor that is no weight, such as a mask.
+        constant: an unused tensor that is no weight of its own: a mask, an optimizer's state, a second name.
         frozen: whether `freeze_loaded` made the targets untrainable.
     """
 
@@ -102,8 +102,11 @@ class WarmStartReport:
         return not self.notes and all(row.kind == "exact" for row in self.rows)
 
     def not_allowed(self, allow: Iterable[str] = ()) -> list[Row]:
-        """The rows that `strict` objects to: new or unused, no constant, and with a name that no pattern of `allow` finds."""
-        patterns = [re.compile(pattern) for pattern in allow]
+        """The rows that `strict` objects to: new or unused, no constant, and with a name that no pattern of `allow` finds.
+
+        Values that preserve the function (zeros in an added block) are new all the same: see `is_exact` for these.
+        """
+        patterns = [re.compile(pattern) for pattern in ([allow] if isinstance(allow, str) else allow)]
         return [
             row
             for row in self.rows

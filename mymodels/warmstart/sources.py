@@ -1,7 +1,8 @@
 """A source of weights in our terms: its tensors under our names, unfused, and its config as one of ours."""
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,15 @@ from transformers import PretrainedConfig
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
+from ..checkpoints.torch_files import nested_checkpoint
 from .configs import source_config
 from .names import Family, Renamed, family_of, plain, recognise, translate
-from .values import Value, constant
+from .values import Value, Why, constant
 
 HEADS = {
     "mygpt2": ("lm_head.weight", "model.embed_tokens.weight"),
     "mybert": ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
 }
-AnySource = "str | Path | Checkpoint | Mapping[str, torch.Tensor] | torch.nn.Module"
 
 
 @dataclass
@@ -35,9 +36,8 @@ class Source:
     config: PretrainedConfig  # as a config of ours
     raw_config: dict[str, Any]  # its `config.json`
     tensors: dict[str, Value]  # under our names
-    why: dict[str, tuple[str, str]]  # its tensors that have no place in ours → why, and whether that is "exact"
+    why: dict[str, Why]  # its tensors that have no place in ours
     assumed: list[str]  # what had to be assumed
-    read: Callable[[str], torch.Tensor]  # a tensor by its own name
 
 
 def open_source(
@@ -60,18 +60,28 @@ def open_source(
         like: the target's config, which settles what the source does not say.
 
     Raises:
-        CheckpointError: it cannot be read, is of another architecture, or has quantised, NaN-named or doubled tensors.
+        CheckpointError: it cannot be read, is of another architecture, or has two tensors of one name.
     """
     folder, raw, where = None, _as_dict(config), "the source"
     if isinstance(source, torch.nn.Module):
-        raw = raw or {**_as_dict(getattr(source, "config", None)), "architectures": [type(source).__name__]}
+        if type(source).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
+            source = getattr(source, "module", None) or getattr(source, "_orig_mod", source)
+        own = getattr(source, "config", None)
+        if isinstance(own, PretrainedConfig):
+            raw = raw or {**own.to_dict(), "architectures": [type(source).__name__]}
         where = f"the {type(source).__name__}"
         source = source.state_dict()
-    elif not isinstance(source, Mapping):
+    elif isinstance(source, (str, os.PathLike)):
         where = str(source)
         path = locate(source, revision=revision, token=token)
         folder = path if path.is_dir() else path.parent
         source = open_checkpoint(path, allow_pickle=allow_pickle)
+    elif not isinstance(source, Mapping):
+        raise CheckpointError(
+            f"a {type(source).__name__} is no source: pass a path, a Hub repo's id, a model or a state dict"
+        )
+    elif not isinstance(source, Checkpoint) and any(isinstance(value, Mapping) for value in source.values()):  # a training checkpoint, loaded
+        source, folder = nested_checkpoint(Path(where), "training checkpoint", source, ""), Path(os.devnull)
     if isinstance(source, Checkpoint):
         where = str(source.path) if where == "the source" else where
         found = source.path if source.path.is_dir() else source.path.parent
@@ -87,11 +97,15 @@ def open_source(
     found_config, assumed = source_config(raw, shapes, family, like, where)
     if not {"tie_word_embeddings", "model_type"} & raw.keys():  # no whole config
         found_config.tie_word_embeddings = _is_tied(source, ours, family)
-    return Source(where, folder, info, family, found_config, raw, ours, unfit, assumed, partial(_read, source))
+    return Source(where, folder, info, family, found_config, raw, ours, unfit, assumed)
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
-    return config.to_dict() if isinstance(config, PretrainedConfig) else dict(config or {})
+    if config is None or isinstance(config, Mapping):
+        return dict(config or {})
+    if isinstance(config, PretrainedConfig):
+        return config.to_dict()
+    raise CheckpointError(f"config= is a {type(config).__name__}: pass the source's config, or its fields as a dict")
 
 
 def _describe(source: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
@@ -99,11 +113,12 @@ def _describe(source: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
         return source.info
     info = {}
     for name, tensor in source.items():
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
             raise CheckpointError(
-                f"{where} holds a {type(tensor).__name__} at {name!r}, not a tensor: pass the state dict inside it, "
-                "or save it with torch.save and pass the file"
+                f"{where} holds a {type(tensor).__name__} at {name!r}, which is no tensor with a name: pass the state dict"
             )
+        if tensor.layout != torch.strided:
+            raise CheckpointError(f"{where}: tensor {name!r} is {tensor.layout}: make it dense, tensor.to_dense()")
         if tensor.is_meta:
             raise CheckpointError(f"{where}: tensor {name!r} is on the meta device and has no data: load the weights")
         info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, "")
@@ -117,12 +132,17 @@ def _rename(
     target: str,
     rename: Mapping[str, str],
     where: str,
-) -> tuple[Family, dict[str, Value], dict[str, tuple[str, str]]]:
+) -> tuple[Family, dict[str, Value], dict[str, Why]]:
     names: dict[str, str] = {}  # as the tables see them → as they are
     for name in info:
         seen = plain(name)
         for pattern, replacement in rename.items():
-            seen = re.sub(pattern, replacement, seen)
+            try:
+                seen = re.sub(pattern, replacement, seen)
+            except (re.error, IndexError) as error:
+                raise CheckpointError(
+                    f"rename={{{pattern!r}: {replacement!r}}} is no regular expression: {error}"
+                ) from None
         if seen in names:
             raise CheckpointError(
                 f"{where}: {names[seen]!r} and {name!r} are both {seen!r} once wrappers are taken off and rename= is "
@@ -140,20 +160,22 @@ def _rename(
         raise _wrong(where, family.name, target)
     tied = raw.get("tie_word_embeddings", True)
     ours: dict[str, Value] = {}
-    why: dict[str, tuple[str, str]] = {}
+    why: dict[str, Why] = {}
+    # nanoGPT and its kin have stock GPT-2's names, but matrices as nn.Linear has them
+    fused = next((info[name].shape for seen, name in names.items() if seen.endswith("attn.c_attn.weight")), ())
+    linear = len(fused) == 2 and fused[0] == 3 * fused[1]
     for seen, renamed in translate(names, family, outer, tied=tied).items():
         name = names[seen]
-        if not renamed.ours:
-            harmless = (
-                renamed.constant or "stands for it" in renamed.why or "head" in renamed.why or "optim" in renamed.why
-            )
-            why[name] = (renamed.why, "exact" if harmless else "approximate")
+        if renamed.why is not None:
+            why[name] = renamed.why
             continue
-        ours |= _unfuse(name, Value(info[name].shape, info[name].dtype, partial(_read, source, name), (name,)), renamed)
-    for name in (family.position_offset and [n for n in ours if n.endswith("position_embeddings.weight")]) or ():
-        ours[name] = ours[name].rows("rows before position 0 cut", slice(family.position_offset, None))
+        value = Value(info[name].shape, info[name].dtype, partial(_read, source, name), (name,))
+        ours |= _unfuse(name, value, renamed, renamed.transposed and not linear)
+    table = "bert.embeddings.position_embeddings.weight"
+    if family.position_offset and table in ours:
+        ours[table] = ours[table].rows("rows before position 0 cut", slice(family.position_offset, None))
     for name in family.zeros:
-        if name not in ours:
+        if name not in ours and "bert.embeddings.word_embeddings.weight" in ours:
             width = ours["bert.embeddings.word_embeddings.weight"].shape[1]
             like = Value((2, width), torch.float32, torch.empty)
             ours[name] = constant((2, width), 0.0, like, f"zeros, as {family.name} has none")
@@ -173,10 +195,10 @@ def _read(source: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     return source[name].detach()
 
 
-def _unfuse(name: str, value: Value, renamed: Renamed) -> dict[str, Value]:
+def _unfuse(name: str, value: Value, renamed: Renamed, transposed: bool) -> dict[str, Value]:
     if len(value.shape) == 3 and value.shape[0] == 1:  # TensorFlow's GPT-2 has convolutions of width 1
         value = value.then("", lambda tensor: tensor[0], value.shape[1:])
-    if renamed.transposed:
+    if transposed:
         value = value.then("transposed", torch.t, value.shape[::-1])
     parts = len(renamed.ours)
     if parts == 1:

@@ -3,6 +3,7 @@
 The classes are remote code and know nothing of this; `import mymodels` puts it in front of their own loading.
 """
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,19 +19,26 @@ from ..checkpoints import CheckpointError, load_checkpoint_and_dispatch, open_ch
 from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.opening import locate
 from ..models.layers import TRANSFORMERS_VERSION, MyPreTrainedModel
-from .configs import make_config, translate_config
+from .configs import make_config, own_config, translate_config
 from .names import CONFIGS, family_of
 from .planning import make_plan
 from .report import WarmStartReport
 from .sources import open_source
-from .warming import empty_model
+from .warming import check_memory, empty_model
 
 logger = logging.get_logger(__name__)
 
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _PLACING = ("max_memory", "offload_folder", "offload_buffers")
-_WITHOUT_MEANING = {"trust_remote_code", "low_cpu_mem_usage", "weights_only", "ignore_mismatched_sizes", "_fast_init", "_from_auto", "adapter_kwargs", "proxies", "_commit_hash", "code_revision", "offload_state_dict", "generation_config"}  # fmt: skip
-_NOT_HERE = ("quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config", "gguf_file", "state_dict", "key_mapping", "use_kernels", "kernel_config")  # fmt: skip
+_WITHOUT_MEANING = {
+    "trust_remote_code", "low_cpu_mem_usage", "weights_only", "ignore_mismatched_sizes", "adapter_kwargs", "proxies",
+    "code_revision", "offload_state_dict", "disable_mmap", "mirror", "from_tf", "from_flax", "resume_download", "tqdm_class",
+    "_fast_init", "_from_auto", "_from_pipeline", "_commit_hash",
+}  # fmt: skip
+_NOT_HERE = {
+    "quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config", "state_dict", "key_mapping",
+    "use_kernels", "kernel_config", "adapter_name",
+}  # fmt: skip
 
 
 def from_pretrained(
@@ -63,17 +71,24 @@ def _stock_config(model_class: type[PreTrainedModel], path: Any, kwargs: Mapping
         raw, _ = PretrainedConfig.get_config_dict(path, **how)
     except Exception:  # no such folder, no config, no network: the library's own loading says so best
         return None
-    target, model_type = _config_class(model_class).model_type, raw.get("model_type")
+    target = next((kind for kind, ours in CONFIGS.items() if issubclass(_config_class(model_class), ours)), "")
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
     family = family_of(model_type)
+    if not raw and kwargs.get("config") is None and Path(path).is_dir():  # the library would make a random model
+        raise CheckpointError(
+            f"{path} has no config.json: pass config=, or use mymodels.warm_start, which takes bare weights"
+        )
+    own = _config_class(model_class).model_type
     if (
-        target not in CONFIGS
+        not target
         or model_type is None
-        or (family is not None and family.name in CONFIGS and family.target == target)
+        or model_type == own
+        or (family and family.name in CONFIGS and family.target == target)
     ):
         return None
     if family is not None and family.target == target:
         return raw
-    if family is not None or (model_type in CONFIG_MAPPING_NAMES and model_type != target):
+    if family is not None or (model_type in CONFIG_MAPPING_NAMES):
         raise CheckpointError(
             f"{path} is a {model_type} checkpoint, which {model_class.__name__} cannot hold: use AutoModel, or the class "
             f"for {model_type}"
@@ -88,8 +103,8 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     `tp_plan`, …) are refused with the way around. Where a switch leaves a tensor of the checkpoint without a place, or
     a parameter without a tensor, one table says so and names `warm_start`.
     """
-    for name in _NOT_HERE:
-        if kwargs.get(name) is not None:
+    for name in _NOT_HERE & kwargs.keys():
+        if kwargs[name] not in (None, False):
             raise CheckpointError(
                 f"{name}= is not for a stock checkpoint: load {path} without it, save_pretrained, and load that with {name}="
             )
@@ -99,21 +114,24 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     placing = {name: kwargs.pop(name) for name in _PLACING if name in kwargs}
     device_map, info = kwargs.pop("device_map", None), kwargs.pop("output_loading_info", False)
     dtype, older = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
-    attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if kwargs.get(k) is not None}
+    attention = kwargs.pop("attn_implementation", None) or kwargs.pop("_attn_implementation", None)
     subfolder, variant = kwargs.pop("subfolder", None) or "", kwargs.pop("variant", None)
-    use_safetensors = kwargs.pop("use_safetensors", None)
+    use_safetensors, generation = kwargs.pop("use_safetensors", None), kwargs.pop("generation_config", None)
     config = kwargs.pop("config", None)
-    kwargs = {name: value for name, value in kwargs.items() if name not in _WITHOUT_MEANING}
+    accepted = inspect.signature(model_class.__init__).parameters.keys() - {"self", "config", "args", "kwargs"}
+    making: dict[str, Any] = {name: kwargs.pop(name) for name in accepted & kwargs.keys()}
+    making |= {"attn_implementation": attention} if attention else {}
+    kwargs = {name: value for name, value in kwargs.items() if name not in _WITHOUT_MEANING | _NOT_HERE}
     if isinstance(config, (str, os.PathLike)):
-        config, kwargs = _config_class(model_class).from_pretrained(config, **kwargs), {}
-    if not isinstance(config, PretrainedConfig):
+        config = _config_class(model_class).from_pretrained(config)
+    if isinstance(config, PretrainedConfig):
+        config = own_config(config)
+        for name, value in kwargs.items():
+            setattr(config, name, value)
+    else:
         config = make_config(family.target, translate_config(raw, family), kwargs)
-    elif kwargs:
-        raise TypeError(
-            f"{model_class.__name__}.from_pretrained got config= and {', '.join(kwargs)}: set them on the config"
-        )
 
-    folder = locate(path, **{k: v for k, v in download.items() if v}) / subfolder
+    folder = locate(path, **{name: value for name, value in download.items() if value is not None}) / subfolder
     checkpoint = open_checkpoint(_weights(folder, variant, use_safetensors))
     source = open_source(checkpoint, target=family.target, config=raw)
     source.where = str(path)
@@ -126,11 +144,15 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
         or resolve_dtype(raw.get("dtype") or raw.get("torch_dtype"))
         or (floating or [torch.float32])[0]
     )
-    model = empty_model(model_class, config, **attention)
-    plan = make_plan(model, source, transform=False)
-    load_checkpoint_and_dispatch(model, plan.checkpoint(kind), device_map, **placing).eval()  # in place, with hooks
-    model.config.name_or_path = str(path)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
+    model = empty_model(model_class, config, **making)
+    plan = make_plan(model, source, dtype=kind, transform=False)
+    if device_map is None:
+        check_memory(model, source, kind)
+    load_checkpoint_and_dispatch(model, plan.checkpoint(kind), device_map, dtype=kind, **placing).eval()  # in place
+    model.config.name_or_path, model.config.dtype = str(path), kind
+    if generation is not None:
+        model.generation_config = generation
+    elif model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     report = plan.report()
     _say(report, model_class)
@@ -169,12 +191,7 @@ def _say(report: WarmStartReport, model_class: type[PreTrainedModel]) -> None:
 
 def _loading_info(report: WarmStartReport) -> dict[str, Any]:
     """What `output_loading_info=True` returns, as transformers has it."""
-    lost = [row for row in report.rows if row.status == "unused" and row.kind != "exact"]
-    return {
-        "missing_keys": sorted(
-            n for row in report.rows if row.status == "new" and row.kind == "new" for n in row.targets
-        ),
-        "unexpected_keys": sorted(name for row in lost for name in row.sources),
-        "mismatched_keys": [],
-        "error_msgs": [],
-    }
+    kind = set if TRANSFORMERS_VERSION >= (5, 0) else list
+    new = [name for row in report.rows if row.status == "new" and row.kind == "new" for name in row.targets]
+    unused = [name for row in report.rows if row.status == "unused" and not row.constant for name in row.sources]
+    return {"missing_keys": kind(new), "unexpected_keys": kind(unused), "mismatched_keys": kind(), "error_msgs": []}

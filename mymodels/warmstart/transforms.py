@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from operator import index
 
 import torch
 
@@ -10,7 +12,7 @@ from ..checkpoints import CheckpointError
 from .change import LAYER, LAYER_NAME, Change, same
 from .projections import attention, mlp
 from .sources import HEADS
-from .values import Value, constant
+from .values import Value, Why, constant
 
 _POSITIONS = {"mygpt2": "model.embed_positions.weight", "mybert": "bert.embeddings.position_embeddings.weight"}
 _BY_TOKEN = {
@@ -25,11 +27,23 @@ def tie(change: Change) -> None:
     """Tied ↔ untied head."""
     head, embeddings = HEADS[change.kind]
     if change.source.tie_word_embeddings:
-        change.drop(head, "the source ties it to the token embeddings", "exact")
+        _join(change, head, embeddings)
         if not change.target.tie_word_embeddings and embeddings in change.tensors:
             change.tensors[head] = change.tensors[embeddings].then("copied, the target's head is untied", same)
     elif change.target.tie_word_embeddings:
         change.drop(head, "the target ties its head to the token embeddings")
+
+
+def _join(change: Change, head: str, embeddings: str) -> None:
+    """A tied head that is stored beside its embeddings is one tensor with them."""
+    stored, shared = change.tensors.get(head), change.tensors.get(embeddings)
+    if stored is None or shared is None:
+        return
+    if stored.shape == shared.shape and torch.equal(stored.compute(), shared.compute()):
+        del change.tensors[head]
+        change.tensors[embeddings] = replace(shared, sources=(*shared.sources, *stored.sources))
+    else:
+        change.drop(head, "the source ties its head to the token embeddings, and does not use this one", "exact")
 
 
 def norms(change: Change) -> None:
@@ -50,7 +64,7 @@ def norms(change: Change) -> None:
     for layer in change.each_layer():
         _fold(change, f"{layer}input_layernorm", [f"{layer}self_attn.{part}_proj" for part in "qkv"])
         _fold(change, f"{layer}post_attention_layernorm", [f"{layer}mlp.{part}_proj" for part in ("up", "gate")])
-    _fold(change, "model.norm", ["lm_head"])
+    _fold(change, "model.norm", ["lm_head"])  # before the embeddings, which a tied head reads with, are centred
     head_is_exact = not change.target.tie_word_embeddings or not change.wants("lm_head.weight")
     if change.wants("lm_head.weight") and not (head_is_exact and change.wants("lm_head.bias")):
         change.notes.append("the step to RMSNorm is exact with tie_word_embeddings=False and lm_head_bias=True")
@@ -78,9 +92,11 @@ def _fold(change: Change, norm: str, readers: list[str]) -> None:
     del tensors[f"{norm}.bias"]
     lost = "RMSNorm has no bias, and nothing that reads it has room for one"
     for source in bias.sources:
-        change.why.setdefault(source, (lost, "approximate"))
+        change.why.setdefault(source, Why(lost))
     for reader in readers:
         weight = tensors.get(f"{reader}.weight")
+        if reader == "lm_head" and change.target.tie_word_embeddings:
+            weight = tensors.get("model.embed_tokens.weight")
         if weight is None or not change.wants(f"{reader}.bias"):
             continue
         own = tensors.get(f"{reader}.bias") or constant((weight.shape[0],), 0.0, weight, "")
@@ -89,7 +105,7 @@ def _fold(change: Change, norm: str, readers: list[str]) -> None:
 
 
 def _add_product(bias: torch.Tensor, weight: Value, vector: Value) -> torch.Tensor:
-    return bias.double() + weight.compute().double() @ vector.compute().double()
+    return bias.float() + weight.compute().float() @ vector.compute().float()
 
 
 def choose_layers(choice: str | Sequence[int], have: int, want: int) -> list[int]:
@@ -105,8 +121,11 @@ def choose_layers(choice: str | Sequence[int], have: int, want: int) -> list[int
             return [i * have // want for i in range(want)]
         shift = 0 if choice == "first" else have - want
         return [min(max(i + shift, 0), have - 1) for i in range(want)]
-    chosen = list(choice)
-    if len(chosen) != want or not all(isinstance(i, int) and 0 <= i < have for i in chosen):
+    try:
+        chosen = [index(i) for i in choice]
+    except TypeError:
+        raise CheckpointError(f"layers={choice!r} is none of {', '.join(LAYER_CHOICES)} or a list of layers") from None
+    if len(chosen) != want or not all(0 <= i < have for i in chosen):
         raise CheckpointError(
             f"layers={chosen} must name {want} layers, one for each of the target's, from 0 to {have - 1}"
         )
@@ -120,7 +139,7 @@ def layers(change: Change) -> None:
     until it is trained. MyBert's norms come after the sum, so there it is a copy (stacking, Gong et al., ICML 2019).
     """
     have, want = change.source.num_hidden_layers, change.target.num_hidden_layers
-    chosen = choose_layers(change.layers, have, want)
+    chosen = change.chosen = choose_layers(change.layers, have, want)
     if chosen == list(range(have)):
         return
     by_layer: dict[int, dict[str, Value]] = {}
@@ -259,20 +278,51 @@ def token_types(change: Change) -> None:
         change.tensors[name] = value.rows(step, [i if i < old else 0 for i in range(new)])
 
 
+# fields without tensors that change what the same weights compute
+_SETTINGS = {
+    "mygpt2": (
+        "num_attention_heads", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "qk_norm",
+        "scale_attn_by_inverse_layer_idx", "final_logit_softcapping", "position_embedding_type",
+    ),
+    "mybert": ("num_attention_heads", "hidden_act", "layer_norm_eps", "layer_mix"),
+}  # fmt: skip
+
+
 def unequal_settings(change: Change) -> None:
-    """Note the fields without tensors that change what the model computes."""
-    fields = {
-        "mygpt2": (
-            "activation_function", "layer_norm_epsilon", "rope_theta", "scale_attn_weights", "sliding_window",
-            "scale_attn_by_inverse_layer_idx", "final_logit_softcapping", "position_embedding_type", "qk_norm",
-        ),
-        "mybert": ("hidden_act", "layer_norm_eps", "pooling", "layer_mix"),
-    }[change.kind]  # fmt: skip
+    """Note what differs without any tensor to show it."""
+    source, target = change.source, change.target
+    fields = list(_SETTINGS[change.kind])
+    if change.pools and change.kind == "mybert":
+        fields.append("pooling")
+    if change.kind == "mygpt2" and source.position_embedding_type == target.position_embedding_type == "rope":
+        fields.append("rope_theta")
+    if change.wants("score.weight"):
+        fields.append("pad_token_id")  # where a text ends
     for name in fields:
-        old, new = getattr(change.source, name), getattr(change.target, name)
-        rope = "rope" in (change.source.position_embedding_type, change.target.position_embedding_type) if name == "rope_theta" else True  # fmt: skip
-        if old != new and rope and (name != "pooling" or change.pools):
+        old, new = getattr(source, name), getattr(target, name)
+        if old != new:
             change.notes.append(f"{name} was {old!r} and is {new!r}, which changes what the same weights compute")
+    if change.kind == "mygpt2":
+        _unequal_windows(change)
+
+
+def _unequal_windows(change: Change) -> None:
+    source, target = change.source, change.target
+    chosen = change.chosen or list(range(source.num_hidden_layers))
+    windows = (
+        {"full_attention": None, "sliding_attention": source.sliding_window},
+        {
+            "full_attention": None,
+            "sliding_attention": target.sliding_window,
+        },
+    )
+    seen: set[int] = set()
+    for layer, origin in enumerate(chosen[: target.num_hidden_layers]):
+        old, new = windows[0][source.layer_types[origin]], windows[1][target.layer_types[layer]]
+        if old != new and origin not in seen:  # a repeated block changes nothing
+            how = ["all tokens" if window is None else f"{window} tokens" for window in (old, new)]
+            change.notes.append(f"layer {layer} saw {how[0]} and sees {how[1]}")
+        seen.add(origin)
 
 
 TRANSFORMS: tuple[Callable[[Change], None], ...] = (

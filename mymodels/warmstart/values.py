@@ -2,8 +2,24 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
+
+
+class Why(NamedTuple):
+    """Why a tensor of the source has no place in the target.
+
+    Attributes:
+        text: for people.
+        kind: `"exact"` if the target computes the same without it.
+        constant: whether it is no weight of its own: a mask, or a second name of another tensor.
+    """
+
+    text: str
+    kind: str = "approximate"
+    constant: bool = False
+
 
 KINDS = ("exact", "approximate", "new")  # the worse the later
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,8 @@ def load_tokenizer(source: str | os.PathLike | PreTrainedTokenizerBase) -> PreTr
     """
     if isinstance(source, PreTrainedTokenizerBase):
         return source
+    if Path(source).is_dir() and not has_tokenizer(Path(source)):
+        raise CheckpointError(f"{source} has no tokenizer: name a folder that has one")
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises many kinds
@@ -45,7 +48,10 @@ def load_tokenizer(source: str | os.PathLike | PreTrainedTokenizerBase) -> PreTr
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model"))
+    return any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+    )
 
 
 def match_tokens(
@@ -64,7 +70,7 @@ def match_tokens(
             mine, theirs = getattr(new, role, None), getattr(old, other, None) if other else None
             if mine is not None and theirs is not None:
                 by_role.setdefault(mine, theirs)
-    unknown = old.unk_token_id
+    unknown, pieces_inside = old.unk_token_id, any(token.startswith("##") for token in new.get_vocab())
     counts = dict.fromkeys(("same token", "same role", "mean of old pieces", "mean of all"), 0)
     for token, number in new.get_vocab().items():
         if number >= new_size:
@@ -74,7 +80,8 @@ def match_tokens(
         elif by_role.get(number, old_size) < old_size:
             rows[number], how = [by_role[number]], "same role"
         else:
-            pieces = old(_text(new, token), add_special_tokens=False, verbose=False).input_ids
+            text = _text(new, token, pieces_inside)
+            pieces = old(text, add_special_tokens=False, verbose=False).input_ids if text else []
             rows[number] = [piece for piece in pieces if piece != unknown and piece < old_size]
             how = "mean of old pieces" if rows[number] else "mean of all"
         counts[how] += 1
@@ -82,10 +89,20 @@ def match_tokens(
     return rows, {f"tokens, {how}": count for how, count in counts.items()}
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, token: str) -> str:
-    """What a token stands for in a text, its leading space included."""
+def _text(tokenizer: PreTrainedTokenizerBase, token: str, pieces_inside: bool = False) -> str:
+    """What a token stands for in a text, its leading space included; nothing for a part of a character.
+
+    Args:
+        pieces_inside: whether the tokenizer marks pieces inside words (`##ing`), and not those that begin one.
+    """
+    if token.startswith("##"):
+        return token[2:]
+    if token.startswith("▁"):
+        return token.replace("▁", " ")
     text = tokenizer.convert_tokens_to_string([token])
-    return text.removeprefix("##")
+    if "\ufffd" in text and "\ufffd" not in token:
+        return ""
+    return f" {text}" if pieces_inside and text.isalnum() else text
 
 
 class WordVectors(NamedTuple):
@@ -109,19 +126,21 @@ def read_word_vectors(path: str | os.PathLike, wanted: set[str], width: int) -> 
     found: dict[str, np.ndarray] = {}
     count = 0
     for number, line in _lines(path):
-        words = line.rstrip().rsplit(" ", width)
-        if number == 1 and len(line.split()) == 2:  # word2vec's first line: how many, how wide
-            if line.split()[1] != str(width):
+        parts = re.split(r"[ \t]+", line.strip(" \t\r\n"))
+        if number == 1 and len(parts) == 2:  # word2vec's first line: how many, how wide
+            if parts[1] != str(width):
                 raise CheckpointError(
-                    f"{path} has vectors of width {line.split()[1]}, but hidden_size={width}: they must be equal"
+                    f"{path} has vectors of width {parts[1]}, but hidden_size={width}: they must be equal"
                 )
             continue
-        if not line.strip():
+        if parts == [""]:
             continue
-        if len(words) != width + 1:
+        if len(parts) <= width:
             raise CheckpointError(
-                f"{path}, line {number}: {len(line.split()) - 1} numbers, but hidden_size={width} are needed: use vectors of that width"
+                f"{path}, line {number}: a word and {width} numbers are needed for hidden_size={width}, there are "
+                f"{len(parts)} parts: use vectors of that width"
             )
+        words = [" ".join(parts[:-width]), *parts[-width:]]
         count += 1
         if words[0] in wanted and words[0] not in found:
             try:
@@ -149,8 +168,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(lines, 1):
                 if number % 1000 == 0:
                     bar.update(raw.tell() - bar.n)
-                yield number, line.decode("utf-8")
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace")
+        except (OSError, EOFError, zlib.error) as error:
             raise CheckpointError(
                 f"{path}, after line {number}: cannot be read ({error}): copy or download it again"
             ) from error

@@ -1,5 +1,6 @@
 """`warm_start`: stock weights into a modified architecture, with an account of every tensor."""
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,15 +11,15 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import get_max_memory
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import CheckpointError, load_checkpoint_and_dispatch
 from ..checkpoints.checkpoint import resolve_dtype
 from ..models import modeling_mybert, modeling_mygpt2
 from .change import TokenVectors
-from .configs import fields_of, make_config
-from .names import CONFIGS, FAMILIES
-from .planning import Plan, check_finite, make_plan
+from .configs import fields_of, make_config, own_config
+from .names import CONFIGS, FAMILIES, kind_of
+from .planning import Plan, compiled, make_plan
 from .report import Row, WarmStartReport
 from .sources import Source, open_source
 from .values import Value
@@ -105,10 +106,11 @@ def warm_start(
         source_tokenizer: the source's, if it is not in its folder.
         word_vectors: word2vec or GloVe text file, plain or `.gz`, `hidden_size` wide, for the token embeddings.
         rename: regex → replacement, applied in this order to the source's names before anything else.
-        skip: regexes; a parameter is not loaded if its name or that of a tensor it needs is found by one.
+        skip: regexes (or one); a parameter is not loaded if its name or that of a tensor it needs is found by one.
         only: regexes; nothing else is loaded.
         freeze_loaded: `requires_grad_(False)` on every parameter that came from the source whole.
-        strict: raise if anything is new or unused that no pattern of `allow` finds; masks and the like do not count.
+        strict: raise if anything is new or unused that no pattern of `allow` finds; masks, optimizer states and second
+            names of a tensor do not count.
         config: the source's config, where no `config.json` stands beside it.
         section, allow_pickle, revision, token: as for `open_checkpoint`.
         dtype: of a model made from a config; default float32.
@@ -126,24 +128,30 @@ def warm_start(
         >>> print(report)
         >>> report.save_pretrained("my-gpt2")
     """
+    if isinstance(model_or_config, PretrainedConfig):
+        model_or_config = own_config(model_or_config)
+    kind, allow = resolve_dtype(dtype), [pattern.pattern for pattern in compiled("allow", allow)]
     given = model_or_config if isinstance(model_or_config, PreTrainedModel) else None
     if given is not None and overrides:
         raise CheckpointError(
             "overrides= changes the config that a model is made from; this model is made: pass its config"
         )
     like = None if isinstance(model_or_config, str) else _config_of(model_or_config)
-    model_type = str(model_or_config) if like is None else like.model_type
+    model_type = str(model_or_config) if like is None else kind_of(like)
     if model_type not in CONFIGS:
         raise CheckpointError(f"{model_type!r} is no model of mymodels: warm_start fills {' and '.join(CONFIGS)}")
+    if source is model_or_config and given is not None:
+        source = copy.deepcopy(given)  # it is read while it is written
     how = {"config": config, "section": section, "rename": rename, "allow_pickle": allow_pickle}
     opened = _open_or_nothing(source, model_type, like, word_vectors, **how, revision=revision, token=token)
     new_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
-    target = given or _make_target(model_type, head, opened, like, overrides or {}, new_tokenizer, resolve_dtype(dtype))
+    target = given or _make_target(model_type, head, opened, like, overrides or {}, new_tokenizer, kind)
 
     match = _match_vocabulary(opened, target, new_tokenizer, source_tokenizer, word_vectors)
     plan = make_plan(
         target,
         opened,
+        dtype=None if given is not None else kind or torch.float32,
         skip=skip,
         only=only,
         keep_new=given is not None,
@@ -157,11 +165,13 @@ def warm_start(
     report.coverage, report.tokenizer = match.coverage, match.tokenizer
     if strict and (found := report.not_allowed(allow)):
         raise NotAllowedError(found, report)
-    check_finite(opened, plan, resolve_dtype(dtype) or target.dtype)
     if given is not None:
         _fill(given, plan)
     else:
-        load_checkpoint_and_dispatch(target, plan.checkpoint(resolve_dtype(dtype) or torch.float32)).eval()
+        load_checkpoint_and_dispatch(target, plan.checkpoint(kind or torch.float32)).eval()
+        target.config.dtype = target.dtype
+        if target.can_generate() and opened.folder is not None and (opened.folder / "generation_config.json").is_file():
+            target.generation_config = GenerationConfig.from_pretrained(opened.folder)
     report.model = target
     if freeze_loaded:
         report.rows = _freeze(target, plan, report)
@@ -219,7 +229,7 @@ def _make_target(
         fields |= _token_fields(tokenizer, model_type)
     config = make_config(model_type, fields, overrides)
     model = empty_model(_model_class(model_type, head, source), config)
-    _check_memory(model, source, dtype or torch.float32)
+    check_memory(model, source, dtype or torch.float32)
     return model
 
 
@@ -240,11 +250,7 @@ def _open_or_nothing(
     if word_vectors is None:
         raise CheckpointError("there is no source: name a checkpoint, or word_vectors")
     family = next(family for family in FAMILIES if family.name == model_type)
-    return Source("no checkpoint", None, {}, family, like or CONFIGS[model_type](), {}, {}, {}, [], _nothing)
-
-
-def _nothing(name: str) -> torch.Tensor:
-    raise KeyError(name)
+    return Source("no checkpoint", None, {}, family, like or CONFIGS[model_type](), {}, {}, {}, [])
 
 
 def _token_fields(tokenizer: PreTrainedTokenizerBase, model_type: str) -> dict[str, Any]:
@@ -289,7 +295,7 @@ def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig, **
     return model
 
 
-def _check_memory(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
+def check_memory(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
     """Refuse before anything is allocated."""
     largest = max((info.nbytes for info in source.info.values()), default=0)
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize + 3 * largest
@@ -303,9 +309,11 @@ def _check_memory(model: PreTrainedModel, source: Source, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def _fill(model: PreTrainedModel, plan: Plan) -> None:
-    """Write the values into a model's own parameters."""
+    """Write the values into a model's own parameters; first all are computed once, so that an error leaves it as it was."""
     parameters = dict(model.named_parameters())
     filled = [name for name, value in plan.values.items() if value.kind != "new" or value.sources]
+    for name in tqdm(filled, desc="checking", unit="tensor", disable=None):
+        plan.compute(name, parameters[name].dtype)
     for name in tqdm(filled, desc="filling", unit="tensor", disable=None):
         parameters[name].copy_(plan.compute(name, parameters[name].dtype))
 

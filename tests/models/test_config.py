@@ -202,3 +202,14 @@ def test_mybert_segment_out_of_range() -> None:
     ids = torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="token_type_ids contains 2, but this model has type_vocab_size=2"):
         model(ids, token_type_ids=ids + 1)
+
+
+@pytest.mark.parametrize("base", [MyGPT2Config, MyBertConfig])
+def test_a_subclass_inherits_the_constructor(base: type, tmp_path: Path) -> None:
+    own = type("OwnConfig", (base,), {"model_type": "own"})
+    config = own(num_hidden_layers=3)
+    assert config.num_hidden_layers == 3 and config.vocab_size == base().vocab_size and config.model_type == "own"
+    config.save_pretrained(tmp_path)
+    assert own.from_pretrained(tmp_path).num_hidden_layers == 3
+    with pytest.raises(ValueError, match="OwnConfig: num_hidden_layers=0"):
+        own(num_hidden_layers=0)

@@ -117,7 +117,7 @@ def test_doubled_names() -> None:
 
 def test_what_is_no_source(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "there is no file or folder .*nothing")
-    refused({"epoch": 3}, r"holds a int at 'epoch', not a tensor: pass the state dict inside it")
+    refused({"epoch": 3}, r"holds a int at 'epoch', which is no tensor with a name: pass the state dict")
     refused({"h.0.attn.c_attn.weight": torch.zeros(2, 2, device="meta")}, "is on the meta device and has no data")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "empty holds no checkpoint")

@@ -117,7 +117,7 @@ def test_training_checkpoints(key: str, wrapper: str, tmp_path: Path) -> None:
     )
     report = warm_start(MyGPT2ForCausalLM(mygpt2_config()).eval(), tmp_path / "a.pt")
     assert difference(report.model, stock) <= 1e-5
-    assert any("num_attention_heads=4 is assumed" in note for note in report.notes)
+    assert any("num_attention_heads=4, activation_function" in note for note in report.notes)
 
 
 def test_encoder_beside_its_own_classifier(tmp_path: Path) -> None:
