@@ -131,7 +131,10 @@ def test_word_vectors_over_a_checkpoint(gpt2: Path, tokenizers, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("the 1 2 3\n", r"vectors\.txt, line 1: a word and 32 numbers are needed for hidden_size=32, there are 4 parts"),
+        (
+            "the 1 2 3\n",
+            r"vectors\.txt, line 1: a word and 32 numbers are needed for hidden_size=32, there are 4 parts",
+        ),
         ("2 50\nthe 1\n", r"vectors\.txt has vectors of width 50, but hidden_size=32: they must be equal"),
         ("the " + "1 " * 31 + "x\n", r"vectors\.txt, line 1: the vector of 'the' has something that is no number"),
         ("the " + "1 " * 31 + "nan\n", r"vectors\.txt, line 1: the vector of 'the' has something that is no number"),
