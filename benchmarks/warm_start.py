@@ -1,6 +1,6 @@
 """What a warm start is worth: language-model loss after each way to change GPT-2, against random weights.
 
-    python benchmarks/warm_start.py [--steps 100] [--seeds 3] [--json FILE] [--figure FILE]
+    python benchmarks/warm_start.py [--steps 60] [--seeds 2] [--json FILE] [--figure FILE]
 
 The source is a stock `GPT2LMHeadModel`, trained here on the sample text. For each change: held-out loss right after
 `warm_start`, after a short training, and what the same architecture reaches from random weights in the same steps over
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mymodels import MyGPT2ForCausalLM, load_sample_text, warm_start
-from mymodels.demo import _batches, _windows
+from mymodels.demo import batches, windows
 from mymodels.training.loop import evaluate, train
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
@@ -111,15 +111,15 @@ def draw(rows: list[dict], source_loss: float, steps: int, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="of the short training (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=60, help="of the short training (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw them (needs matplotlib)")
     arguments = parser.parse_args()
 
     training, held_out = load_sample_text("train"), load_sample_text("held_out")
     tokenizer = train_gpt2_tokenizer([d.text for d in training], vocab_size=1024, model_max_length=128)
-    examples, test = _windows(tokenizer, training), _batches(_windows(tokenizer, held_out))
+    examples, test = windows(tokenizer, training), batches(windows(tokenizer, held_out))
     torch.manual_seed(0)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     stock = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.06, **SIZES, **ids))

@@ -45,12 +45,12 @@ class Repo(NamedTuple):
     metrics: list[tuple[str, float, str, float, bool]]  # name, value, baseline's name, its value, higher is better
 
 
-def _batches(examples: list[Example], size: int = 32) -> list[Example]:
+def batches(examples: list[Example], size: int = 32) -> list[Example]:
     chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
     return [{name: torch.stack([example[name] for example in chunk]) for name in chunk[0]} for chunk in chunks]
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[Example]:
+def windows(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[Example]:
     """Documents one after another, an end token after each, cut into windows of `WINDOW` tokens."""
     ids: list[int] = []
     for document in documents:
@@ -114,7 +114,7 @@ def make_mygpt2(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
     torch.manual_seed(0)
     model = MyGPT2ForCausalLM(config)
     model.generation_config.no_repeat_ngram_size = 3
-    examples, test = _windows(tokenizer, training), _windows(tokenizer, held_out)
+    examples, test = windows(tokenizer, training), windows(tokenizer, held_out)
     train(
         model,
         examples,
@@ -124,7 +124,7 @@ def make_mygpt2(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
         weight_decay=0.01,
         description="MyGPT2, language model",
     )
-    loss, _, _ = evaluate(model, _batches(test))
+    loss, _, _ = evaluate(model, batches(test))
     baseline = _unigram_loss(examples, test, len(tokenizer))
     card = Card(
         license="apache-2.0",
@@ -172,7 +172,7 @@ def make_mybert(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
         learning_rate=1e-3,
         description="MyBert, passage classifier",
     )
-    loss, logits, labels = evaluate(model, _batches(test))
+    loss, logits, labels = evaluate(model, batches(test))
     accuracy = (logits.argmax(dim=-1) == labels).float().mean().item()
     majority = Counter(example["labels"].item() for example in examples).most_common(1)[0][0]
     baseline = (labels == majority).float().mean().item()
