@@ -44,15 +44,17 @@ def static_checks(folder: Path, *, releases: Sequence[str] | None = None) -> lis
 
 
 def _outcomes(check: Callable[[Folder], Iterator[Finding]], content: Folder) -> list[Finding]:
-    found: list[Finding] = []
+    """What a check finds, failures first, each once, not too much; `ok` if that is nothing."""
+    found: dict[Finding, None] = {}
     try:
-        for finding in islice(check(content), MAX_FINDINGS + 1):
-            if finding not in found:
-                found.append(finding)
+        for finding in islice(check(content), 50 * MAX_FINDINGS):
+            found[finding] = None
     except Exception as error:  # whatever a hostile folder provokes is a finding, not a crash
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         what = f"this check could not be finished: {type(error).__name__} {reason}".strip()
-        found.append(Finding("failed", what, "", "look at the folder by hand, and report this"))
-    if len(found) > MAX_FINDINGS:
-        found[MAX_FINDINGS:] = [Finding("failed", "and more of this kind, not listed", "", "mend those above first")]
-    return found or [Finding("ok", "")]
+        found[Finding("failed", what, "", "look at the folder by hand, and report this")] = None
+    ordered = sorted(found, key=lambda finding: finding.status != "failed")
+    if len(ordered) > MAX_FINDINGS:
+        what = f"{len(ordered) - MAX_FINDINGS} more of this kind are not listed"
+        ordered[MAX_FINDINGS:] = [Finding(ordered[MAX_FINDINGS].status, what, "", "mend those above first")]
+    return ordered or [Finding("ok", "")]

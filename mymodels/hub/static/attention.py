@@ -63,14 +63,17 @@ def attention(folder: Folder) -> Iterator[Finding]:
             if not _kwargs_passed(forward):
                 what = f"{klass.name}.forward does not pass **kwargs on to the attention function"
                 remedy = "take **kwargs and pass them: packed sequences and engines such as vLLM need them"
-                yield Finding("failed" if declared else "warning", what, klass.file.at(forward), remedy)
+                yield Finding("warning", what, klass.file.at(forward), remedy)
             if "is_causal" not in words:
                 what = f"{klass.name} does not say is_causal, so its attention is causal wherever there is no mask"
                 yield Finding("warning", what, klass.file.at(forward), "set self.is_causal, and pass it if it is False")
         elif words & _PROJECTIONS and words & _COMPUTES:
             past.append(klass)
     for klass in past:
-        false_claim = declared and not reaching
+        borrowed = any(
+            "AutoModel" in file.text for file in code.files.values()
+        )  # another model's attention may reach it
+        false_claim = declared and not reaching and not borrowed
         more = f", although {declared[0].name} declares _supports_attention_backend" if false_claim else ""
         what = f"{klass.name} computes attention itself, past transformers' interface{more}"
         remedy = "call ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)"

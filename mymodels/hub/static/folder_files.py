@@ -71,7 +71,13 @@ def paths(folder: Folder) -> Iterator[Finding]:
         if name.endswith(".index.json"):
             continue  # `weights` says it
         for key, text in strings(value):
-            if not _PATH.search(text) or _TEXTS.search(key) or len(text) > 1000 or "\n" in text:
+            if (
+                key.startswith("auto_map")
+                or not _PATH.search(text)
+                or _TEXTS.search(key)
+                or len(text) > 1000
+                or "\n" in text
+            ):
                 continue
             where = f"{name}: {key[:80]}"
             if _OPENED.search(key) and not key.startswith(("_name_or_path", "name_or_path")):
@@ -289,7 +295,7 @@ def _sentence(folder: Folder, message: str) -> tuple[str, str]:
     for mark in ("; ", ": remove", ": copy"):
         what, found, remedy = message.rpartition(mark)
         if found and len(remedy) < 120:
-            return what, (found.strip("; :") + " " + remedy).strip()
+            return what, found.strip("; :") + remedy if mark != "; " else remedy
     return message, "copy or download it again"
 
 
@@ -304,7 +310,7 @@ def weights(folder: Folder) -> Iterator[Finding]:
     for file, message in _problems(folder):
         if MANIFEST not in message:
             what, remedy = _sentence(folder, message)
-            yield Finding("failed", what, file, remedy)
+            yield Finding("failed", what, file if file in folder.files else what.partition(":")[0], remedy)
     if {"model.safetensors", "model.safetensors.index.json"} <= folder.files.keys():
         what = "model.safetensors and model.safetensors.index.json are two checkpoints; loaders take the first one"
         yield Finding("failed", what, "model.safetensors", "remove the one that is out of date")

@@ -24,17 +24,19 @@ def init_weights(folder: Folder) -> Iterator[Finding]:
             continue
         guards = _guards(method)
         single = bool(_SINGLE.search(ast.unparse(method)))
+        tensors = _tensors(method)
         for node in ast.walk(method):
-            if id(node) not in guards:
-                yield from _faults(klass, node, unsaved, single)
+            for finding in _faults(klass, node, unsaved, tensors, single) if id(node) not in guards else ():
+                failed = finding.status == "failed"
+                yield finding._replace(status=judge(FROM_5, folder.releases)) if failed else finding
 
 
-def _faults(klass: Klass, node: ast.AST, unsaved: set[str], single: bool) -> Iterator[Finding]:
+def _faults(klass: Klass, node: ast.AST, unsaved: set[str], tensors: set[str], single: bool) -> Iterator[Finding]:
     where = klass.file.at(node)
     if isinstance(node, ast.Attribute) and node.attr == "data" and not is_self(node):
         yield _past_guard(f"writes {ast.unparse(node)}", where)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        yield from _call_faults(klass, node, node.func, unsaved, single)
+        yield from _call_faults(klass, node, node.func, unsaved, tensors, single)
     elif isinstance(node, ast.Call) and klass.file.dotted(node.func).startswith("torch.nn.init."):
         what = f"_init_weights calls {ast.unparse(node.func)} by a name of its own, which the loader cannot guard"
         yield Finding("failed", what, where, f"write nn.init.{ast.unparse(node.func)}")
@@ -45,7 +47,7 @@ def _faults(klass: Klass, node: ast.AST, unsaved: set[str], single: bool) -> Ite
 
 
 def _call_faults(
-    klass: Klass, call: ast.Call, func: ast.Attribute, unsaved: set[str], single: bool
+    klass: Klass, call: ast.Call, func: ast.Attribute, unsaved: set[str], tensors: set[str], single: bool
 ) -> Iterator[Finding]:
     where, text = klass.file.at(call), ast.unparse(func)
     mark = "mark the leaf in __init__, and read the mark here"
@@ -54,12 +56,12 @@ def _call_faults(
         if isinstance(first, ast.Subscript) and isinstance(first.value, ast.Attribute):
             what = f"_init_weights writes a part, {ast.unparse(first)}, which has lost the mark that it was loaded"
             yield Finding("failed", what, where, "ask getattr(weight, '_is_hf_initialized', False) first")
-        elif isinstance(first, ast.Attribute) and depth(first) >= 3:
+        elif isinstance(first, ast.Attribute) and first.attr != "data" and depth(first) >= 3:
             what = f"_init_weights starts {ast.unparse(first)} from its parent, which newer releases skip"
             yield Finding("warning", what, where, mark)
-    elif func.attr.endswith("_") and not func.attr.endswith("__"):
-        owner = func.value.attr if isinstance(func.value, ast.Attribute) else ""
-        if ".data" not in text and owner not in unsaved and isinstance(func.value, (ast.Attribute, ast.Name)):
+    elif re.search(r"[a-z]_$", func.attr) and func.attr != "requires_grad_" and ".data" not in text:
+        kept = isinstance(func.value, ast.Attribute) and func.value.attr not in unsaved
+        if kept or (isinstance(func.value, ast.Name) and func.value.id in tensors):
             yield _past_guard(f"calls {text}", where)
     elif func.attr in _WALKS and not single and not _alone(call):
         what = f"_init_weights goes through {text}() of a parent, which newer releases skip"
@@ -77,6 +79,17 @@ def _guards(method: ast.AST) -> set[int]:
     for node in ast.walk(method):
         if isinstance(node, ast.If) and "_is_hf_initialized" in ast.unparse(node.test):
             found |= {id(inner) for inner in ast.walk(node)}
+    return found
+
+
+def _tensors(method: ast.AST) -> set[str]:
+    """The variables that hold parameters: from a loop over them, or taken off a module."""
+    found: set[str] = set()
+    for node in ast.walk(method):
+        if isinstance(node, ast.For) and "parameters()" in ast.unparse(node.iter):
+            found |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.Assign) and re.search(r"\.(weight|bias)$", ast.unparse(node.value)):
+            found |= {goal.id for goal in node.targets if isinstance(goal, ast.Name)}
     return found
 
 

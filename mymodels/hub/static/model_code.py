@@ -50,7 +50,7 @@ def post_init(folder: Folder) -> Iterator[Finding]:
             yield Finding(status, what, owner.file.at(init), "end __init__ with self.post_init()")
         elif late := [step for step in init.body[ends[-1] + 1 :] if _sets_module(step)]:
             what = f"{owner.name}.__init__ adds modules after self.post_init(), which does not see them"
-            yield Finding("failed", what, owner.file.at(late[0]), "make self.post_init() the last line")
+            yield Finding("warning", what, owner.file.at(late[0]), "make self.post_init() the last line")
 
 
 _WEIGHTLESS = re.compile(r"Loss|Dropout|Identity|Softmax|Softplus|Sigmoid|Tanh|LU\b|Pool|Flatten|Config|Output")

@@ -1,0 +1,130 @@
+"""Faults of the JSON files and of the config class."""
+
+from edits import CONFIGURATION, MODELING, Fault, append, auto_map, both, config, remove, replace, write
+
+CONFIGS = [
+    Fault("no config", both(remove("config.json")), "config", "", "no config.json", base="stock_gpt2"),
+    Fault("broken JSON", write("config.json", "{"), "json files", "config.json", "not valid JSON", base="stock_gpt2"),
+    Fault(
+        "key twice",
+        replace("config.json", '"model_type"', '"model_type": "x", "model_type"'),
+        "json files",
+        "config.json",
+        "'model_type' twice",
+        base="stock_gpt2",
+    ),
+    Fault("NaN", config("generation_config.json", a=float("nan")), "json files", "generation_config.json", "NaN"),
+    Fault(
+        "endless nesting",
+        write("generation_config.json", '{"a":' * 100_000),
+        "json files",
+        "generation_config.json",
+        "not valid JSON",
+    ),
+    Fault("no model_type", config(model_type=None), "config", "model_type", "has no model_type"),
+    Fault(
+        "a model_type of transformers",
+        both(config(model_type="llama"), replace(CONFIGURATION, '"tinymany"', '"llama"')),
+        "config",
+        "model_type",
+        "one of transformers' own",
+    ),
+    Fault("unknown model_type", config(model_type="mine"), "config", "model_type", "unknown to", base="stock_gpt2"),
+    Fault("file missing", auto_map(AutoModel="modelling.TinymanyModel"), "auto_map", "AutoModel", "modelling.py"),
+    Fault(
+        "class missing",
+        auto_map(AutoModel="modeling_tinymany.TinyModel"),
+        "auto_map",
+        "AutoModel",
+        "TinyModel, which modeling_tinymany.py does not define",
+    ),
+    Fault(
+        "code of another repo",
+        auto_map(AutoModel="someone/else--modeling_x.XModel"),
+        "auto_map",
+        "AutoModel",
+        "without a pinned code_revision",
+    ),
+    Fault(
+        "pinned code of another repo",
+        both(auto_map(AutoModel="someone/else--modeling_x.XModel"), config(code_revision="a" * 40)),
+        "auto_map",
+        "AutoModel",
+        "another repo",
+        "warning",
+    ),
+    Fault("path in auto_map", auto_map(AutoModel="../x.Model"), "auto_map", "AutoModel", "not file.Class"),
+    Fault("no Auto class", auto_map(MyModel=f"{MODELING[:-3]}.TinymanyModel"), "auto_map", "MyModel", "no Auto class"),
+    Fault("no AutoConfig", auto_map(AutoConfig=None), "auto_map", "auto_map", "no AutoConfig"),
+    Fault(
+        "no AutoModel", auto_map(AutoModel=None), "auto_map", "auto_map", "AutoModel.from_pretrained fails", "warning"
+    ),
+    Fault(
+        "another config_class",
+        both(
+            append(CONFIGURATION, "\n\nclass OtherConfig(TinymanyConfig):\n    pass\n"),
+            auto_map(AutoConfig="configuration_tinymany.OtherConfig"),
+        ),
+        "auto_map",
+        MODELING,
+        "config_class is TinymanyConfig",
+    ),
+    Fault("unknown architecture", config(architectures=["Mine"]), "architectures", "architectures", "no class 'Mine'"),
+    Fault("unserved architecture", auto_map(AutoModelForCausalLM=None), "architectures", "architectures", "no entry"),
+    Fault("method overridden", config(to_dict="x"), "config keys", "to_dict", "a method of the config class"),
+    Fault(
+        "fields turned round",
+        config(attribute_map={"a": "b"}),
+        "config keys",
+        "attribute_map",
+        "behind the class's back",
+    ),
+    Fault("kernels from the Hub", config(_attn_implementation="a/b"), "config keys", "_attn", "downloaded and run"),
+    Fault(
+        "trust granted by itself", config(trust_remote_code=True), "config keys", "trust_remote_code", "itself trust"
+    ),
+    Fault("dunder", config(__class__="x"), "config keys", "__class__", "a method", base="stock_gpt2"),
+    Fault("generation in the config", config(top_k=5), "config keys", "top_k", "belongs to generation", "warning"),
+    Fault(
+        "template out of its sandbox",
+        write("chat_template.jinja", "{{ ''.__class__.__mro__ }}"),
+        "chat template",
+        "chat_template.jinja",
+        "__class__",
+    ),
+    Fault(
+        "tokenizer class unknown",
+        config("tokenizer_config.json", tokenizer_class="MineTokenizer"),
+        "tokenizer",
+        "tokenizer_class",
+        "MineTokenizer",
+    ),
+    Fault(
+        "config without model_type",
+        replace(CONFIGURATION, 'model_type = "tinymany"', "pass"),
+        "config code",
+        CONFIGURATION,
+        "no model_type",
+    ),
+    Fault(
+        "config needs arguments",
+        replace(CONFIGURATION, "vocab_size=97", "vocab_size"),
+        "config code",
+        CONFIGURATION,
+        "needs vocab_size",
+    ),
+    Fault(
+        "config refuses fields",
+        both(replace(CONFIGURATION, "        **kwargs,\n", ""), replace(CONFIGURATION, ", **kwargs)", ")")),
+        "config code",
+        CONFIGURATION,
+        "no **kwargs",
+    ),
+    Fault(
+        "model_type disagrees",
+        replace(CONFIGURATION, '"tinymany"', '"tinyfew"'),
+        "config code",
+        CONFIGURATION,
+        "tinyfew",
+    ),
+]
