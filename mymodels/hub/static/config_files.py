@@ -1,13 +1,17 @@
 """Checks of the JSON files: valid, complete, in agreement with the code, and overriding nothing."""
 
+import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from .code_tree import Code, Klass, constant, references
+from ...checkpoints import CheckpointError, open_checkpoint
+from ...checkpoints.opening import weight_files
+from .code_tree import Code, Klass, constant, is_self, references
 from .folder import Finding, Folder, brief
-from .releases import model_types
+from .releases import Span, judge, model_types
 
 
 def json_files(folder: Folder) -> Iterator[Finding]:
@@ -267,6 +271,46 @@ def config_code(folder: Folder) -> Iterator[Finding]:
             owner = "rope_parameters in transformers 5" if argument.arg == "rope_scaling" else "generation"
             what = f"the config field {argument.arg} is taken over by {owner}"
             yield Finding("warning", what, klass.file.at(argument), "give the field a name of its own")
+    yield from _lost_fields(folder, klass, init)
+
+
+_SET_BY_PARENT = {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "is_encoder_decoder"}
+_FORGETS = Span(last=(4, 57))
+
+
+def _lost_fields(folder: Folder, klass: Klass, init: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Finding]:
+    """Fields that `PretrainedConfig.__init__` of transformers 4 sets to its own default, whatever was there before."""
+    parent = [i for i, step in enumerate(init.body) if "super().__init__(" in ast.unparse(step)]
+    if not parent:
+        return
+    later = ast.Module(body=init.body[parent[0] :], type_ignores=[])
+    kept = {node.arg for node in ast.walk(later) if isinstance(node, ast.keyword)}
+    kept |= {node.attr for node in ast.walk(later) if isinstance(node, ast.Attribute) and is_self(node)}
+    for argument in [*init.args.args, *init.args.kwonlyargs]:
+        if argument.arg in _SET_BY_PARENT - kept:
+            what = f"{klass.name}.__init__ does not pass {argument.arg} on, so it falls back to the default {_FORGETS}"
+            remedy = f"write super().__init__({argument.arg}={argument.arg}, …)"
+            yield Finding(judge(_FORGETS, folder.releases), what, klass.file.at(argument), remedy)
+
+
+def dtype(folder: Folder) -> Iterator[Finding]:
+    """The weights have the dtype that the config names, which transformers 5 loads them in."""
+    named = folder.config.get("dtype", folder.config.get("torch_dtype"))
+    if folder.odd or named is None or "quantization_config" in folder.config or not weight_files(folder.path):
+        return
+    try:
+        info = open_checkpoint(folder.path).info
+    except (CheckpointError, OSError):
+        return  # told by `weights`
+    sizes: Counter[str] = Counter()
+    for tensor in info.values():
+        if tensor.dtype is not None and tensor.dtype.is_floating_point:
+            sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+    if sizes and (most := sizes.most_common(1)[0][0]) != named:
+        what = (
+            f"the config says {brief(named)}, but the weights are {most}; which one they load in depends on the release"
+        )
+        yield Finding("warning", what, "config.json: dtype", "make the two agree, and pass dtype= when loading")
 
 
 CHECKS = {
@@ -276,6 +320,7 @@ CHECKS = {
     "architectures": architectures,
     "config keys": config_keys,
     "config code": config_code,
+    "dtype": dtype,
     "tokenizer": tokenizer,
     "chat template": templates,
 }

@@ -127,4 +127,25 @@ CONFIGS = [
         CONFIGURATION,
         "tinyfew",
     ),
+    Fault(
+        "field that transformers 4 forgets",
+        replace(
+            CONFIGURATION,
+            "super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)",
+            "super().__init__(**kwargs)",
+        ),
+        "config code",
+        CONFIGURATION,
+        "does not pass tie_word_embeddings on",
+        releases=("4.57.6",),
+    ),
+    Fault(
+        "rope_scaling as a field",
+        replace(CONFIGURATION, "vocab_size=97,", "vocab_size=97,\n        rope_scaling=None,"),
+        "config code",
+        CONFIGURATION,
+        "rope_scaling is taken over",
+        "warning",
+    ),
+    Fault("another dtype", config(dtype="bfloat16"), "dtype", "dtype", "the weights are float32", "warning"),
 ]

@@ -228,4 +228,21 @@ MODELS = [
         "static caches go wrong",
         releases=("5.0.0",),
     ),
+    Fault(
+        "causal by default",
+        replace(LAYERS, "        self.is_causal = True\n", ""),
+        "attention",
+        LAYERS,
+        "does not say is_causal",
+        "warning",
+    ),
+    Fault(
+        "attention that cannot be switched",
+        replace("modeling_tinyone.py", "self.config._attn_implementation]", "self.config]"),
+        "attention switch",
+        "",
+        "set_attn_implementation changes nothing",
+        "warning",
+        base="single_file",
+    ),
 ]

@@ -149,24 +149,29 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         static_checks(tmp_path, releases=["latest"])
 
 
+KEYS = [
+    "auto_map",
+    "AutoConfig",
+    "AutoModel",
+    "architectures",
+    "model_type",
+    "to_dict",
+    "weight_map",
+    "metadata",
+    "tokenizer_class",
+    "chat_template",
+    "custom_pipelines",
+    "impl",
+    "text_config",
+    "_attn_implementation",
+    "files",
+]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | _KEYS, inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.sampled_from(KEYS), inner, max_size=4)
+    ),
     max_leaves=12,
-)
-_KEYS = st.sampled_from(
-    [*("auto_map", "AutoConfig", "AutoModel", "architectures", "model_type", "to_dict", "weight_map", "metadata")]
-    + [
-        *(
-            "tokenizer_class",
-            "chat_template",
-            "custom_pipelines",
-            "impl",
-            "text_config",
-            "_attn_implementation",
-            "files",
-        )
-    ]
 )
 TARGETS = ["config.json", "model.safetensors.index.json", "tokenizer_config.json", "manifest.json", MODELING, LAYERS]
 SETTINGS = settings(

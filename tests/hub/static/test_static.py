@@ -4,15 +4,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from edits import Fault
+from edits import Fault, module
 from faults_configs import CONFIGS
 from faults_files import FILES
 from faults_imports import IMPORTS
 from faults_models import MODELS
 from faults_trust import TRUST
 from hub.repos import KINDS
+from versions.test_versions import RELEASES, installed
 
 from mymodels.hub.static import CHECKS, static_checks
+from mymodels.hub.static.releases import Span, find_releases, lacking
+from mymodels.hub.static.symbols import GONE
 
 FAULTS = FILES + CONFIGS + IMPORTS + MODELS + TRUST
 OURS = ("mygpt2", "mybert")
@@ -39,8 +42,9 @@ def test_no_false_alarm(kind: str, healthy) -> None:
     assert list(dict.fromkeys(check.name for check in checks)) == list(CHECKS)
 
 
-def test_the_names_of_the_faults_are_different() -> None:
-    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 30
+def test_every_check_has_a_fault() -> None:
+    assert {fault.check for fault in FAULTS} == set(CHECKS)
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
@@ -56,3 +60,29 @@ def test_fault(fault: Fault, healthy, tmp_path: Path) -> None:
     assert {check.name for check in alarms if check.status == "failed"} == failed, alarms
     for check in alarms:
         assert check.what and check.remedy and "\n" not in check.what and str(folder) not in check.what, check
+
+
+def test_a_break_in_another_release_is_a_warning(healthy, tmp_path: Path) -> None:
+    """The same folder, judged by the releases that are asked for."""
+    folder = Path(shutil.copytree(healthy("multi_file"), tmp_path / "folder"))
+    module("from transformers.masking_utils import create_bidirectional_mask")(folder)
+    statuses = {}
+    for releases in (("4.57.6",), ("5.23.0",), ("5.0", "4.56")):
+        checks = static_checks(folder, releases=releases)
+        statuses[releases] = [check.status for check in checks if check.name == "transformers names"]
+    assert statuses == {("4.57.6",): ["failed"], ("5.23.0",): ["warning"], ("5.0", "4.56"): ["failed"]}
+
+
+@pytest.mark.versions
+def test_the_table_of_names_is_what_the_releases_have() -> None:
+    releases = find_releases([str(installed(name, companions)) for name, companions in RELEASES.items()])
+    for (place, name), span in GONE.items():
+        failing, _ = lacking(place, name, releases)
+        assert failing == [str(release) for release in releases if release.version in Span(*span)], (place, name)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", ["mygpt2", "mybert", "single_file", "multi_file"])
+def test_no_false_alarm_in_any_release(kind: str, healthy) -> None:
+    folders = [str(installed(name, companions)) for name, companions in RELEASES.items()]
+    assert [check for check in static_checks(healthy(kind), releases=folders) if check.status == "failed"] == []
