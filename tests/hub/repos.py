@@ -222,6 +222,47 @@ class {Name}ForCausalLM({Name}PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 '''
 
+TOKENIZATION = '''"""A tokenizer of characters."""
+
+import json
+import os
+
+from transformers import PreTrainedTokenizer
+
+
+class {Name}Tokenizer(PreTrainedTokenizer):
+    vocab_files_names = {{"vocab_file": "vocab.json"}}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab_file, **kwargs):
+        with open(vocab_file, encoding="utf-8") as file:
+            self.vocab = json.load(file)
+        self.characters = {{number: character for character, number in self.vocab.items()}}
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self):
+        return len(self.vocab)
+
+    def get_vocab(self):
+        return dict(self.vocab, **self.added_tokens_encoder)
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.vocab.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return self.characters.get(index, "?")
+
+    def save_vocabulary(self, save_directory, filename_prefix=None):
+        path = os.path.join(save_directory, (filename_prefix + "-" if filename_prefix else "") + "vocab.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.vocab, file)
+        return (path,)
+'''
+
 
 def make_mygpt2(folder: Path) -> Path:
     """Our GPT-2, sharded, with tokenizer, card and manifest."""
@@ -287,6 +328,22 @@ def make_multi_file(folder: Path) -> Path:
     files[f"modeling_{name}.py"] = MODELING.replace("\n\nMASK_ARG", siblings, 1)
     _custom(folder, name, files, f"configuration_{name}", tied=False)
     (folder / "requirements.txt").write_text("torch\ntransformers>=4.56\n")
+    return folder
+
+
+def make_with_tokenizer(folder: Path) -> Path:
+    """Custom code with a tokenizer of its own, which writes a file when it is saved."""
+    make_multi_file(folder)
+    (folder / "tokenization_tinymany.py").write_text(TOKENIZATION.format(Name="Tinymany"))
+    tokenizer = {
+        "auto_map": {"AutoTokenizer": ["tokenization_tinymany.TinymanyTokenizer", None]},
+        "eos_token": "!",
+        "pad_token": "?",
+        "tokenizer_class": "TinymanyTokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
+    vocab = {character: number for number, character in enumerate("?!abcdefghijklmnopqrstuvwxyz ")}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
     return folder
 
 

@@ -161,14 +161,16 @@ def init_data(folder: Folder) -> Iterator[Finding]:
         init = klass.method("__init__") if code.is_module(klass) else None
         if init is None:
             continue
-        linspace = "torch.linspace" in ast.unparse(init)  # newer releases make these on the CPU
+        sources = _loop_sources(init)
         for node in ast.walk(init):
             text, where = ast.unparse(node) if isinstance(node, (ast.Call, ast.Assign)) else "", klass.file.at(node)
             if not text or "cpu" in text:
                 continue  # made on the CPU on purpose: it has data
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _READS:
-                if not node.args and _is_tensor(klass, node.func.value):
-                    span = Span((5, 0), (5, 9)) if linspace else FROM_5
+                source = sources.get(ast.unparse(node.func.value), text)
+                if not node.args and "cpu" not in source and _is_tensor(klass, node.func.value, source):
+                    # newer releases make what linspace returns on the CPU
+                    span = Span((5, 0), (5, 9)) if "torch.linspace" in source else FROM_5
                     what = f"{klass.name}.__init__ calls .{node.func.attr}(), but it runs without data (on meta)"
                     yield Finding(judge(span, folder.releases), what, where, "compute the number with Python or math")
             elif isinstance(node, ast.Assign) and any(is_self(g) for g in node.targets) and _factory(klass, node.value):
@@ -195,10 +197,18 @@ def _factory(klass: Klass, node: ast.AST) -> bool:
     return isinstance(node, ast.Subscript) and _factory(klass, node.value)
 
 
-def _is_tensor(klass: Klass, node: ast.AST) -> bool:
-    """Whether `.item()` and the like are called on a tensor: anything but what is plainly not one (NumPy, a config)."""
+def _loop_sources(init: ast.AST) -> dict[str, str]:
+    """What each loop variable goes through, as text."""
+    loops = [node for node in ast.walk(init) if isinstance(node, (ast.comprehension, ast.For))]
+    return {ast.unparse(loop.target): ast.unparse(loop.iter) for loop in loops}
+
+
+def _is_tensor(klass: Klass, node: ast.AST, source: str) -> bool:
+    """Whether `.item()` and the like are called on a tensor: anything but what is plainly NumPy's or a config's."""
+    if re.search(r"\b(np|numpy|torch\.(Float|Long)?Tensor)\b", source):
+        return False  # `torch.Tensor(…)`, unlike `torch.tensor(…)`, is on the CPU whatever the default device
     names = {klass.file.dotted(n).split(".")[0] for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
-    return not names & {"np", "numpy", "config"} or "torch" in names
+    return "config" not in names or "torch" in names
 
 
 CHECKS = {"init weights": init_weights, "buffers": buffers, "data in __init__": init_data}

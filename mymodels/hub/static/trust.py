@@ -26,12 +26,15 @@ _PROCESS = re.compile(
     r"asyncio\.create_subprocess_\w+|commands|platform\.popen)(\.|$)"
 )
 _DYNAMIC = re.compile(
-    r"(builtins\.)?(eval|exec|compile|__import__|execfile)$|__builtins__|builtins\.__dict__|"
+    r"(builtins\.)?(eval|exec|compile|__import__|execfile)$|__builtins__|(os|builtins|sys)\.\*$|builtins\.__dict__|"
     r"(pickle|_pickle|cPickle|dill|cloudpickle|joblib|shelve|jsonpickle)\.(loads?|Unpickler|open|decode)$|pandas\.read_pickle$|"
     r"(marshal|ctypes|cffi|code|codeop|imp|runpy|zipimport)(\.|$)|types\.(FunctionType|CodeType|LambdaType)$|"
     r"importlib\.util\.(spec_from_file_location|module_from_spec)$|importlib\.machinery\.\w+Loader$|"
     r"torch\.(ops\.load_library|classes\.load_library|utils\.cpp_extension(\.\w+)?|jit\.load|package\.\w+)$|"
-    r"sys\.(settrace|setprofile|addaudithook)$"
+    r"sys\.(settrace|setprofile|addaudithook|modules)$"
+)
+_REACHES = re.compile(
+    r"(os|sys|builtins|subprocess|socket|ctypes|pickle|marshal|requests|urllib|shutil|pty|http)(\.|$)"
 )
 _BUILT_IN = {"eval", "exec", "compile", "__import__", "__builtins__", "execfile"}
 _FILES = re.compile(
@@ -153,9 +156,10 @@ def dynamic_code(folder: Folder) -> Iterator[Finding]:
                 what = f"{reader.file.name} lets YAML build objects, by {name}, {when}"
                 yield Finding(status, what, at(call), "use yaml.safe_load")
             elif name in ("importlib.import_module", "importlib.reload") and call.args:
-                known = isinstance(constant(call.args[0]), str)
-                what = f"{reader.file.name} imports what {'a text' if known else 'a variable'} names, {when}"
-                yield Finding("warning" if known or not live else "failed", what, at(call), "write the import out")
+                text = constant(call.args[0])
+                plain = isinstance(text, str) and not _REACHES.match(text)
+                what = f"{reader.file.name} imports {brief(text) if text else 'what a variable names'}, {when}"
+                yield Finding("warning" if plain else status, what, at(call), "write the import out")
             elif name in ("getattr", "setattr") and call.args:
                 if reader.file.dotted(call.args[0]) in ("builtins", "__builtins__", "os", "sys", "subprocess"):
                     what = f"{reader.file.name} reaches into {ast.unparse(call.args[0])} by {name}, {when}"
@@ -163,6 +167,10 @@ def dynamic_code(folder: Folder) -> Iterator[Finding]:
             elif name.endswith("from_pretrained") and constant(keywords.get("trust_remote_code")) is True:
                 what = f"{reader.file.name} loads other code with trust_remote_code=True, {when}"
                 yield Finding(status, what, at(call), "do not load it unless you trust that code too")
+        for node in ast.walk(reader.file.tree):
+            if isinstance(node, ast.Constant) and node.value in ("__builtins__", "__import__", "__subclasses__"):
+                what = f"{reader.file.name} reaches into Python's internals, by the text {node.value!r}"
+                yield Finding(status, what, at(node), "do not load it")
         for node, inside in reader.internals:
             what = f"{reader.file.name} reaches into Python's internals, by {node.attr}, {_moment(inside, live)}"
             yield Finding(status, what, at(node), "do not load it")

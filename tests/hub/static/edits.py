@@ -23,7 +23,7 @@ class Fault(NamedTuple):
     status: str = "failed"
     base: str = "multi_file"
     releases: tuple[str, ...] | None = None
-    also: tuple[str, ...] = ()  # checks that rightly warn of it too
+    also: tuple[str, ...] = ()  # other checks that rightly speak up
 
 
 def replace(file: str, old: str, new: str, folder: Path | None = None) -> Any:

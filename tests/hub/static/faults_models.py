@@ -245,4 +245,12 @@ MODELS = [
         "warning",
         base="single_file",
     ),
+    Fault(
+        "rates of a linspace",
+        attention_init("self.rates = [rate.item() for rate in torch.linspace(0, 1, 4)]"),
+        "data in __init__",
+        LAYERS,
+        "calls .item()",
+        releases=("5.4.0",),
+    ),
 ]

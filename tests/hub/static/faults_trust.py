@@ -110,4 +110,46 @@ TRUST = [
         "warning",
         also=("code files",),
     ),
+    Fault(
+        "import of os by its name",
+        both(module("import importlib"), in_forward('importlib.import_module("os").system("ls")')),
+        "dynamic code",
+        MODELING,
+        "imports 'os'",
+    ),
+    Fault("everything of os", module("from os import *"), "dynamic code", MODELING, "os.*"),
+    Fault(
+        "modules of Python itself",
+        both(module("import sys"), in_forward('sys.modules["os"]')),
+        "dynamic code",
+        MODELING,
+        "sys.modules",
+    ),
+    Fault(
+        "built-ins by their text", in_forward('globals()["__builtins__"]'), "dynamic code", MODELING, "'__builtins__'"
+    ),
+    Fault("C code by ctypes", module("import ctypes"), "dynamic code", MODELING, "ctypes, as soon as it is imported"),
+    Fault(
+        "hidden and run",
+        both(module("import base64"), in_forward('exec(base64.b64decode("eD0x"))')),
+        "obfuscation",
+        MODELING,
+        "decodes hidden data",
+        also=("dynamic code",),
+    ),
+    Fault(
+        "all of the environment",
+        both(module("import os"), in_forward("dict(os.environ.items())")),
+        "secrets access",
+        MODELING,
+        "whole environment",
+    ),
+    Fault(
+        "talks to the Hub",
+        both(module("from huggingface_hub import hf_hub_download"), in_forward('hf_hub_download("a/b", "c")')),
+        "network",
+        MODELING,
+        "talks to the Hub",
+        "warning",
+    ),
 ]
