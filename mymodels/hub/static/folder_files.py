@@ -8,7 +8,7 @@ import tarfile
 import unicodedata
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ...checkpoints import CheckpointError, check_checkpoint
@@ -140,75 +140,72 @@ _PICKLE_NAME = re.compile(r"\.(pkl|pickle|joblib|dill|bin|pt|pth|ckpt)$", re.IGN
 _HARMLESS = re.compile(
     r"collections OrderedDict|torch(\.storage)? \w*(Storage|Size|device)|torch\._utils _rebuild_\w+|torch \w+(8|16|32|64)|"
     r"numpy(\.\w+)* (_reconstruct|ndarray|dtype|scalar)|argparse Namespace|pathlib \w+|_codecs encode|"
-    r"torch\._tensor _rebuild_from_type_v2|torch\.serialization _get_layout|builtins (set|bytearray|complex)"
+    r"__torch__\S* \w+|torch\._tensor _rebuild_from_type_v2|torch\.serialization _get_layout|builtins (set|bytearray|complex)"
 )
 
 
 def pickles(folder: Folder) -> Iterator[Finding]:
     """Files that run code when they are unpickled; what they ask for is read from their instructions, not tried."""
     for name, path in folder.files.items():
-        data = _pickle_bytes(name, path)
-        if data is None:
-            continue
-        asked, broken = pickle_globals(data)
-        strange = sorted(entry for entry in asked if not _HARMLESS.fullmatch(entry))
-        if strange:
-            what = f"{name} is a pickle that calls {brief(strange[0].replace(' ', '.'))} when it is loaded"
-            yield Finding("failed", what, name, "do not load it; ask for safetensors")
-        elif not broken or asked:
-            what = f"{name} is a pickle, a format that can run code; this one asks for tensors and plain data only"
-            remedy = "convert it: mymodels convert FOLDER NEW_FOLDER"
-            yield Finding("warning", what, name, remedy)
+        for data in _pickle_bytes(name, path):
+            asked, broken = pickle_globals(data)
+            strange = sorted(entry for entry in asked if not _HARMLESS.fullmatch(entry))
+            if strange:
+                what = f"{name} is a pickle that calls {brief(strange[0].replace(' ', '.'))} when it is loaded"
+                yield Finding("failed", what, name, "do not load it; ask for safetensors")
+            elif broken and data.startswith(b"\x80"):
+                what = f"{name} begins like a pickle, but cannot be read to its end, so what it calls is unknown"
+                yield Finding("failed", what, name, "do not load it; ask for safetensors")
+            elif asked or not broken:
+                what = f"{name} is a pickle, a format that can run code; this one asks for tensors and plain data only"
+                yield Finding("warning", what, name, "convert it: mymodels convert FOLDER NEW_FOLDER")
 
 
-def _pickle_bytes(name: str, path: Path) -> bytes | None:
-    """The pickle in a file: its whole content, or `data.pkl` of torch's zip files."""
-    with path.open("rb") as file:
-        start = file.read(2)
-        if is_zip(path):
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    inner = next((m for m in archive.namelist() if PurePosixPath(m).name == "data.pkl"), None)
-                    if inner is None:
-                        return None
-                    with archive.open(inner) as member:
-                        return member.read(MAX_PICKLE_BYTES)
-            except Exception:  # `weights` and `archives` report it
-                return None
-        if (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")) or _PICKLE_NAME.search(name):
-            file.seek(0)
-            return file.read(MAX_PICKLE_BYTES)
-    return None
+def _pickle_bytes(name: str, path: Path) -> Iterator[bytes]:
+    """The pickles in a file: its whole content, or the `.pkl` members of torch's zip files."""
+    if is_zip(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.namelist()[:MAX_MEMBERS]:
+                    if member.endswith(".pkl"):
+                        with archive.open(member) as file:
+                            yield file.read(MAX_PICKLE_BYTES)
+        except Exception:  # zipfile raises what it comes across; `weights` and `archives` report it
+            return
+    else:
+        with path.open("rb") as file:
+            data = file.read(2)
+            if data in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or _PICKLE_NAME.search(name):
+                yield data + file.read(MAX_PICKLE_BYTES)
+
+
+_PUTS, _GETS = ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"), ("BINGET", "LONG_BINGET", "GET")
 
 
 def pickle_globals(data: bytes) -> tuple[set[str], bool]:
-    """The `module name` of everything a stream of pickles imports, and whether it ended before the end of a pickle."""
+    """The `module name` of everything a stream of pickles imports, and whether not even the first could be read."""
     asked: set[str] = set()
     stream = io.BytesIO(data)
     for number in range(5):  # torch's old format is five pickles, then raw data
-        texts: list[str] = []
+        pushed: list[str] = []  # the texts on top of the stack, as far as they were pushed one after the other
         memo: dict[Any, str] = {}
-        last = ""
         try:
             for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name in ("GLOBAL", "INST"):
-                    asked.add(str(argument))
-                elif opcode.name == "STACK_GLOBAL":
-                    asked.add(" ".join(texts[-2:]) if len(texts) > 1 else "something hidden")
-                elif opcode.name.startswith("EXT"):
-                    asked.add("copyreg extension")
-                elif opcode.name == "MEMOIZE":
-                    memo[len(memo)] = last
-                elif opcode.name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                    memo[argument] = last
-                elif opcode.name in ("BINGET", "LONG_BINGET", "GET") and argument in memo:
-                    last = memo[argument]
-                    texts.append(last)
-                if isinstance(argument, str) and "GET" not in opcode.name and "PUT" not in opcode.name:
-                    last = argument
-                    texts.append(last)
-                elif opcode.name not in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT") and "GET" not in opcode.name:
-                    last = ""
+                if opcode.name in _PUTS:
+                    memo[len(memo) if argument is None else argument] = pushed[-1] if pushed else ""
+                elif opcode.name in _GETS:
+                    pushed.append(memo.get(argument, ""))
+                elif opcode.name.endswith(("UNICODE", "STRING", "UNICODE8")) and isinstance(argument, str):
+                    pushed.append(argument)
+                elif opcode.name not in ("PROTO", "FRAME"):
+                    if opcode.name in ("GLOBAL", "INST"):
+                        asked.add(str(argument))
+                    elif opcode.name == "STACK_GLOBAL":
+                        plain = len(pushed) > 1 and all(pushed[-2:])
+                        asked.add(" ".join(pushed[-2:]) if plain else "something hidden")
+                    elif opcode.name.startswith("EXT"):
+                        asked.add("something registered")
+                    pushed.clear()
         except Exception:  # pickletools raises what it comes across
             return asked, number == 0
     return asked, False

@@ -148,4 +148,20 @@ CONFIGS = [
         "warning",
     ),
     Fault("another dtype", config(dtype="bfloat16"), "dtype", "dtype", "the weights are float32", "warning"),
+    Fault(
+        "no architectures",
+        config(architectures=None),
+        "architectures",
+        "architectures",
+        "which class was saved",
+        "warning",
+    ),
+    Fault(
+        "tokenizer class of transformers 5",
+        config("tokenizer_config.json", tokenizer_class="TokenizersBackend"),
+        "tokenizer",
+        "tokenizer_class",
+        "transformers 4 does not know",
+        "warning",
+    ),
 ]

@@ -56,6 +56,18 @@ def huge(file: str) -> Edit:
     return edit
 
 
+def disguised_pickle() -> bytes:
+    """`posix.system`, with the harmless `collections.OrderedDict` pushed and popped before it is looked up."""
+    text = lambda word: b"\x8c" + bytes([len(word)]) + word  # noqa: E731
+    return b"\x80\x04" + text(b"posix") + text(b"system") + text(b"collections") + text(b"OrderedDict") + b"00\x93."
+
+
+def memoised_pickle() -> bytes:
+    """`posix.system`, its two words fetched from the memo."""
+    text = lambda word: b"\x8c" + bytes([len(word)]) + word + b"\x94"  # noqa: E731
+    return b"\x80\x04" + text(b"system") + text(b"posix") + b"h\x01h\x00\x93."
+
+
 def torch_zip() -> bytes:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
@@ -160,4 +172,15 @@ FILES = [
         "SHA-256",
         base="mygpt2",
     ),
+    Fault("disguised pickle", write("extra.pkl", disguised_pickle()), "pickles", "extra.pkl", "something.hidden"),
+    Fault("memoised pickle", write("extra.pkl", memoised_pickle()), "pickles", "extra.pkl", "posix.system"),
+    Fault(
+        "registered extension", write("extra.pkl", b"\x80\x02\x82\x01."), "pickles", "extra.pkl", "something.registered"
+    ),
+    Fault(
+        "pickle without an end", write("extra.pkl", b"\x80\x04]"), "pickles", "extra.pkl", "cannot be read to its end"
+    ),
+    Fault("name that Windows cannot have", write("a:b.md", "x"), "file names", "a:b.md", "on Windows", "warning"),
+    Fault("damaged archive", write("data.tar.gz", b"no archive"), "archives", "data.tar.gz", "claims to be"),
+    Fault("card of 11 MB", write("README.md", "x\n" * 5_500_000), "file sizes", "README.md", "11.0 MB"),
 ]

@@ -5,6 +5,7 @@ from edits import (
     LAYERS,
     MODELING,
     Fault,
+    append,
     attention_init,
     both,
     config,
@@ -252,5 +253,49 @@ MODELS = [
         LAYERS,
         "calls .item()",
         releases=("5.4.0",),
+    ),
+    Fault(
+        "mask without positions",
+        in_forward("create_causal_mask(config=1, attention_mask=2)"),
+        "masks and caches",
+        MODELING,
+        "needs cache_position",
+        releases=("5.2.0",),
+    ),
+    Fault(
+        "positions in the signature",
+        replace(
+            MODELING,
+            "        use_cache=None,\n        **kwargs,",
+            "        use_cache=None,\n        cache_position=None,\n        **kwargs,",
+        ),
+        "masks and caches",
+        MODELING,
+        "names cache_position",
+        "warning",
+    ),
+    Fault(
+        "post_init of the parent only",
+        append(
+            MODELING,
+            "\n\nclass TinymanyForScoring(TinymanyModel):\n    def __init__(self, config):\n        super().__init__(config)\n"
+            "        self.score = nn.Linear(config.hidden_size, 1)\n",
+        ),
+        "post_init",
+        MODELING,
+        "after its parent's post_init()",
+        "warning",
+    ),
+    Fault(
+        "tied head without a name",
+        both(
+            replace(MODELING, "lm_head", "head"),
+            replace(MODELING, "def set_output_embeddings", "def put_output_embeddings"),
+            config(tie_word_embeddings=True),
+        ),
+        "tied weights",
+        MODELING,
+        "get_output_embeddings and set_output_embeddings",
+        "warning",
     ),
 ]

@@ -152,4 +152,25 @@ TRUST = [
         "talks to the Hub",
         "warning",
     ),
+    Fault(
+        "NumPy that unpickles",
+        both(module("import numpy as np"), in_forward('np.load("x", allow_pickle=True)')),
+        "dynamic code",
+        MODELING,
+        "numpy.load",
+    ),
+    Fault(
+        "YAML that builds objects",
+        both(module("import yaml"), in_forward('yaml.load("x", yaml.Loader)')),
+        "dynamic code",
+        MODELING,
+        "lets YAML build objects",
+    ),
+    Fault(
+        "code for generation",
+        write("custom_generate/generate.py", "import socket\n"),
+        "network",
+        "generate.py:1",
+        "as soon as it is imported",
+    ),
 ]

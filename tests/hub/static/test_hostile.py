@@ -142,6 +142,23 @@ def test_links_of_the_hub_cache_are_files(healthy: Path, tmp_path: Path) -> None
     assert [found for found in check(snapshot) if found.status in ("failed", "warning")] == []
 
 
+def test_a_check_that_cannot_go_on_has_failed(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def give_up(folder):
+        raise RecursionError("maximum recursion depth exceeded\nhere")
+        yield
+
+    monkeypatch.setitem(CHECKS, "attention", give_up)
+    found = [found for found in static_checks(healthy) if found.status == "failed"]
+    assert [one.name for one in found] == ["attention"]
+    assert found[0].what == "this check could not be finished: RecursionError maximum recursion depth exceeded"
+
+
+def test_too_many_files_are_not_looked_at(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mymodels.hub.static.folder.MAX_FILES", 5)
+    found = [found for found in check(healthy) if found.name == "file sizes"]
+    assert [one.status for one in found] == ["failed"] and "more than" in found[0].what
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="is no folder"):
         static_checks(tmp_path / "missing")
