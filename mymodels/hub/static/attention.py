@@ -51,13 +51,14 @@ def attention(folder: Folder) -> Iterator[Finding]:
     code = live_code(folder)
     gates = _gates(code)
     declared = [klass for klass in code.classes if constant(klass.value("_supports_attention_backend")) is True]
+    mentioned = {id(klass.node): _words(klass.node) for klass in code.classes}
     reaching: set[str] = set()
     past: list[Klass] = []
     for klass in code.classes:
         forward = klass.method("forward") if code.is_module(klass) else None
         if forward is None:
             continue
-        words = set().union(*(_words(member.node) for member in code.lineage(klass)))
+        words = set().union(*(mentioned[id(member.node)] for member in code.lineage(klass)))
         if words & gates:
             reaching.add(klass.name)
             if not _kwargs_passed(forward):

@@ -3,10 +3,12 @@
 import ast
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from .folder import CodeFile, Folder
+from .folder import MAX_CONFIG_BYTES, CodeFile, Folder
 
+MAX_CLASSES = 1000
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 # transformers' own classes that are modules without being models
 _TRANSFORMERS_MODULES = re.compile(
@@ -56,6 +58,8 @@ class Code:
             for node in ast.walk(file.tree)
             if isinstance(node, ast.ClassDef)
         ]
+        if len(self.classes) > MAX_CLASSES:
+            raise ValueError(f"{len(self.classes)} classes are more than any model has")
         self._by_name = {(klass.file.name, klass.name): klass for klass in self.classes}
         self._lineage = {id(klass.node): self._ancestors(klass) for klass in self.classes}
         self.parents = {id(base.node) for klass in self.classes for base in self.lineage(klass)[1:]}
@@ -76,7 +80,7 @@ class Code:
         return None
 
     def _ancestors(self, klass: Klass) -> tuple[list[Klass], set[str]]:
-        family, roots, waiting = [klass], set(), [klass]
+        family, roots, waiting, seen = [klass], set(), [klass], {id(klass.node)}
         while waiting:
             current = waiting.pop()
             for base in current.node.bases:
@@ -85,7 +89,8 @@ class Code:
                 found = self.find(current.file, dotted)
                 if found is None:
                     roots.add(dotted)
-                elif all(found.node is not known.node for known in family):
+                elif id(found.node) not in seen:
+                    seen.add(id(found.node))
                     family.append(found)
                     waiting.append(found)
         return family, roots
@@ -209,7 +214,14 @@ def entry_files(folder: Folder) -> list[str]:
     names = dict.fromkeys(f"{target.rpartition('.')[0]}.py" for target in targets)
     if "custom_generate/generate.py" in folder.files:
         names["custom_generate/generate.py"] = None
+    if any("/" in name and name.endswith("config.json") and _has_auto_map(file) for name, file in folder.files.items()):
+        names |= dict.fromkeys(folder.code)  # a model in a subfolder: which code it takes is not followed further
     return [name for name in names if name in folder.files]
+
+
+def _has_auto_map(file: Path) -> bool:
+    with file.open("rb") as handle:
+        return b"auto_map" in handle.read(MAX_CONFIG_BYTES)
 
 
 def siblings(file: CodeFile) -> list[tuple[str, ast.ImportFrom]]:

@@ -42,6 +42,13 @@ def config(folder: Folder) -> Iterator[Finding]:
         )
 
 
+def all_code(folder: Folder) -> Code:
+    """The classes of all files."""
+    if "all code" not in folder.memo:
+        folder.memo["all code"] = Code(folder)
+    return folder.memo["all code"]
+
+
 _AUTO = re.compile(
     r"(TF|Flax)?Auto(Config|Model|Tokenizer|Processor|ImageProcessor|FeatureExtractor|VideoProcessor)\w*"
 )
@@ -49,7 +56,7 @@ _AUTO = re.compile(
 
 def auto_map(folder: Folder) -> Iterator[Finding]:
     """Every entry leads to a class that is there, and the entries suffice to load the folder."""
-    code = Code(folder)
+    code = all_code(folder)
     for name in folder.values:
         value = folder.values[name].get("auto_map")
         if value is not None and not isinstance(value, dict):
@@ -136,7 +143,7 @@ def architectures(folder: Folder) -> Iterator[Finding]:
         yield Finding("failed", f"architectures is {brief(value)}, not a list of class names", where, "save again")
         return
     served = {reference.rpartition(".")[2] for name, _, reference in references(folder) if name == "config.json"}
-    code = Code(folder)
+    code = all_code(folder)
     defined = {klass.name for klass in code.classes}
     for name in value:
         if folder.auto_map and name in served:
@@ -241,7 +248,7 @@ def tokenizer(folder: Folder) -> Iterator[Finding]:
 
 def config_code(folder: Folder) -> Iterator[Finding]:
     """The config class: named, buildable without arguments, passing on what it does not know."""
-    code = Code(folder)
+    code = all_code(folder)
     klass = target(folder, code, "AutoConfig")
     if klass is None or not code.is_config(klass):
         return

@@ -14,7 +14,8 @@ from ...checkpoints.safetensors_files import parse_json
 from .releases import Release
 
 MAX_FILES = 20_000
-MAX_CODE_BYTES = 2_000_000
+MAX_CODE_BYTES = 1_000_000  # of one file, and of all together; transformers' longest model has 0.3 MB
+MAX_ALL_CODE_BYTES = 4_000_000
 MAX_CONFIG_BYTES = 10_000_000
 # JSON files that are read for what they say; others (vocabularies, results) are only looked through for secrets
 CONFIG_FILES = (
@@ -50,6 +51,7 @@ class CodeFile:
     text: str
     tree: ast.Module
     names: dict[str, str]  # local name → what it stands for: "nn" → "torch.nn", "MyConfig" → ".configuration.MyConfig"
+    others: dict[str, set[str]]  # local name → what it stands for elsewhere in the file, if it is imported twice
 
     def at(self, node: ast.AST) -> str:
         return f"{self.name}:{getattr(node, 'lineno', 1)}"
@@ -63,6 +65,17 @@ class CodeFile:
         if not isinstance(node, ast.Name):
             return ""
         return ".".join([self.names.get(node.id, node.id), *reversed(parts)])
+
+    def meanings(self, node: ast.AST) -> set[str]:
+        """All that `dotted` may be, for a name that is imported more than once."""
+        root = node
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        dotted = self.dotted(node)
+        if not isinstance(root, ast.Name):
+            return {dotted}
+        rest = dotted.removeprefix(self.names.get(root.id, root.id))
+        return {dotted, *(meaning + rest for meaning in self.others.get(root.id, ()))}
 
 
 @dataclass
@@ -80,6 +93,7 @@ class Folder:
         unparsed: those that could not, with the reason.
         releases: the transformers releases to judge by.
         problems: what `check_checkpoint` said, once it was asked.
+        memo: what one check has worked out and others need too, by name.
     """
 
     path: Path
@@ -93,6 +107,7 @@ class Folder:
     code: dict[str, CodeFile] = field(default_factory=dict)
     unparsed: dict[str, str] = field(default_factory=dict)
     problems: list[tuple[str, str]] | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -118,9 +133,11 @@ def read_folder(path: Path, releases: Sequence[Release] = ()) -> Folder:
                 folder.values[name] = _read_config(folder.files[name])
             except (CheckpointError, OSError) as error:
                 folder.invalid[name] = str(error)
+    left = MAX_ALL_CODE_BYTES
     for name, file in folder.files.items():
         if name.endswith(".py"):
-            parsed = parse_code(name, file)
+            left -= file.stat().st_size
+            parsed = parse_code(name, file) if left >= 0 else "there is more code than any model has"
             if isinstance(parsed, CodeFile):
                 folder.code[name] = parsed
             else:
@@ -182,7 +199,7 @@ def parse_code(name: str, file: Path) -> CodeFile | str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in an ordinary string and the like
             tree = ast.parse(text)
-        return CodeFile(name, text, tree, _imported_names(tree))
+        return CodeFile(name, text, tree, *_imported_names(tree))
     except UnicodeDecodeError:
         return "it is not UTF-8 text"
     except SyntaxError as error:
@@ -193,18 +210,21 @@ def parse_code(name: str, file: Path) -> CodeFile | str:
         return str(error)
 
 
-def _imported_names(tree: ast.Module) -> dict[str, str]:
+def _imported_names(tree: ast.Module) -> tuple[dict[str, str], dict[str, set[str]]]:
     names: dict[str, str] = {}
+    others: dict[str, set[str]] = {}
     for node in ast.walk(tree):
+        found: list[tuple[str, str]] = []
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                names[alias.asname or alias.name.split(".")[0]] = (
-                    alias.name if alias.asname else alias.name.split(".")[0]
-                )
+            tops = [(alias, alias.name.split(".")[0]) for alias in node.names]
+            found = [(alias.asname or top, alias.name if alias.asname else top) for alias, top in tops]
         elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                names[alias.asname or alias.name] = f"{'.' * node.level}{node.module or ''}.{alias.name}"
-    return names
+            module = f"{'.' * node.level}{node.module or ''}"
+            found = [(alias.asname or alias.name, f"{module}.{alias.name}") for alias in node.names]
+        for name, meaning in found:
+            if names.setdefault(name, meaning) != meaning:
+                others.setdefault(name, set()).add(meaning)
+    return names, others
 
 
 def strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -14,7 +14,9 @@ FROM_5 = Span((5, 0), (5, 99))
 
 def live_code(folder: Folder) -> Code:
     """The classes of the files that transformers loads."""
-    return Code(folder, reachable(folder))
+    if "live code" not in folder.memo:
+        folder.memo["live code"] = Code(folder, reachable(folder))
+    return folder.memo["live code"]
 
 
 def served(folder: Folder, code: Code) -> list[Klass]:

@@ -1,7 +1,7 @@
 """What a reader should see before trusting code: network, processes, files, code made at run time, hidden text.
 
-A name is followed through the file's imports (`from os import system as s`), not through variables: code that hides
-well enough is not found. What is found in code that transformers loads is `failed` if no model needs it; in a file that
+A name is followed through the file's imports (`from os import system as s`), not through variables (but a module that
+is put into one is told): code that hides well enough is not found. What is found in code that transformers loads is `failed` if no model needs it; in a file that
 nothing loads, and for plain file access, it is a `warning`.
 """
 
@@ -31,11 +31,12 @@ _DYNAMIC = re.compile(
     r"(marshal|ctypes|cffi|code|codeop|imp|runpy|zipimport)(\.|$)|types\.(FunctionType|CodeType|LambdaType)$|"
     r"importlib\.util\.(spec_from_file_location|module_from_spec)$|importlib\.machinery\.\w+Loader$|"
     r"torch\.(ops\.load_library|classes\.load_library|utils\.cpp_extension(\.\w+)?|jit\.load|package\.\w+)$|"
-    r"sys\.(settrace|setprofile|addaudithook|modules)$"
+    r"(os|sys|builtins|importlib|subprocess)\.__\w+__|sys\.(settrace|setprofile|addaudithook|modules)$"
 )
 _REACHES = re.compile(
     r"(os|sys|builtins|subprocess|socket|ctypes|pickle|marshal|requests|urllib|shutil|pty|http)(\.|$)"
 )
+_HANDLED = {"os", "sys", "builtins", "subprocess", "socket", "importlib", "shutil", "pickle", "marshal", "ctypes"}
 _BUILT_IN = {"eval", "exec", "compile", "__import__", "__builtins__", "execfile"}
 _FILES = re.compile(
     r"(os\.(remove|unlink|rename|renames|replace|makedirs|mkdir|rmdir|removedirs|chmod|chown|symlink|link|truncate|open)|"
@@ -64,6 +65,8 @@ class _Reader:
         self.uses: list[tuple[ast.AST, str, str]] = []
         self.calls: list[tuple[ast.Call, str, str]] = []
         self.internals: list[tuple[ast.Attribute, str]] = []
+        self.handed: list[tuple[ast.Name, str]] = []  # modules that are passed around like values
+        bases: set[int] = set()
         waiting: list[tuple[ast.AST, str]] = [(file.tree, "")]
         while waiting:
             node, inside = waiting.pop()
@@ -76,13 +79,15 @@ class _Reader:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 self.imports += [(node, f"{node.module}.{alias.name}", inside) for alias in node.names]
             elif isinstance(node, ast.Call):
-                self.calls.append((node, file.dotted(node.func), inside))
-            elif (
-                isinstance(node, (ast.Attribute, ast.Name))
-                and isinstance(node.ctx, ast.Load)
-                and _is_outside(file, node)
-            ):
-                self.uses.append((node, file.dotted(node), inside))
+                self.calls += [(node, name, inside) for name in sorted(file.meanings(node.func))]
+            elif isinstance(node, ast.Attribute):
+                bases.add(id(node.value))  # a node comes before its children
+                if _is_outside(file, node):
+                    self.uses += [(node, name, inside) for name in sorted(file.meanings(node))]
+            elif isinstance(node, ast.Name) and _is_outside(file, node):
+                self.uses += [(node, name, inside) for name in sorted(file.meanings(node))]
+                if id(node) not in bases and file.meanings(node) & _HANDLED:
+                    self.handed.append((node, inside))
             if isinstance(node, ast.Attribute) and node.attr in _DUNDERS:
                 self.internals.append((node, inside))
             waiting += [(child, inside) for child in ast.iter_child_nodes(node)]
@@ -96,9 +101,10 @@ def _is_outside(file: CodeFile, node: ast.AST) -> bool:
 
 
 def _files(folder: Folder) -> Iterator[tuple[_Reader, bool]]:
-    live = reachable(folder)
-    for name, file in sorted(folder.code.items()):
-        yield _Reader(file), name in live
+    if "readers" not in folder.memo:
+        live = reachable(folder)
+        folder.memo["readers"] = [(_Reader(file), name in live) for name, file in sorted(folder.code.items())]
+    yield from folder.memo["readers"]
 
 
 def _moment(inside: str, live: bool) -> str:
@@ -160,20 +166,19 @@ def dynamic_code(folder: Folder) -> Iterator[Finding]:
                 plain = isinstance(text, str) and not _REACHES.match(text)
                 what = f"{reader.file.name} imports {brief(text) if text else 'what a variable names'}, {when}"
                 yield Finding("warning" if plain else status, what, at(call), "write the import out")
-            elif name in ("getattr", "setattr") and call.args:
-                if reader.file.dotted(call.args[0]) in ("builtins", "__builtins__", "os", "sys", "subprocess"):
-                    what = f"{reader.file.name} reaches into {ast.unparse(call.args[0])} by {name}, {when}"
-                    yield Finding(status, what, at(call), "do not load it: plain code writes the name out")
             elif name.endswith("from_pretrained") and constant(keywords.get("trust_remote_code")) is True:
                 what = f"{reader.file.name} loads other code with trust_remote_code=True, {when}"
                 yield Finding(status, what, at(call), "do not load it unless you trust that code too")
+        for module, inside in reader.handed:
+            what = f"{reader.file.name} handles the module {module.id} as a value, {_moment(inside, live)}"
+            yield Finding(status, what, at(module), "do not load it: plain code writes out what it takes from a module")
         for node in ast.walk(reader.file.tree):
             if isinstance(node, ast.Constant) and node.value in ("__builtins__", "__import__", "__subclasses__"):
                 what = f"{reader.file.name} reaches into Python's internals, by the text {node.value!r}"
                 yield Finding(status, what, at(node), "do not load it")
-        for node, inside in reader.internals:
-            what = f"{reader.file.name} reaches into Python's internals, by {node.attr}, {_moment(inside, live)}"
-            yield Finding(status, what, at(node), "do not load it")
+        for attribute, inside in reader.internals:
+            what = f"{reader.file.name} reaches into Python's internals, by {attribute.attr}, {_moment(inside, live)}"
+            yield Finding(status, what, at(attribute), "do not load it")
 
 
 def file_access(folder: Folder) -> Iterator[Finding]:

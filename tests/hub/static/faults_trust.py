@@ -1,6 +1,6 @@
 """Code that nobody should trust unread."""
 
-from edits import MODELING, Fault, both, in_forward, module, replace, write
+from edits import MODELING, Fault, append, both, in_forward, module, replace, write
 
 TRUST = [
     Fault(
@@ -48,7 +48,7 @@ TRUST = [
         both(module("import builtins"), in_forward('getattr(builtins, "ev" + "al")("1")')),
         "dynamic code",
         MODELING,
-        "reaches into builtins by getattr",
+        "handles the module builtins as a value",
     ),
     Fault(
         "subclasses", in_forward("().__class__.__base__.__subclasses__()"), "dynamic code", MODELING, "__subclasses__"
@@ -172,5 +172,40 @@ TRUST = [
         "network",
         "generate.py:1",
         "as soon as it is imported",
+    ),
+    Fault(
+        "module in a variable",
+        both(module("import os"), in_forward('o = os; o.system("ls")')),
+        "dynamic code",
+        MODELING,
+        "handles the module os",
+    ),
+    Fault(
+        "table of a module",
+        both(module("import os"), in_forward('os.__dict__["system"]("ls")')),
+        "dynamic code",
+        MODELING,
+        "os.__dict__",
+    ),
+    Fault(
+        "name imported twice",
+        both(
+            module("import os"),
+            in_forward('os.system("ls")'),
+            append(MODELING, "\n\ndef unused():\n    from math import pi as os\n    return os\n"),
+        ),
+        "processes",
+        MODELING,
+        "os.system",
+        also=("dynamic code",),
+    ),
+    Fault(
+        "code of a model in a subfolder",
+        both(
+            write("part/config.json", '{"auto_map": {"AutoModel": "part.Part"}}'), write("part.py", "import socket\n")
+        ),
+        "network",
+        "part.py:1",
+        "socket, as soon as it is imported",
     ),
 ]
