@@ -139,8 +139,8 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, bool]]:
 _PICKLE_NAME = re.compile(r"\.(pkl|pickle|joblib|dill|bin|pt|pth|ckpt)$", re.IGNORECASE)
 _HARMLESS = re.compile(
     r"collections OrderedDict|torch(\.storage)? \w*(Storage|Size|device)|torch\._utils _rebuild_\w+|torch \w+(8|16|32|64)|"
-    r"numpy(\.\w+)* (_reconstruct|ndarray|dtype|scalar)|argparse Namespace|pathlib \w+|_codecs encode|"
-    r"__torch__\S* \w+|torch\._tensor _rebuild_from_type_v2|torch\.serialization _get_layout|builtins (set|bytearray|complex)"
+    r"numpy(\.\w+)* (_reconstruct|ndarray|dtype|scalar)|argparse Namespace|pathlib(\._local)? (Pure)?(Posix|Windows)?Path|_codecs encode|"
+    r"__torch__\S* \w+|torch\._tensor _rebuild_from_type_v2|torch\.serialization _get_layout|(builtins|__builtin__) (set|frozenset|bytearray|complex|int|float|slice|range)"
 )
 
 

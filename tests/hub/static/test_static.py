@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from edits import Fault, module
 from faults_configs import CONFIGS
 from faults_files import FILES
@@ -71,6 +72,17 @@ def test_a_break_in_another_release_is_a_warning(healthy, tmp_path: Path) -> Non
         checks = static_checks(folder, releases=releases)
         statuses[releases] = [check.status for check in checks if check.name == "transformers names"]
     assert statuses == {("4.57.6",): ["failed"], ("5.23.0",): ["warning"], ("5.0", "4.56"): ["failed"]}
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_plain_torch_files_are_a_warning_whole_modules_a_failure(new_format: bool, healthy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(healthy("stock_gpt2"), tmp_path / "folder"))
+    state = {"a": torch.ones(3, dtype=torch.bfloat16), "step": 3, "b": torch.nn.Parameter(torch.zeros(2))}
+    torch.save(state, folder / "extra.pt", _use_new_zipfile_serialization=new_format)
+    torch.save(torch.nn.Linear(2, 2), folder / "module.pt", _use_new_zipfile_serialization=new_format)
+    found = {check.where: check for check in static_checks(folder) if check.name == "pickles"}
+    assert found["extra.pt"].status == "warning"
+    assert found["module.pt"].status == "failed" and "torch.nn.modules.linear.Linear" in found["module.pt"].what
 
 
 @pytest.mark.versions
