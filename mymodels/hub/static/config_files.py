@@ -68,14 +68,15 @@ def auto_map(folder: Folder) -> Iterator[Finding]:
             continue
         repo, marked, local = reference.rpartition("--")
         if marked:
-            pinned = re.fullmatch(r"[0-9a-f]{40}", str(folder.values[name].get("code_revision", "")))
-            status = "warning" if pinned else "failed"
-            what = f"{auto} takes its code from another repo, {brief(repo)}" + (
-                ", where nothing here can check it"
+            sha = folder.values[name].get("code_revision")
+            pinned = isinstance(sha, str) and re.fullmatch(r"[0-9a-f]{40}", sha)
+            what = f"{auto} takes its code from another repo, {brief(repo)}, " + (
+                "and transformers leaves it to the reader to pass code_revision"
                 if pinned
-                else ", without a pinned code_revision: it may change any day"
+                else "without a pinned code_revision: it may change any day"
             )
-            yield Finding(status, what, where, f"copy the code here and write {brief(local)}")
+            remedy = f"copy the code here and write {brief(local)}"
+            yield Finding("warning" if pinned else "failed", what, where, remedy)
             continue
         parts = reference.split(".")
         if len(parts) != 2 or not all(part.isidentifier() for part in parts):

@@ -17,7 +17,7 @@ MAX_FILES = 20_000
 MAX_CODE_BYTES = 1_000_000  # of one file, and of all together; transformers' longest model has 0.3 MB
 MAX_ALL_CODE_BYTES = 4_000_000
 MAX_CONFIG_BYTES = 10_000_000
-# JSON files that are read for what they say; others (vocabularies, results) are only looked through for secrets
+# JSON files that are read for what they say; indexes are read with the weights, others only looked through for secrets
 CONFIG_FILES = (
     "config.json",
     "tokenizer_config.json",
@@ -29,8 +29,6 @@ CONFIG_FILES = (
     "video_preprocessor_config.json",
     "adapter_config.json",
     "quantize_config.json",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
 )
 
 

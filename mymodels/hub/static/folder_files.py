@@ -59,17 +59,15 @@ def links(folder: Folder) -> Iterator[Finding]:
 
 
 # Keys whose text some loader opens as a file
-_OPENED = re.compile(r"(_file|_files|_path|_dir|filename|weight_map|transformers_weights|chat_template_file)(\[|\.|$)")
+_OPENED = re.compile(r"(_file|_files|_path|_dir|filename|transformers_weights|chat_template_file)(\[|\.|$)")
 _PATH = re.compile(r"^(/|~|[A-Za-z]:[\\/]|\\\\|file:)|(^|[\\/])\.\.([\\/]|$)")
 # Parts of a config that hold tokens or templates: text of any form
 _TEXTS = re.compile(r"(^|\.)(\w*_tokens?|added_tokens_decoder|chat_template|\w*special_tokens\w*|id2label|label2id)\b")
 
 
 def paths(folder: Folder) -> Iterator[Finding]:
-    """Paths in configs that lead out of the folder: read by a loader, or left behind by whoever saved it."""
+    """Paths in configs that lead out of the folder: read by a loader, or left behind. (Those of indexes: `weights`.)"""
     for name, value in folder.values.items():
-        if name.endswith(".index.json"):
-            continue  # `weights` says it
         for key, text in strings(value):
             if (
                 key.startswith("auto_map")
