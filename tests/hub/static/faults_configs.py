@@ -164,4 +164,19 @@ CONFIGS = [
         "transformers 4 does not know",
         "warning",
     ),
+    Fault(
+        "tokenizer code missing",
+        config("tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_tiny.TinyTokenizer", None]}),
+        "auto_map",
+        "tokenizer_config.json: auto_map.AutoTokenizer",
+        "tokenization_tiny.py, which is not in the folder",
+    ),
+    Fault(
+        "a pipeline of its own",
+        config(custom_pipelines={"x": {"impl": "modeling_tinymany.P"}}),
+        "config keys",
+        "custom_pipelines",
+        "run by pipeline()",
+        "warning",
+    ),
 ]

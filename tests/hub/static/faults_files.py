@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from edits import (
     replace,
     write,
 )
+from safetensors.torch import load_file, save_file
 
 
 def zipped(file: str, *members: tuple[str, bytes]) -> Edit:
@@ -41,6 +43,16 @@ def tarred(file: str, link: str) -> Edit:
 class _Evil:
     def __reduce__(self) -> tuple:
         return os.system, ("true",)
+
+
+def nan_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def leftover_shard(folder: Path) -> None:
+    shutil.copy(folder / "model-00001-of-00004.safetensors", folder / "model-00001-of-00002.safetensors")
 
 
 def truncated(folder: Path) -> None:
@@ -183,4 +195,16 @@ FILES = [
     Fault("name that Windows cannot have", write("a:b.md", "x"), "file names", "a:b.md", "on Windows", "warning"),
     Fault("damaged archive", write("data.tar.gz", b"no archive"), "archives", "data.tar.gz", "claims to be"),
     Fault("card of 11 MB", write("README.md", "x\n" * 5_500_000), "file sizes", "README.md", "11.0 MB"),
+    Fault("NaN weights", nan_weights, "weights", "model.safetensors", "'model.norm.weight' has 1 NaN"),
+    Fault(
+        "shard of an older save", leftover_shard, "weights", "model-00001-of-00002", "not named by", base="stock_llama"
+    ),
+    Fault(
+        "two checkpoints",
+        lambda f: shutil.copy(f / "model-00001-of-00004.safetensors", f / "model.safetensors"),
+        "weights",
+        "model.safetensors",
+        "two checkpoints",
+        base="stock_llama",
+    ),
 ]
