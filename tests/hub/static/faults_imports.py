@@ -1,0 +1,112 @@
+"""Faults of what the code imports."""
+
+from edits import CONFIGURATION, LAYERS, MODELING, Fault, append, both, in_forward, module, prepend, replace, write
+
+IMPORTS = [
+    Fault("syntax error", append(LAYERS, "\ndef f(:\n"), "code files", LAYERS, "cannot be read as Python"),
+    Fault("null bytes", append(LAYERS, "\n#\0\n"), "code files", LAYERS, "null bytes"),
+    Fault("not text", write(CONFIGURATION, b"# \xff\xfe\n"), "code files", CONFIGURATION, "not UTF-8"),
+    Fault("too deep", module("x = " + "-" * 100_000 + "1"), "code files", MODELING, "nested too deeply"),
+    Fault("code nobody loads", write("old.py", "x = 1\n"), "code files", "old.py", "never loads it", "warning"),
+    Fault(
+        "sibling missing", module("from .helpers import x"), "relative imports", MODELING, "helpers.py, which is not"
+    ),
+    Fault(
+        "sibling missing inside try",
+        module("try:\n    from .helpers import x\nexcept ImportError:\n    x = None"),
+        "relative imports",
+        MODELING,
+        "helpers.py",
+    ),
+    Fault(
+        "from . import",
+        module("from . import layers_tinymany"),
+        "relative imports",
+        MODELING,
+        "works nowhere but on your",
+    ),
+    Fault("subpackage", module("from .sub.part import x"), "relative imports", MODELING, ".sub.part"),
+    Fault("package above", module("from ..part import x"), "relative imports", MODELING, "`from ..part import x`"),
+    Fault(
+        "sibling as a top-level module",
+        replace(MODELING, "from .layers_tinymany import", "from layers_tinymany import"),
+        "relative imports",
+        MODELING,
+        "on your machine only",
+        also=("code files",),
+    ),
+    Fault(
+        "import in a text",
+        module('USAGE = """\nfrom .example import Model\n"""'),
+        "relative imports",
+        MODELING,
+        "takes this text",
+    ),
+    Fault(
+        "import not at the start of a line",
+        replace(MODELING, "from .layers_tinymany import", "x = 1; from .layers_tinymany import"),
+        "relative imports",
+        MODELING,
+        "does not see the import",
+    ),
+    Fault(
+        "second-level import",
+        both(write("helpers.py", "x = 1\n"), prepend(LAYERS, "from .helpers import x\n")),
+        "relative imports",
+        f"{MODELING}:1",
+        "needs helpers.py through layers_tinymany.py",
+        releases=("5.4.0",),
+    ),
+    Fault(
+        "undeclared package",
+        module("import xformers"),
+        "other imports",
+        MODELING,
+        "needs the package xformers",
+        "warning",
+    ),
+    Fault(
+        "removed name",
+        module("from transformers.utils import is_torch_fx_available"),
+        "transformers names",
+        MODELING,
+        "is_torch_fx_available of transformers.utils does not exist",
+    ),
+    Fault(
+        "removed module",
+        module("from transformers.onnx import OnnxConfig"),
+        "transformers names",
+        MODELING,
+        "OnnxConfig of transformers.onnx does not exist",
+    ),
+    Fault(
+        "name not there yet",
+        module("from transformers.masking_utils import create_bidirectional_mask"),
+        "transformers names",
+        MODELING,
+        "does not exist under transformers 4.57",
+        releases=("4.57.6", "5.0.0"),
+    ),
+    Fault(
+        "private name",
+        module("from transformers.modeling_utils import _get_tied_weight_keys"),
+        "transformers names",
+        MODELING,
+        "private",
+        "warning",
+    ),
+    Fault(
+        "old cache method",
+        in_forward("past_key_values.get_usable_length(1)"),
+        "transformers names",
+        MODELING,
+        "get_usable_length",
+    ),
+    Fault(
+        "old cache class",
+        in_forward("past_key_values = DynamicCache.from_legacy_cache(past_key_values)"),
+        "transformers names",
+        MODELING,
+        "from_legacy_cache",
+    ),
+]

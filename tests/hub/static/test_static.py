@@ -1,0 +1,100 @@
+"""Static checks: every fault is found and named, alone; healthy folders raise no alarm; nothing ever raises."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from edits import Fault, module
+from faults_configs import CONFIGS
+from faults_files import FILES
+from faults_imports import IMPORTS
+from faults_models import MODELS
+from faults_trust import TRUST
+from hub.repos import KINDS
+from versions.test_versions import RELEASES, installed
+
+from mymodels.hub.static import CHECKS, static_checks
+from mymodels.hub.static.releases import Span, find_releases, lacking
+from mymodels.hub.static.symbols import GONE
+
+FAULTS = FILES + CONFIGS + IMPORTS + MODELS + TRUST
+OURS = ("mygpt2", "mybert")
+
+
+@pytest.fixture(scope="session")
+def healthy(tmp_path_factory: pytest.TempPathFactory):
+    """The healthy folder of a kind, made once."""
+    root, made = tmp_path_factory.mktemp("healthy"), {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = KINDS[kind](root / kind)
+        return made[kind]
+
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_false_alarm(kind: str, healthy) -> None:
+    checks = static_checks(healthy(kind))
+    assert [check for check in checks if check.status == "failed"] == []
+    assert kind not in OURS or {check.status for check in checks} == {"ok"}
+    assert list(dict.fromkeys(check.name for check in checks)) == list(CHECKS)
+
+
+def test_every_check_has_a_fault() -> None:
+    assert {fault.check for fault in FAULTS} == set(CHECKS)
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_fault(fault: Fault, healthy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(healthy(fault.base), tmp_path / "folder"))
+    fault.edit(folder)
+    checks = static_checks(folder, releases=fault.releases)
+    alarms = [check for check in checks if check.status in ("failed", "warning")]
+    found = [check for check in alarms if check.name == fault.check and check.status == fault.status]
+    assert any(fault.where in check.where and fault.what in check.what for check in found), alarms
+    assert {check.name for check in alarms} - set(fault.also) == {fault.check}, alarms
+    failed = {fault.check} if fault.status == "failed" else set()
+    assert {check.name for check in alarms if check.status == "failed"} - set(fault.also) == failed, alarms
+    for check in alarms:
+        assert check.what and check.remedy and "\n" not in check.what and str(folder) not in check.what, check
+
+
+def test_a_break_in_another_release_is_a_warning(healthy, tmp_path: Path) -> None:
+    """The same folder, judged by the releases that are asked for."""
+    folder = Path(shutil.copytree(healthy("multi_file"), tmp_path / "folder"))
+    module("from transformers.masking_utils import create_bidirectional_mask")(folder)
+    statuses = {}
+    for releases in (("4.57.6",), ("5.23.0",), ("5.0", "4.56")):
+        checks = static_checks(folder, releases=releases)
+        statuses[releases] = [check.status for check in checks if check.name == "transformers names"]
+    assert statuses == {("4.57.6",): ["failed"], ("5.23.0",): ["warning"], ("5.0", "4.56"): ["failed"]}
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_plain_torch_files_are_a_warning_whole_modules_a_failure(new_format: bool, healthy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(healthy("stock_gpt2"), tmp_path / "folder"))
+    state = {"a": torch.ones(3, dtype=torch.bfloat16), "step": 3, "b": torch.nn.Parameter(torch.zeros(2))}
+    torch.save(state, folder / "extra.pt", _use_new_zipfile_serialization=new_format)
+    torch.save(torch.nn.Linear(2, 2), folder / "module.pt", _use_new_zipfile_serialization=new_format)
+    found = {check.where: check for check in static_checks(folder) if check.name == "pickles"}
+    assert found["extra.pt"].status == "warning"
+    assert found["module.pt"].status == "failed" and "torch.nn.modules.linear.Linear" in found["module.pt"].what
+
+
+@pytest.mark.versions
+def test_the_table_of_names_is_what_the_releases_have() -> None:
+    releases = find_releases([str(installed(name, companions)) for name, companions in RELEASES.items()])
+    for (place, name), span in GONE.items():
+        failing, _ = lacking(place, name, releases)
+        assert failing == [str(release) for release in releases if release.version in Span(*span)], (place, name)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", ["mygpt2", "mybert", "single_file", "multi_file"])
+def test_no_false_alarm_in_any_release(kind: str, healthy) -> None:
+    folders = [str(installed(name, companions)) for name, companions in RELEASES.items()]
+    assert [check for check in static_checks(healthy(kind), releases=folders) if check.status == "failed"] == []
