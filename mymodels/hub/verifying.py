@@ -14,6 +14,7 @@ from .golden import GOLDEN, read_golden, recorded
 from .judging import DYNAMIC, judge
 from .releases import Release, install, resolve
 from .serving import serving_checks
+from .static import static_checks
 
 FULL = ["outputs", "other classes", "reload", "placement", "workers", "parallel load", "facts", "export"]
 QUICK = ["outputs", "other classes", "reload", "placement", "facts"]
@@ -107,7 +108,9 @@ def verify(
     """
     wanted: Sequence[Release | None] = resolve(releases) if releases else [None]
     folder = locate(path, revision=revision, token=token)
-    result = Verification(str(path), _static(folder, [r.transformers for r in wanted if r]), {}, [])
+    result = Verification(
+        str(path), static_checks(folder, releases=[r.transformers for r in wanted if r] or None), {}, []
+    )
     if not execute:
         return result
     try:
@@ -132,14 +135,6 @@ def verify(
                 how = {"classes": about["classes"], "custom_code": bool(about["auto_map"])}
                 result.serving[:] = serving_checks(run.one("facts"), export=run.one("export"), **how)  # of the newest
     return result
-
-
-def _static(folder: Path, releases: list[str]) -> list[Check]:
-    try:
-        from .static import static_checks
-    except ImportError:
-        return []
-    return static_checks(folder, releases=releases or None)
 
 
 def _golden(

@@ -80,7 +80,9 @@ def open_source(
         raise CheckpointError(
             f"a {type(source).__name__} is no source: pass a path, a Hub repo's id, a model or a state dict"
         )
-    elif not isinstance(source, Checkpoint) and any(isinstance(value, Mapping) for value in source.values()):  # a training checkpoint, loaded
+    elif not isinstance(source, Checkpoint) and any(
+        isinstance(value, Mapping) for value in source.values()
+    ):  # a training checkpoint, loaded
         source, folder = nested_checkpoint(Path(where), "training checkpoint", source, ""), Path(os.devnull)
     if isinstance(source, Checkpoint):
         where = str(source.path) if where == "the source" else where
