@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from repos import code, tiny_repo
+from faults import code
+from repos import tiny_repo
 from rich.console import Console
 from safetensors.torch import save_file
 

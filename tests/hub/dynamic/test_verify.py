@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from repos import FAULTS, code, stock, tiny_repo
+from faults import FAULTS, code
+from repos import stock, tiny_repo
 
 from mymodels.hub import record_golden, verify
 from mymodels.hub.testing import check_repo, failures

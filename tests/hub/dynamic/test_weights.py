@@ -28,7 +28,7 @@ def event(**changes) -> dict:
     tensors |= changes.pop("more", {})
     tie = {"wanted": True, "tied": True, "head": ["lm_head.weight"]}
     standard = {"loaded": "AutoModelForCausalLM", "prefix": "model", "tensors": tensors, "tie": tie}
-    return {**standard, "missing": [], "unexpected": [], "mismatched": [], **changes}
+    return {**standard, "missing": [], "unexpected": [], "mismatched": [], "kept_wide": [], **changes}
 
 
 @pytest.fixture(scope="module")
