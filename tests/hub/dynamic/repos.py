@@ -206,6 +206,27 @@ def stock(folder: Path, name: str) -> Path:
             transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
         ).bfloat16(),
         "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**t5, decoder_start_token_id=0)),
+        "whisper": lambda: transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(
+                vocab_size=97,
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_source_positions=50,
+                max_target_positions=32,
+                num_mel_bins=8,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=3,
+                suppress_tokens=None,
+                begin_suppress_tokens=None,
+            )
+        ),
         "vit": lambda: transformers.ViTForImageClassification(
             transformers.ViTConfig(
                 hidden_size=32,
