@@ -167,13 +167,18 @@ def load_in_clean_process(
         return report, load_file(run.scratch / "outputs.safetensors")
 
 
+def plain(text: str) -> str:
+    """Text of the folder's own making, harmless to a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", str(text))[:1000]
+
+
 def why(run: CleanRun) -> str:
     """Why a run did not get to its end, in words."""
     for event in reversed(run.events):
         if "ended" in event:
             place = f" ({event['where']})" if event["where"] else ""
-            return f"it {event['how']}: {event['last']}{place}" if event["last"] else f"it {event['how']}{place}"
-    return run.failure or "it reported nothing"
+            return plain(f"it {event['how']}: {event['last']}{place}" if event["last"] else f"it {event['how']}{place}")
+    return plain(run.failure) or "it reported nothing"
 
 
 def _copy(source: Path, parent: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.opening import locate
 from .checks import Check
-from .clean_process import TIME_LIMIT, clean_process, describe_folder
+from .clean_process import TIME_LIMIT, clean_process, describe_folder, plain
 from .golden import GOLDEN, read_golden, recorded
 from .judging import DYNAMIC, judge
 from .releases import Release, install, resolve
@@ -130,7 +130,8 @@ def verify(
                     checks = sorted([*checks, problem], key=lambda check: list(DYNAMIC).index(check.name))
                 result.runs[release.transformers if release else str(installed or "installed")] = checks
                 how = {"classes": about["classes"], "custom_code": bool(about["auto_map"])}
-                result.serving[:] = serving_checks(run.one("facts"), export=run.one("export"), **how)  # of the newest
+                serving = serving_checks(run.one("facts"), export=run.one("export"), **how)
+                result.serving[:] = [check._replace(what=plain(check.what)) for check in serving]  # of the newest
     return result
 
 
