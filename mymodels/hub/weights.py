@@ -94,8 +94,9 @@ def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[st
         what = f"not what is in the files, overwritten or initialised anew after loading: {_names(changed)}"
         problems.append(("failed", what, INIT))
 
-    known = {tensors[name]["digest"] for name, _ in found}
-    new = [name for name, home in homes.items() if home is None and tensors[name]["digest"] not in known]
+    unfound = [name for name, home in homes.items() if home is None]  # tied to another, or renamed by the library
+    known = {files.digest(name) for name in files.checkpoint} if unfound else set()
+    new = [name for name in unfound if tensors[name]["digest"] not in known]
     if new and set(files.checkpoint) - set(homes.values()) - set(loaded["unexpected"]):
         what = f"transformers converts tensors of the files on loading, so these cannot be compared: {_names(new)}"
         problems.append(("warning", what, ""))

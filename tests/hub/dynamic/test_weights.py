@@ -99,6 +99,12 @@ def test_tensors_that_the_library_converts_are_not_called_wrong(files: Files) ->
     assert first.status == "warning" and "converts tensors of the files on loading" in first.what
 
 
+def test_tensors_that_the_library_renames_are_found_by_their_bytes(files: Files) -> None:
+    loaded = event(more={"model.first_norm": event()["tensors"][NORM]})
+    del loaded["tensors"][NORM]
+    assert compare_weights(loaded, files, True)[0].status == "ok"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.float8_e4m3fn])
 def test_a_digest_is_of_the_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
     tensor = torch.arange(6).reshape(2, 3).to(dtype)
