@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +85,8 @@ def verify(
         path: a folder, or the id of a Hub repo.
         revision: branch, tag or commit of a Hub repo.
         token: as in `huggingface_hub`.
-        releases: transformers releases to run under, as `releases.resolve` takes them, each installed on first use;
-            none: the installed one.
+        releases: transformers releases to run under, as `releases.resolve` takes them; other than the installed one,
+            each is installed on first use into `cache_dir`. None: the installed one.
         execute: if false, no code of the folder runs.
         quick: leave out what takes longest: worker processes, loading in parallel, export.
         time_limit: seconds for each stage of a clean process.
@@ -120,7 +121,8 @@ def verify(
     with contextlib.ExitStack() as stack:
         golden, problem = _golden(folder, stack, limits, agree=len(wanted) > 1)
         for release in wanted:
-            place = install(release, cache_dir) if release else None
+            other = release if release and release.transformers != version("transformers") else None
+            place = install(other, cache_dir) if other else None
             methods = ["fork", "spawn"]
             with clean_process(folder, stages, release=place, golden=golden, worker_methods=methods, **limits) as run:
                 versions = run.one("versions")

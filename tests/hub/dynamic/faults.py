@@ -188,6 +188,7 @@ FAULTS: dict[str, Fault] = {
     "class that is not there": Fault(
         auto_map_with(AutoModelForCausalLM="modeling_tiny.TinyForCausalLMs"), "load", "TinyForCausalLMs"
     ),
+    "leaves": Fault(code(before="import os\n\nos._exit(0)\n"), "load", r"left in the middle, as by os\._exit"),
     "hangs": Fault(
         code(before="import time\n\nwhile True:\n    time.sleep(0.1)\n"),
         "load",
