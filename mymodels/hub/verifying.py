@@ -90,7 +90,7 @@ def verify(
         execute: if false, no code of the folder runs.
         quick: leave out what takes longest: worker processes, loading in parallel, export.
         time_limit: seconds for each stage of a clean process.
-        memory_limit: bytes for each process; default 4 GB and six times the weights.
+        memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         cache_dir: where releases are installed, see `releases.install`.
 
     Returns:
