@@ -337,6 +337,16 @@ FAULTS: dict[str, Fault] = {
         "",
         FULL,
     ),
+    "forked worker": Fault(
+        code(
+            (_EMBED, '        assert not FORKED, "the handle did not survive the fork"\n' + _EMBED),
+            before="import os\nFORKED = []\nos.register_at_fork(after_in_child=lambda: FORKED.append(1))\n",
+        ),
+        "forked worker",
+        "AssertionError",
+        "",
+        FULL,
+    ),
     "spawned worker": Fault(
         code(
             (
