@@ -28,6 +28,7 @@ from ..checkpoints.safetensors_files import inside, read_json
 SCRIPT = Path(__file__).parent / "clean" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
 _STARTING = 120.0  # seconds, for a machine that is busy: Python and the libraries
+_A_DAY = 86_400.0
 _COPIED = 10_000_000  # bytes; larger files are linked
 _KEPT = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
 
@@ -70,7 +71,7 @@ def clean_process(
         stages: names of stages.
         release: a folder with another transformers release, see `releases.install`.
         time_limit: seconds for each stage.
-        memory_limit: bytes for each process; default 4 GB and six times the weights.
+        memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         golden: a golden file to compare with.
         job: more that the stages want.
 
@@ -93,7 +94,8 @@ def clean_process(
                 "stages": stages,
                 **job,
             }
-            everything["memory_limit"] = memory_limit or 4 * 10**9 + 6 * everything["weights_size"]
+            default = 4 * 10**9 + 6 * everything["weights_size"]
+            everything["memory_limit"] = default if memory_limit is None else memory_limit
             (scratch / "events.jsonl").touch()
             (scratch / "job.json").write_text(json.dumps(everything), encoding="utf-8")
             failure = _run(scratch, _STARTING + time_limit * len(stages))
@@ -160,11 +162,16 @@ def load_in_clean_process(
         RuntimeError: the process failed; the message says why.
     """
     how: dict[str, Any] = {"texts": texts, "prompt": prompt, "max_new_tokens": max_new_tokens, "device_map": device_map}
-    with clean_process(path, ["texts"], classes=auto_classes, **how) as run:
+    with clean_process(path, ["texts"], time_limit=_A_DAY, memory_limit=0, classes=auto_classes, **how) as run:
         if not (run.scratch / "report.json").exists():
             raise RuntimeError(f"{path} did not load in a clean process: {why(run)}")
         report = json.loads((run.scratch / "report.json").read_text(encoding="utf-8"))
         return report, load_file(run.scratch / "outputs.safetensors")
+
+
+def plain(text: str) -> str:
+    """Text of the folder's own making, harmless to a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", str(text))[:1000]
 
 
 def why(run: CleanRun) -> str:
@@ -172,8 +179,8 @@ def why(run: CleanRun) -> str:
     for event in reversed(run.events):
         if "ended" in event:
             place = f" ({event['where']})" if event["where"] else ""
-            return f"it {event['how']}: {event['last']}{place}" if event["last"] else f"it {event['how']}{place}"
-    return run.failure or "it reported nothing"
+            return plain(f"it {event['how']}: {event['last']}{place}" if event["last"] else f"it {event['how']}{place}")
+    return plain(run.failure) or "it reported nothing"
 
 
 def _copy(source: Path, parent: Path) -> Path:

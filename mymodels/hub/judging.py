@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.checkpoint import CheckpointError
-from .checks import Check
-from .clean_process import CleanRun, why
+from .checks import STATUSES, Check
+from .clean_process import CleanRun, plain, why
 from .weights import Files, compare_weights
 
 # every check of a clean process, in the order it is shown, and what to do when it fails
@@ -57,7 +57,7 @@ def judge(run: CleanRun, folder: Path, main: str) -> list[Check]:
     try:
         checks = _outcomes(run) + _weights(run, folder, main)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # the folder's own code can write events too
-        what = f"its report makes no sense ({type(error).__name__}: {str(error)[:100]})"
+        what = f"its report makes no sense ({type(error).__name__}: {plain(str(error))[:100]})"
         return [
             Check("clean process", "failed", what, "", "do not trust this folder's code: it meddled with the report")
         ]
@@ -66,6 +66,7 @@ def judge(run: CleanRun, folder: Path, main: str) -> list[Check]:
     elif not checks:
         checks.append(_failed("clean process", "it reported nothing", ""))
     order = list(DYNAMIC)
+    checks = [check._replace(what=plain(check.what), where=plain(check.where)) for check in checks]
     return sorted(_without_consequences(checks), key=lambda check: order.index(check.name))
 
 
@@ -81,6 +82,8 @@ def _outcomes(run: CleanRun) -> list[Check]:
         if "begin" in event:
             begun = event["begin"], event["where"]
         elif "check" in event:
+            if event["check"] not in DYNAMIC or event["status"] not in STATUSES:
+                raise ValueError(f"{event['check']} is {event['status']}")
             remedy = DYNAMIC[event["check"]] if event["status"] == "failed" else ""
             checks.append(Check(event["check"], event["status"], event["what"], event["where"], remedy))
             begun = None

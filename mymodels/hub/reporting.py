@@ -88,6 +88,7 @@ def write_matrix(verification: Verification, folder: str | os.PathLike) -> Path:
     releases, rows = matrix(verification)
     lines = [
         _START,
+        "",
         "## Verified under these transformers releases",
         "",
         f"{_SIGNS['ok']} holds, {_SIGNS['failed']} fails, {_SIGNS['warning']} see `mymodels verify`, "
@@ -96,6 +97,7 @@ def write_matrix(verification: Verification, folder: str | os.PathLike) -> Path:
         f"| check | {' | '.join(releases)} |",
         f"|---|{'---|' * len(releases)}",
         *(f"| {' | '.join(row)} |" for row in rows),
+        "",
         _END,
     ]
     text = card.read_text(encoding="utf-8")

@@ -102,8 +102,13 @@ def serving_checks(facts: Facts | None, *, classes: list[str], custom_code: bool
     Returns:
         One check for each engine or tool, `"ok"` for ready, `"warning"` for what is in the way, or `"skipped"`.
     """
-    if not isinstance(facts, dict):
+    try:
+        return _judge(dict(facts or {}), classes, custom_code, export)
+    except (KeyError, TypeError, ValueError, AttributeError):  # none, or made up by the folder's own code
         return [Check(name, "skipped", "the model's structure could not be read") for name, _, _ in READINESS]
+
+
+def _judge(facts: Facts, classes: list[str], custom_code: bool, export: str | None) -> list[Check]:
     facts = {
         **facts,
         "auto_model": "AutoModel" in classes,

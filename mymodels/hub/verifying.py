@@ -3,13 +3,14 @@
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.opening import locate
 from .checks import Check
-from .clean_process import TIME_LIMIT, clean_process, describe_folder
+from .clean_process import TIME_LIMIT, clean_process, describe_folder, plain
 from .golden import GOLDEN, read_golden, recorded
 from .judging import DYNAMIC, judge
 from .releases import Release, install, resolve
@@ -85,12 +86,12 @@ def verify(
         path: a folder, or the id of a Hub repo.
         revision: branch, tag or commit of a Hub repo.
         token: as in `huggingface_hub`.
-        releases: transformers releases to run under, as `releases.resolve` takes them, each installed on first use;
-            none: the installed one.
+        releases: transformers releases to run under, as `releases.resolve` takes them; other than the installed one,
+            each is installed on first use into `cache_dir`. None: the installed one.
         execute: if false, no code of the folder runs.
         quick: leave out what takes longest: worker processes, loading in parallel, export.
         time_limit: seconds for each stage of a clean process.
-        memory_limit: bytes for each process; default 4 GB and six times the weights.
+        memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         cache_dir: where releases are installed, see `releases.install`.
 
     Returns:
@@ -123,7 +124,8 @@ def verify(
     with contextlib.ExitStack() as stack:
         golden, problem = _golden(folder, stack, limits, agree=len(wanted) > 1)
         for release in wanted:
-            place = install(release, cache_dir) if release else None
+            other = release if release and release.transformers != version("transformers") else None
+            place = install(other, cache_dir) if other else None
             methods = ["fork", "spawn"]
             with clean_process(folder, stages, release=place, golden=golden, worker_methods=methods, **limits) as run:
                 versions = run.one("versions")
@@ -133,7 +135,8 @@ def verify(
                     checks = sorted([*checks, problem], key=lambda check: list(DYNAMIC).index(check.name))
                 result.runs[release.transformers if release else str(installed or "installed")] = checks
                 how = {"classes": about["classes"], "custom_code": bool(about["auto_map"])}
-                result.serving[:] = serving_checks(run.one("facts"), export=run.one("export"), **how)  # of the newest
+                serving = serving_checks(run.one("facts"), export=run.one("export"), **how)
+                result.serving[:] = [check._replace(what=plain(check.what)) for check in serving]  # of the newest
     return result
 
 

@@ -1,9 +1,7 @@
 """Are the weights that a process loaded the ones in the files? Judged outside of that process, by digests."""
 
-from collections import Counter
+import re
 from typing import Any
-
-import torch
 
 from ..checkpoints import Checkpoint
 from .checks import Check
@@ -65,12 +63,11 @@ def _names(names: list[str]) -> str:
 
 
 def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[str, str, str]]:
-    tensors, prefix = loaded["tensors"], loaded["prefix"]
-    missing = set(loaded["missing"])
-    tie = loaded["tie"]
-    untied = tie["head"] if tie and tie["wanted"] and not tie["tied"] else []  # is told by the check "tied"
+    """Status, what, and remedy of everything that is not as in the files."""
+    tensors, missing, tie = loaded["tensors"], set(loaded["missing"]), loaded["tie"]
+    untied = set(tie["head"]) if tie and tie["wanted"] and not tie["tied"] else set()  # the check "tied" tells it
     problems = []
-    meta = [name for name, tensor in tensors.items() if tensor["meta"]]
+    meta = [name for name, tensor in tensors.items() if tensor["meta"] and name not in untied]
     if meta:
         remedy = "keep no plain tensors as attributes and no tensors that __init__ computes: compute them in forward"
         problems.append(("failed", f"left on the meta device, without data: {_names(meta)}", remedy))
@@ -78,39 +75,37 @@ def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[st
         remedy = "make the sizes in config.json those of the weights"
         problems.append(("failed", f"of another shape than in the files: {_names(loaded['mismatched'])}", remedy))
 
-    changed, casts, unfound = [], [], []
-    known: set[str] | None = None
-    for name, tensor in tensors.items():
-        if tensor["meta"] or not tensor["persistent"] or name in missing or name in untied:
-            continue
-        home = files.find(name, prefix)
-        if home is None:
-            unfound.append(name)
-        elif files.checkpoint.info[home].dtype != getattr(torch, tensor["dtype"]):
-            casts.append((name, str(files.checkpoint.info[home].dtype).removeprefix("torch."), tensor["dtype"]))
-        elif files.digest(home) != tensor["digest"]:
-            changed.append(name)
+    homes = {
+        name: files.find(name, loaded["prefix"])
+        for name, tensor in tensors.items()
+        if tensor["persistent"] and not tensor["meta"] and name not in missing | untied
+    }
+    wide = re.compile(
+        "|".join(map(re.escape, loaded["kept_wide"])) or r"(?!)"
+    )  # meant to be float32, whatever is stored
+    found = [(name, home) for name, home in homes.items() if home is not None]
+    found = [(n, home) for n, home in found if not (wide.search(n) and tensors[n]["dtype"] == "float32")]
+    casts = [name for name, home in found if _stored_dtype(files, home) != tensors[name]["dtype"]]
     if casts:
-        (_, stored, now), names = casts[0], [name for name, _, _ in casts]
-        problems.append(("failed", f"loaded as {now}, but {stored} in the files: {_names(names)}", SET_DTYPE))
+        stored, now = _stored_dtype(files, homes[casts[0]]), tensors[casts[0]]["dtype"]
+        problems.append(("failed", f"loaded as {now}, but {stored} in the files: {_names(casts)}", SET_DTYPE))
+    changed = [name for name, home in found if name not in set(casts) and files.digest(home) != tensors[name]["digest"]]
     if changed:
         what = f"not what is in the files, overwritten or initialised anew after loading: {_names(changed)}"
         problems.append(("failed", what, INIT))
-    tied_to = Counter(tensor["digest"] for name, tensor in tensors.items() if files.find(name, prefix))
-    unfound = [name for name in unfound if not tied_to[tensors[name]["digest"]]]
-    if unfound:
-        known = known or {files.digest(name) for name in files.checkpoint}
-        new = [name for name in unfound if tensors[name]["digest"] not in known]
-        if new:
-            converted = bool(set(files.checkpoint) - _used(tensors, files, prefix) - set(loaded["unexpected"]))
-            if converted:
-                what = (
-                    f"transformers converts tensors of the files on loading, so these cannot be compared: {_names(new)}"
-                )
-                problems.append(("warning", what, ""))
-            else:
-                missing |= set(new)
-    return problems + _left_over(loaded, missing - set(untied), files, main)
+
+    unfound = [name for name, home in homes.items() if home is None]  # tied to another, or renamed by the library
+    known = {files.digest(name) for name in files.checkpoint} if unfound else set()
+    new = [name for name in unfound if tensors[name]["digest"] not in known]
+    if new and set(files.checkpoint) - set(homes.values()) - set(loaded["unexpected"]):
+        what = f"transformers converts tensors of the files on loading, so these cannot be compared: {_names(new)}"
+        problems.append(("warning", what, ""))
+        new = []
+    return problems + _left_over(loaded, (missing | set(new)) - untied, files, main)
+
+
+def _stored_dtype(files: Files, name: str | None) -> str:
+    return str(files.checkpoint.info[name].dtype).removeprefix("torch.") if name else ""
 
 
 def _left_over(loaded: dict[str, Any], missing: set[str], files: Files, main: bool) -> list[tuple[str, str, str]]:
@@ -144,10 +139,6 @@ def _left_over(loaded: dict[str, Any], missing: set[str], files: Files, main: bo
         what = f"not in the files, this class needs training first: {_names(of_base or list(missing))}"
         problems.append(("warning" if of_base else "ok", what, ""))
     return problems
-
-
-def _used(tensors: dict[str, Any], files: Files, prefix: str) -> set[str]:
-    return {home for name in tensors if (home := files.find(name, prefix))}
 
 
 def _buffers(loaded: dict[str, Any]) -> list[Check]:

@@ -41,11 +41,18 @@ def run(job: dict[str, Any], events: Any) -> None:
             "conv1d": sorted({p.rpartition(".")[2] for p, m in model.named_modules() if type(m).__name__ == "Conv1D"}),
             "heads": [name for name, _ in model.named_children()],
             "norms": sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__}),
-            "input_embeddings": model.get_input_embeddings() is not None,
+            "input_embeddings": _has_input_embeddings(model),
             "tp_plan": bool(getattr(config, "base_model_tp_plan", None) or getattr(model, "_tp_plan", None)),
             "config": [name for name in CONFIG_NAMES if getattr(config, name, None) is not None],
         }
     )
+
+
+def _has_input_embeddings(model: Any) -> bool:
+    try:
+        return model.get_input_embeddings() is not None
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def _projects(module: torch.nn.Module) -> bool:

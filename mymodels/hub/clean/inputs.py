@@ -71,8 +71,9 @@ def make_inputs(model: Any) -> dict[str, torch.Tensor]:
         shape = (2, getattr(model.config, "num_channels", 3), size, size)
         count = torch.Size(shape).numel()
         return {main: torch.linspace(-1, 1, count).reshape(shape)}
-    if main != "input_ids":
-        raise Unsuitable(f"the model's main input is {main!r}, which cannot be made up")
+    others = [name for name in ("pixel_values", "input_features", "input_values") if accepts(model, name)]
+    if main != "input_ids" or others:
+        raise Unsuitable(f"the model takes {others[0] if others else main}, which cannot be made up")
     length = room(model)
     inputs = {"input_ids": tokens(model, 1 if one_row_only(model) else 2, length)}
     if accepts(model, "attention_mask") and not one_row_only(model):

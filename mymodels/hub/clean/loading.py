@@ -98,6 +98,9 @@ def tie(model: Any) -> dict[str, Any] | None:
     return {"wanted": bool(wanted), "tied": same, "head": names}
 
 
+KEPT_WIDE = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+
+
 def loaded_event(model: Any, name: str, loading: dict[str, Any]) -> dict[str, Any]:
     """What `weights.py` needs, outside, to compare a loaded model with its files."""
     keys = {kind: sorted(map(str, loading.get(f"{kind}_keys", []))) for kind in ("missing", "unexpected", "mismatched")}
@@ -106,6 +109,7 @@ def loaded_event(model: Any, name: str, loading: dict[str, Any]) -> dict[str, An
         "loaded": name,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "prefix": getattr(model, "base_model_prefix", ""),
+        "kept_wide": [name for field in KEPT_WIDE for name in getattr(model, field, None) or []],
         "tensors": tensors,
         "tie": tie(model),
         **keys,

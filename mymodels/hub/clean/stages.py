@@ -108,7 +108,7 @@ def run_stage(name: str, run: Callable, job: dict[str, Any], events: Events) -> 
     process = os.fork()
     if process == 0:
         os.setpgid(0, 0)
-        _in_the_fork(run, job, events, errors)
+        _in_the_fork(name, run, job, events, errors)
     with contextlib.suppress(OSError):
         os.setpgid(process, process)
     events.write(stage=name, pid=process)
@@ -123,13 +123,17 @@ def run_stage(name: str, run: Callable, job: dict[str, Any], events: Events) -> 
         os.killpg(process, signal.SIGKILL)  # also workers that it left behind
     if status is None:
         os.waitpid(process, 0)
-    if status != 0:
+    if status != 0 or not _done(job, name).exists():
         events.write(ended=name, how=_how(status, job["time_limit"]), **_last_words(errors))
     needed = Path(job["scratch"], "loaded")
     return name != "outputs" or needed.exists()
 
 
-def _in_the_fork(run: Callable, job: dict[str, Any], events: Events, errors: Path) -> None:
+def _done(job: dict[str, Any], name: str) -> Path:
+    return Path(job["scratch"], f"{name}.done")
+
+
+def _in_the_fork(name: str, run: Callable, job: dict[str, Any], events: Events, errors: Path) -> None:
     code = 1
     try:
         with errors.open("w", buffering=1) as file:
@@ -138,6 +142,7 @@ def _in_the_fork(run: Callable, job: dict[str, Any], events: Events, errors: Pat
             faulthandler.enable(file)
             faulthandler.dump_traceback_later(max(job["time_limit"] - 1, 0.5), file=file)
             run(job, events)
+            _done(job, name).touch()
             code = 0
     except BaseException:
         traceback.print_exc()
@@ -153,7 +158,7 @@ def _how(status: int | None, time_limit: float) -> str:
         return "was killed, probably for lack of memory"
     if status < 0:
         return f"crashed with {signal.Signals(-status).name}"
-    return f"ended with exit code {status}"
+    return f"ended with exit code {status}" if status else "left in the middle, as by os._exit"
 
 
 def _last_words(errors: Path) -> dict[str, str]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from repos import code, tiny_repo
+from faults import code
+from repos import tiny_repo
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -116,6 +117,17 @@ def test_a_stage_that_ends_early_fails_the_check_it_was_at(tmp_path: Path) -> No
     ]
 
 
+OTHER = {"check": "no such", "status": "ok", "what": "", "where": ""}
+GREAT = {"check": "load", "status": "great", "what": "", "where": ""}
+WRITES = {"attempt": "world peace", "what": "", "where": ""}
+
+
+def test_what_a_report_says_cannot_reach_the_terminal_as_a_command(tmp_path: Path) -> None:
+    event = {"check": "load", "status": "failed", "what": "\x1b[2Jall\nis well", "where": "a\rb"}
+    (check,) = judge(run_of(event), tmp_path, "")
+    assert (check.what, check.where) == (" [2Jall is well", "a b")
+
+
 def test_a_report_that_the_code_meddled_with_is_a_failure_and_raises_nothing(tmp_path: Path) -> None:
     for forged in (
         {"check": "no such"},
@@ -123,6 +135,9 @@ def test_a_report_that_the_code_meddled_with_is_a_failure_and_raises_nothing(tmp
         {"begin": "load"},
         {"loaded": 3},
         {"check": "load", "status": "ok"},
+        OTHER,
+        GREAT,
+        WRITES,
     ):
         (check,) = judge(run_of(forged), tiny_repo(tmp_path / str(len(list(tmp_path.iterdir())))), "AutoModel")
         assert (check.name, check.status) == ("clean process", "failed") and "makes no sense" in check.what
@@ -191,7 +206,8 @@ def test_readiness_is_yes_or_no_with_the_reason(change: dict, engine: str, reaso
     assert {check.status for check in serving_checks(FACTS, **how)} == {"ok"}
     found = {check.name: check for check in serving_checks(FACTS | change, **how)}
     assert found[engine].status == "warning" and re.search(reason, found[engine].what), found[engine]
-    assert {check.status for check in serving_checks(None, **how)} == {"skipped"}
+    for forged in (None, {}, FACTS | {"attention": 3}, FACTS | {"heads": [[]]}):
+        assert {check.status for check in serving_checks(forged, **how)} == {"skipped"}
 
 
 # ---- what people see

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from repos import FAULTS, code, stock, tiny_repo
+from faults import FAULTS, code
+from repos import stock, tiny_repo
 
 from mymodels.hub import record_golden, verify
 from mymodels.hub.testing import check_repo, failures
@@ -97,3 +98,14 @@ def test_what_was_recorded_holds(tmp_path: Path) -> None:
     seen = {(check.name, check.where): check.status for check in checks}
     assert seen["golden", "AutoModelForCausalLM"] == seen["golden", "AutoModel"] == "ok"
     assert seen["generation", "AutoModelForCausalLM"] == "ok"
+
+
+@pytest.mark.slow
+def test_a_model_whose_inputs_cannot_be_made_up_is_checked_as_far_as_that_goes(tmp_path: Path) -> None:
+    verification = verify(stock(tmp_path / "repo", "whisper"))
+    assert not failures(verification)
+    (checks,) = verification.runs.values()
+    outcomes = {check.name: check for check in checks}
+    assert outcomes["forward"].status == "skipped" and "takes input_features" in outcomes["forward"].what
+    for name in ("load", "weights", "tied", "save", "reload", "meta", "pickle", "spawned worker", "parallel load"):
+        assert outcomes[name].status == "ok", outcomes[name]

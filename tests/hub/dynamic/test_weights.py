@@ -28,7 +28,7 @@ def event(**changes) -> dict:
     tensors |= changes.pop("more", {})
     tie = {"wanted": True, "tied": True, "head": ["lm_head.weight"]}
     standard = {"loaded": "AutoModelForCausalLM", "prefix": "model", "tensors": tensors, "tie": tie}
-    return {**standard, "missing": [], "unexpected": [], "mismatched": [], **changes}
+    return {**standard, "missing": [], "unexpected": [], "mismatched": [], "kept_wide": [], **changes}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,12 @@ def test_tensors_that_the_library_converts_are_not_called_wrong(files: Files) ->
     del loaded["tensors"][NORM]  # it went into the fused one
     (first, *_) = compare_weights(loaded, files, True)
     assert first.status == "warning" and "converts tensors of the files on loading" in first.what
+
+
+def test_tensors_that_the_library_renames_are_found_by_their_bytes(files: Files) -> None:
+    loaded = event(more={"model.first_norm": event()["tensors"][NORM]})
+    del loaded["tensors"][NORM]
+    assert compare_weights(loaded, files, True)[0].status == "ok"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.float8_e4m3fn])
