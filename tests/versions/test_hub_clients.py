@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "hub"))
 
 from hub_server import Hub  # noqa: E402
-from test_versions import RELEASES, installed  # noqa: E402
+from test_versions import CACHE  # noqa: E402
+
+from mymodels.hub.releases import Release, install, resolve  # noqa: E402
 
 pytestmark = pytest.mark.versions
 TOKEN = "hf_writer_of_me_0123456789"
@@ -42,10 +44,10 @@ print(transformers.__version__, huggingface_hub.__version__, "ok")
 """
 
 
-@pytest.mark.parametrize("release", ["4.56.2", "5.0.0", "5.10.4"])
-def test_release(release: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("release", resolve("4.56,5.0,5.10"), ids=lambda release: release.transformers)
+def test_release(release: Release, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    path = os.pathsep.join([str(installed(release, RELEASES[release])), str(ROOT)])
+    path = os.pathsep.join([str(install(release, CACHE)), str(ROOT)])
     with Hub() as hub:
         environment.update(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1", HF_TOKEN=TOKEN)
         process = subprocess.run(
@@ -56,6 +58,6 @@ def test_release(release: str, tmp_path: Path) -> None:
             text=True,
         )
         assert process.returncode == 0, process.stderr[-4000:]
-        assert process.stdout.splitlines()[-1] == f"{release} {RELEASES[release][0]} ok"
+        assert process.stdout.splitlines()[-1] == f"{release.transformers} {release.huggingface_hub} ok"
         assert "said: " in process.stdout and "use one with write permission for it" in process.stdout
         assert TOKEN not in process.stdout + process.stderr and not hub.leaks

@@ -12,8 +12,9 @@ from faults_imports import IMPORTS
 from faults_models import MODELS
 from faults_trust import TRUST
 from hub.repos import KINDS
-from versions.test_versions import RELEASES, installed
+from versions.test_versions import CACHE, RELEASES
 
+from mymodels.hub.releases import install
 from mymodels.hub.static import CHECKS, static_checks
 from mymodels.hub.static.releases import Span, find_releases, lacking
 from mymodels.hub.static.symbols import GONE
@@ -87,7 +88,7 @@ def test_plain_torch_files_are_a_warning_whole_modules_a_failure(new_format: boo
 
 @pytest.mark.versions
 def test_the_table_of_names_is_what_the_releases_have() -> None:
-    releases = find_releases([str(installed(name, companions)) for name, companions in RELEASES.items()])
+    releases = find_releases([str(install(release, CACHE)) for release in RELEASES])
     for (place, name), span in GONE.items():
         failing, _ = lacking(place, name, releases)
         assert failing == [str(release) for release in releases if release.version in Span(*span)], (place, name)
@@ -96,5 +97,5 @@ def test_the_table_of_names_is_what_the_releases_have() -> None:
 @pytest.mark.versions
 @pytest.mark.parametrize("kind", ["mygpt2", "mybert", "single_file", "multi_file"])
 def test_no_false_alarm_in_any_release(kind: str, healthy) -> None:
-    folders = [str(installed(name, companions)) for name, companions in RELEASES.items()]
+    folders = [str(install(release, CACHE)) for release in RELEASES]
     assert [check for check in static_checks(healthy(kind), releases=folders) if check.status == "failed"] == []
