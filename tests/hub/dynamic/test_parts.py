@@ -264,5 +264,5 @@ def test_check_repo_raises_the_failing_lines(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_execution_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_repo(tmp_path / "repo")
     monkeypatch.setattr("mymodels.hub.verifying.clean_process", lambda *args, **how: pytest.fail("a process started"))
-    monkeypatch.setattr("mymodels.hub.verifying._static", lambda folder, releases: [Check("auto_map", "ok")])
+    monkeypatch.setattr("mymodels.hub.verifying.static_checks", lambda folder, releases: [Check("auto_map", "ok")])
     assert verify(folder, execute=False) == (str(folder), [Check("auto_map", "ok")], {}, [])
