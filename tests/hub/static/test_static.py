@@ -12,6 +12,7 @@ from faults_imports import IMPORTS
 from faults_models import MODELS
 from faults_trust import TRUST
 from hub.repos import KINDS
+from safetensors.torch import save_file
 from versions.test_versions import CACHE, RELEASES
 
 from mymodels.hub.releases import install
@@ -73,6 +74,19 @@ def test_a_break_in_another_release_is_a_warning(healthy, tmp_path: Path) -> Non
         checks = static_checks(folder, releases=releases)
         statuses[releases] = [check.status for check in checks if check.name == "transformers names"]
     assert statuses == {("4.57.6",): ["failed"], ("5.23.0",): ["warning"], ("5.0", "4.56"): ["failed"]}
+
+
+def test_a_header_of_640_bytes_is_no_pickle(healthy, tmp_path: Path) -> None:
+    """Its length is written in bytes that pickles begin with."""
+    folder = Path(shutil.copytree(healthy("stock_gpt2"), tmp_path / "folder"))
+    path, data = folder / "extra.safetensors", b""
+    for filler in range(640):
+        save_file({"a": torch.zeros(2)}, path, metadata={"filler": "x" * filler})
+        data = path.read_bytes()
+        if data.startswith(b"\x80\x02"):
+            break
+    assert data.startswith(b"\x80\x02")
+    assert [check.status for check in static_checks(folder) if check.name == "pickles"] == ["ok"]
 
 
 @pytest.mark.parametrize("new_format", [True, False])
