@@ -29,8 +29,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-hub_repo: $(VENV)/.core
+hub_repo: $(VENV)/.test
 	$(BIN)/mymodels demo --out hub_repo
+	for name in mygpt2 mybert; do MYMODELS_CACHE=.cache $(BIN)/mymodels verify hub_repo/$$name --quick --write-card \
+		--transformers 4.56,4.57,5.0,5.2,5.3,5.4,5.10,5.23 || exit 1; done
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once, some minutes) …"

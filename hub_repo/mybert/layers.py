@@ -65,7 +65,7 @@ else:  # 4.56, 4.57: a causal mask opened in the forward direction too; padding 
 
 def get_attention_function(name: str, default: Callable) -> Callable:
     """The attention function registered as `name` ("sdpa", "flash_attention_2", an engine's own, …), or `default`."""
-    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # 5.0 and newer
+    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # after 5.0
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
     return default if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 

@@ -65,7 +65,7 @@ class MyBertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings))
 
 
-# `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` from 5.0 on, before
+# `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` after 5.0, before
 # that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `get_attention_function` does the one or the other.
 class MyBertSelfAttention(nn.Module):
     def __init__(self, config: MyBertConfig, layer_idx: int):

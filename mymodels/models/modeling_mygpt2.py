@@ -41,7 +41,7 @@ def make_norm(config: MyGPT2Config, width: int) -> nn.Module:
     return NORMS[config.norm_type](width, eps=config.layer_norm_epsilon)
 
 
-# `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` from 5.0 on, before
+# `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` after 5.0, before
 # that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `get_attention_function` does the one or the other.
 class MyGPT2Attention(nn.Module):
     """Causal self-attention, grouped-query if `num_key_value_heads < num_attention_heads`."""
