@@ -99,7 +99,9 @@ def install(release: Release, cache_dir: str | os.PathLike | None = None) -> Pat
     if (target / "transformers" / "__init__.py").is_file():
         return target
     packages = [f"{name}=={version}" for name, version in release._asdict().items()]
-    if release.huggingface_hub.startswith("0."):  # it still speaks through requests, which newer ones do not bring along
+    if release.huggingface_hub.startswith(
+        "0."
+    ):  # it still speaks through requests, which newer ones do not bring along
         packages += ["requests", "urllib3", "certifi", "charset-normalizer", "idna"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     with replace_folder(target) as folder:
