@@ -152,8 +152,14 @@ def _build(arguments: argparse.Namespace) -> int:
     from .hub.card import Card
 
     said = {name: getattr(arguments, name) for name in _CARD if getattr(arguments, name)}
-    pairs = [_pair(text, "NAME=VALUE") for text in arguments.metric]
-    said |= {"metrics": {name: float(value) for name, value in pairs}} if pairs else {}
+    metrics = {name: float(value) for name, value in (_pair(text, "NAME=VALUE") for text in arguments.metric)}
+    if not all(map(math.isfinite, metrics.values())):
+        raise ValueError(f"--metric {metrics}: a result is a number")
+    said |= {
+        name: value
+        for name, value in (("metrics", metrics), ("datasets", arguments.datasets), ("tags", arguments.tags))
+        if value
+    }
     card = arguments.card.read_text(encoding="utf-8") if arguments.card else Card(**said) if said else None
     options = {"max_shard_size": arguments.max_shard_size, "golden": not arguments.no_golden}
     folder = build_repo(arguments.source, None, arguments.out, card=card, **options)
@@ -176,23 +182,26 @@ _CARD = {
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from .checkpoints.opening import locate
     from .hub import record_golden, verify
     from .hub.reporting import show_verification, write_matrix
 
-    path: Any = arguments.path
+    for option in ("record", "write_card"):
+        if getattr(arguments, option) and (arguments.no_exec or not Path(arguments.path).is_dir()):
+            raise ValueError(
+                f"--{option.replace('_', '-')} is for a folder on this machine, and runs it: leave out --no-exec"
+            )
     if arguments.record:
-        print(f"{record_golden(locate(path, revision=arguments.revision))}: recorded")
+        print(f"recorded {record_golden(arguments.path)}", file=sys.stderr)
     found = verify(
-        path,
+        arguments.path,
         revision=arguments.revision,
         releases=arguments.transformers or (),
         execute=not arguments.no_exec,
         quick=arguments.quick,
     )
     print(json.dumps(found.to_dict(), indent=2)) if arguments.json else show_verification(found, _console())
-    if arguments.write_card:
-        write_matrix(found, path)
+    if arguments.write_card and found.passed:
+        write_matrix(found, arguments.path)
     return 0 if found.passed else 1
 
 
@@ -302,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument(
         "--metric", action="append", default=[], metavar="NAME=VALUE", help="a measured value for the card"
     )
+    build.add_argument("--datasets", action="append", default=[], metavar="ID", help="Hub id of data it was trained on")
+    build.add_argument("--tags", action="append", default=[], metavar="TAG", help="for the card")
     build.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
     build.add_argument("--no-golden", action="store_true", help="run nothing; without golden.safetensors")
     build.set_defaults(run=_build)
@@ -319,7 +330,9 @@ def main(argv: list[str] | None = None) -> int:
         "--record", action="store_true", help="first write golden.safetensors, for a folder known to be right"
     )
     verify.add_argument("--quick", action="store_true", help="leave out worker processes, parallel loading and export")
-    verify.add_argument("--write-card", action="store_true", help="write the table of releases into the model card")
+    verify.add_argument(
+        "--write-card", action="store_true", help="if all holds, write the table of releases into the card"
+    )
     verify.add_argument("--json", action="store_true", help="for programs")
     verify.set_defaults(run=_verify)
 
@@ -346,7 +359,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        print(f"mymodels {arguments.verb}: {error}", file=sys.stderr)
+        from .checkpoints.inspecting import printable
+
+        lines = [printable(line) for line in str(error).split("\n")]  # names from files may steer a terminal
+        print(f"mymodels {arguments.verb}: " + "\n".join(lines), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

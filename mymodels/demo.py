@@ -128,6 +128,7 @@ def make_mygpt2(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
     baseline = _unigram_loss(examples, test, len(tokenizer))
     card = Card(
         license="apache-2.0",
+        language="en",
         name="MyGPT2 demo",
         repo_id="hub_repo/mygpt2",
         description="A tiny GPT-2 in its modern shape: rotary positions, RMSNorm, a gated MLP, grouped-query attention "
@@ -178,6 +179,7 @@ def make_mybert(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
     baseline = (labels == majority).float().mean().item()
     card = Card(
         license="apache-2.0",
+        language="en",
         name="MyBert demo",
         repo_id="hub_repo/mybert",
         description="A tiny BERT that tells whether a passage comes from a book for children or for adults, with "

@@ -78,6 +78,23 @@ def write_manifest(folder: Path) -> None:
         file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def update_manifest(folder: Path, name: str) -> None:
+    """Record one file anew in `manifest.json`, if there is one; what it says of the others stays.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    read_manifest(folder)
+    manifest = read_json(path)
+    manifest["files"][name] = {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size}
+    manifest["files"] = dict(sorted(manifest["files"].items()))
+    with replace_file(path) as file:
+        file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """The manifest's files, name → (size, SHA-256).
 

@@ -87,9 +87,16 @@ def open_checkpoint(
 
 
 def locate(
-    path: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None, **download: Any
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    everything: bool = False,
+    **download: Any,
 ) -> Path:
     """`path` itself, or the local copy of the Hub repo of this name, downloaded if need be; `download` goes to the Hub's client.
+
+    Where there is safetensors, other weights are left out unless `everything` is wanted.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -109,7 +116,7 @@ def locate(
     except Exception:  # offline: what the cache has
         files = []
     others = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ckpt*", "*.pt", "*.pth", "*.tflite"]
-    ignore = others if any(file.endswith(".safetensors") for file in files) else None
+    ignore = others if not everything and any(file.endswith(".safetensors") for file in files) else None
     try:
         return Path(snapshot_download(str(path), revision=revision, token=token, ignore_patterns=ignore, **download))
     except Exception as error:

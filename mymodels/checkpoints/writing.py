@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo, resolve_dtype, view_of
 from .integrity import is_weight_file, write_manifest
 from .replacing import replace_file, replace_folder
+from .safetensors_files import read_json
 
 _PATTERNS = {"safetensors": "model{suffix}.safetensors", "bin": "pytorch_model{suffix}.bin"}
 
@@ -79,8 +80,15 @@ def save_tokenizer_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
+    even_out_tokenizer(folder)
+
+
+def even_out_tokenizer(folder: Path) -> None:
+    """Take traces of loading out of a saved tokenizer's config, and name a class that every release knows."""
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        return
+    config = read_json(path)
     for trace in ("is_local", "local_files_only"):
         config.pop(trace, None)
     if config.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 writes, 4.x does not know it

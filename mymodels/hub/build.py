@@ -2,17 +2,18 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint, replace_folder, write_manifest
+from ..checkpoints.inspecting import printable
+from ..checkpoints.integrity import MANIFEST, read_manifest
 from ..checkpoints.opening import locate
-from ..checkpoints.safetensors_files import read_json
-from ..checkpoints.writing import parse_size, save_model_files, save_tokenizer_files, write_shards
+from ..checkpoints.safetensors_files import inside, read_json
+from ..checkpoints.writing import even_out_tokenizer, parse_size, save_model_files, save_tokenizer_files, write_shards
 from ..models import configuration_mybert, configuration_mygpt2
 from .card import Card, card_of_folder
 from .code_files import collect_code, file_of, served
@@ -21,6 +22,12 @@ from .golden import record_golden
 
 CONFIG_NAME, CARD_NAME = "config.json", "README.md"
 _OURS = {"mygpt2": configuration_mygpt2, "mybert": configuration_mybert}
+_WITH_CODE = (
+    "config.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)  # may name code
 _TAKEN = ("config", "tokenizer", "document")  # kinds of files that a source folder's are copied as they are
 
 
@@ -43,7 +50,7 @@ def build_repo(
             left; nothing of a folder is executed but for `golden`. Code files are copied flat, imports rewritten, and
             `auto_map` names every Auto class that they serve.
         tokenizer: saved so that every supported transformers release can load it; None takes a source folder's own.
-        output_dir: created, or replaced if it is empty or an older Hub repo folder.
+        output_dir: created, or replaced if it is empty or an older Hub repo folder: one whose manifest lists all its files.
         card: content of `README.md`, or what it is made from. Default: the source folder's own, or one made from what
             the folder says.
         max_shard_size: as in `save_pretrained`: bytes, or a string like `"500MB"`.
@@ -53,19 +60,22 @@ def build_repo(
         `output_dir` as a `Path`.
 
     Raises:
-        FileExistsError: `output_dir` holds something that is not a Hub repo folder.
+        FileExistsError: `output_dir` holds something that would be lost.
         CheckpointError: the weights cannot be read, the code cannot be made flat, or the models do not run.
     """
-    output_dir, size = check_output_dir(output_dir), parse_size(max_shard_size)
-    fill = _from_model if isinstance(source, PreTrainedModel) else _from_folder
+    where = None if isinstance(source, PreTrainedModel) else locate(source)
+    output_dir, size = check_output_dir(output_dir, where), parse_size(max_shard_size)
     if isinstance(source, PreTrainedModel) and card is None:
         raise CheckpointError("a model in memory does not say what it is: pass card=, see mymodels.hub.card.Card")
     with replace_folder(output_dir, finish=write_manifest) as folder:
-        fill(source, folder, size)  # type: ignore[arg-type]
+        if isinstance(source, PreTrainedModel):
+            _from_model(source, folder, size)
+        elif where is not None:
+            _from_folder(where, folder, size)
         if tokenizer is not None:
             save_tokenizer_files(tokenizer, folder)
         if card is not None or not (folder / CARD_NAME).is_file():
-            history = None if isinstance(source, PreTrainedModel) else locate(source) / "trainer_state.json"
+            history = None if where is None else where / "trainer_state.json"
             text = (
                 card
                 if isinstance(card, str)
@@ -77,13 +87,27 @@ def build_repo(
     return output_dir
 
 
-def check_output_dir(output_dir: str | os.PathLike) -> Path:
-    """`output_dir` as a `Path`, if `build_repo` may write there; else the `FileExistsError` described there."""
+def check_output_dir(output_dir: str | os.PathLike, source: Path | None = None) -> Path:
+    """`output_dir` as a `Path`, if `build_repo` may write there.
+
+    Raises:
+        FileExistsError: it holds files that its `manifest.json` does not list, which would be lost; or it is the source.
+    """
     path = Path(output_dir)
-    replaceable = (path / CONFIG_NAME).is_file() or (path.is_dir() and not any(path.iterdir()))
-    if path.exists() and not replaceable:
+    if source is not None and path.exists() and source.resolve().is_relative_to(path.resolve()):
+        raise FileExistsError(f"{path} holds the source itself: choose another output folder")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: choose another output folder")
+    there = (
+        {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()} if path.exists() else set()
+    )
+    listed = {MANIFEST, *read_manifest(path)} if MANIFEST in there else set()
+    if strangers := sorted(there - listed):
+        names = ", ".join(map(printable, strangers[:4])) + (
+            f" and {len(strangers) - 4} more" if len(strangers) > 4 else ""
+        )
         raise FileExistsError(
-            f"{path} exists and is not a Hub repo folder (it has no {CONFIG_NAME}): choose another output folder"
+            f"{path} exists and is not a Hub repo folder as it was built: {names} would be lost; choose another output folder"
         )
     return path
 
@@ -97,8 +121,7 @@ def _from_model(model: PreTrainedModel, folder: Path, max_shard_size: int) -> No
     _write_code(folder, entries, [cls.__name__ for cls in classes])
 
 
-def _from_folder(source: str | os.PathLike, folder: Path, max_shard_size: int) -> None:
-    where = locate(source)
+def _from_folder(where: Path, folder: Path, max_shard_size: int) -> None:
     if not (where / CONFIG_NAME).is_file():
         raise CheckpointError(f"{where} has no {CONFIG_NAME}, so nobody could load it: save the model with its config")
     config = read_json(where / CONFIG_NAME)
@@ -109,44 +132,85 @@ def _from_folder(source: str | os.PathLike, folder: Path, max_shard_size: int) -
         )
     stored = {name: checkpoint.info[name] for name in sorted(checkpoint) if name not in checkpoint.aliases}
     tensors = Checkpoint(checkpoint.path, checkpoint.format, stored, checkpoint.__getitem__)
-    for file in sorted(where.iterdir()):
-        if file.is_file() and not file.is_symlink() and kind_of(file.name) in _TAKEN:
-            shutil.copyfile(file, folder / file.name)
+    for name in files_taken(where):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inside(where, name, where), folder / name)
+    even_out_tokenizer(folder)
     write_shards(tensors, folder, max_shard_size=max_shard_size)
+    entries: list[Path] = []
+    targets = [target for file in _WITH_CODE for target in _targets(where / file)]
+    first = [name for _, name in targets]
     if config.get("model_type") in _OURS:
         ours = Path(str(_OURS[config["model_type"]].__file__))
-        entries, first = [ours, ours.with_name(ours.name.replace("configuration", "modeling"))], []
-    else:
-        targets = [t.rsplit(".", 1) for t in _targets(config) if "--" not in t]
-        entries = [
-            where / f"{module.replace('.', '/')}.py" for module in dict.fromkeys(module for module, _ in targets)
+        entries = [ours, ours.with_name(ours.name.replace("configuration", "modeling"))]
+        targets = [
+            target
+            for target in targets
+            if not (folder / target[0]).name.startswith(("modeling_my", "configuration_my"))
         ]
-        first = [name for _, name in targets]
-    _write_code(folder, entries, first)
+    entries += [
+        inside(where, f"{module.replace('.', '/')}.py", where) for module in dict.fromkeys(m for m, _ in targets)
+    ]
+    _write_code(folder, entries, first, where)
 
 
-def _targets(config: Mapping[str, Any]) -> list[str]:
-    """What `auto_map` names, `file.Class` each."""
-    auto_map = config.get("auto_map") or {}
-    entries = [entry for value in auto_map.values() for entry in (value if isinstance(value, list) else [value])]
-    return list(dict.fromkeys(entry for entry in entries if isinstance(entry, str)))
+def files_taken(where: Path) -> list[str]:
+    """The files of a source folder that a build copies as they are; of subfolders, weights too.
+
+    Left out are its own weights, code and manifest, which are made anew, and whatever belongs to no model.
+    """
+    names = sorted(file.relative_to(where).as_posix() for file in where.rglob("*") if file.is_file())
+    taken = []
+    for name in names:
+        *folders, base = name.split("/")
+        hidden = any(
+            part.startswith(".") or part in ("__pycache__", "runs", "wandb") or part.startswith("checkpoint-")
+            for part in folders
+        )
+        if not hidden and (kind_of(base) in _TAKEN or (folders and kind_of(base) == "weights")):
+            taken.append(name)
+    return taken
 
 
-def _write_code(folder: Path, entries: list[Path], first: list[str]) -> None:
+def _targets(path: Path) -> list[tuple[str, str]]:
+    """The (module, class) pairs that a config file's `auto_map` names in this folder.
+
+    Raises:
+        CheckpointError: one is no module and class.
+    """
+    auto_map = read_json(path).get("auto_map") if path.is_file() else None
+    values = list(auto_map.values()) if isinstance(auto_map, dict) else []
+    entries = [
+        entry for value in values for entry in (value if isinstance(value, list) else [value]) if entry is not None
+    ]
+    found = []
+    for entry in dict.fromkeys(map(str, entries)):
+        if "--" in entry:
+            continue
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", entry):
+            raise CheckpointError(f"{path}: auto_map names {printable(entry)!r}, which is no file.Class: correct it")
+        module, _, name = entry.rpartition(".")
+        found.append((module, name))
+    return found
+
+
+def _write_code(folder: Path, entries: list[Path], first: list[str], within: Path | None = None) -> None:
     """The code, and an `auto_map` that names every Auto class it serves; `first` classes go before others."""
-    texts = collect_code(entries)
+    texts = collect_code(entries, within=within)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     path = folder / CONFIG_NAME
     config = read_json(path)
     if texts:
         own = {name.removesuffix(".py") for name in texts}
-        known = {
-            auto_class: target
-            for auto_class, target in (config.get("auto_map") or {}).items()
-            if isinstance(target, str) and target.split(".")[0] in own
-        }
+        known = {}
+        for auto_class, target in (config.get("auto_map") or {}).items():
+            names = target if isinstance(target, list) else [target]
+            if all(name is None or str(name).split(".")[0] in own for name in names):
+                known[auto_class] = target
         found = served(texts, [*first, *config.get("architectures", [])])
-        named = {a: t for a, t in found.items() if t.split(".")[1] in first}
+        named = {a: t for a, t in found.items() if t.split(".")[1] in first and a not in known}
+        if within is None:  # a model in memory: its own class stands for its Auto class
+            named |= {a: t for a, t in found.items() if t.split(".")[1] in first}
         config["auto_map"] = dict(sorted({**found, **known, **named}.items()))
         path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..checkpoints import open_checkpoint
@@ -18,6 +19,10 @@ PIPELINE_TAGS = {
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForObjectDetection": "object-detection",
+    "AutoModelForMultipleChoice": "multiple-choice",
     "AutoModel": "feature-extraction",
 }
 _UNSAID = "Its author has not said."
@@ -47,7 +52,7 @@ class Card:
     dataset: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     license: str = "other"
-    language: str | Sequence[str] = "en"
+    language: str | Sequence[str] | None = None
     base_model: str | None = None
     datasets: Sequence[str] = ()
     tags: Sequence[str] = ()
@@ -63,7 +68,7 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
     """
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["AutoModel"])[0]
-    auto_class = auto_class_of(architecture) or "AutoModel"
+    auto_class = _auto_class(config, architecture)
     parameters = sum(info.numel for info in open_checkpoint(folder).info.values())
     metrics, training = dict(card.metrics), card.training_data
     if history is not None and history.is_file():
@@ -72,9 +77,11 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
         training = described if training == _UNSAID else training
     title, repo_id, task = card.name or name, card.repo_id or name, PIPELINE_TAGS.get(auto_class, "feature-extraction")
     custom = bool(config.get("auto_map"))
-    where = card.dataset or "held-out data"
+    where = card.dataset or (
+        "the evaluation data of its training" if not card.metrics else "data its author has not named"
+    )
     data = ModelCardData(
-        language=list(card.language) if not isinstance(card.language, str) else card.language,
+        language=card.language if card.language is None or isinstance(card.language, str) else list(card.language),
         license=card.license,
         library_name="transformers",
         pipeline_tag=task,
@@ -118,6 +125,17 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _auto_class(config: Mapping[str, Any], architecture: str) -> str:
+    """The Auto class for the class that was saved: as `auto_map` says, else by its name."""
+    for auto_class, target in (config.get("auto_map") or {}).items():
+        if isinstance(target, str) and target.rpartition(".")[2] == architecture and auto_class.startswith("AutoModel"):
+            return auto_class
+    if "ForConditionalGeneration" in architecture and config.get("is_encoder_decoder") and "vocab_size" in config:
+        return "AutoModelForSeq2SeqLM"
+    head = f"AutoModel{architecture[architecture.rfind('For') :]}" if "For" in architecture else ""
+    return auto_class_of(architecture) or (head if hasattr(transformers, head or "?") else "AutoModel")
+
+
 def _about_code(config: Mapping[str, Any]) -> str:
     text = (
         "The model's code is in this folder and is run by `trust_remote_code=True`: read it first, and pin what you read "
@@ -125,8 +143,8 @@ def _about_code(config: Mapping[str, Any]) -> str:
     )
     if config.get("model_type") in ("mygpt2", "mybert"):
         text += (
-            " It is for transformers 4.56 to 5.23, tested under eight releases. With the Python package mymodels installed, "
-            "`import mymodels` registers the model, and no trust is needed."
+            " It is made for transformers 4.56 to 5.23. With the Python package mymodels installed, `import mymodels` "
+            "registers the model, and no trust is needed."
         )
     return text
 

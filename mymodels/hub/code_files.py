@@ -5,17 +5,18 @@ and absolute imports of one's own package then fail elsewhere. Here such imports
 """
 
 import ast
+import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints import CheckpointError
+from ..checkpoints.safetensors_files import inside
 
 _HEADS = {  # how a class's name ends → the Auto class it is for, the longest first
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
@@ -58,14 +59,17 @@ def file_of(cls: type) -> Path | None:
     return Path(file)
 
 
-def collect_code(entries: Iterable[Path]) -> dict[str, str]:
+def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict[str, str]:
     """The text of `entries` and of all that they import of their own code, by file name, ready to lie in one folder.
 
     Imports of one's own package, relative or absolute, become `from .name import …`; what an entry needs only
     indirectly it also imports itself, because transformers before 5.7 fetches no more than that.
 
+    Args:
+        within: a folder that nothing may be taken from outside of, but for the models that mymodels ships.
+
     Raises:
-        CheckpointError: an import cannot be made flat, two files have one name, or a file is no Python; the message
+        CheckpointError: an import cannot be made flat or leads out of `within`, two files have one name, or a file is no Python; the message
             names file and line.
     """
     found: dict[str, Path] = {}
@@ -83,15 +87,33 @@ def collect_code(entries: Iterable[Path]) -> dict[str, str]:
             continue
         try:
             text = path.read_text(encoding="utf-8")
-            imports = own_imports(path, ast.parse(text))
-        except (SyntaxError, ValueError, OSError) as error:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError, OSError, RecursionError) as error:
             raise CheckpointError(f"{path} is no Python file that could be copied: {error}") from error
+        imports = own_imports(path, tree)
+        if within is not None:
+            for one in imports:
+                _check_inside(one, path, within)
         texts[path.name] = _rewritten(text, imports)
         direct[path.name] = {one.file.name for one in imports}
         queue += [one.file for one in imports]
     for name in entry_names:
         texts[name] = _with_indirect(name, texts, direct)
     return dict(sorted(texts.items()))
+
+
+def _check_inside(one: Import, path: Path, within: Path) -> None:
+    """Refuse what a folder's code takes from elsewhere on this machine."""
+    root = within.resolve()
+    shipped = Path(__file__).parent.parent / "models"
+    if one.file.parent.resolve() == shipped.resolve():
+        return
+    lexical = Path(os.path.normpath(one.file.absolute()))
+    if not lexical.is_relative_to(Path(os.path.normpath(within.absolute()))):
+        raise CheckpointError(
+            f"{path}:{one.node.lineno} imports {one.file}, which is outside the folder: it is not copied"
+        )
+    inside(within, lexical.relative_to(Path(os.path.normpath(within.absolute()))).as_posix(), root)
 
 
 def own_imports(path: Path, tree: ast.Module) -> list[Import]:
@@ -144,11 +166,17 @@ def _not_flat(path: Path, node: ast.stmt, statement: str) -> CheckpointError:
 
 
 def _rewritten(text: str, imports: list[Import]) -> str:
-    lines = text.splitlines(keepends=True)
-    for node, file in imports:
-        at = node.lineno - 1
-        lines[at] = re.sub(r"from\s+[.\w]+\s+import", f"from .{file.stem} import", lines[at], count=1)
-    return "".join(lines)
+    lines = text.split("\n")  # as Python counts them
+    for node, file in sorted(imports, key=lambda one: (one.node.lineno, one.node.col_offset), reverse=True):
+        line = lines[node.lineno - 1].encode()
+        before, rest = line[: node.col_offset].decode(), line[node.col_offset :].decode()
+        found = re.match(r"from\s+[.\w]+\s+import", rest)
+        if found is None:
+            raise CheckpointError(
+                f"{file.name} is imported in a way that cannot be rewritten: write `from .name import …` in one line"
+            )
+        lines[node.lineno - 1] = f"{before}from .{file.stem} import{rest[found.end() :]}"
+    return "\n".join(lines)
 
 
 def _with_indirect(name: str, texts: dict[str, str], direct: dict[str, set[str]]) -> str:
@@ -165,8 +193,8 @@ def _with_indirect(name: str, texts: dict[str, str], direct: dict[str, set[str]]
         for file in missing
     ]
     last = max((n.end_lineno or 0 for n in tree.body if _is_heading(n)), default=0)
-    parts = texts[name].splitlines(keepends=True)
-    return "".join([*parts[:last], *lines, *parts[last:]])
+    parts = texts[name].split("\n")
+    return "\n".join([*parts[:last], *lines, *parts[last:]])
 
 
 def _is_heading(node: ast.stmt) -> bool:
@@ -184,13 +212,40 @@ def _a_name(file: str, text: str) -> str:
 
 
 def served(texts: dict[str, str], first: Iterable[str] = ()) -> dict[str, str]:
-    """The `auto_map` of code files: Auto class → `file.Class`; of several classes for one, `first` ones are taken."""
+    """The `auto_map` of code files: Auto class → `file.Class`.
+
+    A class counts if it is a config or, however indirectly, a `PreTrainedModel`, and is called like one of `first` (the
+    classes that are known: `X` of `XForCausalLM` and `XModel`); of several for one Auto class, those in `first` come first.
+    """
     wanted = list(first)
+    stems = {stem for name in wanted if (stem := _stem(name))}
+    classes = {
+        node.name: (file, node)
+        for file, text in texts.items()
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ClassDef)
+    }
     found: dict[str, tuple[int, str]] = {}
-    for file, text in texts.items():
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.ClassDef) and (auto_class := auto_class_of(node.name)):
-                rank = wanted.index(node.name) if node.name in wanted else len(wanted)
-                if auto_class not in found or rank < found[auto_class][0]:
-                    found[auto_class] = rank, f"{file.removesuffix('.py')}.{node.name}"
+    for name, (file, _) in classes.items():
+        auto_class = auto_class_of(name)
+        if not auto_class or (stems and _stem(name) not in stems and name not in wanted):
+            continue
+        if name in wanted or _is_a(name, "Config" if auto_class == "AutoConfig" else "PreTrainedModel", classes):
+            rank = wanted.index(name) if name in wanted else len(wanted)
+            if auto_class not in found or rank < found[auto_class][0]:
+                found[auto_class] = rank, f"{file.removesuffix('.py')}.{name}"
     return {auto_class: target for auto_class, (_, target) in sorted(found.items())}
+
+
+def _stem(name: str) -> str:
+    """`X` of `XForSomething`, `XModel`, `XConfig`."""
+    found = re.match(r"(\w+?)(For[A-Z]\w*|LMHeadModel|PreTrainedModel|Model|Config)$", name)
+    return found[1] if found else ""
+
+
+def _is_a(name: str, ending: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> bool:
+    """Whether a class has, among its ancestors as far as they are written here, one whose name ends so."""
+    if name not in classes or depth == 0:
+        return name.endswith(ending)
+    bases = [ast.unparse(base).split(".")[-1] for base in classes[name][1].bases]
+    return any(_is_a(base, ending, classes, depth - 1) for base in bases)

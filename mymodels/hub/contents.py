@@ -15,6 +15,7 @@ KINDS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
     "config": (
         "config.json",
+        "config.*.json",
         "generation_config.json",
         "preprocessor_config.json",
         "video_preprocessor_config.json",
@@ -31,6 +32,9 @@ KINDS = {
         "special_tokens_map.json",
         "added_tokens.json",
         "vocab.json",
+        "vocab.bpe",
+        "normalizer.json",
+        "tekken.json",
         "vocab.txt",
         "merges.txt",
         "dict.txt",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..checkpoints.checkpoint import CheckpointError
-from ..checkpoints.integrity import MANIFEST, write_manifest
+from ..checkpoints.integrity import update_manifest
 from ..checkpoints.replacing import replace_file
 from ..checkpoints.safetensors_files import read_header
 from .clean.golden_outputs import Golden
@@ -34,7 +34,7 @@ def record_golden(
 
     Recorded are, for each Auto class whose weights are all in the folder, its outputs (logits, or hidden states), and
     for a generator the tokens it continues the inputs with. Do this while the folder is known to be right: later
-    verifications compare with it. The file appears whole or not at all; a `manifest.json` is refreshed.
+    verifications compare with it. The file appears whole or not at all, and in a `manifest.json` its entry.
 
     Args:
         folder: a Hub repo folder on this machine; its code is run.
@@ -46,14 +46,19 @@ def record_golden(
         The path of the file.
 
     Raises:
-        CheckpointError: the models do not load or run, or lack weights; nothing was written.
+        CheckpointError: the models do not load or run, or lack weights, or there is a golden file; nothing was written.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is no folder on this machine: golden outputs are recorded where a model is built"
+        )
+    if (folder / GOLDEN).exists():
+        raise CheckpointError(f"{folder} has {GOLDEN} already: remove it first, if the model is meant to have changed")
     with recorded(folder, inputs=inputs, release=release, time_limit=time_limit, memory_limit=memory_limit) as made:
         with replace_file(folder / GOLDEN) as file:
             shutil.copyfile(made, file)
-        if (folder / MANIFEST).is_file():
-            write_manifest(folder)
+        update_manifest(folder, GOLDEN)
     return folder / GOLDEN
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoints.integrity import MANIFEST, write_manifest
+from ..checkpoints.integrity import update_manifest
 from ..checkpoints.replacing import replace_file
 from .checks import Check
 from .judging import DYNAMIC
@@ -38,8 +38,18 @@ def show_verification(verification: Verification, console: Console | None = None
 
 
 def _table(title: str, checks: list[Check]) -> Table:
+    """A row for each check that has something to say, the failed ones last; those that hold without a word in one."""
+    silent = [check for check in checks if check.status == "ok" and not check.what]
     table = Table("check", "", "where", "what", "how to mend it", title=title, title_justify="left")
-    for check in checks:
+    for column in table.columns:
+        column.overflow = "fold"
+    if silent:
+        names = list(dict.fromkeys(check.name for check in silent))
+        places = list(dict.fromkeys(check.where for check in silent if check.where))
+        table.add_row(
+            f"{len(names)} checks", Text("ok", style=_STYLES["ok"]), Text(", ".join(places)), Text(", ".join(names)), ""
+        )
+    for check in sorted((check for check in checks if check not in silent), key=lambda check: check.status == "failed"):
         status = Text(check.status, style=_STYLES[check.status])
         table.add_row(Text(check.name), status, Text(check.where), Text(check.what), Text(check.remedy))
     return table
@@ -108,6 +118,5 @@ def write_matrix(verification: Verification, folder: str | os.PathLike) -> Path:
     text = before + "\n".join(lines) + after
     with replace_file(card) as file:
         file.write_text(text, encoding="utf-8")
-    if (folder / MANIFEST).is_file():
-        write_manifest(folder)
+    update_manifest(folder, card.name)
     return card

@@ -108,7 +108,7 @@ def verify(
         True
     """
     wanted: Sequence[Release | None] = resolve(releases) if releases else [None]
-    folder = locate(path, revision=revision, token=token)
+    folder = locate(path, revision=revision, token=token, everything=True)
     result = Verification(
         str(path), static_checks(folder, releases=[r.transformers for r in wanted if r] or None), {}, []
     )

@@ -96,6 +96,7 @@ def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[st
 
     unfound = [name for name, home in homes.items() if home is None]  # tied to another, or renamed by the library
     known = {files.digest(name) for name in files.checkpoint} if unfound else set()
+    known |= {tensors[name]["digest"] for name, _ in found}  # as they are after a cast
     new = [name for name in unfound if tensors[name]["digest"] not in known]
     if new and set(files.checkpoint) - set(homes.values()) - set(loaded["unexpected"]):
         what = f"transformers converts tensors of the files on loading, so these cannot be compared: {_names(new)}"

@@ -50,7 +50,6 @@ def test_files_shards_and_index(parts, tmp_path: Path) -> None:
 def test_same_input_same_bytes_and_an_older_repo_is_replaced(parts, tmp_path: Path) -> None:
     first = build_repo(*parts, tmp_path / "first", card="# card", golden=False, max_shard_size="30KB")
     second = build_repo(*parts, tmp_path / "second", card="# older", golden=False, max_shard_size="90KB")
-    (second / "stray.txt").write_text("x")
     build_repo(*parts, second, card="# card", golden=False, max_shard_size="30KB")
     assert sorted(p.name for p in first.iterdir()) == sorted(p.name for p in second.iterdir())
     for path in first.iterdir():
@@ -61,9 +60,18 @@ def test_something_else_is_never_replaced(parts, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("dear")
     (tmp_path / "file").write_text("dear")
-    for name in ("thesis", "file"):
-        with pytest.raises(FileExistsError, match=f"{name} exists and is not a Hub repo folder"):
-            build_repo(*parts, tmp_path / name, card="# card", golden=False)
+    with pytest.raises(FileExistsError, match="file is a file: choose another output folder"):
+        build_repo(*parts, tmp_path / "file", card="# card", golden=False)
+    with pytest.raises(FileExistsError, match=r"thesis exists .*: chapter1\.tex would be lost"):
+        build_repo(*parts, tmp_path / "thesis", card="# card", golden=False)
+    clone = build_repo(*parts, tmp_path / "clone", card="# card", golden=False)
+    (clone / ".git").mkdir()
+    (clone / ".git" / "config").write_text("dear")
+    with pytest.raises(FileExistsError, match=r"clone exists .*: \.git/config would be lost"):
+        build_repo(*parts, clone, card="# card", golden=False)
+    (clone / ".git" / "config").unlink()
+    with pytest.raises(FileExistsError, match="clone holds the source itself"):
+        build_repo(clone, None, clone, golden=False)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "dear"
 
 
@@ -100,6 +108,7 @@ def test_the_card_has_the_metadata_the_hub_reads(parts, tmp_path: Path) -> None:
         dataset="some text",
         metrics={"accuracy": 0.87654},
         license="apache-2.0",
+        language="en",
         base_model="google-bert/bert-base-uncased",
         datasets=["me/data"],
     )

@@ -264,12 +264,100 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
             r"main\.py:1 imports mymodels\.hub, which is not there on other machines",
         ),
         ("def broken(:\n", r"main\.py is no Python file that could be copied"),
+        ("from .folder import x\n", r"main\.py:1: `from \.folder import …` cannot be made flat"),
+        ("from \\\n    .sibling import x\n", r"sibling\.py is imported in a way that cannot be rewritten"),
     ],
 )
 def test_code_that_cannot_be_flat(text: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(text)
+    (tmp_path / "sibling.py").write_text("x = 1\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__init__.py").write_text("x = 1\n")
     with pytest.raises(CheckpointError, match=sentence):
         collect_code([tmp_path / "main.py"])
+
+
+def test_imports_are_rewritten_where_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / "a" / f"{name}.py").write_text(f"{name} = 1\n")
+    text = '"""Æ\x0c"""\nfrom .a.x import x; from .a.y import y\nif x:\n    é = 1; from .a.y import y as z\n'
+    (tmp_path / "main.py").write_text(text)
+    flat = collect_code([tmp_path / "main.py"])["main.py"]
+    assert flat == '"""Æ\x0c"""\nfrom .x import x; from .y import y\nif x:\n    é = 1; from .y import y as z\n'
+
+
+class TestHostileSources:
+    """Nothing from elsewhere on this machine gets into a folder that will be pushed."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        GPT2LMHeadModel(stock_gpt2_config()).save_pretrained(tmp_path / "deep" / "source")
+        (tmp_path / "deep" / "private.py").write_text("password = 'dear'\n\n\nclass X: ...\n")
+        return tmp_path / "deep" / "source"
+
+    def refused(self, source: Path, sentence: str, **config) -> None:
+        data = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**data, "model_type": "other", **config}))
+        out = source.parent.parent / "out"
+        with pytest.raises(CheckpointError, match=sentence) as caught:
+            build_repo(source, None, out, golden=False)
+        assert not out.exists() and "\x1b" not in str(caught.value)
+
+    def test_a_path_in_auto_map(self, source: Path) -> None:
+        for target in (f"{source.parent}/private.X", "../private.X", "a b.X", "x.\x1b[31mX", "X"):
+            self.refused(source, r"auto_map names .*, which is no file\.Class", auto_map={"AutoModel": target})
+
+    def test_a_link(self, source: Path) -> None:
+        (source / "modeling_x.py").symlink_to(source.parent / "private.py")
+        self.refused(source, r"leads out of the folder", auto_map={"AutoModel": "modeling_x.X"})
+
+    @pytest.mark.parametrize("statement", ["from ..private import X", "from ...deep.private import X"])
+    def test_an_import_that_climbs(self, source: Path, statement: str) -> None:
+        (source / "modeling_x.py").write_text(f"{statement}\n\n\nclass Y: ...\n")
+        self.refused(
+            source,
+            r"modeling_x\.py:1 imports .*private\.py, which is outside the folder",
+            auto_map={"AutoModel": "modeling_x.Y"},
+        )
+
+    def test_an_import_of_a_link(self, source: Path) -> None:
+        (source / "modeling_x.py").write_text("from .other import X\n")
+        (source / "other.py").symlink_to(source.parent / "private.py")
+        self.refused(source, r"leads out of the folder", auto_map={"AutoModel": "modeling_x.Y"})
+
+    def test_a_linked_readme(self, source: Path) -> None:
+        (source / "README.md").symlink_to(source.parent / "private.py")
+        self.refused(source, r"leads out of the folder")
+
+
+def test_what_a_folder_has_beside_the_model_comes_along(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    GPT2LMHeadModel(stock_gpt2_config()).save_pretrained(source)
+    train_gpt2_tokenizer(["the cat"], vocab_size=300, model_max_length=64).save_pretrained(source)
+    assert json.loads((source / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "tokenization_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast): ...\n"
+    )
+    for name in (
+        "1_Pooling/config.json",
+        "images/a.png",
+        "normalizer.json",
+        ".git/config",
+        "checkpoint-3/config.json",
+        "runs/x.md",
+    ):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    folder = build_repo(source, None, tmp_path / "repo", golden=False)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names >= {"tokenization_own.py", "1_Pooling/config.json", "images/a.png", "normalizer.json"}
+    assert not any(name.startswith((".git", "checkpoint-3", "runs")) for name in names)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert check_checkpoint(folder, full=True) == []
 
 
 def test_two_files_of_one_name(tmp_path: Path) -> None:
@@ -282,9 +370,18 @@ def test_two_files_of_one_name(tmp_path: Path) -> None:
 
 def test_classes_and_what_they_serve() -> None:
     assert auto_class_of("OwnForCausalLM") == "AutoModelForCausalLM" and auto_class_of("OwnPreTrainedModel") == ""
-    texts = {"m.py": "class AModel: ...\nclass BModel: ...\nclass AConfig: ...\n"}
-    assert served(texts) == {"AutoModel": "m.AModel", "AutoConfig": "m.AConfig"}
-    assert served(texts, ["BModel"])["AutoModel"] == "m.BModel"
+    code = """
+class AConfig(PretrainedConfig): ...
+class APreTrainedModel(transformers.PreTrainedModel): ...
+class AModel(APreTrainedModel): ...
+class AVisionModel(APreTrainedModel): ...
+class AForCausalLM(AModel): ...
+class ADataModel: ...
+class BModel(APreTrainedModel): ...
+"""
+    ours = {"AutoConfig": "m.AConfig", "AutoModel": "m.AModel", "AutoModelForCausalLM": "m.AForCausalLM"}
+    assert served({"m.py": code}, ["AForImageClassification"]) == ours  # no sub-model, nothing that is no model
+    assert served({"m.py": code}, ["BModel"]) == {"AutoModel": "m.BModel"}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -137,10 +137,25 @@ def check_forward(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> No
         check.fail(f"two runs on the same inputs in eval mode are not the same: {again}")
 
 
+def _needed(*names: str) -> list[Any]:
+    """The modules of the folder that these modules take anything from, and they themselves: not the tokenizer's."""
+    found: dict[str, Any] = {}
+    queue = list(names)
+    while queue:
+        name = queue.pop()
+        if name in found or not name.startswith("transformers_modules.") or name not in sys.modules:
+            continue
+        found[name] = sys.modules[name]
+        for value in list(vars(found[name]).values()):
+            home = value.__name__ if isinstance(value, type(sys)) else getattr(value, "__module__", None)
+            queue += [home] if isinstance(home, str) else []
+    return list(found.values())
+
+
 def check_save(check: Any, job: dict[str, Any], model: Any) -> None:
     model.save_pretrained(job["saved"])
     source, saved = Path(job["folder"]), Path(job["saved"])
-    modules = [module for name, module in sys.modules.items() if name.startswith("transformers_modules.")]
+    modules = _needed(type(model).__module__, type(model.config).__module__)
     used = {Path(getattr(module, "__file__", None) or "__init__.py").name for module in modules} - {"__init__.py"}
     for file in sorted(used):
         if not (saved / file).is_file():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from ...checkpoints.inspecting import printable
 from ..checks import Check
 from . import attention, code_imports, config_files, folder_files, init_code, model_code, secrets, trust
 from .folder import Finding, Folder, read_folder
@@ -40,7 +41,8 @@ def static_checks(folder: Path, *, releases: Sequence[str] | None = None) -> lis
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder: name the folder of a model")
     content = read_folder(folder, find_releases(releases))
-    return [Check(name, *finding) for name, check in CHECKS.items() for finding in _outcomes(check, content)]
+    found = [(name, finding) for name, check in CHECKS.items() for finding in _outcomes(check, content)]
+    return [Check(name, *map(printable, finding)) for name, finding in found]
 
 
 def _outcomes(check: Callable[[Folder], Iterator[Finding]], content: Folder) -> list[Finding]:

@@ -128,7 +128,7 @@ def other_imports(folder: Folder) -> Iterator[Finding]:
                     continue
                 told.add(top)
                 what = f"{name} needs the package {package}, and nothing in the folder says so"
-                yield Finding("warning", what, file.at(node), f"add {package} to requirements.txt")
+                yield Finding("failed", what, file.at(node), f"add {package} to requirements.txt")
 
 
 def transformers_names(folder: Folder) -> Iterator[Finding]:

@@ -32,7 +32,7 @@ def config(folder: Folder) -> Iterator[Finding]:
     if not isinstance(model_type, str) or not re.fullmatch(r"[\w.-]+", model_type):
         what = "config.json has no model_type" if model_type is None else f"model_type is {brief(model_type)}, no name"
         yield Finding("failed", what, "config.json: model_type", "give the config class a model_type and save again")
-    elif folder.auto_map and model_type in own:
+    elif own_code(folder) and model_type in own:
         what = f"model_type {model_type!r} is one of transformers' own, which loads instead where code is not trusted"
         yield Finding("failed", what, "config.json: model_type", "give the config class a model_type of its own")
     elif not folder.auto_map and own and model_type not in own:
@@ -40,6 +40,11 @@ def config(folder: Folder) -> Iterator[Finding]:
         yield Finding(
             "failed", what, "config.json: model_type", "add auto_map: register_for_auto_class, then save again"
         )
+
+
+def own_code(folder: Folder) -> bool:
+    """Whether config and model are the folder's own, not just its tokenizer or processor."""
+    return any(name == "AutoConfig" or name.startswith("AutoModel") for name in folder.auto_map)
 
 
 def all_code(folder: Folder) -> Code:
@@ -147,14 +152,14 @@ def architectures(folder: Folder) -> Iterator[Finding]:
     code = all_code(folder)
     defined = {klass.name for klass in code.classes}
     for name in value:
-        if folder.auto_map and name in served:
+        if own_code(folder) and name in served:
             continue
-        if folder.auto_map and name in defined:
+        if own_code(folder) and name in defined:
             what = f"{name} was saved, but no entry of auto_map leads to it"
             yield Finding("failed", what, where, f"add an entry for {name} to auto_map")
-        elif folder.auto_map and not any("--" in str(entry) for entry in folder.auto_map.values()):
+        elif own_code(folder) and not any("--" in str(entry) for entry in folder.auto_map.values()):
             yield Finding("failed", f"the code has no class {brief(name)}", where, "name the class that was saved")
-        elif not folder.auto_map and name not in _library_names():
+        elif not own_code(folder) and name not in _library_names():
             what = f"transformers here has no class {brief(name)}, and there is no auto_map"
             yield Finding("failed", what, where, "name the class that was saved, or add auto_map")
 

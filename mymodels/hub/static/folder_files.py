@@ -307,7 +307,7 @@ def weights(folder: Folder) -> Iterator[Finding]:
     for file, message in _problems(folder):
         if MANIFEST not in message:
             what, remedy = _sentence(folder, message)
-            yield Finding("failed", what, file if file in folder.files else what.partition(":")[0], remedy)
+            yield Finding("failed", what, file if file in folder.files else what.split(": ")[0].split(" ")[0], remedy)
     if {"model.safetensors", "model.safetensors.index.json"} <= folder.files.keys():
         what = "model.safetensors and model.safetensors.index.json are two checkpoints; loaders take the first one"
         yield Finding("failed", what, "model.safetensors", "remove the one that is out of date")

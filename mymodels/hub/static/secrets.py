@@ -59,12 +59,21 @@ def find_secrets(path: Path) -> Iterator[tuple[int, str]]:
             if _HINT.search(text):
                 for match in _ANY.finditer(text):
                     kind = list(_FORMS)[int(str(match.lastgroup)[1:])]
-                    if kind not in told:
+                    if kind not in told and not _is_placeholder(match[0]):
                         told.add(kind)
                         yield line + text.count("\n", 0, match.start()), kind
             tail = block[-_OVERLAP:]
             line += text.count("\n", 0, len(block) - len(tail))
             data = file.read(_CHUNK)
+
+
+def _is_placeholder(text: str) -> bool:
+    """What a manual writes where a secret goes: one character over and over, or names that stand for anything."""
+    if text.startswith("-----"):
+        return False
+    longest = max(re.findall(r"[A-Za-z0-9]+", text), key=len)
+    words = r"x{4}|X{4}|\.{3}|example\.|//user(name)?:|:pass(word)?@|<|your[_-]"
+    return len(set(longest)) < 6 or re.search(words, text) is not None
 
 
 CHECKS = {"secrets": secrets}

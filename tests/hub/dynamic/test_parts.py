@@ -36,7 +36,10 @@ def test_recording_twice_gives_the_same_bytes_and_keeps_the_manifest_true(tmp_pa
     write_manifest(folder)
     first = record_golden(folder).read_bytes()
     assert not check_checkpoint(folder, full=True)
-    assert record_golden(folder).read_bytes() == first
+    with pytest.raises(CheckpointError, match=r"has golden\.safetensors already: remove it first"):
+        record_golden(folder)
+    (folder / "golden.safetensors").unlink()
+    assert record_golden(folder).read_bytes() == first and not check_checkpoint(folder, full=True)
     golden = read_golden(folder / "golden.safetensors")
     assert golden.inputs["input_ids"].shape == golden.inputs["attention_mask"].shape == (2, 11)
     assert golden.inputs["attention_mask"].tolist() == [[1] * 11, [0] * 4 + [1] * 7]

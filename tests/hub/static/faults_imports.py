@@ -63,7 +63,6 @@ IMPORTS = [
         "other imports",
         MODELING,
         "needs the package xformers",
-        "warning",
     ),
     Fault(
         "removed name",
