@@ -39,7 +39,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
 
 def same_weights_as_in_files(model, folder: Path) -> None:
     tensors = model.state_dict()
-    for shard in folder.glob("*.safetensors"):
+    for shard in folder.glob("model*.safetensors"):
         for name, tensor in load_file(shard).items():
             assert torch.equal(tensors[name], tensor), name
 
@@ -101,7 +101,7 @@ def check_folder(folder: Path, auto_class: str, new_head: tuple[str, set[str]]) 
     model, loading = load(other, folder)
     assert set(loading["missing_keys"]) == missing, loading
     loaded = model.state_dict()
-    for shard in folder.glob("*.safetensors"):
+    for shard in folder.glob("model*.safetensors"):
         for name, tensor in load_file(shard).items():
             if name in loaded and name not in missing:
                 assert torch.equal(loaded[name], tensor), name

@@ -72,7 +72,7 @@ def _is_placeholder(text: str) -> bool:
     if text.startswith("-----"):
         return False
     longest = max(re.findall(r"[A-Za-z0-9]+", text), key=len)
-    words = r"x{4}|X{4}|\.{3}|example\.|//user(name)?:|:pass(word)?@|<|your[_-]"
+    words = r"x{4}|X{4}|\.{3}|example\.|//user(name)?:|:pass(word)?@|<|(?i:your[_-])"
     return len(set(longest)) < 6 or re.search(words, text) is not None
 
 

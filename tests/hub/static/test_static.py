@@ -1,5 +1,6 @@
 """Static checks: every fault is found and named, alone; healthy folders raise no alarm; nothing ever raises."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -113,3 +114,36 @@ def test_the_table_of_names_is_what_the_releases_have() -> None:
 def test_no_false_alarm_in_any_release(kind: str, healthy) -> None:
     folders = [str(install(release, CACHE)) for release in RELEASES]
     assert [check for check in static_checks(healthy(kind), releases=folders) if check.status == "failed"] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "HF_TOKEN=hf_" + "x" * 34,
+        "https://user:password@example.com",
+        "sk-proj-" + "x" * 30,
+        "https://me:YOUR_PASSWORD@host",
+    ],
+)
+def test_placeholders_are_no_secrets(text: str, healthy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(healthy("stock_gpt2"), tmp_path / "folder"))
+    (folder / "README.md").write_text(f"# Use\n\n{text}\n")
+    assert [check.status for check in static_checks(folder) if check.name == "secrets"] == ["ok"]
+
+
+def test_a_stock_model_with_its_own_tokenizer_is_healthy(healthy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(healthy("stock_gpt2"), tmp_path / "folder"))
+    code = (
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (folder / "tokenization_own.py").write_text(code)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}, "tokenizer_class": "OwnTokenizer"}
+        )
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}})
+    )
+    assert [check for check in static_checks(folder) if check.status == "failed"] == []

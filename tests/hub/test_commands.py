@@ -1,0 +1,95 @@
+"""The verbs `verify`, `push` and `lock` on the command line: what they print, write and return."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
+from tiny import mygpt2_config
+
+from mymodels import MyGPT2ForCausalLM, cli
+from mymodels.checkpoints import check_checkpoint
+from mymodels.hub import build_repo
+from mymodels.hub.checks import Check
+from mymodels.hub.verifying import Verification
+
+TOKEN = "hf_writer_of_me_0123456789"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_repo(
+        MyGPT2ForCausalLM(mygpt2_config()), None, tmp_path_factory.mktemp("x") / "repo", card="# Mine", golden=False
+    )
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "repo"))
+
+
+def test_read_only(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mymodels.hub.verifying.clean_process", lambda *args, **how: pytest.fail("it was run"))
+    monkeypatch.setattr("mymodels.hub.record_golden", lambda *args, **how: pytest.fail("it was run"))
+    assert cli.main(["verify", str(folder), "--no-exec"]) == 0
+    assert "every check held" in capsys.readouterr().out
+    (folder / "layers.py").unlink()
+    assert cli.main(["verify", str(folder), "--no-exec", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["passed"] and "relative imports" in {c["name"] for c in found["static"] if c["status"] == "failed"}
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for option in ("--record", "--write-card"):
+        assert cli.main(["verify", str(folder), "--no-exec", option]) == 1
+        assert f"{option} is for a folder on this machine, and runs it: leave out --no-exec" in capsys.readouterr().err
+        assert cli.main(["verify", "me/nothing", option]) == 1 and "on this machine" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_record_then_card(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["verify", str(folder), "--record", "--quick", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["passed"] and "golden.safetensors" in captured.err
+    assert check_checkpoint(folder, full=True) == []
+    assert (
+        cli.main(["verify", str(folder), "--record"]) == 1
+        and "has golden.safetensors already" in capsys.readouterr().err
+    )
+    verified = Verification(str(folder), [], {"5.0.0": [Check("load", "ok")], "5.1.0": [Check("load", "ok")]}, [])
+    monkeypatch.setattr("mymodels.hub.verify", lambda *args, **how: verified)
+    assert cli.main(["verify", str(folder), "--write-card"]) == 0
+    assert "| load | ✓ | ✓ |" in (folder / "README.md").read_text()
+    assert check_checkpoint(folder, full=True) == []
+
+
+def test_a_changed_file_is_not_signed_by_what_writes_another(folder: Path) -> None:
+    (folder / "layers.py").write_text((folder / "layers.py").read_text() + "\n# changed\n")
+    cli.main(["verify", str(folder), "--record", "--quick", "--json"])
+    assert [problem.file for problem in check_checkpoint(folder, full=True)] == ["layers.py"]
+
+
+def test_names_cannot_steer_the_terminal(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "\x1b]0;owned\x07.log").write_text("x")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["Auto\x1b[31mEvil"] = "x\x1b[2J.Y"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert cli.main(["verify", str(folder), "--no-exec"]) == 1
+    assert cli.main(["build", str(folder), "--out", str(folder.parent / "out")]) == 1
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err and "owned" in captured.out
+
+
+def test_push_and_lock(hub: Hub, client, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        process = client(f"from mymodels import cli; raise SystemExit(cli.main({list(arguments)!r}))", token=TOKEN)
+        return (output := process.communicate(timeout=120)[0]) and process.returncode, output
+
+    push = ("push", str(folder), "me/mine", "--no-verify")
+    assert run(*push, "--dry-run")[0] == 0 and "me/mine" not in hub.repos
+    code, said = run(*push, "--tag", "v1")
+    assert code == 0 and hub.repos["me/mine"].private and "code_revision" in said and TOKEN not in said
+    code, said = run("push", str(folder / "nothing"), "me/mine", "--no-verify")
+    assert code == 1 and "is no folder" in said and "Traceback" not in said
+    lock = tmp_path / "mine.lock"
+    assert cli.main(["lock", str(folder), "--out", str(lock)]) == 0
+    assert "code files locked" in capsys.readouterr().out and json.loads(lock.read_text())
