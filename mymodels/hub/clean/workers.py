@@ -60,16 +60,14 @@ def run_parallel(job: dict[str, Any], events: Any) -> None:
     """
     name = job["classes"][0]
     with events.check("parallel load", name) as check:
-        for attempt in range(ATTEMPTS):
-            failed = _load_at_once(job, name)
-            if not failed:
-                break
+        said: list[str] = []
+        while len(said) < ATTEMPTS and (failed := _load_at_once(job, name)):
             first = failed[0].read_text() if failed[0].exists() else "it crashed"
-            said = f"{len(failed)} of {PROCESSES} processes that load at once fail, the first with {first}"
-        if failed:
-            check.fail(said)
-        elif attempt:
-            check.warn(f"not each time, which is transformers' own race over code files, but once {said}")
+            said.append(f"{len(failed)} of {PROCESSES} processes that load at once fail, the first with {first}")
+        if len(said) == ATTEMPTS:
+            check.fail(said[-1])
+        elif said:
+            check.warn(f"not each time, which is transformers' own race over code files, but once {said[-1]}")
 
 
 def _load_at_once(job: dict[str, Any], name: str) -> list[Path]:
