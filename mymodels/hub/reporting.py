@@ -38,18 +38,18 @@ def show_verification(verification: Verification, console: Console | None = None
 
 
 def _table(title: str, checks: list[Check]) -> Table:
-    """A row for each check that has something to say, the failed ones last; those that hold without a word in one."""
-    silent = [check for check in checks if check.status == "ok" and not check.what]
+    """A row for each check that holds, then for each thing there is to say, the failures last, where one looks."""
+    silent: dict[str, list[str]] = {}
+    for check in checks:
+        if check.status == "ok" and not check.what:
+            silent.setdefault(check.name, []).append(check.where)
     table = Table("check", "", "where", "what", "how to mend it", title=title, title_justify="left")
     for column in table.columns:
         column.overflow = "fold"
-    if silent:
-        names = list(dict.fromkeys(check.name for check in silent))
-        places = list(dict.fromkeys(check.where for check in silent if check.where))
-        table.add_row(
-            f"{len(names)} checks", Text("ok", style=_STYLES["ok"]), Text(", ".join(places)), Text(", ".join(names)), ""
-        )
-    for check in sorted((check for check in checks if check not in silent), key=lambda check: check.status == "failed"):
+    for name, places in silent.items():
+        table.add_row(Text(name), Text("ok", style=_STYLES["ok"]), Text(", ".join(filter(None, places))), "", "")
+    checks = [check for check in checks if check.status != "ok" or check.what]
+    for check in sorted(checks, key=lambda check: check.status == "failed"):
         status = Text(check.status, style=_STYLES[check.status])
         table.add_row(Text(check.name), status, Text(check.where), Text(check.what), Text(check.remedy))
     return table

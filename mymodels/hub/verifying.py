@@ -112,7 +112,7 @@ def verify(
     result = Verification(
         str(path), static_checks(folder, releases=[r.transformers for r in wanted if r] or None), {}, []
     )
-    if not execute:
+    if not execute or is_adapter(folder):
         return result
     try:
         about = describe_folder(folder)
@@ -138,6 +138,11 @@ def verify(
                 serving = serving_checks(run.one("facts"), export=run.one("export"), **how)
                 result.serving[:] = [check._replace(what=plain(check.what)) for check in serving]  # of the newest
     return result
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter alone, which has no model to run."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def _golden(

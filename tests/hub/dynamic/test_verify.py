@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from faults import FAULTS, code
+from hub.repos import make_with_tokenizer
 from repos import stock, tiny_repo
 
 from mymodels.hub import record_golden, verify
@@ -23,6 +24,7 @@ HEALTHY = {
     "one file, tied": lambda folder: tiny_repo(folder),
     "one file, untied": lambda folder: tiny_repo(folder, tied=False),
     "three files, tied": lambda folder: tiny_repo(folder, files=3),
+    "tokenizer of its own": make_with_tokenizer,
 }
 
 

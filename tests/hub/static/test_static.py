@@ -16,6 +16,7 @@ from hub.repos import KINDS
 from safetensors.torch import save_file
 from versions.test_versions import CACHE, RELEASES
 
+from mymodels.hub import verify
 from mymodels.hub.releases import install
 from mymodels.hub.static import CHECKS, static_checks
 from mymodels.hub.static.releases import Span, find_releases, lacking
@@ -147,3 +148,14 @@ def test_a_stock_model_with_its_own_tokenizer_is_healthy(healthy, tmp_path: Path
         json.dumps({**config, "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}})
     )
     assert [check for check in static_checks(folder) if check.status == "failed"] == []
+
+
+def test_an_adapter_is_told_from_a_folder_without_a_config(tmp_path: Path) -> None:
+    save_file(
+        {"q_proj.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+    assert [check.status for check in verify(tmp_path).static if check.name == "config"] == ["failed"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "me/x"}))
+    found = verify(tmp_path)
+    assert found.passed and not found.runs
+    assert [check.what[:25] for check in found.static if check.name == "config"] == ["this is an adapter (PEFT)"]
