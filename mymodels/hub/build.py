@@ -167,7 +167,11 @@ def files_taken(where: Path) -> list[str]:
             part.startswith(".") or part in ("__pycache__", "runs", "wandb") or part.startswith("checkpoint-")
             for part in folders
         )
-        if not hidden and (kind_of(base) in _TAKEN or (folders and kind_of(base) == "weights")):
+        if (
+            not hidden
+            and not base.startswith(".")
+            and (kind_of(base) in _TAKEN or (folders and kind_of(base) == "weights"))
+        ):
             taken.append(name)
     return taken
 

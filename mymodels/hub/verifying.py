@@ -109,8 +109,9 @@ def verify(
     """
     wanted: Sequence[Release | None] = resolve(releases) if releases else [None]
     folder = locate(path, revision=revision, token=token, everything=True)
+    commit = f" at commit {folder.name}" if folder.parent.name == "snapshots" else ""
     result = Verification(
-        str(path), static_checks(folder, releases=[r.transformers for r in wanted if r] or None), {}, []
+        f"{path}{commit}", static_checks(folder, releases=[r.transformers for r in wanted if r] or None), {}, []
     )
     if not execute or is_adapter(folder):
         return result

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hub_repos import Blob
 from hub_server import Hub
 from tiny import mygpt2_config
 
@@ -93,3 +94,24 @@ def test_push_and_lock(hub: Hub, client, folder: Path, tmp_path: Path, capsys: p
     lock = tmp_path / "mine.lock"
     assert cli.main(["lock", str(folder), "--out", str(lock)]) == 0
     assert "code files locked" in capsys.readouterr().out and json.loads(lock.read_text())
+
+
+def test_a_repo_by_its_id(hub: Hub, client, folder: Path, tmp_path: Path) -> None:
+    """Verified with all that is in it, pickles too, and built from the links that the Hub's cache is made of."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        process = client(f"from mymodels import cli; raise SystemExit(cli.main({list(arguments)!r}))", token=TOKEN)
+        return (output := process.communicate(timeout=120)[0]) and process.returncode, output
+
+    assert run("push", str(folder), "me/mine", "--no-verify")[0] == 0
+    code, said = run("verify", "me/mine", "--no-exec")
+    assert code == 0 and hub.repos["me/mine"].refs["refs/heads/main"] in said.replace("\n", "")
+    assert run("build", "me/mine", "--out", str(tmp_path / "again"), "--no-golden")[0] == 0
+    assert check_checkpoint(tmp_path / "again", full=True) == []
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {path.name for path in folder.iterdir()}
+    repo = hub.repos["me/mine"]
+    evil = Blob.regular(b"\x80\x04cos\nsystem\n\x8c\x04true\x85R.")
+    repo.commit("refs/heads/main", {**repo.commits[repo.resolve("main")], "evil.pt": evil}, "Evil")
+    code, said = run("verify", "me/mine", "--no-exec", "--json")
+    found = [check["what"] for check in json.loads(said)["static"] if check["name"] == "pickles"]
+    assert code == 1 and len(found) == 1 and found[0].startswith("evil.pt is a pickle that calls"), found
