@@ -6,6 +6,7 @@ and transformers only.
 
 import inspect
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -175,6 +176,11 @@ class MyPreTrainedModel(_Bridge):
             )
         return bool(output_attentions), bool(output_hidden_states)
 
+    def _runs_packed(self, device: torch.device, *outputs_wanted: bool) -> bool:
+        """Whether to run without padding: where values can be read at no cost, and no layer's states are asked for."""
+        fast = device.type == "cpu" and self.config._attn_implementation == "sdpa"
+        return fast and readable() and not any(outputs_wanted)
+
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
@@ -240,12 +246,114 @@ def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(starts, (1, 0)).cumsum(-1)
 
 
+def readable() -> bool:
+    """Whether values of tensors may be looked at: not while a graph is being captured."""
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def packed_lengths(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> list[int] | None:
+    """Lengths of the sequences packed in rows of `position_ids` `[batch, length]`, row by row.
+
+    None if each row is one sequence, if a mask says what sees what, or where values cannot be read (compilation).
+    """
+    if position_ids is None or attention_mask is not None or not readable():
+        return None
+    ids = packed_sequence_ids(position_ids)
+    if not ids[:, -1:].any():
+        return None
+    return [length for row in ids for length in row.bincount().tolist()]
+
+
+def counts_padding(labels: torch.Tensor | None, attention_mask: Any) -> bool:
+    """Whether some label other than -100 is for an output at padding, so that padding has to be computed too."""
+    if labels is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != labels.shape:
+        return False
+    return readable() and bool(((labels != -100) & (attention_mask == 0)).any())
+
+
+class Packing:
+    """Sequences laid end to end in one row, `[1, tokens]`, without padding, and the way back.
+
+    Nothing is computed for padding, and each sequence attends to itself alone, without a mask.
+
+    Args:
+        lengths: tokens of each sequence, in their order in the row.
+        shape: `(batch, length)` of what they come from.
+        index: `[tokens]`, where each token stands in the flattened `[batch * length]`; None: in this very order.
+    """
+
+    def __init__(self, lengths: list[int], shape: tuple[int, int], index: torch.Tensor | None = None):
+        self.shape, self.index = shape, index
+        self.groups = [(length, len(list(same))) for length, same in groupby(lengths)]  # neighbours of one length
+
+    @classmethod
+    def find(
+        cls, shape: tuple[int, int], attention_mask: Any, lengths: list[int] | None, right_padded: bool = False
+    ) -> "Packing | None":
+        """What a batch of `shape` holds, longest sequence first, or packed rows of sequences of `lengths`.
+
+        None where nothing is gained or the mask says more than where padding is: no padding, or some amid the tokens.
+        """
+        if lengths is not None:
+            return cls(lengths, shape)
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != shape or attention_mask.all():
+            return None
+        mask = attention_mask.bool()
+        runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
+        if (runs != 1).any() or (right_padded and not mask[:, 0].all()):
+            return None
+        ordered, order = mask.sum(dim=1).sort(descending=True, stable=True)
+        rows, columns = mask[order].nonzero(as_tuple=True)
+        return cls(ordered.tolist(), shape, order[rows] * shape[1] + columns)
+
+    def take(self, padded: torch.Tensor | None) -> torch.Tensor | None:
+        """`[batch, length, …]` → `[1, tokens, …]`; a batch of one row counts for all, None stays None."""
+        if padded is None:
+            return None
+        flat = padded.expand(self.shape[0], *padded.shape[1:]).flatten(0, 1)
+        return (flat if self.index is None else flat[self.index])[None]
+
+    def put(self, packed: torch.Tensor) -> torch.Tensor:
+        """`[1, tokens, width]` → `[batch, length, width]`, with zeros for padding."""
+        flat = packed[0]
+        if self.index is not None:
+            flat = flat.new_zeros(self.shape[0] * self.shape[1], flat.shape[-1]).index_copy(0, self.index, flat)
+        return flat.unflatten(0, self.shape)
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function that the model is set to, on `[batch, heads, length, head_dim]`; see `eager_attention_forward`.
+
+    With `packing` (a batch of one row) it runs sequence by sequence, those of one length together.
+    """
+    function = get_attention_function(module.config._attn_implementation, eager_attention_forward)
+    if packing is None:
+        return function(module, query, key, value, attention_mask, **kwargs)
+    window, start, pieces = kwargs.get("sliding_window"), 0, []
+    for length, count in packing.groups:
+        rows = slice(start, start := start + length * count)
+        parts = (states[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value))
+        band = None
+        if window is not None and length > window:
+            band = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+        pieces.append(function(module, *parts, band, **kwargs)[0].flatten(0, 1))
+    return torch.cat(pieces)[None], None
+
+
 def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:
     """Raise a `ValueError` if `ids` leave `[0, limit)`, where `limit` is the config's `field`.
 
     On the CPU and outside compilation only: elsewhere reading a value would stall the device or break the graph.
     """
-    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if ids.device.type != "cpu" or ids.numel() == 0 or not readable():
         return
     low, high = (bound.item() for bound in torch.aminmax(ids))
     if low < 0 or high >= limit:

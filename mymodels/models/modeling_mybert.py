@@ -25,12 +25,15 @@ from transformers.utils import can_return_tuple
 from .configuration_mybert import MyBertConfig
 from .layers import (
     MyPreTrainedModel,
+    Packing,
+    attend,
     check_ids,
     check_length,
+    counts_padding,
     create_bidirectional_mask,
-    eager_attention_forward,
-    get_attention_function,
+    packed_lengths,
     packed_sequence_ids,
+    readable,
 )
 
 
@@ -48,15 +51,12 @@ class MyBertEmbeddings(nn.Module):
         self,
         input_ids: torch.Tensor | None,
         token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        position_ids: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         if inputs_embeds is None:
             check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.word_embeddings(input_ids)  # [B, T, C]
-        if position_ids is None:
-            check_length(inputs_embeds.shape[1], self.config.max_position_embeddings)
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         check_ids("position_ids", position_ids, self.config.max_position_embeddings, "max_position_embeddings")
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
@@ -66,7 +66,7 @@ class MyBertEmbeddings(nn.Module):
 
 
 # `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` after 5.0, before
-# that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `get_attention_function` does the one or the other.
+# that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `attend` does the one or the other.
 class MyBertSelfAttention(nn.Module):
     def __init__(self, config: MyBertConfig, layer_idx: int):
         super().__init__()
@@ -87,8 +87,7 @@ class MyBertSelfAttention(nn.Module):
         query = self.query(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, D]
         key = self.key(hidden_states).view(heads).transpose(1, 2)
         value = self.value(hidden_states).view(heads).transpose(1, 2)
-        attention_function = get_attention_function(self.config._attn_implementation, eager_attention_forward)
-        mixed, weights = attention_function(
+        mixed, weights = attend(
             self,
             query,
             key,
@@ -273,6 +272,7 @@ class MyBertModel(MyBertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        skip_padding: bool = True,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode.
@@ -283,12 +283,14 @@ class MyBertModel(MyBertPreTrainedModel):
                 `[batch, 1, length, length]` mask.
             token_type_ids: `[batch, length]` segment ids, default 0.
             position_ids: `[batch, length]`. Without `attention_mask`, positions that start over mark sequences packed
-                in one row, which then do not see each other.
+                in one row, which then do not see each other, and are pooled each by itself.
             inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
             output_attentions, output_hidden_states: also return them; attentions with `eager` only.
+            skip_padding: where it is faster, compute nothing for padding on the right; its hidden states are then 0.
 
         Returns:
-            `last_hidden_state` `[batch, length, hidden_size]`, `pooler_output` `[batch, hidden_size]` (None without a
+            `last_hidden_state` `[batch, length, hidden_size]`,
+            `pooler_output` `[batch, hidden_size]` or, for packed rows, `[sequences, hidden_size]` (None without a
             pooling layer), and what was asked for; `hidden_states` are the embeddings and each layer's output.
 
         Raises:
@@ -300,18 +302,36 @@ class MyBertModel(MyBertPreTrainedModel):
         output_attentions, output_hidden_states = self._outputs_wanted(output_attentions, output_hidden_states)
         kwargs.pop("use_cache", None)  # asked of every model by generic callers; an encoder has none
 
+        given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
+        rows, length = given.shape[:2]
+        if position_ids is not None:
+            position_ids = position_ids.expand(rows, -1)
+        lengths = packed_lengths(position_ids, attention_mask)
+        packing = None
+        if skip_padding and self._runs_packed(given.device, output_attentions, output_hidden_states):
+            packing = Packing.find((rows, length), attention_mask, lengths, right_padded=True)
+        maybe_packed = attention_mask is None and position_ids is not None and (lengths is not None or not readable())
+        if position_ids is None:
+            check_length(length, self.config.max_position_embeddings)
+            position_ids = torch.arange(length, device=given.device)[None]
+        if packing is not None:
+            input_ids, inputs_embeds = packing.take(input_ids), packing.take(inputs_embeds)
+            token_type_ids, position_ids = packing.take(token_type_ids), packing.take(position_ids)
+
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        packing = {}
-        if attention_mask is None and position_ids is not None:
-            packed = packed_sequence_ids(position_ids.expand(hidden_states.shape[0], -1))
-            packing["and_mask_function"] = lambda batch, head, q, kv: packed[batch, q] == packed[batch, kv]
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, **packing
-        )
+        mask = None
+        if packing is None:
+            apart = {}
+            if maybe_packed:
+                packed = packed_sequence_ids(position_ids)
+                apart["and_mask_function"] = lambda batch, head, q, kv: packed[batch, q] == packed[batch, kv]
+            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask, **apart)
 
         all_hidden_states, all_attentions = [hidden_states], []
         for layer in self.encoder.layer:
-            hidden_states, weights = layer(hidden_states, attention_mask=mask, position_ids=position_ids, **kwargs)
+            hidden_states, weights = layer(
+                hidden_states, attention_mask=mask, position_ids=position_ids, packing=packing, **kwargs
+            )
             all_hidden_states.append(hidden_states)
             if not output_hidden_states:  # keep only what the mix will read
                 del all_hidden_states[: -(self.config.layer_mix or 1)]
@@ -319,15 +339,23 @@ class MyBertModel(MyBertPreTrainedModel):
                 all_attentions.append(weights)
         if self.layer_mix is not None:
             hidden_states = self.layer_mix(all_hidden_states[-self.config.layer_mix :])
+        if packing is not None:
+            hidden_states = packing.put(hidden_states)
 
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=None if self.pooler is None else self._pool(hidden_states, attention_mask),
+            pooler_output=None if self.pooler is None else self._pool(hidden_states, attention_mask, lengths),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
-    def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _pool(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, lengths: list[int] | None
+    ) -> torch.Tensor:
+        if lengths is not None:  # packed rows: a vector for each sequence
+            sequences = hidden_states.flatten(0, 1).split(lengths)
+            hidden_states = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+            attention_mask = nn.utils.rnn.pad_sequence([states.new_ones(len(states)) for states in sequences], True)
         if attention_mask is None:
             token_mask = hidden_states.new_ones(1, hidden_states.shape[1], 1, dtype=torch.bool)
         elif attention_mask.ndim == 2:
@@ -519,6 +547,7 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            skip_padding=not counts_padding(labels, attention_mask),
             return_dict=True,
             **kwargs,
         )
@@ -564,6 +593,7 @@ class MyBertForTokenClassification(MyBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            skip_padding=not counts_padding(labels, attention_mask),
             return_dict=True,
             **kwargs,
         )
@@ -608,6 +638,7 @@ class MyBertForQuestionAnswering(MyBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            skip_padding=False,  # an answer is looked for among all positions, as in stock
             return_dict=True,
             **kwargs,
         )

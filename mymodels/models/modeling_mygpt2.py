@@ -24,13 +24,15 @@ from .configuration_mygpt2 import MyGPT2Config
 from .layers import (
     NORMS,
     MyPreTrainedModel,
+    Packing,
     apply_rotary,
+    attend,
     check_ids,
     check_length,
+    counts_padding,
     create_causal_mask,
     create_sliding_window_causal_mask,
-    eager_attention_forward,
-    get_attention_function,
+    packed_lengths,
     rotary_cos_sin,
 )
 
@@ -42,7 +44,7 @@ def make_norm(config: MyGPT2Config, width: int) -> nn.Module:
 
 
 # `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` after 5.0, before
-# that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `get_attention_function` does the one or the other.
+# that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `attend` does the one or the other.
 class MyGPT2Attention(nn.Module):
     """Causal self-attention, grouped-query if `num_key_value_heads < num_attention_heads`."""
 
@@ -94,8 +96,7 @@ class MyGPT2Attention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
-        attention_function = get_attention_function(self.config._attn_implementation, eager_attention_forward)
-        mixed, weights = attention_function(
+        mixed, weights = attend(
             self,
             query,
             key,
@@ -195,6 +196,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        skip_padding: bool = True,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
@@ -210,6 +212,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
             use_cache: return `past_key_values` for the next call. Default: `config.use_cache`, but not in training.
             output_attentions, output_hidden_states: also return them; attentions with `eager` only.
+            skip_padding: where it is faster (not with a cache), compute nothing for padding; its hidden states are then 0.
 
         Returns:
             `last_hidden_state` `[batch, length, hidden_size]`, after the last norm, and what was asked for:
@@ -225,18 +228,36 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None
-        if inputs_embeds is None:
-            check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
-            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
+        given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
+        rows, length = given.shape[:2]
 
         cache_position = kwargs.pop("cache_position", None)  # by name in the signature, 5.4 and newer would warn
         if cache_position is None:
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            cache_position = torch.arange(length, device=given.device) + past_length
+
+        packing, packable = None, skip_padding and past_key_values is None and not use_cache
+        if packable and self._runs_packed(given.device, output_attentions, output_hidden_states):
+            packing = Packing.find((rows, length), attention_mask, packed_lengths(position_ids, attention_mask))
+        limit = self.config.max_position_embeddings
+        learned = self.config.position_embedding_type == "learned"
+        positions = position_ids
+        if positions is None:
+            if learned:
+                check_length(length, limit)
+            positions = cache_position[None]
+        if packing is not None:
+            input_ids, inputs_embeds = packing.take(input_ids), packing.take(inputs_embeds)
+            token_type_ids, positions = packing.take(token_type_ids), packing.take(positions)
+        if inputs_embeds is None:
+            check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
 
         # Masks before the cache: transformers looks for packed sequences only where there is none.
         masks = attention_mask
-        if not isinstance(masks, dict):
+        if packing is not None:
+            masks = dict.fromkeys(self.config.layer_types)  # None: each sequence by itself
+        elif not isinstance(masks, dict):
             masks = {
                 layer_type: MASKS[layer_type](
                     config=self.config,
@@ -251,18 +272,12 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        limit = self.config.max_position_embeddings
-        learned = self.config.position_embedding_type == "learned"
-        if position_ids is None:
-            if learned:
-                check_length(inputs_embeds.shape[1], limit)
-            position_ids = cache_position[None]
         hidden_states, rotary = inputs_embeds, None
         if learned:
-            check_ids("position_ids", position_ids, limit, "max_position_embeddings")
-            hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.device)
+            check_ids("position_ids", positions, limit, "max_position_embeddings")
+            hidden_states = hidden_states + self.embed_positions(positions).to(hidden_states.device)
         elif self.config.position_embedding_type == "rope":
-            rotary = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
+            rotary = rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
         if token_type_ids is not None:
             check_ids("token_type_ids", token_type_ids, self.config.vocab_size, "vocab_size")
             hidden_states = hidden_states + self.embed_tokens(token_type_ids)
@@ -279,12 +294,15 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                 attention_mask=masks[layer_type],
                 past_key_values=past_key_values,
                 cache_position=cache_position,
-                position_ids=position_ids,
+                position_ids=positions,
+                packing=packing,
                 **kwargs,
             )
             if output_attentions:
                 all_attentions.append(weights)
         hidden_states = self.norm(hidden_states)
+        if packing is not None:
+            hidden_states = packing.put(hidden_states)
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
 
@@ -339,6 +357,8 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
         Returns:
             `logits` `[batch, kept, vocab_size]`, with `labels` the mean cross-entropy in nats as `loss`.
         """
+        # each position predicts the next label
+        predicted = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = self.model(
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -347,6 +367,7 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            skip_padding=not counts_padding(predicted, attention_mask),
             return_dict=True,
             **kwargs,
         )
@@ -414,7 +435,7 @@ class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
                 by `config.problem_type`, which is inferred at the first call as everywhere in transformers.
 
         Returns:
-            `logits` `[batch, num_labels]`, with `labels` the `loss`.
+            `logits` `[batch, num_labels]` (packed rows: `[sequences, num_labels]`), with `labels` the `loss`.
 
         Raises:
             ValueError: several rows, and neither `config.pad_token_id` nor `attention_mask` tells where they end.
@@ -432,9 +453,14 @@ class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         rows, length = hidden_states.shape[:2]
-        last = self._last_token(input_ids, attention_mask, rows, length)
-        last = last.to(hidden_states.device) if isinstance(last, torch.Tensor) else last
-        logits = self.score(hidden_states[torch.arange(rows, device=hidden_states.device), last])
+        lengths = packed_lengths(position_ids, attention_mask) if past_key_values is None else None
+        if lengths is not None:  # packed rows: the last token of each sequence
+            last_states = hidden_states.flatten(0, 1)[torch.tensor(lengths).cumsum(0).to(hidden_states.device) - 1]
+        else:
+            last = self._last_token(input_ids, attention_mask, rows, length)
+            last = last.to(hidden_states.device) if isinstance(last, torch.Tensor) else last
+            last_states = hidden_states[torch.arange(rows, device=hidden_states.device), last]
+        logits = self.score(last_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)

@@ -1,0 +1,62 @@
+"""Batches without padding: the examples of a batch laid end to end in one row."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_KINDS = ("next_token", "token", "sequence")
+
+
+@dataclass
+class DataCollatorForPacking:
+    """Lay the examples of a batch end to end; `position_ids` that start over tell the models where each begins.
+
+    Both families then compute what they compute for the padded batch: each example attends to itself alone, and is
+    pooled and classified by itself. (transformers' `DataCollatorWithFlattening` does this for causal language models.)
+
+    Args:
+        labels: what a label belongs to: `"next_token"`, a token predicted from the one before it, so that the first
+            label of an example, which would be predicted from the example before, is left out (-100); `"token"`, for
+            masked language models and token classification; `"sequence"`, for classifiers.
+
+    Returns (called with a list of examples, each a mapping with `input_ids`, padded or not):
+        `input_ids` and `position_ids` `[1, tokens]`, `token_type_ids` alike if the examples have them, and `labels`:
+        `[1, tokens]`, or for sequences `[examples, …]`.
+
+    Raises:
+        ValueError: an unknown kind of labels; an example without tokens, or with another number of labels than tokens.
+        KeyError: an example lacks what the first one has.
+    """
+
+    labels: str = "next_token"
+
+    def __post_init__(self) -> None:
+        if self.labels not in _KINDS:
+            raise ValueError(f"labels={self.labels!r}, but it must be one of {', '.join(map(repr, _KINDS))}")
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        per_token = ["input_ids", *(name for name in ("token_type_ids", "labels") if name in features[0])]
+        if self.labels == "sequence" and "labels" in per_token:
+            per_token.remove("labels")
+        pieces: dict[str, list[torch.Tensor]] = {name: [] for name in (*per_token, "position_ids")}
+        for number, example in enumerate(features):
+            row = {name: torch.as_tensor(example[name]) for name in per_token}
+            if "attention_mask" in example:
+                kept = torch.as_tensor(example["attention_mask"]).bool()
+                row = {name: values[kept] for name, values in row.items()}
+            for name, values in row.items():
+                if not len(values) or len(values) != len(row["input_ids"]):
+                    raise ValueError(
+                        f"example {number} of the batch has {len(values)} {name} for {len(row['input_ids'])} tokens: "
+                        "leave out what is empty, and give one for each token"
+                    )
+                pieces[name].append(values)
+            if self.labels == "next_token" and "labels" in row:
+                pieces["labels"][-1] = torch.cat((row["labels"].new_tensor([-100]), row["labels"][1:]))
+            pieces["position_ids"].append(torch.arange(len(row["input_ids"])))
+        batch = {name: torch.cat(values)[None] for name, values in pieces.items()}
+        if self.labels == "sequence" and "labels" in features[0]:
+            batch["labels"] = torch.stack([torch.as_tensor(example["labels"]) for example in features])
+        return batch
