@@ -12,7 +12,8 @@ from transformers import (
     set_seed,
 )
 
-from .data import Data, DataError
+from .data import Data
+from .reading import DataError
 
 _BLOCK = 1024  # the longest block of a language model that is made without being asked for
 
@@ -90,7 +91,9 @@ def encode_blocks(
         joined = {name: [item for row in column for item in row] for name, column in rows.items()}
         count = len(joined["input_ids"]) // block
         blocks = {name: [items[i * block : (i + 1) * block] for i in range(count)] for name, items in joined.items()}
-        return blocks if masked else blocks | {"labels": blocks["input_ids"]}
+        if masked:
+            return blocks
+        return blocks | {"attention_mask": [[1] * block] * count, "labels": blocks["input_ids"]}
 
     found = {}
     for split, rows in (("train", data.train), ("validation", data.validation), ("test", data.test)):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from .data import need
+from .reading import need
 
 _INK, _BLUE, _ORANGE, _GRID = "#333333", "#0072b2", "#d55e00", "#d9d9d9"  # Okabe and Ito's, apart for every eye
 

@@ -214,9 +214,11 @@ def _agree(found: Start) -> None:
         raise ValueError(
             "the tokenizer has no mask token, which a masked language model is trained with: choose another"
         )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     if found.kind == "classification":
         tokenizer.padding_side = "right"  # positions count from the first token, at inference as in training
-        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _told(new: Sequence[str]) -> str:
