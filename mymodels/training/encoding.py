@@ -93,7 +93,9 @@ def encode_blocks(
         blocks = {name: [items[i * block : (i + 1) * block] for i in range(count)] for name, items in joined.items()}
         if masked:
             return blocks
-        return blocks | {"attention_mask": [[1] * block] * count, "labels": blocks["input_ids"]}
+        # nothing predicts a block's first token; left in, the Trainer would count it in the loss's denominator
+        labels = [[-100, *ids[1:]] for ids in blocks["input_ids"]]
+        return blocks | {"attention_mask": [[1] * block] * count, "labels": labels}
 
     found = {}
     for split, rows in (("train", data.train), ("validation", data.validation), ("test", data.test)):

@@ -63,6 +63,7 @@ def finetune(
     resume_from_checkpoint: bool | str | os.PathLike = False,
     card: Card | None = None,
     max_shard_size: int | str = "2GB",
+    golden: bool = True,
     console: Console | None = None,
     **training_arguments: Any,
 ) -> FineTuned:
@@ -94,6 +95,7 @@ def finetune(
         keep_checkpoints: leave them there.
         resume_from_checkpoint: true: go on after the newest checkpoint in `checkpoint_dir`, from the start if there is
             none; or the path of one.
+        max_shard_size, golden: see `build_repo`.
         card: what the model card should say; what is left out is filled in from the training.
         training_arguments: any of `transformers.TrainingArguments`, by their names. Defaults that are not the library's:
             `DEFAULTS`; `learning_rate` 5e-5, with LoRA 4e-4.
@@ -172,6 +174,7 @@ def finetune(
     else:
         examples = encode_blocks(loaded, begun.tokenizer, length, masked=begun.kind == "masked", seed=seed)
     trained: Any = begun.model
+    use_cache = getattr(begun.model.config, "use_cache", None)
     if lora_r is not None:
         trained = add_lora(begun.model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, new=begun.new)
     arguments = make_arguments(
@@ -203,6 +206,8 @@ def finetune(
         if trainer.is_world_process_zero():
             trained.save_pretrained(where / "adapter")
         final = trained.merge_and_unload()
+    if use_cache is not None:
+        final.config.use_cache = use_cache  # the Trainer of 5.x switches it off, also in what is saved
     result = FineTuned(
         path=output_dir,
         model=final.eval(),
@@ -216,7 +221,7 @@ def finetune(
         confusion_matrix=matrix,
     )
     if trainer.is_world_process_zero():
-        write_repo(result, begun, card or Card(), task, max_shard_size)
+        write_repo(result, begun, card or Card(), task, max_shard_size=max_shard_size, golden=golden)
         end(result, keep_checkpoints)
         if matrix is not None and loaded.labels is not None:
             console.print(class_table(matrix, loaded.labels, "on the validation data"))

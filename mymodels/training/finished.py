@@ -76,7 +76,9 @@ def best_step(trainer: Trainer) -> int | None:
     return int(best.rsplit("-", 1)[-1]) if best else None
 
 
-def write_repo(result: FineTuned, begun: Start, card: Card, task: str, max_shard_size: int | str) -> None:
+def write_repo(
+    result: FineTuned, begun: Start, card: Card, task: str, *, max_shard_size: int | str, golden: bool
+) -> None:
     """The Hub repo folder, from a folder with model, tokenizer and pictures."""
     finished = result.checkpoint_dir / "finished"
     shutil.rmtree(finished, ignore_errors=True)
@@ -88,13 +90,8 @@ def write_repo(result: FineTuned, begun: Start, card: Card, task: str, max_shard
     if result.confusion_matrix is not None and result.data.labels is not None:
         pictures["confusion_matrix.png"] = "Confusion matrix on the validation data"
         draw_confusion_matrix(result.confusion_matrix, result.data.labels, finished / "confusion_matrix.png")
-    build_repo(
-        finished,
-        None,
-        result.path,
-        card=_card(result, begun, card, task, pictures),
-        max_shard_size=max_shard_size,
-    )
+    said = _card(result, begun, card, task, pictures)
+    build_repo(finished, None, result.path, card=said, max_shard_size=max_shard_size, golden=golden)
     shutil.rmtree(finished)
 
 

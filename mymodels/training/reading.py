@@ -22,7 +22,7 @@ _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
-}  # of folders and Hub data sets: split → its names  # of folders and Hub data sets: split → its names
+}  # of folders and Hub data sets: split → its names
 
 
 class DataError(ValueError):
@@ -119,7 +119,10 @@ def read_files(paths: list[Path], datasets: Any) -> Any:
     try:
         rows = getattr(datasets.Dataset, f"from_{kind}")([str(path) for path in paths], **options)
     except Exception as error:  # the readers' own, of many kinds
-        raise DataError(f"{', '.join(map(str, paths))} cannot be read as {kind}: {_reason(error)}") from error
+        reason = _reason(error)
+        if "corresponds to no data" in reason:  # a table of nothing but its head
+            raise DataError(f"{', '.join(map(str, paths))} has no rows: choose another file") from None
+        raise DataError(f"{', '.join(map(str, paths))} cannot be read as {kind}: {reason}") from error
     finally:
         if not bars:
             datasets.enable_progress_bars()
