@@ -89,13 +89,13 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
     Without colour it reads as well: each cell that is not empty says its count, up to 40 classes.
     """
     count = len(names)
-    side = max(3.2, 0.42 * count + 1.0)
+    side = max(3.2, 0.36 * count + 1.0)
     longest = max(map(len, names))
     shown = [name if len(name) <= 24 else name[:23] + "…" for name in names]
     figure, axes = _figure(side + 0.08 * min(longest, 24) + 0.9, side + (0.08 * min(longest, 24) if count > 4 else 0.3))
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    size = 10 if count <= 10 else 8 if count <= 20 else 6.5
+    size = 10 if count <= 10 else 9 if count <= 20 else 8
     if count <= 40:
         for row, column in zip(*np.nonzero(matrix)):
             color = "white" if share[row, column] > 0.55 else _INK
