@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_checkpoint_and_dispatch, load_state_dict, open_checkpoint, save_checkpoint
     from .hub import build_repo, load_in_clean_process
     from .hub.lock import load
+    from .training.finetune import FineTuned, finetune
     from .training.loop import train
     from .training.sample_text import load_sample_text
     from .warmstart import WarmStartReport, warm_start
@@ -40,12 +41,15 @@ _LAZY = {
     "load": ".hub.lock",
     "load_in_clean_process": ".hub",
     "load_sample_text": ".training.sample_text",
+    "FineTuned": ".training.finetune",
+    "finetune": ".training.finetune",
     "train": ".training.loop",
     "WarmStartReport": ".warmstart",
     "warm_start": ".warmstart",
 }
 
 __all__ = [
+    "FineTuned",
     "MyBertConfig",
     "MyBertForMaskedLM",
     "MyBertForQuestionAnswering",
@@ -58,6 +62,7 @@ __all__ = [
     "MyGPT2Model",
     "WarmStartReport",
     "build_repo",
+    "finetune",
     "load",
     "load_checkpoint_and_dispatch",
     "load_in_clean_process",
