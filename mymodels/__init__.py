@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .hub.lock import load
     from .training.loop import train
     from .training.sample_text import load_sample_text
+    from .training.trainer import Trainer
     from .warmstart import WarmStartReport, warm_start
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _LAZY = {
     "load_in_clean_process": ".hub",
     "load_sample_text": ".training.sample_text",
     "train": ".training.loop",
+    "Trainer": ".training.trainer",
     "WarmStartReport": ".warmstart",
     "warm_start": ".warmstart",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "MyGPT2ForCausalLM",
     "MyGPT2ForSequenceClassification",
     "MyGPT2Model",
+    "Trainer",
     "WarmStartReport",
     "build_repo",
     "load",

@@ -91,8 +91,9 @@ def check_finite(
 
 def bad_number(what: str, step: int, steps: int, learning_rate: float, examples: list[int]) -> FloatingPointError:
     """The error for a loss that is NaN or infinite."""
-    shown = ", ".join(map(str, examples[:32])) + (", …" if len(examples) > 32 else "")
+    named = ", ".join(map(str, examples[:32])) + (", …" if len(examples) > 32 else "")
+    look = f", or look at the examples of this batch, dataset[i] for i in {named}" if examples else ""
     return FloatingPointError(
-        f"the {what} at step {step} of {steps}: lower learning_rate={learning_rate:g}, or look at the examples of this "
-        f"batch, dataset[i] for i in {shown}. The weights are those of the step before, the checkpoints are as they were"
+        f"the {what} at step {step} of {steps}: lower learning_rate={learning_rate:g}{look}; the weights are those of the "
+        "step before, and the checkpoints are as they were"
     )

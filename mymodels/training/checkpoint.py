@@ -166,6 +166,11 @@ def save_training_checkpoint(
     return folder
 
 
+def _load(path: Path) -> Any:
+    with path.open("rb") as file:  # not mapped into memory: the file may be removed while its tensors are in use
+        return load_plain(file, path)
+
+
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """The model's weights from a training checkpoint; to be called before `accelerator.prepare`.
 
@@ -199,7 +204,7 @@ def load_training_state(
                 f"{folder} was made with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: choose batch "
                 "size, gradient_accumulation_steps and number of processes with the same product, and the same data set"
             )
-    saved = load_plain(folder / OPTIMIZER)
+    saved = _load(folder / OPTIMIZER)
     before = [name for group in saved["param_groups"] for name in group["params"]]
     now = [name for name, parameter in accelerator.unwrap_model(model).named_parameters() if parameter.requires_grad]
     if set(before) != set(now):
@@ -207,11 +212,11 @@ def load_training_state(
         raise ValueError(f"{folder}: parameter {name!r} was{' not' if name in now else ''} trained then, unlike now")
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(model, optimizer.optimizer, optim_state_dict=saved, options=options)
-    schedule = load_plain(folder / SCHEDULER)
+    schedule = _load(folder / SCHEDULER)
     scheduler.load_state_dict(schedule["scheduler"])
     if accelerator.scaler and schedule["scaler"]:
         accelerator.scaler.load_state_dict(schedule["scaler"])
-    rest = load_plain(folder / RANDOM)
+    rest = _load(folder / RANDOM)
     if len(rest["processes"]) == accelerator.num_processes:
         set_random_state(rest["processes"][accelerator.process_index])
     else:  # new ones, that are neither those of the beginning nor alike

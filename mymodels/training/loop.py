@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
@@ -17,6 +16,7 @@ from .batches import SeededCollator, Shuffled, check_finite
 from .checkpoint import Progress, load_training_state, load_weights, save_training_checkpoint
 from .evaluation import mean_loss
 from .folders import find_checkpoint
+from .processes import make_accelerator
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def train(
             examples. The weights are those of the step before, and the checkpoints stay.
     """
     arguments = {name: value for name, value in locals().items() if isinstance(value, (int, float, str))}
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    accelerator = make_accelerator(mixed_precision)  # an `Accelerator`
     set_seed(seed, device_specific=True)  # each process drops out other units
     if checkpoint := find_checkpoint(output_dir, resume_from_checkpoint):
         load_weights(model, checkpoint)
