@@ -55,8 +55,8 @@ class Trainer(transformers.Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        if getattr(loader, "collate_fn", None) is not None:
-            loader.collate_fn = SeededCollator(loader.collate_fn, self.args.seed, self.args.process_index)
+        plain: Any = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around it
+        plain.collate_fn = SeededCollator(plain.collate_fn, self.args.seed, self.args.process_index)
         return loader
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
