@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_checkpoint_and_dispatch, load_state_dict, open_checkpoint, save_checkpoint
     from .hub import build_repo, load_in_clean_process
     from .hub.lock import load
+    from .training.importing import import_checkpoint
     from .training.loop import train
     from .training.sample_text import load_sample_text
     from .training.trainer import Trainer
@@ -38,6 +39,7 @@ _LAZY = {
     "open_checkpoint": ".checkpoints",
     "save_checkpoint": ".checkpoints",
     "build_repo": ".hub",
+    "import_checkpoint": ".training.importing",
     "load": ".hub.lock",
     "load_in_clean_process": ".hub",
     "load_sample_text": ".training.sample_text",
@@ -61,6 +63,7 @@ __all__ = [
     "Trainer",
     "WarmStartReport",
     "build_repo",
+    "import_checkpoint",
     "load",
     "load_checkpoint_and_dispatch",
     "load_in_clean_process",

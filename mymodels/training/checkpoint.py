@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoints import load_checkpoint_and_dispatch, replace_folder, write_manifest
+from ..checkpoints import replace_folder, write_manifest
+from ..checkpoints.loading import load_in_place
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import save_model_files, torch_save, write_shards
@@ -177,7 +178,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: names or shapes are not the model's.
     """
-    load_checkpoint_and_dispatch(model, folder)
+    load_in_place(model, folder)
 
 
 def load_training_state(

@@ -47,13 +47,22 @@ def pad_and_mask(batch: list[dict]) -> dict[str, torch.Tensor]:
 COLLATORS = {"padded": pad, "masked": pad_and_mask, "packed": DataCollatorWithFlattening(return_tensors="pt")}
 
 
-def model(**changes) -> MyGPT2ForCausalLM:
+def model(dropout: float = 0.1) -> MyGPT2ForCausalLM:
     torch.manual_seed(3)
-    return MyGPT2ForCausalLM(mygpt2_config(num_hidden_layers=1, attn_pdrop=0.1, resid_pdrop=0.1, **changes))
+    drop = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout)
+    return MyGPT2ForCausalLM(mygpt2_config(num_hidden_layers=1, initializer_range=0.02, **drop))
 
 
 def run(
-    kind: str, output_dir: Path, *, batches: str = "padded", size: int = 2, accumulation: int = 2, **options
+    kind: str,
+    output_dir: Path,
+    *,
+    batches: str = "padded",
+    size: int = 2,
+    accumulation: int = 2,
+    dropout: float = 0.1,
+    count: int = 23,
+    **options,
 ) -> None:
     """Train for three epochs, resuming if there is a checkpoint, and write losses and weights to `result.pt`."""
     resume = any(output_dir.glob("checkpoint-*"))
@@ -66,11 +75,11 @@ def run(
         "save_total_limit": 2,
         **options,
     }
-    trained = model()
+    trained = model(dropout)
     if kind == "loop":
         losses = train(
             trained,
-            examples(),
+            examples(count),
             output_dir=str(output_dir),
             data_collator=COLLATORS[batches],
             resume_from_checkpoint=resume,
@@ -80,7 +89,7 @@ def run(
         settings = TrainingArguments(
             str(output_dir), logging_steps=1, report_to=[], use_cpu=True, remove_unused_columns=False, **arguments
         )
-        trainer = Trainer(trained, settings, data_collator=COLLATORS[batches], train_dataset=examples())
+        trainer = Trainer(trained, settings, data_collator=COLLATORS[batches], train_dataset=examples(count))
         trainer.train(resume_from_checkpoint=resume)
         losses = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
     if os.environ.get("RANK", "0") == "0":
