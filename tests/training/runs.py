@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from tiny import mygpt2_config
-from transformers import DataCollatorWithFlattening, TrainingArguments
+from transformers import TrainingArguments
 
 from mymodels import MyGPT2ForCausalLM
 from mymodels.training.loop import train
+from mymodels.training.packing import DataCollatorForPacking
 from mymodels.training.trainer import Trainer
 
 SAVE_STEPS = 4
@@ -44,7 +45,11 @@ def pad_and_mask(batch: list[dict]) -> dict[str, torch.Tensor]:
     return padded
 
 
-COLLATORS = {"padded": pad, "masked": pad_and_mask, "packed": DataCollatorWithFlattening(return_tensors="pt")}
+def pack(batch: list[dict]) -> dict[str, torch.Tensor]:
+    return DataCollatorForPacking()([{**example, "labels": example["input_ids"]} for example in batch])
+
+
+COLLATORS = {"padded": pad, "masked": pad_and_mask, "packed": pack}
 
 
 def model(dropout: float = 0.1) -> MyGPT2ForCausalLM:
