@@ -17,7 +17,8 @@ from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
 from .models.modeling_mybert import MyBertForSequenceClassification
 from .models.modeling_mygpt2 import MyGPT2ForCausalLM
-from .training.loop import evaluate, train
+from .training.evaluation import evaluate
+from .training.loop import train
 from .training.sample_text import Document, load_sample_text, passages
 from .training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
 

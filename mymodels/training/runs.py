@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoints.replacing import replace_file
 from .data import Data
+from .folders import STATE, list_checkpoints, newest_checkpoint
 
 RECORD, METRICS = "finetune.json", "metrics.json"
 MAY_CHANGE = {"report_to", "disable_tqdm", "logging_steps", "save_total_limit", "dataloader_num_workers"}  # to resume
@@ -31,9 +32,9 @@ def checkpoint_to_resume(
 
     Raises:
         FileExistsError: there are some, and resuming was not asked for.
-        ValueError: they are of another training, or the training is finished.
+        ValueError: they are of another training, all are damaged, or the training is finished.
     """
-    there = sorted(where.glob("checkpoint-*"), key=lambda path: int("0" + path.name.rsplit("-", 1)[-1]))
+    there = list_checkpoints(where)
     if resume is False or resume is None:
         if there:
             raise FileExistsError(
@@ -42,7 +43,7 @@ def checkpoint_to_resume(
             )
         return None
     if resume is not True:
-        if not Path(resume, "trainer_state.json").is_file():
+        if not Path(resume, STATE).is_file():
             raise ValueError(f"{resume} is no checkpoint of a training: name a folder checkpoint-N")
         return str(resume)
     if (where / RECORD).is_file():
@@ -57,7 +58,7 @@ def checkpoint_to_resume(
         raise ValueError(
             f"the training in {where} is finished, {output_dir} is its result: leave out --resume to train anew"
         )
-    return str(there[-1]) if there else None
+    return str(newest_checkpoint(where)) if there else None
 
 
 def begin(where: Path, record: Mapping[str, Any]) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, ProgressCallback
-from transformers import Trainer as BaseTrainer
 
 from .data import Data
 from .parameters import decayed_groups
 from .results import classification_metrics
+from .trainer import Trainer
 
 
-class FineTuner(BaseTrainer):
+class FineTuner(Trainer):
     """The Trainer, with learning rates by layer."""
 
     layer_decay: float | None = None
