@@ -34,6 +34,7 @@ from .layers import (
     packed_lengths,
     packed_sequence_ids,
     readable,
+    unpacked,
 )
 
 
@@ -309,7 +310,7 @@ class MyBertModel(MyBertPreTrainedModel):
             position_ids = position_ids.expand(rows, -1)
         lengths = packed_lengths(position_ids, attention_mask)
         packing = None
-        if skip_padding and self._runs_packed(given.device, output_attentions, output_hidden_states):
+        if skip_padding and self._runs_packed(given.device, lengths, output_attentions, output_hidden_states):
             packing = Packing.find((rows, length), attention_mask, lengths, right_padded=True)
         maybe_packed = attention_mask is None and position_ids is not None and (lengths is not None or not readable())
         if position_ids is None:
@@ -354,9 +355,8 @@ class MyBertModel(MyBertPreTrainedModel):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, lengths: list[int] | None
     ) -> torch.Tensor:
         if lengths is not None:  # packed rows: a vector for each sequence
-            sequences = hidden_states.flatten(0, 1).split(lengths)
-            hidden_states = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-            attention_mask = nn.utils.rnn.pad_sequence([states.new_ones(len(states)) for states in sequences], True)
+            attention_mask = unpacked(hidden_states.new_ones(hidden_states.shape[:2]), lengths)
+            hidden_states = unpacked(hidden_states, lengths)
         if attention_mask is None:
             token_mask = hidden_states.new_ones(1, hidden_states.shape[1], 1, dtype=torch.bool)
         elif attention_mask.ndim == 2:

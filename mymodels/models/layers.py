@@ -176,10 +176,12 @@ class MyPreTrainedModel(_Bridge):
             )
         return bool(output_attentions), bool(output_hidden_states)
 
-    def _runs_packed(self, device: torch.device, *outputs_wanted: bool) -> bool:
+    def _runs_packed(self, device: torch.device, lengths: list[int] | None, *outputs_wanted: bool) -> bool:
         """Whether to run without padding: where values can be read at no cost, and no layer's states are asked for."""
-        fast = device.type == "cpu" and self.config._attn_implementation == "sdpa"
-        return fast and readable() and not any(outputs_wanted)
+        implementation = self.config._attn_implementation
+        fast = device.type == "cpu" and implementation == "sdpa"
+        needed = lengths is not None and "flash" in implementation  # which takes no mask that keeps sequences apart
+        return (fast or needed) and readable() and not any(outputs_wanted)
 
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
@@ -254,14 +256,22 @@ def readable() -> bool:
 def packed_lengths(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> list[int] | None:
     """Lengths of the sequences packed in rows of `position_ids` `[batch, length]`, row by row.
 
-    None if each row is one sequence, if a mask says what sees what, or where values cannot be read (compilation).
+    None if each row is one sequence, if a mask says what sees what, or in a graph that is exported.
     """
-    if position_ids is None or attention_mask is not None or not readable():
+    if position_ids is None or attention_mask is not None or EXPORTING() or torch.jit.is_tracing():
         return None
+    return _read_lengths(position_ids)
+
+
+@torch.compiler.disable  # a compiled model stops here to look, rather than take packed sequences for one
+def _read_lengths(position_ids: torch.Tensor) -> list[int] | None:
     ids = packed_sequence_ids(position_ids)
     if not ids[:, -1:].any():
         return None
     return [length for row in ids for length in row.bincount().tolist()]
+
+
+EXPORTING = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the first: torch 2.7 and newer
 
 
 def counts_padding(labels: torch.Tensor | None, attention_mask: Any) -> bool:
@@ -269,6 +279,11 @@ def counts_padding(labels: torch.Tensor | None, attention_mask: Any) -> bool:
     if labels is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != labels.shape:
         return False
     return readable() and bool(((labels != -100) & (attention_mask == 0)).any())
+
+
+def unpacked(packed: torch.Tensor, lengths: list[int], padding_value: float = 0) -> torch.Tensor:
+    """Sequences of `lengths` out of packed rows `[batch, length, …]`, each in a row of its own, padded on the right."""
+    return nn.utils.rnn.pad_sequence(packed.flatten(0, 1).split(lengths), True, padding_value)
 
 
 class Packing:
@@ -337,6 +352,7 @@ def attend(
     function = get_attention_function(module.config._attn_implementation, eager_attention_forward)
     if packing is None:
         return function(module, query, key, value, attention_mask, **kwargs)
+    kwargs.pop("position_ids", None)  # of the whole row
     window, start, pieces = kwargs.get("sliding_window"), 0, []
     for length, count in packing.groups:
         rows = slice(start, start := start + length * count)

@@ -33,7 +33,9 @@ from .layers import (
     create_causal_mask,
     create_sliding_window_causal_mask,
     packed_lengths,
+    readable,
     rotary_cos_sin,
+    unpacked,
 )
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -236,9 +238,11 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
             cache_position = torch.arange(length, device=given.device) + past_length
 
-        packing, packable = None, skip_padding and past_key_values is None and not use_cache
-        if packable and self._runs_packed(given.device, output_attentions, output_hidden_states):
-            packing = Packing.find((rows, length), attention_mask, packed_lengths(position_ids, attention_mask))
+        packing = None
+        if skip_padding and past_key_values is None and not use_cache and readable():
+            lengths = packed_lengths(position_ids, attention_mask)
+            if self._runs_packed(given.device, lengths, output_attentions, output_hidden_states):
+                packing = Packing.find((rows, length), attention_mask, lengths)
         limit = self.config.max_position_embeddings
         learned = self.config.position_embedding_type == "learned"
         positions = position_ids
@@ -452,15 +456,16 @@ class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        rows, length = hidden_states.shape[:2]
         lengths = packed_lengths(position_ids, attention_mask) if past_key_values is None else None
-        if lengths is not None:  # packed rows: the last token of each sequence
-            last_states = hidden_states.flatten(0, 1)[torch.tensor(lengths).cumsum(0).to(hidden_states.device) - 1]
-        else:
-            last = self._last_token(input_ids, attention_mask, rows, length)
-            last = last.to(hidden_states.device) if isinstance(last, torch.Tensor) else last
-            last_states = hidden_states[torch.arange(rows, device=hidden_states.device), last]
-        logits = self.score(last_states)
+        if lengths is not None:  # packed rows: each sequence in a row of its own
+            hidden_states = unpacked(hidden_states, lengths)
+            attention_mask = unpacked(torch.ones_like(position_ids), lengths)
+            if input_ids is not None:
+                input_ids = unpacked(input_ids, lengths, self.config.pad_token_id or 0)
+        rows, length = hidden_states.shape[:2]
+        last = self._last_token(input_ids, attention_mask, rows, length)
+        last = last.to(hidden_states.device) if isinstance(last, torch.Tensor) else last
+        logits = self.score(hidden_states[torch.arange(rows, device=hidden_states.device), last])
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)

@@ -5,6 +5,7 @@ import torch
 from tiny import MODERN, SWITCHES, gpt2_pair, largest_difference, mybert_config, mygpt2_config
 from tiny import batch as padded_batch
 from transformers import DataCollatorWithFlattening
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mymodels import (
     MyBertForMaskedLM,
@@ -82,6 +83,40 @@ def test_classifier(pooling: str) -> None:
 def test_gpt2_classifier() -> None:
     config = mygpt2_config(**MODERN, num_labels=3, **NO_GPT2_DROPOUT)
     assert_packing_changes_nothing(MyGPT2ForSequenceClassification(config).train(), "sequence")
+
+
+def test_flash_attention_gets_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no mask that would keep the sequences of a row apart; here one that asserts it gets none."""
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask is None and "position_ids" not in kwargs
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("flash_stand_in", flash)
+    model = MyBertForSequenceClassification(mybert_config(num_labels=3)).eval()
+    packed = DataCollatorForPacking("sequence")(examples("sequence"))
+    rows = {name: packed[name].repeat(2, 1) for name in ("input_ids", "position_ids")}
+    expected = model(**rows).logits
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_stand_in")
+    assert largest_difference(model(**rows).logits, expected) <= 1e-5
+
+
+def test_gpt2_classifier_passes_over_end_tokens_that_pad() -> None:
+    config = mygpt2_config(num_labels=3, pad_token_id=1, eos_token_id=1)
+    model = MyGPT2ForSequenceClassification(config).eval()
+    features = [{"input_ids": ids, "labels": 0} for ids in ([5, 6, 7, 1], [8, 9, 1])]
+    packed = DataCollatorForPacking("sequence")(features)
+    inputs = {**padded(features), "input_ids": torch.tensor([[5, 6, 7, 1], [8, 9, 1, 1]])}
+    assert largest_difference(model(**packed).logits, model(**inputs).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("make", [MyBertForSequenceClassification, MyGPT2ForSequenceClassification])
+def test_a_compiled_classifier_tells_packed_sequences_apart(make: type) -> None:
+    config = (mybert_config if make is MyBertForSequenceClassification else mygpt2_config)(num_labels=3)
+    model = make(config).eval()
+    packed = DataCollatorForPacking("sequence")(examples("sequence"))
+    compiled = torch.compile(model, backend="eager")
+    assert largest_difference(compiled(**packed).logits, model(**packed).logits) <= 1e-5
 
 
 def test_two_packed_rows_are_pooled_in_order() -> None:
