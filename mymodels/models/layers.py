@@ -6,12 +6,14 @@ and transformers only.
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 # ---- bridge over transformers 4.56 … 5.23: everything that differs between releases is here, and only here ----------
 
@@ -346,6 +348,59 @@ def attend(
             band = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
         pieces.append(function(module, *parts, band, **kwargs)[0].flatten(0, 1))
     return torch.cat(pieces)[None], None
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """`nn.functional.linear` by oneDNN."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        states, weight = ctx.saved_tensors
+        wanted, rows = ctx.needs_input_grad, gradient.flatten(0, -2)
+        return (
+            _OneDnnLinear.apply(gradient, weight.t(), None) if wanted[0] else None,
+            _OneDnnLinear.apply(rows.t(), states.flatten(0, -2).t(), None) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
+
+
+class FastProducts(TorchFunctionMode):
+    """Within it, every `nn.Linear` in float32 on the CPU multiplies by oneDNN, whosever module it is.
+
+    torch itself asks MKL, which leaves half of the vector units of a processor idle that is not Intel's (torch 2.13).
+    `torch.backends.mkldnn.flags(enabled=False)` turns it off; under compilation, tracing and autocast it is off.
+    """
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is nn.functional.linear and not kwargs and self._serves(*args):
+            return _OneDnnLinear.apply(*args)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
+        tensors = (states, weight) if bias is None else (states, weight, bias)
+        plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype is torch.float32 for t in tensors)
+        return plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
+
+
+def fast_products(states: torch.Tensor) -> AbstractContextManager:
+    """The context for layers that work on `states`: `FastProducts` where it may be, else one that does nothing."""
+    fast = states.device.type == "cpu" and states.dtype is torch.float32 and readable() and ONE_DNN
+    fast = fast and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return FastProducts() if fast else nullcontext()
+
+
+ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:

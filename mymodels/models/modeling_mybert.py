@@ -31,6 +31,7 @@ from .layers import (
     check_length,
     counts_padding,
     create_bidirectional_mask,
+    fast_products,
     packed_lengths,
     packed_sequence_ids,
     readable,
@@ -143,8 +144,9 @@ class MyBertLayer(GradientCheckpointingLayer):
         self.output = MyBertOutput(config, config.intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.attention(hidden_states, **kwargs)
-        return self.output(self.intermediate(attended), attended), weights
+        with fast_products(hidden_states):
+            attended, weights = self.attention(hidden_states, **kwargs)
+            return self.output(self.intermediate(attended), attended), weights
 
 
 class MyBertEncoder(nn.Module):
@@ -551,7 +553,8 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        logits = self.cls(outputs.last_hidden_state)
+        with fast_products(outputs.last_hidden_state):
+            logits = self.cls(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -32,6 +32,7 @@ from .layers import (
     counts_padding,
     create_causal_mask,
     create_sliding_window_causal_mask,
+    fast_products,
     packed_lengths,
     rotary_cos_sin,
 )
@@ -148,9 +149,10 @@ class MyGPT2Block(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        with fast_products(hidden_states):
+            attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + self.dropout(attended)
+            hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
         return hidden_states, weights
 
 
@@ -372,7 +374,8 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        with fast_products(outputs.last_hidden_state):
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
