@@ -80,7 +80,7 @@ def fine_tune(kind: type[PreTrainedModel], folder: Path, rows: list[dict], colla
 
 def draw(rows: list[dict], pyplot: Any) -> None:
     fills = [row for row in rows if "fill" in row]
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
+    _, axes = pyplot.subplots(figsize=(6.4, 3.8))
     full = fills[-1]["seconds"]["rival"]
     shares = [100 * row["fill"] for row in fills]
     for who, label, color in (("rival", "stock BERT", "0.45"), ("ours", "MyBert", "tab:blue")):

@@ -134,17 +134,16 @@ class _Products(TorchDispatchMode):
         self.found: list[tuple[tuple[int, ...], torch.Tensor]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket._qualified_op_name.removeprefix("aten::")
-        if name == "linear":
+        name = function.overloadpacket._qualified_op_name.split("::")[1]
+        if name in ("linear", "_linear_pointwise"):
             self.note(args[0], args[1].t())
         elif name in ("mm", "bmm", "matmul"):
             self.note(args[0], args[1])
         elif name in ("addmm", "baddbmm"):
             self.note(args[1], args[2])
-        elif name.startswith("_scaled_dot_product") and "backward" not in name:
+        elif "scaled_dot_product" in name and "backward" not in name:
             query, key, value = args[:3]
-            causal = (kwargs or {}).get("is_causal", args[5] if len(args) > 5 else False)
-            if causal is True:  # half of all pairs
+            if (kwargs or {}).get("is_causal") or any(flag is True for flag in args[3:]):  # half of all pairs
                 half = (key.shape[-2] + 1) // 2
                 key, value = key[..., :half, :], value[..., :half, :]
             self.note(query, key.transpose(-2, -1))
@@ -158,13 +157,29 @@ class _Products(TorchDispatchMode):
             self.found.append(((-1, *first.shape[-2:]), second.detach()))
 
 
+def _mm(first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(first, second, out=out)
+
+
+def _bmm(first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
+    torch.bmm(first, second, out=out)
+
+
+def _one_dnn(first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return _mm(first, second, out)
+    torch.ops.mkldnn._linear_pointwise(first, second.t(), None, "none", [], "")
+
+
 def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
     """The matrix products of `call`, which runs once here, and nothing else, as a call: a floor for the same work.
 
     Weights are the model's own, so that as much memory is read; the other operands are noise in buffers made here.
+    A product with a weight is made by torch or by oneDNN, whichever is faster for its shape here.
     """
-    with _Products() as products:
+    with torch.no_grad(), _Products() as products:
         call()
+    assert products.found, "no matrix product was seen"
     buffers: dict[Any, torch.Tensor] = {}
 
     def buffer(kind: str, *shape: int, like: torch.Tensor) -> torch.Tensor:
@@ -173,11 +188,17 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
             buffers[key] = torch.randn(shape, dtype=torch.float32, device=like.device).to(like.dtype)
         return buffers[key]
 
+    faster: dict[Any, Callable] = {}
     jobs: list[tuple[Callable, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for shape, second in products.found:
         if second.ndim == 2:
             first, out = buffer("first", *shape, like=second), buffer("out", shape[0], second.shape[1], like=second)
-            jobs.append((torch.mm, first, second, out))
+            key = (shape, tuple(second.shape))
+            if key not in faster:
+                faster[key] = min(
+                    (_mm, _one_dnn), key=lambda p: min(seconds(lambda: p(first, second, out)) for _ in "12")
+                )
+            jobs.append((faster[key], first, second, out))
         else:
             count = second[..., 0, 0].numel()
             rows, inner, columns = *shape[1:], second.shape[-1]
@@ -186,12 +207,12 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
             operand = buffer("second", *held, like=second)
             out = buffer("out", count, rows, columns, like=second)
             first = buffer("first", count, rows, inner, like=second)
-            jobs.append((torch.bmm, first, operand.transpose(1, 2) if turned else operand, out))
+            jobs.append((_bmm, first, operand.transpose(1, 2) if turned else operand, out))
 
     def run() -> None:
         with torch.no_grad():
             for product, first, second, out in jobs:
-                product(first, second, out=out)
+                product(first, second, out)
 
     return run
 

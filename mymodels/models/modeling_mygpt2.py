@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -33,6 +32,7 @@ from .layers import (
     create_causal_mask,
     create_sliding_window_causal_mask,
     fast_products,
+    make_activation,
     packed_lengths,
     rotary_cos_sin,
 )
@@ -117,7 +117,7 @@ class MyGPT2DenseMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.down_proj.is_residual_projection = True
-        self.act_fn = ACT2FN[config.activation_function]
+        self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(x)))
@@ -130,7 +130,7 @@ class MyGPT2GatedMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.down_proj.is_residual_projection = True
-        self.act_fn = ACT2FN[config.activation_function]
+        self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
