@@ -66,8 +66,9 @@ class MyBertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings))
 
 
-# `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` after 5.0, before
-# that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `attend` does the one or the other.
+# `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
+# `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
+# `attend` does the one or the other.
 class MyBertSelfAttention(nn.Module):
     def __init__(self, config: MyBertConfig, layer_idx: int):
         super().__init__()
