@@ -413,11 +413,42 @@ class FastProducts(TorchFunctionMode):
 def fast_products(states: torch.Tensor) -> AbstractContextManager:
     """The context for layers that work on `states`: `FastProducts` where it may be, else one that does nothing."""
     fast = states.device.type == "cpu" and states.dtype is torch.float32 and readable() and ONE_DNN
+    fast = fast and not few_rows(states)
     fast = fast and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
     return FastProducts() if fast else nullcontext()
 
 
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def few_rows(states: torch.Tensor) -> bool:
+    """Whether this is like a step of generation, where a mode around each call of torch costs more than it gains."""
+    return not torch.is_grad_enabled() and states.shape[:-1].numel() <= 64
+
+
+def linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`layer(states)`; with few rows, by oneDNN without a mode if `layer` is a plain `nn.Linear` nothing hooks into."""
+    if not ONE_DNN or type(layer) is not nn.Linear or not readable() or not few_rows(states):
+        return layer(states)
+    own = vars(layer)
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    if (
+        type(weight) is not nn.Parameter  # quantised, distributed, pruned, …
+        or weight.numel() < 1 << 17  # its own start takes longer
+        or not (states.dtype is weight.dtype is torch.float32)
+        or not (states.is_cpu and weight.is_cpu)
+        or states.ndim < 2
+        or states.numel() == 0
+        or "forward" in own  # replaced, by accelerate for one
+        or any(own[hooks] for hooks in HOOKS)
+        or not torch.backends.mkldnn.enabled
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return layer(states)
+    if bias is not None and states.numel() == weight.shape[1]:  # one row: its kernel with a bias is a slower one
+        return _OneDnnLinear.forward(states, weight, None).add_(bias)
+    return _OneDnnLinear.forward(states, weight, bias)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -33,6 +33,7 @@ from .layers import (
     create_causal_mask,
     create_sliding_window_causal_mask,
     fast_products,
+    linear,
     make_activation,
     packed_lengths,
     rotary_cos_sin,
@@ -71,6 +72,7 @@ class MyGPT2Attention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
         self.o_proj.is_residual_projection = True
+        self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = make_norm(config, config.head_dim)
             self.k_norm = make_norm(config, config.head_dim)
@@ -85,10 +87,10 @@ class MyGPT2Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads)  # [B, T, H, D]
-        key = self.k_proj(hidden_states).view(heads)  # [B, T, K, D]
-        value = self.v_proj(hidden_states).view(heads)
-        if self.config.qk_norm:
+        query = linear(self.q_proj, hidden_states).view(heads)  # [B, T, H, D]
+        key = linear(self.k_proj, hidden_states).view(heads)  # [B, T, K, D]
+        value = linear(self.v_proj, hidden_states).view(heads)
+        if self.qk_norm:
             # under autocast the projections are narrower than the norm's weight
             wide = self.q_norm.weight.dtype
             query = self.q_norm(query.to(wide)).to(value.dtype)
@@ -110,7 +112,7 @@ class MyGPT2Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )  # [B, T, H, D]
-        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+        return linear(self.o_proj, mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class MyGPT2DenseMLP(nn.Module):
@@ -122,7 +124,7 @@ class MyGPT2DenseMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+        return linear(self.down_proj, self.act_fn(linear(self.up_proj, x)))
 
 
 class MyGPT2GatedMLP(nn.Module):
@@ -135,7 +137,7 @@ class MyGPT2GatedMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
 
 
 MLPS = {"dense": MyGPT2DenseMLP, "gated": MyGPT2GatedMLP}
@@ -378,7 +380,7 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         with fast_products(outputs.last_hidden_state):
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
