@@ -391,6 +391,12 @@ class _OneDnnLinear(torch.autograd.Function):
         return for_states, for_weight, rows.sum(0) if wanted[2] else None
 
 
+def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
+    tensors = (states, weight) if bias is None else (states, weight, bias)
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype is torch.float32 for t in tensors)
+    return readable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
+
+
 class FastProducts(TorchFunctionMode):
     """Within it, every `nn.Linear` in float32 on the CPU multiplies by oneDNN, whosever module it is.
 
@@ -399,15 +405,9 @@ class FastProducts(TorchFunctionMode):
     """
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is nn.functional.linear and not kwargs and self._serves(*args):
+        if function is nn.functional.linear and not kwargs and _serves(*args):
             return _OneDnnLinear.apply(*args)
         return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
-        tensors = (states, weight) if bias is None else (states, weight, bias)
-        plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype is torch.float32 for t in tensors)
-        return plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
 
 
 def fast_products(states: torch.Tensor) -> AbstractContextManager:

@@ -122,3 +122,10 @@ def test_another_loss_may_be_set() -> None:
     model, ids = MyGPT2ForCausalLM(mygpt2_config()), torch.randint(2, 97, (2, 6))
     model.loss_function = lambda logits, labels, **kwargs: logits.sum() * 0 + 42
     assert model(ids, labels=ids).loss.item() == 42
+
+
+def test_a_part_may_be_compiled_by_itself() -> None:
+    model, ids = MyGPT2ForCausalLM(mygpt2_config()).eval(), torch.randint(2, 97, (2, 6))
+    expected = model(ids).logits
+    model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp, backend="eager")
+    assert largest_difference(model(ids).logits, expected) <= 1e-5
