@@ -21,6 +21,7 @@ from transformers import (
     BertForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -71,7 +72,7 @@ def fine_tune(kind: type[PreTrainedModel], folder: Path, rows: list[dict], colla
             )  # fmt: skip
             losses = Losses()
             trainer = Trainer(model, settings, collator, rows, callbacks=[losses])
-            trainer.pop_callback("PrinterCallback")
+            trainer.remove_callback(PrinterCallback)  # it prints each loss
             trainer.train()
         return losses.found
 
