@@ -1,0 +1,76 @@
+"""Products of few rows, as in a step of generation: torch's own numbers, and only where nothing else was asked for."""
+
+import pytest
+import torch
+from tiny import largest_difference
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mymodels.models.layers import ONE_DNN, linear
+
+pytestmark = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.fast |= "_linear_pointwise" in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+def run(layer: nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    with Seen() as seen, torch.no_grad():
+        return linear(layer, states), seen.fast
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 512), (8, 1, 512), (3, 512)])
+def test_same_numbers(shape: tuple[int, ...], bias: bool) -> None:
+    layer, states = nn.Linear(512, 300, bias=bias), torch.randn(shape)
+    result, fast = run(layer, states)
+    assert fast and largest_difference(result, layer(states)) <= 1e-5
+
+
+def replaced(layer: nn.Linear) -> nn.Linear:
+    layer.forward = lambda states: nn.functional.linear(states, layer.weight, layer.bias)
+    return layer
+
+
+def hooked(layer: nn.Linear) -> nn.Linear:
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    return layer
+
+
+def pruned(layer: nn.Linear) -> nn.Linear:
+    return prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+CHANGES = {
+    "replaced": replaced,
+    "hooked": hooked,
+    "pruned": pruned,
+    "parametrized": torch.nn.utils.parametrizations.orthogonal,
+    "of a subclass": lambda layer: type("Mine", (nn.Linear,), {})(512, 300),
+    "in float64": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_layer_is_called(change: str) -> None:
+    layer = CHANGES[change](nn.Linear(512, 300))
+    states = torch.randn(2, 1, 512, dtype=torch.float64 if change == "in float64" else torch.float32)
+    result, fast = run(layer, states)
+    assert not fast and torch.equal(result, layer(states))
+
+
+def test_it_can_be_turned_off() -> None:
+    layer, states = nn.Linear(512, 300), torch.randn(1, 1, 512)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not run(layer, states)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result, fast = run(layer, states)
+    assert not fast and result.dtype == torch.bfloat16
