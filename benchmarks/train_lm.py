@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pairs
@@ -109,7 +108,7 @@ def main() -> int:
     if arguments.peak:
         print(json.dumps(peak(arguments.peak, arguments.short)))
         return 0
-    repeats = 3 if arguments.short else 7
+    repeats = 2 if arguments.short else 5
     ours, stock = models(arguments.short)
     batch = equal_rows()
     step, their_step = stepper(ours, batch), stepper(stock, batch)

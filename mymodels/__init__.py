@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from .checkpoints import load_checkpoint_and_dispatch, load_state_dict, open_checkpoint, save_checkpoint
     from .hub import build_repo, load_in_clean_process
     from .hub.lock import load
+    from .training.finetune import FineTuned, finetune
+    from .training.importing import import_checkpoint
     from .training.loop import train
     from .training.sample_text import load_sample_text
+    from .training.trainer import Trainer
     from .warmstart import WarmStartReport, warm_start
 
 __version__ = "0.1.0"
@@ -37,15 +40,20 @@ _LAZY = {
     "open_checkpoint": ".checkpoints",
     "save_checkpoint": ".checkpoints",
     "build_repo": ".hub",
+    "import_checkpoint": ".training.importing",
     "load": ".hub.lock",
     "load_in_clean_process": ".hub",
     "load_sample_text": ".training.sample_text",
+    "FineTuned": ".training.finetune",
+    "finetune": ".training.finetune",
     "train": ".training.loop",
+    "Trainer": ".training.trainer",
     "WarmStartReport": ".warmstart",
     "warm_start": ".warmstart",
 }
 
 __all__ = [
+    "FineTuned",
     "MyBertConfig",
     "MyBertForMaskedLM",
     "MyBertForQuestionAnswering",
@@ -56,8 +64,11 @@ __all__ = [
     "MyGPT2ForCausalLM",
     "MyGPT2ForSequenceClassification",
     "MyGPT2Model",
+    "Trainer",
     "WarmStartReport",
     "build_repo",
+    "finetune",
+    "import_checkpoint",
     "load",
     "load_checkpoint_and_dispatch",
     "load_in_clean_process",

@@ -181,6 +181,75 @@ _CARD = {
 }
 
 
+def _finetune(arguments: argparse.Namespace) -> int:
+    from .hub.card import Card
+    from .training.finetune import finetune
+
+    given = {name: getattr(arguments, name) for name in _FINETUNE if getattr(arguments, name) is not None}
+    if (weights := given.get("class_weights")) and weights != "balanced":
+        given["class_weights"] = [float(number) for number in weights.split(",")]
+    if "validation" in given and re.fullmatch(r"[\d.]+", given["validation"]):
+        given["validation"] = float(given["validation"])
+    if "lora_target_modules" in given:
+        given["lora_target_modules"] = given["lora_target_modules"].split(",")
+    said = {name: getattr(arguments, name) for name in _CARD if getattr(arguments, name)}
+    finetune(
+        arguments.model,
+        arguments.data,
+        arguments.out,
+        overrides=dict(_field(text) for text in arguments.set),
+        resume_from_checkpoint=arguments.resume_from_checkpoint or arguments.resume,
+        card=Card(**said),
+        console=_console(),
+        **given,
+        **dict(_field(text) for text in arguments.arg),
+    )
+    return 0
+
+
+# option of `mymodels finetune`, named as in Python → type (None: a flag, Ellipsis: a flag with --no-) and help
+_FINETUNE: dict[str, tuple[Any, str]] = {
+    "task": (str, "classification (default), or lm: the next token for a decoder, hidden ones for an encoder"),
+    "to": (str, "warm-start a mybert or mygpt2 from --model"),
+    "tokenizer": (str, "default: the model's"),
+    "revision": (str, "branch, tag or commit of the model's Hub repo"),
+    "trust_remote_code": (None, "run a model's own code that is not mymodels'"),
+    "validation": (str, "a file, or the share of the rows to hold out; default: the data's own, or 0.1"),
+    "test": (str, "a file, measured once at the end"),
+    "text_column": (str, "default: guessed where there is no doubt"),
+    "label_column": (str, "the same"),
+    "data_config": (str, "configuration of a Hub data set"),
+    "max_length": (int, "tokens of the longest example, or of a block; default: what the model takes"),
+    "num_train_epochs": (float, "default: 3"),
+    "max_steps": (int, "instead of epochs"),
+    "per_device_train_batch_size": (int, "default: 16"),
+    "gradient_accumulation_steps": (int, "batches for each step; default: 1"),
+    "learning_rate": (float, "default: 5e-5, with LoRA 4e-4"),
+    "weight_decay": (float, "default: 0.01"),
+    "lr_scheduler_type": (str, "linear (default), cosine, constant_with_warmup, …"),
+    "warmup_ratio": (float, "share of the steps until the learning rate is reached; default: 0.1"),
+    "warmup_steps": (int, "instead of a share"),
+    "class_weights": (str, "balanced, or a number for each label, with commas between"),
+    "freeze_embeddings": (None, "leave the embeddings as they are"),
+    "freeze_layers": (int, "leave the first so many layers as they are"),
+    "layer_decay": (float, "factor of the learning rate from layer to layer, down from the head, such as 0.9"),
+    "lora_r": (int, "train LoRA adapters of this rank and the head; they are added into the weights at the end"),
+    "lora_alpha": (int, "default: twice the rank"),
+    "lora_target_modules": (str, "ends of the matrices' names, with commas between; default: all in the layers"),
+    "eval_steps": (int, "measure and checkpoint each so many steps; default: each epoch, or a tenth of --max-steps"),
+    "metric_for_best_model": (str, "accuracy (default), f1_macro or loss; perplexity for lm"),
+    "early_stopping_patience": (int, "stop after so many evaluations without a better one"),
+    "bf16": (..., "compute in bfloat16, or not; default: if this machine does it by hardware"),
+    "seed": (int, "default: 42"),
+    "logging_steps": (int, "default: some 50 times in all"),
+    "report_to": (str, "tensorboard, …; default: none"),
+    "save_total_limit": (int, "checkpoints to keep; default: 2"),
+    "checkpoint_dir": (Path, "default: DIR-checkpoints"),
+    "keep_checkpoints": (None, "leave them there when the folder is complete"),
+    "max_shard_size": (str, "default: 2GB"),
+}
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from .hub import record_golden, verify
     from .hub.reporting import show_verification, write_matrix
@@ -316,6 +385,27 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
     build.add_argument("--no-golden", action="store_true", help="run nothing; without golden.safetensors")
     build.set_defaults(run=_build)
+
+    tune = verbs.add_parser("finetune", help="train a model on your data, to a complete Hub repo folder")
+    tune.add_argument(
+        "--model", required=True, metavar="PATH|REPO_ID", help="mymodels', stock, or any with such a head"
+    )
+    tune.add_argument(
+        "--data", required=True, metavar="PATH|DATASET", help="file, folder, Hub data set, or sample_text"
+    )
+    tune.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty, or an older Hub repo folder")
+    tune.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a config field that differs")
+    tune.add_argument("--resume", action="store_true", help="go on after the newest checkpoint")
+    tune.add_argument("--resume-from-checkpoint", type=Path, metavar="DIR", help="go on after this one")
+    for name, (kind, text) in _FINETUNE.items():
+        how: dict[str, Any] = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+        if kind in (None, ...):
+            how = {"action": argparse.BooleanOptionalAction if kind is ... else "store_true"}
+        tune.add_argument(f"--{name.replace('_', '-')}", default=None, help=text, **how)
+    for name, text in _CARD.items():
+        tune.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=f"for the card: {text}")
+    tune.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="any other of TrainingArguments")
+    tune.set_defaults(run=_finetune)
 
     verify = verbs.add_parser(
         "verify", help="prove that a Hub repo folder loads and gives its recorded outputs, anywhere"

@@ -17,8 +17,9 @@ from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
 from .models.modeling_mybert import MyBertForSequenceClassification
 from .models.modeling_mygpt2 import MyGPT2ForCausalLM
-from .training.loop import evaluate, train
-from .training.sample_text import Document, load_sample_text
+from .training.evaluation import evaluate
+from .training.loop import train
+from .training.sample_text import Document, load_sample_text, passages
 from .training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
 
 WINDOW = 128  # tokens per language-model example
@@ -68,21 +69,11 @@ def _unigram_loss(train_examples: list[Example], held_out: list[Example], vocab_
     return -torch.cat([log_probabilities[example["input_ids"]] for example in held_out]).mean().item()
 
 
-def passages(documents: list[Document]) -> list[tuple[str, int]]:
-    """Each document cut into passages of `PASSAGE` words, with the number of its label."""
-    cut = []
-    for document in documents:
-        words = document.text.split()
-        starts = range(0, len(words) - PASSAGE // 2, PASSAGE)  # a rest shorter than half a passage is left out
-        cut += [(" ".join(words[i : i + PASSAGE]), LABELS.index(document.label)) for i in starts]
-    return cut
-
-
 def _classified(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[Example]:
-    texts, labels = zip(*passages(documents))
+    texts, labels = zip(*passages(documents, PASSAGE))
     rows = tokenizer(list(texts), padding="max_length", truncation=True, max_length=WINDOW, return_tensors="pt")
     return [
-        {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(label)}
+        {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(LABELS.index(label))}
         for ids, mask, label in zip(rows.input_ids, rows.attention_mask, labels)
     ]
 
@@ -214,8 +205,8 @@ def run_demo(output_dir: Path, console: Console | None = None) -> bool:
         mismatched, the code came from the folder, and the logits are the same within 1e-5.
     """
     console = console or Console()
-    texts = [text for text, _ in passages(load_sample_text("held_out"))[::20]]
-    truth = [LABELS[label] for _, label in passages(load_sample_text("held_out"))[::20]]
+    shown = passages(load_sample_text("held_out"), PASSAGE)[::20]
+    texts, truth = [text for text, _ in shown], [label for _, label in shown]
     held = True
     makers = {"mygpt2": make_mygpt2, "mybert": make_mybert}
     for name in makers:

@@ -213,7 +213,8 @@ class MyBertAttentionPooling(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1)
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        scores = self.score(hidden_states).masked_fill(~token_mask, torch.finfo(hidden_states.dtype).min)
+        scores = self.score(hidden_states)  # narrower than the hidden states under autocast
+        scores = scores.masked_fill(~token_mask, torch.finfo(scores.dtype).min)
         return (hidden_states * scores.softmax(dim=1)).sum(dim=1)
 
 

@@ -46,7 +46,7 @@ def sha256(path: Path, progress: tqdm | None = None) -> str:
 
 
 def _hashing(total: int) -> tqdm:
-    return tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None)
+    return tqdm(total=total, unit="B", unit_scale=True, desc="hashing", leave=False, disable=None)
 
 
 _SAVED_MODEL = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
@@ -129,7 +129,7 @@ def check_checkpoint(path: str | os.PathLike, *, full: bool = False) -> list[Pro
         FileNotFoundError: there is no such file or folder.
     """
     path = locate(path)
-    problems = _check_manifest(path, full) if path.is_dir() and (path / MANIFEST).is_file() else []
+    problems = check_manifest(path, full) if path.is_dir() and (path / MANIFEST).is_file() else []
     checkpoint = None
     try:
         found = [problem for index in _indexes(path) for problem in _check_index(index)]
@@ -148,7 +148,8 @@ def _indexes(path: Path) -> list[Path]:
     return [file for file in files if file.suffix == ".json"]
 
 
-def _check_manifest(folder: Path, full: bool) -> list[Problem]:
+def check_manifest(folder: Path, full: bool) -> list[Problem]:
+    """What differs between a folder and its `manifest.json`: files, sizes and, if `full`, hashes."""
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:

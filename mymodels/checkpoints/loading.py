@@ -140,6 +140,22 @@ def load_checkpoint_and_dispatch(
     return model
 
 
+def load_in_place(model: torch.nn.Module, checkpoint: str | os.PathLike | Checkpoint) -> None:
+    """Copy a checkpoint into the very tensors a model has, on their devices, so that an optimizer made before keeps them.
+
+    Raises:
+        CheckpointError: names or shapes do not fit; the model is not changed.
+    """
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
+    _compare(model, source, strict=True)
+    for names in tqdm(list(_tied_groups(model).values()), desc="loading", unit="tensor", leave=False, disable=None):
+        stored = next((name for name in names if name in source), None)
+        if stored is not None:  # else a buffer that is not saved
+            attrgetter(stored)(model).detach().copy_(source[stored])
+
+
 def resolve_device_map(
     model: torch.nn.Module,
     device_map: str | Device | Mapping[str, Device] | None,

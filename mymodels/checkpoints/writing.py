@@ -67,9 +67,15 @@ def save_checkpoint(
     return Path(save_directory)
 
 
-def save_model_files(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
-    """`save_pretrained`, with the tensors in an order that does not depend on how the model was made."""
-    model.save_pretrained(folder, state_dict=dict(sorted(model.state_dict().items())), max_shard_size=max_shard_size)
+def save_model_files(
+    model: PreTrainedModel,
+    folder: Path,
+    max_shard_size: int | str,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """`save_pretrained`, with the tensors (`state_dict` instead of the model's) in an order that does not depend on how the model was made."""
+    tensors = model.state_dict() if state_dict is None else state_dict
+    model.save_pretrained(folder, state_dict=dict(sorted(tensors.items())), max_shard_size=max_shard_size)
     for file in folder.glob("*.safetensors"):
         _readable(file)
 

@@ -41,6 +41,7 @@ class Card:
         datasets: Hub ids of the data it was trained on.
         dataset: name of the data that `metrics` were measured on.
         metrics: measured values by metric name, on data held out from training.
+        pictures: picture files of the folder, shown under the results, with their captions.
         training_data, limits, description: texts.
     """
 
@@ -51,6 +52,7 @@ class Card:
     limits: str = _UNSAID
     dataset: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    pictures: Mapping[str, str] = field(default_factory=dict)
     license: str = "other"
     language: str | Sequence[str] | None = None
     base_model: str | None = None
@@ -107,6 +109,7 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items())
     results = f"On {where}:\n\n| metric | value |\n|---|---|\n{rows}" if metrics else _UNSAID
+    results += "".join(f"\n\n![{caption}]({file})" for file, caption in card.pictures.items())
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})\n' if has_tokenizer else ""
     made_from = f" Made from [{card.base_model}](https://huggingface.co/{card.base_model})." if card.base_model else ""
     sections = [

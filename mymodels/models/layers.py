@@ -360,6 +360,10 @@ def attend(
     return torch.cat(pieces)[None], None
 
 
+def _one_dnn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
 class _OneDnnLinear(torch.autograd.Function):
     """`nn.functional.linear` by oneDNN."""
 
@@ -367,7 +371,7 @@ class _OneDnnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+        return _one_dnn(states, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -376,12 +380,21 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         states, weight = ctx.saved_tensors
-        wanted, rows = ctx.needs_input_grad, gradient.flatten(0, -2)
-        return (
-            _OneDnnLinear.apply(gradient, weight.t(), None) if wanted[0] else None,
-            _OneDnnLinear.apply(rows.t(), states.flatten(0, -2).t(), None) if wanted[1] else None,
-            rows.sum(0) if wanted[2] else None,
-        )
+        wanted, rows, columns = ctx.needs_input_grad, gradient.flatten(0, -2), states.flatten(0, -2).t()
+        if torch.is_grad_enabled():  # to be differentiated once more
+            return gradient @ weight, rows.t() @ columns.t(), rows.sum(0) if wanted[2] else None
+        for_states = _one_dnn(gradient, weight.t()) if wanted[0] else None
+        for_weight = torch.empty_like(weight) if wanted[1] else None
+        if for_weight is not None:  # in pieces: each is copied to be turned
+            for piece, into in zip(rows.split(4096, dim=1), for_weight.split(4096)):
+                into.copy_(_one_dnn(piece.t(), columns))
+        return for_states, for_weight, rows.sum(0) if wanted[2] else None
+
+
+def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
+    tensors = (states, weight) if bias is None else (states, weight, bias)
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype is torch.float32 for t in tensors)
+    return readable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
 
 
 class FastProducts(TorchFunctionMode):
@@ -392,15 +405,9 @@ class FastProducts(TorchFunctionMode):
     """
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is nn.functional.linear and not kwargs and self._serves(*args):
+        if function is nn.functional.linear and not kwargs and _serves(*args):
             return _OneDnnLinear.apply(*args)
         return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
-        tensors = (states, weight) if bias is None else (states, weight, bias)
-        plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype is torch.float32 for t in tensors)
-        return plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
 
 
 def fast_products(states: torch.Tensor) -> AbstractContextManager:
@@ -442,6 +449,69 @@ def linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     if bias is not None and states.numel() == weight.shape[1]:  # one row: its kernel with a bias is a slower one
         return _OneDnnLinear.forward(states, weight, None).add_(bias)
     return _OneDnnLinear.forward(states, weight, bias)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each row, `[rows]`, which keeps nothing of the size of the logits but the logits themselves."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = max(1, 2**22 // logits.shape[-1])
+        norms = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows)])
+        return norms - logits.gather(1, labels[:, None])[:, 0].float(), norms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None]:
+        logits, labels, norms = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more
+            hits = nn.functional.one_hot(labels, logits.shape[-1])
+            return ((logits.float().softmax(-1) - hits) * gradient[:, None]).to(logits.dtype), None
+        result, rows = torch.empty_like(logits), max(1, 2**22 // logits.shape[-1])
+        for into, *part in zip(*(tensor.split(rows) for tensor in (result, logits, norms, labels, gradient))):
+            states, norm, label, weight = part
+            shares = (states.float() - norm[:, None]).exp_().mul_(weight[:, None])
+            into.copy_(shares.scatter_add_(1, label[:, None], -weight[:, None]))
+        return result, None
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """transformers' loss of causal language models, same arguments, in less memory: no second matrix of logits' size.
+
+    Args:
+        logits: `[batch, length, vocab_size]`, taken to float32 piece by piece.
+        labels: `[batch, length]`, shifted by one here; or `shift_labels`, already shifted.
+        num_items_in_batch: what the sum is divided by; None: the number of labels that count.
+        ignore_index: the label that does not count.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    logits = logits.view(-1, vocab_size)
+    labels = shift_labels.reshape(-1).to(logits.device)
+    counted = labels != ignore_index
+    known = torch.where(counted, labels, 0)
+    if readable():
+        losses = _CrossEntropy.apply(logits, known)[0]
+    else:
+        losses = nn.functional.cross_entropy(logits.float(), known, reduction="none")
+    total = torch.where(counted, losses, 0.0).sum()
+    if num_items_in_batch is None:
+        return total / counted.sum()
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
 def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:

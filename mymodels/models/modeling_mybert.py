@@ -66,8 +66,9 @@ class MyBertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings))
 
 
-# `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` after 5.0, before
-# that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `attend` does the one or the other.
+# `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
+# `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
+# `attend` does the one or the other.
 class MyBertSelfAttention(nn.Module):
     def __init__(self, config: MyBertConfig, layer_idx: int):
         super().__init__()
@@ -215,7 +216,8 @@ class MyBertAttentionPooling(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1)
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        scores = self.score(hidden_states).masked_fill(~token_mask, torch.finfo(hidden_states.dtype).min)
+        scores = self.score(hidden_states)  # narrower than the hidden states under autocast
+        scores = scores.masked_fill(~token_mask, torch.finfo(scores.dtype).min)
         return (hidden_states * scores.softmax(dim=1)).sum(dim=1)
 
 

@@ -26,6 +26,7 @@ from .layers import (
     Packing,
     apply_rotary,
     attend,
+    causal_lm_loss,
     check_ids,
     check_length,
     counts_padding,
@@ -45,8 +46,9 @@ def make_norm(config: MyGPT2Config, width: int) -> nn.Module:
     return NORMS[config.norm_type](width, eps=config.layer_norm_epsilon)
 
 
-# `set_attn_implementation` looks for a text in this file: `ALL_ATTENTION_FUNCTIONS.get_interface(` after 5.0, before
-# that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`. `attend` does the one or the other.
+# `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
+# `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
+# `attend` does the one or the other.
 class MyGPT2Attention(nn.Module):
     """Causal self-attention, grouped-query if `num_key_value_heads < num_attention_heads`."""
 
@@ -325,6 +327,7 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MyGPT2Config):
         super().__init__(config)
+        self.loss_function = causal_lm_loss
         self.model = MyGPT2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()

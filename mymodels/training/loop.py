@@ -1,13 +1,22 @@
-"""A training loop you can read, on accelerate: the same file runs on one device or on several processes."""
+"""A training loop you can read, on accelerate: one file for one device, several processes (DDP), and FSDP2."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_scheduler
+
+from .batches import SeededCollator, Shuffled, check_finite
+from .checkpoint import Progress, load_training_state, load_weights, save_training_checkpoint
+from .evaluation import mean_loss
+from .folders import find_checkpoint
+from .processes import make_accelerator
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -19,81 +28,89 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     ]
 
 
+# fmt: off
 def train(
-    model: PreTrainedModel,
-    dataset: Sequence[dict[str, torch.Tensor]],
-    *,
-    num_train_epochs: int = 1,
-    per_device_train_batch_size: int = 16,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.1,
-    warmup_ratio: float = 0.1,
-    max_grad_norm: float = 1.0,
-    seed: int = 0,
-    description: str = "training",
+    model: PreTrainedModel, dataset: Sequence[Any], *, eval_dataset: Sequence[Any] | None = None,
+    data_collator: Callable[[list], dict[str, torch.Tensor]] = default_collate, output_dir: str | None = None,
+    num_train_epochs: int = 1, max_steps: int = -1, per_device_train_batch_size: int = 16,
+    gradient_accumulation_steps: int = 1, learning_rate: float = 1e-3, weight_decay: float = 0.1,
+    lr_scheduler_type: str = "cosine", warmup_ratio: float = 0.1, max_grad_norm: float = 1.0, save_steps: int = 500,
+    save_total_limit: int | None = None, resume_from_checkpoint: bool | str = False,
+    mixed_precision: str | None = None, seed: int = 0, description: str = "training",
 ) -> list[float]:
-    """Train `model` in place with AdamW under a cosine schedule with warm-up.
+    # fmt: on
+    """Train `model` in place with AdamW; the arguments have the names and meanings of transformers' `TrainingArguments`.
 
     Args:
-        dataset: examples as keyword arguments of the model's `forward`, `labels` among them, all of one shape.
+        dataset: examples that `data_collator` makes the model's keyword arguments of, `labels` among them.
+        eval_dataset: its loss is taken before each save, and the checkpoint with the lowest one stays.
+        output_dir: gets a folder `checkpoint-STEP` every `save_steps` and at the end; None saves nothing.
         learning_rate: its peak, reached after `warmup_ratio` of the steps.
+        resume_from_checkpoint: a folder, or True for the newest whole one of `output_dir`. The run goes on as if it had
+            not stopped: bit for bit, on as many devices of the same kind.
         seed: of the order of the examples and of dropout.
-        description: what the progress bar says.
 
     Returns:
-        The loss of each step, on this process.
+        The loss of each step since the beginning, the mean over batches and processes.
 
     Raises:
-        FloatingPointError: the loss became NaN or infinite; the message says at which step. The weights are those of
-            the step before.
+        FloatingPointError: a loss or the gradient is NaN or infinite; the message says at which step and for which
+            examples. The weights are those of the step before, and the checkpoints stay.
     """
-    accelerator = Accelerator()
-    torch.manual_seed(seed)
-    loader: DataLoader = DataLoader(
-        dataset,  # type: ignore[arg-type]  # any sequence will do
-        batch_size=per_device_train_batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.95))
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = num_train_epochs * len(loader)
+    arguments = {name: value for name, value in locals().items() if isinstance(value, (int, float, str))}
+    accelerator = make_accelerator(mixed_precision)  # an `Accelerator`
+    set_seed(seed, device_specific=True)  # each process drops out other units
+    if checkpoint := find_checkpoint(output_dir, resume_from_checkpoint):
+        load_weights(model, checkpoint)
+
+    size, accumulate = per_device_train_batch_size, gradient_accumulation_steps
+    sampler = Shuffled(dataset, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    collate = SeededCollator(data_collator, seed, accelerator.process_index)
+    loader: Any = DataLoader(dataset, size, sampler=sampler, generator=sampler.generator, collate_fn=collate)  # type: ignore[arg-type]
+    optimizer: Any = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.95))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # shares the batches out
+    steps_per_epoch = math.ceil(len(loader) / accumulate)
+    steps = max_steps if max_steps > 0 else num_train_epochs * steps_per_epoch
     # the schedule counts the optimizer's steps itself, so it is not prepared
-    scheduler = get_cosine_schedule_with_warmup(optimizer, int(warmup_ratio * steps), steps)
+    scheduler = get_scheduler(lr_scheduler_type, optimizer, int(warmup_ratio * steps), steps)
 
-    losses: list[float] = []
-    model.train()
+    parts = (accelerator, model, optimizer, scheduler)
+    fixed = {"examples_per_step": size * accumulate * accelerator.num_processes, "num_examples": len(dataset)}
+    progress = load_training_state(checkpoint, *parts, fixed) if checkpoint else Progress(fixed=fixed)
+    if progress.sampler is not None:
+        sampler.generator.set_state(progress.sampler)
     hidden = {} if accelerator.is_local_main_process else {"disable": True}  # one bar; TQDM_DISABLE=1 hides it too
-    with tqdm(total=steps, desc=description, mininterval=0.5, **hidden) as progress:
-        for _ in range(num_train_epochs):
-            for batch in loader:
-                loss = model(**batch).loss
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()} at step {len(losses) + 1} of {steps}: lower learning_rate={learning_rate}"
-                    )
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-                optimizer.step()
+    bar = tqdm(total=steps, initial=progress.step, desc=description, mininterval=0.5, **hidden)
+    model.train()
+    while progress.step < steps:
+        epoch, done = divmod(progress.step, steps_per_epoch)  # done: steps of an epoch that was interrupted
+        progress.sampler = sampler.generator.get_state()
+        collate.count = epoch * len(loader) + done * accumulate
+        batches = iter(accelerator.skip_first_batches(loader, done * accumulate))
+        while progress.step < steps and (group := list(islice(batches, accumulate))):
+            losses = []
+            for batch in group:  # gradients add up here, and across processes with the last one
+                with nullcontext() if batch is group[-1] else accelerator.no_sync(model):
+                    loss = model(**batch).loss
+                    accelerator.backward(loss / len(group))
+                losses.append(loss.detach())
+            every_loss = accelerator.gather(torch.stack(losses))
+            norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+            check_finite(every_loss, norm, accelerator, sampler, progress.step, steps, done * accumulate, size, learning_rate)
+            optimizer.step()
+            if not accelerator.optimizer_step_was_skipped:  # as fp16 does to find its scale
                 scheduler.step()
-                optimizer.zero_grad()
-                losses.append(loss.item())
-                progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
-                progress.update()
+            optimizer.zero_grad()
+            progress.add(every_loss.mean().item())
+            bar.set_postfix(loss=f"{progress.recent_loss:.3f}", refresh=False)
+            bar.update()
+            done += 1
+            if done == steps_per_epoch:
+                progress.sampler = sampler.generator.get_state()  # the next epoch's
+            if output_dir is not None and (progress.step % save_steps == 0 or progress.step == steps):
+                if eval_dataset is not None:
+                    progress.note_held_out(mean_loss(model, eval_dataset, SeededCollator(data_collator, seed), size))
+                save_training_checkpoint(output_dir, *parts, progress, save_total_limit, arguments)
+    bar.close()
     accelerator.unwrap_model(model).eval()
-    return losses
-
-
-@torch.inference_mode()
-def evaluate(
-    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]
-) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Mean loss over `batches` (each counts alike), all logits and all labels, on the CPU."""
-    model.eval()
-    losses, logits, labels = [], [], []
-    for batch in batches:
-        outputs = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-        losses.append(outputs.loss.item())
-        logits.append(outputs.logits.cpu())
-        labels.append(batch["labels"].cpu())
-    return sum(losses) / len(losses), torch.cat(logits), torch.cat(labels)
+    return progress.losses

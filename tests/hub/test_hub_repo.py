@@ -7,9 +7,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from mymodels.demo import LABELS, make_mybert, make_mygpt2, passages
+from mymodels.demo import LABELS, make_mybert, make_mygpt2
 from mymodels.hub import build_repo, load_in_clean_process
-from mymodels.training.sample_text import load_sample_text
+from mymodels.training.sample_text import load_sample_text, passages
 
 HUB_REPO = Path(__file__).parents[2] / "hub_repo"
 CLASSES = {"mygpt2": AutoModelForCausalLM, "mybert": AutoModelForSequenceClassification}
@@ -56,7 +56,7 @@ def test_mygpt2_continues_a_sentence_in_a_clean_process() -> None:
 def test_mybert_classifies_held_out_passages_in_a_clean_process() -> None:
     texts, labels = zip(*passages(load_sample_text("held_out")))
     _, outputs = load_in_clean_process(HUB_REPO / "mybert", ["AutoModelForSequenceClassification"], texts=list(texts))
-    right = sum(int(guess == label) for guess, label in zip(outputs.popitem()[1].argmax(-1).tolist(), labels))
+    right = sum(LABELS[guess] == label for guess, label in zip(outputs.popitem()[1].argmax(-1), labels))
     assert len(LABELS) == 2 and right / len(labels) > 0.8  # the majority class has 0.55
 
 

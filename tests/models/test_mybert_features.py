@@ -300,3 +300,14 @@ def test_an_untied_stock_head_s_own_bias_is_loaded(tmp_path: Path) -> None:
     stock.save_pretrained(tmp_path)
     mine = MyBertForMaskedLM.from_pretrained(tmp_path)
     assert torch.equal(mine.cls.predictions.bias, stock.cls.predictions.decoder.bias)
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean", "max", "attention"])
+def test_training_under_autocast(pooling: str) -> None:
+    config = mybert_config(pooling=pooling, num_labels=3, layer_mix=2)
+    model = MyBertForSequenceClassification(config).train()
+    inputs = {**batch("right"), "labels": torch.tensor([0, 1, 2])}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

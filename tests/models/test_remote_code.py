@@ -119,3 +119,11 @@ def test_too_old_a_transformers_is_refused_in_one_sentence(tmp_path: Path) -> No
         "ImportError: this model needs transformers 4.56 or newer (tested from 4.56 to 5.23), but transformers 4.55.4 "
         "is installed: run `pip install --upgrade transformers`"
     )
+
+
+@pytest.mark.parametrize("name", ["modeling_mygpt2.py", "modeling_mybert.py"])
+def test_older_releases_find_the_texts_that_let_them_switch_attention(name: str) -> None:
+    """transformers 4.56 to 5.3 refuses `set_attn_implementation` for a file without them."""
+    code = (Path(mymodels.__file__).parent / "models" / name).read_text()
+    for text in ("eager_attention_forward", "[self.config._attn_implementation]", ".get_interface("):
+        assert text in code

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tiny import mygpt2_config
 
 from mymodels import MyGPT2ForCausalLM
-from mymodels.training.loop import evaluate, parameter_groups, train
+from mymodels.training.evaluation import evaluate
+from mymodels.training.loop import parameter_groups, train
 from mymodels.training.sample_text import load_sample_text
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
 

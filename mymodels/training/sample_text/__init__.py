@@ -23,3 +23,13 @@ def load_sample_text(split: str) -> list[Document]:
     if not documents:
         raise ValueError(f"the sample text has no split {split!r}: choose 'train' or 'held_out'")
     return documents
+
+
+def passages(documents: list[Document], words: int = 96) -> list[tuple[str, str]]:
+    """Each document cut into passages of so many words, with its label; a rest shorter than half a passage is left out."""
+    cut = []
+    for document in documents:
+        all_words = document.text.split()
+        starts = range(0, len(all_words) - words // 2, words)
+        cut += [(" ".join(all_words[i : i + words]), document.label) for i in starts]
+    return cut

@@ -1,0 +1,83 @@
+"""`TrainingArguments` for a fine-tuning: the defaults, the checks, and what differs between transformers releases."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from ..models.layers import TRANSFORMERS_VERSION
+from .reading import need
+
+# where they differ from transformers.TrainingArguments
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "weight_decay": 0.01,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "load_best_model_at_end": True,
+    "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
+    "remove_unused_columns": False,
+    "label_names": ["labels"],
+}
+LEARNING_RATE, LORA_LEARNING_RATE = 5e-5, 4e-4  # the second: of the LoRA paper's table 9, arXiv 2106.09685
+
+
+def checked_options(task: str, given: Mapping[str, Any], lora: bool) -> dict[str, Any]:
+    """The arguments for `TrainingArguments`, checked by name."""
+    known = TrainingArguments.__dataclass_fields__
+    own = {"output_dir", "bf16", "bf16_full_eval", "warmup_ratio", "resume_from_checkpoint", "push_to_hub"}
+    if unknown := sorted(name for name in given if name not in known or name in own):
+        raise ValueError(f"{', '.join(unknown)}: finetune and transformers.TrainingArguments have no such option")
+    options = {**DEFAULTS, "seed": 42, "learning_rate": LORA_LEARNING_RATE if lora else LEARNING_RATE, **given}
+    best = str(options.setdefault("metric_for_best_model", "accuracy" if task == "classification" else "loss"))
+    possible = ["accuracy", "f1_macro", "loss"] if task == "classification" else ["loss", "perplexity"]
+    if best.removeprefix("eval_") not in possible:
+        raise ValueError(f"metric_for_best_model={best!r} is none of {', '.join(possible)}")
+    if best.endswith("perplexity"):  # what has the least loss has the least of it
+        options["metric_for_best_model"] = "loss"
+    if task == "lm":
+        options["prediction_loss_only"] = True
+    steps = int(options.get("max_steps", -1))
+    if "eval_steps" in given or (steps > 0 and "eval_strategy" not in given):
+        options |= {"eval_strategy": "steps", "eval_steps": given.get("eval_steps", max(1, steps // 10))}
+    strategy = options.setdefault("eval_strategy", "epoch")
+    options.setdefault("save_strategy", strategy)
+    if options["save_strategy"] == "steps" and "eval_steps" in options:
+        options.setdefault("save_steps", options["eval_steps"])
+    return options
+
+
+def make_arguments(
+    where: Path, options: Mapping[str, Any], examples: int, warmup_ratio: float, bf16: bool
+) -> TrainingArguments:
+    """`TrainingArguments` under this transformers release."""
+    options = dict(options)
+    if "warmup_steps" not in options:  # a share of the steps since 5.0 too; before, an option of its own
+        options["warmup_steps" if TRANSFORMERS_VERSION >= (5, 0) else "warmup_ratio"] = warmup_ratio
+    if "logging_steps" not in options and "logging_strategy" not in options:  # some 50 points for the picture
+        batch = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
+        total = math.ceil(options["num_train_epochs"] * math.ceil(examples / (batch * PartialState().num_processes)))
+        steps = int(options.get("max_steps", -1))
+        options["logging_steps"] = max(1, (steps if steps > 0 else total) // 50)
+    if "tensorboard" in str(options["report_to"]):
+        need("tensorboard", "tensorboard")
+    if bf16 and not torch.accelerator.is_available():
+        options.setdefault("use_cpu", True)  # else TrainingArguments takes bfloat16 for a mistake
+    return TrainingArguments(output_dir=str(where), bf16=bf16, **options)
+
+
+def bf16_is_faster() -> bool:
+    """Whether this machine computes in bfloat16 by hardware: the accelerator, or the CPU (AVX-512 BF16 or AMX)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return torch.xpu.is_bf16_supported()
+    if torch.backends.mps.is_available():
+        return False
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

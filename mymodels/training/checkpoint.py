@@ -1,0 +1,231 @@
+"""Training checkpoints: all that a run needs to go on exactly where it was, in one folder, whole or not there at all."""
+
+import contextlib
+import json
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..checkpoints import replace_folder, write_manifest
+from ..checkpoints.loading import load_in_place
+from ..checkpoints.safetensors_files import read_json
+from ..checkpoints.torch_files import load_plain
+from ..checkpoints.writing import save_model_files, torch_save, write_shards
+from .folders import STATE, remove_old_checkpoints
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER, SCHEDULER, RANDOM = "optimizer.pt", "scheduler.pt", "rng_state.pth"  # transformers' names
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        fixed: what must be the same in a resumed run: `examples_per_step` and `num_examples`.
+        step: optimizer steps done.
+        losses: of each of them, mean over batches and processes.
+        sampler: state of the shuffling generator before the current epoch; None before the first.
+        best_metric: the lowest held-out loss so far, reached at step `best_step`; `metric`, the latest.
+    """
+
+    fixed: dict[str, int]
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    sampler: torch.Tensor | None = None
+    metric: float | None = None
+    best_metric: float | None = None
+    best_step: int | None = None
+
+    def add(self, loss: float) -> None:
+        """One step done."""
+        self.step += 1
+        self.losses.append(loss)
+
+    @property
+    def recent_loss(self) -> float:
+        """Mean of the last 20 steps."""
+        return sum(self.losses[-20:]) / len(self.losses[-20:])
+
+    def note_held_out(self, loss: float) -> None:
+        """Remember the held-out loss after this step, and whether it is the best."""
+        self.metric = loss
+        if self.best_metric is None or loss < self.best_metric:
+            self.best_metric, self.best_step = loss, self.step
+
+
+def random_state() -> dict[str, Any]:
+    """The states of this process's random number generators, as plain data and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set back what `random_state` gave."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' bars out of the one of training."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def save_training_checkpoint(
+    output_dir: str | os.PathLike,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    progress: Progress,
+    save_total_limit: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    max_shard_size: int | str = "2GB",
+) -> Path:
+    """Write `output_dir/checkpoint-STEP`, then remove old ones; to be called by every process at once.
+
+    The folder is what `save_checkpoint` makes of the model (sharded safetensors, config, code, manifest), gathered from
+    all processes, and `optimizer.pt` (its state by parameter name, so that any number of processes can load it),
+    `scheduler.pt` (with the loss scaler), `rng_state.pth` (of every process, with the sampler and all losses) and
+    `trainer_state.json` (step, losses, arguments, versions). None of them needs more than `weights_only=True`.
+
+    Args:
+        model, optimizer: as prepared by `accelerator`.
+        save_total_limit: how many checkpoints stay, the newest and the best among them.
+        max_shard_size: of the weights, bytes or text such as `"500MB"`.
+        arguments: what to note in `trainer_state.json`.
+
+    Raises:
+        OSError: the disk is full or read-only. The checkpoints that were there stay.
+    """
+    folder = Path(output_dir) / f"checkpoint-{progress.step}"
+    weights = accelerator.get_state_dict(model)
+    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    optimizer_state = get_optimizer_state_dict(model, optimizer.optimizer, options=gathered)
+    random_states = gather_object([random_state()])
+    if accelerator.is_main_process:
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+        losses = torch.tensor(progress.losses, dtype=torch.float64)
+        described = {
+            "global_step": progress.step,
+            "loss": progress.losses[-1],
+            "best_metric": progress.best_metric,
+            "best_global_step": progress.best_step,
+            "num_processes": accelerator.num_processes,
+            "metric": progress.metric,
+            **progress.fixed,
+            "arguments": dict(arguments or {}),
+            "versions": {name: version(name) for name in ("mymodels", "torch", "transformers", "accelerate")},
+        }
+        with _without_bars(), replace_folder(folder, finish=write_manifest) as new:
+            plain = accelerator.unwrap_model(model)
+            if isinstance(plain, PreTrainedModel):
+                save_model_files(plain, new, max_shard_size, weights)
+            else:
+                write_shards(weights, new, max_shard_size=max_shard_size)
+            torch_save(optimizer_state, new / OPTIMIZER)
+            torch_save({"scheduler": scheduler.state_dict(), "scaler": scaler}, new / SCHEDULER)
+            torch_save({"processes": random_states, "sampler": progress.sampler, "losses": losses}, new / RANDOM)
+            (new / STATE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        best = None if progress.best_step is None else folder.with_name(f"checkpoint-{progress.best_step}")
+        remove_old_checkpoints(folder.parent, folder, best, save_total_limit)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _load(path: Path) -> Any:
+    with path.open("rb") as file:  # not mapped into memory: the file may be removed while its tensors are in use
+        return load_plain(file, path)
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """The model's weights from a training checkpoint; to be called before `accelerator.prepare`.
+
+    Raises:
+        CheckpointError: names or shapes are not the model's.
+    """
+    load_in_place(model, folder)
+
+
+def load_training_state(
+    folder: Path,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    fixed: dict[str, int],
+) -> Progress:
+    """All but the weights from a training checkpoint, on whatever devices and number of processes; the progress it made.
+
+    Args:
+        model, optimizer: as prepared by `accelerator`.
+        fixed: `examples_per_step` and `num_examples` of this run, which must be those of the checkpoint.
+
+    Raises:
+        ValueError: they are not, so that the run could not go on as it began; or the optimizer is for other parameters.
+    """
+    state = read_json(folder / STATE)
+    for name, value in fixed.items():
+        if state.get(name) != value:
+            raise ValueError(
+                f"{folder} was made with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: choose batch "
+                "size, gradient_accumulation_steps and number of processes with the same product, and the same data set"
+            )
+    saved = _load(folder / OPTIMIZER)
+    before = [name for group in saved["param_groups"] for name in group["params"]]
+    now = [name for name, parameter in accelerator.unwrap_model(model).named_parameters() if parameter.requires_grad]
+    if set(before) != set(now):
+        name = sorted(set(before) ^ set(now))[0]
+        raise ValueError(f"{folder}: parameter {name!r} was{' not' if name in now else ''} trained then, unlike now")
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer.optimizer, optim_state_dict=saved, options=options)
+    schedule = _load(folder / SCHEDULER)
+    scheduler.load_state_dict(schedule["scheduler"])
+    if accelerator.scaler and schedule["scaler"]:
+        accelerator.scaler.load_state_dict(schedule["scaler"])
+    rest = _load(folder / RANDOM)
+    if len(rest["processes"]) == accelerator.num_processes:
+        set_random_state(rest["processes"][accelerator.process_index])
+    else:  # new ones, that are neither those of the beginning nor alike
+        set_seed(state["global_step"] + 1, device_specific=True)
+        logger.warning(
+            "%s was made by %d processes, this run has %d: the weights go on exactly, dropout with new random numbers",
+            *(folder, len(rest["processes"]), accelerator.num_processes),
+        )
+    names = {"metric": "metric", "best_metric": "best_metric", "best_step": "best_global_step"}
+    losses, sampler = rest["losses"].tolist(), rest["sampler"].clone()
+    return Progress(fixed, state["global_step"], losses, sampler, **{ours: state[name] for ours, name in names.items()})

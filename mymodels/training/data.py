@@ -1,0 +1,266 @@
+"""Texts and labels for fine-tuning, from files, folders or Hub data sets, checked row by row before anything is trained."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .reading import DataError, need, read_files, read_splits
+
+_TEXT_NAMES = ("text", "sentence", "content", "document")
+_LABEL_NAMES = ("label", "labels", "class", "category")
+
+
+@dataclass
+class Data:
+    """What is trained and measured on: `datasets.Dataset`s with a column `text`, and for classification `label` (numbers).
+
+    Attributes:
+        test: measured once, at the end; None if there is none.
+        labels: name of each label number; None for a language model.
+        name: of the file, folder or Hub data set.
+        hub_id: its id if it is a Hub data set.
+        is_running_text: rows are paragraphs that follow each other, not texts of their own.
+        notes: what a user should know, a sentence each.
+    """
+
+    train: Any
+    validation: Any
+    test: Any = None
+    labels: list[str] | None = None
+    name: str = ""
+    hub_id: str | None = None
+    is_running_text: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def load_data(
+    data: Any,
+    *,
+    task: str,
+    validation: str | os.PathLike | float | None = None,
+    test: str | os.PathLike | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    data_config: str | None = None,
+    known_labels: Sequence[str] = (),
+    seed: int = 0,
+) -> Data:
+    """Read and check training data.
+
+    Args:
+        data: a CSV, TSV, JSON, JSONL, Parquet or text file; a folder with files `train.…`, and if you like
+            `validation.…` and `test.…`; the id of a Hub data set; `"sample_text"`; or a `datasets.Dataset` or `DatasetDict`.
+        task: `"classification"` or `"lm"`.
+        validation: a file, or the share of the training rows to hold out (default 0.1 where `data` has no validation
+            split): drawn by `seed`, with the labels' shares; of running text its end.
+        test: a file.
+        text_column, label_column: default: guessed where there is no doubt.
+        data_config: of a Hub data set with several configurations, the one that is meant.
+        known_labels: the labels of the model, whose order is kept if the data have the same ones.
+
+    Raises:
+        DataError: the data cannot be read, or not be trained on; the sentence names file, row and column.
+    """
+    datasets = need("datasets", "finetune")
+    splits, name, hub_id = read_splits(data, data_config, datasets)
+    for split, path in (("validation", validation), ("test", test)):
+        if path is not None and not isinstance(path, (int, float)):
+            splits[split] = (read_files([Path(path)], datasets), str(path))
+    running = name.endswith(".txt") or splits["train"][1].endswith(".txt")
+    if task == "classification":
+        if running:
+            raise DataError(f"{splits['train'][1]} is a text file, which has no labels: use CSV, JSONL or Parquet")
+        loaded = _classified(splits, text_column, label_column, known_labels, datasets)
+    else:
+        loaded = _texts(splits, text_column)
+    train, held_out = loaded.train, loaded.validation
+    if held_out is None:
+        share = 0.1 if validation is None else float(validation)  # type: ignore[arg-type]  # a path was read above
+        train, held_out = _hold_out(train, share, loaded.labels, seed, running, splits["train"][1])
+    else:
+        if isinstance(validation, (int, float)):
+            raise DataError(f"{name} has a validation split already: leave out the share {validation}")
+        if shared := len(set(held_out["text"]) & set(train["text"])):
+            loaded.notes.append(f"{shared} of the validation texts are training texts too: results are too good")
+    loaded.train, loaded.validation = train, held_out
+    loaded.name, loaded.hub_id, loaded.is_running_text = name, hub_id, running
+    return loaded
+
+
+def _texts(splits: dict[str, tuple[Any, str]], text_column: str | None) -> Data:
+    """For a language model: one column."""
+    found: dict[str, Any] = {}
+    for split, (rows, where) in splits.items():
+        column = _text_column(rows, where, text_column)
+        rows = rows.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
+        _check_texts(rows, where, column)
+        found[split] = rows
+    return Data(found["train"], found.get("validation"), found.get("test"))
+
+
+def _classified(
+    splits: dict[str, tuple[Any, str]],
+    text_column: str | None,
+    label_column: str | None,
+    known_labels: Sequence[str],
+    datasets: Any,
+) -> Data:
+    """Texts with the numbers of their labels, which are named by the training rows."""
+    columns: dict[str, tuple[str, str]] = {}
+    names: dict[str, list[str | None]] = {}
+    for split, (rows, where) in splits.items():
+        label = _label_column(rows, where, label_column, text_column)
+        columns[split] = _text_column(rows, where, text_column, without=label), label
+        _check_texts(rows, where, columns[split][0], of_labels=label)
+        names[split] = _label_names(rows, where, label)
+    if "test" in splits and not any(names["test"]):  # as on the Hub, where the answers of a contest are kept back
+        del splits["test"], names["test"]
+    labels = _order(splits["train"][0].features[columns["train"][1]], names["train"], known_labels)
+    numbers = {name: i for i, name in enumerate(labels)}
+    found = {}
+    for split, (rows, where) in splits.items():
+        text, label = columns[split]
+        for row, name in enumerate(names[split], 1):
+            if name is None:
+                raise DataError(
+                    f"{where} row {row}, column {label!r}: the label is missing: fill it in, or remove the row"
+                )
+            if name not in numbers:
+                raise DataError(
+                    f"{where} row {row}, column {label!r}: the label {name!r} does not occur in {splits['train'][1]}, "
+                    f"which has {_some(labels)}: correct it, or add training examples of it"
+                )
+        encoded = [numbers[str(name)] for name in names[split]]
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=labels)})
+        found[split] = datasets.Dataset.from_dict({"text": rows[text][:], "label": encoded}, features=features)
+    where, label, counts = splits["train"][1], columns["train"][1], Counter(names["train"])
+    if len(counts) < 2:
+        raise DataError(
+            f"{where}, column {label!r}: every row has the label {labels[0]!r}, so there is nothing to tell apart: "
+            "add examples of another label, or name another --label-column"
+        )
+    if len(counts) == len(names["train"]):
+        raise DataError(
+            f"{where}, column {label!r}: each of {len(counts)} rows has a label of its own, so nothing can be learnt: "
+            "name another --label-column, or add examples"
+        )
+    return Data(found["train"], found.get("validation"), found.get("test"), labels)
+
+
+def _order(feature: Any, names: Sequence[str | None], known: Sequence[str]) -> list[str]:
+    """The labels in a stable order: the data set's or the model's own, else by number, else by alphabet."""
+    present = {name for name in names if name is not None}
+    if hasattr(feature, "names"):
+        own = list(feature.names)
+        return list(known) if set(own) == set(known) else own
+    if set(known) == present:
+        return list(known)
+    if all(re.fullmatch(r"-?\d+", name) for name in present):
+        return sorted(present, key=lambda name: (int(name), name))
+    return sorted(present)
+
+
+def _label_names(rows: Any, where: str, column: str) -> list[str | None]:
+    """The label of each row by name; None where it is missing."""
+    feature, names = rows.features[column], []
+    class_names = getattr(feature, "names", None)
+    for row, value in enumerate(rows[column], 1):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # a column of whole numbers with gaps is read so
+        if isinstance(value, (float, list, dict)) and value == value:
+            raise DataError(
+                f"{where} row {row}, column {column!r}: the label is {_cut(value)}, but classification needs one name or "
+                "whole number per text: name another --label-column"
+            )
+        if class_names is not None and value is not None:
+            value = class_names[value] if value >= 0 else None
+        missing = value is None or value != value or str(value).strip() == ""
+        names.append(None if missing else str(value))
+    return names
+
+
+def _check_texts(rows: Any, where: str, column: str, of_labels: str = "") -> None:
+    empty = [row for row, text in enumerate(rows[column], 1) if not isinstance(text, str) or not text.strip()]
+    if empty:
+        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
+        raise DataError(
+            f"{where} row {empty[0]}{more}, column {column!r}: the text is empty: fill it in, or remove such rows"
+        )
+
+
+def _text_column(rows: Any, where: str, asked: str | None, without: str | None = None) -> str:
+    if asked is not None:
+        return _existing(rows, where, asked, "--text-column")
+    named = [name for name in _TEXT_NAMES if name in rows.column_names and name != without]
+    texts = [name for name in rows.column_names if "string" in str(rows.features[name]) and name != without]
+    if named or len(texts) == 1:
+        return (named or texts)[0]
+    raise DataError(f"{where} has the columns {_some(rows.column_names)}: name the one with the texts by --text-column")
+
+
+def _label_column(rows: Any, where: str, asked: str | None, text_column: str | None) -> str:
+    if asked is not None:
+        return _existing(rows, where, asked, "--label-column")
+    others = [name for name in rows.column_names if name != text_column]
+    named = [name for name in _LABEL_NAMES if name in others]
+    if len(named) == 1:
+        return named[0]
+    if not named and text_column is None:
+        texts = [name for name in _TEXT_NAMES if name in others]
+        others = [name for name in others if not texts or name != texts[0]]
+    if not named and len(others) == 1:
+        return others[0]
+    raise DataError(
+        f"{where} has the columns {_some(rows.column_names)}: name the one with the labels by --label-column"
+    )
+
+
+def _existing(rows: Any, where: str, column: str, option: str) -> str:
+    if column not in rows.column_names:
+        raise DataError(f"{where} has no column {column!r}, but {_some(rows.column_names)}: correct {option}")
+    return column
+
+
+def _hold_out(
+    train: Any, share: float, labels: list[str] | None, seed: int, running: bool, where: str
+) -> tuple[Any, Any]:
+    """Training and validation rows."""
+    if not 0 < share < 1:
+        raise DataError(f"validation={share:g} is no share of the data: use a number between 0 and 1, or a file")
+    count = max(round(share * len(train)), len(labels or [1]))
+    if labels is not None:
+        for number, times in Counter(train["label"]).items():
+            if times < 2:
+                row = (
+                    train["label"].index(number) + 1
+                    if isinstance(train["label"], list)
+                    else list(train["label"]).index(number) + 1
+                )
+                raise DataError(
+                    f"{where} row {row} is the only one with the label {labels[number]!r}, which cannot be both trained and "
+                    "measured on: add examples, remove the row, or give --validation FILE"
+                )
+    if len(train) < 2 or len(train) - count < len(labels or [1]):
+        what = "paragraphs, set apart by empty lines" if running else "rows"
+        raise DataError(
+            f"{where} has {len(train)} {what}, too few to hold some out for validation: add more, or give --validation FILE"
+        )
+    if running:
+        return train.select(range(len(train) - count)), train.select(range(len(train) - count, len(train)))
+    by_label = {} if labels is None else {"stratify_by_column": "label"}
+    split = train.train_test_split(test_size=count, seed=seed, **by_label)
+    return split["train"], split["test"]
+
+
+def _some(names: Iterable[str], most: int = 12) -> str:
+    names = list(map(str, names))
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "…"

@@ -1,0 +1,260 @@
+"""`finetune`: a model and your data to a complete Hub repo folder, on transformers' `Trainer`."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from rich.console import Console
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..hub.build import check_output_dir
+from ..hub.card import Card
+from .arguments import bf16_is_faster, checked_options, make_arguments
+from .data import Data, load_data
+from .encoding import choose_collator, encode_blocks, encode_classification, longest_input
+from .finished import FineTuned, best_step, end, measure, write_repo
+from .parameters import add_lora, freeze
+from .reading import need
+from .results import class_table, confusion_matrix, metric_table
+from .runs import MAY_CHANGE, begin, checkpoint_to_resume, fingerprint
+from .starting import Start, known_labels, start
+from .tuner import FineTuner, Progress, apply_class_weights, class_weights_of, compute_metrics
+
+
+def finetune(
+    model: PreTrainedModel | str | os.PathLike,
+    data: Any,
+    output_dir: str | os.PathLike,
+    *,
+    task: str = "classification",
+    to: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    validation: str | os.PathLike | float | None = None,
+    test: str | os.PathLike | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    data_config: str | None = None,
+    max_length: int | None = None,
+    class_weights: str | Sequence[float] | None = None,
+    freeze_embeddings: bool = False,
+    freeze_layers: int = 0,
+    layer_decay: float | None = None,
+    lora_r: int | None = None,
+    lora_alpha: int | None = None,
+    lora_target_modules: Sequence[str] | None = None,
+    warmup_ratio: float = 0.1,
+    early_stopping_patience: int | None = None,
+    bf16: bool | None = None,
+    checkpoint_dir: str | os.PathLike | None = None,
+    keep_checkpoints: bool = False,
+    resume_from_checkpoint: bool | str | os.PathLike = False,
+    card: Card | None = None,
+    max_shard_size: int | str = "2GB",
+    golden: bool = True,
+    console: Console | None = None,
+    **training_arguments: Any,
+) -> FineTuned:
+    """Fine-tune a model on your data with transformers' `Trainer`, and write it as a Hub repo folder.
+
+    The weights that are kept are the best by `metric_for_best_model` on the validation data, which are measured after
+    each epoch, or with `max_steps` ten times on the way. While it trains, checkpoints lie in `checkpoint_dir`; they are
+    removed when the folder is complete, and `metrics.json`, TensorBoard logs and LoRA's `adapter/` stay there.
+
+    Args:
+        model: a folder or Hub id of a mymodels or any other model, or a model in memory (then with `tokenizer`).
+        data, validation, test, text_column, label_column, data_config: see `mymodels.training.data.load_data`.
+        output_dir: the new folder; an older Hub repo folder there is replaced.
+        task: `"classification"`, or `"lm"`: the next token for a decoder, hidden ones for an encoder.
+        to, overrides: warm-start a `"mybert"` or `"mygpt2"` with these config fields from `model`; see `warm_start`.
+        tokenizer: default: the model's.
+        max_length: tokens of the longest example, the rest of it is cut; for `"lm"` of every block. Default: what the
+            model takes, for `"lm"` at most 1024.
+        class_weights: `"balanced"` (`examples / (classes * examples of the class)` in the training data), or one per
+            label: weights in the loss. MyBert keeps them in its config.
+        freeze_embeddings, freeze_layers: leave the embeddings and the first so many layers as they are.
+        layer_decay: learning rates fall by this factor from layer to layer, down from the head.
+        lora_r, lora_alpha, lora_target_modules: train adapters of this rank and the head only, see
+            `mymodels.training.parameters.add_lora`; they are added into the weights at the end.
+        warmup_ratio: of the steps, until the learning rate is reached; `warmup_steps` goes before it.
+        early_stopping_patience: stop after so many evaluations without a better one.
+        bf16: default: if this machine computes in bfloat16 by hardware. The weights stay float32.
+        checkpoint_dir: default: `output_dir` with `-checkpoints` behind its name.
+        keep_checkpoints: leave them there.
+        resume_from_checkpoint: true: go on after the newest checkpoint in `checkpoint_dir`, from the start if there is
+            none; or the path of one.
+        max_shard_size, golden: see `build_repo`.
+        card: what the model card should say; what is left out is filled in from the training.
+        training_arguments: any of `transformers.TrainingArguments`, by their names. Defaults that are not the library's:
+            `DEFAULTS`; `learning_rate` 5e-5, with LoRA 4e-4.
+
+    Returns:
+        a `FineTuned`.
+
+    Raises:
+        ValueError: data, model and options do not go together; the sentence says what to change. Nothing was trained.
+        FileExistsError: `output_dir` or `checkpoint_dir` holds something that would be lost.
+
+    Example:
+        >>> tuned = finetune("bert-base-uncased", "reviews.csv", "my-bert", to="mybert", overrides={"pooling": "mean"})
+        >>> tuned.metrics["validation"]["accuracy"]
+    """
+    if task not in ("classification", "lm"):
+        raise ValueError(f"task={task!r} is none of 'classification', 'lm'")
+    for module in ("datasets", "sklearn", "matplotlib"):
+        need(module, "finetune")
+    output_dir = check_output_dir(output_dir)
+    where = Path(checkpoint_dir or f"{str(output_dir).rstrip('/')}-checkpoints")
+    console = console or Console(quiet=not PartialState().is_main_process)
+    if lora_r is not None and (freeze_embeddings or freeze_layers):
+        raise ValueError("LoRA trains nothing but adapters and the head: leave out what freezes layers or embeddings")
+    options = checked_options(task, training_arguments, lora=lora_r is not None)
+    seed = options["seed"]
+
+    loaded = load_data(
+        data,
+        task=task,
+        validation=validation,
+        test=test,
+        text_column=text_column,
+        label_column=label_column,
+        data_config=data_config,
+        known_labels=known_labels(model, revision) if task == "classification" else (),
+        seed=seed,
+    )
+    set_seed(seed)
+    begun = start(
+        model,
+        task,
+        labels=loaded.labels,
+        to=to,
+        overrides=overrides,
+        tokenizer=tokenizer,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    length = longest_input(begun.model, begun.tokenizer, max_length)
+    weights = class_weights_of(class_weights, loaded)
+    loss_function = apply_class_weights(begun.model, weights)
+    if freeze_embeddings or freeze_layers:
+        freeze(begun.model, embeddings=freeze_embeddings, layers=freeze_layers)
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay={layer_decay} is no factor between 0 and 1")
+    record = {
+        "task": task,
+        "model": type(model).__name__ if isinstance(model, PreTrainedModel) else str(model),
+        "to": to,
+        "overrides": dict(overrides or {}),
+        "data": fingerprint(loaded),
+        "labels": loaded.labels,
+        "max_length": length,
+        "class_weights": weights,
+        "freeze": [freeze_embeddings, freeze_layers],
+        "layer_decay": layer_decay,
+        "lora": [lora_r, lora_alpha, list(lora_target_modules or [])],
+        "warmup_ratio": warmup_ratio,
+        "training_arguments": {name: value for name, value in options.items() if name not in MAY_CHANGE},
+    }
+    checkpoint = checkpoint_to_resume(where, output_dir, record, resume_from_checkpoint)
+
+    if task == "classification":
+        examples = encode_classification(loaded, begun.tokenizer, length)
+    else:
+        examples = encode_blocks(loaded, begun.tokenizer, length, masked=begun.kind == "masked", seed=seed)
+    trained: Any = begun.model
+    use_cache = getattr(begun.model.config, "use_cache", None)
+    if lora_r is not None:
+        trained = add_lora(begun.model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, new=begun.new)
+    arguments = make_arguments(
+        where, options, len(examples["train"]), warmup_ratio, bf16_is_faster() if bf16 is None else bf16
+    )
+    _tell(console, begun, loaded, examples, trained, arguments, checkpoint)
+    trainer = FineTuner(
+        model=trained,
+        args=arguments,
+        data_collator=choose_collator(begun.kind, begun.tokenizer),
+        train_dataset=examples["train"],
+        eval_dataset=examples["validation"],
+        processing_class=begun.tokenizer,
+        compute_metrics=compute_metrics if task == "classification" else None,
+        compute_loss_func=loss_function,
+        callbacks=[] if early_stopping_patience is None else [EarlyStoppingCallback(early_stopping_patience)],
+    )
+    trainer.layer_decay = layer_decay
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Progress)
+    if trainer.is_world_process_zero():
+        begin(where, record)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    metrics, logits = measure(trainer, examples, task)
+    matrix = None if logits is None else confusion_matrix(logits, np.asarray(loaded.validation["label"]))
+    final: Any = begun.model
+    if lora_r is not None:
+        if trainer.is_world_process_zero():
+            trained.save_pretrained(where / "adapter")
+        final = trained.merge_and_unload()
+    if use_cache is not None:
+        final.config.use_cache = use_cache  # the Trainer of 5.x switches it off, also in what is saved
+    result = FineTuned(
+        path=output_dir,
+        model=final.eval(),
+        tokenizer=begun.tokenizer,
+        metrics=metrics,
+        history=trainer.state.log_history,
+        best_step=best_step(trainer),
+        data=loaded,
+        checkpoint_dir=where,
+        logits=logits,
+        confusion_matrix=matrix,
+    )
+    if trainer.is_world_process_zero():
+        write_repo(result, begun, card or Card(), task, max_shard_size=max_shard_size, golden=golden)
+        end(result, keep_checkpoints)
+        if matrix is not None and loaded.labels is not None:
+            console.print(class_table(matrix, loaded.labels, "on the validation data"))
+        console.print(metric_table(metrics))
+        names = ", ".join(sorted(path.name for path in output_dir.iterdir()))
+        console.print(f"{output_dir}: {names}", highlight=False, soft_wrap=True)
+    PartialState().wait_for_everyone()
+    return result
+
+
+def _tell(
+    console: Console,
+    begun: Start,
+    data: Data,
+    examples: Mapping[str, Any],
+    trained: Any,
+    arguments: TrainingArguments,
+    checkpoint: str | None,
+) -> None:
+    """What is about to happen."""
+    console.print(begun.how, highlight=False, soft_wrap=True)
+    for note in data.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    count = sum(parameter.numel() for parameter in trained.parameters())
+    learning = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+    kind = "texts" if data.labels else "blocks"
+    sizes = ", ".join(f"{len(rows):,} {kind} for {split}" for split, rows in examples.items())
+    labels = f", {len(data.labels)} labels" if data.labels else ""
+    console.print(
+        f"{data.name}: {sizes}{labels}; {learning / 1e6:.2f} of {count / 1e6:.2f} million parameters are trained"
+        f"{', in bfloat16 by hardware' if arguments.bf16 else ''}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if checkpoint:
+        console.print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)

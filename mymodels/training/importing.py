@@ -1,0 +1,136 @@
+"""Old training checkpoints, one dict in one file, into a model and its optimizer."""
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from ..checkpoints.loading import load_in_place
+
+_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # what DataParallel and torch.compile put before every name
+_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
+_KIND = re.compile(r"model|net(work)?|optim(izer)?|(lr_?)?sched(uler)?|state(_?dict)?|weights|[_.-]", re.IGNORECASE)
+
+
+def import_checkpoint(
+    path: str | os.PathLike,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    *,
+    section: str | None = None,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """Load a checkpoint that a training script wrote, such as `{'epoch', 'model_state_dict', 'optimizer_state_dict', …}`.
+
+    All of it fits, or nothing is changed.
+
+    Args:
+        path: what `open_checkpoint` opens.
+        model: gets the weights; names before which `DataParallel` or `torch.compile` put theirs are known without.
+        optimizer: gets its state. An optimizer's state has no names: its parameters are matched by their order, and
+            each state must have its parameter's shape.
+        scheduler: gets its state.
+        section: of a file with several models, the one to take (`Checkpoint.sections`), such as `"modelA_state_dict"`;
+            optimizer and scheduler are then those named alike, `"optimizerA_state_dict"`.
+        allow_pickle: as for `open_checkpoint`.
+
+    Returns:
+        what else the file holds: `epoch`, `loss`, …
+
+    Raises:
+        CheckpointError: names, shapes or groups do not fit, or something asked for is not there; the message says which.
+
+    Example:
+        >>> rest = import_checkpoint("old.pt", model, optimizer)
+        >>> rest["epoch"]
+        7
+    """
+    whole = open_checkpoint(path, allow_pickle=allow_pickle)
+    if section is None and len(whole.sections) > 1:
+        raise CheckpointError(f"{path} holds several models: choose section={' or '.join(map(repr, whole.sections))}")
+    checkpoint = whole if section is None else whole.section(section)
+    ours = section if section is not None else next(iter(whole.sections))
+    taken, states = [], []
+    for kind, wanted in (("optim", optimizer), ("sched", scheduler)):
+        if wanted is not None:
+            key = _find(whole, kind, ours)
+            state = copy.deepcopy(whole.extras[key])  # not the file's memory
+            if wanted is optimizer:
+                state = _fitted(f"{path}: {key}", state, model, optimizer)
+            taken.append(key)
+            states.append((wanted, state))
+    load_in_place(model, _without_prefix(checkpoint))
+    for wanted, state in states:
+        wanted.load_state_dict(state)
+    return {name: value for name, value in whole.extras.items() if name not in taken}
+
+
+def _find(checkpoint: Checkpoint, kind: str, section: str) -> str:
+    """The key of the optimizer or scheduler that belongs to a model: the one named like it, or the only one."""
+    found = [key for key, value in checkpoint.extras.items() if kind in key.lower() and isinstance(value, Mapping)]
+    alike = [key for key in found if _KIND.sub("", key).lower() == _KIND.sub("", section).lower()]
+    chosen = alike or (found if len(checkpoint.sections) == 1 else [])
+    if len(chosen) != 1:
+        what = {"optim": "optimizer", "sched": "scheduler"}[kind]
+        has = ", ".join(map(repr, chosen or checkpoint.extras)) or "nothing"
+        raise CheckpointError(
+            f"{checkpoint.path} has {'several states' if chosen else 'no state'} of a {what} for the model {section!r}; "
+            f"beside the weights it has {has}: import without {what}"
+        )
+    return chosen[0]
+
+
+def _without_prefix(checkpoint: Checkpoint) -> Checkpoint:
+    names = {_PREFIX.sub("", name): name for name in checkpoint}
+    if len(names) < len(checkpoint):
+        return checkpoint
+    aliases = {_PREFIX.sub("", alias): _PREFIX.sub("", name) for alias, name in checkpoint.aliases.items()}
+    info = {name: checkpoint.info[full] for name, full in names.items()}
+    return Checkpoint(checkpoint.path, checkpoint.format, info, lambda name: checkpoint[names[name]], aliases=aliases)
+
+
+def _fitted(
+    where: str, state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The saved state in the order of the optimizer's parameters, if it fits them.
+
+    Raises:
+        CheckpointError: groups, names or shapes differ.
+    """
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    if not isinstance(state.get("param_groups"), list) or not isinstance(state.get("state"), Mapping):
+        raise CheckpointError(f"{where} is no optimizer's state: it has no 'state' and 'param_groups'")
+    saved, groups = state["param_groups"], optimizer.param_groups
+    if len(saved) != len(groups):
+        raise CheckpointError(
+            f"{where} has {len(saved)} parameter groups, the optimizer has {len(groups)}: make it with the same groups"
+        )
+    fitted = []
+    for number, (before, now) in enumerate(zip(saved, groups)):
+        keys = list(before["params"])
+        if len(keys) != len(now["params"]):
+            raise CheckpointError(
+                f"{where}: group {number} has {len(keys)} parameters, the optimizer's has {len(now['params'])}: give it "
+                "the parameters it had (frozen ones too, if it had them)"
+            )
+        names = [known.get(id(parameter), "?") for parameter in now["params"]]
+        said = before.get("param_names") or (keys if all(isinstance(key, str) for key in keys) else None)
+        if said is not None:
+            by_name = {_PREFIX.sub("", name): key for name, key in zip(said, keys)}
+            if missing := [name for name in names if name not in by_name]:
+                raise CheckpointError(f"{where}: group {number} has no state for parameter {missing[0]!r}")
+            keys = [by_name[name] for name in names]
+        for key, name, parameter in zip(keys, names, now["params"]):
+            for kind, value in state["state"].get(key, {}).items():
+                if kind in _SHAPED and isinstance(value, torch.Tensor) and value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"{where}: {kind} of parameter {key} has shape {tuple(value.shape)}, but {name!r} has "
+                        f"{tuple(parameter.shape)}: give the optimizer its parameters in the order they had"
+                    )
+        fitted.append({**before, "params": keys} | ({"param_names": names} if "param_names" in before else {}))
+    return {**state, "param_groups": fitted}

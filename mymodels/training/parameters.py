@@ -1,0 +1,117 @@
+"""What of a model is trained, and how fast: freezing, layer-wise learning rates, LoRA; for any model with numbered layers."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .reading import need
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)(?:\.|$)")
+
+
+def depth_of(name: str, num_layers: int) -> int:
+    """How deep a parameter or module lies: 0 for embeddings, 1 to `num_layers` for layers, one more for all after them."""
+    if found := _LAYER.search(name):
+        return int(found[1]) + 1
+    return 0 if _EMBEDDING.search(name) else num_layers + 1
+
+
+def count_layers(model: nn.Module) -> int:
+    """How many numbered layers a model has.
+
+    Raises:
+        ValueError: none, or not one run of them.
+    """
+    numbers = {int(found[1]) for name, _ in model.named_parameters() if (found := _LAYER.search(name))}
+    if not numbers or numbers != set(range(len(numbers))):
+        raise ValueError(f"{type(model).__name__} has no run of numbered layers: leave out what counts layers")
+    return len(numbers)
+
+
+def freeze(model: nn.Module, *, embeddings: bool = False, layers: int = 0) -> list[str]:
+    """Take the embeddings and the first `layers` layers out of the training; returns the names of their parameters.
+
+    A head that is tied to the embeddings is frozen with them.
+
+    Raises:
+        ValueError: the model has fewer layers, or nothing would be left to train.
+    """
+    if layers < 0 or layers > (total := count_layers(model) if layers else 0):
+        raise ValueError(f"freeze_layers={layers}, but {type(model).__name__} has {total} layers")
+    num_layers = count_layers(model)
+    frozen = []
+    for name, parameter in model.named_parameters():
+        depth = depth_of(name, num_layers)
+        if (embeddings and depth == 0) or 1 <= depth <= layers:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("every parameter would be frozen: lower freeze_layers")
+    return frozen
+
+
+def decayed_groups(
+    model: nn.Module, decay_names: Iterable[str], *, learning_rate: float, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups whose learning rate falls by `layer_decay` with each layer down from the head (ELECTRA, arXiv 2003.10555).
+
+    With n layers, what lies above them has `learning_rate`, layer i of 1 … n `learning_rate * layer_decay ** (n + 1 - i)`,
+    the embeddings `learning_rate * layer_decay ** (n + 1)`. Only the parameters in `decay_names` have weight decay.
+    """
+    num_layers, decayed = count_layers(model), set(decay_names)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = depth_of(name, num_layers)
+        group = {
+            "params": [],
+            "lr": learning_rate * layer_decay ** (num_layers + 1 - depth),
+            "weight_decay": weight_decay if name in decayed else 0.0,
+        }
+        groups.setdefault((-depth, name not in decayed), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]  # the head first: the Trainer logs the first group's rate
+
+
+def add_lora(
+    model: PreTrainedModel, *, r: int, alpha: int | None, target_modules: Sequence[str] | None, new: Iterable[str]
+) -> Any:
+    """Put LoRA adapters (arXiv 2106.09685) on a model, through PEFT; everything else is frozen.
+
+    Args:
+        r: rank of the adapters.
+        alpha: their scale is `alpha / r`. Default: `2 * r`.
+        target_modules: ends of the names of the matrices that get one. Default: every matrix of every layer.
+        new: parameters that come from no checkpoint; their modules are trained whole.
+
+    Returns:
+        the `PeftModel`; its `merge_and_unload()` gives the model back, adapters added in.
+
+    Raises:
+        ValueError: PEFT is not installed; no module has such a name.
+    """
+    peft = need("peft", "lora")
+    matrices = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    if target_modules:
+        targets = [name for name in matrices if any(f".{name}".endswith(f".{end}") for end in target_modules)]
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in matrices if _LAYER.search(f"{name}.")})
+        if not targets:
+            raise ValueError(
+                f"lora_target_modules={list(target_modules)}: {type(model).__name__} has no such matrix, but {', '.join(kinds)}"
+            )
+    else:
+        targets = [name for name in matrices if _LAYER.search(f"{name}.")]
+    whole = sorted({name.rpartition(".")[0] for name in new} - set(targets))
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        target_modules=targets,
+        modules_to_save=whole or None,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
+    )
+    return peft.get_peft_model(model, config)

@@ -1,0 +1,158 @@
+"""transformers' Trainer with checkpoints that are whole or not there, an exact resume, and a stop at NaN."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from ..checkpoints import replace_folder, write_manifest
+from ..checkpoints.torch_files import load_plain
+from ..checkpoints.writing import torch_save
+from .batches import SeededCollator, bad_number
+from .folders import STATE, find_checkpoint, remove_old_checkpoints
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer`, its arguments and methods, with these differences:
+
+    - A folder `checkpoint-N` appears whole, with a `manifest.json` of hashes, or not at all: a kill or a full disk while
+      it is written leaves the ones before. Only then are old ones removed.
+    - `train(resume_from_checkpoint=True)` takes the newest whole checkpoint, and says which damaged ones it passes over.
+    - Resuming is exact also with a collator that draws random numbers, such as masking (without data loader workers).
+    - No file needs more than `torch.load(weights_only=True)`; `training_args.bin`, a pickle, becomes `training_args.json`.
+    - A loss or gradient that is NaN or infinite stops the run with a `FloatingPointError` that names step and examples,
+      before it gets into the weights.
+
+    What is logged between two `logging_steps` is averaged anew after a resume: save on a logging step to log the same.
+    """
+
+    _staging: str | None = None  # where a checkpoint is being written
+    _batches_done = 0  # of the current epoch, by this process
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Watch(self))
+
+    def train(self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint to resume from.
+            CheckpointError: the one named is damaged, or all are.
+            FloatingPointError: a loss or gradient is NaN or infinite.
+            OSError: a checkpoint could not be written; those before stay.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(find_checkpoint(self.args.output_dir, resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        plain: Any = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around it
+        plain.collate_fn = SeededCollator(plain.collate_fn, self.args.seed, self.args.process_index)
+        return loader
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss).all():
+            self._stop(f"loss is {loss.sum().item()}", self._batches_done)
+        self._batches_done += 1
+        return loss
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with self._staged(folder) as staging:
+            self._staging = str(staging)
+            try:
+                super()._save_checkpoint(model, trial, *args, **kwargs)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            best = self.state.best_global_step and folder.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best and (best == folder or best.is_dir()):
+                self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                written = staging / folder.name
+                self.state.save_to_json(str(written / STATE))
+                for path in list(written.iterdir()):
+                    path.rename(staging / path.name)
+                written.rmdir()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            kept = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
+            remove_old_checkpoints(folder.parent, folder, kept, self.args.save_total_limit)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    @contextlib.contextmanager
+    def _staged(self, folder: Path) -> Iterator[Path]:
+        """The main process's `replace_folder`, in which all processes write."""
+        if self.args.should_save:
+            with replace_folder(folder, finish=write_manifest) as staging:
+                yield broadcast_object_list([staging])[0]
+        else:
+            yield broadcast_object_list([None])[0]
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else it comes when the folder is in its place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        pickle = Path(output_dir or str(self.args.output_dir)) / "training_args.bin"
+        if self.args.should_save and pickle.is_file():
+            pickle.with_suffix(".json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+            pickle.unlink()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        index = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        path = Path(output_dir) / f"rng_state{index}.pth"
+        with path.open("rb") as file:  # not mapped into memory, as it is written anew
+            state = load_plain(file, path)
+        name, keys, *rest = state["numpy"]
+        torch_save({**state, "numpy": (name, keys.tolist(), *rest)}, path)  # an array is more than plain data
+
+    def _stop(self, what: str, first_batch: int) -> None:
+        """Raise for a number that is not finite, naming the examples of this process's batches since `first_batch`."""
+        loader: Any = self.callback_handler.train_dataloader
+        examples: list[int] = []
+        with contextlib.suppress(Exception):  # samplers of other kinds, which cannot be asked again
+            loader.set_epoch(int(self.state.epoch or 0))
+            batches = islice(loader.batch_sampler, first_batch, max(self._batches_done, first_batch + 1))
+            examples = [example for batch in batches for example in batch]
+        raise bad_number(what, self.state.global_step + 1, self.state.max_steps, self.args.learning_rate, examples)
+
+
+class _Watch(TrainerCallback):
+    """Numbers a trainer's batches, and looks at its gradients."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loader: Any = self.trainer.callback_handler.train_dataloader
+        with contextlib.suppress(TypeError):  # a stream has no length
+            epoch, steps = divmod(state.global_step, math.ceil(len(loader) / args.gradient_accumulation_steps))
+            self.trainer._batches_done = steps * args.gradient_accumulation_steps
+            if isinstance(loader.collate_fn, SeededCollator):
+                loader.collate_fn.count = epoch * len(loader) + self.trainer._batches_done
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.accelerator.scaler is not None:
+            return  # it looks for its scale by overflowing
+        norm = torch.nn.utils.get_total_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
+        if not math.isfinite(float(norm)):
+            accumulated = (trainer._batches_done - 1) % args.gradient_accumulation_steps + 1
+            trainer._stop(f"gradient's norm is {float(norm)}", trainer._batches_done - accumulated)

@@ -1,0 +1,131 @@
+"""The fast ways to compute on the CPU: the numbers and gradients of torch's and transformers' own."""
+
+import pytest
+import torch
+from tiny import largest_difference, mybert_config, mygpt2_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
+from mymodels.models.layers import ONE_DNN, causal_lm_loss, fast_products, make_activation
+
+needs_one_dnn = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def one_dnn_products(call) -> int:
+    with Seen() as seen:
+        call()
+    return sum("_linear_pointwise" in name for name in seen.names)
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (1, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_and_its_gradients(shape: tuple[int, ...], bias: bool) -> None:
+    layer, states = torch.nn.Linear(8, 6, bias=bias), torch.randn(shape, requires_grad=True)
+    weights = [states, *layer.parameters()]
+
+    def results() -> list[torch.Tensor]:
+        output = layer(states)
+        first = torch.autograd.grad(output.tanh().mean(), weights, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), weights)
+        return [output, *first, *second]
+
+    expected = results()
+    with fast_products(states):
+        assert one_dnn_products(lambda: layer(states)) == 1
+        for mine, theirs in zip(results(), expected):
+            assert largest_difference(mine, theirs) <= 1e-5
+
+
+@needs_one_dnn
+@pytest.mark.parametrize(
+    "make", [lambda: MyGPT2ForCausalLM(mygpt2_config()), lambda: MyBertForMaskedLM(mybert_config())]
+)
+def test_the_models_use_it_only_where_it_may_be(make) -> None:
+    model, ids = make().eval(), torch.randint(2, 97, (2, 6))
+    assert one_dnn_products(lambda: model(ids)) >= 12
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert one_dnn_products(lambda: model(ids)) == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert one_dnn_products(lambda: model(ids)) == 0
+    assert one_dnn_products(lambda: model.double()(ids)) == 0
+    model.float().requires_grad_(False)
+    traced = torch.jit.trace(lambda ids: model(ids, return_dict=False)[0], ids, check_trace=False)
+    assert "_linear_pointwise" not in str(traced.graph)
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu", "silu"])
+def test_activations(name: str) -> None:
+    values = torch.linspace(-9, 9, 997)
+    assert largest_difference(make_activation(name)(values), ACT2FN[name](values)) <= 1e-6
+
+
+LOSSES = {
+    "mean": {},
+    "divided": {"num_items_in_batch": torch.tensor(7)},
+    "divided by a number": {"num_items_in_batch": 7},
+    "another label left out": {"ignore_index": 3},
+    "shifted": {"labels": None, "shift_labels": torch.arange(14).view(2, 7)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LOSSES)
+def test_loss_and_its_gradients(case: str, dtype: torch.dtype) -> None:
+    labels = torch.randint(0, 19, (2, 7))
+    if case != "another label left out":
+        labels[0, :4] = -100
+    given = {"labels": labels, "vocab_size": 19, **LOSSES[case]}
+    logits = (3 * torch.randn(2, 7, 19)).to(dtype).requires_grad_()
+    results = []
+    for function in (causal_lm_loss, ForCausalLMLoss):
+        loss = function(logits=logits, **given)
+        (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        (again,) = torch.autograd.grad(loss, logits, create_graph=True)
+        (second,) = torch.autograd.grad(again.float().square().sum(), logits)
+        results.append((loss, first, again, second))
+    for mine, theirs in zip(*results):
+        assert mine.dtype == theirs.dtype
+        assert largest_difference(mine.float(), theirs.float()) <= (1e-6 if dtype is torch.float32 else 1e-2)
+
+
+def test_loss_in_several_pieces() -> None:
+    logits, labels = torch.randn(1, 300, 30_000), torch.randint(0, 30_000, (1, 300))  # 140 rows at a time
+    results = []
+    for function in (causal_lm_loss, ForCausalLMLoss):
+        leaf = logits.clone().requires_grad_()
+        loss = function(logits=leaf, labels=labels, vocab_size=30_000)
+        loss.backward()
+        results.append((loss, leaf.grad))
+    for mine, theirs in zip(*results):
+        assert largest_difference(mine, theirs) <= 1e-5
+
+
+def test_nothing_to_predict_is_as_in_transformers() -> None:
+    given = {"logits": torch.randn(1, 3, 19), "labels": torch.full((1, 3), -100), "vocab_size": 19}
+    assert causal_lm_loss(**given).isnan() and ForCausalLMLoss(**given).isnan()
+
+
+def test_another_loss_may_be_set() -> None:
+    model, ids = MyGPT2ForCausalLM(mygpt2_config()), torch.randint(2, 97, (2, 6))
+    model.loss_function = lambda logits, labels, **kwargs: logits.sum() * 0 + 42
+    assert model(ids, labels=ids).loss.item() == 42
+
+
+def test_a_part_may_be_compiled_by_itself() -> None:
+    model, ids = MyGPT2ForCausalLM(mygpt2_config()).eval(), torch.randint(2, 97, (2, 6))
+    expected = model(ids).logits
+    model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp, backend="eager")
+    assert largest_difference(model(ids).logits, expected) <= 1e-5

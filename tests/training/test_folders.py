@@ -1,0 +1,167 @@
+"""Checkpoints are whole or passed over, old ones go, and whatever goes wrong is said in a sentence and loses nothing."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import examples, model, pad
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from mymodels.checkpoints import CheckpointError
+from mymodels.training import folders
+from mymodels.training.loop import train
+from mymodels.training.trainer import Trainer
+
+OPTIONS = {"per_device_train_batch_size": 6, "save_steps": 2, "num_train_epochs": 2}
+
+
+def by_loop(output_dir: Path, dataset=None, trained=None, **options) -> list[float]:
+    options = {**OPTIONS, **options}
+    return train(trained or model(), dataset or examples(), output_dir=str(output_dir), data_collator=pad, **options)
+
+
+def by_trainer(output_dir: Path, dataset=None, trained=None, resume_from_checkpoint=None, **options) -> list[float]:
+    options = {**OPTIONS, "logging_steps": 1, "report_to": [], "use_cpu": True, **options}
+    settings = TrainingArguments(str(output_dir), remove_unused_columns=False, **options)
+    trainer = Trainer(trained or model(), settings, data_collator=pad, train_dataset=dataset or examples())
+    trainer.train(resume_from_checkpoint)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+either = pytest.mark.parametrize("run", [by_loop, by_trainer])
+
+
+def damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@either
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(run, file, tmp_path, caplog) -> None:
+    whole = run(tmp_path)
+    damage(tmp_path / "checkpoint-8" / file)
+    (tmp_path / "checkpoint-6" / file).unlink()
+    assert run(tmp_path, resume_from_checkpoint=True) == whole
+    said = [record.getMessage() for record in caplog.records if record.name == folders.__name__]
+    assert len(said) == 2 and file in said[0] and file in said[1]
+    assert said[0].startswith(f"{tmp_path / 'checkpoint-8'} is damaged and passed over: ")
+    damage(tmp_path / "checkpoint-4" / file)
+    with pytest.raises(CheckpointError, match=f"{file}.*resume_from_checkpoint=True takes the newest whole one"):
+        run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@either
+def test_nothing_to_resume_from(run, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"away (has no checkpoint )?to resume from: start without"):
+        run(tmp_path / "away", resume_from_checkpoint=True)
+    with pytest.raises(FileNotFoundError, match="has no checkpoint to resume from: start without"):
+        run(tmp_path, resume_from_checkpoint=True)
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint folder .*checkpoint-3"):
+        run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    run(tmp_path)
+    for folder in folders.list_checkpoints(tmp_path):
+        (folder / "trainer_state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no whole checkpoint: .*checkpoint-2 has no trainer_state\.json"):
+        run(tmp_path, resume_from_checkpoint=True)
+
+
+@either
+def test_a_full_disk_stops_the_run_and_keeps_what_there_was(run, tmp_path, monkeypatch) -> None:
+    whole = run(tmp_path / "whole")
+    import mymodels.checkpoints.replacing as replacing
+
+    sync, calls = replacing._sync, []
+
+    def full(path: Path) -> None:
+        calls.append(path)
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        sync(path)
+
+    monkeypatch.setattr(replacing, "_sync", full)
+    with pytest.raises(OSError, match="checkpoint-4 was not written, what stood there is unchanged: no space left"):
+        run(tmp_path / "run")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+    assert run(tmp_path / "run", resume_from_checkpoint=True) == whole
+
+
+@either
+def test_a_bad_loss_names_the_examples_and_keeps_the_checkpoints(run, tmp_path) -> None:
+    dataset, spoiled = examples(), model()
+    dataset[13]["input_ids"][0] = 96  # a token that no other example has
+    spoiled.model.embed_tokens.register_forward_hook(
+        lambda module, ids, embedded: embedded * math.nan if (ids[0] == 96).any() else embedded
+    )
+    with pytest.raises(FloatingPointError) as error:
+        run(tmp_path, dataset, spoiled)
+    found = str(error.value)
+    assert "the loss is nan at step " in found and " of 8: lower learning_rate=" in found
+    named = [int(i) for i in re.findall(r"\d+", found.split("dataset[i] for i in ")[1].split(";")[0])]
+    assert 13 in named and len(named) in (5, 6)
+    assert all(tensor.isfinite().all() for tensor in spoiled.state_dict().values())
+    for folder in folders.list_checkpoints(tmp_path):
+        assert folders.check_training_checkpoint(folder) is None
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path) -> None:
+    by_loop(tmp_path, save_total_limit=2, eval_dataset=examples(5), learning_rate=0.3, num_train_epochs=4)
+    state = json.loads((tmp_path / "checkpoint-16" / "trainer_state.json").read_text())
+    best = f"checkpoint-{state['best_global_step']}"
+    assert state["best_global_step"] < 14 and state["best_metric"] < state["metric"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-16", best}
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(tmp_path / best)(**pad(examples(5))).loss.item()
+    assert abs(loss - state["best_metric"]) < 1e-6
+
+
+@either
+def test_a_folder_that_vanished_comes_back(run, tmp_path) -> None:
+    out, calls = tmp_path / "run", iter(range(100))
+    trained = model()
+    trained.register_forward_pre_hook(lambda *_: shutil.rmtree(out, ignore_errors=True) if next(calls) == 4 else None)
+    run(out, trained=trained)
+    assert [path.name for path in folders.list_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
+
+
+@either
+def test_no_file_is_a_pickle_that_runs_code(run, tmp_path) -> None:
+    run(tmp_path, max_steps=2)
+    files = {file.name: file for file in (tmp_path / "checkpoint-2").iterdir()}
+    for file in files.values():
+        if file.suffix in (".pt", ".pth", ".bin"):
+            torch.load(file, weights_only=True)
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "manifest.json"} < files.keys()
+    assert "training_args.bin" not in files
+
+
+def test_the_loop_does_not_mix_two_runs(tmp_path) -> None:
+    by_loop(tmp_path, max_steps=2)
+    with pytest.raises(FileExistsError, match="holds checkpoint-2 of an earlier run"):
+        by_loop(tmp_path)
+    with pytest.raises(ValueError, match="was made with examples per step 6, this run has 12: choose batch size"):
+        by_loop(tmp_path, resume_from_checkpoint=True, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="was made with num examples 23, this run has 22"):
+        by_loop(tmp_path, examples(22), resume_from_checkpoint=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/run cannot be written to: not a directory"):
+        by_loop(tmp_path / "file" / "run")
+
+
+def test_stock_trainers_checkpoints_are_taken(tmp_path) -> None:
+    import transformers
+
+    settings = TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=False, max_steps=4, **OPTIONS
+    )
+    transformers.Trainer(model(), settings, data_collator=pad, train_dataset=examples()).train()
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-9")
+    damage(tmp_path / "checkpoint-9" / "trainer_state.json")
+    (tmp_path / "checkpoint-9" / "model.safetensors").write_bytes(b"{}")
+    assert folders.newest_checkpoint(tmp_path).name == "checkpoint-4"

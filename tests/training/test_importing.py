@@ -1,0 +1,103 @@
+"""Old dict checkpoints go on training as they would have, or say which parameter does not fit."""
+
+import pytest
+import torch
+from torch import nn
+
+from mymodels import import_checkpoint
+from mymodels.checkpoints import CheckpointError
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler=None) -> None:
+    model(torch.ones(5, 3) * torch.arange(5)[:, None]).pow(2).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if scheduler:
+        scheduler.step()
+
+
+def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    torch.manual_seed(seed)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    for _ in range(3):
+        step(model, optimizer, scheduler)
+    return model, optimizer, scheduler
+
+
+def assert_goes_on(a, b) -> None:
+    step(*a)
+    step(*b)
+    for x, y in zip(a[0].parameters(), b[0].parameters()):
+        assert torch.equal(x, y)
+
+
+def fresh() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=7.0)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_it_goes_on(wrapped, tmp_path) -> None:
+    old = trained()
+    weights = nn.DataParallel(old[0]).state_dict() if wrapped else old[0].state_dict()
+    states = {"optimizer_state_dict": old[1].state_dict(), "scheduler_state_dict": old[2].state_dict()}
+    torch.save({"epoch": 7, "model_state_dict": weights, "loss": 0.25, **states}, tmp_path / "old.pt")
+    new = fresh()
+    assert import_checkpoint(tmp_path / "old.pt", *new) == {"epoch": 7, "loss": 0.25}
+    assert_goes_on(old, new)
+
+
+def test_one_of_several_models(tmp_path) -> None:
+    runs = {name: trained(seed) for name, seed in (("A", 1), ("B", 2))}
+    saved = {f"model{name}_state_dict": run[0].state_dict() for name, run in runs.items()}
+    saved |= {f"optimizer{name}_state_dict": run[1].state_dict() for name, run in runs.items()}
+    torch.save(saved, tmp_path / "two.pt")
+    new = fresh()
+    with pytest.raises(CheckpointError, match="several models: choose section='modelA_state_dict' or 'modelB_state"):
+        import_checkpoint(tmp_path / "two.pt", *new[:2])
+    for name, run in runs.items():
+        new = fresh()
+        import_checkpoint(tmp_path / "two.pt", *new[:2], section=f"model{name}_state_dict")
+        assert_goes_on(run[:2], new[:2])
+
+
+def test_names_beat_the_order(tmp_path) -> None:
+    model, _, _ = trained()
+    optimizer = torch.optim.AdamW(reversed(list(model.named_parameters())), lr=0.1)
+    step(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "named.pt")
+    new = network()
+    other = torch.optim.AdamW(new.named_parameters(), lr=7.0)
+    import_checkpoint(tmp_path / "named.pt", new, other)
+    assert_goes_on((model, optimizer), (new, other))
+
+
+def test_what_does_not_fit_changes_nothing(tmp_path) -> None:
+    model, optimizer, _ = trained()
+    path = tmp_path / "old.pt"
+    torch.save({"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}, path)
+    new = network()
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    parameters = list(new.parameters())
+    for given, message in (
+        (
+            [parameters[1], parameters[0], *parameters[2:]],
+            r"exp_avg of parameter 0 has shape \(4, 3\), but '0.bias' has \(4,\)",
+        ),
+        (parameters[:3], "group 0 has 4 parameters, the optimizer's has 3"),
+        ([{"params": parameters[:2]}, {"params": parameters[2:]}], "has 1 parameter groups, the optimizer has 2"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            import_checkpoint(path, new, torch.optim.AdamW(given))
+    with pytest.raises(CheckpointError, match="no state of a scheduler for the model 'model_state_dict'"):
+        import_checkpoint(path, new, None, object())
+    with pytest.raises(CheckpointError, match=r"shape"):
+        import_checkpoint(path, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
