@@ -98,7 +98,7 @@ def draw(rows: list[dict[str, Any]], pyplot: Any) -> None:
             axes.plot([row["target"]] * 2, [place - 0.38, place + 0.38], color="0.2", linewidth=1.5)
     axes.axvline(1, color="0.4", linestyle=":", linewidth=1)
     axes.set_yticks(list(places), [row["work"] for row in rows])
-    axes.set_xlabel("times as fast as stock GPT-2 in float32 (dotted: as fast; dark mark: target)")
+    axes.set_xlabel("times as fast as stock float32 (mark: target)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
