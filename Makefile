@@ -30,7 +30,7 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 
 # the short forms; each script's own `--help` says more
-BENCHES := classify train_lm
+BENCHES := classify train_lm generate cold_start scaling
 
 bench: $(VENV)/.bench
 	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json || exit 1; done

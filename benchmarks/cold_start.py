@@ -1,0 +1,140 @@
+"""From a cold process to the first logits, from a sharded folder of 500 MB: ours beside stock GPT-2 of the same size.
+
+    python benchmarks/cold_start.py [--short] [--threads N] [--json FILE] [--figure FILE]
+
+Each start is a process of its own, in turn: Python, the imports, `AutoModel…from_pretrained`, logits of 16 tokens.
+Ours once as remote code (`trust_remote_code=True`, without mymodels) and once as the imported package. The files are in
+the page cache, for both. Also, with everything imported: the time to load and run once more, against the size of the
+files, of models of 4, 8, 12 and 24 blocks.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pairs
+import torch
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mymodels import MyGPT2ForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("stock", "package", "remote code")
+START = """
+import sys, time
+kind, folder, threads, clock, born = sys.argv[1:]
+if kind == "remote code":
+    sys.modules["mymodels"] = None
+if kind == "package":
+    import mymodels
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(int(threads))
+trust = {"trust_remote_code": True} if kind == "remote code" else {}
+now = time.process_time if clock == "cpu" else time.time
+def logits():
+    model = AutoModelForCausalLM.from_pretrained(folder, **trust)
+    with torch.inference_mode():
+        return model(torch.arange(16)[None]).logits
+found = logits()
+took = now() - (0 if clock == "cpu" else float(born))
+begin = now()
+again = logits()  # everything is imported by now
+print(took, now() - begin, found.double().sum().item())
+"""
+
+
+def start(kind: str, folder: Path, clock: str) -> tuple[float, float, float]:
+    """Seconds from the start of the process to logits, seconds to load and run once more, and the logits' sum."""
+    command = [sys.executable, "-c", START, kind, str(folder), str(torch.get_num_threads()), clock, str(time.time())]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    )
+    if run.returncode:
+        raise SystemExit(f"starting {kind} failed:\n{run.stderr[-2000:]}")
+    took, loading, total = map(float, run.stdout.split()[-3:])
+    return took, loading, total
+
+
+def folders(root: Path, blocks: int) -> dict[str, Path]:
+    """The same weights as a stock folder and as ours, in shards of 100 MB; another name for each size of model."""
+    stock = GPT2LMHeadModel(GPT2Config(n_layer=blocks))
+    theirs, ours = root / f"stock-{blocks}", root / f"ours-{blocks}"
+    stock.save_pretrained(theirs, max_shard_size="100MB")
+    MyGPT2ForCausalLM.from_pretrained(theirs).save_pretrained(ours, max_shard_size="100MB")
+    return {"stock": theirs, "package": ours, "remote code": ours}
+
+
+def compare(blocks: int, repeats: int, root: Path, clock: str) -> list[dict[str, Any]]:
+    where = folders(root, blocks)
+    size = sum(file.stat().st_size for file in where["package"].glob("*.safetensors"))
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    for number in tqdm(range(repeats + 1), desc=f"{size / 1e6:.0f} MB", leave=False, disable=None):
+        sums = {}
+        for kind in KINDS if number % 2 else reversed(KINDS):
+            took, loading, sums[kind] = start(kind, where[kind], clock)
+            if number:  # the first fills the page cache and Python's
+                times[kind].append((took, loading))
+        assert max(sums.values()) - min(sums.values()) <= 1e-6 * abs(sums["stock"]), sums
+    rows = []
+    for kind in KINDS[1:]:
+        ratios = sorted(theirs[0] / mine[0] for theirs, mine in zip(times["stock"], times[kind]))
+        rows.append(
+            {
+                "work": f"cold start to logits, {size / 1e6:.0f} MB, {kind}",
+                "rival": "stock",
+                "ratio": median(ratios),
+                "quartiles": [ratios[round((len(ratios) - 1) * share)] for share in (0.25, 0.75)],
+                "target": 1.0,
+                "bytes": size,
+                "kind": kind,
+                "load_ratio": median(theirs[1] / mine[1] for theirs, mine in zip(times["stock"], times[kind])),
+                "seconds": {"ours": median(t for t, _ in times[kind]), "rival": median(t for t, _ in times["stock"])},
+                "load_seconds": {
+                    "ours": median(t for _, t in times[kind]),
+                    "rival": median(t for _, t in times["stock"]),
+                },
+            }
+        )
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], pyplot: Any) -> None:
+    _, axes = pyplot.subplots(figsize=(6.4, 3.8))
+    unit = rows[0]["load_seconds"]["rival"]
+    sizes = sorted({row["bytes"] for row in rows})
+    for kind, colour in zip(KINDS, ("0.5", "tab:blue", "tab:orange")):
+        chosen = [row for row in rows if row["kind"] == (kind if kind != "stock" else "package")]
+        chosen.sort(key=lambda row: row["bytes"])
+        values = [row["load_seconds"]["rival" if kind == "stock" else "ours"] / unit for row in chosen]
+        axes.plot([size / 1e6 for size in sizes], values, marker="o", label=kind, color=colour)
+    axes.set_xlabel("size of the files, MB")
+    axes.set_ylabel("from_pretrained to logits, all imported\n(stock of the first size = 1)")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    axes.grid(color="0.93")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> int:
+    arguments = pairs.arguments(__doc__).parse_args()
+    pairs.start(arguments)
+    rows = []
+    with tempfile.TemporaryDirectory() as root:
+        for blocks, repeats in ((12, 3),) if arguments.short else ((12, 7), (4, 3), (8, 3), (24, 3)):
+            rows += compare(blocks, repeats, Path(root), arguments.clock)
+    code = pairs.finish(rows, arguments, draw)
+    print(json.dumps({row["work"]: f"loading alone {row['load_ratio']:.2f}×" for row in rows}, indent=1))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
