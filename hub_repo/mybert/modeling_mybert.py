@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -23,6 +22,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_mybert import MyBertConfig
+from .kernels import fast_products, make_activation
 from .layers import (
     MyPreTrainedModel,
     Packing,
@@ -131,7 +131,7 @@ class MyBertIntermediate(nn.Module):
     def __init__(self, config: MyBertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_act_fn = ACT2FN[config.hidden_act]
+        self.intermediate_act_fn = make_activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.intermediate_act_fn(self.dense(hidden_states))
@@ -145,8 +145,9 @@ class MyBertLayer(GradientCheckpointingLayer):
         self.output = MyBertOutput(config, config.intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.attention(hidden_states, **kwargs)
-        return self.output(self.intermediate(attended), attended), weights
+        with fast_products(hidden_states):
+            attended, weights = self.attention(hidden_states, **kwargs)
+            return self.output(self.intermediate(attended), attended), weights
 
 
 class MyBertEncoder(nn.Module):
@@ -471,7 +472,7 @@ class MyBertPredictionHeadTransform(nn.Module):
     def __init__(self, config: MyBertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act_fn = ACT2FN[config.hidden_act]
+        self.transform_act_fn = make_activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -553,7 +554,8 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        logits = self.cls(outputs.last_hidden_state)
+        with fast_products(outputs.last_hidden_state):
+            logits = self.cls(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -1,4 +1,4 @@
-"""What MyGPT2 and MyBert share: the bridge over transformers releases, base classes, attention, norms, rotary positions.
+"""What MyGPT2 and MyBert share: the bridge over transformers releases, base classes, attention, packing, rotary positions.
 
 This file is copied as it is into Hub repos and runs there without mymodels. It imports the standard library, torch
 and transformers only.

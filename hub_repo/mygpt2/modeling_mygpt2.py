@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -21,6 +20,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_mygpt2 import MyGPT2Config
+from .kernels import causal_lm_loss, fast_products, linear, make_activation
 from .layers import (
     NORMS,
     MyPreTrainedModel,
@@ -71,6 +71,7 @@ class MyGPT2Attention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
         self.o_proj.is_residual_projection = True
+        self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = make_norm(config, config.head_dim)
             self.k_norm = make_norm(config, config.head_dim)
@@ -85,10 +86,10 @@ class MyGPT2Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads)  # [B, T, H, D]
-        key = self.k_proj(hidden_states).view(heads)  # [B, T, K, D]
-        value = self.v_proj(hidden_states).view(heads)
-        if self.config.qk_norm:
+        query = linear(self.q_proj, hidden_states).view(heads)  # [B, T, H, D]
+        key = linear(self.k_proj, hidden_states).view(heads)  # [B, T, K, D]
+        value = linear(self.v_proj, hidden_states).view(heads)
+        if self.qk_norm:
             # under autocast the projections are narrower than the norm's weight
             wide = self.q_norm.weight.dtype
             query = self.q_norm(query.to(wide)).to(value.dtype)
@@ -110,7 +111,7 @@ class MyGPT2Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )  # [B, T, H, D]
-        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+        return linear(self.o_proj, mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class MyGPT2DenseMLP(nn.Module):
@@ -119,10 +120,10 @@ class MyGPT2DenseMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.down_proj.is_residual_projection = True
-        self.act_fn = ACT2FN[config.activation_function]
+        self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+        return linear(self.down_proj, self.act_fn(linear(self.up_proj, x)))
 
 
 class MyGPT2GatedMLP(nn.Module):
@@ -132,10 +133,10 @@ class MyGPT2GatedMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.down_proj.is_residual_projection = True
-        self.act_fn = ACT2FN[config.activation_function]
+        self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
 
 
 MLPS = {"dense": MyGPT2DenseMLP, "gated": MyGPT2GatedMLP}
@@ -151,9 +152,10 @@ class MyGPT2Block(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        with fast_products(hidden_states):
+            attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + self.dropout(attended)
+            hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
         return hidden_states, weights
 
 
@@ -326,6 +328,7 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MyGPT2Config):
         super().__init__(config)
+        self.loss_function = causal_lm_loss
         self.model = MyGPT2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
@@ -377,7 +380,8 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        with fast_products(outputs.last_hidden_state):
+            logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_mybert import MyBertConfig
+from .kernels import fast_products, make_activation
 from .layers import (
     MyPreTrainedModel,
     Packing,
@@ -30,8 +31,6 @@ from .layers import (
     check_length,
     counts_padding,
     create_bidirectional_mask,
-    fast_products,
-    make_activation,
     packed_lengths,
     packed_sequence_ids,
     readable,

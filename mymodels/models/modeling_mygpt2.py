@@ -20,21 +20,18 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_mygpt2 import MyGPT2Config
+from .kernels import causal_lm_loss, fast_products, linear, make_activation
 from .layers import (
     NORMS,
     MyPreTrainedModel,
     Packing,
     apply_rotary,
     attend,
-    causal_lm_loss,
     check_ids,
     check_length,
     counts_padding,
     create_causal_mask,
     create_sliding_window_causal_mask,
-    fast_products,
-    linear,
-    make_activation,
     packed_lengths,
     readable,
     rotary_cos_sin,

@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
-from mymodels.models.layers import ONE_DNN, causal_lm_loss, fast_products, make_activation
+from mymodels.models.kernels import ONE_DNN, causal_lm_loss, fast_products, make_activation
 
 needs_one_dnn = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
 

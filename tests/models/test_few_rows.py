@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mymodels.models.layers import ONE_DNN, linear
+from mymodels.models.kernels import ONE_DNN, linear
 
 pytestmark = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
 

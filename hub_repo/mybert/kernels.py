@@ -1,0 +1,178 @@
+"""Faster forms of what torch and transformers compute: activations, matrix products on the CPU, a loss in less memory.
+
+Same numbers, up to rounding; each falls away by itself where it does not apply. This file is copied as it is into Hub
+repos and runs there without mymodels.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.activations import ACT2FN
+
+from .layers import readable
+
+# GPT-2's and the original BERT's GELU by one kernel; transformers writes the same formula out in eight steps
+FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
+
+
+def make_activation(name: str) -> nn.Module:
+    """transformers' activation function `name`, by its fastest form."""
+    return ACT2FN[FUSED.get(name, name)]
+
+
+def _one_dnn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """`nn.functional.linear` by oneDNN."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return _one_dnn(states, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        states, weight = ctx.saved_tensors
+        wanted, rows, columns = ctx.needs_input_grad, gradient.flatten(0, -2), states.flatten(0, -2).t()
+        if torch.is_grad_enabled():  # to be differentiated once more
+            return gradient @ weight, rows.t() @ columns.t(), rows.sum(0) if wanted[2] else None
+        for_states = _one_dnn(gradient, weight.t()) if wanted[0] else None
+        for_weight = torch.empty_like(weight) if wanted[1] else None
+        if for_weight is not None:  # in pieces: each is copied to be turned
+            for piece, into in zip(rows.split(4096, dim=1), for_weight.split(4096)):
+                into.copy_(_one_dnn(piece.t(), columns))
+        return for_states, for_weight, rows.sum(0) if wanted[2] else None
+
+
+def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
+    tensors = (states, weight) if bias is None else (states, weight, bias)
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype is torch.float32 for t in tensors)
+    return readable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
+
+
+class FastProducts(TorchFunctionMode):
+    """Within it, every `nn.Linear` in float32 on the CPU multiplies by oneDNN, whosever module it is.
+
+    torch itself asks MKL, which leaves half of the vector units of a processor idle that is not Intel's (torch 2.13).
+    `torch.backends.mkldnn.flags(enabled=False)` turns it off; under compilation, tracing and autocast it is off.
+    """
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is nn.functional.linear and not kwargs and _serves(*args):
+            return _OneDnnLinear.apply(*args)
+        return function(*args, **(kwargs or {}))
+
+
+def fast_products(states: torch.Tensor) -> AbstractContextManager:
+    """The context for layers that work on `states`: `FastProducts` where it may be, else one that does nothing."""
+    fast = states.device.type == "cpu" and states.dtype is torch.float32 and readable() and ONE_DNN
+    fast = fast and not few_rows(states)
+    fast = fast and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return FastProducts() if fast else nullcontext()
+
+
+ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def few_rows(states: torch.Tensor) -> bool:
+    """Whether this is like a step of generation, where a mode around each call of torch costs more than it gains."""
+    return not torch.is_grad_enabled() and states.shape[:-1].numel() <= 64
+
+
+def linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`layer(states)`; with few rows, by oneDNN without a mode if `layer` is a plain `nn.Linear` nothing hooks into."""
+    if not ONE_DNN or type(layer) is not nn.Linear or not readable() or not few_rows(states):
+        return layer(states)
+    own = vars(layer)
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    if (
+        type(weight) is not nn.Parameter  # quantised, distributed, pruned, …
+        or weight.numel() < 1 << 17  # its own start takes longer
+        or not (states.dtype is weight.dtype is torch.float32)
+        or not (states.is_cpu and weight.is_cpu)
+        or states.ndim < 2
+        or states.numel() == 0
+        or "forward" in own  # replaced, by accelerate for one
+        or any(own[hooks] for hooks in HOOKS)
+        or not torch.backends.mkldnn.enabled
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return layer(states)
+    if bias is not None and states.numel() == weight.shape[1]:  # one row: its kernel with a bias is a slower one
+        return _OneDnnLinear.forward(states, weight, None).add_(bias)
+    return _OneDnnLinear.forward(states, weight, bias)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each row, `[rows]`, which keeps nothing of the size of the logits but the logits themselves."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = max(1, 2**22 // logits.shape[-1])
+        norms = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows)])
+        return norms - logits.gather(1, labels[:, None])[:, 0].float(), norms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None]:
+        logits, labels, norms = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more
+            hits = nn.functional.one_hot(labels, logits.shape[-1])
+            return ((logits.float().softmax(-1) - hits) * gradient[:, None]).to(logits.dtype), None
+        result, rows = torch.empty_like(logits), max(1, 2**22 // logits.shape[-1])
+        for into, *part in zip(*(tensor.split(rows) for tensor in (result, logits, norms, labels, gradient))):
+            states, norm, label, weight = part
+            shares = (states.float() - norm[:, None]).exp_().mul_(weight[:, None])
+            into.copy_(shares.scatter_add_(1, label[:, None], -weight[:, None]))
+        return result, None
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """transformers' loss of causal language models, same arguments, in less memory: no second matrix of logits' size.
+
+    Args:
+        logits: `[batch, length, vocab_size]`, taken to float32 piece by piece.
+        labels: `[batch, length]`, shifted by one here; or `shift_labels`, already shifted.
+        num_items_in_batch: what the sum is divided by; None: the number of labels that count.
+        ignore_index: the label that does not count.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    logits = logits.view(-1, vocab_size)
+    labels = shift_labels.reshape(-1).to(logits.device)
+    counted = labels != ignore_index
+    known = torch.where(counted, labels, 0)
+    if readable():
+        losses = _CrossEntropy.apply(logits, known)[0]
+    else:
+        losses = nn.functional.cross_entropy(logits.float(), known, reduction="none")
+    total = torch.where(counted, losses, 0.0).sum()
+    if num_items_in_batch is None:
+        return total / counted.sum()
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
