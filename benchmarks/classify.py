@@ -36,8 +36,10 @@ FILLS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def load(kind: type[PreTrainedModel], folder: Path, **changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return kind.from_pretrained(folder, num_labels=8, dtype=torch.float32, attn_implementation="sdpa", **changes).eval()
+    model = kind.from_pretrained(folder, num_labels=8, dtype=torch.float32, attn_implementation="sdpa", **changes)
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(model.classifier.weight, std=0.02, generator=generator)  # the same head for both
+    return model.eval()
 
 
 def classify(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]):
