@@ -29,7 +29,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -48,7 +47,7 @@ SWITCHES = {
 RECIPE = {  # both models
     "num_train_epochs": 3,
     "per_device_train_batch_size": 32,
-    "learning_rate": 1e-4,
+    "learning_rate": 2e-4,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
@@ -92,27 +91,6 @@ class GroupedByLength(Sampler):
         yield from rest
 
 
-class AverageLastEpoch(TrainerCallback):
-    """The model ends with the mean of its weights over the steps of the last epoch (arXiv 1803.05407)."""
-
-    count = 0
-
-    @torch.no_grad()
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step <= state.max_steps * (1 - 1 / args.num_train_epochs):
-            return
-        self.count += 1
-        if self.count == 1:
-            self.means = [parameter.detach().clone() for parameter in model.parameters()]
-        for mean, parameter in zip(self.means, model.parameters()):
-            mean.lerp_(parameter, 1 / self.count)
-
-    @torch.no_grad()
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        for mean, parameter in zip(self.means, model.parameters()):
-            parameter.copy_(mean)
-
-
 class GroupedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return GroupedByLength([len(row["input_ids"]) for row in self.train_dataset], self.args.train_batch_size)
@@ -140,7 +118,7 @@ def run(name: str, seed: int, folder: Path, train: list[dict], test: list[dict],
             scratch, seed=seed, use_cpu=True, bf16=True, save_strategy="no", logging_steps=20, report_to="none",
             per_device_eval_batch_size=32, dataloader_pin_memory=False, **RECIPE,
         )  # fmt: skip
-        trainer = GroupedTrainer(model, settings, collator, train, callbacks=[AverageLastEpoch()])
+        trainer = GroupedTrainer(model, settings, collator, train)
         start, cpu = time.perf_counter(), time.process_time()
         trainer.train()
         took, cpu = time.perf_counter() - start, time.process_time() - cpu
