@@ -194,7 +194,9 @@ def main() -> int:
         "--held-out", action="store_true", help="test on the last 15%% of train instead of the test set"
     )
     parser.add_argument("--short", action="store_true", help="on every 20th document only: does it run?")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the numbers there, and go on from those in it"
+    )
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw them (needs matplotlib)")
     arguments = parser.parse_args()
     spec = find_spec(WEIGHTS)
@@ -218,15 +220,23 @@ def main() -> int:
     sets["test"].sort(key=lambda row: len(row["input_ids"]))  # less padding
 
     names = ["MyBert", "stock BERT"] if arguments.rival else ["MyBert"]
-    runs = []
+    made = {"data": DATA, "recipe": RECIPE, "max_length": MAX_LENGTH, "switches": SWITCHES, "labels": labels}
+    made["documents"] = {part: len(rows) for part, rows in sets.items()}
+    runs: list[dict] = []
+    if arguments.json and arguments.json.exists():  # of an interrupted benchmark, or of one without the rival
+        before = json.loads(arguments.json.read_text())
+        runs = before.pop("runs")
+        if before != made:
+            print(f"{arguments.json} is of another recipe or other documents: name another file", file=sys.stderr)
+            return 1
     for seed in range(arguments.seeds):
         for name in names:
+            if any((row["model"], row["seed"]) == (name, seed) for row in runs):
+                continue
             runs.append(run(name, seed, folder, sets["train"], sets["test"], labels))
             print(f"{name}, seed {seed}: accuracy {runs[-1]['accuracy']:.2f} %", flush=True)
-            if arguments.json:  # after each run: hours are not lost to an interruption
-                made = {"data": DATA, "recipe": RECIPE, "max_length": MAX_LENGTH, "switches": SWITCHES}
-                made |= {"labels": labels, "documents": {part: len(rows) for part, rows in sets.items()}, "runs": runs}
-                arguments.json.write_text(json.dumps(made, indent=1) + "\n")
+            if arguments.json:
+                arguments.json.write_text(json.dumps({**made, "runs": runs}, indent=1) + "\n")
 
     table = Table(title=f"Reuters R8, {len(sets['train'])} documents to train, {len(sets['test'])} to test")
     for column in ("model", "accuracy, %", "each seed", "macro-F1, %", "log loss", "training time"):
