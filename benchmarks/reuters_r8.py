@@ -163,14 +163,15 @@ def draw(runs: list[dict], labels: list[str], path: Path) -> None:
         left.annotate(f"{mean:.2f}", (place + 0.26, mean), va="center", fontsize=9)
     left.set_xticks(range(len(names)), names)
     left.set_xlim(-0.5, len(names) - 0.2)
-    left.set_ylabel("test accuracy, %: each seed and the mean")
+    left.set_ylim(min(row["accuracy"] for row in runs) - 0.3, max(row["accuracy"] for row in runs) + 0.3)
+    left.set_title("accuracy, %: seeds and mean", fontsize=9)
     left.spines[["top", "right"]].set_visible(False)
     left.grid(axis="y", color="0.93")
 
     best = [torch.tensor(row["confusion"], dtype=torch.float) for row in runs if row["model"] == "MyBert"]
     confusion = sum(best) / len(best)
     wrong = confusion - torch.diag(confusion.diagonal())
-    right.imshow(wrong, cmap="Blues", vmin=0, vmax=max(1.0, wrong.max().item() * 1.3))
+    right.imshow(wrong, cmap="Blues", vmin=0, vmax=max(1.0, wrong.max().item() * 2))
     for i in range(len(labels)):
         for j in range(len(labels)):
             if confusion[i, j]:
@@ -180,7 +181,7 @@ def draw(runs: list[dict], labels: list[str], path: Path) -> None:
     right.set_yticks(range(len(labels)), labels)
     right.set_xlabel("predicted")
     right.set_ylabel("true")
-    right.set_title("what MyBert still gets wrong: documents, mean of the seeds", fontsize=9)
+    right.set_title("what MyBert still gets wrong: documents, mean of seeds", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
