@@ -69,7 +69,7 @@ def run(name: str, scratch: Path, hub_url: str | None = None) -> NotebookNode:
     notebook = read(name)
     client = NotebookClient(
         notebook,
-        timeout=300,  # seconds for a cell
+        timeout=900,  # seconds for a cell, on a machine that has other things to do
         kernel_name="python3",
         resources={"metadata": {"path": str(scratch / "notebooks")}},
         record_timing=False,
