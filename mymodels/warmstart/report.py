@@ -1,5 +1,6 @@
 """What became of every parameter and every tensor: as an object, a table, JSON."""
 
+import io
 import json
 import os
 import re
@@ -194,7 +195,7 @@ class WarmStartReport:
             console.print(Text("Every step is exact: the target computes what the source did.", style="green"))
 
     def __str__(self) -> str:
-        console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console = Console(width=160, record=True, file=io.StringIO(), force_jupyter=False)
         self.show(console)
         return console.export_text()
 

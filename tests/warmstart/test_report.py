@@ -294,6 +294,13 @@ def test_json_table_and_totals(tmp_path: Path) -> None:
     assert "the step to RMSNorm is exact with tie_word_embeddings=False and lm_head_bias=True" in text
 
 
+def test_as_text_it_is_not_shown_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook rich takes every console for the notebook's."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *args: pytest.fail("it was displayed"))
+    assert "GPT2LMHeadModel" in str(warm_start("mygpt2", stock_model("GPT2LMHeadModel")))
+
+
 def test_a_saved_warm_start_loads_anywhere(tmp_path: Path) -> None:
     stock = stock_model("GPT2LMHeadModel")
     report = warm_start("mygpt2", stock, overrides={"norm_type": "rmsnorm", "num_hidden_layers": 4})
