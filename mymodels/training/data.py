@@ -86,6 +86,9 @@ def load_data(
             raise DataError(f"{name} has a validation split already: leave out the share {validation}")
         if shared := len(set(held_out["text"]) & set(train["text"])):
             loaded.notes.append(f"{shared} of the validation texts are training texts too: results are too good")
+        if loaded.labels and (lacking := set(range(len(loaded.labels))) - set(held_out["label"])):
+            names = _some(loaded.labels[number] for number in sorted(lacking))
+            loaded.notes.append(f"the validation data have no example of {names}: the metrics say nothing about it")
     loaded.train, loaded.validation = train, held_out
     loaded.name, loaded.hub_id, loaded.is_running_text = name, hub_id, running
     return loaded
@@ -179,17 +182,19 @@ def _label_names(rows: Any, where: str, column: str) -> list[str | None]:
         if class_names is not None and value is not None:
             value = class_names[value] if value >= 0 else None
         missing = value is None or value != value or str(value).strip() == ""
-        names.append(None if missing else str(value))
+        names.append(None if missing else str(value) if class_names else str(value).strip())
     return names
 
 
 def _check_texts(rows: Any, where: str, column: str, of_labels: str = "") -> None:
-    empty = [row for row, text in enumerate(rows[column], 1) if not isinstance(text, str) or not text.strip()]
-    if empty:
-        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
-        raise DataError(
-            f"{where} row {empty[0]}{more}, column {column!r}: the text is empty: fill it in, or remove such rows"
-        )
+    bad = [(row, text) for row, text in enumerate(rows[column], 1) if not isinstance(text, str) or not text.strip()]
+    if bad:
+        row, text = bad[0]
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        what = "the text is empty: fill it in, or remove such rows"
+        if text is not None and text == text and not isinstance(text, str):
+            what = f"{_cut(text)} is no text: name the column with the texts by --text-column"
+        raise DataError(f"{where} row {row}{more}, column {column!r}: {what}")
 
 
 def _text_column(rows: Any, where: str, asked: str | None, without: str | None = None) -> str:
@@ -235,11 +240,7 @@ def _hold_out(
     if labels is not None:
         for number, times in Counter(train["label"]).items():
             if times < 2:
-                row = (
-                    train["label"].index(number) + 1
-                    if isinstance(train["label"], list)
-                    else list(train["label"]).index(number) + 1
-                )
+                row = list(train["label"]).index(number) + 1
                 raise DataError(
                     f"{where} row {row} is the only one with the label {labels[number]!r}, which cannot be both trained and "
                     "measured on: add examples, remove the row, or give --validation FILE"
@@ -251,9 +252,22 @@ def _hold_out(
         )
     if running:
         return train.select(range(len(train) - count)), train.select(range(len(train) - count, len(train)))
-    by_label = {} if labels is None else {"stratify_by_column": "label"}
-    split = train.train_test_split(test_size=count, seed=seed, **by_label)
-    return split["train"], split["test"]
+    if labels is None:
+        split = train.train_test_split(test_size=count, seed=seed)
+        return split["train"], split["test"]
+    split = train.train_test_split(test_size=count, seed=seed, stratify_by_column="label")
+    kept, held_out = _one_of_each(split["train"], split["test"])
+    return _one_of_each(held_out, kept)[::-1]
+
+
+def _one_of_each(giving: Any, taking: Any) -> tuple[Any, Any]:
+    """Both, with an example moved of each label that `taking` has none of: shares of a rare one are rounded to none."""
+    numbers = list(giving["label"])
+    moved = [numbers.index(number) for number in sorted(set(numbers) - set(taking["label"]))]
+    if not moved:
+        return giving, taking
+    rest = [i for i in range(len(giving)) if i not in moved]
+    return giving.select(rest), need("datasets", "finetune").concatenate_datasets([taking, giving.select(moved)])
 
 
 def _some(names: Iterable[str], most: int = 12) -> str:

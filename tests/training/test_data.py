@@ -87,6 +87,29 @@ def test_the_hold_out_has_the_labels_shares_and_depends_on_the_seed_only(tmp_pat
     assert pairs(first) == pairs(again) != pairs(other)
 
 
+def test_every_label_is_trained_and_measured_on(tmp_path: Path) -> None:
+    rows = [(f"text {i}", "rare" if i < 2 else "often") for i in range(60)]
+    path = write(tmp_path / "d.csv", rows)
+    for share, seed in ((0.1, 0), (0.1, 1), (0.95, 0)):
+        data = load_data(path, task="classification", validation=share, seed=seed)
+        assert set(data.train["label"]) == set(data.validation["label"]) == {0, 1}
+        assert sorted(pairs(data)) == sorted(rows) and not data.notes
+
+
+def test_a_label_that_nothing_measures_is_told(tmp_path: Path) -> None:
+    data = load_data(
+        write(tmp_path / "d.csv", ROWS), task="classification", validation=write(tmp_path / "v.csv", [("new", "good")])
+    )
+    assert data.notes == ["the validation data have no example of 'bad': the metrics say nothing about it"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_blanks_around_labels_make_no_other_labels(suffix: str, tmp_path: Path) -> None:
+    rows = [(text, label + " " * (i % 2)) for i, (text, label) in enumerate(ROWS)]
+    data = load_data(write(tmp_path / f"d.{suffix}", rows), task="classification")
+    assert data.labels == ["bad", "good"] and sorted(pairs(data)) == sorted(ROWS)
+
+
 def test_columns_are_guessed_where_there_is_no_doubt(tmp_path: Path) -> None:
     columns = ("id", "topic", "review")
     path = write(tmp_path / "d.csv", [(i, label, text) for i, (text, label) in enumerate(ROWS)], columns)
@@ -117,6 +140,7 @@ BAD = {  # what is in the file → a part of the sentence
     "as many labels as rows": ([(text, text) for text, _ in ROWS], "each of 30 rows has a label of its own"),
     "a label once": ([*ROWS, ("text", "odd")], "row 31 is the only one with the label 'odd'"),
     "fractions": ([(text, 0.5) for text, _ in ROWS], "row 1, column 'label': the label is 0.5"),
+    "numbers for texts": ([(i, label) for i, (_, label) in enumerate(ROWS)], r"row 1 \(and 29 more\), column 'text': 0 is no text: .* --text-column"),
 }  # fmt: skip
 
 
