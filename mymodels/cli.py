@@ -187,11 +187,19 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
     given = {name: getattr(arguments, name) for name in _FINETUNE if getattr(arguments, name) is not None}
     if (weights := given.get("class_weights")) and weights != "balanced":
-        given["class_weights"] = [float(number) for number in weights.split(",")]
-    if "validation" in given and re.fullmatch(r"[\d.]+", given["validation"]):
+        try:
+            given["class_weights"] = [float(number) for number in weights.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"--class-weights {weights!r}: say balanced, or a number for each label, with commas between"
+            ) from None
+    if "validation" in given and re.fullmatch(r"\d*\.?\d+", given["validation"]):
         given["validation"] = float(given["validation"])
     if "lora_target_modules" in given:
         given["lora_target_modules"] = given["lora_target_modules"].split(",")
+    others = dict(_field(text) for text in arguments.arg)
+    if twice := sorted(others.keys() & _FINETUNE.keys()):
+        raise ValueError(f"--arg {twice[0]}={others[twice[0]]}: say it once, as --{twice[0].replace('_', '-')}")
     said = {name: getattr(arguments, name) for name in _CARD if getattr(arguments, name)}
     finetune(
         arguments.model,
@@ -202,7 +210,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
         card=Card(**said),
         console=_console(),
         **given,
-        **dict(_field(text) for text in arguments.arg),
+        **others,
     )
     return 0
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
     "label_names": ["labels"],
 }
+_POSITIVE = {
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "eval_steps",
+    "save_steps",
+    "logging_steps",
+}
 LEARNING_RATE, LORA_LEARNING_RATE = 5e-5, 4e-4  # the second: of the LoRA paper's table 9, arXiv 2106.09685
 
 
@@ -35,6 +45,9 @@ def checked_options(task: str, given: Mapping[str, Any], lora: bool) -> dict[str
     if unknown := sorted(name for name in given if name not in known or name in own):
         raise ValueError(f"{', '.join(unknown)}: finetune and transformers.TrainingArguments have no such option")
     options = {**DEFAULTS, "seed": 42, "learning_rate": LORA_LEARNING_RATE if lora else LEARNING_RATE, **given}
+    for name in _POSITIVE & options.keys():
+        if not isinstance(options[name], Real) or not options[name] > 0:
+            raise ValueError(f"{name}={options[name]!r}, but it must be a number above 0")
     best = str(options.setdefault("metric_for_best_model", "accuracy" if task == "classification" else "loss"))
     possible = ["accuracy", "f1_macro", "loss"] if task == "classification" else ["loss", "perplexity"]
     if best.removeprefix("eval_") not in possible:
@@ -50,6 +63,8 @@ def checked_options(task: str, given: Mapping[str, Any], lora: bool) -> dict[str
     options.setdefault("save_strategy", strategy)
     if options["save_strategy"] == "steps" and "eval_steps" in options:
         options.setdefault("save_steps", options["eval_steps"])
+    if "load_best_model_at_end" not in given and "no" in (strategy, options["save_strategy"]):
+        options["load_best_model_at_end"] = False  # nothing to choose from
     return options
 
 
@@ -69,7 +84,11 @@ def make_arguments(
         need("tensorboard", "tensorboard")
     if bf16 and not torch.accelerator.is_available():
         options.setdefault("use_cpu", True)  # else TrainingArguments takes bfloat16 for a mistake
-    return TrainingArguments(output_dir=str(where), bf16=bf16, **options)
+    options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
+    try:
+        return TrainingArguments(output_dir=str(where), bf16=bf16, **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"transformers.TrainingArguments refuses this: {' '.join(str(error).split())}") from error
 
 
 def bf16_is_faster() -> bool:

@@ -23,10 +23,11 @@ from .arguments import bf16_is_faster, checked_options, make_arguments
 from .data import Data, load_data
 from .encoding import choose_collator, encode_blocks, encode_classification, longest_input
 from .finished import FineTuned, best_step, end, measure, write_repo
+from .folders import list_checkpoints
 from .parameters import add_lora, freeze
 from .reading import need
 from .results import class_table, confusion_matrix, metric_table
-from .runs import MAY_CHANGE, begin, checkpoint_to_resume, fingerprint
+from .runs import ADAPTER, MAY_CHANGE, begin, checkpoint_to_resume, fingerprint, vocabulary
 from .starting import Start, known_labels, start
 from .tuner import FineTuner, Progress, apply_class_weights, class_weights_of, compute_metrics
 
@@ -152,6 +153,7 @@ def finetune(
         freeze(begun.model, embeddings=freeze_embeddings, layers=freeze_layers)
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} is no factor between 0 and 1")
+    bf16 = bf16_is_faster() if bf16 is None else bf16
     record = {
         "task": task,
         "model": type(model).__name__ if isinstance(model, PreTrainedModel) else str(model),
@@ -165,7 +167,10 @@ def finetune(
         "layer_decay": layer_decay,
         "lora": [lora_r, lora_alpha, list(lora_target_modules or [])],
         "warmup_ratio": warmup_ratio,
-        "training_arguments": {name: value for name, value in options.items() if name not in MAY_CHANGE},
+        "bf16": bf16,
+        "tokenizer": vocabulary(begun.tokenizer),
+        "revision": revision,
+        **{name: value for name, value in options.items() if name not in MAY_CHANGE},
     }
     checkpoint = checkpoint_to_resume(where, output_dir, record, resume_from_checkpoint)
 
@@ -177,9 +182,7 @@ def finetune(
     use_cache = getattr(begun.model.config, "use_cache", None)
     if lora_r is not None:
         trained = add_lora(begun.model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, new=begun.new)
-    arguments = make_arguments(
-        where, options, len(examples["train"]), warmup_ratio, bf16_is_faster() if bf16 is None else bf16
-    )
+    arguments = make_arguments(where, options, len(examples["train"]), warmup_ratio, bf16)
     _tell(console, begun, loaded, examples, trained, arguments, checkpoint)
     trainer = FineTuner(
         model=trained,
@@ -197,14 +200,20 @@ def finetune(
         trainer.add_callback(Progress)
     if trainer.is_world_process_zero():
         begin(where, record)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        there = list_checkpoints(where)
+        told = f"{there[-1]}: the same command with --resume goes on from there" if there else "no checkpoint yet"
+        console.print(f"\nstopped; {told}", highlight=False, soft_wrap=True)
+        raise
 
     metrics, logits = measure(trainer, examples, task)
     matrix = None if logits is None else confusion_matrix(logits, np.asarray(loaded.validation["label"]))
     final: Any = begun.model
     if lora_r is not None:
         if trainer.is_world_process_zero():
-            trained.save_pretrained(where / "adapter")
+            trained.save_pretrained(where / ADAPTER)
         final = trained.merge_and_unload()
     if use_cache is not None:
         final.config.use_cache = use_cache  # the Trainer of 5.x switches it off, also in what is saved

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..checkpoints.writing import save_model_files, save_tokenizer_files
 from ..hub import build_repo
 from ..hub.card import Card
 from .data import Data
+from .folders import list_checkpoints
 from .results import draw_confusion_matrix, draw_loss_curve
 from .runs import METRICS
 from .starting import Start
@@ -80,9 +82,15 @@ def write_repo(
     result: FineTuned, begun: Start, card: Card, task: str, *, max_shard_size: int | str, golden: bool
 ) -> None:
     """The Hub repo folder, from a folder with model, tokenizer and pictures."""
-    finished = result.checkpoint_dir / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    finished.mkdir(parents=True)
+    for left in result.checkpoint_dir.glob(".finished-????????"):  # by a run that was killed here
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=result.checkpoint_dir, prefix=".finished-") as staging:
+        _write_repo(result, begun, card, task, Path(staging), max_shard_size, golden)
+
+
+def _write_repo(
+    result: FineTuned, begun: Start, card: Card, task: str, finished: Path, max_shard_size: int | str, golden: bool
+) -> None:
     save_model_files(result.model, finished, max_shard_size)
     save_tokenizer_files(result.tokenizer, finished)
     pictures = {"loss_curve.png": "Loss on the training and the validation data"}
@@ -92,7 +100,6 @@ def write_repo(
         draw_confusion_matrix(result.confusion_matrix, result.data.labels, finished / "confusion_matrix.png")
     said = _card(result, begun, card, task, pictures)
     build_repo(finished, None, result.path, card=said, max_shard_size=max_shard_size, golden=golden)
-    shutil.rmtree(finished)
 
 
 def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapping[str, str]) -> Card:
@@ -128,5 +135,5 @@ def end(result: FineTuned, keep_checkpoints: bool) -> None:
     with replace_file(result.checkpoint_dir / METRICS) as file:
         file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     if not keep_checkpoints:
-        for old in result.checkpoint_dir.glob("checkpoint-*"):
+        for old in list_checkpoints(result.checkpoint_dir):
             shutil.rmtree(old)

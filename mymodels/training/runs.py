@@ -3,25 +3,35 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.replacing import replace_file
 from .data import Data
 from .folders import STATE, list_checkpoints, newest_checkpoint
 
-RECORD, METRICS = "finetune.json", "metrics.json"
+RECORD, METRICS, ADAPTER = "finetune.json", "metrics.json", "adapter"
 MAY_CHANGE = {"report_to", "disable_tqdm", "logging_steps", "save_total_limit", "dataloader_num_workers"}  # to resume
 
 
 def fingerprint(data: Data) -> str:
-    """Of the texts and labels that are trained on, in their order."""
+    """Of the texts and labels that are trained and measured on, in their order."""
+    splits = [rows for rows in (data.train, data.validation, data.test) if rows is not None]
+    return _hash(value for rows in splits for column in rows.column_names for value in rows[column])
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the tokens and their numbers."""
+    return _hash(sorted(tokenizer.get_vocab().items()))
+
+
+def _hash(parts: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for rows in (data.train, data.validation):
-        for column in rows.column_names:
-            for value in rows[column]:
-                digest.update(f"{value}\0".encode())
+    for part in parts:
+        digest.update(f"{part}\0".encode())
     return digest.hexdigest()
 
 
@@ -31,29 +41,43 @@ def checkpoint_to_resume(
     """The checkpoint to go on from.
 
     Raises:
-        FileExistsError: there are some, and resuming was not asked for.
+        FileExistsError: there are some, and resuming was not asked for, or they are not of `finetune`.
         ValueError: they are of another training, all are damaged, or the training is finished.
     """
     there = list_checkpoints(where)
-    if resume is False or resume is None:
-        if there:
-            raise FileExistsError(
-                f"{where} holds checkpoints of an earlier training, the newest is {there[-1].name}: go on with --resume, or "
-                "remove the folder, or choose another --checkpoint-dir"
-            )
+    if not (where / RECORD).is_file():
+        own = [path.name for path in (*there, where / METRICS, where / ADAPTER) if path.exists()]
+        if own:
+            raise FileExistsError(f"{where} holds {own[0]}, but no {RECORD}: choose another --checkpoint-dir")
+    named = None if isinstance(resume, bool) or resume is None else Path(resume)
+    folder = named.parent if named else where if resume else None
+    if named and not (named / STATE).is_file():
+        raise ValueError(f"{named} is no checkpoint of a training: name a folder checkpoint-N")
+    if there and (folder is None or folder.resolve() != where.resolve()):
+        raise FileExistsError(
+            f"{where} holds checkpoints of an earlier training, the newest is {there[-1].name}: go on with --resume, or "
+            "remove the folder, or choose another --checkpoint-dir"
+        )
+    if folder is None:
         return None
-    if resume is not True:
-        if not Path(resume, STATE).is_file():
-            raise ValueError(f"{resume} is no checkpoint of a training: name a folder checkpoint-N")
-        return str(resume)
-    if (where / RECORD).is_file():
-        before = json.loads((where / RECORD).read_text(encoding="utf-8"))
+    if (folder / RECORD).is_file():
+        before = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         now = json.loads(json.dumps(record, default=str))
-        if differ := [name for name in now if before.get(name) != now[name]]:
+        told = [(name, f"{name} was {before.get(name)}, now {now.get(name)}") for name in {**now, **before}]
+        differ = [
+            sentence if len(sentence) <= 80 else f"{name} differs"
+            for name, sentence in told
+            if before.get(name) != now.get(name)
+        ]
+        if differ:
             raise ValueError(
-                f"{where} is of another training, {', '.join(differ)} differ{'s' * (len(differ) == 1)}: use the same "
-                "options to resume, or leave out --resume and choose another --checkpoint-dir"
+                f"{folder} is of another training ({', '.join(differ)}): use the same options to resume, or leave out "
+                "--resume and choose another --checkpoint-dir"
             )
+    elif named:
+        raise ValueError(f"{named} has no {RECORD} beside it, which says what it was trained on: name the original")
+    if named:
+        return str(named)
     if (where / METRICS).is_file():
         raise ValueError(
             f"the training in {where} is finished, {output_dir} is its result: leave out --resume to train anew"

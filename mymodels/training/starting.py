@@ -68,6 +68,7 @@ def start(
         ValueError: the model has no such head, or another number of labels, or no tokenizer.
         OSError: there is no such folder or Hub repo.
     """
+    known = known_labels(model, revision) if task == "classification" else []
     if isinstance(model, PreTrainedModel):
         if to or overrides:
             raise ValueError("a model in memory is trained as it is: leave out to= and overrides=")
@@ -78,6 +79,11 @@ def start(
         inside = f"{found.model.base_model_prefix}."
         head = [name for name, _ in found.model.named_parameters() if not name.startswith(inside)]
         found.new = list(dict.fromkeys([*found.new, *head]))
+        if labels is not None and known and len(known) == len(labels) and list(labels) != known:
+            _forget(found.model, inside)
+            if not (overrides or {}).get("class_weights") and getattr(found.model.config, "class_weights", None):
+                found.model.config.class_weights = None
+            found.how += f", but with a new head, as its labels were {', '.join(known[:6])}{', …' * (len(known) > 6)}"
     _agree(found)
     return found
 
@@ -162,6 +168,16 @@ def _from_checkpoint(
         raise ValueError(f"{source}: no weight has the name of one of {type(model).__name__}: see `mymodels inspect`")
     how = f"{type(model).__name__} from {source}: {_told(new)}"
     return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, how)
+
+
+def _forget(model: PreTrainedModel, inside: str) -> None:
+    """Draw anew what gives the logits, as if there had been another number of labels."""
+    for name, module in model.named_modules():
+        last = isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
+        if last and not name.startswith(inside):
+            torch.nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
 
 
 def _label(config: PretrainedConfig, labels: Sequence[str]) -> None:

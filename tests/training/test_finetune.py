@@ -23,11 +23,13 @@ from transformers import (
 )
 
 from mymodels import MyBertForSequenceClassification, MyGPT2ForCausalLM, cli, finetune
-from mymodels.training.arguments import checked_options
+from mymodels.training.arguments import checked_options, make_arguments
 from mymodels.training.parameters import add_lora, decayed_groups, freeze
 from mymodels.training.results import class_table, draw_confusion_matrix, draw_loss_curve
+from mymodels.training.runs import begin, checkpoint_to_resume
+from mymodels.training.starting import start as start_model
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
-from mymodels.training.tuner import apply_class_weights
+from mymodels.training.tuner import FineTuner, apply_class_weights
 
 WORDS = {"animal": ["cat", "dog", "horse", "bird"], "tool": ["saw", "drill", "axe", "file"], "food": ["bread", "rice"]}
 TEXTS = [f"we saw the {word} number {i}" for words in WORDS.values() for word in words for i in range(6)]
@@ -295,6 +297,26 @@ def test_a_classifier_goes_on_with_its_own_label_order(start: Path, tmp_path: Pa
     assert again.model.config.id2label == {0: "tool", 1: "animal", 2: "food"}
 
 
+def test_a_head_of_other_labels_is_not_taken_over(start: Path, tmp_path: Path) -> None:
+    model = MyBertForSequenceClassification(
+        mybert_config(num_labels=2, num_hidden_layers=1, class_weights=[1.0, 3.0], vocab_size=97)
+    )
+    model.config.id2label = {0: "adult", 1: "children"}
+    torch.nn.init.ones_(model.classifier.bias)
+    model.save_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokenizer = AutoTokenizer.from_pretrained(start / "bert")
+    tokenizer.save_pretrained(tmp_path)
+    for source, how in ((tmp_path, {}), (tmp_path, {"to": "mybert"}), (model, {"tokenizer": tokenizer})):
+        same = start_model(source, "classification", labels=["adult", "children"], **how)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in same.model.state_dict().items())
+        other = start_model(source, "classification", labels=["neg", "pos"], **how)
+        changed = {name for name, tensor in other.model.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert changed == {"classifier.weight", "classifier.bias"} and other.model.config.class_weights is None
+        assert other.how.endswith("but with a new head, as its labels were adult, children")
+        assert other.model.config.id2label == {0: "neg", 1: "pos"}
+
+
 def test_early_stopping_and_the_best_weights(start: Path, tmp_path: Path) -> None:
     how = {**QUICK, "learning_rate": 0.0, "max_steps": 20}  # nothing gets better
     tuned = finetune(start / "bert", start / "data.csv", tmp_path / "out", early_stopping_patience=2, **how)
@@ -329,6 +351,78 @@ def test_a_folder_with_something_else_is_refused_before_training(start: Path, tm
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "how, sentence",
+    [
+        (["--per-device-train-batch-size", "0"], "per_device_train_batch_size=0, but it must be a number above 0"),
+        (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps=0, but"),
+        (["--arg", "per_device_eval_batch_size=many"], "per_device_eval_batch_size='many', but"),
+        (["--class-weights", "a"], "--class-weights 'a': say balanced, or a number for each label, with commas"),
+        (["--seed", "1", "--arg", "seed=2"], "--arg seed=2: say it once, as --seed"),
+        (["--arg", "save_strategy=steps", "--arg", "eval_strategy=epoch"], "transformers.TrainingArguments refuses"),
+    ],
+)
+def test_bad_options_get_one_sentence(how: list[str], sentence: str, start: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--model", str(start / "bert"), "--data", str(start / "data.csv"), "--out", str(tmp_path / "out")]
+    assert cli.main(["finetune", *arguments, "--max-length", "16", *how]) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("mymodels finetune: ") and sentence in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_others_in_the_checkpoint_folder_is_lost(start: Path, tmp_path: Path) -> None:
+    for name in ("checkpoint-mine/a.txt", "finished/thesis.txt", "checkpoint-x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("years of work")
+    how = {**QUICK, "max_steps": 1, "checkpoint_dir": tmp_path}
+    finetune(start / "bert", start / "data.csv", tmp_path / "out", **how)
+    names = ["checkpoint-mine", "checkpoint-x.txt", "finetune.json", "finished", "metrics.json", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert len([path for path in tmp_path.rglob("*.txt") if path.read_text() == "years of work"]) == 3
+    record = json.loads((tmp_path / "finetune.json").read_text())
+    assert record["bf16"] is False and {"tokenizer", "revision", "data", "learning_rate"} <= record.keys()
+    (tmp_path / "finetune.json").unlink()  # so that metrics.json is somebody else's
+    with pytest.raises(FileExistsError, match=r"holds metrics.json, but no finetune.json: choose another"):
+        finetune(start / "bert", start / "data.csv", tmp_path / "out", **how)
+
+
+def test_only_a_checkpoint_of_the_same_training_is_resumed(tmp_path: Path) -> None:
+    record = {"task": "lm", "bf16": False, "data": "0" * 64, "eval_steps": 2}
+    for folder in ("run", "other", "bare"):
+        (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    begin(tmp_path / "run", record)
+    begin(tmp_path / "other", record)
+    where, named = tmp_path / "run", tmp_path / "run" / "checkpoint-2"
+    assert checkpoint_to_resume(where, tmp_path / "out", record, named) == str(named)
+    assert checkpoint_to_resume(tmp_path / "new", tmp_path / "out", record, named) == str(named)
+    for resume in (True, named):
+        for changed, told in (
+            ({"bf16": True}, "bf16 was False, now True"),
+            ({"data": "1" * 64}, "data differs"),
+            ({"eval_steps": None}, "eval_steps was 2, now None"),
+        ):
+            with pytest.raises(ValueError, match=rf"is of another training \({told}\): use the same"):
+                checkpoint_to_resume(where, tmp_path / "out", record | changed, resume)
+    with pytest.raises(FileExistsError, match="run holds checkpoints of an earlier training"):
+        checkpoint_to_resume(where, tmp_path / "out", record, tmp_path / "other" / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"no finetune.json beside it"):
+        checkpoint_to_resume(tmp_path / "new", tmp_path / "out", record, tmp_path / "bare" / "checkpoint-2")
+    with pytest.raises(FileExistsError, match=r"holds checkpoint-2, but no finetune.json"):
+        checkpoint_to_resume(tmp_path / "bare", tmp_path / "out", record, True)
+
+
+def test_an_interrupted_training_says_how_to_go_on(start: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def interrupted(self: FineTuner, **_) -> None:
+        (Path(self.args.output_dir) / "checkpoint-4").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FineTuner, "train", interrupted)
+    arguments = ["--model", str(start / "bert"), "--data", str(start / "data.csv"), "--out", str(tmp_path / "out")]
+    assert cli.main(["finetune", *arguments, "--max-length", "16"]) == 130
+    assert "out-checkpoints/checkpoint-4: the same command with --resume goes on" in capsys.readouterr().out
+
+
 def test_a_missing_package_is_named(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"needs the package peft: run pip install 'mymodels\[lora\]'"):
@@ -359,7 +453,7 @@ def test_a_killed_training_goes_on(start: Path, tmp_path: Path) -> None:
     assert run.returncode == -9 and not out.exists()
     with pytest.raises(FileExistsError, match=r"the newest is checkpoint-4: go on with --resume"):
         finetune(model, data, out, **how)
-    with pytest.raises(ValueError, match=r"is of another training, training_arguments differs"):
+    with pytest.raises(ValueError, match=r"is of another training \(learning_rate was 0.003, now 0.001\)"):
         finetune(model, data, out, resume_from_checkpoint=True, **{**how, "learning_rate": 1e-3})
     resumed = finetune(model, data, out, resume_from_checkpoint=True, **how)
     whole = finetune(model, data, tmp_path / "whole", **how)
@@ -399,6 +493,10 @@ def test_the_options_stay_those_of_transformers() -> None:
     options = checked_options("classification", {"max_steps": 50, "save_steps": 10}, lora=False)
     assert (options["eval_strategy"], options["eval_steps"], options["save_steps"]) == ("steps", 5, 10)
     TrainingArguments("x", **options)
+    options = checked_options("classification", {"save_strategy": "no"}, lora=False)
+    arguments = make_arguments(Path("x"), options, 60, 0.1, False)
+    assert arguments.save_strategy == "no" and not arguments.load_best_model_at_end
+    assert arguments.dataloader_pin_memory == torch.accelerator.is_available()  # torch warns of it elsewhere
 
 
 @pytest.mark.slow
