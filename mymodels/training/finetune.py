@@ -122,6 +122,8 @@ def finetune(
     if lora_r is not None and (freeze_embeddings or freeze_layers):
         raise ValueError("LoRA trains nothing but adapters and the head: leave out what freezes layers or embeddings")
     options = checked_options(task, training_arguments, lora=lora_r is not None)
+    if early_stopping_patience is not None and options["eval_strategy"] == "no":
+        raise ValueError("early stopping needs evaluations: leave out eval_strategy='no'")
     seed = options["seed"]
 
     loaded = load_data(

@@ -329,6 +329,7 @@ def test_options_are_checked_before_anything_is_read(start: Path, tmp_path: Path
         ({"task": "summary"}, "task='summary' is none of"),
         ({"learning_rat": 1}, "learning_rat: .* no such option"),
         ({"metric_for_best_model": "f2"}, "'f2' is none of accuracy, f1_macro, loss"),
+        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "early stopping needs evaluations"),
         ({"lora_r": 2, "freeze_layers": 1}, "LoRA trains nothing but"),
         ({"max_length": 65}, "max_length=65, but this model takes 3 to 64 tokens"),
         ({"class_weights": [1.0]}, "one positive number for each of 3 labels"),
