@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -42,7 +43,7 @@ class Progress:
     Attributes:
         fixed: what must be the same in a resumed run: `examples_per_step` and `num_examples`.
         step: optimizer steps done.
-        losses: of each of them, mean over batches and processes.
+        losses: of each of them, mean over the labels of all batches and processes.
         sampler: state of the shuffling generator before the current epoch; None before the first.
         best_metric: the lowest held-out loss so far, reached at step `best_step`; `metric`, the latest.
     """
@@ -68,7 +69,7 @@ class Progress:
     def note_held_out(self, loss: float) -> None:
         """Remember the held-out loss after this step, and whether it is the best."""
         self.metric = loss
-        if self.best_metric is None or loss < self.best_metric:
+        if math.isfinite(loss) and (self.best_metric is None or loss < self.best_metric):
             self.best_metric, self.best_step = loss, self.step
 
 
