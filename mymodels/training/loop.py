@@ -51,7 +51,7 @@ def train(
         seed: of the order of the examples and of dropout.
 
     Returns:
-        The loss of each step since the beginning: the mean over the labels of all its batches, on all processes.
+        The loss of each step since the beginning: the mean over all its labels, of every batch and process alike.
 
     Raises:
         FloatingPointError: a loss or the gradient is NaN or infinite; the message says at which step and for which
@@ -77,8 +77,8 @@ def train(
     scheduler = get_scheduler(lr_scheduler_type, optimizer, math.ceil(warmup_ratio * steps), steps)
 
     parts = (accelerator, model, optimizer, scheduler)
-    fixed = {"examples_per_step": size * accumulate * accelerator.num_processes, "num_examples": len(dataset)}
-    progress = load_training_state(checkpoint, *parts, fixed) if checkpoint else Progress(fixed=fixed)
+    fixed = {"examples_per_step": size * accumulate * accelerator.num_processes, "num_examples": len(dataset)} | {"seed": seed}
+    progress = load_training_state(checkpoint, *parts, fixed, arguments) if checkpoint else Progress(fixed=fixed)
     if progress.sampler is not None:
         sampler.generator.set_state(progress.sampler)
     hidden = {} if accelerator.is_local_main_process else {"disable": True}  # one bar; TQDM_DISABLE=1 hides it too
