@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,41 +59,67 @@ class SeededCollator:
             torch.set_rng_state(state[2])
 
 
-def check_finite(
-    losses: torch.Tensor,
-    norm: torch.Tensor,
-    accelerator: Accelerator,
-    sampler: Shuffled,
-    step: int,
-    steps: int,
-    first_batch: int,
-    size: int,
-    learning_rate: float,
-) -> None:
-    """Raise if a loss or the gradient's norm is NaN or infinite, naming step, batches and examples.
+def check_sizes(arguments: Mapping[str, Any], **datasets: Sequence[Any] | None) -> None:
+    """Raise a ValueError for a data set that is empty, or an argument that must be at least 1 and is not."""
+    for name, dataset in datasets.items():
+        if dataset is not None and not len(dataset):
+            raise ValueError(f"{name} is empty")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps"):
+        if arguments[name] < 1:
+            raise ValueError(f"{name}={arguments[name]}: it must be at least 1")
+
+
+class FiniteCheck:
+    """Stops a run at a step whose loss or gradient is NaN or infinite, naming the step and its examples.
 
     Args:
-        losses: of the step's batches, those of one process after those of another.
-        step, steps: steps done, and in all.
-        first_batch, size: each process's batches of this epoch before this step, and the examples in one.
+        size: examples in a batch of one process.
+        steps: of the run.
     """
-    accumulated = len(losses) // accelerator.num_processes
-    bad = [number for number, finite in enumerate(losses.isfinite().tolist()) if not finite]
-    if not bad and (math.isfinite(float(norm)) or accelerator.scaler):  # a scaler looks for its scale by overflowing
-        return
-    batches = [
-        (first_batch + n % accumulated) * accelerator.num_processes + n // accumulated for n in range(len(losses))
-    ]
-    examples = sampler.batches([batches[n] for n in bad or range(len(losses))], size)
-    what = f"loss is {losses[bad[0]].item()}" if bad else f"gradient's norm is {float(norm)}"
-    raise bad_number(what, step + 1, steps, learning_rate, examples)
+
+    def __init__(self, accelerator: Accelerator, sampler: Shuffled, size: int, steps: int, learning_rate: float):
+        self.accelerator, self.sampler, self.size = accelerator, sampler, size
+        self.steps, self.learning_rate = steps, learning_rate
+
+    def __call__(
+        self, losses: torch.Tensor, counts: torch.Tensor, norm: torch.Tensor, step: int, first_batch: int
+    ) -> None:
+        """Check a step.
+
+        Args:
+            losses, counts: of the step's batches and of their labels, those of one process after those of another.
+            norm: of the gradient, before clipping.
+            step: steps done.
+            first_batch: each process's batches of this epoch before this step.
+
+        Raises:
+            FloatingPointError: something is not finite.
+            ValueError: because there is nothing to predict.
+        """
+        bad = [number for number, finite in enumerate(losses.isfinite().tolist()) if not finite]
+        if not bad and (math.isfinite(float(norm)) or self.accelerator.scaler):  # it looks for its scale by overflowing
+            return
+        processes = self.accelerator.num_processes
+        accumulated = len(losses) // processes
+        batches = [(first_batch + n % accumulated) * processes + n // accumulated for n in range(len(losses))]
+        if empty := [batches[n] for n in bad if not counts[n]]:
+            raise ValueError(
+                f"there is nothing to predict at step {step + 1} of {self.steps}: no label that counts (a single token or "
+                f"nothing but -100){_look_at(self.sampler.batches(empty, self.size), ' in')}: leave such examples out"
+            )
+        examples = self.sampler.batches([batches[n] for n in bad] or batches, self.size)
+        what = f"loss is {losses[bad[0]].item()}" if bad else f"gradient's norm is {float(norm)}"
+        raise bad_number(what, step + 1, self.steps, self.learning_rate, examples)
 
 
 def bad_number(what: str, step: int, steps: int, learning_rate: float, examples: list[int]) -> FloatingPointError:
     """The error for a loss that is NaN or infinite."""
-    named = ", ".join(map(str, examples[:32])) + (", …" if len(examples) > 32 else "")
-    look = f", or look at the examples of this batch, dataset[i] for i in {named}" if examples else ""
+    look = _look_at(examples, ", or look at the examples of this batch,") if examples else ""
     return FloatingPointError(
         f"the {what} at step {step} of {steps}: lower learning_rate={learning_rate:g}{look}; the weights are those of the "
         "step before, and the checkpoints are as they were"
     )
+
+
+def _look_at(examples: list[int], how: str) -> str:
+    return f"{how} dataset[i] for i in {', '.join(map(str, examples[:32]))}{', …' * (len(examples) > 32)}"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,10 @@ from .folders import STATE, remove_old_checkpoints
 
 logger = logging.getLogger(__name__)
 
+_MAY_CHANGE = {  # when a run goes on; batch size and accumulation have their product in `fixed`
+    *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "description"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+}
 OPTIMIZER, SCHEDULER, RANDOM = "optimizer.pt", "scheduler.pt", "rng_state.pth"  # transformers' names
 
 
@@ -40,9 +45,9 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        fixed: what must be the same in a resumed run: `examples_per_step` and `num_examples`.
+        fixed: what must be the same in a resumed run: `examples_per_step`, `num_examples` and `seed`.
         step: optimizer steps done.
-        losses: of each of them, mean over batches and processes.
+        losses: of each of them, mean over the labels of all batches and processes.
         sampler: state of the shuffling generator before the current epoch; None before the first.
         best_metric: the lowest held-out loss so far, reached at step `best_step`; `metric`, the latest.
     """
@@ -68,8 +73,24 @@ class Progress:
     def note_held_out(self, loss: float) -> None:
         """Remember the held-out loss after this step, and whether it is the best."""
         self.metric = loss
-        if self.best_metric is None or loss < self.best_metric:
+        if math.isfinite(loss) and (self.best_metric is None or loss < self.best_metric):
             self.best_metric, self.best_step = loss, self.step
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a run depends on."""
+    return {name: version(name) for name in ("mymodels", "torch", "transformers", "accelerate")}
+
+
+def check_same_run(folder: Path, state: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raise a ValueError if what must be the same in a resumed run is not."""
+    for name, value in fixed.items():
+        if state.get(name) != value:
+            raise ValueError(
+                f"{folder} was made with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: choose batch "
+                "size, gradient_accumulation_steps and number of processes with the same product, and the same data set "
+                "and seed"
+            )
 
 
 def random_state() -> dict[str, Any]:
@@ -149,7 +170,7 @@ def save_training_checkpoint(
             "metric": progress.metric,
             **progress.fixed,
             "arguments": dict(arguments or {}),
-            "versions": {name: version(name) for name in ("mymodels", "torch", "transformers", "accelerate")},
+            "versions": versions(),
         }
         with _without_bars(), replace_folder(folder, finish=write_manifest) as new:
             plain = accelerator.unwrap_model(model)
@@ -188,33 +209,45 @@ def load_training_state(
     optimizer: Any,
     scheduler: Any,
     fixed: dict[str, int],
+    arguments: Mapping[str, Any] | None = None,
 ) -> Progress:
     """All but the weights from a training checkpoint, on whatever devices and number of processes; the progress it made.
 
     Args:
         model, optimizer: as prepared by `accelerator`.
-        fixed: `examples_per_step` and `num_examples` of this run, which must be those of the checkpoint.
+        fixed: `examples_per_step`, `num_examples` and `seed` of this run, which must be those of the checkpoint.
+        arguments: of this run; a warning names those that change the training. Learning rate and weight decay are those
+            that `optimizer` was made with.
 
     Raises:
         ValueError: they are not, so that the run could not go on as it began; or the optimizer is for other parameters.
     """
     state = read_json(folder / STATE)
-    for name, value in fixed.items():
-        if state.get(name) != value:
-            raise ValueError(
-                f"{folder} was made with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: choose batch "
-                "size, gradient_accumulation_steps and number of processes with the same product, and the same data set"
-            )
+    check_same_run(folder, state, fixed)
+    before, now = state["arguments"], arguments or {}
+    if differ := [name for name in sorted({*before, *now} - _MAY_CHANGE) if now and before.get(name) != now.get(name)]:
+        logger.warning(
+            "%s was made with %s: the run goes on, not as it would have",
+            *(folder, ", ".join(f"{name}={before.get(name)} (now {now.get(name)})" for name in differ)),
+        )
+    chosen = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
     saved = _load(folder / OPTIMIZER)
-    before = [name for group in saved["param_groups"] for name in group["params"]]
-    now = [name for name, parameter in accelerator.unwrap_model(model).named_parameters() if parameter.requires_grad]
-    if set(before) != set(now):
-        name = sorted(set(before) ^ set(now))[0]
-        raise ValueError(f"{folder}: parameter {name!r} was{' not' if name in now else ''} trained then, unlike now")
+    then = {name for group in saved["param_groups"] for name in group["params"]}
+    trained = {name for name, tensor in accelerator.unwrap_model(model).named_parameters() if tensor.requires_grad}
+    if then != trained:
+        name = sorted(then ^ trained)[0]
+        raise ValueError(
+            f"{folder}: parameter {name!r} was{' not' if name in trained else ''} trained then, unlike now"
+        )
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(model, optimizer.optimizer, optim_state_dict=saved, options=options)
     schedule = _load(folder / SCHEDULER)
     scheduler.load_state_dict(schedule["scheduler"])
+    scheduler.base_lrs = [rate for rate, _ in chosen]
+    for group, (rate, decay) in zip(optimizer.param_groups, chosen):
+        if rate != group["initial_lr"]:
+            group["lr"] *= rate / group["initial_lr"]
+        group["initial_lr"], group["weight_decay"] = rate, decay
     if accelerator.scaler and schedule["scaler"]:
         accelerator.scaler.load_state_dict(schedule["scaler"])
     rest = _load(folder / RANDOM)

@@ -1,27 +1,47 @@
 """What a model makes of held-out examples."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+
+def count_labels(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """How many labels the model's loss of `batch` is the mean of, `[]`: those not -100, and predicted.
+
+    Nothing predicts the first of a row in a causal language model. Without `labels` (answers to questions), its rows.
+    """
+    if "labels" not in batch:
+        first = next(iter(batch.values()))
+        return torch.tensor(len(first), device=first.device)
+    plain = extract_model_from_parallel(model)
+    shifted = LOSS_MAPPING.get(getattr(plain, "loss_type", None) or "") is ForCausalLMLoss
+    if shifted and not getattr(plain.config, "is_encoder_decoder", False):
+        return (batch["labels"][..., 1:] != -100).sum()
+    return (batch["labels"] != -100).sum()
 
 
 @torch.no_grad()  # not inference_mode, whose tensors a sharded model could not train on
 def mean_loss(model: torch.nn.Module, dataset: Sequence[Any], data_collator: Callable, batch_size: int) -> float:
-    """Mean loss over `dataset`, each label that is not -100 weighing alike; `model` goes back to the mode it was in."""
+    """Mean loss over `dataset`, each label of `count_labels` weighing alike; `model` goes back to the mode it was in.
+
+    A batch without any counts for nothing; NaN if there is no label at all.
+    """
     mode, device = model.training, next(model.parameters()).device
     model.eval()
     total = weight = 0.0
     # a loader draws from its generator, and training's random numbers are not to depend on evaluations
     for batch in DataLoader(dataset, batch_size, collate_fn=data_collator, generator=torch.Generator()):  # type: ignore[arg-type]
-        count = (batch["labels"] != -100).sum().item()
         moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        total += model(**moved).loss.item() * count
+        loss, count = model(**moved).loss.item(), count_labels(model, batch).item()
+        total += loss * count if count else 0.0
         weight += count
     model.train(mode)
-    return total / weight
+    return total / weight if weight else float("nan")
 
 
 @torch.inference_mode()

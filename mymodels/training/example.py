@@ -45,8 +45,14 @@ def main() -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    losses = train(MyGPT2ForCausalLM(config), [{"input_ids": row, "labels": row} for row in rows], **vars(arguments))
+    dataset = [{"input_ids": row, "labels": row} for row in rows]
+    try:
+        losses = train(MyGPT2ForCausalLM(config), dataset, **vars(arguments))
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None
     if PartialState().is_main_process:
         print(f"{len(losses)} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}; the model is in {arguments.output_dir}")
 

@@ -40,6 +40,8 @@ def check_training_checkpoint(folder: Path) -> str | None:
     """
     if not (folder / STATE).is_file():
         return f"{folder} has no {STATE}: it was not written to its end, or is no training checkpoint"
+    if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):  # DeepSpeed's
+        return f"{folder} has no state of an optimizer: with save_only_model=True, or without optimizer.pt, none can resume"
     if (folder / MANIFEST).is_file():
         problems = check_manifest(folder, full=True)
         return problems[0].message if problems else None

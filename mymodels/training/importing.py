@@ -13,6 +13,15 @@ from ..checkpoints.loading import load_in_place
 
 _PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # what DataParallel and torch.compile put before every name
 _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
+_TELLING = {
+    "amsgrad",
+    "momentum",
+    "momentum_decay",
+    "alpha",
+    "rho",
+    "lr_decay",
+    "etas",
+}  # of which kind an optimizer is
 _KIND = re.compile(r"model|net(work)?|optim(izer)?|(lr_?)?sched(uler)?|state(_?dict)?|weights|[_.-]", re.IGNORECASE)
 
 
@@ -27,7 +36,7 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Load a checkpoint that a training script wrote, such as `{'epoch', 'model_state_dict', 'optimizer_state_dict', …}`.
 
-    All of it fits, or nothing is changed.
+    All of it fits, or nothing is changed. States fit an optimizer and a scheduler of the kind that saved them.
 
     Args:
         path: what `open_checkpoint` opens.
@@ -43,7 +52,8 @@ def import_checkpoint(
         what else the file holds: `epoch`, `loss`, …
 
     Raises:
-        CheckpointError: names, shapes or groups do not fit, or something asked for is not there; the message says which.
+        CheckpointError: names, shapes, groups or kinds do not fit, or something asked for is not there; the message says
+            which.
 
     Example:
         >>> rest = import_checkpoint("old.pt", model, optimizer)
@@ -62,11 +72,23 @@ def import_checkpoint(
             state = copy.deepcopy(whole.extras[key])  # not the file's memory
             if wanted is optimizer:
                 state = _fitted(f"{path}: {key}", state, model, optimizer)
+            else:
+                _check_scheduler(f"{path}: {key}", state, scheduler)
             taken.append(key)
             states.append((wanted, state))
-    load_in_place(model, _without_prefix(checkpoint))
-    for wanted, state in states:
-        wanted.load_state_dict(state)
+    undo = [(wanted, wanted.state_dict()) for wanted, _ in states]
+    try:
+        for key, (wanted, state) in zip(taken, states):
+            try:
+                wanted.load_state_dict(state)
+            except Exception as error:  # whatever a class of one's own may raise
+                kind = type(wanted).__name__
+                raise CheckpointError(f"{path}: {key} is no state that {kind} takes: {error!r}") from error
+        load_in_place(model, _without_prefix(checkpoint))
+    except BaseException:
+        for wanted, before in undo:
+            wanted.load_state_dict(before)
+        raise
     return {name: value for name, value in whole.extras.items() if name not in taken}
 
 
@@ -77,9 +99,10 @@ def _find(checkpoint: Checkpoint, kind: str, section: str) -> str:
     chosen = alike or (found if len(checkpoint.sections) == 1 else [])
     if len(chosen) != 1:
         what = {"optim": "optimizer", "sched": "scheduler"}[kind]
+        article = "an" if kind == "optim" else "a"
         has = ", ".join(map(repr, chosen or checkpoint.extras)) or "nothing"
         raise CheckpointError(
-            f"{checkpoint.path} has {'several states' if chosen else 'no state'} of a {what} for the model {section!r}; "
+            f"{checkpoint.path} has {'several states' if chosen else 'no state'} of {article} {what} for the model {section!r}; "
             f"beside the weights it has {has}: import without {what}"
         )
     return chosen[0]
@@ -111,17 +134,22 @@ def _fitted(
             f"{where} has {len(saved)} parameter groups, the optimizer has {len(groups)}: make it with the same groups"
         )
     fitted = []
-    for number, (before, now) in enumerate(zip(saved, groups)):
+    by_names = {frozenset(_named(group)): group for group in saved if _named(group)}
+    for number, now in enumerate(groups):
+        names = [known.get(id(parameter), "?") for parameter in now["params"]]
+        before = by_names.get(frozenset(names), saved[number])  # groups with names may come in another order
+        if differ := sorted((set(before) ^ set(now)) & _TELLING):
+            raise CheckpointError(
+                f"{where} is of another kind of optimizer than {type(optimizer).__name__}, only one of them has "
+                f"{differ[0]!r}: make the optimizer that was saved, or import without optimizer"
+            )
         keys = list(before["params"])
         if len(keys) != len(now["params"]):
             raise CheckpointError(
                 f"{where}: group {number} has {len(keys)} parameters, the optimizer's has {len(now['params'])}: give it "
                 "the parameters it had (frozen ones too, if it had them)"
             )
-        names = [known.get(id(parameter), "?") for parameter in now["params"]]
-        said = before.get("param_names") or (keys if all(isinstance(key, str) for key in keys) else None)
-        if said is not None:
-            by_name = {_PREFIX.sub("", name): key for name, key in zip(said, keys)}
+        if by_name := _named(before):
             if missing := [name for name in names if name not in by_name]:
                 raise CheckpointError(f"{where}: group {number} has no state for parameter {missing[0]!r}")
             keys = [by_name[name] for name in names]
@@ -134,3 +162,26 @@ def _fitted(
                     )
         fitted.append({**before, "params": keys} | ({"param_names": names} if "param_names" in before else {}))
     return {**state, "param_groups": fitted}
+
+
+def _named(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a saved group's parameters by their names; empty if it has no names."""
+    keys = list(group["params"])
+    names = group.get("param_names") or (keys if all(isinstance(key, str) for key in keys) else [])
+    return {_PREFIX.sub("", name): key for name, key in zip(names, keys)}
+
+
+def _check_scheduler(where: str, state: Mapping[str, Any], scheduler: Any) -> None:
+    """Raise if the state has other fields than the scheduler's; private ones come and go with torch's releases."""
+    now = scheduler.state_dict()
+    differ = [name for name in sorted(set(state) ^ set(now)) if not name.startswith("_") and name != "verbose"]
+    if differ:
+        raise CheckpointError(
+            f"{where} is of another kind of scheduler than {type(scheduler).__name__}, only one of them has {differ[0]!r}: "
+            "make the scheduler that was saved, or import without scheduler"
+        )
+    if len(state.get("base_lrs", ())) != len(now.get("base_lrs", ())):
+        raise CheckpointError(
+            f"{where} is for {len(state['base_lrs'])} parameter groups, the scheduler's optimizer has "
+            f"{len(now['base_lrs'])}: make it with the same groups"
+        )

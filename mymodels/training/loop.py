@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
-from .batches import SeededCollator, Shuffled, check_finite
+from .batches import FiniteCheck, SeededCollator, Shuffled, check_sizes
 from .checkpoint import Progress, load_training_state, load_weights, save_training_checkpoint
-from .evaluation import mean_loss
+from .evaluation import count_labels, mean_loss
 from .folders import find_checkpoint
-from .processes import make_accelerator
+from .processes import make_accelerator, unwrap
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def train(
     data_collator: Callable[[list], dict[str, torch.Tensor]] = default_collate, output_dir: str | None = None,
     num_train_epochs: int = 1, max_steps: int = -1, per_device_train_batch_size: int = 16,
     gradient_accumulation_steps: int = 1, learning_rate: float = 1e-3, weight_decay: float = 0.1,
-    lr_scheduler_type: str = "cosine", warmup_ratio: float = 0.1, max_grad_norm: float = 1.0, save_steps: int = 500,
+    lr_scheduler_type: str = "cosine", warmup_ratio: float = 0.1, max_grad_norm: float | None = 1.0, save_steps: int = 500,
     save_total_limit: int | None = None, resume_from_checkpoint: bool | str = False,
     mixed_precision: str | None = None, seed: int = 0, description: str = "training",
 ) -> list[float]:
@@ -51,19 +51,21 @@ def train(
         seed: of the order of the examples and of dropout.
 
     Returns:
-        The loss of each step since the beginning, the mean over batches and processes.
+        The loss of each step since the beginning: the mean over all its labels, of every batch and process alike.
 
     Raises:
         FloatingPointError: a loss or the gradient is NaN or infinite; the message says at which step and for which
             examples. The weights are those of the step before, and the checkpoints stay.
+        ValueError: no examples, a size below 1, or a batch without a label to predict.
     """
     arguments = {name: value for name, value in locals().items() if isinstance(value, (int, float, str))}
+    size, accumulate = per_device_train_batch_size, gradient_accumulation_steps
+    check_sizes(arguments, dataset=dataset, eval_dataset=eval_dataset)
     accelerator = make_accelerator(mixed_precision)  # an `Accelerator`
     set_seed(seed, device_specific=True)  # each process drops out other units
     if checkpoint := find_checkpoint(output_dir, resume_from_checkpoint):
         load_weights(model, checkpoint)
 
-    size, accumulate = per_device_train_batch_size, gradient_accumulation_steps
     sampler = Shuffled(dataset, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
     collate = SeededCollator(data_collator, seed, accelerator.process_index)
     loader: Any = DataLoader(dataset, size, sampler=sampler, generator=sampler.generator, collate_fn=collate)  # type: ignore[arg-type]
@@ -72,15 +74,16 @@ def train(
     steps_per_epoch = math.ceil(len(loader) / accumulate)
     steps = max_steps if max_steps > 0 else num_train_epochs * steps_per_epoch
     # the schedule counts the optimizer's steps itself, so it is not prepared
-    scheduler = get_scheduler(lr_scheduler_type, optimizer, int(warmup_ratio * steps), steps)
+    scheduler = get_scheduler(lr_scheduler_type, optimizer, math.ceil(warmup_ratio * steps), steps)
 
     parts = (accelerator, model, optimizer, scheduler)
-    fixed = {"examples_per_step": size * accumulate * accelerator.num_processes, "num_examples": len(dataset)}
-    progress = load_training_state(checkpoint, *parts, fixed) if checkpoint else Progress(fixed=fixed)
+    fixed = {"examples_per_step": size * accumulate * accelerator.num_processes, "num_examples": len(dataset)} | {"seed": seed}
+    progress = load_training_state(checkpoint, *parts, fixed, arguments) if checkpoint else Progress(fixed=fixed)
     if progress.sampler is not None:
         sampler.generator.set_state(progress.sampler)
     hidden = {} if accelerator.is_local_main_process else {"disable": True}  # one bar; TQDM_DISABLE=1 hides it too
     bar = tqdm(total=steps, initial=progress.step, desc=description, mininterval=0.5, **hidden)
+    check_finite = FiniteCheck(accelerator, sampler, size, steps, learning_rate)
     model.train()
     while progress.step < steps:
         epoch, done = divmod(progress.step, steps_per_epoch)  # done: steps of an epoch that was interrupted
@@ -88,20 +91,21 @@ def train(
         collate.count = epoch * len(loader) + done * accumulate
         batches = iter(accelerator.skip_first_batches(loader, done * accumulate))
         while progress.step < steps and (group := list(islice(batches, accumulate))):
-            losses = []
-            for batch in group:  # gradients add up here, and across processes with the last one
+            every_count = accelerator.gather(counts := torch.stack([count_labels(model, batch) for batch in group]))
+            shares, losses = counts / every_count.sum() * accelerator.num_processes, []  # each label weighs alike
+            for batch, share in zip(group, shares):  # gradients add up, and with the last one are averaged over processes
                 with nullcontext() if batch is group[-1] else accelerator.no_sync(model):
                     loss = model(**batch).loss
-                    accelerator.backward(loss / len(group))
+                    accelerator.backward(loss * share)
                 losses.append(loss.detach())
             every_loss = accelerator.gather(torch.stack(losses))
-            norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-            check_finite(every_loss, norm, accelerator, sampler, progress.step, steps, done * accumulate, size, learning_rate)
+            norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+            check_finite(every_loss, every_count, norm, progress.step, done * accumulate)
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # as fp16 does to find its scale
                 scheduler.step()
             optimizer.zero_grad()
-            progress.add(every_loss.mean().item())
+            progress.add(((every_loss * every_count).sum() / every_count.sum()).item())
             bar.set_postfix(loss=f"{progress.recent_loss:.3f}", refresh=False)
             bar.update()
             done += 1
@@ -112,5 +116,5 @@ def train(
                     progress.note_held_out(mean_loss(model, eval_dataset, SeededCollator(data_collator, seed), size))
                 save_training_checkpoint(output_dir, *parts, progress, save_total_limit, arguments)
     bar.close()
-    accelerator.unwrap_model(model).eval()
+    unwrap(accelerator, model).eval()
     return progress.losses

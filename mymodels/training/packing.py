@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 _KINDS = ("next_token", "token", "sequence")
+_NAMES = {"label": "labels", "label_ids": "labels"}
 
 
 @dataclass
@@ -21,12 +22,13 @@ class DataCollatorForPacking:
             label of an example, which would be predicted from the example before, is left out (-100); `"token"`, for
             masked language models and token classification; `"sequence"`, for classifiers.
 
-    Returns (called with a list of examples, each a mapping with `input_ids`, padded or not):
+    Returns (called with a list of examples, each a mapping with `input_ids`, padded or not, and with `labels`, or as
+    transformers' collators take it `label` or `label_ids`):
         `input_ids` and `position_ids` `[1, tokens]`, `token_type_ids` alike if the examples have them, and `labels`:
         `[1, tokens]`, or for sequences `[examples, …]`.
 
     Raises:
-        ValueError: an unknown kind of labels; an example without tokens, or with another number of labels than tokens.
+        ValueError: an unknown kind of labels; no examples, one without tokens, or with other numbers of labels and tokens.
         KeyError: an example lacks what the first one has.
     """
 
@@ -37,6 +39,9 @@ class DataCollatorForPacking:
             raise ValueError(f"labels={self.labels!r}, but it must be one of {', '.join(map(repr, _KINDS))}")
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        if not features:
+            raise ValueError("there are no examples to pack")
+        features = [{_NAMES.get(name, name): value for name, value in example.items()} for example in features]
         per_token = ["input_ids", *(name for name in ("token_type_ids", "labels") if name in features[0])]
         if self.labels == "sequence" and "labels" in per_token:
             per_token.remove("labels")

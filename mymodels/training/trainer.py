@@ -1,8 +1,9 @@
 """transformers' Trainer with checkpoints that are whole or not there, an exact resume, and a stop at NaN."""
 
 import contextlib
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from ..checkpoints import replace_folder, write_manifest
+from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import torch_save
 from .batches import SeededCollator, bad_number
+from .checkpoint import check_same_run, versions
 from .folders import STATE, find_checkpoint, remove_old_checkpoints
+
+RUN = "run.json"
 
 
 class Trainer(transformers.Trainer):
@@ -25,6 +30,10 @@ class Trainer(transformers.Trainer):
     - A folder `checkpoint-N` appears whole, with a `manifest.json` of hashes, or not at all: a kill or a full disk while
       it is written leaves the ones before. Only then are old ones removed.
     - `train(resume_from_checkpoint=True)` takes the newest whole checkpoint, and says which damaged ones it passes over.
+      It refuses to go on with data of another size, another seed, or other numbers of examples per step.
+    - A run that is not to be resumed needs an `output_dir` without checkpoints, for it would mix with another (with
+      `save_strategy="no"` any will do). This also holds for a second `train()` of the same trainer.
+    - Each checkpoint has a `run.json` with the versions of the packages it depends on.
     - Resuming is exact also with a collator that draws random numbers, such as masking (without data loader workers).
     - No file needs more than `torch.load(weights_only=True)`; `training_args.bin`, a pickle, becomes `training_args.json`.
     - A loss or gradient that is NaN or infinite stops the run with a `FloatingPointError` that names step and examples,
@@ -45,13 +54,28 @@ class Trainer(transformers.Trainer):
 
         Raises:
             FileNotFoundError: there is no checkpoint to resume from.
+            FileExistsError: nothing is to be resumed, but `output_dir` has checkpoints of an earlier run.
             CheckpointError: the one named is damaged, or all are.
+            ValueError: it is of another run.
             FloatingPointError: a loss or gradient is NaN or infinite.
             OSError: a checkpoint could not be written; those before stay.
         """
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(find_checkpoint(self.args.output_dir, resume_from_checkpoint))
+        if resume_from_checkpoint or self.args.save_strategy != "no":
+            checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+            if checkpoint and (checkpoint / RUN).is_file():  # the stock Trainer writes none
+                check_same_run(checkpoint, read_json(checkpoint / RUN), self._fixed())
+            resume_from_checkpoint = str(checkpoint) if checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must be the same in a resumed run."""
+        size, accumulate = self.args.train_batch_size, self.args.gradient_accumulation_steps
+        known = isinstance(self.train_dataset, Sized)  # a stream has no length
+        return {
+            "examples_per_step": size * accumulate * self.args.world_size,
+            "num_examples": len(self.train_dataset) if known else None,  # type: ignore[arg-type]
+            "seed": self.args.seed,
+        }
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
@@ -64,7 +88,15 @@ class Trainer(transformers.Trainer):
         if not torch.isfinite(loss).all():
             self._stop(f"loss is {loss.sum().item()}", self._batches_done)
         self._batches_done += 1
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # it looks for its scale by overflowing
+            self._check_gradient(model)  # here, because clipping by an infinite norm leaves zeros
         return loss
+
+    def _check_gradient(self, model: torch.nn.Module) -> None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not math.isfinite(float(norm)):
+            accumulated = (self._batches_done - 1) % self.args.gradient_accumulation_steps + 1
+            self._stop(f"gradient's norm is {float(norm)}", self._batches_done - accumulated)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -84,6 +116,8 @@ class Trainer(transformers.Trainer):
             if self.args.should_save:
                 written = staging / folder.name
                 self.state.save_to_json(str(written / STATE))
+                run = {**self._fixed(), "num_processes": self.args.world_size, "versions": versions()}
+                (written / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
                 for path in list(written.iterdir()):
                     path.rename(staging / path.name)
                 written.rmdir()
@@ -135,7 +169,7 @@ class Trainer(transformers.Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Numbers a trainer's batches, and looks at its gradients."""
+    """Numbers a trainer's batches."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -147,12 +181,3 @@ class _Watch(TrainerCallback):
             self.trainer._batches_done = steps * args.gradient_accumulation_steps
             if isinstance(loader.collate_fn, SeededCollator):
                 loader.collate_fn.count = epoch * len(loader) + self.trainer._batches_done
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if trainer.accelerator.scaler is not None:
-            return  # it looks for its scale by overflowing
-        norm = torch.nn.utils.get_total_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
-        if not math.isfinite(float(norm)):
-            accumulated = (trainer._batches_done - 1) % args.gradient_accumulation_steps + 1
-            trainer._stop(f"gradient's norm is {float(norm)}", trainer._batches_done - accumulated)

@@ -15,9 +15,9 @@ LAYOUTS = {  # each with four examples a step, which 24 can be divided by: other
 }
 
 
-def train(layout: str, folder, max_steps: int) -> list[float]:
+def train(layout: str, folder, max_steps: int, kind: str = "loop") -> list:
     options = {"dropout": 0.0, "count": 24, "lr_scheduler_type": "constant", "max_steps": max_steps}
-    return finish(start("loop", folder, **options, **LAYOUTS[layout]), folder)["losses"]
+    return finish(start(kind, folder, **options, **LAYOUTS[layout]), folder)["losses"]
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +47,11 @@ def test_another_number_of_processes_goes_on(saved, resumed, runs_of_four, expec
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory) -> list[float]:
     return train("one", tmp_path_factory.mktemp("runs") / "eight", 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved", "resumed"), [("two", "one"), ("one", "two")])
+def test_trainer_goes_on_with_another_number_of_processes(saved, resumed, tmp_path) -> None:
+    expected = train("one", tmp_path / "eight", 8, "trainer")
+    train(saved, tmp_path / "run", 4, "trainer")
+    torch.testing.assert_close(train(resumed, tmp_path / "run", 8, "trainer"), expected, rtol=0, atol=1e-3)

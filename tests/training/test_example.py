@@ -13,6 +13,23 @@ import mymodels
 CONFIGS = Path(mymodels.__file__).parent / "training" / "accelerate_configs"
 
 
+def test_what_goes_wrong_is_one_sentence(tmp_path, monkeypatch, capfd) -> None:
+    from mymodels.training.example import main
+
+    for more, message in (
+        (["--resume_from_checkpoint"], "no folder .*run to resume from: start without"),
+        ([], None),
+        ([], "run holds checkpoint-1 of an earlier run: pass resume_from_checkpoint=True"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["example", "--output_dir", str(tmp_path / "run"), "--max_steps", "1", *more])
+        if message is None:
+            main()
+        else:
+            with pytest.raises(SystemExit, match=message):
+                main()
+    assert "eos_token_id" not in capfd.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_two_processes_resume(config, tmp_path) -> None:

@@ -141,17 +141,84 @@ def test_no_file_is_a_pickle_that_runs_code(run, tmp_path) -> None:
     assert "training_args.bin" not in files
 
 
-def test_the_loop_does_not_mix_two_runs(tmp_path) -> None:
-    by_loop(tmp_path, max_steps=2)
+@either
+def test_two_runs_do_not_mix(run, tmp_path) -> None:
+    run(tmp_path, max_steps=2)
     with pytest.raises(FileExistsError, match="holds checkpoint-2 of an earlier run"):
-        by_loop(tmp_path)
+        run(tmp_path)
     with pytest.raises(ValueError, match="was made with examples per step 6, this run has 12: choose batch size"):
-        by_loop(tmp_path, resume_from_checkpoint=True, gradient_accumulation_steps=2)
+        run(tmp_path, resume_from_checkpoint=True, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="was made with num examples 23, this run has 22"):
-        by_loop(tmp_path, examples(22), resume_from_checkpoint=True)
+        run(tmp_path, examples(22), resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="was made with seed "):
+        run(tmp_path, resume_from_checkpoint=True, seed=7)
+
+
+def test_the_loop_tries_its_folder_first(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file/run cannot be written to: not a directory"):
         by_loop(tmp_path / "file" / "run")
+
+
+def test_changed_arguments_are_taken_and_told(tmp_path, caplog, monkeypatch) -> None:
+    """Also the advice to lower the learning rate after a bad loss would be vain otherwise."""
+    used, step = [], torch.optim.AdamW.step
+
+    def noting(self, *args, **kwargs):
+        if self.param_groups[0]["lr"]:  # else torch, which makes room for the state that is to be loaded
+            used.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    by_loop(tmp_path, max_steps=2, lr_scheduler_type="constant")
+    options = {"lr_scheduler_type": "constant", "resume_from_checkpoint": True}
+    by_loop(tmp_path, max_steps=4, learning_rate=1e-6, weight_decay=0.5, **options)
+    assert used == [[(1e-3, 0.1), (1e-3, 0.0)]] * 2 + [[(pytest.approx(1e-6), 0.5), (pytest.approx(1e-6), 0.0)]] * 2
+    (said,) = [record.getMessage() for record in caplog.records if "was made with" in record.getMessage()]
+    assert "learning_rate=0.001 (now 1e-06)" in said and "weight_decay=0.1 (now 0.5)" in said
+
+
+def test_a_checkpoint_of_the_model_alone_is_no_whole_one(tmp_path, caplog) -> None:
+    by_trainer(tmp_path, max_steps=2)
+    by_trainer(tmp_path, max_steps=4, save_only_model=True, resume_from_checkpoint=True)
+    assert folders.newest_checkpoint(tmp_path).name == "checkpoint-2"
+    assert "checkpoint-4 has no state of an optimizer: with save_only_model=True" in caplog.text
+    with pytest.raises(CheckpointError, match="save_only_model=True"):
+        by_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@either
+def test_versions(run, tmp_path) -> None:
+    import accelerate
+    import transformers
+
+    run(tmp_path, max_steps=2)
+    name = "trainer_state.json" if run is by_loop else "run.json"
+    expected = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
+    said = json.loads((tmp_path / "checkpoint-2" / name).read_text())["versions"]
+    assert said.pop("mymodels")
+    assert said == {package: module.__version__.split("+")[0] for package, module in expected.items()} | {
+        "torch": said["torch"]
+    }
+    assert said["torch"].startswith(torch.__version__.split("+")[0])
+
+
+@either
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_an_infinite_gradient_stops_the_run_before_the_weights_move(run, limit, tmp_path) -> None:
+    spoiled = model(dropout=0.0)
+    forward = spoiled.forward
+
+    def huge(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.loss = outputs.loss * 1e25  # finite, as are the gradients; the squares in their norm are not
+        return outputs
+
+    spoiled.forward = huge
+    before = {name: tensor.clone() for name, tensor in spoiled.state_dict().items()}
+    with pytest.raises(FloatingPointError, match=r"the gradient's norm is inf at step 1 of 8: .*dataset\[i\] for i in"):
+        run(tmp_path, trained=spoiled, max_grad_norm=limit)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in spoiled.state_dict().items())
 
 
 def test_stock_trainers_checkpoints_are_taken(tmp_path) -> None:

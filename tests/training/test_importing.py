@@ -1,8 +1,11 @@
 """Old dict checkpoints go on training as they would have, or say which parameter does not fit."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from mymodels import import_checkpoint
 from mymodels.checkpoints import CheckpointError
@@ -101,3 +104,99 @@ def test_what_does_not_fit_changes_nothing(tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"shape"):
         import_checkpoint(path, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
+
+
+def snapshot(model: nn.Module, *others) -> list:
+    """Copies of weights and of what optimizer and scheduler hold."""
+    return [copy.deepcopy(part.state_dict()) for part in (model, *others)]
+
+
+def same(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_unchanged(before: list, *parts) -> None:
+    for old, part in zip(before, parts):
+        assert same(old, part.state_dict())
+
+
+OPTIMIZERS = {name: getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adamax")}
+
+
+@pytest.mark.parametrize("saved", OPTIMIZERS)
+def test_an_optimizer_of_another_kind_is_refused(saved, tmp_path) -> None:
+    model = network()
+    optimizer = OPTIMIZERS[saved](model.parameters(), lr=0.1)
+    step(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "old.pt")
+    for name, kind in OPTIMIZERS.items():
+        new = network()
+        other = kind(new.parameters(), lr=0.1)
+        before = snapshot(new, other)
+        if name == saved or {name, saved} == {"Adam", "AdamW"}:
+            import_checkpoint(tmp_path / "old.pt", new, other)
+            step(new, other)
+        else:
+            with pytest.raises(
+                CheckpointError, match=f"is of another kind of optimizer than {name}, only one of them "
+            ):
+                import_checkpoint(tmp_path / "old.pt", new, other)
+            assert_unchanged(before, new, other)
+
+
+def test_a_scheduler_of_another_kind_changes_nothing(tmp_path) -> None:
+    model, optimizer, scheduler = trained()
+    states = {"optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict()}
+    torch.save({"model_state_dict": model.state_dict(), **states}, tmp_path / "old.pt")
+    new = network()
+    other = torch.optim.AdamW(new.parameters(), lr=7.0)
+    linear = get_scheduler("linear", other, 2, 10)
+    before = snapshot(new, other, linear)
+    with pytest.raises(CheckpointError, match="another kind of scheduler than LambdaLR, only one of them has 'gamma'"):
+        import_checkpoint(tmp_path / "old.pt", new, other, linear)
+    assert_unchanged(before, new, other, linear)
+
+
+def test_whatever_a_scheduler_raises_changes_nothing(tmp_path) -> None:
+    class Picky(torch.optim.lr_scheduler.StepLR):
+        def load_state_dict(self, state) -> None:
+            if state["last_epoch"]:
+                raise RuntimeError("no")
+            super().load_state_dict(state)
+
+    model, optimizer, scheduler = trained()
+    states = {"optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": scheduler.state_dict()}
+    torch.save({"model_state_dict": model.state_dict(), **states}, tmp_path / "old.pt")
+    new, other, _ = fresh()
+    picky = Picky(other, 2)
+    before = snapshot(new, other, picky)
+    with pytest.raises(
+        CheckpointError, match=r"scheduler_state_dict is no state that Picky takes: RuntimeError\('no'\)"
+    ):
+        import_checkpoint(tmp_path / "old.pt", new, other, picky)
+    assert_unchanged(before, new, other, picky)
+
+
+def test_named_groups_in_another_order(tmp_path) -> None:
+    def made(order: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = network()
+        named = list(model.named_parameters())
+        groups = [{"params": [(n, p) for n, p in named if p.ndim == d], "weight_decay": d / 10} for d in (1, 2)]
+        return model, torch.optim.AdamW(groups[::order], lr=0.1)
+
+    model, optimizer = made(1)
+    step(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "named.pt")
+    new = made(-1)
+    import_checkpoint(tmp_path / "named.pt", *new)
+    assert_goes_on((model, optimizer), new)
+
+
+def test_no_state_of_an_optimizer(tmp_path) -> None:
+    torch.save({"model_state_dict": network().state_dict(), "epoch": 1}, tmp_path / "old.pt")
+    new = fresh()
+    with pytest.raises(CheckpointError, match="no state of an optimizer for the model"):
+        import_checkpoint(tmp_path / "old.pt", *new[:2])

@@ -174,7 +174,15 @@ def test_padded_examples_lose_their_padding() -> None:
     assert batch["labels"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("name", ["label", "label_ids"])
+def test_other_names_of_labels(name: str) -> None:
+    batch = DataCollatorForPacking("sequence")([{"input_ids": [5, 6], name: 1}, {"input_ids": [7], name: 2}])
+    assert batch["labels"].tolist() == [1, 2]
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
+    with pytest.raises(ValueError, match="no examples to pack"):
+        DataCollatorForPacking()([])
     with pytest.raises(ValueError, match="labels='tokens', but it must be one of 'next_token', 'token', 'sequence'"):
         DataCollatorForPacking("tokens")
     with pytest.raises(ValueError, match="example 1 of the batch has 0 input_ids"):

@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import model as small_model
+from runs import pack, pad
 from tiny import mygpt2_config
 
 from mymodels import MyGPT2ForCausalLM
-from mymodels.training.evaluation import evaluate
+from mymodels.training.checkpoint import Progress
+from mymodels.training.evaluation import evaluate, mean_loss
 from mymodels.training.loop import parameter_groups, train
 from mymodels.training.sample_text import load_sample_text
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
@@ -58,6 +61,80 @@ def test_evaluate_is_the_mean_loss() -> None:
     assert logits.shape == (3, 12, 97) and labels.shape == (3, 12)
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 97), labels[:, 1:].reshape(-1))
     assert abs(loss - expected.item()) < 1e-5
+
+
+def of_lengths(*lengths: int) -> list[dict]:
+    return [{"input_ids": list(range(5, 5 + length))} for length in lengths]
+
+
+@pytest.mark.parametrize("collate", [pack, pad])
+def test_accumulated_batches_are_one_large_batch(collate) -> None:
+    """Long and short examples: every label weighs alike, in whichever batch it is."""
+    runs = []
+    for size, accumulate in ((4, 1), (1, 4), (3, 2)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, "max_steps": 4}
+        data = of_lengths(30, 2, 30, 2) if size * accumulate == 4 else of_lengths(30, 2, 9, 30, 2, 4)
+        runs.append(train(small_model(dropout=0.0), data, data_collator=collate, learning_rate=1e-2, **options))
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=1e-5)
+    whole = train(
+        *(small_model(dropout=0.0), of_lengths(30, 2, 9, 30, 2, 4)),
+        **{"data_collator": collate, "per_device_train_batch_size": 6, "max_steps": 4, "learning_rate": 1e-2},
+    )
+    torch.testing.assert_close(runs[2], whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("off", [0, None])
+def test_no_clipping(off) -> None:
+    free, huge = (
+        train(small_model(), dataset(), max_steps=3, learning_rate=1e-2, max_grad_norm=limit) for limit in (off, 1e9)
+    )
+    assert free == huge and free[-1] < free[0]
+
+
+def test_held_out_loss_does_not_depend_on_the_batch_size() -> None:
+    model, data = small_model().eval(), of_lengths(2, 2, 2, 2, 40)
+    losses = [mean_loss(model, data, pad, size) for size in (1, 4, 5)]
+    assert max(losses) - min(losses) < 1e-6
+    assert abs(losses[0] - model(**pad(data)).loss.item()) < 1e-6
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best() -> None:
+    progress = Progress(fixed={})
+    for loss in (math.nan, 3.0, math.nan, 2.0, math.inf, 4.0):
+        progress.add(1.0)
+        progress.note_held_out(loss)
+    assert (progress.best_metric, progress.best_step) == (2.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": []}, "dataset is empty"),
+        ({"eval_dataset": []}, "eval_dataset is empty"),
+        ({"save_steps": 0}, "save_steps=0: it must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: it must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: it must be at least 1"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused_at_once(change, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(small_model(), **{"dataset": dataset(), "output_dir": str(tmp_path / "run"), **change})
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_predict_is_said() -> None:
+    with pytest.raises(ValueError, match=r"nothing to predict at step 1 of 3: .* dataset\[i\] for i in \d: leave"):
+        train(small_model(), of_lengths(1, 1, 1), data_collator=pack, per_device_train_batch_size=1)
+
+
+def test_afterwards_the_model_is_not_in_autocast_and_another_precision_can_follow() -> None:
+    model, inputs = small_model(), pad(of_lengths(9))
+    train(model, dataset(), max_steps=1, mixed_precision="bf16")
+    fresh = MyGPT2ForCausalLM(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(model(**inputs).logits, fresh(**inputs).logits)
+    plain = [train(small_model(), dataset(), max_steps=2, mixed_precision=name) for name in (None, "no", "bf16")]
+    assert plain[0] == plain[1] != plain[2]
 
 
 def test_sample_text() -> None:
