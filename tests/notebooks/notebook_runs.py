@@ -79,13 +79,19 @@ def run(name: str, scratch: Path, hub_url: str | None = None) -> NotebookNode:
     client.execute(env=environment)
     notebook.metadata.pop("language_info", None)  # the version of Python
     for cell in notebook.cells:
-        if cell.cell_type == "code":  # bars are for people who wait
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not is_bar(output)]
     for output in outputs(notebook):
         if "text" in output:
             plain = re.sub(r"\x1b\[[\d;]*m", "", output.text)  # colours are for screens
             output.text = re.sub(r"[ \t]+$", "", plain, flags=re.MULTILINE)
     return notebook
+
+
+def is_bar(output: NotebookNode) -> bool:
+    """Progress is for people who wait: tqdm's, and the table with times that the Trainer shows in a notebook."""
+    data = output.get("data", {})
+    return WIDGET in data or "<progress" in data.get("text/html", "") or not data.get("text/html", "x").strip()
 
 
 def outputs(notebook: NotebookNode) -> list[NotebookNode]:

@@ -63,7 +63,7 @@ def test_without_a_token_nothing_is_sent(tmp_path: Path) -> None:
     notebook = run(ON_THE_HUB, tmp_path)
     assert_said_nothing_wrong(notebook)
     said = "\n".join(texts(notebook))
-    assert "nobody is logged in: nothing will be sent" in said and "would get 14 files" in said
+    assert "nobody is logged in: nothing will be sent" in said and re.search(r"would get \d+ files", said)
     assert "commit" not in said
 
 
