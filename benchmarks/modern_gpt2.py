@@ -202,7 +202,7 @@ def draw(seeds: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=400_000, help="of each run (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=800_000, help="of each run (default: %(default)s)")
     parser.add_argument("--short", action="store_true", help="one seed, 100,000 tokens, two rates, no ablation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw the curves (needs matplotlib)")
