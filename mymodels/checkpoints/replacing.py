@@ -212,8 +212,16 @@ def _take_over(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
 def _move_late(former: Path, target: Path, keep: Callable[[str], bool]) -> None:
     """What came into the folder after `_take_over` moves along."""
     for entry in former.iterdir():
-        if keep(entry.name) and not os.path.lexists(target / entry.name):
-            entry.rename(target / entry.name)
+        for attempt in range(1000):
+            if not keep(entry.name) or os.path.lexists(target / entry.name):
+                break
+            try:
+                entry.rename(target / entry.name)
+                break
+            except OSError:  # another writer without an exchange is between its two steps, or has just put it there
+                if attempt == 999 or (target.exists() and not os.path.lexists(target / entry.name)):
+                    raise
+                time.sleep(0.01)
 
 
 def _link(source: str, destination: str) -> None:

@@ -527,6 +527,18 @@ def test_two_writers_and_a_reader(tmp_path: Path, exchange: bool) -> None:
     assert (target / "config.json").read_text() == CONFIG and (target / "notes" / "a.txt").read_text() == "a"
 
 
+def test_late_files_wait_for_a_writer_between_its_two_renames(tmp_path: Path) -> None:
+    former, target = tmp_path / "old", tmp_path / "model"
+    (former / "notes").mkdir(parents=True)
+    (former / "late.txt").write_text("late")
+    (tmp_path / "new" / "notes").mkdir(parents=True)  # the other writer has kept these itself
+    ours = threading.Timer(0.2, lambda: (tmp_path / "new").rename(target))
+    ours.start()
+    replacing_module._move_late(former, target, lambda name: True)
+    ours.join()
+    assert sorted(os.listdir(target)) == ["late.txt", "notes"] and os.listdir(former) == ["notes"]
+
+
 def test_a_live_writer_is_left_alone(tmp_path: Path) -> None:
     """A second save finishes while a first one is under way, which then wins."""
     target = tmp_path / "model"
