@@ -118,7 +118,7 @@ def _classified(
     for split, (rows, where) in splits.items():
         label = _label_column(rows, where, label_column, text_column)
         columns[split] = _text_column(rows, where, text_column, without=label), label
-        _check_texts(rows, where, columns[split][0], of_labels=label)
+        _check_texts(rows, where, columns[split][0])
         names[split] = _label_names(rows, where, label)
     if "test" in splits and not any(names["test"]):  # as on the Hub, where the answers of a contest are kept back
         del splits["test"], names["test"]
@@ -186,7 +186,7 @@ def _label_names(rows: Any, where: str, column: str) -> list[str | None]:
     return names
 
 
-def _check_texts(rows: Any, where: str, column: str, of_labels: str = "") -> None:
+def _check_texts(rows: Any, where: str, column: str) -> None:
     bad = [(row, text) for row, text in enumerate(rows[column], 1) if not isinstance(text, str) or not text.strip()]
     if bad:
         row, text = bad[0]

@@ -19,8 +19,9 @@ def count_labels(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tens
         first = next(iter(batch.values()))
         return torch.tensor(len(first), device=first.device)
     plain = extract_model_from_parallel(model)
-    shifted = LOSS_MAPPING.get(getattr(plain, "loss_type", None) or "") is ForCausalLMLoss
-    if shifted and not getattr(plain.config, "is_encoder_decoder", False):
+    # transformers takes a causal language model's loss for a class whose name says nothing, such as GPT2LMHeadModel
+    shifted = LOSS_MAPPING.get(getattr(plain, "loss_type", None) or "ForCausalLM") is ForCausalLMLoss
+    if shifted and batch["labels"].ndim > 1 and not getattr(plain.config, "is_encoder_decoder", False):
         return (batch["labels"][..., 1:] != -100).sum()
     return (batch["labels"] != -100).sum()
 

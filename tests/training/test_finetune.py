@@ -324,6 +324,18 @@ def test_early_stopping_and_the_best_weights(start: Path, tmp_path: Path) -> Non
     assert tuned.best_step == 2
 
 
+def test_tensorboard_gets_the_losses(start: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    how = {**QUICK, "max_steps": 4, "logging_steps": 1, "report_to": "tensorboard"}
+    tuned = finetune(start / "bert", start / "data.csv", tmp_path / "out", **how)
+    (log,) = {path.parent for path in tuned.checkpoint_dir.glob("runs/**/events*")}
+    events = EventAccumulator(str(log)).Reload().Scalars("train/loss")
+    logged = [entry["loss"] for entry in tuned.history if "loss" in entry]
+    assert [event.step for event in events] == [1, 2, 3, 4]
+    assert [event.value for event in events] == pytest.approx(logged)
+
+
 def test_options_are_checked_before_anything_is_read(start: Path, tmp_path: Path) -> None:
     for how, sentence in (
         ({"task": "summary"}, "task='summary' is none of"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import model as small_model
 from runs import pack, pad
-from tiny import mygpt2_config
+from tiny import gpt2_pair, mygpt2_config
 
 from mymodels import MyGPT2ForCausalLM
 from mymodels.training.checkpoint import Progress
@@ -91,8 +91,9 @@ def test_no_clipping(off) -> None:
     assert free == huge and free[-1] < free[0]
 
 
-def test_held_out_loss_does_not_depend_on_the_batch_size() -> None:
-    model, data = small_model().eval(), of_lengths(2, 2, 2, 2, 40)
+@pytest.mark.parametrize("make", [small_model, lambda: gpt2_pair()[0]], ids=["MyGPT2", "stock"])
+def test_held_out_loss_does_not_depend_on_the_batch_size(make) -> None:
+    model, data = make().eval(), of_lengths(2, 2, 2, 2, 40)
     losses = [mean_loss(model, data, pad, size) for size in (1, 4, 5)]
     assert max(losses) - min(losses) < 1e-6
     assert abs(losses[0] - model(**pad(data)).loss.item()) < 1e-6
