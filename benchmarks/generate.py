@@ -13,7 +13,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pairs
 import torch
@@ -88,21 +87,6 @@ def losses_of_quantising(ours: PreTrainedModel, short: bool) -> dict[str, dict[s
     return found
 
 
-def draw(rows: list[dict[str, Any]], pyplot: Any) -> None:
-    _, axes = pyplot.subplots(figsize=(7.2, 0.42 * len(rows) + 1.2))
-    places = range(len(rows))[::-1]
-    axes.barh(places, [row["ratio"] for row in rows], color="tab:blue", height=0.6)
-    for place, row in zip(places, rows):
-        axes.text(row["ratio"] + 0.03, place, f"{row['ratio']:.2f}×", va="center", fontsize=9)
-        if row.get("target"):
-            axes.plot([row["target"]] * 2, [place - 0.38, place + 0.38], color="0.2", linewidth=1.5)
-    axes.axvline(1, color="0.4", linestyle=":", linewidth=1)
-    axes.set_yticks(list(places), [row["work"] for row in rows])
-    axes.set_xlabel("times as fast as stock float32 (mark: target)")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-
-
 def main() -> int:
     arguments = pairs.arguments(__doc__).parse_args()
     pairs.start(arguments)
@@ -149,7 +133,7 @@ def main() -> int:
                 target=2.5 if name == "int8" else None,
             )
             rows.append(row | lost[name])
-    code = pairs.finish(rows, arguments, draw)
+    code = pairs.finish(rows, arguments)
     for name, found in lost.items():
         print(
             f"{name}: KL divergence {found['kl']:.1e} nats per token; held-out loss of a small trained model "

@@ -220,6 +220,25 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
     return run
 
 
+def bars(rows: list[dict[str, Any]], pyplot: Any) -> None:
+    """The figure of a script whose rows are ratios: a bar each, its quartiles as a line, a mark at the target."""
+    _, axes = pyplot.subplots(figsize=(7.2, 0.42 * len(rows) + 1.2))
+    places = range(len(rows))[::-1]
+    axes.barh(places, [row["ratio"] for row in rows], color="tab:blue", height=0.6)
+    for place, row in zip(places, rows):
+        low, high = row.get("quartiles", (row["ratio"], row["ratio"]))
+        axes.plot([low, high], [place, place], color="0.2", linewidth=1)
+        end = max(high, row.get("target") or 0)
+        axes.annotate(f"{row['ratio']:.2f}×", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
+        if row.get("target"):
+            axes.plot([row["target"]] * 2, [place - 0.38, place + 0.38], color="tab:orange", linewidth=2)
+    axes.axvline(1, color="0.4", linestyle=":", linewidth=1)
+    axes.set_yticks(places, [row["work"] for row in rows])
+    axes.set_xlabel("the rival's by ours (line: quartiles of the pairs; mark: target)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
 def in_own_process(script: str, *words: str) -> dict[str, Any]:
     """The JSON that `script`, called with `words`, prints last; for peak memory and cold starts."""
     run = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
@@ -231,28 +250,29 @@ def in_own_process(script: str, *words: str) -> dict[str, Any]:
 def finish(
     rows: list[dict[str, Any]],
     arguments: argparse.Namespace,
-    draw: Callable[[list[dict[str, Any]], Any], None] | None = None,
+    draw: Callable[[list[dict[str, Any]], Any], None] = bars,
 ) -> int:
-    """Print the table, write the JSON and the figure; how many targets were missed is said, and is no failure.
+    """Print the table, write the JSON and the figure; a target that was missed is no failure.
 
     Args:
         draw: called with the rows and matplotlib's pyplot; it leaves one figure.
     """
-    table = Table(title=f"{torch.get_num_threads()} threads, {arguments.clock} time: rival's by ours")
-    for column in ("work", "rival", "ratio", "quartiles", "target", "of the floor", "target"):
+    table = Table(title=f"{torch.get_num_threads()} threads, {arguments.clock} time: the rival's by ours")
+    floors = any("share_of_floor" in row for row in rows)
+    for column in ("work", "rival", "ratio", "quartiles", "target", "of the floor", "target")[: 7 if floors else 5]:
         table.add_column(column, justify="left" if column in ("work", "rival") else "right")
     for row in rows:
         share, wanted = row.get("share_of_floor"), row.get("floor_target")
-        table.add_row(
+        cells = [
             row["work"],
             row["rival"],
             f"{row['ratio']:.2f}×",
             "–".join(f"{value:.2f}" for value in row["quartiles"]) if "quartiles" in row else "",
             f"{row['target']:.2f}×" if row.get("target") else "",
-            f"{share:.0%}" if share else "",
-            f"{wanted:.0%}" if wanted else "",
-        )
-    Console().print(table)
+        ]
+        floor = [f"{share:.0%}" if share else "", f"{wanted:.0%}" if wanted else ""] if floors else []
+        table.add_row(*cells, *floor)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
     if arguments.json:
         made_with = {
             "torch": torch.__version__,
@@ -265,7 +285,7 @@ def finish(
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"made_with": made_with, "rows": rows}, indent=1) + "\n")
-    if arguments.figure and draw:
+    if arguments.figure:
         import matplotlib
 
         matplotlib.use("Agg")

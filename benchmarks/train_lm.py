@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
 import pairs
 import torch
@@ -86,20 +85,6 @@ def peak(who: str, short: bool) -> int:
     return peak_of(work)[1]
 
 
-def draw(rows: list[dict], pyplot: Any) -> None:
-    _, axes = pyplot.subplots(figsize=(6.4, 1.0 + 0.55 * len(rows)))
-    places = range(len(rows))[::-1]
-    axes.barh(list(places), [row["ratio"] for row in rows], color="tab:blue", height=0.5)
-    for place, row in zip(places, rows):
-        axes.annotate(
-            f"{row['ratio']:.2f}×", (row["ratio"], place), xytext=(4, 0), textcoords="offset points", va="center"
-        )
-    axes.set_yticks(list(places), [row["work"] for row in rows])
-    axes.axvline(1, color="0.4", linewidth=1, linestyle=":")
-    axes.set_xlabel("stock GPT-2's time (or memory) by ours")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def main() -> int:
     parser = pairs.arguments(__doc__)
     parser.add_argument("--peak", choices=("ours", "rival"), help=argparse.SUPPRESS)
@@ -133,7 +118,7 @@ def main() -> int:
             "train on documents, packed", step, their_step, rival_name="stock, padded", target=1.3, repeats=repeats
         )
     )
-    return pairs.finish(rows, arguments, draw)
+    return pairs.finish(rows, arguments)
 
 
 if __name__ == "__main__":
