@@ -32,11 +32,14 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the short forms; each script's own `--help` says more
-BENCHES := classify train_lm generate cold_start scaling
+# the short forms, some minutes in all; FORM= the full ones, some hours. Each script's own `--help` says more
+BENCHES := classify finetune train_lm generate cold_start checkpoint_memory scaling
+FORM := --short
 
 bench: $(VENV)/.bench
-	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json || exit 1; done
+	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py $(FORM) --json benchmarks/results/$$name.json \
+		--figure benchmarks/results/$$name.png || exit 1; done
+	$(BIN)/python benchmarks/speed_table.py
 
 # run them anew and write their outputs; N="01_modify_gpt2 …" only these
 notebooks: $(VENV)/.test-notebooks

@@ -42,8 +42,7 @@ def main() -> int:
         rows.append(
             pairs.compare(
                 f"classify R8 test, {name}", mine, classify(stock, batches), target=target,
-                repeats=2 if arguments.short else 5, warm_up=0 if arguments.short else 1,  # short: agreeing warms up
-                floor=pairs.bare_products(mine), floor_target=0.85,
+                repeats=2 if arguments.short else 5, floor=pairs.bare_products(mine), floor_target=0.85,
             )
         )  # fmt: skip
     return pairs.finish(rows, arguments)

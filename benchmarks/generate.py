@@ -22,7 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from mymodels import MyGPT2Config, MyGPT2ForCausalLM, load_sample_text
 from mymodels.demo import batches, windows
-from mymodels.training.loop import evaluate, train
+from mymodels.training.evaluation import evaluate
+from mymodels.training.loop import train
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated.*")
@@ -90,7 +91,7 @@ def losses_of_quantising(ours: PreTrainedModel, short: bool) -> dict[str, dict[s
 def main() -> int:
     arguments = pairs.arguments(__doc__).parse_args()
     pairs.start(arguments)
-    tokens, repeats = (24, 3) if arguments.short else (128, 5)
+    tokens, repeats = (16, 2) if arguments.short else (128, 5)
     ours, stock = models()
     rows = []
     prompts = {batch: torch.randint(50257, (batch, 16)) for batch in (1, 8)}
@@ -107,7 +108,7 @@ def main() -> int:
                 floor_target=0.93 if batch == 1 else None,
             )
         )
-    prompt = torch.randint(50257, (2 if arguments.short else 8, 512))
+    prompt = torch.randint(50257, (1 if arguments.short else 8, 512))
     floor = pairs.bare_products(prefilling(ours, prompt))
     rows.append(
         pairs.compare(

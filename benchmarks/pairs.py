@@ -84,7 +84,6 @@ def compare(
     *,
     rival_name: str = "stock, sdpa",
     repeats: int = 7,
-    warm_up: int = 1,
     tolerance: float | None = 1e-4,
     target: float | None = None,
     floor: Callable[[], Any] | None = None,
@@ -93,21 +92,19 @@ def compare(
     """Time `ours` and `rival` (and `floor`) in turn, who begins changing each time; what they return must agree.
 
     Args:
-        tolerance: between the results of the first calls; None: `agree` was called before, on work without dropout.
+        tolerance: between the results of the first calls, which also warm up; None: they may differ, and only warm up.
         target: of the ratio rival/ours.
         floor: the bare matrix products of the work, see `bare_products`; our share of it is its time by ours.
 
     Returns:
         A row for `finish`: medians in seconds, the median of the ratios of neighbours and their quartiles.
     """
-    found = None if tolerance is None else agree(work, ours, rival, tolerance)
+    found = agree(work, ours, rival, float("inf") if tolerance is None else tolerance)
     calls = {"ours": ours, "rival": rival} | ({"floor": floor} if floor else {})
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in tqdm(range(warm_up + repeats), desc=work, leave=False, disable=None):
+    for number in tqdm(range(repeats), desc=work, leave=False, disable=None):
         for name in list(calls) if number % 2 else reversed(calls):
-            took = seconds(calls[name])
-            if number >= warm_up:
-                times[name].append(took)
+            times[name].append(seconds(calls[name]))
     ratios = [rival_time / our_time for rival_time, our_time in zip(times["rival"], times["ours"])]
     ordered = sorted(ratios)
     row = {
@@ -116,7 +113,7 @@ def compare(
         "ratio": median(ratios),
         "quartiles": [ordered[round((len(ordered) - 1) * share)] for share in (0.25, 0.75)],
         "target": target,
-        "difference": found,
+        "difference": None if tolerance is None else found,
         "seconds": {name: median(values) for name, values in times.items()},
         "times": times,
     }
