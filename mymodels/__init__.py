@@ -4,7 +4,9 @@ Importing this package registers both families, so that `AutoModel.from_pretrain
 `trust_remote_code` here. Everything beyond the models is imported when first used.
 """
 
+import json
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -96,10 +98,22 @@ def _register() -> None:
                 getattr(transformers, auto_class).register(config, model, exist_ok=True)
 
 
+def _is_saved_by(model_class: Any, path: Any) -> bool:
+    """Whether `path` is a folder of this very family: one look spares a cold start the import of all that converts."""
+    try:
+        return json.loads(Path(path, "config.json").read_bytes())["model_type"] == model_class.config_class.model_type
+    except (OSError, TypeError, ValueError, KeyError, AttributeError):
+        return False
+
+
 def _convert_stock_checkpoints() -> None:
     """Let `from_pretrained` take stock checkpoints too; the classes are remote code and know nothing of them."""
 
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("subfolder") and _is_saved_by(cls, pretrained_model_name_or_path):
+            return super(layers.MyPreTrainedModel, cls).from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, *model_args, **kwargs
+            )
         from .warmstart.stock import from_pretrained as convert
 
         return convert(cls, pretrained_model_name_or_path, *model_args, **kwargs)

@@ -224,6 +224,20 @@ def test_stays_with_the_library_where_it_must(tmp_path: Path) -> None:
     logging.set_verbosity_error()
 
 
+def test_a_folder_of_ours_needs_nothing_that_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mymodels.warmstart import stock as converting
+
+    theirs, mine = stock_model("GPT2LMHeadModel"), MyGPT2ForCausalLM(mygpt2_config()).eval()
+    mine.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "deep")
+    same_outputs(MyGPT2ForCausalLM.from_pretrained(tmp_path, subfolder="deep"), theirs)  # beside it a stock one
+    monkeypatch.delattr(converting, "from_pretrained")
+    again = MyGPT2ForCausalLM.from_pretrained(str(tmp_path))
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in mine.state_dict().items())
+    with pytest.raises(ImportError):
+        MyGPT2ForCausalLM.from_pretrained(tmp_path / "deep")
+
+
 def test_roberta_and_distilbert_too(tmp_path: Path) -> None:
     stock = distilbert("DistilBertForMaskedLM")
     same_outputs(MyBertForMaskedLM.from_pretrained(write(stock, tmp_path / "distilbert", "safetensors")), stock)
