@@ -74,7 +74,7 @@ def losses_of_quantising(ours: PreTrainedModel, short: bool) -> dict[str, dict[s
         max_position_embeddings=128, initializer_range=0.06,
     )  # fmt: skip
     trained = MyGPT2ForCausalLM(small)
-    train(trained, rows[0], num_train_epochs=1 if short else 6, per_device_train_batch_size=8, learning_rate=4e-3,
+    train(trained, rows[0], num_train_epochs=6, max_steps=60 if short else -1, per_device_train_batch_size=8, learning_rate=4e-3,
           description="a small model")  # fmt: skip
     test = batches(rows[1])
     before = evaluate(trained.eval(), test)[0]
