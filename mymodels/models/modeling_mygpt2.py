@@ -243,7 +243,9 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
 
         cache_position = kwargs.pop("cache_position", None)  # by name in the signature, 5.4 and newer would warn
         if cache_position is None:
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length(own_layers[0] if own_layers else 0)
+            past_length = (
+                0 if past_key_values is None else past_key_values.get_seq_length(own_layers[0] if own_layers else 0)
+            )
             cache_position = torch.arange(length, device=given.device) + past_length
 
         packing = None

@@ -74,7 +74,9 @@ def measure(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict:
     model.eval()
     output = model(**inputs)
     output.loss.backward()
-    shapes = {name: tuple(p.to_local().shape if isinstance(p, DTensor) else p.shape) for name, p in model.named_parameters()}
+    shapes = {
+        name: tuple(p.to_local().shape if isinstance(p, DTensor) else p.shape) for name, p in model.named_parameters()
+    }
     gradients = {name: whole(p.grad).detach() for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
         result = {"logits": output.logits.detach(), "inference": model(**inputs).logits, "gradients": gradients}
@@ -113,14 +115,17 @@ def pipeline(cases: dict[str, tuple[Path, list[dict]]]) -> dict:
         model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=split).eval()
         with torch.no_grad():
             outputs = [
-                (model(**inputs).logits, model.generate(**inputs, do_sample=False, max_new_tokens=12)) for inputs in given
+                (model(**inputs).logits, model.generate(**inputs, do_sample=False, max_new_tokens=12))
+                for inputs in given
             ]
         results[name] = {"outputs": outputs, "parameters": [name for name, _ in model.named_parameters()]}
     return results
 
 
 def one_step(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1
+    )  # Adam makes steps of noise where a gradient is 0 (key biases)
     model.train()
     model(**inputs).loss.backward()
     optimizer.step()

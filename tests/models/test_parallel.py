@@ -1,16 +1,28 @@
 """Two processes compute what one does: tensor and pipeline parallel, and fully sharded, by the models' own plans."""
 
+import copy
+import functools
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from processes import measure, pipeline, refusals, run, tensor_parallel
+import torch.distributed.checkpoint as dcp
+from processes import fully_sharded, measure, one_step, pipeline, refusals, reloaded, run, tensor_parallel
 from tiny import SWITCHES, batch, largest_difference, mybert_config, mygpt2_config
+from transformers.distributed import DistributedConfig
 
 import mymodels
-from mymodels import MyGPT2ForCausalLM, open_checkpoint
+from mymodels import MyBertModel, MyGPT2ForCausalLM, MyGPT2Model, open_checkpoint
+
+MODELS_FOLDER = Path(mymodels.__file__).parent / "models"
+HUB_REPO = Path(__file__).parents[2] / "hub_repo"
 
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 BERT_CASES = {
@@ -90,6 +102,7 @@ def two(models, tmp_path_factory) -> list[dict]:
     return run(tensor_parallel, tmp_path_factory.mktemp("two"), cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED_OUT)
 def test_tensor_parallel_is_the_same_model(name: str, models, two) -> None:
     kind, folder = models[name]
@@ -103,15 +116,20 @@ def test_tensor_parallel_is_the_same_model(name: str, models, two) -> None:
         assert torch.equal(result["tokens"], expected["tokens"]) if "tokens" in expected else True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "halved"), HALVED.items())
 def test_each_process_holds_half_of_the_projections(name: str, halved: str, models, two) -> None:
-    full = {key: tuple(p.shape) for key, p in getattr(mymodels, models[name][0]).from_pretrained(models[name][1]).named_parameters()}
+    full = {
+        key: tuple(p.shape)
+        for key, p in getattr(mymodels, models[name][0]).from_pretrained(models[name][1]).named_parameters()
+    }
     for process in two:
         shares = process[name]["shapes"]
         differ = {re.sub(r"\.\d+\.", ".*.", key) for key, shape in shares.items() if shape != full[key]}
         assert differ == set(halved.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED_OUT)
 def test_what_two_processes_save_is_whole(name: str, models, two) -> None:
     folder = models[name][1]
@@ -131,6 +149,7 @@ def test_what_two_processes_save_is_whole(name: str, models, two) -> None:
     assert not [field for field in configs[1] if "plan" in field or "distributed" in field]
 
 
+@pytest.mark.slow
 def test_heads_that_cannot_be_shared_out_are_refused(models, tmp_path: Path) -> None:
     save_random("MyBertForMaskedLM", mybert_config(num_attention_heads=1), tmp_path / "one-head")
     cases = {"multi-query": models["multi-query"], "one-head": ("MyBertForMaskedLM", tmp_path / "one-head")}
@@ -146,6 +165,7 @@ def test_heads_that_cannot_be_shared_out_are_refused(models, tmp_path: Path) -> 
 STAGED = ["stock", "modern", "everything", "untied", "sliding-mixed", "multi-query"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_pipeline_is_the_same_model(processes: int, models, tmp_path: Path) -> None:
     inputs = {key: inputs_for("MyGPT2ForCausalLM")[key] for key in ("input_ids", "attention_mask")}
@@ -159,3 +179,155 @@ def test_pipeline_is_the_same_model(processes: int, models, tmp_path: Path) -> N
                 with torch.no_grad():
                     assert largest_difference(logits, one(**batch_given).logits) <= 1e-5, name
                     assert torch.equal(tokens, one.generate(**batch_given, do_sample=False, max_new_tokens=12)), name
+
+
+TRAINED = ["stock", "everything", "classifier", "masked", "masked-untied"]
+
+
+@pytest.fixture(scope="module")
+def trained(models, tmp_path_factory) -> list[dict]:
+    cases = {name: (*models[name], full_rows(models[name][0])) for name in TRAINED}
+    return run(fully_sharded, tmp_path_factory.mktemp("trained"), cases)
+
+
+def full_rows(kind: str) -> dict[str, torch.Tensor]:
+    """Without padding, so that the mean over processes is the mean over labels."""
+    inputs = inputs_for(kind)
+    inputs = inputs | {"input_ids": inputs["input_ids"].clamp(min=2)}
+    labels = inputs["labels"] if inputs["labels"].ndim == 1 else inputs["input_ids"]
+    return {"input_ids": inputs["input_ids"], "labels": labels}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_fully_sharded_step_is_the_same_step(name: str, models, trained, one_step_done) -> None:
+    expected = one_step_done(name)
+    for process in trained:
+        assert process[name].keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(process[name][key], tensor, rtol=0, atol=1e-5, msg=key)
+        held = sum(process[f"{name} local"].values())
+        assert held <= 0.55 * sum(p.numel() for p in load(*models[name]).parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_saved_sharded_loads_on_one_process(name: str, models, trained, one_step_done) -> None:
+    kind, folder = models[name]
+    expected = one_step_done(name)
+    plain = {"model": {key: torch.empty_like(tensor) for key, tensor in expected.items()}}
+    dcp.load(plain, checkpoint_id=f"{folder}-dcp")
+    gathered = load(kind, f"{folder}-gathered").state_dict()
+    for found in (plain["model"], gathered):
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_what_is_saved_sharded_loads_on_another_layout(models, trained, one_step_done, tmp_path: Path) -> None:
+    tensor, shards = DistributedConfig(tp_size=2), DistributedConfig(fsdp_size=2)
+    cases = {}
+    for name in TRAINED:
+        kind, folder = models[name]
+        cases[f"{name} tensor"] = (kind, f"{folder}-sharded", tensor)
+        cases[f"{name} shards"] = (kind, f"{folder}-gathered", shards)
+    for process in run(reloaded, tmp_path, cases):
+        for case, found in process.items():
+            for key, tensor in one_step_done(case.split()[0]).items():
+                torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5, msg=f"{case} {key}")
+
+
+def load(kind: str, folder) -> torch.nn.Module:
+    return getattr(mymodels, kind).from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def one_step_done(models) -> Callable[[str], dict]:
+    @functools.cache
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        kind, folder = models[name]
+        model = load(kind, folder)
+        one_step(model, full_rows(kind))
+        return {key: tensor.detach() for key, tensor in model.state_dict().items()}
+
+    return weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "auto_class"), [("mygpt2", "AutoModelForCausalLM"), ("mybert", "AutoModelForSequenceClassification")]
+)
+def test_a_hub_folder_with_its_own_code_under_torchrun(name: str, auto_class: str, tmp_path: Path) -> None:
+    folder = tmp_path / f"parallel-{name}"
+    shutil.copytree(HUB_REPO / name, folder)
+    for file in ("layers", "kernels", f"configuration_{name}", f"modeling_{name}"):
+        shutil.copy(MODELS_FOLDER / f"{file}.py", folder)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    script = [Path(__file__).with_name("remote_parallel.py"), folder, auto_class, tmp_path / "out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher in ([], torchrun):
+        done = subprocess.run([sys.executable, *launcher, *script], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, *two = (torch.load(tmp_path / f"out-{rank}.pt") for rank in ("-", 0, 1))
+    for process in two:
+        assert process["sharded"] >= 10
+        assert largest_difference(process["logits"], one["logits"]) <= 1e-5
+        for parameter, gradient in one["gradients"].items():
+            torch.testing.assert_close(process["gradients"][parameter], gradient, rtol=1e-4, atol=1e-5, msg=parameter)
+        assert torch.equal(process["tokens"], one["tokens"]) if "tokens" in one else True
+
+
+class Elsewhere(torch.nn.Identity):
+    """What transformers and vLLM put in the place of a module of another stage."""
+
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, *args, **kwargs):
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+def stage(model: torch.nn.Module, index: int, first_of_second: int) -> torch.nn.Module:
+    """One of two stages, cut by nothing but the model's plan: what it names before its list of layers goes to the first
+    stage, what comes after to the second, as in vLLM."""
+    own = copy.deepcopy(model)
+    names = list(own.pp_plan)
+    (layers,) = (name for name in names if isinstance(own.get_submodule(name), torch.nn.ModuleList))
+    for name in names[: names.index(layers)] if index == 1 else names[names.index(layers) + 1 :]:
+        own.set_submodule(name, Elsewhere())
+    for number in range(len(own.get_submodule(layers))):
+        if (number >= first_of_second) != (index == 1):
+            own.get_submodule(layers)[number] = Elsewhere()
+    return own
+
+
+ENCODERS = {"pooler": {}, "mean": {"pooling": "mean"}, "mix": {"pooling": "attention", "layer_mix": 2}}
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("name", [*SWITCHES, *ENCODERS])
+@torch.no_grad()
+def test_stages_cut_by_the_plan_are_the_same_model(name: str, cut: int) -> None:
+    torch.manual_seed(0)
+    if name in ENCODERS:
+        model = MyBertModel(mybert_config(**ENCODERS[name])).eval()
+        inputs = batch("right") | {"token_type_ids": torch.randint(0, 2, (3, 11))}
+    else:
+        model = MyGPT2Model(mygpt2_config(**SWITCHES[name])).eval()
+        inputs = batch("right") | {"token_type_ids": torch.randint(2, 97, (3, 11))}
+    for padded in (True, False):
+        mask = {"attention_mask": inputs["attention_mask"]} if padded else {}
+        ids = {"input_ids": inputs["input_ids"], "token_type_ids": inputs["token_type_ids"]}
+        expected = model(**ids, **mask)
+        between = stage(model, 0, cut)(**ids, **mask).last_hidden_state
+        found = stage(model, 1, cut)(inputs_embeds=between, token_type_ids=ids["token_type_ids"], **mask)
+        kept = inputs["attention_mask"].bool() if padded else slice(None)
+        assert largest_difference(found[0][kept], expected[0][kept]) <= 1e-5
+        if name in ENCODERS:
+            assert largest_difference(found.pooler_output, expected.pooler_output) <= 1e-5
+
+
+def test_a_mix_of_layers_that_are_on_another_stage_is_refused() -> None:
+    model = MyBertModel(mybert_config(layer_mix=3)).eval()
+    with pytest.raises(ValueError, match="layer_mix=3 reads layers of an earlier pipeline stage"):
+        stage(model, 1, 2)(inputs_embeds=torch.randn(1, 4, 32))
