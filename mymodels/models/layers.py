@@ -108,8 +108,8 @@ class Plan:
 
 
 def is_elsewhere(module: nn.Module) -> bool:
-    """Whether pipeline parallelism (transformers', vLLM's) has put a placeholder here: the module is on another stage."""
-    return isinstance(module, nn.Identity)
+    """Whether pipeline parallelism has put a placeholder here (a kind of `Identity`): the module is on another stage."""
+    return isinstance(module, nn.Identity) and type(module) is not nn.Identity
 
 
 class MyPretrainedConfig(PretrainedConfig):

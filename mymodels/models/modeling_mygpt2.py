@@ -240,12 +240,12 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         # in a pipeline the stages after the first get hidden states as `inputs_embeds`, their own layers come later
         own_layers = [index for index, layer in enumerate(self.layers) if not is_elsewhere(layer)]
         later_stage, staged = is_elsewhere(self.layers[0]), len(own_layers) < len(self.layers)
+        first_of = {self.config.layer_types[index]: index for index in reversed(own_layers)} if staged else {}
 
         cache_position = kwargs.pop("cache_position", None)  # by name in the signature, 5.4 and newer would warn
         if cache_position is None:
-            past_length = (
-                0 if past_key_values is None else past_key_values.get_seq_length(own_layers[0] if own_layers else 0)
-            )
+            first = min(own_layers, default=0)
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first)
             cache_position = torch.arange(length, device=given.device) + past_length
 
         packing = None
@@ -280,9 +280,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                     past_key_values=past_key_values,
                     position_ids=position_ids,
                     cache_position=cache_position,
-                    layer_idx=next((i for i in own_layers if self.config.layer_types[i] == layer_type), None)
-                    if staged
-                    else None,
+                    layer_idx=first_of.get(layer_type),  # whose cache says how much there is; None: any
                 )
                 for layer_type in set(self.config.layer_types)
             }

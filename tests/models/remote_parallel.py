@@ -7,7 +7,6 @@ import torch
 import transformers
 from torch.distributed.tensor import DTensor
 
-
 sys.modules["mymodels"] = None  # type: ignore[assignment]
 
 

@@ -48,9 +48,11 @@ def save_random(kind: str, config, folder: Path) -> None:
 
 def inputs_for(kind: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(2)
-    inputs = batch("right" if "Bert" in kind else "left", rows=4)
+    inputs = batch(
+        "right" if "Bert" in kind else "left", rows=6, length=13
+    )  # more rows than the fast products leave alone
     if kind.endswith("SequenceClassification"):
-        return inputs | {"labels": torch.tensor([0, 1, 1, 0])}
+        return inputs | {"labels": torch.tensor([0, 1, 1, 0, 1, 1])}
     labels = inputs["input_ids"] % (2 if kind.endswith("TokenClassification") else 97)
     return inputs | {"labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}
 
