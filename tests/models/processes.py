@@ -118,7 +118,10 @@ def pipeline(cases: dict[str, tuple[Path, list[dict]]]) -> dict:
                 (model(**inputs).logits, model.generate(**inputs, do_sample=False, max_new_tokens=12))
                 for inputs in given
             ]
-        results[name] = {"outputs": outputs, "parameters": [name for name, _ in model.named_parameters()]}
+            ids = given[0]["input_ids"]
+            cache = model(ids[:, :-1], use_cache=True).past_key_values
+            step = model(ids[:, -1:], past_key_values=cache).logits  # at the position that the cache tells
+        results[name] = {"outputs": outputs, "step": step, "parameters": [name for name, _ in model.named_parameters()]}
     return results
 
 

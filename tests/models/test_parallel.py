@@ -64,6 +64,8 @@ def models(tmp_path_factory) -> dict[str, tuple[str, Path]]:
     for name, switches in SWITCHES.items():
         found[name] = ("MyGPT2ForCausalLM", folder / name)
         save_random(*found[name][:1], mygpt2_config(**switches, **NO_DROPOUT), folder / name)
+    found["last-token"] = ("MyGPT2ForSequenceClassification", folder / "last-token")
+    save_random(found["last-token"][0], mygpt2_config(**SWITCHES["modern"], **NO_DROPOUT), folder / "last-token")
     for name, (kind, switches) in BERT_CASES.items():
         found[name] = (kind, folder / name)
         drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -71,7 +73,7 @@ def models(tmp_path_factory) -> dict[str, tuple[str, Path]]:
     return found
 
 
-SHARED_OUT = [name for name in [*SWITCHES, *BERT_CASES] if name != "multi-query"]
+SHARED_OUT = [name for name in [*SWITCHES, "last-token", *BERT_CASES] if name != "multi-query"]
 
 
 GPT2_HALVED = """
@@ -177,6 +179,7 @@ def test_pipeline_is_the_same_model(processes: int, models, tmp_path: Path) -> N
         for name in STAGED:
             one = MyGPT2ForCausalLM.from_pretrained(models[name][1]).eval()
             assert len(result[name]["parameters"]) < len(list(one.parameters()))
+            assert largest_difference(result[name]["step"], result[name]["outputs"][0][0][:, -1:]) <= 1e-5, name
             for (logits, tokens), batch_given in zip(result[name]["outputs"], given):
                 with torch.no_grad():
                     assert largest_difference(logits, one(**batch_given).logits) <= 1e-5, name
@@ -277,6 +280,35 @@ def test_a_hub_folder_with_its_own_code_under_torchrun(name: str, auto_class: st
         for parameter, gradient in one["gradients"].items():
             torch.testing.assert_close(process["gradients"][parameter], gradient, rtol=1e-4, atol=1e-5, msg=parameter)
         assert torch.equal(process["tokens"], one["tokens"]) if "tokens" in one else True
+
+
+@pytest.mark.parametrize("name", [*SWITCHES, *BERT_CASES])
+def test_every_rule_of_every_plan_names_a_module(name: str) -> None:
+    if name in SWITCHES:
+        model = MyGPT2ForCausalLM(mygpt2_config(**SWITCHES[name]))
+    else:
+        kind, switches = BERT_CASES[name]
+        model = getattr(mymodels, kind)(mybert_config(**switches))
+    modules = {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, _ in model.named_modules()}
+    for plan in (model.tp_plan, model.pp_plan, model.fsdp_plan):
+        assert plan and not set(plan) - modules - {"bert.pooler"}  # not built under the heads that read every token
+    projections = {path for path in modules if re.search(r"layers?\.\*\..*(_proj|query|key|value|dense)$", path)}
+    assert projections <= set(model.tp_plan)
+
+
+def test_plans_follow_the_switches_and_stay_out_of_config_json(tmp_path: Path) -> None:
+    config = mygpt2_config()
+    assert "layers.*.mlp.gate_proj" not in config.base_model_tp_plan and "embed_positions" in config.base_model_pp_plan
+    config.mlp_type, config.position_embedding_type = "gated", "rope"
+    assert config.base_model_tp_plan["layers.*.mlp.gate_proj"] == "colwise"
+    assert "embed_positions" not in config.base_model_pp_plan
+    for made in (config, mybert_config()):
+        made.save_pretrained(tmp_path)
+        assert "plan" not in (tmp_path / "config.json").read_text()
+        assert type(made).from_pretrained(tmp_path).base_model_pp_plan == made.base_model_pp_plan
+    of_my_own = mygpt2_config(base_model_tp_plan={"layers.*.mlp.up_proj": "colwise"})
+    assert MyGPT2Model(of_my_own).tp_plan["layers.*.mlp.up_proj"] == "colwise"
+    assert "layers.*.self_attn.q_proj" not in MyGPT2Model(of_my_own).tp_plan
 
 
 class Elsewhere(torch.nn.Identity):
