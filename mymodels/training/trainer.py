@@ -39,8 +39,10 @@ class Trainer(transformers.Trainer):
     - A loss or gradient that is NaN or infinite stops the run with a `FloatingPointError` that names step and examples,
       before it gets into the weights.
 
-    Under DeepSpeed its own files are in a checkpoint too (`global_step…`, pickles), and a bad gradient is not seen before
-    the loss that it makes. What is logged between two `logging_steps` is averaged anew after a resume: save on a logging step to log the same.
+    DeepSpeed puts files of its own into a checkpoint (`global_step…`, pickles), and takes its step within `backward`: there
+    the `FloatingPointError` comes after it.
+
+    What is logged between two `logging_steps` is averaged anew after a resume: save on a logging step to log the same.
     """
 
     _staging: str | None = None  # where a checkpoint is being written
