@@ -10,6 +10,7 @@ import torch
 
 import mymodels
 from mymodels import open_checkpoint
+from mymodels.checkpoints.replacing import replace_folder
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["deepspeed==0.19.8", "hjson==3.1.0", "einops==0.8.2", "py-cpuinfo==9.0.0", "msgpack==1.2.4"]
@@ -20,19 +21,10 @@ pytestmark = pytest.mark.versions
 @pytest.fixture(scope="module")
 def deepspeed() -> Path:
     folder = Path(os.environ.get("MYMODELS_CACHE") or ROOT / ".cache") / "deepspeed"
-    if not (folder / "deepspeed").is_dir():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "--target",
-            folder,
-        ]
-        subprocess.run([*pip, *PACKAGES], check=True)
+    if not folder.is_dir():
+        with replace_folder(folder) as new:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", new, *PACKAGES]
+            subprocess.run(pip, check=True)
     return folder
 
 
