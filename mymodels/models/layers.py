@@ -80,6 +80,10 @@ class _TieWeights53(PreTrainedModel):
         super().tie_weights(missing_keys=missing_keys, **kwargs)
 
 
+# names of tensor-parallel styles; the second one is needed to train, and not known before 5.3
+SHARED_OUT_AND_GATHERED = "colwise_gather_output" if TRANSFORMERS_VERSION >= (5, 1) else "colwise_rep"
+WHOLE_BUT_SEES_A_SHARE = "replicated_with_grad_allreduce" if TRANSFORMERS_VERSION >= (5, 3) else None
+
 _Bridge = _TieWeights53 if TRANSFORMERS_VERSION == (5, 3) else PreTrainedModel
 
 # ---- end of the bridge -----------------------------------------------------------------------------------------------
@@ -88,6 +92,24 @@ _Bridge = _TieWeights53 if TRANSFORMERS_VERSION == (5, 3) else PreTrainedModel
 # by up to 2e-3 (the threads race to pick a kernel). Making it once on one element first takes the race away.
 for _function in (torch.exp, torch.tanh):
     _function(torch.zeros(1, device="cpu"))
+
+
+class Plan:
+    """A parallel plan that depends on a config's switches: read like an attribute, never saved with the config.
+
+    One that is set on a config, by its `config.json` for example, goes before it.
+    """
+
+    def __init__(self, make: Callable[[Any], dict[str, Any]]):
+        self.make, self.__doc__ = make, make.__doc__
+
+    def __get__(self, config: Any, owner: Any = None) -> Any:
+        return self if config is None else self.make(config)
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether pipeline parallelism has put a placeholder here (a kind of `Identity`): the module is on another stage."""
+    return isinstance(module, nn.Identity) and type(module) is not nn.Identity
 
 
 class MyPretrainedConfig(PretrainedConfig):
@@ -122,6 +144,15 @@ class MyPretrainedConfig(PretrainedConfig):
     def _require(self, condition: bool, field: str, need: str) -> None:
         if not condition:
             raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r}, but it must be {need}")
+
+    def _require_whole_heads(self, *fields: str) -> None:
+        # set by `from_pretrained`; None: the plan of this config, a dict: the caller's own
+        distributed = getattr(self, "distributed_config", None)
+        size = getattr(distributed, "tp_size", None) or 1
+        if not isinstance(getattr(distributed, "tp_plan", None), dict):
+            for field in fields:
+                need = f"a multiple of tp_size={size}: each of these processes takes whole heads"
+                self._require(getattr(self, field) % size == 0, field, need)
 
     def check_consistency(self) -> None:
         """Raise a `ValueError` that names the first field whose value is impossible, with the value and the remedy."""

@@ -31,6 +31,7 @@ from .layers import (
     check_length,
     counts_padding,
     create_bidirectional_mask,
+    is_elsewhere,
     packed_lengths,
     packed_sequence_ids,
     readable,
@@ -322,7 +323,11 @@ class MyBertModel(MyBertPreTrainedModel):
             input_ids, inputs_embeds = packing.take(input_ids), packing.take(inputs_embeds)
             token_type_ids, position_ids = packing.take(token_type_ids), packing.take(position_ids)
 
-        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        own_layers = [layer for layer in self.encoder.layer if not is_elsewhere(layer)]
+        if is_elsewhere(self.encoder.layer[0]):  # a pipeline's stages after the first get hidden states
+            hidden_states = inputs_embeds
+        else:
+            hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = None
         if packing is None:
             apart = {}
@@ -332,7 +337,7 @@ class MyBertModel(MyBertPreTrainedModel):
             mask = create_bidirectional_mask(self.config, hidden_states, attention_mask, **apart)
 
         all_hidden_states, all_attentions = [hidden_states], []
-        for layer in self.encoder.layer:
+        for layer in own_layers:
             hidden_states, weights = layer(
                 hidden_states, attention_mask=mask, position_ids=position_ids, packing=packing, **kwargs
             )
@@ -341,7 +346,12 @@ class MyBertModel(MyBertPreTrainedModel):
                 del all_hidden_states[: -(self.config.layer_mix or 1)]
             if output_attentions:
                 all_attentions.append(weights)
-        if self.layer_mix is not None:
+        if self.layer_mix is not None and not is_elsewhere(self.layer_mix):
+            if self.config.layer_mix > len(all_hidden_states):
+                raise ValueError(
+                    f"layer_mix={self.config.layer_mix} reads layers of an earlier pipeline stage, and this one has only "
+                    f"{len(own_layers)}: use fewer stages"
+                )
             hidden_states = self.layer_mix(all_hidden_states[-self.config.layer_mix :])
         if packing is not None:
             hidden_states = packing.put(hidden_states)
@@ -505,6 +515,7 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
     """MyBert with a masked-language-model head."""
 
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    _fsdp_plan = {"cls.predictions.decoder": "keep_full_weight"}
 
     def __init__(self, config: MyBertConfig):
         super().__init__(config)

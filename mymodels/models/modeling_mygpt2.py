@@ -23,6 +23,7 @@ from .configuration_mygpt2 import MyGPT2Config
 from .kernels import causal_lm_loss, fast_products, linear, make_activation
 from .layers import (
     NORMS,
+    SHARED_OUT_AND_GATHERED,
     MyPreTrainedModel,
     Packing,
     apply_rotary,
@@ -32,6 +33,7 @@ from .layers import (
     counts_padding,
     create_causal_mask,
     create_sliding_window_causal_mask,
+    is_elsewhere,
     packed_lengths,
     readable,
     rotary_cos_sin,
@@ -235,10 +237,15 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             use_cache, past_key_values = False, None
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
         rows, length = given.shape[:2]
+        # in a pipeline the stages after the first get hidden states as `inputs_embeds`, their own layers come later
+        own_layers = [index for index, layer in enumerate(self.layers) if not is_elsewhere(layer)]
+        later_stage, staged = is_elsewhere(self.layers[0]), len(own_layers) < len(self.layers)
+        first_of = {self.config.layer_types[index]: index for index in reversed(own_layers)} if staged else {}
 
         cache_position = kwargs.pop("cache_position", None)  # by name in the signature, 5.4 and newer would warn
         if cache_position is None:
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            first = min(own_layers, default=0)
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first)
             cache_position = torch.arange(length, device=given.device) + past_length
 
         packing = None
@@ -273,6 +280,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                     past_key_values=past_key_values,
                     position_ids=position_ids,
                     cache_position=cache_position,
+                    layer_idx=first_of.get(layer_type),  # whose cache says how much there is; None: any
                 )
                 for layer_type in set(self.config.layer_types)
             }
@@ -280,19 +288,22 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         hidden_states, rotary = inputs_embeds, None
-        if learned:
+        if learned and not later_stage:
             check_ids("position_ids", positions, limit, "max_position_embeddings")
             hidden_states = hidden_states + self.embed_positions(positions).to(hidden_states.device)
         elif self.config.position_embedding_type == "rope":
             rotary = rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
-        if token_type_ids is not None:
+        if token_type_ids is not None and not later_stage:
             check_ids("token_type_ids", token_type_ids, self.config.vocab_size, "vocab_size")
             hidden_states = hidden_states + self.embed_tokens(token_type_ids)
-        hidden_states = self.dropout(hidden_states)
+        if not later_stage:
+            hidden_states = self.dropout(hidden_states)
 
         all_hidden_states, all_attentions = [], []
         # the depth by the config: assisted decoding with an early exit lowers it for a while
         for layer, layer_type in zip(self.layers[: self.config.num_hidden_layers], self.config.layer_types):
+            if is_elsewhere(layer):
+                continue
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             hidden_states, weights = layer(
@@ -325,6 +336,9 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
     """MyGPT2 with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": SHARED_OUT_AND_GATHERED}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MyGPT2Config):
         super().__init__(config)

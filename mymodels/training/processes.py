@@ -13,7 +13,15 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
 
     accelerate by itself ignores on CPUs that it was started several times, and that it is to shard; and it keeps the
     precision of the first `Accelerator` of a process for all later ones.
+
+    Raises:
+        ValueError: started for DeepSpeed, which steps by itself and keeps its optimizer where no checkpoint of ours could.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ValueError(
+            "this loop does not run under DeepSpeed: launch it with accelerate_configs/fsdp2.yaml, which shares out what "
+            "ZeRO-3 does, or train by mymodels.Trainer, which takes accelerate_configs/deepspeed_zero3.yaml"
+        )
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
     state = accelerator.state

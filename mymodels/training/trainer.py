@@ -39,6 +39,9 @@ class Trainer(transformers.Trainer):
     - A loss or gradient that is NaN or infinite stops the run with a `FloatingPointError` that names step and examples,
       before it gets into the weights.
 
+    DeepSpeed puts files of its own into a checkpoint (`global_step…`, pickles), and takes its step within `backward`: there
+    the `FloatingPointError` comes after it.
+
     What is logged between two `logging_steps` is averaged anew after a resume: save on a logging step to log the same.
     """
 
