@@ -23,7 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from mymodels import MyGPT2Config, MyGPT2ForCausalLM, load_sample_text
 from mymodels.demo import batches, windows
-from mymodels.training.loop import evaluate, train
+from mymodels.training.evaluation import evaluate
+from mymodels.training.loop import train
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated.*")

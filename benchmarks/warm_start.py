@@ -21,7 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mymodels import MyGPT2ForCausalLM, load_sample_text, warm_start
 from mymodels.demo import batches, windows
-from mymodels.training.loop import evaluate, train
+from mymodels.training.evaluation import evaluate
+from mymodels.training.loop import train
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 SIZES = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 128}
