@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_mygpt2 import MyGPT2Config
-from .kernels import causal_lm_loss, fast_products, linear, make_activation
+from .kernels import causal_lm_loss, fast_products, linear, make_activation, product_of, soft_cap
 from .layers import (
     NORMS,
     SHARED_OUT_AND_GATHERED,
@@ -125,7 +125,7 @@ class MyGPT2DenseMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(self.down_proj, self.act_fn(linear(self.up_proj, x)))
+        return product_of(self.act_fn, self.down_proj, linear(self.up_proj, x))
 
 
 class MyGPT2GatedMLP(nn.Module):
@@ -138,7 +138,10 @@ class MyGPT2GatedMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
+        return product_of(self.gated, self.down_proj, linear(self.gate_proj, x), linear(self.up_proj, x))
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(gate) * up
 
 
 MLPS = {"dense": MyGPT2DenseMLP, "gated": MyGPT2GatedMLP}
@@ -397,10 +400,11 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
         with fast_products(outputs.last_hidden_state):
             logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
         cap = self.config.final_logit_softcapping
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = soft_cap(logits, cap)
         loss = None
         if labels is not None:
+            if self.loss_function is causal_lm_loss:
+                kwargs["made_of"] = (outputs.last_hidden_state, self.lm_head, cap)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

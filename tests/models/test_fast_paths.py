@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
-from mymodels.models.kernels import ONE_DNN, causal_lm_loss, fast_products, make_activation
+from mymodels.models.kernels import ONE_DNN, causal_lm_loss, fast_products, make_activation, product_of, soft_cap
 
 needs_one_dnn = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
 
@@ -111,6 +111,64 @@ def test_loss_in_several_pieces() -> None:
         results.append((loss, leaf.grad))
     for mine, theirs in zip(*results):
         assert largest_difference(mine, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("vocab_size", [19, 9000])  # the second: three parts of the vocabulary
+def test_loss_that_makes_its_logits_again(vocab_size: int, bias: bool, cap: float | None) -> None:
+    """What it was made of and the logits: first and second derivatives, also if the logits serve another loss too."""
+    head, states = torch.nn.Linear(8, vocab_size, bias=bias), torch.randn(2, 7, 8, requires_grad=True)
+    labels, leaves = torch.randint(0, vocab_size, (2, 7)), [states, *head.parameters()]
+    labels[0, :4] = -100
+    results = []
+    for made_of in ((states, head, cap), None):
+        logits = soft_cap(head(states), cap)
+        given = {"logits": logits, "labels": labels, "vocab_size": vocab_size}
+        loss = causal_lm_loss(**given, made_of=made_of) if made_of else ForCausalLMLoss(**given)
+        loss = loss + logits.square().mean()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        again = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in again), leaves)
+        results.append((loss, *first, *again, *second))
+    for mine, theirs in zip(*results):
+        assert largest_difference(mine, theirs) <= 1e-5
+
+
+def kept_for_backward(call) -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: shapes.append(tuple(kept.shape)) or kept, lambda it: it):
+        call()
+    return shapes
+
+
+def test_training_keeps_no_logits_and_one_state_of_the_mlp() -> None:
+    config = mygpt2_config(vocab_size=97, intermediate_size=56)
+    model, ids = MyGPT2ForCausalLM(config).train(), torch.randint(2, 97, (3, 11))
+    shapes = kept_for_backward(lambda: model(ids, labels=ids))
+    assert (3, 11, 97) not in shapes and (33, 97) not in shapes
+    # for the activation's gradient and for the product's: the same tensor, kept once
+    assert shapes.count((3, 11, 56)) == config.num_hidden_layers
+    model.loss_function = ForCausalLMLoss
+    assert (33, 97) in kept_for_backward(lambda: model(ids, labels=ids))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("count, function", [(1, torch.nn.SiLU()), (2, lambda gate, up: gate.tanh() * up)])
+def test_product_of_something_computed_again(count: int, function, bias: bool) -> None:
+    layer = torch.nn.Linear(8, 6, bias=bias)
+    inputs = [torch.randn(2, 3, 8, requires_grad=True) for _ in range(count)]
+    leaves = [*inputs, *layer.parameters()]
+    results = []
+    for output in (product_of(function, layer, *inputs), layer(function(*inputs))):
+        first = torch.autograd.grad(output.tanh().sum(), leaves, retain_graph=True)
+        again = torch.autograd.grad(output.tanh().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in again), leaves)
+        results.append((output, *first, *again, *second))
+    for mine, theirs in zip(*results):
+        assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+    product_of(function, layer, *(tensor.detach() for tensor in inputs)).sum().backward()  # of the parameters alone
+    assert layer.weight.grad is not None
 
 
 def test_nothing_to_predict_is_as_in_transformers() -> None:
