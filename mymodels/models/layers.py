@@ -381,18 +381,62 @@ def attend(
     With `packing` (a batch of one row) it runs sequence by sequence, those of one length together.
     """
     function = get_attention_function(module.config._attn_implementation, eager_attention_forward)
+    window = kwargs.get("sliding_window")
     if packing is None:
+        if (
+            attention_mask is None
+            and attends_in_blocks(module.config, query, window)
+            and query.shape[2] == key.shape[2]
+        ):
+            return _attend_in_blocks(function, module, query, key, value, window, **kwargs), None
         return function(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)  # of the whole row
-    window, start, pieces = kwargs.get("sliding_window"), 0, []
+    start, pieces = 0, []
     for length, count in packing.groups:
         rows = slice(start, start := start + length * count)
-        parts = (states[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value))
-        band = None
+        parts = [states[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value)]
         if window is not None and length > window:
-            band = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
-        pieces.append(function(module, *parts, band, **kwargs)[0].flatten(0, 1))
+            piece = _attend_in_blocks(function, module, *parts, window=window, **kwargs)
+        else:
+            piece = function(module, *parts, None, **kwargs)[0]
+        pieces.append(piece.flatten(0, 1))
     return torch.cat(pieces)[None], None
+
+
+def attends_in_blocks(config: PretrainedConfig, states: torch.Tensor, window: int | None) -> bool:
+    """Whether a layer with this sliding window takes rows `[batch, heads, length, …]` in blocks, and needs no mask."""
+    fast = states.device.type == "cpu" and config._attn_implementation == "sdpa" and readable()
+    return fast and window is not None and states.shape[2] > window
+
+
+def _attend_in_blocks(
+    function: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Causal attention to the last `window` tokens, in time that grows with the length and not with its square.
+
+    A block of queries sees its own keys and the `window - 1` before them. Shapes as in `eager_attention_forward`.
+    """
+    rows, length = query.shape[0], query.shape[2]
+    size = min(length, max(window, 64))
+    blocks, before = -(-length // size), window - 1
+    fill = blocks * size - length
+    query = nn.functional.pad(query, (0, 0, 0, fill)).unflatten(2, (blocks, size))  # [B, H, blocks, size, D]
+    key, value = (  # [B, K, blocks, before + size, D]
+        nn.functional.pad(states, (0, 0, before, fill)).unfold(2, before + size, size).transpose(-1, -2)
+        for states in (key, value)
+    )
+    parts = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    seen = torch.ones(size, before + size, dtype=torch.bool, device=query.device).triu().tril(before)
+    seen = seen.repeat(rows, blocks, 1, 1)
+    seen[:, 0, :, :before] = False  # nothing is before the first block
+    mixed = function(module, *parts, seen.flatten(0, 1)[:, None], **kwargs)[0]  # [B × blocks, size, H, D]
+    return mixed.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :length]
 
 
 def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:

@@ -28,6 +28,7 @@ from .layers import (
     Packing,
     apply_rotary,
     attend,
+    attends_in_blocks,
     check_ids,
     check_length,
     counts_padding,
@@ -194,6 +195,27 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
     def get_decoder(self) -> nn.Module:
         return self
 
+    def _layers_in_blocks(
+        self,
+        given: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        layer_idx: int,
+    ) -> set[str]:
+        """The layer types that run in blocks without a mask: with a window, on whole rows with nothing before them."""
+        if not attends_in_blocks(self.config, given[:, None], self.config.sliding_window):
+            return set()
+        if past_key_values is not None and (
+            type(past_key_values) is not DynamicCache or past_key_values.get_seq_length(layer_idx) > 0
+        ):
+            return set()
+        if attention_mask is None:
+            whole = position_ids is None or past_key_values is not None  # else rows may be packed
+        else:
+            whole = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())
+        return {"sliding_attention"} & set(self.config.layer_types) if whole else set()
+
     @can_return_tuple
     def forward(
         self,
@@ -246,8 +268,8 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         first_of = {self.config.layer_types[index]: index for index in reversed(own_layers)} if staged else {}
 
         cache_position = kwargs.pop("cache_position", None)  # by name in the signature, 5.4 and newer would warn
+        first = min(own_layers, default=0)
         if cache_position is None:
-            first = min(own_layers, default=0)
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first)
             cache_position = torch.arange(length, device=given.device) + past_length
 
@@ -270,8 +292,9 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
 
+        in_blocks = self._layers_in_blocks(given, attention_mask, position_ids, past_key_values, first)
         # Masks before the cache: transformers looks for packed sequences only where there is none.
-        masks = attention_mask
+        masks: Any = attention_mask
         if packing is not None:
             masks = dict.fromkeys(self.config.layer_types)  # None: each sequence by itself
         elif not isinstance(masks, dict):
@@ -285,8 +308,9 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                     cache_position=cache_position,
                     layer_idx=first_of.get(layer_type),  # whose cache says how much there is; None: any
                 )
-                for layer_type in set(self.config.layer_types)
+                for layer_type in set(self.config.layer_types) - in_blocks
             }
+            masks |= dict.fromkeys(in_blocks)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 

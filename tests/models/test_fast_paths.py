@@ -171,6 +171,59 @@ def test_product_of_something_computed_again(count: int, function, bias: bool) -
     assert layer.weight.grad is not None
 
 
+def attended_pairs(call) -> list[int]:
+    """Queries × keys of every attention that `call` computes."""
+
+    class Pairs(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "scaled_dot_product" in function.name() and "backward" not in function.name():
+                found.append(args[0].shape[0] * args[0].shape[2] * args[1].shape[2])
+            return function(*args, **(kwargs or {}))
+
+    found: list[int] = []
+    with Pairs():
+        call()
+    return found
+
+
+@pytest.mark.parametrize("window, length", [(4, 5), (4, 64), (4, 65), (4, 200), (100, 101), (100, 250), (1, 70)])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_sliding_window_in_blocks(position: str, window: int, length: int) -> None:
+    """The states and gradients of attention written out, from whole rows, with a cache, padded and packed."""
+    config = mygpt2_config(
+        position_embedding_type=position, sliding_window=window, n_positions=256, num_key_value_heads=2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], num_hidden_layers=3,
+    )  # fmt: skip
+    model, ids = MyGPT2ForCausalLM(config).eval(), torch.randint(2, 97, (2, length))
+    mask = torch.ones_like(ids)
+    padded = mask.clone()
+    padded[1, length // 2 :] = 0
+    cases = [{}, {"attention_mask": mask}, {"use_cache": True}, {"attention_mask": padded}]
+    cases += [{"position_ids": torch.cat([torch.arange(length - 3), torch.arange(3)])[None].expand(2, -1)}]
+    cases += [{**cases[-1], "output_hidden_states": True}]
+    for given in cases:
+        results = []
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            model.zero_grad()
+            output = model(ids, **({"use_cache": False} | given))
+            logits = output.logits * given.get("attention_mask", mask)[..., None]
+            logits.square().mean().backward()
+            results.append((logits, model.model.layers[0].self_attn.k_proj.weight.grad))
+        for mine, theirs in zip(*results):
+            assert largest_difference(mine, theirs) <= 1e-5, given.keys()
+
+
+def test_sliding_window_grows_with_the_length_alone() -> None:
+    model = MyGPT2ForCausalLM(mygpt2_config(sliding_window=16, n_positions=2048)).eval()
+
+    def cost(length: int, use_cache: bool) -> int:
+        return sum(attended_pairs(lambda: model(torch.randint(2, 97, (2, length)), use_cache=use_cache)))
+
+    costs = [cost(length, use_cache) for length in (512, 1024) for use_cache in (False, True)]
+    assert costs[2:] == [2 * cost for cost in costs[:2]] and costs[0] == costs[1]
+
+
 def test_nothing_to_predict_is_as_in_transformers() -> None:
     given = {"logits": torch.randn(1, 3, 19), "labels": torch.full((1, 3), -100), "vocab_size": 19}
     assert causal_lm_loss(**given).isnan() and ForCausalLMLoss(**given).isnan()
