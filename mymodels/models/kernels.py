@@ -82,8 +82,19 @@ def fast_products(states: torch.Tensor) -> AbstractContextManager:
     return FastProducts() if fast else nullcontext()
 
 
+class FewRowProducts(TorchFunctionMode):
+    """`FastProducts` for a step of generation: no graph to record, and a weight that is small goes to torch."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is nn.functional.linear and not kwargs and _serves(*args):
+            states, weight, bias = (*args, None)[:3]
+            if bias is not None and states.numel() == weight.shape[1]:  # one row: its kernel with a bias is a slower one
+                return _one_dnn(states, weight).add_(bias)
+            return _one_dnn(states, weight, bias)
+        return function(*args, **(kwargs or {}))
+
+
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def few_rows(states: torch.Tensor) -> bool:
@@ -91,28 +102,18 @@ def few_rows(states: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() and states.shape[:-1].numel() <= 64
 
 
-def linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """`layer(states)`; with few rows, by oneDNN without a mode if `layer` is a plain `nn.Linear` nothing hooks into."""
-    if not ONE_DNN or type(layer) is not nn.Linear or not readable() or not few_rows(states):
-        return layer(states)
-    own = vars(layer)
-    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
-    if (
-        type(weight) is not nn.Parameter  # quantised, distributed, pruned, …
-        or weight.numel() < 1 << 17  # its own start takes longer
-        or not (states.dtype is weight.dtype is torch.float32)
-        or not (states.is_cpu and weight.is_cpu)
-        or states.ndim < 2
-        or states.numel() == 0
-        or "forward" in own  # replaced, by accelerate for one
-        or any(own[hooks] for hooks in HOOKS)
-        or not torch.backends.mkldnn.enabled
-        or torch.is_autocast_enabled("cpu")
-    ):
-        return layer(states)
-    if bias is not None and states.numel() == weight.shape[1]:  # one row: its kernel with a bias is a slower one
-        return _OneDnnLinear.forward(states, weight, None).add_(bias)
-    return _OneDnnLinear.forward(states, weight, bias)
+def few_row_products(layer: nn.Module, states: torch.Tensor) -> AbstractContextManager:
+    """The context for a few `nn.Linear`s, of `layer`'s size, on `states`: around these alone a mode pays with few rows.
+
+    Serving engines look for plain calls such as `self.q_proj(hidden_states)` in the source, hence a context.
+    """
+    plain = type(states) is torch.Tensor and states.is_cpu and states.dtype is torch.float32
+    if not (plain and ONE_DNN and readable() and few_rows(states)):
+        return nullcontext()
+    weight = getattr(layer, "weight", None)
+    large = isinstance(weight, torch.Tensor) and weight.numel() >= 1 << 17  # else its own start takes longer
+    fast = large and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return FewRowProducts() if fast else nullcontext()
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -23,7 +23,7 @@ if TRANSFORMERS_VERSION < (4, 56):
     )
 
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils  # noqa: E402
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ATTENTION_FUNCTIONS  # noqa: E402
 
 
 def _bridge_mask(create_mask: Callable) -> Callable:
@@ -64,11 +64,18 @@ else:  # 4.56, 4.57: a causal mask opened in the forward direction too; padding 
         )
 
 
-def get_attention_function(name: str, default: Callable) -> Callable:
-    """The attention function registered as `name` ("sdpa", "flash_attention_2", an engine's own, …), or `default`."""
-    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # after 5.0
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
-    return default if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+class _AttentionFunctions50:
+    """4.56 … 5.0: the attention functions without `get_interface`, which later releases have."""
+
+    @staticmethod
+    def get_interface(name: str, default: Callable) -> Callable:
+        return default if name == "eager" else _ATTENTION_FUNCTIONS[name]
+
+
+# what is registered ("sdpa", "flash_attention_2", an engine's own, …); "eager" is the default that is given
+ALL_ATTENTION_FUNCTIONS = (
+    _ATTENTION_FUNCTIONS if hasattr(_ATTENTION_FUNCTIONS, "get_interface") else _AttentionFunctions50
+)
 
 
 class _TieWeights53(PreTrainedModel):
@@ -336,22 +343,20 @@ class Packing:
         return flat.unflatten(0, self.shape)
 
 
-def attend(
+def attend_apart(
+    function: Callable,
+    packing: Packing,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    packing: Packing | None = None,
+    attention_mask: None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function that the model is set to, on `[batch, heads, length, head_dim]`; see `eager_attention_forward`.
+) -> tuple[torch.Tensor, None]:
+    """An attention `function` on a batch of one row, sequence by sequence, those of one length together.
 
-    With `packing` (a batch of one row) it runs sequence by sequence, those of one length together.
+    Shapes as in `eager_attention_forward`.
     """
-    function = get_attention_function(module.config._attn_implementation, eager_attention_forward)
-    if packing is None:
-        return function(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)  # of the whole row
     window, start, pieces = kwargs.get("sliding_window"), 0, []
     for length, count in packing.groups:

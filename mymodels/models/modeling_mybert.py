@@ -7,6 +7,7 @@ Modules and parameters have stock BERT's own names, so that a stock checkpoint l
 Shapes in comments: B batch, T tokens, H heads, D head width, C hidden_size, L labels.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +25,15 @@ from transformers.utils import can_return_tuple
 from .configuration_mybert import MyBertConfig
 from .kernels import fast_products, make_activation
 from .layers import (
+    ALL_ATTENTION_FUNCTIONS,
     MyPreTrainedModel,
     Packing,
-    attend,
+    attend_apart,
     check_ids,
     check_length,
     counts_padding,
     create_bidirectional_mask,
+    eager_attention_forward,
     packed_lengths,
     packed_sequence_ids,
     readable,
@@ -68,7 +71,8 @@ class MyBertEmbeddings(nn.Module):
 
 # `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
 # `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
-# `attend` does the one or the other.
+# vLLM reads the source of `forward` too: the function has to be looked up there and called once, with `scaling=`, and
+# each projection to be called plainly, once.
 class MyBertSelfAttention(nn.Module):
     def __init__(self, config: MyBertConfig, layer_idx: int):
         super().__init__()
@@ -83,13 +87,20 @@ class MyBertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packing: Packing | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.query(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, D]
         key = self.key(hidden_states).view(heads).transpose(1, 2)
         value = self.value(hidden_states).view(heads).transpose(1, 2)
-        mixed, weights = attend(
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(packing, Packing):
+            attention = partial(attend_apart, attention, packing)
+        mixed, weights = attention(
             self,
             query,
             key,

@@ -5,6 +5,7 @@
 Shapes in comments: B batch, T tokens, H query heads, K key/value heads, D head_dim, C hidden_size.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +21,20 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_mygpt2 import MyGPT2Config
-from .kernels import causal_lm_loss, fast_products, linear, make_activation
+from .kernels import causal_lm_loss, fast_products, few_row_products, make_activation
 from .layers import (
+    ALL_ATTENTION_FUNCTIONS,
     NORMS,
     MyPreTrainedModel,
     Packing,
     apply_rotary,
-    attend,
+    attend_apart,
     check_ids,
     check_length,
     counts_padding,
     create_causal_mask,
     create_sliding_window_causal_mask,
+    eager_attention_forward,
     packed_lengths,
     readable,
     rotary_cos_sin,
@@ -47,7 +50,8 @@ def make_norm(config: MyGPT2Config, width: int) -> nn.Module:
 
 # `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
 # `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
-# `attend` does the one or the other.
+# vLLM reads the source of `forward` too: the function has to be looked up there and called once, with `scaling=`, and
+# each projection to be called plainly, once.
 class MyGPT2Attention(nn.Module):
     """Causal self-attention, grouped-query if `num_key_value_heads < num_attention_heads`."""
 
@@ -83,12 +87,14 @@ class MyGPT2Attention(nn.Module):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         cache_position: torch.Tensor,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = linear(self.q_proj, hidden_states).view(heads)  # [B, T, H, D]
-        key = linear(self.k_proj, hidden_states).view(heads)  # [B, T, K, D]
-        value = linear(self.v_proj, hidden_states).view(heads)
+        with few_row_products(self.o_proj, hidden_states):
+            query = self.q_proj(hidden_states).view(heads)  # [B, T, H, D]
+            key = self.k_proj(hidden_states).view(heads)  # [B, T, K, D]
+            value = self.v_proj(hidden_states).view(heads)
         if self.qk_norm:
             # under autocast the projections are narrower than the norm's weight
             wide = self.q_norm.weight.dtype
@@ -96,11 +102,15 @@ class MyGPT2Attention(nn.Module):
             key = self.k_norm(key.to(wide)).to(value.dtype)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H or K, T, D]
         if rotary is not None:
-            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+            cos, sin = rotary
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
-        mixed, weights = attend(
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(packing, Packing):
+            attention = partial(attend_apart, attention, packing)
+        mixed, weights = attention(
             self,
             query,
             key,
@@ -111,7 +121,8 @@ class MyGPT2Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )  # [B, T, H, D]
-        return linear(self.o_proj, mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+        with few_row_products(self.o_proj, hidden_states):
+            return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class MyGPT2DenseMLP(nn.Module):
@@ -123,7 +134,8 @@ class MyGPT2DenseMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(self.down_proj, self.act_fn(linear(self.up_proj, x)))
+        with few_row_products(self.down_proj, x):
+            return self.down_proj(self.act_fn(self.up_proj(x)))
 
 
 class MyGPT2GatedMLP(nn.Module):
@@ -136,7 +148,8 @@ class MyGPT2GatedMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
+        with few_row_products(self.down_proj, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 MLPS = {"dense": MyGPT2DenseMLP, "gated": MyGPT2GatedMLP}
@@ -380,8 +393,9 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        with fast_products(outputs.last_hidden_state):
-            logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
+        states = outputs.last_hidden_state
+        with fast_products(states), few_row_products(self.lm_head, states):
+            logits = self.lm_head(states[:, kept])
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
