@@ -293,6 +293,35 @@ def unpacked(packed: torch.Tensor, lengths: list[int], padding_value: float = 0)
     return nn.utils.rnn.pad_sequence(packed.flatten(0, 1).split(lengths), True, padding_value)
 
 
+def served_class(config: PretrainedConfig) -> str | None:
+    """Under vLLM, which builds the base model alone and does a head's work itself: the class that was saved, by name."""
+    if config._attn_implementation != "vllm":
+        return None
+    return config.architectures[0] if config.architectures else ""
+
+
+class _FirstTokenLinear(nn.Linear):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states[:, 0])
+
+
+def make_classifier(config: PretrainedConfig, bias: bool = True) -> nn.Linear:
+    """A head from the hidden states to the labels.
+
+    To vLLM's, pooled vectors come as `[sequences, 1, width]`: it is made for heads that pick the first token themselves.
+    """
+    head = nn.Linear if served_class(config) is None else _FirstTokenLinear
+    return head(config.hidden_size, config.num_labels, bias=bias)
+
+
+def spread(pooled: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """A vector per sequence, `[sequences, width]`, at each of its tokens, `[1, tokens, width]`.
+
+    An engine that pools by a rule of its own, first token, last token or mean, then comes to that vector.
+    """
+    return pooled.repeat_interleave(torch.tensor(lengths, device=pooled.device), dim=0)[None]
+
+
 class Packing:
     """Sequences laid end to end in one row, `[1, tokens]`, without padding, and the way back.
 

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_mybert import MyBertConfig
 from .kernels import fast_products, make_activation
@@ -34,11 +34,16 @@ from .layers import (
     counts_padding,
     create_bidirectional_mask,
     eager_attention_forward,
+    make_classifier,
     packed_lengths,
     packed_sequence_ids,
     readable,
+    served_class,
+    spread,
     unpacked,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class MyBertEmbeddings(nn.Module):
@@ -224,7 +229,8 @@ class MyBertAttentionPooling(nn.Module):
 
     def __init__(self, config: MyBertConfig):
         super().__init__()
-        self.score = nn.Linear(config.hidden_size, 1)
+        # softmax does not see the bias, which stays in the weights; vLLM drops whatever is called `score.bias`
+        self.score = nn.Linear(config.hidden_size, 1, bias=served_class(config) is None)
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         scores = self.score(hidden_states)  # narrower than the hidden states under autocast
@@ -269,7 +275,28 @@ class MyBertModel(MyBertPreTrainedModel):
         self.layer_mix = MyBertLayerMix(config.layer_mix) if config.layer_mix else None
         self.pooler = POOLINGS[config.pooling](config) if add_pooling_layer else None
         self.gradient_checkpointing = False
+        self.pools_for_engine = self._prepare_for_engine()
         self.post_init()
+
+    def _prepare_for_engine(self) -> bool:
+        """Whether an engine that serves this model shall find the pooled vector instead of the last hidden states."""
+        served = served_class(self.config)
+        if served is None:
+            return False
+        if served.endswith("ForTokenClassification"):
+            self.pooler = None  # which its weights do not have
+        elif not served.endswith(("ForSequenceClassification", "Model")):
+            raise ValueError(
+                f"vLLM cannot serve {served}: it has no such head. Load the folder with AutoModel, "
+                "AutoModelForSequenceClassification or AutoModelForTokenClassification, save it, and serve that"
+            )
+        if served.endswith("Model") and self.config.pooling == "pooler":
+            logger.warning(
+                "vLLM pools the last hidden states itself, as it does for a stock BERT: the dense layer of "
+                "pooling='pooler' is not applied to embeddings"
+            )
+            return False
+        return self.pooler is not None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -356,10 +383,13 @@ class MyBertModel(MyBertPreTrainedModel):
             hidden_states = self.layer_mix(all_hidden_states[-self.config.layer_mix :])
         if packing is not None:
             hidden_states = packing.put(hidden_states)
+        pooled = None if self.pooler is None else self._pool(hidden_states, attention_mask, lengths)
+        if self.pools_for_engine:
+            hidden_states = spread(pooled, lengths or [length])
 
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=None if self.pooler is None else self._pool(hidden_states, attention_mask, lengths),
+            pooler_output=pooled,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
@@ -430,7 +460,7 @@ class MyBertForSequenceClassification(MyBertPreTrainedModel):
         self.num_labels = config.num_labels
         self.bert = MyBertModel(config)
         self.dropout = make_classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = make_classifier(config)
         self.post_init()
 
     @can_return_tuple

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_mygpt2 import MyGPT2Config
 from .kernels import causal_lm_loss, fast_products, few_row_products, make_activation
@@ -35,11 +35,16 @@ from .layers import (
     create_causal_mask,
     create_sliding_window_causal_mask,
     eager_attention_forward,
+    make_classifier,
     packed_lengths,
     readable,
     rotary_cos_sin,
+    served_class,
+    spread,
     unpacked,
 )
+
+logger = logging.get_logger(__name__)
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -191,7 +196,25 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         self.layers = nn.ModuleList(MyGPT2Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
+        self.classifies_for_engine = self._prepare_for_engine()
         self.post_init()
+
+    def _prepare_for_engine(self) -> bool:
+        """Whether an engine that serves this model shall find each sequence's last state wherever it looks."""
+        served = served_class(self.config)
+        if served is None or not served.endswith(("ForSequenceClassification", "Model")):
+            return False
+        if served.endswith("Model"):
+            logger.warning(
+                "vLLM makes embeddings of a base model's first token unless told otherwise, which here has seen nothing "
+                "else: pass --pooler-config '{\"pooling_type\": \"LAST\"}', or \"MEAN\""
+            )
+            return False
+        from transformers import conversion_mapping, core_model_loading
+
+        renaming = core_model_loading.WeightRenaming(r"^score\.", "classifier.")  # vLLM's own name of any such head
+        conversion_mapping.register_checkpoint_conversion_mapping(served, [renaming], overwrite=True)
+        return True
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -325,6 +348,10 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             hidden_states = packing.put(hidden_states)
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
+        if self.classifies_for_engine:
+            lengths = packed_lengths(position_ids, attention_mask) or [length]
+            ends = torch.tensor(lengths, device=hidden_states.device).cumsum(0) - 1
+            hidden_states = spread(hidden_states[0, ends], lengths)
 
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -421,7 +448,7 @@ class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
         self.loss_type = "ForSequenceClassification"  # by name, a subclass called otherwise would get another loss
         self.num_labels = config.num_labels
         self.model = MyGPT2Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = make_classifier(config, bias=False)
         self.post_init()
 
     def _last_token(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int, length: int):

@@ -181,7 +181,14 @@ FACTS = {
     "forward": ["input_ids", "inputs_embeds", "position_ids"],
     "forward_kwargs": True,
     "attention_backend": True,
-    "attention": [{"path": "a", "layer_idx": True, "scaling": True, "is_causal": True, "children": [], "kwargs": True}],
+    "attention": [
+        {
+            "path": "a",
+            **dict.fromkeys(("layer_idx", "scaling", "is_causal", "kwargs", "interface"), True),
+            "children": [],
+        }
+    ],
+    "fused": ["QKV"],
     "linears": ["x"],
     "conv1d": [],
     "heads": ["model", "lm_head"],
@@ -202,6 +209,8 @@ FACTS = {
         ({"linears": []}, "PEFT", r"no nn\.Linear"),
         ({"tp_plan": False}, "tensor parallel", "base_model_tp_plan"),
         ({"attention": []}, "vLLM", "no class with Attention"),
+        ({"attention": [FACTS["attention"][0] | {"interface": False}]}, "vLLM", "ALL_ATTENTION_FUNCTIONS and call it"),
+        ({"conv1d": ["c_attn"]}, "vLLM", "c_attn are Conv1D"),
     ],
 )
 def test_readiness_is_yes_or_no_with_the_reason(change: dict, engine: str, reason: str) -> None:
