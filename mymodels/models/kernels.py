@@ -88,7 +88,7 @@ class FewRowProducts(TorchFunctionMode):
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is nn.functional.linear and not kwargs and _serves(*args):
             states, weight, bias = (*args, None)[:3]
-            if bias is not None and states.numel() == weight.shape[1]:  # one row: its kernel with a bias is a slower one
+            if bias is not None and states.numel() == weight.shape[1]:  # one row: its own kernel with a bias is slower
                 return _one_dnn(states, weight).add_(bias)
             return _one_dnn(states, weight, bias)
         return function(*args, **(kwargs or {}))

@@ -314,6 +314,17 @@ def make_classifier(config: PretrainedConfig, bias: bool = True) -> nn.Linear:
     return head(config.hidden_size, config.num_labels, bias=bias)
 
 
+def lengths_for_engine(position_ids: torch.Tensor) -> list[int]:
+    """Lengths of the sequences in the one row that vLLM runs.
+
+    Raises:
+        ValueError: in a compiled graph, where they cannot be read, and where padding may follow.
+    """
+    if not readable():
+        raise ValueError("this pooling needs vLLM's eager mode: add --enforce-eager, or enforce_eager=True for LLM")
+    return packed_lengths(position_ids, None) or [position_ids.shape[1]]
+
+
 def spread(pooled: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """A vector per sequence, `[sequences, width]`, at each of its tokens, `[1, tokens, width]`.
 

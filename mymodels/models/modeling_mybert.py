@@ -34,6 +34,7 @@ from .layers import (
     counts_padding,
     create_bidirectional_mask,
     eager_attention_forward,
+    lengths_for_engine,
     make_classifier,
     packed_lengths,
     packed_sequence_ids,
@@ -275,14 +276,12 @@ class MyBertModel(MyBertPreTrainedModel):
         self.layer_mix = MyBertLayerMix(config.layer_mix) if config.layer_mix else None
         self.pooler = POOLINGS[config.pooling](config) if add_pooling_layer else None
         self.gradient_checkpointing = False
-        self.pools_for_engine = self._prepare_for_engine()
+        self.served = served_class(config)
+        if self.served is not None:
+            self._prepare_for_engine(self.served)
         self.post_init()
 
-    def _prepare_for_engine(self) -> bool:
-        """Whether an engine that serves this model shall find the pooled vector instead of the last hidden states."""
-        served = served_class(self.config)
-        if served is None:
-            return False
+    def _prepare_for_engine(self, served: str) -> None:
         if served.endswith("ForTokenClassification"):
             self.pooler = None  # which its weights do not have
         elif not served.endswith(("ForSequenceClassification", "Model")):
@@ -290,13 +289,22 @@ class MyBertModel(MyBertPreTrainedModel):
                 f"vLLM cannot serve {served}: it has no such head. Load the folder with AutoModel, "
                 "AutoModelForSequenceClassification or AutoModelForTokenClassification, save it, and serve that"
             )
-        if served.endswith("Model") and self.config.pooling == "pooler":
+        elif served.endswith("Model") and self.config.pooling == "pooler":
             logger.warning(
                 "vLLM pools the last hidden states itself, as it does for a stock BERT: the dense layer of "
                 "pooling='pooler' is not applied to embeddings"
             )
-            return False
-        return self.pooler is not None
+
+    def _for_engine(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What vLLM shall find: at each token its sequence's pooled vector, so that it may pick or mix any of them."""
+        pooling = self.config.pooling
+        if self.pooler is None or (pooling == "pooler" and self.served.endswith("Model")):
+            return hidden_states
+        if pooling in ("pooler", "cls"):
+            first = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids[0]
+            return self.pooler(hidden_states[0, first.clamp(min=0)][:, None], None)[None]
+        lengths = lengths_for_engine(position_ids)
+        return spread(self._pool(hidden_states, None, lengths), lengths)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -348,7 +356,7 @@ class MyBertModel(MyBertPreTrainedModel):
         rows, length = given.shape[:2]
         if position_ids is not None:
             position_ids = position_ids.expand(rows, -1)
-        lengths = packed_lengths(position_ids, attention_mask)
+        lengths = None if self.served is not None else packed_lengths(position_ids, attention_mask)
         packing = None
         if skip_padding and self._runs_packed(given.device, lengths, output_attentions, output_hidden_states):
             packing = Packing.find((rows, length), attention_mask, lengths, right_padded=True)
@@ -383,9 +391,11 @@ class MyBertModel(MyBertPreTrainedModel):
             hidden_states = self.layer_mix(all_hidden_states[-self.config.layer_mix :])
         if packing is not None:
             hidden_states = packing.put(hidden_states)
-        pooled = None if self.pooler is None else self._pool(hidden_states, attention_mask, lengths)
-        if self.pools_for_engine:
-            hidden_states = spread(pooled, lengths or [length])
+        pooled = None
+        if self.served is not None:
+            hidden_states = self._for_engine(hidden_states, position_ids)
+        elif self.pooler is not None:
+            pooled = self._pool(hidden_states, attention_mask, lengths)
 
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,

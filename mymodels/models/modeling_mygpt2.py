@@ -35,6 +35,7 @@ from .layers import (
     create_causal_mask,
     create_sliding_window_causal_mask,
     eager_attention_forward,
+    lengths_for_engine,
     make_classifier,
     packed_lengths,
     readable,
@@ -207,7 +208,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         if served.endswith("Model"):
             logger.warning(
                 "vLLM makes embeddings of a base model's first token unless told otherwise, which here has seen nothing "
-                "else: pass --pooler-config '{\"pooling_type\": \"LAST\"}', or \"MEAN\""
+                'else: pass --pooler-config \'{"pooling_type": "LAST"}\', or "MEAN"'
             )
             return False
         from transformers import conversion_mapping, core_model_loading
@@ -349,7 +350,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
         if self.classifies_for_engine:
-            lengths = packed_lengths(position_ids, attention_mask) or [length]
+            lengths = lengths_for_engine(position_ids)
             ends = torch.tensor(lengths, device=hidden_states.device).cumsum(0) - 1
             hidden_states = spread(hidden_states[0, ends], lengths)
 

@@ -1,4 +1,6 @@
-"""Runs in vLLM's own environment: `vllm_engine.py JOBS.json RESULTS.json`. One engine for each job, one after the other.
+"""Runs in vLLM's own environment: `vllm_engine.py JOBS.json RESULTS.json`. An engine for each job, two at a time.
+
+Each is a fork of this process, which has imported vLLM once.
 
 A job: `{"name", "path", "ask": a name in ASK, "prompts": [[token, …] or text, …], "tokens": how many to generate, "engine":
 arguments of `LLM`}`. The results, by name: `{"answers": …, "modules": names of the classes that the model is made of}`, or
@@ -7,12 +9,16 @@ arguments of `LLM`}`. The results, by name: `{"answers": …, "modules": names o
 
 import gc
 import json
+import multiprocessing
 import os
 import sys
+import time
 
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process: no second start for each model
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in the process that asks: no further start
+    TORCHDYNAMO_DISABLE="1",  # `enforce_eager` leaves a helper of the sampler compiled: a second for each engine
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_STREAM="ext://sys.stderr",
     HF_HUB_OFFLINE="1",
@@ -56,26 +62,30 @@ ASK = {"generate": generate, "classify": classify, "embed": embed, "tag": tag}
 
 
 def run(job: dict) -> dict:
+    start = time.monotonic()
     try:
         llm = LLM(job["path"], **{**ENGINE, **job.get("engine", {})})
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
+    running.append(llm)  # it ends with the process
     prompts = [text if isinstance(text, str) else {"prompt_token_ids": text} for text in job["prompts"]]
     answers = ASK[job["ask"]](llm, prompts, job)
     modules = llm.apply_model(lambda model: sorted({type(module).__name__ for module in model.modules()}))[0]
+    print(f"---- {job['name']}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
     return {"answers": answers, "modules": modules}
+
+
+running: list[LLM] = []
 
 
 def main() -> None:
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
-    results = {}
-    for job in jobs:
-        print(f"---- {job['name']}", file=sys.stderr, flush=True)
-        results[job["name"]] = run(job)
-        gc.collect()
+    gc.freeze()  # the engine collects garbage all the time, which all that is imported makes slow
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        results = pool.map(run, jobs, chunksize=1)
     with open(sys.argv[2], "w") as file:
-        json.dump(results, file)
+        json.dump({job["name"]: result for job, result in zip(jobs, results)}, file)
 
 
 if __name__ == "__main__":

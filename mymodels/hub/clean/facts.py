@@ -75,7 +75,7 @@ def _source(module: torch.nn.Module) -> ast.AST:
 
 def _calls_interface(source: ast.AST) -> bool:
     """Whether a function is looked up in `ALL_ATTENTION_FUNCTIONS`, put under a name, and called once by that name."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(source):
         if isinstance(node, ast.Assign | ast.AnnAssign):
             looked_up = node.value.func if isinstance(node.value, ast.Call) else node.value
