@@ -83,17 +83,24 @@ def fast_products(states: torch.Tensor) -> AbstractContextManager:
 
 
 class FewRowProducts(TorchFunctionMode):
-    """`FastProducts` for a step of generation: no graph to record, and a weight that is small goes to torch."""
+    """`FastProducts` for a step of generation, where no graph is recorded: fewer checks, and small weights go to torch."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is nn.functional.linear and not kwargs and _serves(*args):
-            states, weight, bias = (*args, None)[:3]
-            if bias is not None and states.numel() == weight.shape[1]:  # one row: its own kernel with a bias is slower
-                return _one_dnn(states, weight).add_(bias)
-            return _one_dnn(states, weight, bias)
-        return function(*args, **(kwargs or {}))
+        if function is nn.functional.linear and not kwargs and len(args) == 3 and _large(args[1]):
+            states, weight, bias = args
+            if type(states) is torch.Tensor and states.dtype is torch.float32 and states.ndim > 1:
+                if bias is None or states.numel() != weight.shape[1]:
+                    return _one_dnn(states, weight, bias)
+                return _one_dnn(states, weight).add_(bias)  # one row: its own kernel with a bias is slower
+        return function(*args, **kwargs) if kwargs else function(*args)
 
 
+def _large(weight: Any) -> bool:
+    """Whether oneDNN gains more than its own start takes; and not quantised, distributed, pruned, …"""
+    return type(weight) is nn.Parameter and weight.numel() >= 1 << 17 and weight.dtype is torch.float32
+
+
+FEW_ROW_PRODUCTS, NOTHING = FewRowProducts(), nullcontext()
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -107,13 +114,12 @@ def few_row_products(layer: nn.Module, states: torch.Tensor) -> AbstractContextM
 
     Serving engines look for plain calls such as `self.q_proj(hidden_states)` in the source, hence a context.
     """
-    plain = type(states) is torch.Tensor and states.is_cpu and states.dtype is torch.float32
-    if not (plain and ONE_DNN and readable() and few_rows(states)):
-        return nullcontext()
-    weight = getattr(layer, "weight", None)
-    large = isinstance(weight, torch.Tensor) and weight.numel() >= 1 << 17  # else its own start takes longer
-    fast = large and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
-    return FewRowProducts() if fast else nullcontext()
+    if type(states) is not torch.Tensor or not ONE_DNN or not states.is_cpu or states.numel() == 0:
+        return NOTHING
+    if not _large(getattr(layer, "weight", None)) or not readable() or not few_rows(states):
+        return NOTHING
+    fast = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return FEW_ROW_PRODUCTS if fast else NOTHING
 
 
 class _CrossEntropy(torch.autograd.Function):

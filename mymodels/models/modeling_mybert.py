@@ -290,7 +290,7 @@ class MyBertModel(MyBertPreTrainedModel):
                 "AutoModelForSequenceClassification or AutoModelForTokenClassification, save it, and serve that"
             )
         elif served.endswith("Model") and self.config.pooling == "pooler":
-            logger.warning(
+            logger.warning_once(
                 "vLLM pools the last hidden states itself, as it does for a stock BERT: the dense layer of "
                 "pooling='pooler' is not applied to embeddings"
             )
@@ -298,7 +298,7 @@ class MyBertModel(MyBertPreTrainedModel):
     def _for_engine(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """What vLLM shall find: at each token its sequence's pooled vector, so that it may pick or mix any of them."""
         pooling = self.config.pooling
-        if self.pooler is None or (pooling == "pooler" and self.served.endswith("Model")):
+        if self.pooler is None or (pooling == "pooler" and str(self.served).endswith("Model")):
             return hidden_states
         if pooling in ("pooler", "cls"):
             first = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids[0]

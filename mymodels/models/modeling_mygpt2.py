@@ -98,9 +98,10 @@ class MyGPT2Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         with few_row_products(self.o_proj, hidden_states):
-            query = self.q_proj(hidden_states).view(heads)  # [B, T, H, D]
-            key = self.k_proj(hidden_states).view(heads)  # [B, T, K, D]
-            value = self.v_proj(hidden_states).view(heads)
+            query = self.q_proj(hidden_states)
+            key = self.k_proj(hidden_states)
+            value = self.v_proj(hidden_states)
+        query, key, value = query.view(heads), key.view(heads), value.view(heads)  # [B, T, H or K, D]
         if self.qk_norm:
             # under autocast the projections are narrower than the norm's weight
             wide = self.q_norm.weight.dtype
@@ -206,7 +207,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         if served is None or not served.endswith(("ForSequenceClassification", "Model")):
             return False
         if served.endswith("Model"):
-            logger.warning(
+            logger.warning_once(
                 "vLLM makes embeddings of a base model's first token unless told otherwise, which here has seen nothing "
                 'else: pass --pooler-config \'{"pooling_type": "LAST"}\', or "MEAN"'
             )
