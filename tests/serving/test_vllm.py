@@ -119,9 +119,20 @@ CASES = {
     ),
 }
 REFUSED = {
-    "masked-lm": (bert(MyBertForMaskedLM), "generate", "vLLM cannot serve MyBertForMaskedLM"),
-    "masked-lm-embedder": (bert(MyBertForMaskedLM), "embed", "vLLM cannot serve MyBertForMaskedLM"),
-    "question-answering": (bert(MyBertForQuestionAnswering), "embed", "vLLM cannot serve MyBertForQuestionAnswering"),
+    "masked-lm": (bert(MyBertForMaskedLM), "generate", {}, "vLLM cannot serve MyBertForMaskedLM"),
+    "masked-lm-embedder": (bert(MyBertForMaskedLM), "embed", {}, "vLLM cannot serve MyBertForMaskedLM"),
+    "question-answering": (
+        bert(MyBertForQuestionAnswering),
+        "embed",
+        {},
+        "vLLM cannot serve MyBertForQuestionAnswering",
+    ),
+    "compiled-pooling": (
+        bert(MyBertForSequenceClassification, pooling="mean"),
+        "classify",
+        {"enforce_eager": False},
+        "this pooling needs vLLM's eager mode: add --enforce-eager",
+    ),
 }
 HUB = {"hub_repo/mygpt2": ("generate", TEXTS, 200), "hub_repo/mybert": ("classify", REVIEWS, 256)}
 
@@ -173,10 +184,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
             raise AssertionError(f"{name}: near ties with every seed")
         save(model, folder)
         add(name, folder, case.ask, PROMPTS, 64, **case.engine)
-    for name, (make, ask, _) in REFUSED.items():
+    for name, (make, ask, engine, _) in REFUSED.items():
         folder = work / name.replace("-", "_")
         save(randomised(make()), folder)
-        add(name, folder, ask, PROMPTS, 64)
+        add(name, folder, ask, PROMPTS, 64, **engine)
     for path, (ask, texts, length) in HUB.items():
         add(path, ROOT / path, ask, texts, length)
 
@@ -216,7 +227,7 @@ def test_every_switch_is_served_as_transformers_runs_it(served: Served, name: st
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_engine_cannot_express_is_refused(served: Served, name: str) -> None:
-    assert REFUSED[name][2] in served.results[name].get("error", "served")
+    assert REFUSED[name][3] in served.results[name].get("error", "served")
 
 
 @torch.no_grad()

@@ -18,12 +18,12 @@ os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in the process that asks: no further start
-    TORCHDYNAMO_DISABLE="1",  # `enforce_eager` leaves a helper of the sampler compiled: a second for each engine
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_STREAM="ext://sys.stderr",
     HF_HUB_OFFLINE="1",
 )
 
+import torch._dynamo
 from vllm import LLM, SamplingParams
 
 ENGINE = {
@@ -62,9 +62,10 @@ ASK = {"generate": generate, "classify": classify, "embed": embed, "tag": tag}
 
 
 def run(job: dict) -> dict:
-    start = time.monotonic()
+    start, how = time.monotonic(), {**ENGINE, **job["engine"]}
+    torch._dynamo.config.disable = how["enforce_eager"]  # else a helper of the sampler is compiled even so
     try:
-        llm = LLM(job["path"], **{**ENGINE, **job.get("engine", {})})
+        llm = LLM(job["path"], **how)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     running.append(llm)  # it ends with the process
