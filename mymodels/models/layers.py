@@ -23,7 +23,7 @@ if TRANSFORMERS_VERSION < (4, 56):
     )
 
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils  # noqa: E402
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ATTENTION_FUNCTIONS  # noqa: E402
 
 
 def _bridge_mask(create_mask: Callable) -> Callable:
@@ -64,11 +64,18 @@ else:  # 4.56, 4.57: a causal mask opened in the forward direction too; padding 
         )
 
 
-def get_attention_function(name: str, default: Callable) -> Callable:
-    """The attention function registered as `name` ("sdpa", "flash_attention_2", an engine's own, …), or `default`."""
-    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # after 5.0
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
-    return default if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+class _AttentionFunctions50:
+    """4.56 … 5.0: the attention functions without `get_interface`, which later releases have."""
+
+    @staticmethod
+    def get_interface(name: str, default: Callable) -> Callable:
+        return default if name == "eager" else _ATTENTION_FUNCTIONS[name]
+
+
+# what is registered ("sdpa", "flash_attention_2", an engine's own, …); "eager" is the default that is given
+ALL_ATTENTION_FUNCTIONS = (
+    _ATTENTION_FUNCTIONS if hasattr(_ATTENTION_FUNCTIONS, "get_interface") else _AttentionFunctions50
+)
 
 
 class _TieWeights53(PreTrainedModel):
@@ -317,6 +324,46 @@ def unpacked(packed: torch.Tensor, lengths: list[int], padding_value: float = 0)
     return nn.utils.rnn.pad_sequence(packed.flatten(0, 1).split(lengths), True, padding_value)
 
 
+def served_class(config: PretrainedConfig) -> str | None:
+    """Under vLLM, which builds the base model alone and does a head's work itself: the class that was saved, by name."""
+    if config._attn_implementation != "vllm":
+        return None
+    return config.architectures[0] if config.architectures else ""
+
+
+class _FirstTokenLinear(nn.Linear):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states[:, 0])
+
+
+def make_classifier(config: PretrainedConfig, bias: bool = True) -> nn.Linear:
+    """A head from the hidden states to the labels.
+
+    To vLLM's, pooled vectors come as `[sequences, 1, width]`: it is made for heads that pick the first token themselves.
+    """
+    head = nn.Linear if served_class(config) is None else _FirstTokenLinear
+    return head(config.hidden_size, config.num_labels, bias=bias)
+
+
+def lengths_for_engine(position_ids: torch.Tensor) -> list[int]:
+    """Lengths of the sequences in the one row that vLLM runs.
+
+    Raises:
+        ValueError: in a compiled graph, where they cannot be read, and where padding may follow.
+    """
+    if not readable():
+        raise ValueError("this pooling needs vLLM's eager mode: add --enforce-eager, or enforce_eager=True for LLM")
+    return packed_lengths(position_ids, None) or [position_ids.shape[1]]
+
+
+def spread(pooled: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """A vector per sequence, `[sequences, width]`, at each of its tokens, `[1, tokens, width]`.
+
+    An engine that pools by a rule of its own, first token, last token or mean, then comes to that vector.
+    """
+    return pooled.repeat_interleave(torch.tensor(lengths, device=pooled.device), dim=0)[None]
+
+
 class Packing:
     """Sequences laid end to end in one row, `[1, tokens]`, without padding, and the way back.
 
@@ -367,64 +414,58 @@ class Packing:
         return flat.unflatten(0, self.shape)
 
 
-def attend(
+def attend_apart(
+    function: Callable,
+    packing: Packing,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    packing: Packing | None = None,
+    attention_mask: None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function that the model is set to, on `[batch, heads, length, head_dim]`; see `eager_attention_forward`.
+) -> tuple[torch.Tensor, None]:
+    """An attention `function` on a batch of one row, sequence by sequence, those of one length together.
 
-    With `packing` (a batch of one row) it runs sequence by sequence, those of one length together.
+    Shapes as in `eager_attention_forward`.
     """
-    function = get_attention_function(module.config._attn_implementation, eager_attention_forward)
     window = kwargs.get("sliding_window")
-    if packing is None:
-        if (
-            attention_mask is None
-            and attends_in_blocks(module.config, query, window)
-            and query.shape[2] == key.shape[2]
-        ):
-            return _attend_in_blocks(function, module, query, key, value, window, **kwargs), None
-        return function(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("position_ids", None)  # of the whole row
     start, pieces = 0, []
     for length, count in packing.groups:
         rows = slice(start, start := start + length * count)
         parts = [states[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value)]
         if window is not None and length > window:
-            piece = _attend_in_blocks(function, module, *parts, window=window, **kwargs)
+            pieces.append(attend_in_blocks(function, module, *parts, None, **kwargs)[0].flatten(0, 1))
         else:
-            piece = function(module, *parts, None, **kwargs)[0]
-        pieces.append(piece.flatten(0, 1))
+            pieces.append(function(module, *parts, None, **kwargs)[0].flatten(0, 1))
     return torch.cat(pieces)[None], None
 
 
 def attends_in_blocks(config: PretrainedConfig, states: torch.Tensor, window: int | None) -> bool:
     """Whether a layer with this sliding window takes rows `[batch, heads, length, …]` in blocks, and needs no mask."""
-    fast = states.device.type == "cpu" and config._attn_implementation == "sdpa" and readable()
-    return fast and window is not None and states.shape[2] > window
+    if window is None or config._attn_implementation != "sdpa" or not readable():
+        return False
+    return states.device.type == "cpu" and states.shape[2] > window
 
 
-def _attend_in_blocks(
+def attend_in_blocks(
     function: Callable,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    window: int,
+    attention_mask: None,
+    *,
+    sliding_window: int,
     **kwargs: Any,
-) -> torch.Tensor:
-    """Causal attention to the last `window` tokens, in time that grows with the length and not with its square.
+) -> tuple[torch.Tensor, None]:
+    """An attention `function` on the last `sliding_window` tokens of each, in time that grows with the length and not with its square.
 
-    A block of queries sees its own keys and the `window - 1` before them. Shapes as in `eager_attention_forward`.
+    A block of queries sees its own keys and the `sliding_window - 1` before them. Shapes as in `eager_attention_forward`.
     """
     rows, length = query.shape[0], query.shape[2]
-    size = min(length, max(window, 64))
-    blocks, before = -(-length // size), window - 1
+    size = min(length, max(sliding_window, 64))
+    blocks, before = -(-length // size), sliding_window - 1
     fill = blocks * size - length
     query = nn.functional.pad(query, (0, 0, 0, fill)).unflatten(2, (blocks, size))  # [B, H, blocks, size, D]
     key, value = (  # [B, K, blocks, before + size, D]
@@ -435,8 +476,9 @@ def _attend_in_blocks(
     seen = torch.ones(size, before + size, dtype=torch.bool, device=query.device).triu().tril(before)
     seen = seen.repeat(rows, blocks, 1, 1)
     seen[:, 0, :, :before] = False  # nothing is before the first block
-    mixed = function(module, *parts, seen.flatten(0, 1)[:, None], **kwargs)[0]  # [B × blocks, size, H, D]
-    return mixed.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :length]
+    kwargs["sliding_window"] = sliding_window
+    mixed, _ = function(module, *parts, seen.flatten(0, 1)[:, None], **kwargs)  # [B × blocks, size, H, D]
+    return mixed.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :length], None
 
 
 def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:

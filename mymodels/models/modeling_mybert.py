@@ -7,6 +7,7 @@ Modules and parameters have stock BERT's own names, so that a stock checkpoint l
 Shapes in comments: B batch, T tokens, H heads, D head width, C hidden_size, L labels.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,24 +20,32 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_mybert import MyBertConfig
 from .kernels import fast_products, make_activation
 from .layers import (
+    ALL_ATTENTION_FUNCTIONS,
     MyPreTrainedModel,
     Packing,
-    attend,
+    attend_apart,
     check_ids,
     check_length,
     counts_padding,
     create_bidirectional_mask,
+    eager_attention_forward,
     is_elsewhere,
+    lengths_for_engine,
+    make_classifier,
     packed_lengths,
     packed_sequence_ids,
     readable,
+    served_class,
+    spread,
     unpacked,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class MyBertEmbeddings(nn.Module):
@@ -69,7 +78,8 @@ class MyBertEmbeddings(nn.Module):
 
 # `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
 # `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
-# `attend` does the one or the other.
+# vLLM reads the source of `forward` too: the function has to be looked up there and called once, with `scaling=`, and
+# each projection to be called plainly, once.
 class MyBertSelfAttention(nn.Module):
     def __init__(self, config: MyBertConfig, layer_idx: int):
         super().__init__()
@@ -84,13 +94,20 @@ class MyBertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packing: Packing | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.query(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, D]
         key = self.key(hidden_states).view(heads).transpose(1, 2)
         value = self.value(hidden_states).view(heads).transpose(1, 2)
-        mixed, weights = attend(
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(packing, Packing):
+            attention = partial(attend_apart, attention, packing)
+        mixed, weights = attention(
             self,
             query,
             key,
@@ -214,7 +231,8 @@ class MyBertAttentionPooling(nn.Module):
 
     def __init__(self, config: MyBertConfig):
         super().__init__()
-        self.score = nn.Linear(config.hidden_size, 1)
+        # softmax does not see the bias, which stays in the weights; vLLM drops whatever is called `score.bias`
+        self.score = nn.Linear(config.hidden_size, 1, bias=served_class(config) is None)
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         scores = self.score(hidden_states)  # narrower than the hidden states under autocast
@@ -259,7 +277,35 @@ class MyBertModel(MyBertPreTrainedModel):
         self.layer_mix = MyBertLayerMix(config.layer_mix) if config.layer_mix else None
         self.pooler = POOLINGS[config.pooling](config) if add_pooling_layer else None
         self.gradient_checkpointing = False
+        self.served = served_class(config)
+        if self.served is not None:
+            self._prepare_for_engine(self.served)
         self.post_init()
+
+    def _prepare_for_engine(self, served: str) -> None:
+        if served.endswith("ForTokenClassification"):
+            self.pooler = None  # which its weights do not have
+        elif not served.endswith(("ForSequenceClassification", "Model")):
+            raise ValueError(
+                f"vLLM cannot serve {served}: it has no such head. Load the folder with AutoModel, "
+                "AutoModelForSequenceClassification or AutoModelForTokenClassification, save it, and serve that"
+            )
+        elif served.endswith("Model") and self.config.pooling == "pooler":
+            logger.warning_once(
+                "vLLM pools the last hidden states itself, as it does for a stock BERT: the dense layer of "
+                "pooling='pooler' is not applied to embeddings"
+            )
+
+    def _for_engine(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What vLLM shall find: at each token its sequence's pooled vector, so that it may pick or mix any of them."""
+        pooling = self.config.pooling
+        if self.pooler is None or (pooling == "pooler" and str(self.served).endswith("Model")):
+            return hidden_states
+        if pooling in ("pooler", "cls"):
+            first = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids[0]
+            return self.pooler(hidden_states[0, first.clamp(min=0)][:, None], None)[None]
+        lengths = lengths_for_engine(position_ids)
+        return spread(self._pool(hidden_states, None, lengths), lengths)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -311,7 +357,7 @@ class MyBertModel(MyBertPreTrainedModel):
         rows, length = given.shape[:2]
         if position_ids is not None:
             position_ids = position_ids.expand(rows, -1)
-        lengths = packed_lengths(position_ids, attention_mask)
+        lengths = None if self.served is not None else packed_lengths(position_ids, attention_mask)
         packing = None
         if skip_padding and self._runs_packed(given.device, lengths, output_attentions, output_hidden_states):
             packing = Packing.find((rows, length), attention_mask, lengths, right_padded=True)
@@ -355,10 +401,15 @@ class MyBertModel(MyBertPreTrainedModel):
             hidden_states = self.layer_mix(all_hidden_states[-self.config.layer_mix :])
         if packing is not None:
             hidden_states = packing.put(hidden_states)
+        pooled = None
+        if self.served is not None:
+            hidden_states = self._for_engine(hidden_states, position_ids)
+        elif self.pooler is not None:
+            pooled = self._pool(hidden_states, attention_mask, lengths)
 
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=None if self.pooler is None else self._pool(hidden_states, attention_mask, lengths),
+            pooler_output=pooled,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
@@ -429,7 +480,7 @@ class MyBertForSequenceClassification(MyBertPreTrainedModel):
         self.num_labels = config.num_labels
         self.bert = MyBertModel(config)
         self.dropout = make_classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = make_classifier(config)
         self.post_init()
 
     @can_return_tuple

@@ -5,6 +5,7 @@
 Shapes in comments: B batch, T tokens, H query heads, K key/value heads, D head_dim, C hidden_size.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,29 +18,46 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_mygpt2 import MyGPT2Config
-from .kernels import causal_lm_loss, fast_products, linear, make_activation, product_of, soft_cap
+from .kernels import (
+    causal_lm_loss,
+    fast_products,
+    few_row_products,
+    keeps_less,
+    make_activation,
+    product_of,
+    soft_cap,
+)
 from .layers import (
+    ALL_ATTENTION_FUNCTIONS,
     NORMS,
     SHARED_OUT_AND_GATHERED,
     MyPreTrainedModel,
     Packing,
     apply_rotary,
-    attend,
+    attend_apart,
+    attend_in_blocks,
     attends_in_blocks,
     check_ids,
     check_length,
     counts_padding,
     create_causal_mask,
     create_sliding_window_causal_mask,
+    eager_attention_forward,
     is_elsewhere,
+    lengths_for_engine,
+    make_classifier,
     packed_lengths,
     readable,
     rotary_cos_sin,
+    served_class,
+    spread,
     unpacked,
 )
+
+logger = logging.get_logger(__name__)
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -50,7 +68,8 @@ def make_norm(config: MyGPT2Config, width: int) -> nn.Module:
 
 # `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
 # `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
-# `attend` does the one or the other.
+# vLLM reads the source of `forward` too: the function has to be looked up there and called once, with `scaling=`, and
+# each projection to be called plainly, once.
 class MyGPT2Attention(nn.Module):
     """Causal self-attention, grouped-query if `num_key_value_heads < num_attention_heads`."""
 
@@ -86,12 +105,15 @@ class MyGPT2Attention(nn.Module):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         cache_position: torch.Tensor,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = linear(self.q_proj, hidden_states).view(heads)  # [B, T, H, D]
-        key = linear(self.k_proj, hidden_states).view(heads)  # [B, T, K, D]
-        value = linear(self.v_proj, hidden_states).view(heads)
+        with few_row_products(self.o_proj, hidden_states):
+            query = self.q_proj(hidden_states)
+            key = self.k_proj(hidden_states)
+            value = self.v_proj(hidden_states)
+        query, key, value = query.view(heads), key.view(heads), value.view(heads)  # [B, T, H or K, D]
         if self.qk_norm:
             # under autocast the projections are narrower than the norm's weight
             wide = self.q_norm.weight.dtype
@@ -99,11 +121,17 @@ class MyGPT2Attention(nn.Module):
             key = self.k_norm(key.to(wide)).to(value.dtype)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H or K, T, D]
         if rotary is not None:
-            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+            cos, sin = rotary
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
-        mixed, weights = attend(
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(packing, Packing):
+            attention = partial(attend_apart, attention, packing)
+        elif attention_mask is None and attends_in_blocks(self.config, query, self.sliding_window):
+            attention = partial(attend_in_blocks, attention)
+        mixed, weights = attention(
             self,
             query,
             key,
@@ -114,7 +142,8 @@ class MyGPT2Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )  # [B, T, H, D]
-        return linear(self.o_proj, mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+        with few_row_products(self.o_proj, hidden_states):
+            return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class MyGPT2DenseMLP(nn.Module):
@@ -126,7 +155,13 @@ class MyGPT2DenseMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return product_of(self.act_fn, self.down_proj, linear(self.up_proj, x))
+        if keeps_less(self.down_proj, x):
+            return self.trained(x)
+        with few_row_products(self.down_proj, x):
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+
+    def trained(self, x: torch.Tensor) -> torch.Tensor:
+        return product_of(self.act_fn, self.down_proj, self.up_proj(x))
 
 
 class MyGPT2GatedMLP(nn.Module):
@@ -139,10 +174,13 @@ class MyGPT2GatedMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return product_of(self.gated, self.down_proj, linear(self.gate_proj, x), linear(self.up_proj, x))
+        if keeps_less(self.down_proj, x):
+            return self.trained(x)
+        with few_row_products(self.down_proj, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self.act_fn(gate) * up
+    def trained(self, x: torch.Tensor) -> torch.Tensor:
+        return product_of(lambda gate, up: self.act_fn(gate) * up, self.down_proj, self.gate_proj(x), self.up_proj(x))
 
 
 MLPS = {"dense": MyGPT2DenseMLP, "gated": MyGPT2GatedMLP}
@@ -184,7 +222,25 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         self.layers = nn.ModuleList(MyGPT2Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
+        self.classifies_for_engine = self._prepare_for_engine()
         self.post_init()
+
+    def _prepare_for_engine(self) -> bool:
+        """Whether an engine that serves this model shall find each sequence's last state wherever it looks."""
+        served = served_class(self.config)
+        if served is None or not served.endswith(("ForSequenceClassification", "Model")):
+            return False
+        if served.endswith("Model"):
+            logger.warning_once(
+                "vLLM makes embeddings of a base model's first token unless told otherwise, which here has seen nothing "
+                'else: pass --pooler-config \'{"pooling_type": "LAST"}\', or "MEAN"'
+            )
+            return False
+        from transformers import conversion_mapping, core_model_loading
+
+        renaming = core_model_loading.WeightRenaming(r"^score\.", "classifier.")  # vLLM's own name of any such head
+        conversion_mapping.register_checkpoint_conversion_mapping(served, [renaming], overwrite=True)
+        return True
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -350,6 +406,10 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             hidden_states = packing.put(hidden_states)
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
+        if self.classifies_for_engine:
+            lengths = lengths_for_engine(position_ids)
+            ends = torch.tensor(lengths, device=hidden_states.device).cumsum(0) - 1
+            hidden_states = spread(hidden_states[0, ends], lengths)
 
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -421,8 +481,9 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        with fast_products(outputs.last_hidden_state):
-            logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
+        states = outputs.last_hidden_state
+        with fast_products(states), few_row_products(self.lm_head, states):
+            logits = self.lm_head(states[:, kept])
         cap = self.config.final_logit_softcapping
         logits = soft_cap(logits, cap)
         loss = None
@@ -449,7 +510,7 @@ class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
         self.loss_type = "ForSequenceClassification"  # by name, a subclass called otherwise would get another loss
         self.num_labels = config.num_labels
         self.model = MyGPT2Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = make_classifier(config, bias=False)
         self.post_init()
 
     def _last_token(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int, length: int):

@@ -1,6 +1,8 @@
 """Stages: what serving engines look at, read off the model's structure; and whether it can be exported."""
 
+import ast
 import inspect
+import textwrap
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             **{name: hasattr(module, name) for name in ("layer_idx", "scaling", "is_causal")},
             "children": [name for name, child in module.named_children() if _projects(child)],
             "kwargs": any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()),
+            "interface": _calls_interface(_source(module)),
         }
         for path, module in model.named_modules()
         if "Attention" in type(module).__name__ and sum(map(_projects, module.children())) > 1
@@ -40,6 +43,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             "linears": sorted({path.rpartition(".")[2] for path in linears}),
             "conv1d": sorted({p.rpartition(".")[2] for p, m in model.named_modules() if type(m).__name__ == "Conv1D"}),
             "heads": [name for name, _ in model.named_children()],
+            "fused": [name for name, fuses in FUSIONS.items() if any(map(fuses, model.modules()))],
             "norms": sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__}),
             "input_embeddings": _has_input_embeddings(model),
             "tp_plan": bool(getattr(config, "base_model_tp_plan", None) or getattr(model, "_tp_plan", None)),
@@ -59,6 +63,72 @@ def _projects(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+# ---- what vLLM looks for in the source of `forward`
+
+
+def _source(module: torch.nn.Module) -> ast.AST:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward))))
+    except (OSError, TypeError, SyntaxError):
+        return ast.Module([], [])
+
+
+def _calls_interface(source: ast.AST) -> bool:
+    """Whether a function is looked up in `ALL_ATTENTION_FUNCTIONS`, put under a name, and called once by that name."""
+    names: set[str] = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            looked_up = node.value.func if isinstance(node.value, ast.Call) else node.value
+            if isinstance(looked_up, ast.Attribute | ast.Subscript) and _is_name(looked_up.value, TABLE):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names.update(target.id for target in targets if isinstance(target, ast.Name))
+    calls = [n for n in ast.walk(source) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    return sum(call.func.id in names for call in calls if isinstance(call.func, ast.Name)) == 1
+
+
+def _is_name(node: ast.AST | None, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _plain(node: ast.AST | None) -> tuple[str, ast.expr] | None:
+    """`name` and `x` of a call `self.name(x)`."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_name(node.func.value, "self")):
+        return None
+    return None if len(node.args) != 1 or node.keywords else (node.func.attr, node.args[0])
+
+
+def _fuses_qkv(module: torch.nn.Module) -> bool:
+    """Three `nn.Linear`s, no more and no fewer, called plainly on one and the same thing."""
+    linears = {name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)}
+    if len(linears) < 3:
+        return False
+    by_input: dict[str, list[str]] = {}
+    for name, given in filter(None, map(_plain, ast.walk(_source(module)))):
+        if name in linears:
+            by_input.setdefault(ast.dump(given), []).append(name)
+    return any(len(names) == len(set(names)) == 3 for names in by_input.values())
+
+
+def _fuses_glu(module: torch.nn.Module) -> bool:
+    """`act(gate(x)) * up(x)`, each a plain call."""
+    if sum(isinstance(child, torch.nn.Linear) for child in module.children()) < 2:
+        return False
+    for node in ast.walk(_source(module)):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            for one, other in ((node.left, node.right), (node.right, node.left)):
+                act, up = _plain(one), _plain(other)
+                gate = _plain(act[1]) if act else None
+                if gate and up and ast.dump(gate[1]) == ast.dump(up[1]):
+                    return True
+    return False
+
+
+def _fuses_norm(module: torch.nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+FUSIONS = {"QKV": _fuses_qkv, "gate and up": _fuses_glu, "RMSNorm": _fuses_norm}
+TABLE = "ALL_ATTENTION_FUNCTIONS"
 CONFIG_NAMES = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim", "num_hidden_layers")
 
 

@@ -10,11 +10,16 @@ from faults import code
 from repos import tiny_repo
 from rich.console import Console
 from safetensors.torch import save_file
+from tiny import MODERN, mybert_config, mygpt2_config, stock_gpt2_config
+from torch import nn
+from transformers import GPT2Model, LlamaConfig, LlamaModel
 
+from mymodels import MyBertModel, MyGPT2ForCausalLM
 from mymodels.checkpoints import check_checkpoint, write_manifest
 from mymodels.checkpoints.checkpoint import CheckpointError
 from mymodels.hub import Verification, record_golden, verify
 from mymodels.hub.checks import Check
+from mymodels.hub.clean import facts
 from mymodels.hub.clean_process import CleanRun, clean_process
 from mymodels.hub.golden import read_golden
 from mymodels.hub.judging import DYNAMIC, judge
@@ -181,7 +186,14 @@ FACTS = {
     "forward": ["input_ids", "inputs_embeds", "position_ids"],
     "forward_kwargs": True,
     "attention_backend": True,
-    "attention": [{"path": "a", "layer_idx": True, "scaling": True, "is_causal": True, "children": [], "kwargs": True}],
+    "attention": [
+        {
+            "path": "a",
+            **dict.fromkeys(("layer_idx", "scaling", "is_causal", "kwargs", "interface"), True),
+            "children": [],
+        }
+    ],
+    "fused": ["QKV"],
     "linears": ["x"],
     "conv1d": [],
     "heads": ["model", "lm_head"],
@@ -202,6 +214,8 @@ FACTS = {
         ({"linears": []}, "PEFT", r"no nn\.Linear"),
         ({"tp_plan": False}, "tensor parallel", "base_model_tp_plan"),
         ({"attention": []}, "vLLM", "no class with Attention"),
+        ({"attention": [FACTS["attention"][0] | {"interface": False}]}, "vLLM", "ALL_ATTENTION_FUNCTIONS and call it"),
+        ({"conv1d": ["c_attn"]}, "vLLM", "c_attn are Conv1D"),
     ],
 )
 def test_readiness_is_yes_or_no_with_the_reason(change: dict, engine: str, reason: str) -> None:
@@ -269,3 +283,30 @@ def test_without_execution_nothing_runs(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("mymodels.hub.verifying.clean_process", lambda *args, **how: pytest.fail("a process started"))
     monkeypatch.setattr("mymodels.hub.verifying.static_checks", lambda folder, releases: [Check("auto_map", "ok")])
     assert verify(folder, execute=False) == (str(folder), [Check("auto_map", "ok")], {}, [])
+
+
+def test_what_an_engine_reads_in_the_source_is_read_likewise() -> None:
+    def read(model: nn.Module) -> tuple[set[str], set[bool]]:
+        holders = [m for m in model.modules() if sum(isinstance(c, nn.Linear) for c in m.children()) > 2]
+        found = {facts._calls_interface(facts._source(m)) for m in holders if "Attention" in type(m).__name__}
+        return {name for name, fuses in facts.FUSIONS.items() if any(map(fuses, model.modules()))}, found
+
+    everything = {"QKV", "gate and up", "RMSNorm"}
+    llama = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    assert read(LlamaModel(llama)) == (everything, {True})
+    assert read(GPT2Model(stock_gpt2_config())) == (set(), set())  # `Conv1D`
+    assert read(MyGPT2ForCausalLM(mygpt2_config(**MODERN))) == (everything, {True})
+    assert read(MyGPT2ForCausalLM(mygpt2_config())) == ({"QKV"}, {True})
+    assert read(MyBertModel(mybert_config())) == ({"QKV"}, {True})
+
+    class Attention(nn.Module):
+        """Hands the call on to a helper, and the projections too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return attend(self, *(call(layer, x) for layer in (self.q, self.k, self.v)))  # noqa: F821
+
+    assert read(Attention()) == (set(), {False})
