@@ -151,6 +151,22 @@ def few_row_products(layer: nn.Module, states: torch.Tensor) -> AbstractContextM
     return FEW_ROW_PRODUCTS if fast else NOTHING
 
 
+def in_cache(states: torch.Tensor, widening: nn.Linear, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
+    """`states`, or parts of their rows `[tokens, width]` of which `modules` make tensors that stay in the caches.
+
+    Only in inference on the CPU, and if no hook of the modules would see parts. Tensors of more than 32 MB are also taken
+    from the operating system anew each time (by glibc), which costs a fifth of a layer's time.
+    """
+    if type(states) is not torch.Tensor or torch.is_grad_enabled() or not states.is_cpu or not readable():
+        return (states,)
+    size = max(64, (1 << 21) // widening.out_features)  # 8 MB in float32
+    if states.ndim != 3 or states.shape[:-1].numel() < 2 * size:
+        return (states,)
+    if any(vars(module)[hooks] for whole in modules for module in whole.modules() for hooks in HOOKS):
+        return (states,)
+    return states.flatten(0, 1).split(size)
+
+
 class _ProductOf(torch.autograd.Function):
     """`nn.functional.linear(function(*inputs), weight, bias)`, which keeps the inputs and not what `function` gives."""
 

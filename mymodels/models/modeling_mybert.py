@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_mybert import MyBertConfig
-from .kernels import fast_products, make_activation
+from .kernels import fast_products, in_cache, make_activation
 from .layers import (
     ALL_ATTENTION_FUNCTIONS,
     MyPreTrainedModel,
@@ -165,7 +165,9 @@ class MyBertLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         with fast_products(hidden_states):
             attended, weights = self.attention(hidden_states, **kwargs)
-            return self.output(self.intermediate(attended), attended), weights
+            parts = in_cache(attended, self.intermediate.dense, self.intermediate, self.output)
+            outputs = [self.output(self.intermediate(part), part) for part in parts]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs).view_as(attended), weights
 
 
 class MyBertEncoder(nn.Module):

@@ -224,6 +224,30 @@ def test_sliding_window_grows_with_the_length_alone() -> None:
     assert costs[2:] == [2 * cost for cost in costs[:2]] and costs[0] == costs[1]
 
 
+def test_wide_layers_in_parts_that_stay_in_the_caches() -> None:
+    config = mybert_config(intermediate_size=4096)
+    model, ids = MyBertForMaskedLM(config).eval(), torch.randint(2, 97, (31, 37))
+    expected = model(ids).logits.detach()  # with gradients: whole
+    widths: list[int] = []
+    layer = model.bert.encoder.layer[0]
+    for found, grad in ((3 * config.num_hidden_layers, False), (config.num_hidden_layers, True)):
+        with torch.set_grad_enabled(grad):
+            names = [n for n in seen_names(lambda: model(ids)) if "gelu" in n]
+            assert len(names) == found + 1  # the head's own
+            assert largest_difference(model(ids).logits, expected) <= 1e-5
+    hook = layer.intermediate.register_forward_hook(lambda *call: widths.append(call[-1].shape[:-1].numel()))
+    with torch.no_grad():
+        model(ids)
+    assert widths == [31 * 37]
+    hook.remove()
+
+
+def seen_names(call) -> list[str]:
+    with Seen() as seen:
+        call()
+    return seen.names
+
+
 def test_nothing_to_predict_is_as_in_transformers() -> None:
     given = {"logits": torch.randn(1, 3, 19), "labels": torch.full((1, 3), -100), "vocab_size": 19}
     assert causal_lm_loss(**given).isnan() and ForCausalLMLoss(**given).isnan()
