@@ -1,7 +1,8 @@
 """Export: load a model, write its graph with all that belongs to it, compare, and only then put the folder in place."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,11 +160,7 @@ def export_model(
         True
     """
     _check_options(to, task, int8, opset)
-    kind = resolve_dtype(dtype)
-    if to == "onnx" and kind in (torch.bfloat16, torch.float64):
-        raise ValueError("ONNX Runtime has no CPU kernels for bfloat16 and few for float64: use float32 or float16")
-    if int8 and kind is not torch.float32:
-        raise ValueError("int8 starts from float32 weights: leave out dtype")
+    wanted = resolve_dtype(dtype)
     path = locate(pretrained_model_name_or_path, revision=revision)
     name = Path(pretrained_model_name_or_path).expanduser().resolve().name
     target = Path(out) if out is not None else Path(f"{name}-{to}{'-int8' if int8 else ''}")
@@ -171,26 +168,29 @@ def export_model(
         replace_folder(target, overwrite=False) as folder,
         tqdm(total=4, desc="loading", disable=None, bar_format="{desc}: {bar} {n}/{total} {elapsed}") as bar,
     ):
-        model, task = _load(path, task, kind, trust_remote_code)
+        model, task = _load(path, task, wanted, trust_remote_code)
+        if to == "onnx" and model.dtype in (torch.bfloat16, torch.float64):
+            raise ValueError("ONNX Runtime has no CPU kernels for bfloat16 and few for float64: use float32 or float16")
+        if int8 and model.dtype is not torch.float32:
+            raise ValueError("int8 starts from float32 weights: leave out dtype")
         tokenizer = _tokenizer(path, trust_remote_code)
         _save_companions(model, tokenizer, folder)
-        graph = Graph(model, task, cache=to == "onnx" and task == "text-generation")
+        with _said(model, to):
+            graph = Graph(model, task, cache=to == "onnx" and task == "text-generation")
         cases = _cases(graph, tokenizer, texts) if int8 else parity.make_cases(graph)
         _next(bar, "running torch")
-        parity.compute_expected(model, graph, cases)
+        with _said(model, to):
+            parity.compute_expected(model, graph, cases)
         _next(bar, "tracing")
         options: dict[str, Any] = {}
         if to == "onnx":
             opset = opset or onnx_files.DEFAULT_OPSET
             options = {"opset": opset, "int8": int8, "external_data_above": external_data_above}
             options["metadata"] = {"task": task, "model_type": str(model.config.model_type)}
-            model.set_attn_implementation("eager")  # in plain operations, which every runtime knows
-        try:
+        with _said(model, to):
+            if to == "onnx":
+                model.set_attn_implementation("eager")  # in plain operations, which every runtime knows
             file = WRITERS[to](graph, folder, **options)
-        except Exception as error:  # of many kinds, from deep inside torch
-            if isinstance(error, OSError):
-                raise
-            raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {_first_line(error)}") from error
         _next(bar, "comparing")
         parity.run_elsewhere(to, file, graph, cases)
         quality, differences = None, {}
@@ -216,7 +216,7 @@ def export_model(
             opset=opset if to == "onnx" else None,
         )
         has_tokenizer = (folder / "tokenizer.json").is_file()
-        given = {"outputs": exported.outputs, "dtype": exported.dtype, "tokenizer": has_tokenizer}
+        given: dict[str, Any] = {"outputs": exported.outputs, "dtype": exported.dtype, "tokenizer": has_tokenizer}
         code = snippet(to, task, file.name, model.config, **given)
         write_readme(folder, name, to, task, exported.compared, code)
         _next(bar, "done")
@@ -235,14 +235,21 @@ def _check_options(to: str, task: str | None, int8: bool, opset: int | None) -> 
             raise ValueError(f"this needs the package {module}: run pip install 'mymodels[onnx]'")
 
 
+@contextlib.contextmanager
+def _said(model: PreTrainedModel, to: str) -> Iterator[None]:
+    """Errors of many kinds, from deep inside torch, in one sentence; those of the disk pass."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {lines[0][:300]}") from error
+
+
 def _next(bar: tqdm, stage: str) -> None:
     bar.set_description(stage)
     bar.update()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:300]
 
 
 def _load(
