@@ -128,8 +128,12 @@ def export_model(
     """Export a model as a graph that runs without mymodels, compare it with torch, and write it as a folder of its own.
 
     The folder gets the graph, `config.json`, the tokenizer, `generation_config.json`, and a `README.md` with lines that
-    run it. It appears whole, after the
-    graph has given torch's outputs in a fresh process on batches of several sizes and lengths, or not at all.
+    run it. It appears whole, after the graph has given torch's outputs in a fresh process on batches of several sizes
+    and lengths, or not at all.
+
+    A language model's ONNX graph takes and gives keys and values (`past_key_values.N.key`, `present.N.key`, …, those of
+    a sliding window whole: the mask is the window), so that one graph serves the prompt, with a past of length 0, and
+    each step after it. The other kinds have no cache.
 
     Args:
         pretrained_model_name_or_path: a folder or Hub repo that an Auto class loads; ours need no `trust_remote_code`.
