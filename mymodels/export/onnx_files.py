@@ -40,6 +40,9 @@ def write_onnx(
             _quantize(raw, quantized := Path(scratch, "int8.onnx"))
             raw = quantized
         model = onnx.load(raw)
+    written = next(entry.version for entry in model.opset_import if not entry.domain)
+    if written != opset:  # torch writes another one, with a warning
+        raise ValueError(f"torch cannot write opset {opset} for it, but {written}: say that or a newer one, or none")
     model.producer_name = "mymodels"
     onnx.helper.set_model_props(model, {**(metadata or {}), "opset": str(opset)})
     _forget_sources(model.graph)

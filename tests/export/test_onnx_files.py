@@ -121,6 +121,12 @@ def test_mygpt2_as_a_classifier_and_bare(head: str, output: str, tmp_path: Path)
     assert (torch.from_numpy(found)[tokens] - expected[tokens]).abs().max() < 1e-4
 
 
+def test_an_opset_that_torch_does_not_write_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be exported to onnx: torch cannot write opset 14 for it, but 18"):
+        exported(mybert("SequenceClassification"), tmp_path, opset=14)
+    assert not (tmp_path / "out").exists()
+
+
 def test_half_precision(tmp_path: Path) -> None:
     result = exported(mybert("SequenceClassification"), tmp_path, dtype="float16")
     assert result.dtype == "float16" and session(result.file).get_outputs()[0].type == "tensor(float16)"
