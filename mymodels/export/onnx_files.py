@@ -106,7 +106,7 @@ def _quantize(source: Path, target: Path) -> None:
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
-            use_external_data_format=False,
+            use_external_data_format=True,  # may exceed 2 GB too
         )
     finally:
         logging.disable(before)

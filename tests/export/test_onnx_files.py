@@ -140,6 +140,7 @@ def test_the_trained_models_in_int8(name: str, task: str, tmp_path: Path, capsys
     written = onnx.load(tmp_path / "int8" / "model.onnx")
     stored = {tensor.name: tensor for tensor in written.graph.initializer}
     floats = sum(np.prod(t.dims) for t in stored.values() if t.data_type == onnx.TensorProto.FLOAT)
+    assert {path.name for path in (tmp_path / "int8").glob("model*")} == {"model.onnx"}
     integers = sum(np.prod(t.dims) for t in stored.values() if t.data_type == onnx.TensorProto.INT8)
     assert integers > 10 * floats
     # the same numbers, measured here, on other texts
