@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM := .cache/vllm
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-formats test-weights test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
+.PHONY: demo test test-slow test-formats test-export test-weights test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
 
 demo: $(VENV)/.core
 	$(BIN)/mymodels demo
@@ -18,6 +18,9 @@ test-slow: $(VENV)/.test-slow
 
 test-formats: $(VENV)/.test-formats
 	$(BIN)/pytest -m formats
+
+test-export: $(VENV)/.test-export
+	$(BIN)/pytest -m export
 
 test-weights: $(VENV)/.test-weights
 	$(BIN)/pytest -m weights
@@ -71,6 +74,10 @@ $(VENV)/.test-slow: $(VENV)/.test
 
 $(VENV)/.test-formats: $(VENV)/.test
 	$(PIP) --editable '.[test-formats]'
+	@touch $@
+
+$(VENV)/.test-export: $(VENV)/.test
+	$(PIP) --editable '.[test-export]'
 	@touch $@
 
 $(VENV)/.test-notebooks: $(VENV)/.test

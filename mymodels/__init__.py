@@ -25,6 +25,7 @@ from .models.modeling_mygpt2 import MyGPT2ForCausalLM, MyGPT2ForSequenceClassifi
 
 if TYPE_CHECKING:
     from .checkpoints import load_checkpoint_and_dispatch, load_state_dict, open_checkpoint, save_checkpoint
+    from .export import export_model
     from .hub import build_repo, load_in_clean_process
     from .hub.lock import load
     from .training.finetune import FineTuned, finetune
@@ -42,6 +43,7 @@ _LAZY = {
     "open_checkpoint": ".checkpoints",
     "save_checkpoint": ".checkpoints",
     "build_repo": ".hub",
+    "export_model": ".export",
     "import_checkpoint": ".training.importing",
     "load": ".hub.lock",
     "load_in_clean_process": ".hub",
@@ -69,6 +71,7 @@ __all__ = [
     "Trainer",
     "WarmStartReport",
     "build_repo",
+    "export_model",
     "finetune",
     "import_checkpoint",
     "load",

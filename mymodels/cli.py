@@ -301,6 +301,18 @@ def _lock(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from .export import export_model
+
+    names = ("task", "int8", "opset", "revision", "trust_remote_code")
+    options = {name: getattr(arguments, name) for name in names}
+    if arguments.texts:
+        options["texts"] = [line for line in arguments.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    dtype = _DTYPES.get(arguments.dtype, arguments.dtype)
+    export_model(arguments.path, arguments.to, arguments.out, dtype=dtype, **options).show(_console())
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
     parser = argparse.ArgumentParser(prog="mymodels", description="Modified GPT-2 and BERT models that load anywhere.")
@@ -452,6 +464,32 @@ def main(argv: list[str] | None = None) -> int:
     lock.add_argument("source", metavar="PATH|REPO_ID@SHA")
     lock.add_argument("--out", type=Path, default=Path("mymodels.lock"), metavar="FILE", help="default: %(default)s")
     lock.set_defaults(run=_lock)
+
+    export = verbs.add_parser(
+        "export", help="write a model as a graph that runs without mymodels, and compare it with torch"
+    )
+    export.add_argument(
+        "path", metavar="PATH|REPO_ID", help="a folder or Hub repo that transformers' Auto classes load"
+    )
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=("onnx", "pt2", "aoti", "torchscript"),
+        help="ONNX; torch.export; AOTInductor (needs a C++ compiler); TorchScript, which PyTorch calls legacy",
+    )
+    export.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="a new folder; default: NAME-onnx and the like, here"
+    )
+    export.add_argument("--int8", action="store_true", help="quantise the weights (ONNX), and say what it costs")
+    export.add_argument("--texts", type=Path, metavar="FILE", help="what --int8 is measured on, a text per line")
+    export.add_argument(
+        "--dtype", default="float32", help="of the weights, or auto: the checkpoint's; default: %(default)s"
+    )
+    export.add_argument("--opset", type=int, metavar="N", help="of ONNX; default: 20")
+    export.add_argument("--task", help="text-generation, text-classification, …; default: what the model is for")
+    export.add_argument("--revision", help="branch, tag or commit of a Hub repo")
+    export.add_argument("--trust-remote-code", action="store_true", help="run a model's own code that is not mymodels'")
+    export.set_defaults(run=_export)
 
     arguments = parser.parse_args(argv)
     try:

@@ -1,0 +1,240 @@
+"""Export: load a model, write its graph with all that belongs to it, compare, and only then put the folder in place."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..checkpoints.checkpoint import resolve_dtype
+from ..checkpoints.opening import locate
+from ..checkpoints.replacing import replace_folder
+from ..checkpoints.safetensors_files import read_json
+from ..checkpoints.writing import save_tokenizer_files
+from . import onnx_files, parity, programs
+from .graphs import TASKS, Graph, task_of
+from .readme import snippet, write_readme
+from .result import Exported
+
+# what a graph can be exported to → how
+WRITERS: dict[str, Callable[..., Path]] = {
+    "onnx": onnx_files.write_onnx,
+    "pt2": programs.write_pt2,
+    "aoti": programs.write_aoti,
+    "torchscript": programs.write_torchscript,
+}
+
+
+def export_model(
+    pretrained_model_name_or_path: str | os.PathLike,
+    to: str,
+    out: str | os.PathLike | None = None,
+    *,
+    task: str | None = None,
+    int8: bool = False,
+    dtype: str | torch.dtype | None = "float32",
+    opset: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    texts: Sequence[str] | None = None,
+    tolerance: float | None = None,
+    external_data_above: int = onnx_files.PROTOBUF_LIMIT,
+) -> Exported:
+    """Export a model as a graph that runs without mymodels, compare it with torch, and write it as a folder of its own.
+
+    The folder gets the graph, `config.json`, the tokenizer, `generation_config.json`, and a `README.md` with lines that
+    run it. It appears whole, after the graph has given torch's outputs in a fresh process on batches of several sizes
+    and lengths, or not at all.
+
+    A language model's ONNX graph takes and gives keys and values (`past_key_values.N.key`, `present.N.key`, …, those of
+    a sliding window whole: the mask is the window), so that one graph serves the prompt, with a past of length 0, and
+    each step after it. The other kinds have no cache.
+
+    Args:
+        pretrained_model_name_or_path: a folder or Hub repo that an Auto class loads; ours need no `trust_remote_code`.
+        to: `"onnx"`, `"pt2"` (`torch.export`), `"aoti"` (AOTInductor) or `"torchscript"` (legacy).
+        out: the folder; must not exist, or be empty. Default: `NAME-onnx` and the like, here.
+        task: a key of `graphs.TASKS`; default: by the class in the config's `architectures`.
+        int8: quantise the weights (ONNX only). The graph then differs; how much is measured on texts and returned.
+        dtype: of the weights and outputs, or its name; `"auto"`: the checkpoint's.
+        opset: of ONNX; default 20.
+        revision: branch, tag or commit of a Hub repo.
+        trust_remote_code: run the folder's own code, if mymodels does not know the model.
+        texts: what int8 is measured on; default: the sample text that ships with mymodels.
+        tolerance: largest difference to accept, of an output's largest value where that exceeds 1. Default: 1e-4 in
+            float32, 1e-2 in float16, 5e-2 in bfloat16.
+        external_data_above: ONNX weights of more bytes go into `model.onnx_data` beside the graph; default: near the
+            2 GB that one file may have.
+
+    Returns:
+        What was written and how it compared.
+
+    Raises:
+        ParityError: the graph does not give what torch gives; nothing is left behind.
+        ValueError: unknown kind or task, a head without weights, a missing package, a model that has no such form.
+        OSError: there is no such model, or `out` cannot be written.
+
+    Example:
+        >>> export_model("hub_repo/mygpt2", "onnx", "mygpt2-onnx").differences["logits"] < 1e-4
+        True
+    """
+    _check_options(to, task, int8, opset)
+    wanted = resolve_dtype(dtype)
+    path = locate(pretrained_model_name_or_path, revision=revision)
+    name = Path(pretrained_model_name_or_path).expanduser().resolve().name
+    target = Path(out) if out is not None else Path(f"{name}-{to}{'-int8' if int8 else ''}")
+    with (
+        replace_folder(target, overwrite=False) as folder,
+        tqdm(total=4, desc="loading", disable=None, bar_format="{desc}: {bar} {n}/{total} {elapsed}") as bar,
+    ):
+        model, task = _load(path, task, wanted, trust_remote_code)
+        if to == "onnx" and model.dtype in (torch.bfloat16, torch.float64):
+            raise ValueError("ONNX Runtime has no CPU kernels for bfloat16 and few for float64: use float32 or float16")
+        if int8 and model.dtype is not torch.float32:
+            raise ValueError("int8 starts from float32 weights: leave out dtype")
+        tokenizer = _tokenizer(path, trust_remote_code)
+        _save_companions(model, tokenizer, folder)
+        with _said(model, to):
+            graph = Graph(model, task, cache=to == "onnx" and task == "text-generation")
+        cases = _cases(graph, tokenizer, texts) if int8 else parity.make_cases(graph)
+        _next(bar, "running torch")
+        with _said(model, to):
+            parity.compute_expected(model, graph, cases)
+        _next(bar, "tracing")
+        options: dict[str, Any] = {}
+        if to == "onnx":
+            opset = opset or onnx_files.DEFAULT_OPSET
+            options = {"opset": opset, "int8": int8, "external_data_above": external_data_above}
+            options["metadata"] = {"task": task, "model_type": str(model.config.model_type)}
+        with _said(model, to):
+            if to == "onnx":
+                model.set_attn_implementation("eager")  # in plain operations, which every runtime knows
+            file = WRITERS[to](graph, folder, **options)
+        _next(bar, "comparing")
+        parity.run_elsewhere(to, file, graph, cases)
+        quality, differences = None, {}
+        limit = parity.TOLERANCES[model.dtype] if tolerance is None else tolerance
+        if int8:
+            quality = parity.measure_quality(cases, model.config, task)
+            parity.check_quality(quality)
+        else:
+            differences = parity.check(cases, limit)
+        exported = Exported(
+            folder=target,
+            file=target / file.name,
+            kind=to,
+            task=task,
+            dtype=str(model.dtype).removeprefix("torch."),
+            inputs=[*graph.inputs, *graph.past],
+            outputs=list(cases[0].expected),
+            differences=differences,
+            tolerance=limit,
+            quality=quality,
+            shapes=list(dict.fromkeys(case.shape for case in cases)),
+            size=sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith(file.name)),
+            opset=opset if to == "onnx" else None,
+        )
+        has_tokenizer = (folder / "tokenizer.json").is_file()
+        given: dict[str, Any] = {"outputs": exported.outputs, "dtype": exported.dtype, "tokenizer": has_tokenizer}
+        code = snippet(to, task, file.name, model.config, **given)
+        write_readme(folder, name, to, task, exported.compared, code)
+        _next(bar, "done")
+    return exported
+
+
+def _check_options(to: str, task: str | None, int8: bool, opset: int | None) -> None:
+    if to not in WRITERS:
+        raise ValueError(f"to={to!r}: choose one of {', '.join(WRITERS)}")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task={task!r} is not known: choose one of {', '.join(TASKS)}")
+    if to != "onnx" and (int8 or opset):
+        raise ValueError(f"{'int8' if int8 else 'opset'} is for ONNX: leave it out, or export to onnx")
+    for module in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
+        if find_spec(module) is None:
+            raise ValueError(f"this needs the package {module}: run pip install 'mymodels[onnx]'")
+
+
+@contextlib.contextmanager
+def _said(model: PreTrainedModel, to: str) -> Iterator[None]:
+    """Errors of many kinds, from deep inside torch, in one sentence; those of the disk pass."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {lines[0][:300]}") from error
+
+
+def _next(bar: tqdm, stage: str) -> None:
+    bar.set_description(stage)
+    bar.update()
+
+
+def _load(
+    path: Path, task: str | None, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, str]:
+    """The model and its task."""
+    raw = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    if raw is None:
+        raise ValueError(f"{path} has no config.json: name the folder of a model")
+    architecture = str((raw.get("architectures") or [""])[0])
+    task = task or task_of(architecture)
+    if task is None:
+        said = f"is a {architecture}" if architecture else "does not say which class it holds"
+        raise ValueError(f"{path} {said}: say task=, one of {', '.join(TASKS)}")
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # new weights are told here, in one sentence
+    try:
+        model, info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(before)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{path} has no weights for {missing[0]}{' and others' if len(missing) > 1 else ''}, which {task} needs: "
+            f"its class is {architecture or 'not said'}"
+        )
+    return model, task
+
+
+def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """None if the folder has none."""
+    if not any(path.glob("*token*")) and not any(path.glob("vocab*")):
+        return None
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _cases(graph: Graph, tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str] | None) -> list[parity.Case]:
+    if texts is not None and tokenizer is None:
+        raise ValueError("the folder has no tokenizer to cut texts with: leave out texts=")
+    if tokenizer is None:
+        return parity.make_cases(graph)
+    if texts is None:
+        from ..training.sample_text import load_sample_text, passages
+
+        texts = [text for text, _ in passages(load_sample_text("held_out"), words=48)][:64]
+    cases = parity.text_cases(graph, tokenizer, texts)
+    if not cases:
+        raise ValueError("none of the texts has two tokens: give longer ones")
+    return cases
+
+
+def _save_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """What a runtime reads beside the graph; of a model's own code that of its config, and no weights."""
+    config = model.config
+    if getattr(config, "auto_map", None):
+        config.auto_map = {name: value for name, value in config.auto_map.items() if name == "AutoConfig"}
+    config.save_pretrained(folder)
+    if tokenizer is not None:
+        save_tokenizer_files(tokenizer, folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)

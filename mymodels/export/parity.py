@@ -1,0 +1,253 @@
+"""Whether a graph computes what the model does: it runs in a process of its own, on batches of several shapes."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from .graphs import TASKS, Graph
+
+Tensors = dict[str, torch.Tensor]
+
+# of the largest value of an output where that exceeds 1
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+KL_LIMIT, COSINE_LIMIT = 0.1, 0.95  # what int8 may cost before it is called broken
+SHAPES = ((1, 1, ""), (1, 9, ""), (2, 12, "left"), (4, 6, "right"), (3, 32, "right"))  # batch, length, padding
+RUNNER = Path(__file__).with_name("run_graph.py")
+
+
+class ParityError(ValueError):
+    """A graph that does not compute what the model does."""
+
+
+@dataclass
+class Case:
+    """One batch: its `[batch, length]` inputs, and into which pieces of tokens it is cut for a graph with a cache."""
+
+    inputs: Tensors
+    pieces: list[int]
+    expected: Tensors = field(default_factory=dict)
+    found: Tensors = field(default_factory=dict)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        return self.inputs["attention_mask"].bool()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.mask.shape[0], self.mask.shape[1]
+
+
+def make_cases(graph: Graph) -> list[Case]:
+    """Batches of random tokens, each unlike the one that the graph was traced with, padded as the task has it."""
+    config = graph.model.config
+    limit = getattr(config, "max_position_embeddings", None) or 64
+    window = getattr(config, "sliding_window", None) or 0
+    longest = max(32, window + 4 if window < 1024 else 0)  # some tokens fall out of the window
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for rows, length, padding in SHAPES:
+        if padding == "left" and graph.task != "text-generation":
+            padding = "right"
+        length = min(longest if length == 32 else length, limit - 2)  # RoBERTa's positions start at 2
+        mask = torch.ones(rows, length, dtype=torch.long)
+        for row in range(1, rows if padding else 0):
+            hidden = slice(None, row) if padding == "left" else slice(-row, None)
+            mask[row, hidden] = 0
+        ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
+        cases.append(_case(graph, ids, mask, generator))
+    return cases
+
+
+def text_cases(graph: Graph, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Case]:
+    """Batches of texts, up to 64 tokens of each."""
+    side = "left" if graph.task == "text-generation" else "right"
+    longest = min(64, getattr(graph.model.config, "max_position_embeddings", None) or 64)
+    rows = [tokenizer(text, truncation=True, max_length=longest).input_ids[:longest] for text in texts]
+    rows = [row for row in rows if len(row) > 1]
+    cases = []
+    for start in range(0, len(rows), 8):
+        batch = rows[start : start + 8]
+        length = max(map(len, batch))
+        ids, mask = torch.zeros(len(batch), length, dtype=torch.long), torch.zeros(len(batch), length, dtype=torch.long)
+        for i, row in enumerate(batch):
+            place = slice(length - len(row), None) if side == "left" else slice(len(row))
+            ids[i, place], mask[i, place] = torch.tensor(row), 1
+        cases.append(_case(graph, ids, mask))
+    return cases
+
+
+def _case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: torch.Generator | None = None) -> Case:
+    config, length = graph.model.config, ids.shape[1]
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None:  # some models tell padding by the token
+        other = (padding + 1) % config.vocab_size
+        ids = torch.where((ids == padding) & (mask == 1), other, ids).masked_fill(mask == 0, padding)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in graph.inputs:
+        kinds = torch.zeros_like(ids)
+        if generator is not None:
+            kinds = torch.randint(config.type_vocab_size, ids.shape, generator=generator)
+        inputs["token_type_ids"] = kinds
+    if "position_ids" in graph.inputs:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    last = length // 3 if graph.past else 0  # a prompt, a single token, the rest
+    pieces = [length - last - 1, 1, last] if graph.past else [length]
+    return Case(inputs, [piece for piece in pieces if piece])
+
+
+@torch.no_grad()
+def compute_expected(model: PreTrainedModel, graph: Graph, cases: Sequence[Case]) -> None:
+    """What the model itself gives, each batch in one call and by its fastest way."""
+    for case in cases:
+        cacheless = {"use_cache": False} if graph.task == "text-generation" else {}
+        outputs = model(**case.inputs, **cacheless, return_dict=True)
+        case.expected = {name: outputs[name] for name in TASKS[graph.task].outputs if outputs.get(name) is not None}
+        if graph.past:
+            cache = model(**case.inputs, use_cache=True, past_key_values=DynamicCache()).past_key_values
+            states = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+            case.expected |= dict(zip(graph.present, states))
+
+
+def run_elsewhere(kind: str, file: Path, graph: Graph, cases: Sequence[Case]) -> None:
+    """Fill in what the exported `file` gives in a fresh process, which must not need mymodels or transformers.
+
+    Raises:
+        ParityError: it cannot be run there.
+    """
+    calls: Tensors = {}
+    for number, case in enumerate(cases):
+        end = 0
+        for step, piece in enumerate(case.pieces):
+            start, end = end, end + piece
+            for name, value in case.inputs.items():
+                part = value[:, :end] if name == "attention_mask" else value[:, start:end]
+                calls[f"{number}/{step}/{name}"] = part.clone(memory_format=torch.contiguous_format)
+    with tempfile.TemporaryDirectory(prefix="mymodels-parity-") as folder:
+        inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
+        save_file(calls, inputs)
+        command = [sys.executable, str(RUNNER), kind, str(file.resolve()), str(inputs), str(outputs)]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        if run.returncode:
+            reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
+            raise ParityError(f"{file.name} cannot be run in another process: {reason.strip()[:300]}")
+        with safe_open(outputs, "pt") as opened:
+            strangers = json.loads(opened.metadata()["strangers"])
+        if strangers:
+            raise ParityError(f"{file.name} needs {' and '.join(strangers)} to run, so it does not stand by itself")
+        found = load_file(outputs)
+    for number, case in enumerate(cases):
+        last = len(case.pieces) - 1
+        case.found = {}
+        for name in case.expected:
+            steps = range(last + 1) if name in TASKS[graph.task].outputs and last else [last]  # a cache holds all
+            parts = [found[f"{number}/{step}/{name}"] for step in steps]
+            case.found[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def largest_difference(cases: Sequence[Case]) -> dict[str, float]:
+    """For each output the largest difference at a token, of the largest value there where that exceeds 1; NaN if one is."""
+    worst: dict[str, float] = {}
+    for case in cases:
+        for name, expected in case.expected.items():
+            found, expected = case.found[name].float(), expected.float()
+            if found.shape != expected.shape:
+                raise ParityError(
+                    f"{name} has the shape {list(found.shape)}, but the model's has {list(expected.shape)}"
+                )
+            if name.startswith("present."):  # [batch, heads, length, width]
+                found, expected = found.transpose(1, 2), expected.transpose(1, 2)
+            if expected.shape[:2] == case.mask.shape and name != "pooler_output":
+                found, expected = found[case.mask], expected[case.mask]
+            scale = expected.abs().max().clamp(min=1.0)
+            difference = float((found - expected).abs().max() / scale)
+            kind = "present" if name.startswith("present.") else name
+            worst[kind] = difference if not difference <= worst.get(kind, -1.0) else worst[kind]
+    return worst
+
+
+def check(cases: Sequence[Case], tolerance: float) -> dict[str, float]:
+    """`largest_difference`.
+
+    Raises:
+        ParityError: one of them is beyond `tolerance`; the message says which, and in a batch of which shape.
+    """
+    worst = largest_difference(cases)
+    for name, difference in worst.items():
+        if not difference <= tolerance:
+            for case in cases:
+                here = largest_difference([case])[name]
+                if not here <= tolerance:
+                    raise ParityError(
+                        f"{name} differs from torch's by {here:.2g}, more than {tolerance:g}, in a batch of "
+                        f"{case.shape[0]} rows of {case.shape[1]} tokens"
+                    )
+    return worst
+
+
+@dataclass
+class Quality:
+    """What quantisation costs.
+
+    Attributes:
+        agreement: share of decisions that are the same: labels, next tokens, answers' ends.
+        kl: mean Kullback-Leibler divergence from the model's distribution to the graph's, in nats per decision.
+        cosine: mean cosine of vectors, where there is no distribution.
+        decisions: how many were compared.
+    """
+
+    agreement: float | None = None
+    kl: float | None = None
+    cosine: float | None = None
+    decisions: int = 0
+
+    @property
+    def sentence(self) -> str:
+        if self.cosine is not None:
+            return f"mean cosine {self.cosine:.4f} over {self.decisions} vectors"
+        return f"{self.agreement:.2%} of {self.decisions} decisions the same, KL {self.kl:.2g} nats"
+
+
+def measure_quality(cases: Sequence[Case], config: object, task: str) -> Quality:
+    """Compare distributions at tokens, not numbers."""
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for case in cases:
+        for name in TASKS[task].outputs:
+            if name in case.expected:
+                expected, found = case.expected[name].float(), case.found[name].float()
+                if task == "question-answering":  # a distribution over the tokens
+                    hidden = ~case.mask
+                    expected, found = expected.masked_fill(hidden, -1e9), found.masked_fill(hidden, -1e9)
+                elif expected.ndim == 3:
+                    expected, found = expected[case.mask], found[case.mask]
+                pairs += list(zip(expected, found))
+    if task == "feature-extraction" or pairs[0][0].numel() == 1:  # a regression: all numbers as one vector
+        if task != "feature-extraction":
+            pairs = [(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))]
+        cosines = [torch.cosine_similarity(a, b, dim=-1) for a, b in pairs]
+        return Quality(cosine=float(torch.stack(cosines).mean()), decisions=len(pairs))
+    if getattr(config, "problem_type", None) == "multi_label_classification":  # each label for itself, yes or no
+        pairs = [(torch.stack((a, a * 0), -1), torch.stack((b, b * 0), -1)) for a, b in pairs]
+    else:
+        pairs = [(a[None], b[None]) for a, b in pairs]
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).float() for a, b in pairs])
+    kl = torch.cat([(a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1) for a, b in pairs])
+    return Quality(agreement=float(same.mean()), kl=float(kl.mean()), decisions=len(same))
+
+
+def check_quality(quality: Quality) -> None:
+    """Raises:
+    ParityError: quantisation has made another model of it.
+    """
+    if quality.cosine is not None and not quality.cosine >= COSINE_LIMIT:
+        raise ParityError(f"int8 changes its vectors too much ({quality.sentence}, at least {COSINE_LIMIT} is wanted)")
+    if quality.kl is not None and not quality.kl <= KL_LIMIT:
+        raise ParityError(f"int8 changes its answers too much ({quality.sentence}, at most {KL_LIMIT} nats are wanted)")

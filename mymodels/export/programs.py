@@ -1,0 +1,81 @@
+"""`torch.export`, AOTInductor and TorchScript: files that torch alone loads."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from .graphs import Graph
+
+FILES = {"pt2": "model.pt2", "aoti": "model_aoti.pt2", "torchscript": "model_torchscript.pt"}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what tracing has to say about torch's own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def export_program(graph: Graph) -> ExportedProgram:
+    """The graph by `torch.export`, for any batch and length."""
+    config = graph.model.config
+    learned = getattr(config, "position_embedding_type", "learned") in ("learned", "absolute")
+    limit = getattr(config, "max_position_embeddings", None) if learned else None
+    batch, length = Dim("batch_size", min=1), Dim("sequence_length", min=1, max=limit)
+    with quiet(), torch.no_grad():
+        program = torch.export.export(
+            graph, (), graph.example(), dynamic_shapes={name: {0: batch, 1: length} for name in graph.inputs}
+        )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names folders of this machine
+    return program
+
+
+def write_pt2(graph: Graph, folder: Path) -> Path:
+    """`model.pt2`: `torch.export.load(file).module()(input_ids=…, attention_mask=…)` gives a dict."""
+    target = folder / FILES["pt2"]
+    torch.export.save(export_program(graph), target)
+    return target
+
+
+def write_aoti(graph: Graph, folder: Path) -> Path:
+    """`model_aoti.pt2`, compiled for this kind of processor: `torch._inductor.aoti_load_package(file)`.
+
+    Raises:
+        ValueError: there is no C++ compiler.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        with quiet():
+            get_cpp_compiler()
+    except Exception as error:  # torch's own InvalidCxxCompiler, not to be found under one name in every release
+        raise ValueError("AOTInductor compiles C++: install g++ or clang++, or set CXX to a compiler") from error
+    target = folder / FILES["aoti"]
+    program = export_program(graph)
+    with quiet(), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(target))
+    return target
+
+
+def write_torchscript(graph: Graph, folder: Path) -> Path:
+    """`model_torchscript.pt`: `torch.jit.load(file)`. Legacy: PyTorch keeps it, and advises `torch.export` instead."""
+    target = folder / FILES["torchscript"]
+    example: dict[str, Any] = graph.example()
+    with quiet(), torch.no_grad():
+        # strict=False: a dict comes out
+        traced = torch.jit.trace(graph, example_kwarg_inputs=example, strict=False, check_trace=False)
+        torch.jit.save(traced, target)
+    return target

@@ -1,0 +1,118 @@
+"""The README of an exported folder: what is in it, how it compared, and lines that run it without mymodels."""
+
+import json
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+RUNS_WITH = {
+    "onnx": "ONNX Runtime",
+    "pt2": "`torch.export.load`",
+    "aoti": "`torch._inductor.aoti_load_package`, on a processor like the one it was compiled on",
+    "torchscript": "`torch.jit.load` (legacy: PyTorch advises `torch.export` instead)",
+}
+_OPEN = {
+    "onnx": ["import onnxruntime"],
+    "pt2": ["import torch"],
+    "aoti": ["import torch"],
+    "torchscript": ["import torch"],
+}
+_LOAD = {
+    "onnx": 'session = onnxruntime.InferenceSession("{file}")',
+    "pt2": 'graph = torch.export.load("{file}").module()',
+    "aoti": 'graph = torch._inductor.aoti_load_package("{file}")',
+    "torchscript": 'graph = torch.jit.load("{file}")',
+}
+_RUN = {"onnx": 'session.run(["{name}"], feed)[0]'}
+_RUN_TORCH = 'graph(**{{name: torch.from_numpy(value) for name, value in feed.items()}})["{name}"].detach().numpy()'
+
+_GENERATE = """\
+past = {{
+    entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.{dtype})
+    for entry in session.get_inputs()
+    if entry.name.startswith("past")
+}}
+names = [output.name for output in session.get_outputs()]
+tokens = ids
+for _ in range(20):
+    length = ids.shape[1]
+    position_ids = np.arange(length - tokens.shape[1], length)[None]
+    feed = {{"input_ids": tokens, "attention_mask": np.ones_like(ids), "position_ids": position_ids, **past}}
+    results = dict(zip(names, session.run(names, feed)))
+    past = {{name.replace("present", "past_key_values"): results[name] for name in names[1:]}}
+    tokens = results["logits"][:, -1:].argmax(-1)
+    ids = np.concatenate((ids, tokens), axis=1)
+    if tokens[0, 0] in {ends}:
+        break"""
+
+_GENERATE_ANEW = """\
+for _ in range(20):
+    feed = {{"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}}
+    logits = {run}
+    ids = np.concatenate((ids, logits[:, -1:].argmax(-1)), axis=1)
+    if ids[0, -1] in {ends}:
+        break"""
+
+
+def snippet(
+    kind: str, task: str, file: str, config: PretrainedConfig, *, outputs: list[str], dtype: str, tokenizer: bool
+) -> str:
+    """Python that loads `file` from the current folder and runs it with its runtime, numpy and tokenizers alone.
+
+    Args:
+        kind, task: as for `export_model`.
+        file: name of the graph.
+        outputs: names of the graph's; of a language model with a cache not looked at.
+        dtype: of a cache, as numpy names it.
+        tokenizer: whether a `tokenizer.json` is there; else token numbers stand in the text's place.
+    """
+    lines = ["import numpy as np", *_OPEN[kind]]
+    if tokenizer:
+        lines += ["from tokenizers import Tokenizer", "", 'tokenizer = Tokenizer.from_file("tokenizer.json")']
+    else:
+        lines += [""]
+    lines.append(_LOAD[kind].format(file=file))
+    if task == "text-generation":
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        code = (
+            'ids = np.array([tokenizer.encode("Once upon a time").ids])' if tokenizer else "ids = np.array([[5, 6, 7]])"
+        )
+        run = _RUN.get(kind, _RUN_TORCH).format(name="logits")
+        body = _GENERATE if kind == "onnx" else _GENERATE_ANEW
+        lines += [code, body.format(dtype=dtype, ends=[end for end in ends if end is not None], run=run)]
+        lines.append("print(tokenizer.decode(ids[0].tolist()))" if tokenizer else "print(ids)")
+        return "\n".join(lines)
+    segments = bool(getattr(config, "type_vocab_size", 0))
+    if tokenizer:
+        padding = getattr(config, "pad_token_id", None) or 0
+        lines += [
+            f"tokenizer.enable_padding(pad_id={padding}, pad_token=tokenizer.id_to_token({padding}))",
+            'rows = tokenizer.encode_batch(["The cat sat on the mat.", "It was late."])',
+            "feed = {",
+            '    "input_ids": np.array([row.ids for row in rows]),',
+            '    "attention_mask": np.array([row.attention_mask for row in rows]),',
+            *(['    "token_type_ids": np.array([row.type_ids for row in rows]),'] if segments else []),
+            "}",
+        ]
+    else:
+        lines.append("ids = np.array([[5, 6, 7], [8, 9, 10]])")
+        kinds = ', "token_type_ids": np.zeros_like(ids)' if segments else ""
+        lines.append(f'feed = {{"input_ids": ids, "attention_mask": np.ones_like(ids){kinds}}}')
+    for name in outputs:
+        lines.append(f"{name} = {_RUN.get(kind, _RUN_TORCH).format(name=name)}")
+    labels = [str(label) for _, label in sorted((config.id2label or {}).items())]
+    if task == "text-classification" and len(labels) > 1:
+        lines.append(f"labels = {json.dumps(labels, ensure_ascii=False)}")
+        lines.append("print([labels[i] for i in logits.argmax(-1)])")
+    else:
+        lines.append(f"print({', '.join(outputs)})")
+    return "\n".join(lines)
+
+
+def write_readme(folder: Path, title: str, kind: str, task: str, compared: str, code: str) -> None:
+    """`README.md` of an exported folder."""
+    Path(folder, "README.md").write_text(
+        f"# {title}\n\nExported for {task}; runs with {RUNS_WITH[kind]}. {compared}\n\n"
+        f"Started in this folder:\n\n```python\n{code}\n```\n",
+        encoding="utf-8",
+    )

@@ -1,0 +1,86 @@
+"""What an export gives back, and the table that shows it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .parity import Quality
+from .readme import RUNS_WITH
+
+
+@dataclass
+class Exported:
+    """What was exported.
+
+    Attributes:
+        folder: holds everything.
+        file: the graph.
+        kind: `"onnx"`, `"pt2"`, `"aoti"` or `"torchscript"`.
+        task: a key of `graphs.TASKS`.
+        dtype: of the weights and outputs before any quantisation.
+        inputs, outputs: names of the graph's, in order.
+        differences: for each output (`present`: all keys and values) the largest difference from torch's, of the
+            largest value where that exceeds 1. Empty for int8.
+        tolerance: what they were held against.
+        quality: what int8 costs.
+        shapes: the `(batch, length)` that were compared.
+        size: bytes of the graph with its weights.
+        opset: of ONNX.
+    """
+
+    folder: Path
+    file: Path
+    kind: str
+    task: str
+    dtype: str
+    inputs: list[str]
+    outputs: list[str]
+    differences: dict[str, float]
+    tolerance: float
+    quality: Quality | None
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+    size: int = 0
+    opset: int | None = None
+
+    @property
+    def compared(self) -> str:
+        """How it compared, in a sentence."""
+        if self.quality is not None:
+            return f"int8 weights: against float32, {self.quality.sentence}."
+        worst = max(self.differences.values())
+        return f"Its outputs differ from torch's by at most {worst:.1e}, of the largest value where that exceeds 1."
+
+    def _runs_with(self) -> str:
+        said = RUNS_WITH[self.kind].replace("`", "")
+        if self.task == "text-generation":
+            cached = "keys and values are kept, one graph for the prompt and each step after it"
+            said += f"; {cached if self.kind == 'onnx' else 'no cache: a step computes all tokens anew'}"
+        if self.kind == "torchscript":
+            said += f"; fixed by the trace: {self.dtype}, the CPU; inputs are not checked"
+        return said
+
+    def show(self, console: Console | None = None) -> None:
+        """Print a small table."""
+        table = Table(show_header=False, title=f"{self.folder}", title_justify="left")
+        rows = {
+            "graph": f"{self.file.name}, {self.size / 1e6:,.1f} MB" + (f", opset {self.opset}" if self.opset else ""),
+            "task": self.task,
+            "inputs": _shortened(self.inputs),
+            "outputs": _shortened(self.outputs),
+            "runs with": self._runs_with(),
+            "compared": "in a fresh process, batch × length " + ", ".join(f"{a}×{b}" for a, b in self.shapes[:8]),
+        }
+        if self.quality is not None:
+            rows["int8 against torch"] = self.quality.sentence
+        for name, difference in self.differences.items():
+            rows[f"{name}: off by"] = f"{difference:.1e} (at most {self.tolerance:g})"
+        for name, value in rows.items():
+            table.add_row(name, Text(value))
+        (console or Console()).print(table)
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names if len(names) < 6 else [*names[:5], f"… {len(names)} in all"])

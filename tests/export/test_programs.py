@@ -1,0 +1,80 @@
+"""torch.export and AOTInductor: any batch and length, and torch alone reloads them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from exports import ROOT, mybert, mygpt2, run_lines
+from tiny import SWITCHES, batch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from mymodels import export_model
+from mymodels.export import graphs, programs
+
+pytestmark = pytest.mark.export
+TEXTS = ["The cat sat on the mat.", "It was late."]
+
+
+def test_no_fast_path_is_in_a_graph() -> None:
+    """They are for this machine and look at values: packing, products by oneDNN."""
+    for model, task in (
+        (mygpt2(**SWITCHES["everything"], vocab_size=97 * 64, hidden_size=64), "text-generation"),
+        (mybert("SequenceClassification"), "text-classification"),
+    ):
+        program = programs.export_program(graphs.Graph(model, task))
+        called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert any("linear" in name or "addmm" in name for name in called)
+        assert not [name for name in called if "mkldnn" in name or "index_copy" in name or "nonzero" in name]
+        assert not [name for name in called if "scalar_dense" in name or "aten.item" in name]
+
+
+@pytest.mark.parametrize("name", ["stock", "everything"])
+def test_a_program_takes_any_batch_and_length(name: str, tmp_path: Path) -> None:
+    model = mygpt2(**SWITCHES[name])
+    model.save_pretrained(tmp_path / "model")
+    exported = export_model(tmp_path / "model", "pt2", tmp_path / "out")
+    assert exported.differences["logits"] < 1e-5
+    assert str(ROOT).encode() not in exported.file.read_bytes()
+    program = torch.export.load(exported.file).module()
+    for rows, length in ((1, 1), (7, 2), (2, 50)):
+        inputs = batch("none", rows, length)
+        inputs["position_ids"] = torch.arange(length).repeat(rows, 1)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        assert (program(**inputs)["logits"] - expected).abs().max() < 1e-4
+    if name == "stock":  # the table of positions ends at 64
+        inputs = batch("none", 1, 65)
+        with pytest.raises(Exception, match="64"):
+            program(**inputs, position_ids=torch.arange(65)[None])
+
+
+@pytest.mark.parametrize("kind", ["pt2", "aoti", "torchscript"])
+def test_a_classifier_in_a_process_with_torch_alone(kind: str, tmp_path: Path) -> None:
+    source = ROOT / "hub_repo" / "mybert"
+    export_model(source, kind, tmp_path / "out")
+    labels, logits = run_lines(tmp_path / "out", "print(logits.tolist())").splitlines()
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForSequenceClassification.from_pretrained(source)
+    with torch.no_grad():
+        expected = model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+    assert (torch.tensor(json.loads(logits)) - expected).abs().max() < 1e-4
+    assert labels == str([model.config.id2label[i] for i in expected.argmax(-1).tolist()])
+
+
+@pytest.mark.parametrize("kind", ["pt2", "aoti", "torchscript"])
+def test_a_language_model_in_a_process_with_torch_alone(kind: str, tmp_path: Path) -> None:
+    source = ROOT / "hub_repo" / "mygpt2"
+    export_model(source, kind, tmp_path / "out")
+    *_, ids = run_lines(tmp_path / "out", "print(ids.tolist())").splitlines()
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
+    inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=20, no_repeat_ngram_size=0)
+    assert json.loads(ids) == expected.tolist()
+
+
+def test_aotinductor_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mybert("SequenceClassification").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "none"),))
+    with pytest.raises(ValueError, match=r"AOTInductor compiles C\+\+: install g\+\+ or clang\+\+"):
+        export_model(tmp_path / "model", "aoti", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
