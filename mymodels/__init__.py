@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
+from .adapters import register_with_peft
 from .models import layers, modeling_mybert, modeling_mygpt2
 from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
@@ -96,6 +97,7 @@ def _register() -> None:
             if auto_class != "AutoConfig":
                 model = getattr(modeling, reference.split(".")[1])
                 getattr(transformers, auto_class).register(config, model, exist_ok=True)
+                setattr(transformers, model.__name__, model)  # where `transformers serve` looks for it
 
 
 def _is_saved_by(model_class: Any, path: Any) -> bool:
@@ -124,3 +126,4 @@ def _convert_stock_checkpoints() -> None:
 
 _register()
 _convert_stock_checkpoints()
+register_with_peft()
