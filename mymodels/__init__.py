@@ -5,6 +5,7 @@ Importing this package registers both families, so that `AutoModel.from_pretrain
 """
 
 import json
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,8 @@ def _register() -> None:
             if auto_class != "AutoConfig":
                 model = getattr(modeling, reference.split(".")[1])
                 getattr(transformers, auto_class).register(config, model, exist_ok=True)
-                setattr(transformers, model.__name__, model)  # where `transformers serve` looks for it
+                # where `transformers serve` looks for it; the module may have been made anew while it was imported
+                setattr(sys.modules["transformers"], model.__name__, model)
 
 
 def _is_saved_by(model_class: Any, path: Any) -> bool:

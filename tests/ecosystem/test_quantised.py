@@ -28,7 +28,7 @@ CONFIGS = {
     "bnb int8": lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"]),
     "bnb nf4": lambda: BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["lm_head", "classifier", "pooler"],  # its kernel wants many rows
+        llm_int8_skip_modules=["lm_head", "classifier", "score"],  # its kernel wants many rows
     ),
 }
 
