@@ -267,6 +267,14 @@ def test_a_part_may_be_compiled_by_itself() -> None:
     assert largest_difference(model(ids).logits, expected) <= 1e-5
 
 
+def test_a_bias_may_be_left_out() -> None:
+    """As PEFT's LoHa does, which makes its matrices on the way."""
+    states, weight = torch.randn(3, 5), torch.randn(4, 5, requires_grad=True)
+    with fast_products(states):
+        torch.nn.functional.linear(states, weight).sum().backward()
+    assert torch.allclose(weight.grad, states.sum(0).expand(4, 5), atol=1e-6)
+
+
 def test_numbers_of_rows_recur_without_gradients() -> None:
     """Each new one makes oneDNN compile kernels, which it keeps."""
     totals = set()

@@ -70,6 +70,7 @@ def test_default_targets_a_step_and_merging(name: str, method: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_importing_mymodels_leaves_peft_alone_until_it_is_needed() -> None:
     script = """
 import sys, mymodels
