@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_checkpoint_and_dispatch, load_state_dict, open_checkpoint, save_checkpoint
     from .hub import build_repo, load_in_clean_process
     from .hub.lock import load
+    from .predicting import predict
     from .training.finetune import FineTuned, finetune
     from .training.importing import import_checkpoint
     from .training.loop import train
@@ -47,6 +48,7 @@ _LAZY = {
     "import_checkpoint": ".training.importing",
     "load": ".hub.lock",
     "load_in_clean_process": ".hub",
+    "predict": ".predicting",
     "load_sample_text": ".training.sample_text",
     "FineTuned": ".training.finetune",
     "finetune": ".training.finetune",
@@ -79,6 +81,7 @@ __all__ = [
     "load_sample_text",
     "load_state_dict",
     "open_checkpoint",
+    "predict",
     "save_checkpoint",
     "train",
     "warm_start",
