@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM := .cache/vllm
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python $(INSTALL)
+ECOSYSTEM := $(VENV)/ecosystem
 
-.PHONY: demo test test-slow test-formats test-export test-weights test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
+.PHONY: demo test test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
 
 demo: $(VENV)/.core
 	$(BIN)/mymodels demo
@@ -24,6 +26,9 @@ test-export: $(VENV)/.test-export
 
 test-weights: $(VENV)/.test-weights
 	$(BIN)/pytest -m weights
+
+test-ecosystem: $(VENV)/.test-ecosystem
+	$(ECOSYSTEM)/bin/python -m pytest -m ecosystem
 
 test-notebooks: $(VENV)/.test-notebooks
 	$(BIN)/pytest -m notebooks
@@ -78,6 +83,14 @@ $(VENV)/.test-formats: $(VENV)/.test
 
 $(VENV)/.test-export: $(VENV)/.test
 	$(PIP) --editable '.[test-export]'
+	@touch $@
+
+# a second environment over the first, whose packages it sees: with torchao, transformers would start slower everywhere
+$(VENV)/.test-ecosystem: $(VENV)/.test
+	$(PYTHON) -m venv --without-pip $(ECOSYSTEM)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		>"$$($(ECOSYSTEM)/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
+	$(ECOSYSTEM)/bin/python $(INSTALL) --editable '.[test-ecosystem]'
 	@touch $@
 
 $(VENV)/.test-notebooks: $(VENV)/.test

@@ -5,12 +5,14 @@ Importing this package registers both families, so that `AutoModel.from_pretrain
 """
 
 import json
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 
+from .adapters import register_with_peft
 from .models import layers, modeling_mybert, modeling_mygpt2
 from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .export import export_model
     from .hub import build_repo, load_in_clean_process
     from .hub.lock import load
+    from .predicting import predict
     from .training.finetune import FineTuned, finetune
     from .training.importing import import_checkpoint
     from .training.loop import train
@@ -47,6 +50,7 @@ _LAZY = {
     "import_checkpoint": ".training.importing",
     "load": ".hub.lock",
     "load_in_clean_process": ".hub",
+    "predict": ".predicting",
     "load_sample_text": ".training.sample_text",
     "FineTuned": ".training.finetune",
     "finetune": ".training.finetune",
@@ -80,6 +84,7 @@ __all__ = [
     "load_sample_text",
     "load_state_dict",
     "open_checkpoint",
+    "predict",
     "save_checkpoint",
     "train",
     "warm_start",
@@ -99,6 +104,8 @@ def _register() -> None:
             if auto_class != "AutoConfig":
                 model = getattr(modeling, reference.split(".")[1])
                 getattr(transformers, auto_class).register(config, model, exist_ok=True)
+                # where `transformers serve` looks for it; the module may have been made anew while it was imported
+                setattr(sys.modules["transformers"], model.__name__, model)
 
 
 def _is_saved_by(model_class: Any, path: Any) -> bool:
@@ -127,3 +134,4 @@ def _convert_stock_checkpoints() -> None:
 
 _register()
 _convert_stock_checkpoints()
+register_with_peft()

@@ -258,6 +258,33 @@ _FINETUNE: dict[str, tuple[Any, str]] = {
 }
 
 
+def _predict(arguments: argparse.Namespace) -> int:
+    import os
+
+    from .predicting import predict
+
+    if arguments.input is None and sys.stdin.isatty():
+        print("reading lines from the terminal, Ctrl-D ends them", file=sys.stderr)
+    names = ("task", "column", "pair_column", "text", "batch_size", "window", "top_k", "max_length", "max_new_tokens")
+    options = {
+        name: getattr(arguments, name) for name in (*names, "device", "tokenizer", "revision", "trust_remote_code")
+    }
+    try:
+        counts = predict(
+            arguments.model,
+            arguments.input or sys.stdin.buffer,
+            arguments.output or sys.stdout.buffer,
+            dtype=_DTYPES.get(arguments.dtype, arguments.dtype),
+            **options,
+        )
+    except BrokenPipeError:  # whoever reads the answers has enough of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 141  # as of a program that the signal ends
+    cut = f", {counts.cut} of them cut (--max-length)" if counts.cut else ""
+    print(f"{counts.answered} lines answered{cut}, {counts.skipped} skipped", file=sys.stderr)
+    return 3 if counts.skipped else 0
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from .hub import record_golden, verify
     from .hub.reporting import show_verification, write_matrix
@@ -426,6 +453,45 @@ def main(argv: list[str] | None = None) -> int:
         tune.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=f"for the card: {text}")
     tune.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="any other of TrainingArguments")
     tune.set_defaults(run=_finetune)
+
+    predict = verbs.add_parser(
+        "predict",
+        help="a model's answer to each line of a file or a pipe, as JSON",
+        description="Read a text from each line of standard input, JSON objects or plain text, and write the model's answer as "
+        "a line of JSON, in the same order and in constant memory. Exit code 0: all answered; 3: some lines were skipped as "
+        "bad, each is named on standard error; 1: it could not go on.",
+    )
+    predict.add_argument("model", metavar="PATH|REPO_ID", help="any that transformers' Auto classes load")
+    predict.add_argument("--input", type=Path, metavar="FILE", help="default: standard input")
+    predict.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    tasks = ["classification", "token-classification", "embedding", "generation", "loss"]
+    predict.add_argument("--task", choices=tasks, help="default: what the model was saved for")
+    predict.add_argument(
+        "--column", default="text", metavar="NAME", help="the field with the text; default: %(default)s"
+    )
+    predict.add_argument(
+        "--pair-column", metavar="NAME", help="with the second one of a pair; default: text_pair, if there"
+    )
+    predict.add_argument("--text", action="store_true", help="lines are texts, not JSON")
+    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
+    window = "batches read ahead and sorted by length; 1 answers after each batch; default: %(default)s"
+    predict.add_argument("--window", type=int, default=16, metavar="N", help=window)
+    predict.add_argument("--top-k", type=int, metavar="N", help="also give the scores of so many labels, 0 for all")
+    predict.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens to cut texts to; default: what the model takes"
+    )
+    predict.add_argument(
+        "--max-new-tokens", type=int, default=50, metavar="N", help="of generation; default: %(default)s"
+    )
+    predict.add_argument("--device", help="such as cpu or cuda:1; default: cuda where there is one")
+    dtypes = ["auto", *_DTYPES, *_DTYPES.values()]
+    predict.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; default: as they are saved")
+    predict.add_argument("--tokenizer", metavar="PATH", help="default: the model's")
+    predict.add_argument("--revision", help="branch, tag or commit of a Hub repo")
+    predict.add_argument(
+        "--trust-remote-code", action="store_true", help="run a model's own code that is not mymodels'"
+    )
+    predict.set_defaults(run=_predict)
 
     verify = verbs.add_parser(
         "verify", help="prove that a Hub repo folder loads and gives its recorded outputs, anywhere"

@@ -77,7 +77,7 @@ class FastProducts(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is nn.functional.linear and not kwargs and _serves(*args):
-            return _OneDnnLinear.apply(*args)
+            return _OneDnnLinear.apply(*args, *[None] * (3 - len(args)))  # the bias may be left out
         return function(*args, **(kwargs or {}))
 
 

@@ -376,7 +376,7 @@ class Packing:
     """
 
     def __init__(self, lengths: list[int], shape: tuple[int, int], index: torch.Tensor | None = None):
-        self.shape, self.index = shape, index
+        self.shape, self.index, self.tokens = shape, index, sum(lengths)
         self.groups = [(length, len(list(same))) for length, same in groupby(lengths)]  # neighbours of one length
 
     @classmethod
@@ -397,7 +397,14 @@ class Packing:
             return None
         ordered, order = mask.sum(dim=1).sort(descending=True, stable=True)
         rows, columns = mask[order].nonzero(as_tuple=True)
-        return cls(ordered.tolist(), shape, order[rows] * shape[1] + columns)
+        index, lengths = order[rows] * shape[1] + columns, ordered.tolist()
+        # oneDNN compiles kernels for each number of rows and keeps them, in the end half a gigabyte. So that numbers
+        # recur, some tokens (at most 1 in 16) are there twice: as one more sequence, which `put` leaves out.
+        step = 1 if torch.is_grad_enabled() else max(1, (1 << len(index).bit_length()) // 32)
+        rest = -len(index) % step
+        packing = cls(lengths + [rest] * (rest > 0), shape, torch.cat((index, index[:rest])))
+        packing.tokens = len(index)
+        return packing
 
     def take(self, padded: torch.Tensor | None) -> torch.Tensor | None:
         """`[batch, length, …]` → `[1, tokens, …]`; a batch of one row counts for all, None stays None."""
@@ -410,7 +417,8 @@ class Packing:
         """`[1, tokens, width]` → `[batch, length, width]`, with zeros for padding."""
         flat = packed[0]
         if self.index is not None:
-            flat = flat.new_zeros(self.shape[0] * self.shape[1], flat.shape[-1]).index_copy(0, self.index, flat)
+            index, flat = self.index[: self.tokens], flat[: self.tokens]
+            flat = flat.new_zeros(self.shape[0] * self.shape[1], flat.shape[-1]).index_copy(0, index, flat)
         return flat.unflatten(0, self.shape)
 
 

@@ -9,6 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
 from mymodels.models.kernels import ONE_DNN, causal_lm_loss, fast_products, make_activation, product_of, soft_cap
+from mymodels.models.layers import Packing
 
 needs_one_dnn = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
 
@@ -264,3 +265,28 @@ def test_a_part_may_be_compiled_by_itself() -> None:
     expected = model(ids).logits
     model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp, backend="eager")
     assert largest_difference(model(ids).logits, expected) <= 1e-5
+
+
+def test_a_bias_may_be_left_out() -> None:
+    """As PEFT's LoHa does, which makes its matrices on the way."""
+    states, weight = torch.randn(3, 5), torch.randn(4, 5, requires_grad=True)
+    with fast_products(states):
+        torch.nn.functional.linear(states, weight).sum().backward()
+    assert torch.allclose(weight.grad, states.sum(0).expand(4, 5), atol=1e-6)
+
+
+def test_numbers_of_rows_recur_without_gradients() -> None:
+    """Each new one makes oneDNN compile kernels, which it keeps."""
+    totals = set()
+    with torch.no_grad():
+        for tokens in range(2, 4000):
+            mask = (torch.arange(4096) < tokens)[None]
+            mask = torch.cat((mask, torch.ones_like(mask)))
+            packing = Packing.find((2, 4096), mask, None)
+            assert packing is not None
+            row = packing.take(torch.arange(8192).view(2, 4096))
+            assert row.shape[1] == sum(length * count for length, count in packing.groups)
+            assert torch.equal(packing.put(row[..., None])[..., 0], torch.arange(8192).view(2, 4096) * mask)
+            totals.add(row.shape[1])
+            assert row.shape[1] <= (tokens + 4096) * 17 // 16
+    assert len(totals) < 20

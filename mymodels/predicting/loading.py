@@ -1,0 +1,146 @@
+"""The model, its tokenizer, and what it is asked for, from a folder or the Hub."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..checkpoints.opening import locate
+from ..checkpoints.safetensors_files import read_json
+from ..training.encoding import longest_input
+from .tasks import TASKS, Embedding, Task
+
+
+def load_task(
+    source: str | os.PathLike,
+    task: str | None = None,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_length: int | None = None,
+    max_new_tokens: int = 50,
+    top_k: int | None = None,
+) -> tuple[Task, list[str]]:
+    """A model ready to answer, and what a user should know about it, a sentence each; arguments as of `predict`.
+
+    Raises:
+        ValueError: the task is none, or its weights are not there; the folder brings code that is not trusted; model and
+            tokenizer do not fit each other.
+        OSError: there is no such folder or Hub repo.
+    """
+    path = locate(source, revision=revision)
+    if not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        remedy = (
+            "merge the adapter into its model first (merge_and_unload)" if adapter else "name the folder of a model"
+        )
+        raise ValueError(f"{path} has no config.json: {remedy}")
+    chosen = _choose(task, read_json(path / "config.json"), source)
+    model, notes = _load_model(chosen, path, source, trust_remote_code, dtype)
+    cutter = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
+    _agree(model, cutter, source)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    longest = longest_input(model, cutter, None)
+    if chosen is TASKS["generation"]:
+        longest -= max_new_tokens
+        if longest < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a text: lower it")
+    if max_length is not None and not 0 < max_length <= longest:
+        raise ValueError(f"max_length={max_length}, but here it may be 1 to {longest}")
+    options = {"max_length": max_length or longest, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    ready = chosen(model.to(device).eval(), cutter, **options)  # type: ignore[arg-type]
+    if isinstance(ready, Embedding):
+        ready.pooled = not notes
+    return ready, notes
+
+
+def _choose(task: str | None, config: Mapping[str, Any], source: Any) -> type[Task]:
+    """The task of that name, or the one that the folder's class is for."""
+    if task is not None:
+        if task not in TASKS:
+            raise ValueError(f"task={task!r}: choose one of {', '.join(TASKS)}")
+        return TASKS[task]
+    name = next(iter(config.get("architectures") or []), "")
+    for kind in sorted(TASKS.values(), key=lambda kind: kind is Embedding):  # …LMHeadModel ends in Model too
+        if name.endswith(kind.heads):
+            return kind
+    raise ValueError(
+        f"{source} is a {name or 'model of unnamed class'}, which says nothing about texts by itself: choose --task, such as "
+        "embedding"
+    )
+
+
+def _load_model(
+    task: type[Task], path: Path, source: Any, trust_remote_code: bool, dtype: str | torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    try:
+        with _quiet():
+            model, info = getattr(transformers, task.auto_class).from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(f"{source} has no {task.auto_class}: choose another --task") from error
+        raise _explained(error, source) from error
+    missing = sorted(info["missing_keys"])
+    if task is Embedding and missing and all("pooler." in name for name in missing):
+        return model, ["it has no weights for the pooling: embeddings are the mean of the hidden states"]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{source} has no weights for {', '.join(missing[:3])}{more}, so {type(model).__name__} would answer at random: "
+            "choose another --task"
+        )
+    return model, []
+
+
+def _load_tokenizer(path: Any, source: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of many kinds, by what is missing
+        if "trust_remote_code" in str(error):
+            raise _explained(error, source) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} has no tokenizer that can be loaded ({reason}): pass --tokenizer PATH") from error
+
+
+def _explained(error: Exception, source: Any) -> Exception:
+    if "trust_remote_code" not in str(error):
+        return error
+    return ValueError(f"{source} brings code of its own, which would be run: read it, then pass --trust-remote-code")
+
+
+def _agree(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Any) -> None:
+    """A token to pad with, known to both, and a row for every token."""
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} has embeddings for {rows}: pass the right "
+            "one by --tokenizer"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {source} has no token to pad with: set its pad_token and save it")
+        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 has no other
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of new weights: they are refused in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

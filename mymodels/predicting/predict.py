@@ -1,0 +1,168 @@
+"""Lines in, answers out, in the same order, a window of batches at a time."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from tqdm import tqdm
+
+from .lines import Line, read_lines
+from .loading import load_task
+from .tasks import Task
+
+
+@dataclass
+class Counts:
+    """What became of the lines: `answered`, `skipped` as bad, and of the answered ones, how many were `cut`."""
+
+    answered: int = 0
+    skipped: int = 0
+    cut: int = 0
+
+
+def predict(
+    model: str | os.PathLike,
+    input: str | os.PathLike | BinaryIO,
+    output: str | os.PathLike | BinaryIO,
+    *,
+    task: str | None = None,
+    column: str = "text",
+    pair_column: str | None = None,
+    text: bool = False,
+    batch_size: int = 32,
+    window: int = 16,
+    top_k: int | None = None,
+    max_length: int | None = None,
+    max_new_tokens: int = 50,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    tokenizer: str | os.PathLike | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> Counts:
+    """Answer each line of a JSONL file, or of plain text, with a line of JSON, in memory that does not grow with them.
+
+    An answer begins with the line's `id`, or with its number as `line`; then comes what the task gives, see its class
+    in `mymodels.predicting.tasks`. A line that cannot be used is reported and skipped. Answers are the same as for one
+    text at a time, up to rounding.
+
+    Args:
+        model: a folder or Hub repo that transformers' Auto classes load.
+        input, output: files, or open binary ones. A file is written under a name that ends in `.partial`, which it
+            loses when all is done.
+        task: `classification`, `token-classification`, `embedding`, `generation` or `loss`. Default: what the saved
+            class is for.
+        column, pair_column: the fields with the text, and with the second one of a pair (default: `text_pair`, if there).
+        text: lines are texts, not JSON.
+        batch_size: texts that are computed together.
+        window: batches that are read ahead and sorted by length, so that little is padded; 1 answers after each batch.
+        top_k: also give the scores of so many labels, 0 for all.
+        max_length: tokens that texts are cut to. Default: what the model takes.
+        max_new_tokens: of `generation`.
+        device: default: `cuda` where there is one.
+        dtype: of the weights. Default: as they are saved.
+        tokenizer: default: the model's.
+        report: takes a sentence on each line that is skipped. Default: it goes to stderr.
+
+    Raises:
+        ValueError: the model cannot be used for this, an option makes no sense, or an answer is not a number.
+        OSError: a file or the model cannot be read or written.
+    """
+    for name, value in (("batch_size", batch_size), ("window", window)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: it must be 1 or more")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k={top_k}: it must be 1 or more, or 0 for all labels")
+    to_file = isinstance(output, (str, os.PathLike))
+    with ExitStack() as stack:
+        source: Any = input
+        size = None
+        if isinstance(input, (str, os.PathLike)):
+            source = stack.enter_context(Path(input).open("rb"))
+            size = os.fstat(source.fileno()).st_size or None
+            if to_file and os.path.exists(output) and os.path.samefile(input, output):  # type: ignore[arg-type]
+                raise ValueError(f"{os.fspath(output)} is the input, too: name another file for the output")  # type: ignore[arg-type]
+        asked, notes = load_task(
+            model,
+            task,
+            tokenizer=tokenizer,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            top_k=top_k,
+        )
+        partial = Path(f"{os.fspath(output)}.partial") if to_file else None  # type: ignore[arg-type]
+        target: Any = stack.enter_context(partial.open("wb")) if partial else output
+        unit: dict[str, Any] = {"unit": "line"} if size is None else {"unit": "B", "unit_scale": True, "total": size}
+        bar = stack.enter_context(tqdm(desc="predicting", disable=None, **unit))
+        say = report or (lambda sentence: bar.write(sentence, file=sys.stderr))
+        for note in notes:
+            say(f"{os.fspath(model)}: {note}")
+        counts = Counts()
+
+        def usable() -> Iterator[Line]:
+            for line in read_lines(source, column=column, pair_column=pair_column, plain=text):
+                bar.update(1 if size is None else line.size)
+                if line.pair is not None and not asked.takes_pairs:
+                    line.problem = f"it has a second text, and {type(asked).__name__} takes one"
+                if line.problem is None:
+                    yield line
+                else:
+                    skip(line, line.problem)
+
+        def skip(line: Line, problem: str) -> None:
+            counts.skipped += 1
+            say(f"line {line.number} skipped: {problem}")
+
+        for answered in answer(asked, usable(), batch_size=batch_size, window=window, skip=skip):
+            target.write(b"".join(answered))
+            target.flush()
+            counts.answered += len(answered)
+    counts.cut = asked.cut
+    if partial:
+        os.replace(partial, output)  # type: ignore[arg-type]
+    return counts
+
+
+@torch.inference_mode()
+def answer(
+    task: Task, lines: Iterable[Line], *, batch_size: int, window: int, skip: Callable[[Line, str], None]
+) -> Iterator[list[bytes]]:
+    """Answers as lines of JSON, for a window of `window * batch_size` lines at a time, in their order."""
+    lines = iter(lines)
+    while some := list(islice(lines, window * batch_size)):
+        encoded = task.encode([(line.text, line.pair) for line in some])
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        for line, length in zip(some, lengths):
+            if not length:
+                skip(line, "the tokenizer finds no token in it")
+        found: dict[int, bytes] = {}
+        order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            rows = {name: [column[i] for i in chosen] for name, column in encoded.items()}
+            texts = [(some[i].text, some[i].pair) for i in chosen]
+            for i, given in zip(chosen, task(rows, texts)):
+                found[i] = _line(some[i], given)
+        yield [found[i] for i in sorted(found)]
+
+
+def _line(line: Line, given: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps({**line.key, **given}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except ValueError:
+        raise ValueError(
+            f"line {line.number}: the model's answer is not a number but NaN or infinite: see whether its weights are whole "
+            "(mymodels check --full), or take another --dtype"
+        ) from None
