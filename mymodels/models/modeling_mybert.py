@@ -22,27 +22,29 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging
 
+from .attention import (
+    Packing,
+    attend_apart,
+    counts_padding,
+    eager_attention_forward,
+    lengths_for_engine,
+    packed_lengths,
+    packed_sequence_ids,
+    spread,
+    unpacked,
+)
 from .configuration_mybert import MyBertConfig
 from .kernels import fast_products, in_cache, make_activation
 from .layers import (
     ALL_ATTENTION_FUNCTIONS,
     MyPreTrainedModel,
-    Packing,
-    attend_apart,
     check_ids,
     check_length,
-    counts_padding,
     create_bidirectional_mask,
-    eager_attention_forward,
     is_elsewhere,
-    lengths_for_engine,
     make_classifier,
-    packed_lengths,
-    packed_sequence_ids,
     readable,
     served_class,
-    spread,
-    unpacked,
 )
 
 logger = logging.get_logger(__name__)

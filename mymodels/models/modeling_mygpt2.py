@@ -20,6 +20,20 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging
 
+from .attention import (
+    Packing,
+    apply_rotary,
+    attend_apart,
+    attend_in_blocks,
+    attends_in_blocks,
+    counts_padding,
+    eager_attention_forward,
+    lengths_for_engine,
+    packed_lengths,
+    rotary_cos_sin,
+    spread,
+    unpacked,
+)
 from .configuration_mygpt2 import MyGPT2Config
 from .kernels import (
     causal_lm_loss,
@@ -35,26 +49,14 @@ from .layers import (
     NORMS,
     SHARED_OUT_AND_GATHERED,
     MyPreTrainedModel,
-    Packing,
-    apply_rotary,
-    attend_apart,
-    attend_in_blocks,
-    attends_in_blocks,
     check_ids,
     check_length,
-    counts_padding,
     create_causal_mask,
     create_sliding_window_causal_mask,
-    eager_attention_forward,
     is_elsewhere,
-    lengths_for_engine,
     make_classifier,
-    packed_lengths,
     readable,
-    rotary_cos_sin,
     served_class,
-    spread,
-    unpacked,
 )
 
 logger = logging.get_logger(__name__)

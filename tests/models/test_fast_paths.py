@@ -8,8 +8,8 @@ from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
+from mymodels.models.attention import Packing
 from mymodels.models.kernels import ONE_DNN, causal_lm_loss, fast_products, make_activation, product_of, soft_cap
-from mymodels.models.layers import Packing
 
 needs_one_dnn = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
 

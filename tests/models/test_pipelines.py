@@ -137,7 +137,7 @@ print(json.dumps(answer(question=question, context=context)))
 
 
 @pytest.mark.versions
-@pytest.mark.parametrize("release", ["4.57", "5.2"])  # 5.4 and newer have no such pipeline
+@pytest.mark.parametrize("release", ["4.57", "5.2"])  # 5.3 and newer have no such pipeline
 def test_question_answering_where_transformers_has_it(release: str, tmp_path: Path) -> None:
     stock = BertForQuestionAnswering(stock_bert_config(vocab_size=83))
     mine = mymodels.MyBertForQuestionAnswering(mybert_config(vocab_size=83))
