@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-from .layers import MyPretrainedConfig
+from .layers import MyPretrainedConfig, Plan
 
 
 class MyBertConfig(MyPretrainedConfig):
@@ -49,6 +49,31 @@ class MyBertConfig(MyPretrainedConfig):
         "AutoModelForQuestionAnswering": "modeling_mybert.MyBertForQuestionAnswering",
     }
     CHOICES = {"pooling": ("pooler", "cls", "mean", "max", "attention")}
+    # How tensor parallelism shares out the projections: by outputs (`colwise`) or by inputs (`rowwise`).
+    base_model_tp_plan = {
+        "encoder.layer.*.attention.self.query": "colwise",
+        "encoder.layer.*.attention.self.key": "colwise",
+        "encoder.layer.*.attention.self.value": "colwise",
+        "encoder.layer.*.attention.output.dense": "rowwise",
+        "encoder.layer.*.intermediate.dense": "colwise",
+        "encoder.layer.*.output.dense": "rowwise",
+    }
+    # what FSDP2 gathers together, and whether it frees it again after use
+    base_model_fsdp_plan = {
+        "embeddings.word_embeddings": "free_full_weight",
+        "encoder.layer.*": "free_full_weight",
+    }
+
+    @Plan
+    def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]]:
+        """What pipeline parallelism shares out, in this order, with the inputs and outputs of each."""
+        mix = {"layer_mix": (["layers"], ["hidden_states"])}
+        return {
+            "embeddings": (["input_ids", "token_type_ids", "position_ids", "inputs_embeds"], ["hidden_states"]),
+            "encoder.layer": (["hidden_states", "attention_mask"], ["hidden_states", "attentions"]),
+            **(mix if self.layer_mix else {}),
+            "pooler": (["hidden_states", "token_mask"], ["pooler_output"]),
+        }
 
     def __init__(
         self,
@@ -107,6 +132,7 @@ class MyBertConfig(MyPretrainedConfig):
                 f"{type(self).__name__}: hidden_size={self.hidden_size} is not divisible by "
                 f"num_attention_heads={self.num_attention_heads}: change one of them"
             )
+        self._require_whole_heads("num_attention_heads")
         # what a stock BERT's config.json may ask for and this model does not have
         positions = getattr(self, "position_embedding_type", None) or "absolute"
         self._require(

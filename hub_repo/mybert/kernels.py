@@ -44,15 +44,22 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         states, weight = ctx.saved_tensors
-        wanted, rows, columns = ctx.needs_input_grad, gradient.flatten(0, -2), states.flatten(0, -2).t()
-        if torch.is_grad_enabled():  # to be differentiated once more
-            return gradient @ weight, rows.t() @ columns.t(), rows.sum(0) if wanted[2] else None
-        for_states = _one_dnn(gradient, weight.t()) if wanted[0] else None
-        for_weight = torch.empty_like(weight) if wanted[1] else None
-        if for_weight is not None:  # in pieces: each is copied to be turned
-            for piece, into in zip(rows.split(4096, dim=1), for_weight.split(4096)):
-                into.copy_(_one_dnn(piece.t(), columns))
-        return for_states, for_weight, rows.sum(0) if wanted[2] else None
+        return _linear_gradients(states, weight, gradient, ctx.needs_input_grad)
+
+
+def _linear_gradients(
+    states: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, wanted: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Of `states`, `weight` and bias, those that are wanted."""
+    rows, columns = gradient.flatten(0, -2), states.flatten(0, -2).t()
+    if torch.is_grad_enabled():  # to be differentiated once more
+        return gradient @ weight, rows.t() @ columns.t(), rows.sum(0) if wanted[2] else None
+    for_states = _one_dnn(gradient, weight.t()) if wanted[0] else None
+    for_weight = torch.empty_like(weight) if wanted[1] else None
+    if for_weight is not None:  # in pieces: each is copied to be turned
+        for piece, into in zip(rows.split(4096, dim=1), for_weight.split(4096)):
+            into.copy_(_one_dnn(piece.t(), columns))
+    return for_states, for_weight, rows.sum(0) if wanted[2] else None
 
 
 def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
@@ -70,7 +77,7 @@ class FastProducts(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is nn.functional.linear and not kwargs and _serves(*args):
-            return _OneDnnLinear.apply(*args)
+            return _OneDnnLinear.apply(*args, *[None] * (3 - len(args)))  # the bias may be left out
         return function(*args, **(kwargs or {}))
 
 
@@ -82,7 +89,28 @@ def fast_products(states: torch.Tensor) -> AbstractContextManager:
     return FastProducts() if fast else nullcontext()
 
 
+class FewRowProducts(TorchFunctionMode):
+    """`FastProducts` for a step of generation, where no graph is recorded: fewer checks, and small weights go to torch."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is nn.functional.linear and not kwargs and len(args) == 3 and _large(args[1]):
+            states, weight, bias = args
+            if type(states) is torch.Tensor and states.dtype is torch.float32 and states.ndim > 1:
+                if bias is None or states.numel() != weight.shape[1]:
+                    return _one_dnn(states, weight, bias)
+                return _one_dnn(states, weight).add_(bias)  # one row: its own kernel with a bias is slower
+        return function(*args, **kwargs) if kwargs else function(*args)
+
+
+def _large(weight: Any) -> bool:
+    """Whether oneDNN gains more than its own start takes; and not quantised, distributed, pruned, …"""
+    return type(weight) is nn.Parameter and weight.numel() >= 1 << 17 and weight.dtype is torch.float32
+
+
+FEW_ROW_PRODUCTS, NOTHING = FewRowProducts(), nullcontext()
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -91,28 +119,91 @@ def few_rows(states: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() and states.shape[:-1].numel() <= 64
 
 
-def linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """`layer(states)`; with few rows, by oneDNN without a mode if `layer` is a plain `nn.Linear` nothing hooks into."""
-    if not ONE_DNN or type(layer) is not nn.Linear or not readable() or not few_rows(states):
-        return layer(states)
+def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
+    """Whether `layer(states)` is a product on the CPU and nothing else: a bare `nn.Linear` that nothing hooks into."""
+    if type(layer) is not nn.Linear or not readable():
+        return False
     own = vars(layer)
-    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
-    if (
-        type(weight) is not nn.Parameter  # quantised, distributed, pruned, …
-        or weight.numel() < 1 << 17  # its own start takes longer
-        or not (states.dtype is weight.dtype is torch.float32)
-        or not (states.is_cpu and weight.is_cpu)
-        or states.ndim < 2
-        or states.numel() == 0
-        or "forward" in own  # replaced, by accelerate for one
-        or any(own[hooks] for hooks in HOOKS)
-        or not torch.backends.mkldnn.enabled
-        or torch.is_autocast_enabled("cpu")
-    ):
-        return layer(states)
-    if bias is not None and states.numel() == weight.shape[1]:  # one row: its kernel with a bias is a slower one
-        return _OneDnnLinear.forward(states, weight, None).add_(bias)
-    return _OneDnnLinear.forward(states, weight, bias)
+    weight = own["_parameters"].get("weight")
+    return (
+        type(weight) is nn.Parameter  # not quantised, distributed, pruned, …
+        and states.dtype is weight.dtype
+        and states.is_cpu
+        and weight.is_cpu
+        and states.ndim >= 2
+        and states.numel() > 0
+        and "forward" not in own  # replaced, by accelerate for one
+        and not any(own[hooks] for hooks in HOOKS)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def few_row_products(layer: nn.Module, states: torch.Tensor) -> AbstractContextManager:
+    """The context for a few `nn.Linear`s, of `layer`'s size, on `states`: around these alone a mode pays with few rows.
+
+    Serving engines look for plain calls such as `self.q_proj(hidden_states)` in the source, hence a context.
+    """
+    if type(states) is not torch.Tensor or not ONE_DNN or not states.is_cpu or states.numel() == 0:
+        return NOTHING
+    if not _large(getattr(layer, "weight", None)) or not readable() or not few_rows(states):
+        return NOTHING
+    fast = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return FEW_ROW_PRODUCTS if fast else NOTHING
+
+
+def in_cache(states: torch.Tensor, widening: nn.Linear, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
+    """`states`, or parts of their rows `[tokens, width]` of which `modules` make tensors that stay in the caches.
+
+    Only in inference on the CPU, and if no hook of the modules would see parts. Tensors of more than 32 MB are also taken
+    from the operating system anew each time (by glibc), which costs a fifth of a layer's time.
+    """
+    if type(states) is not torch.Tensor or torch.is_grad_enabled() or not states.is_cpu or not readable():
+        return (states,)
+    size = max(64, (1 << 21) // widening.out_features)  # 8 MB in float32
+    if states.ndim != 3 or states.shape[:-1].numel() < 2 * size:
+        return (states,)
+    if any(vars(module)[hooks] for whole in modules for module in whole.modules() for hooks in HOOKS):
+        return (states,)
+    return states.flatten(0, 1).split(size)
+
+
+class _ProductOf(torch.autograd.Function):
+    """`nn.functional.linear(function(*inputs), weight, bias)`, which keeps the inputs and not what `function` gives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: torch.Tensor, bias: torch.Tensor | None, function: Callable, *inputs: torch.Tensor) -> Any:
+        return _one_dnn(function(*inputs), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        weight, bias, ctx.function, *inputs = inputs
+        ctx.save_for_backward(weight, bias, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        weight, _, *inputs = ctx.saved_tensors
+        for_weight, for_bias, _, *for_inputs = ctx.needs_input_grad
+        states, pull = torch.func.vjp(ctx.function, *inputs)
+        wanted = (any(for_inputs), for_weight, for_bias)
+        for_states, *for_parameters = _linear_gradients(states, weight, gradient, wanted)
+        return *for_parameters, None, *(pull(for_states) if for_states is not None else [None] * len(inputs))
+
+
+def keeps_less(layer: nn.Module, states: Any) -> bool:
+    """Whether `product_of` serves for `layer` in training; False for whatever traces a model, serving engines too."""
+    if type(states) is not torch.Tensor or not torch.is_grad_enabled() or states.dtype is not torch.float32:
+        return False
+    return ONE_DNN and bool(torch.backends.mkldnn.enabled) and is_plain(layer, states)
+
+
+def product_of(function: Callable, layer: Any, *inputs: torch.Tensor) -> torch.Tensor:
+    """`layer(function(*inputs))` in training, where what `function` gives is not kept but computed once more.
+
+    `function`, without parameters, gives each element from the same ones of `inputs`.
+    """
+    return _ProductOf.apply(layer.weight, layer.bias, function, *inputs)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -145,6 +236,70 @@ class _CrossEntropy(torch.autograd.Function):
         return result, None
 
 
+class _HeadCrossEntropy(torch.autograd.Function):
+    """The same from what the logits were made of, `head(states)`: logits are not kept, but made again piece by piece.
+
+    `logits` are only looked at: what depends on them otherwise has its gradient through them.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        cap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _CrossEntropy.forward(logits, labels)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        states, weight, bias, _, labels, ctx.cap = inputs
+        ctx.save_for_backward(states, weight, bias, labels, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple:
+        states, weight, bias, labels, norms = ctx.saved_tensors
+        cap, wanted = ctx.cap, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated once more
+            logits = soft_cap(nn.functional.linear(states, weight, bias), cap).float()
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            inputs = [tensor for tensor, want in zip((states, weight, bias), wanted) if want]
+            found = iter(torch.autograd.grad(losses, inputs, gradient, create_graph=True))
+            return *(next(found) if want else None for want in wanted[:3]), None, None, None
+        product = _one_dnn if ONE_DNN and states.dtype is torch.float32 else nn.functional.linear
+        for_states = torch.zeros_like(states) if wanted[0] else None
+        for_weight = torch.empty_like(weight) if wanted[1] else None
+        for_bias = torch.empty_like(bias) if wanted[2] else None
+        for start in range(0, len(weight), 4096):  # a part of the vocabulary
+            part = slice(start, start + 4096)
+            some = weight[part]
+            logits = soft_cap(product(states, some, None if bias is None else bias[part]), cap)
+            shares = (logits.float() - norms[:, None]).exp_().mul_(gradient[:, None])
+            place = labels - start
+            here = (place >= 0) & (place < len(some))
+            hits = torch.where(here, gradient, 0.0)[:, None]
+            shares = shares.scatter_add_(1, place.clamp(0, len(some) - 1)[:, None], -hits).to(states.dtype)
+            if cap is not None:
+                shares = shares * (1 - (logits / cap).square())
+            if for_states is not None:
+                for_states += product(shares, some.t())
+            if for_weight is not None:
+                for_weight[part] = product(shares.t(), states.t())
+            if for_bias is not None:
+                for_bias[part] = shares.sum(0)
+        return for_states, for_weight, for_bias, None, None, None
+
+
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """`cap * tanh(logits / cap)`, as in Gemma 2 (arXiv 2408.00118); None: as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
@@ -152,6 +307,7 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
+    made_of: tuple[torch.Tensor, nn.Module, float | None] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """transformers' loss of causal language models, same arguments, in less memory: no second matrix of logits' size.
@@ -161,6 +317,8 @@ def causal_lm_loss(
         labels: `[batch, length]`, shifted by one here; or `shift_labels`, already shifted.
         num_items_in_batch: what the sum is divided by; None: the number of labels that count.
         ignore_index: the label that does not count.
+        made_of: what gave the logits: states `[batch, length, width]`, head and soft cap. Then no logits are kept for
+            the backward pass either, where the head's product, a tenth of a step's work, is made once more.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -168,7 +326,10 @@ def causal_lm_loss(
     labels = shift_labels.reshape(-1).to(logits.device)
     counted = labels != ignore_index
     known = torch.where(counted, labels, 0)
-    if readable():
+    if made_of is not None and made_of[0].shape[:-1].numel() == len(known) and is_plain(made_of[1], made_of[0]):
+        states, head, cap = made_of
+        losses = _HeadCrossEntropy.apply(states.flatten(0, -2), head.weight, head.bias, logits.detach(), known, cap)[0]
+    elif readable():
         losses = _CrossEntropy.apply(logits, known)[0]
     else:
         losses = nn.functional.cross_entropy(logits.float(), known, reduction="none")

@@ -1,4 +1,4 @@
-"""What MyGPT2 and MyBert share: the bridge over transformers releases, base classes, attention, packing, rotary positions.
+"""What MyGPT2 and MyBert share: the bridge over transformers releases, base classes, norms, checks.
 
 This file is copied as it is into Hub repos and runs there without mymodels. It imports the standard library, torch
 and transformers only.
@@ -6,7 +6,6 @@ and transformers only.
 
 import inspect
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ if TRANSFORMERS_VERSION < (4, 56):
     )
 
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils  # noqa: E402
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ATTENTION_FUNCTIONS  # noqa: E402
 
 
 def _bridge_mask(create_mask: Callable) -> Callable:
@@ -64,11 +63,18 @@ else:  # 4.56, 4.57: a causal mask opened in the forward direction too; padding 
         )
 
 
-def get_attention_function(name: str, default: Callable) -> Callable:
-    """The attention function registered as `name` ("sdpa", "flash_attention_2", an engine's own, …), or `default`."""
-    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # after 5.0
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
-    return default if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+class _AttentionFunctions50:
+    """4.56 … 5.0: the attention functions without `get_interface`, which later releases have."""
+
+    @staticmethod
+    def get_interface(name: str, default: Callable) -> Callable:
+        return default if name == "eager" else _ATTENTION_FUNCTIONS[name]
+
+
+# what is registered ("sdpa", "flash_attention_2", an engine's own, …); "eager" is the default that is given
+ALL_ATTENTION_FUNCTIONS = (
+    _ATTENTION_FUNCTIONS if hasattr(_ATTENTION_FUNCTIONS, "get_interface") else _AttentionFunctions50
+)
 
 
 class _TieWeights53(PreTrainedModel):
@@ -80,6 +86,10 @@ class _TieWeights53(PreTrainedModel):
         super().tie_weights(missing_keys=missing_keys, **kwargs)
 
 
+# names of tensor-parallel styles; the second one is needed to train, and not known before 5.3
+SHARED_OUT_AND_GATHERED = "colwise_gather_output" if TRANSFORMERS_VERSION >= (5, 1) else "colwise_rep"
+WHOLE_BUT_SEES_A_SHARE = "replicated_with_grad_allreduce" if TRANSFORMERS_VERSION >= (5, 3) else None
+
 _Bridge = _TieWeights53 if TRANSFORMERS_VERSION == (5, 3) else PreTrainedModel
 
 # ---- end of the bridge -----------------------------------------------------------------------------------------------
@@ -88,6 +98,24 @@ _Bridge = _TieWeights53 if TRANSFORMERS_VERSION == (5, 3) else PreTrainedModel
 # by up to 2e-3 (the threads race to pick a kernel). Making it once on one element first takes the race away.
 for _function in (torch.exp, torch.tanh):
     _function(torch.zeros(1, device="cpu"))
+
+
+class Plan:
+    """A parallel plan that depends on a config's switches: read like an attribute, never saved with the config.
+
+    One that is set on a config, by its `config.json` for example, goes before it.
+    """
+
+    def __init__(self, make: Callable[[Any], dict[str, Any]]):
+        self.make, self.__doc__ = make, make.__doc__
+
+    def __get__(self, config: Any, owner: Any = None) -> Any:
+        return self if config is None else self.make(config)
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether pipeline parallelism has put a placeholder here (a kind of `Identity`): the module is on another stage."""
+    return isinstance(module, nn.Identity) and type(module) is not nn.Identity
 
 
 class MyPretrainedConfig(PretrainedConfig):
@@ -122,6 +150,15 @@ class MyPretrainedConfig(PretrainedConfig):
     def _require(self, condition: bool, field: str, need: str) -> None:
         if not condition:
             raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r}, but it must be {need}")
+
+    def _require_whole_heads(self, *fields: str) -> None:
+        # set by `from_pretrained`; None: the plan of this config, a dict: the caller's own
+        distributed = getattr(self, "distributed_config", None)
+        size = getattr(distributed, "tp_size", None) or 1
+        if not isinstance(getattr(distributed, "tp_plan", None), dict):
+            for field in fields:
+                need = f"a multiple of tp_size={size}: each of these processes takes whole heads"
+                self._require(getattr(self, field) % size == 0, field, need)
 
     def check_consistency(self) -> None:
         """Raise a `ValueError` that names the first field whose value is impossible, with the value and the remedy."""
@@ -187,181 +224,30 @@ class MyPreTrainedModel(_Bridge):
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: the only one that returns its weights.
-
-    Args:
-        query: `[batch, heads, queries, head_dim]`.
-        key, value: `[batch, kv_heads, keys, head_dim]`; each key/value head serves `heads // kv_heads` query heads.
-        attention_mask: added to the scores, broadcastable to `[batch, heads, queries, keys]`.
-
-    Returns:
-        The mixed values `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-def rotary_cos_sin(
-    position_ids: torch.Tensor, head_dim: int, rope_theta: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of rotary positions (RoFormer, arXiv 2104.09864), `[batch, length, head_dim]` each.
-
-    Computed from `position_ids` (`[batch, length]`) at each call: a table kept as a buffer would not survive loading
-    on the meta device under transformers 5.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids[..., None].float() * rope_theta**-exponents
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn queries or keys `[batch, heads, length, head_dim]` by their positions; half i pairs with half i + d/2."""
-    first, second = states.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (states * cos[:, None] + turned * sin[:, None]).to(states.dtype)  # autocast: states may be narrower
-
-
-def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
-    """Number the sequences packed in each row: a new one starts wherever positions do not go on by one.
-
-    `[[0, 1, 2, 0, 1]]` → `[[0, 0, 0, 1, 1]]`.
-    """
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return nn.functional.pad(starts, (1, 0)).cumsum(-1)
-
-
 def readable() -> bool:
     """Whether values of tensors may be looked at: not while a graph is being captured."""
     return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def packed_lengths(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> list[int] | None:
-    """Lengths of the sequences packed in rows of `position_ids` `[batch, length]`, row by row.
-
-    None if each row is one sequence, if a mask says what sees what, or in a graph that is exported.
-    """
-    if position_ids is None or attention_mask is not None or EXPORTING() or torch.jit.is_tracing():
+def served_class(config: PretrainedConfig) -> str | None:
+    """Under vLLM, which builds the base model alone and does a head's work itself: the class that was saved, by name."""
+    if config._attn_implementation != "vllm":
         return None
-    return _read_lengths(position_ids)
+    return config.architectures[0] if config.architectures else ""
 
 
-@torch.compiler.disable  # a compiled model stops here to look, rather than take packed sequences for one
-def _read_lengths(position_ids: torch.Tensor) -> list[int] | None:
-    ids = packed_sequence_ids(position_ids)
-    if not ids[:, -1:].any():
-        return None
-    return [length for row in ids for length in row.bincount().tolist()]
+class _FirstTokenLinear(nn.Linear):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states[:, 0])
 
 
-EXPORTING = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the first: torch 2.7 and newer
+def make_classifier(config: PretrainedConfig, bias: bool = True) -> nn.Linear:
+    """A head from the hidden states to the labels.
 
-
-def counts_padding(labels: torch.Tensor | None, attention_mask: Any) -> bool:
-    """Whether some label other than -100 is for an output at padding, so that padding has to be computed too."""
-    if labels is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != labels.shape:
-        return False
-    return readable() and bool(((labels != -100) & (attention_mask == 0)).any())
-
-
-def unpacked(packed: torch.Tensor, lengths: list[int], padding_value: float = 0) -> torch.Tensor:
-    """Sequences of `lengths` out of packed rows `[batch, length, …]`, each in a row of its own, padded on the right."""
-    return nn.utils.rnn.pad_sequence(packed.flatten(0, 1).split(lengths), True, padding_value)
-
-
-class Packing:
-    """Sequences laid end to end in one row, `[1, tokens]`, without padding, and the way back.
-
-    Nothing is computed for padding, and each sequence attends to itself alone, without a mask.
-
-    Args:
-        lengths: tokens of each sequence, in their order in the row.
-        shape: `(batch, length)` of what they come from.
-        index: `[tokens]`, where each token stands in the flattened `[batch * length]`; None: in this very order.
+    To vLLM's, pooled vectors come as `[sequences, 1, width]`: it is made for heads that pick the first token themselves.
     """
-
-    def __init__(self, lengths: list[int], shape: tuple[int, int], index: torch.Tensor | None = None):
-        self.shape, self.index = shape, index
-        self.groups = [(length, len(list(same))) for length, same in groupby(lengths)]  # neighbours of one length
-
-    @classmethod
-    def find(
-        cls, shape: tuple[int, int], attention_mask: Any, lengths: list[int] | None, right_padded: bool = False
-    ) -> "Packing | None":
-        """What a batch of `shape` holds, longest sequence first, or packed rows of sequences of `lengths`.
-
-        None where nothing is gained or the mask says more than where padding is: no padding, or some amid the tokens.
-        """
-        if lengths is not None:
-            return cls(lengths, shape)
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != shape or attention_mask.all():
-            return None
-        mask = attention_mask.bool()
-        runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
-        if (runs != 1).any() or (right_padded and not mask[:, 0].all()):
-            return None
-        ordered, order = mask.sum(dim=1).sort(descending=True, stable=True)
-        rows, columns = mask[order].nonzero(as_tuple=True)
-        return cls(ordered.tolist(), shape, order[rows] * shape[1] + columns)
-
-    def take(self, padded: torch.Tensor | None) -> torch.Tensor | None:
-        """`[batch, length, …]` → `[1, tokens, …]`; a batch of one row counts for all, None stays None."""
-        if padded is None:
-            return None
-        flat = padded.expand(self.shape[0], *padded.shape[1:]).flatten(0, 1)
-        return (flat if self.index is None else flat[self.index])[None]
-
-    def put(self, packed: torch.Tensor) -> torch.Tensor:
-        """`[1, tokens, width]` → `[batch, length, width]`, with zeros for padding."""
-        flat = packed[0]
-        if self.index is not None:
-            flat = flat.new_zeros(self.shape[0] * self.shape[1], flat.shape[-1]).index_copy(0, self.index, flat)
-        return flat.unflatten(0, self.shape)
-
-
-def attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    packing: Packing | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function that the model is set to, on `[batch, heads, length, head_dim]`; see `eager_attention_forward`.
-
-    With `packing` (a batch of one row) it runs sequence by sequence, those of one length together.
-    """
-    function = get_attention_function(module.config._attn_implementation, eager_attention_forward)
-    if packing is None:
-        return function(module, query, key, value, attention_mask, **kwargs)
-    kwargs.pop("position_ids", None)  # of the whole row
-    window, start, pieces = kwargs.get("sliding_window"), 0, []
-    for length, count in packing.groups:
-        rows = slice(start, start := start + length * count)
-        parts = (states[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value))
-        band = None
-        if window is not None and length > window:
-            band = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
-        pieces.append(function(module, *parts, band, **kwargs)[0].flatten(0, 1))
-    return torch.cat(pieces)[None], None
+    head = nn.Linear if served_class(config) is None else _FirstTokenLinear
+    return head(config.hidden_size, config.num_labels, bias=bias)
 
 
 def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:

@@ -7,6 +7,7 @@ Modules and parameters have stock BERT's own names, so that a stock checkpoint l
 Shapes in comments: B batch, T tokens, H heads, D head width, C hidden_size, L labels.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,23 +20,34 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
-from .configuration_mybert import MyBertConfig
-from .kernels import fast_products, make_activation
-from .layers import (
-    MyPreTrainedModel,
+from .attention import (
     Packing,
-    attend,
-    check_ids,
-    check_length,
+    attend_apart,
     counts_padding,
-    create_bidirectional_mask,
+    eager_attention_forward,
+    lengths_for_engine,
     packed_lengths,
     packed_sequence_ids,
-    readable,
+    spread,
     unpacked,
 )
+from .configuration_mybert import MyBertConfig
+from .kernels import fast_products, in_cache, make_activation
+from .layers import (
+    ALL_ATTENTION_FUNCTIONS,
+    MyPreTrainedModel,
+    check_ids,
+    check_length,
+    create_bidirectional_mask,
+    is_elsewhere,
+    make_classifier,
+    readable,
+    served_class,
+)
+
+logger = logging.get_logger(__name__)
 
 
 class MyBertEmbeddings(nn.Module):
@@ -68,7 +80,8 @@ class MyBertEmbeddings(nn.Module):
 
 # `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
 # `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
-# `attend` does the one or the other.
+# vLLM reads the source of `forward` too: the function has to be looked up there and called once, with `scaling=`, and
+# each projection to be called plainly, once.
 class MyBertSelfAttention(nn.Module):
     def __init__(self, config: MyBertConfig, layer_idx: int):
         super().__init__()
@@ -83,13 +96,20 @@ class MyBertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packing: Packing | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.query(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, D]
         key = self.key(hidden_states).view(heads).transpose(1, 2)
         value = self.value(hidden_states).view(heads).transpose(1, 2)
-        mixed, weights = attend(
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(packing, Packing):
+            attention = partial(attend_apart, attention, packing)
+        mixed, weights = attention(
             self,
             query,
             key,
@@ -147,7 +167,9 @@ class MyBertLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         with fast_products(hidden_states):
             attended, weights = self.attention(hidden_states, **kwargs)
-            return self.output(self.intermediate(attended), attended), weights
+            parts = in_cache(attended, self.intermediate.dense, self.intermediate, self.output)
+            outputs = [self.output(self.intermediate(part), part) for part in parts]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs).view_as(attended), weights
 
 
 class MyBertEncoder(nn.Module):
@@ -213,7 +235,8 @@ class MyBertAttentionPooling(nn.Module):
 
     def __init__(self, config: MyBertConfig):
         super().__init__()
-        self.score = nn.Linear(config.hidden_size, 1)
+        # softmax does not see the bias, which stays in the weights; vLLM drops whatever is called `score.bias`
+        self.score = nn.Linear(config.hidden_size, 1, bias=served_class(config) is None)
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         scores = self.score(hidden_states)  # narrower than the hidden states under autocast
@@ -258,7 +281,35 @@ class MyBertModel(MyBertPreTrainedModel):
         self.layer_mix = MyBertLayerMix(config.layer_mix) if config.layer_mix else None
         self.pooler = POOLINGS[config.pooling](config) if add_pooling_layer else None
         self.gradient_checkpointing = False
+        self.served = served_class(config)
+        if self.served is not None:
+            self._prepare_for_engine(self.served)
         self.post_init()
+
+    def _prepare_for_engine(self, served: str) -> None:
+        if served.endswith("ForTokenClassification"):
+            self.pooler = None  # which its weights do not have
+        elif not served.endswith(("ForSequenceClassification", "Model")):
+            raise ValueError(
+                f"vLLM cannot serve {served}: it has no such head. Load the folder with AutoModel, "
+                "AutoModelForSequenceClassification or AutoModelForTokenClassification, save it, and serve that"
+            )
+        elif served.endswith("Model") and self.config.pooling == "pooler":
+            logger.warning_once(
+                "vLLM pools the last hidden states itself, as it does for a stock BERT: the dense layer of "
+                "pooling='pooler' is not applied to embeddings"
+            )
+
+    def _for_engine(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What vLLM shall find: at each token its sequence's pooled vector, so that it may pick or mix any of them."""
+        pooling = self.config.pooling
+        if self.pooler is None or (pooling == "pooler" and str(self.served).endswith("Model")):
+            return hidden_states
+        if pooling in ("pooler", "cls"):
+            first = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids[0]
+            return self.pooler(hidden_states[0, first.clamp(min=0)][:, None], None)[None]
+        lengths = lengths_for_engine(position_ids)
+        return spread(self._pool(hidden_states, None, lengths), lengths)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -310,7 +361,7 @@ class MyBertModel(MyBertPreTrainedModel):
         rows, length = given.shape[:2]
         if position_ids is not None:
             position_ids = position_ids.expand(rows, -1)
-        lengths = packed_lengths(position_ids, attention_mask)
+        lengths = None if self.served is not None else packed_lengths(position_ids, attention_mask)
         packing = None
         if skip_padding and self._runs_packed(given.device, lengths, output_attentions, output_hidden_states):
             packing = Packing.find((rows, length), attention_mask, lengths, right_padded=True)
@@ -322,7 +373,11 @@ class MyBertModel(MyBertPreTrainedModel):
             input_ids, inputs_embeds = packing.take(input_ids), packing.take(inputs_embeds)
             token_type_ids, position_ids = packing.take(token_type_ids), packing.take(position_ids)
 
-        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        own_layers = [layer for layer in self.encoder.layer if not is_elsewhere(layer)]
+        if is_elsewhere(self.encoder.layer[0]):  # a pipeline's stages after the first get hidden states
+            hidden_states = inputs_embeds
+        else:
+            hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = None
         if packing is None:
             apart = {}
@@ -332,7 +387,7 @@ class MyBertModel(MyBertPreTrainedModel):
             mask = create_bidirectional_mask(self.config, hidden_states, attention_mask, **apart)
 
         all_hidden_states, all_attentions = [hidden_states], []
-        for layer in self.encoder.layer:
+        for layer in own_layers:
             hidden_states, weights = layer(
                 hidden_states, attention_mask=mask, position_ids=position_ids, packing=packing, **kwargs
             )
@@ -341,14 +396,24 @@ class MyBertModel(MyBertPreTrainedModel):
                 del all_hidden_states[: -(self.config.layer_mix or 1)]
             if output_attentions:
                 all_attentions.append(weights)
-        if self.layer_mix is not None:
+        if self.layer_mix is not None and not is_elsewhere(self.layer_mix):
+            if self.config.layer_mix > len(all_hidden_states):
+                raise ValueError(
+                    f"layer_mix={self.config.layer_mix} reads layers of an earlier pipeline stage, and this one has only "
+                    f"{len(own_layers)}: use fewer stages"
+                )
             hidden_states = self.layer_mix(all_hidden_states[-self.config.layer_mix :])
         if packing is not None:
             hidden_states = packing.put(hidden_states)
+        pooled = None
+        if self.served is not None:
+            hidden_states = self._for_engine(hidden_states, position_ids)
+        elif self.pooler is not None:
+            pooled = self._pool(hidden_states, attention_mask, lengths)
 
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=None if self.pooler is None else self._pool(hidden_states, attention_mask, lengths),
+            pooler_output=pooled,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
@@ -419,7 +484,7 @@ class MyBertForSequenceClassification(MyBertPreTrainedModel):
         self.num_labels = config.num_labels
         self.bert = MyBertModel(config)
         self.dropout = make_classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = make_classifier(config)
         self.post_init()
 
     @can_return_tuple
@@ -505,6 +570,7 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
     """MyBert with a masked-language-model head."""
 
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    _fsdp_plan = {"cls.predictions.decoder": "keep_full_weight"}
 
     def __init__(self, config: MyBertConfig):
         super().__init__(config)

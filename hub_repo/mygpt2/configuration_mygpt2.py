@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-from .layers import NORMS, MyPretrainedConfig
+from .layers import NORMS, WHOLE_BUT_SEES_A_SHARE, MyPretrainedConfig, Plan
 
 
 class MyGPT2Config(MyPretrainedConfig):
@@ -66,6 +66,27 @@ class MyGPT2Config(MyPretrainedConfig):
         "norm_type": tuple(NORMS),
         "mlp_type": ("dense", "gated"),
     }
+
+    @Plan
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism shares out the projections: by outputs (`colwise`) or by inputs (`rowwise`)."""
+        attention, mlp = "layers.*.self_attn.", "layers.*.mlp."
+        plan = {attention + name: "colwise" for name in ("q_proj", "k_proj", "v_proj")}
+        if self.qk_norm and WHOLE_BUT_SEES_A_SHARE:  # a norm of one head's width, which sees its process's heads only
+            plan |= {attention + name: WHOLE_BUT_SEES_A_SHARE for name in ("q_norm", "k_norm")}
+        plan |= {mlp + name: "colwise" for name in ("gate_proj", "up_proj")[self.mlp_type == "dense" :]}
+        return plan | {attention + "o_proj": "rowwise", mlp + "down_proj": "rowwise"}
+
+    @Plan
+    def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]]:
+        """What pipeline parallelism shares out, in this order, with the inputs and outputs of each."""
+        learned = {"embed_positions": (["position_ids"], ["position_embeds"])}
+        return {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            **(learned if self.position_embedding_type == "learned" else {}),
+            "layers": (["hidden_states", "attention_mask"], ["hidden_states", "attentions"]),
+            "norm": (["hidden_states"], ["hidden_states"]),
+        }
 
     def __init__(
         self,
@@ -156,6 +177,7 @@ class MyGPT2Config(MyPretrainedConfig):
                 f"num_attention_heads={heads}: change one of them, or set head_dim"
             )
         self._require(kv_heads > 0 and heads % kv_heads == 0, "num_key_value_heads", f"a divisor of {heads} heads")
+        self._require_whole_heads("num_attention_heads", "num_key_value_heads")
         self._require(self.head_dim > 0, "head_dim", "a positive integer")
         if self.position_embedding_type == "rope":
             self._require(self.head_dim % 2 == 0, "head_dim", "even for position_embedding_type='rope'")

@@ -5,6 +5,7 @@
 Shapes in comments: B batch, T tokens, H query heads, K key/value heads, D head_dim, C hidden_size.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,26 +18,48 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
-from .configuration_mygpt2 import MyGPT2Config
-from .kernels import causal_lm_loss, fast_products, linear, make_activation
-from .layers import (
-    NORMS,
-    MyPreTrainedModel,
+from .attention import (
     Packing,
     apply_rotary,
-    attend,
-    check_ids,
-    check_length,
+    attend_apart,
+    attend_in_blocks,
+    attends_in_blocks,
     counts_padding,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
+    eager_attention_forward,
+    lengths_for_engine,
     packed_lengths,
-    readable,
     rotary_cos_sin,
+    spread,
     unpacked,
 )
+from .configuration_mygpt2 import MyGPT2Config
+from .kernels import (
+    causal_lm_loss,
+    fast_products,
+    few_row_products,
+    keeps_less,
+    make_activation,
+    product_of,
+    soft_cap,
+)
+from .layers import (
+    ALL_ATTENTION_FUNCTIONS,
+    NORMS,
+    SHARED_OUT_AND_GATHERED,
+    MyPreTrainedModel,
+    check_ids,
+    check_length,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    is_elsewhere,
+    make_classifier,
+    readable,
+    served_class,
+)
+
+logger = logging.get_logger(__name__)
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -47,7 +70,8 @@ def make_norm(config: MyGPT2Config, width: int) -> nn.Module:
 
 # `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
 # `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
-# `attend` does the one or the other.
+# vLLM reads the source of `forward` too: the function has to be looked up there and called once, with `scaling=`, and
+# each projection to be called plainly, once.
 class MyGPT2Attention(nn.Module):
     """Causal self-attention, grouped-query if `num_key_value_heads < num_attention_heads`."""
 
@@ -83,12 +107,15 @@ class MyGPT2Attention(nn.Module):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         cache_position: torch.Tensor,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = linear(self.q_proj, hidden_states).view(heads)  # [B, T, H, D]
-        key = linear(self.k_proj, hidden_states).view(heads)  # [B, T, K, D]
-        value = linear(self.v_proj, hidden_states).view(heads)
+        with few_row_products(self.o_proj, hidden_states):
+            query = self.q_proj(hidden_states)
+            key = self.k_proj(hidden_states)
+            value = self.v_proj(hidden_states)
+        query, key, value = query.view(heads), key.view(heads), value.view(heads)  # [B, T, H or K, D]
         if self.qk_norm:
             # under autocast the projections are narrower than the norm's weight
             wide = self.q_norm.weight.dtype
@@ -96,11 +123,17 @@ class MyGPT2Attention(nn.Module):
             key = self.k_norm(key.to(wide)).to(value.dtype)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H or K, T, D]
         if rotary is not None:
-            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+            cos, sin = rotary
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
-        mixed, weights = attend(
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(packing, Packing):
+            attention = partial(attend_apart, attention, packing)
+        elif attention_mask is None and attends_in_blocks(self.config, query, self.sliding_window):
+            attention = partial(attend_in_blocks, attention)
+        mixed, weights = attention(
             self,
             query,
             key,
@@ -111,7 +144,8 @@ class MyGPT2Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )  # [B, T, H, D]
-        return linear(self.o_proj, mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+        with few_row_products(self.o_proj, hidden_states):
+            return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class MyGPT2DenseMLP(nn.Module):
@@ -123,7 +157,13 @@ class MyGPT2DenseMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(self.down_proj, self.act_fn(linear(self.up_proj, x)))
+        if keeps_less(self.down_proj, x):
+            return self.trained(x)
+        with few_row_products(self.down_proj, x):
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+
+    def trained(self, x: torch.Tensor) -> torch.Tensor:
+        return product_of(self.act_fn, self.down_proj, self.up_proj(x))
 
 
 class MyGPT2GatedMLP(nn.Module):
@@ -136,7 +176,13 @@ class MyGPT2GatedMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
+        if keeps_less(self.down_proj, x):
+            return self.trained(x)
+        with few_row_products(self.down_proj, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def trained(self, x: torch.Tensor) -> torch.Tensor:
+        return product_of(lambda gate, up: self.act_fn(gate) * up, self.down_proj, self.gate_proj(x), self.up_proj(x))
 
 
 MLPS = {"dense": MyGPT2DenseMLP, "gated": MyGPT2GatedMLP}
@@ -178,7 +224,25 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         self.layers = nn.ModuleList(MyGPT2Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
+        self.classifies_for_engine = self._prepare_for_engine()
         self.post_init()
+
+    def _prepare_for_engine(self) -> bool:
+        """Whether an engine that serves this model shall find each sequence's last state wherever it looks."""
+        served = served_class(self.config)
+        if served is None or not served.endswith(("ForSequenceClassification", "Model")):
+            return False
+        if served.endswith("Model"):
+            logger.warning_once(
+                "vLLM makes embeddings of a base model's first token unless told otherwise, which here has seen nothing "
+                'else: pass --pooler-config \'{"pooling_type": "LAST"}\', or "MEAN"'
+            )
+            return False
+        from transformers import conversion_mapping, core_model_loading
+
+        renaming = core_model_loading.WeightRenaming(r"^score\.", "classifier.")  # vLLM's own name of any such head
+        conversion_mapping.register_checkpoint_conversion_mapping(served, [renaming], overwrite=True)
+        return True
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -188,6 +252,27 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
 
     def get_decoder(self) -> nn.Module:
         return self
+
+    def _layers_in_blocks(
+        self,
+        given: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        layer_idx: int,
+    ) -> set[str]:
+        """The layer types that run in blocks without a mask: with a window, on whole rows with nothing before them."""
+        if not attends_in_blocks(self.config, given[:, None], self.config.sliding_window):
+            return set()
+        if past_key_values is not None and (
+            type(past_key_values) is not DynamicCache or past_key_values.get_seq_length(layer_idx) > 0
+        ):
+            return set()
+        if attention_mask is None:
+            whole = position_ids is None or past_key_values is not None  # else rows may be packed
+        else:
+            whole = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())
+        return {"sliding_attention"} & set(self.config.layer_types) if whole else set()
 
     @can_return_tuple
     def forward(
@@ -235,10 +320,15 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             use_cache, past_key_values = False, None
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
         rows, length = given.shape[:2]
+        # in a pipeline the stages after the first get hidden states as `inputs_embeds`, their own layers come later
+        own_layers = [index for index, layer in enumerate(self.layers) if not is_elsewhere(layer)]
+        later_stage, staged = is_elsewhere(self.layers[0]), len(own_layers) < len(self.layers)
+        first_of = {self.config.layer_types[index]: index for index in reversed(own_layers)} if staged else {}
 
         cache_position = kwargs.pop("cache_position", None)  # by name in the signature, 5.4 and newer would warn
+        first = min(own_layers, default=0)
         if cache_position is None:
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first)
             cache_position = torch.arange(length, device=given.device) + past_length
 
         packing = None
@@ -260,8 +350,9 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
 
+        in_blocks = self._layers_in_blocks(given, attention_mask, position_ids, past_key_values, first)
         # Masks before the cache: transformers looks for packed sequences only where there is none.
-        masks = attention_mask
+        masks: Any = attention_mask
         if packing is not None:
             masks = dict.fromkeys(self.config.layer_types)  # None: each sequence by itself
         elif not isinstance(masks, dict):
@@ -273,26 +364,31 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                     past_key_values=past_key_values,
                     position_ids=position_ids,
                     cache_position=cache_position,
+                    layer_idx=first_of.get(layer_type),  # whose cache says how much there is; None: any
                 )
-                for layer_type in set(self.config.layer_types)
+                for layer_type in set(self.config.layer_types) - in_blocks
             }
+            masks |= dict.fromkeys(in_blocks)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         hidden_states, rotary = inputs_embeds, None
-        if learned:
+        if learned and not later_stage:
             check_ids("position_ids", positions, limit, "max_position_embeddings")
             hidden_states = hidden_states + self.embed_positions(positions).to(hidden_states.device)
         elif self.config.position_embedding_type == "rope":
             rotary = rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
-        if token_type_ids is not None:
+        if token_type_ids is not None and not later_stage:
             check_ids("token_type_ids", token_type_ids, self.config.vocab_size, "vocab_size")
             hidden_states = hidden_states + self.embed_tokens(token_type_ids)
-        hidden_states = self.dropout(hidden_states)
+        if not later_stage:
+            hidden_states = self.dropout(hidden_states)
 
         all_hidden_states, all_attentions = [], []
         # the depth by the config: assisted decoding with an early exit lowers it for a while
         for layer, layer_type in zip(self.layers[: self.config.num_hidden_layers], self.config.layer_types):
+            if is_elsewhere(layer):
+                continue
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             hidden_states, weights = layer(
@@ -312,6 +408,10 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             hidden_states = packing.put(hidden_states)
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
+        if self.classifies_for_engine:
+            lengths = lengths_for_engine(position_ids)
+            ends = torch.tensor(lengths, device=hidden_states.device).cumsum(0) - 1
+            hidden_states = spread(hidden_states[0, ends], lengths)
 
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -325,6 +425,9 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
     """MyGPT2 with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": SHARED_OUT_AND_GATHERED}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MyGPT2Config):
         super().__init__(config)
@@ -380,13 +483,15 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        with fast_products(outputs.last_hidden_state):
-            logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
+        states = outputs.last_hidden_state
+        with fast_products(states), few_row_products(self.lm_head, states):
+            logits = self.lm_head(states[:, kept])
         cap = self.config.final_logit_softcapping
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = soft_cap(logits, cap)
         loss = None
         if labels is not None:
+            if self.loss_function is causal_lm_loss:
+                kwargs["made_of"] = (outputs.last_hidden_state, self.lm_head, cap)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -407,7 +512,7 @@ class MyGPT2ForSequenceClassification(MyGPT2PreTrainedModel):
         self.loss_type = "ForSequenceClassification"  # by name, a subclass called otherwise would get another loss
         self.num_labels = config.num_labels
         self.model = MyGPT2Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = make_classifier(config, bias=False)
         self.post_init()
 
     def _last_token(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int, length: int):

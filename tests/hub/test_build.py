@@ -32,6 +32,7 @@ def test_files_shards_and_index(parts, tmp_path: Path) -> None:
         "README.md",
         "config.json",
         "configuration_mybert.py",
+        "attention.py",
         "kernels.py",
         "layers.py",
         "manifest.json",
