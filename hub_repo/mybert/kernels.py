@@ -159,6 +159,8 @@ def in_cache(states: torch.Tensor, widening: nn.Linear, *modules: nn.Module) -> 
     """
     if type(states) is not torch.Tensor or torch.is_grad_enabled() or not states.is_cpu or not readable():
         return (states,)
+    if type(widening) is not nn.Linear:  # a serving engine's, a quantised one, …
+        return (states,)
     size = max(64, (1 << 21) // widening.out_features)  # 8 MB in float32
     if states.ndim != 3 or states.shape[:-1].numel() < 2 * size:
         return (states,)
