@@ -157,7 +157,7 @@ class MyGPT2DenseMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if keeps_less(self.down_proj, x):
+        if keeps_less(self.down_proj, self.act_fn, x):
             return self.trained(x)
         with few_row_products(self.down_proj, x):
             return self.down_proj(self.act_fn(self.up_proj(x)))
@@ -176,7 +176,7 @@ class MyGPT2GatedMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if keeps_less(self.down_proj, x):
+        if keeps_less(self.down_proj, self.act_fn, x):
             return self.trained(x)
         with few_row_products(self.down_proj, x):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -483,15 +483,15 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        states = outputs.last_hidden_state
-        with fast_products(states), few_row_products(self.lm_head, states):
-            logits = self.lm_head(states[:, kept])
+        states = outputs.last_hidden_state[:, kept]
+        with fast_products(outputs.last_hidden_state), few_row_products(self.lm_head, outputs.last_hidden_state):
+            logits = self.lm_head(states)
         cap = self.config.final_logit_softcapping
         logits = soft_cap(logits, cap)
         loss = None
         if labels is not None:
             if self.loss_function is causal_lm_loss:
-                kwargs["made_of"] = (outputs.last_hidden_state, self.lm_head, cap)
+                kwargs["made_of"] = (states, self.lm_head, cap)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -290,3 +290,127 @@ def test_numbers_of_rows_recur_without_gradients() -> None:
             totals.add(row.shape[1])
             assert row.shape[1] <= (tokens + 4096) * 17 // 16
     assert len(totals) < 20
+
+
+def gradients(model, ids, **given) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(ids, labels=ids, **given).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def same_gradients(model, ids, **given) -> bool:
+    """As with torch's own products and transformers' loss."""
+    torch.manual_seed(1)
+    mine = gradients(model, ids, **given)
+    model.loss_function = ForCausalLMLoss
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.manual_seed(1)
+        theirs = gradients(model, ids, **given)
+    return mine.keys() == theirs.keys() and all(largest_difference(mine[k], theirs[k]) <= 1e-5 for k in theirs)
+
+
+class Seeing(torch.nn.Dropout):
+    """An activation with a state of its own."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states.sigmoid())
+
+
+def hooked() -> torch.nn.Module:
+    activation = torch.nn.SiLU()
+    activation.register_forward_hook(lambda module, inputs, output: output * 2)
+    activation.register_full_backward_hook(lambda module, *gradients: None)
+    return activation
+
+
+ACTS = {
+    "with a parameter": torch.nn.PReLU,
+    "with dropout": lambda: Seeing(0.5),
+    "in place": lambda: torch.nn.SiLU(inplace=True),
+    "hooked": hooked,
+    "with two parameters": lambda: ACT2FN["xielu"],
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("mlp", ["dense", "gated"])
+def test_an_activation_of_ones_own(mlp: str, act: str) -> None:
+    model = MyGPT2ForCausalLM(mygpt2_config(mlp_type=mlp)).eval()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = ACTS[act]().train()
+    assert same_gradients(model, torch.randint(2, 97, (2, 6)))
+
+
+def test_logits_kept_in_another_order() -> None:
+    model = MyGPT2ForCausalLM(mygpt2_config()).eval()
+    assert same_gradients(model, torch.randint(2, 97, (2, 6)), logits_to_keep=torch.arange(6).flip(0))
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_differentiable_gradients_of_a_tied_model(cap: float | None) -> None:
+    """A gradient penalty's first derivatives: the head's weight is the embeddings', too."""
+    model, ids = MyGPT2ForCausalLM(mygpt2_config(final_logit_softcapping=cap)).eval(), torch.randint(2, 97, (2, 6))
+    model.set_attn_implementation("eager")
+    found = [
+        torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight, create_graph=create_graph)[0]
+        for create_graph in (False, True)
+    ]
+    assert largest_difference(*found) <= 1e-5
+
+
+def test_what_is_kept_may_be_kept_elsewhere_while_going_back() -> None:
+    model, ids = MyGPT2ForCausalLM(mygpt2_config(mlp_type="gated")).eval(), torch.randint(2, 97, (2, 6))
+    expected = gradients(model, ids)["model.layers.0.mlp.up_proj.weight"].clone()
+    with torch.autograd.graph.save_on_cpu():
+        assert largest_difference(gradients(model, ids)["model.layers.0.mlp.up_proj.weight"], expected) <= 1e-6
+
+
+@pytest.mark.parametrize("trained", ["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.bias"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_example(trained: str) -> None:
+    model, ids = MyGPT2ForCausalLM(mygpt2_config(tie_word_embeddings=False)).eval(), torch.randint(2, 97, (3, 6))
+    embeds = model.get_input_embeddings()(ids).detach()
+
+    def loss(parameters, embeds, labels):
+        given = {"inputs_embeds": embeds[None], "labels": labels[None], "use_cache": False}
+        return torch.func.functional_call(model, parameters, kwargs=given).loss
+
+    parameters = {trained: model.get_parameter(trained).detach()}
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, embeds, ids)[trained]
+    for row, found in zip(ids, each):
+        assert largest_difference(found, gradients(model, row[None])[trained]) <= 1e-5
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_derivatives(grad: bool) -> None:
+    model = MyGPT2ForCausalLM(mygpt2_config(n_embd=512)).eval()  # products of few rows are fast from this size on
+    model.set_attn_implementation("eager")
+    ids = torch.randint(2, 97, (2, 6))
+    embeds = model.get_input_embeddings()(ids).detach()
+    direction = torch.randn_like(embeds)
+
+    def loss(embeds: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=embeds, labels=ids).loss
+
+    with torch.set_grad_enabled(grad):
+        found = torch.func.jvp(loss, (embeds,), (direction,))[1]
+    leaf = embeds.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.allclose(found, (gradient * direction).sum(), rtol=1e-3)
+
+
+class TokenMean(torch.nn.Module):
+    """Looks at all tokens of each sequence; knows no `dense`."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states + states.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("what", ["intermediate", "output.LayerNorm", "intermediate.intermediate_act_fn"])
+def test_a_wide_layer_that_looks_at_all_tokens(what: str) -> None:
+    width = 32 if what == "intermediate" else 4096
+    model, ids = MyBertForMaskedLM(mybert_config(intermediate_size=width)).eval(), torch.randint(2, 97, (31, 37))
+    model.bert.encoder.layer[0].set_submodule(what, TokenMean())
+    expected = model(ids).logits.detach()
+    with torch.no_grad():
+        assert largest_difference(model(ids).logits, expected) <= 1e-5
