@@ -35,15 +35,7 @@ from .attention import (
     unpacked,
 )
 from .configuration_mygpt2 import MyGPT2Config
-from .kernels import (
-    causal_lm_loss,
-    fast_products,
-    few_row_products,
-    keeps_less,
-    make_activation,
-    product_of,
-    soft_cap,
-)
+from .kernels import fast_products, few_row_products, keeps_less, make_activation, product_of
 from .layers import (
     ALL_ATTENTION_FUNCTIONS,
     NORMS,
@@ -58,6 +50,7 @@ from .layers import (
     readable,
     served_class,
 )
+from .losses import causal_lm_loss, soft_cap
 
 logger = logging.get_logger(__name__)
 
@@ -462,7 +455,9 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
         """Predict the next token at each position. Arguments beyond `MyGPT2Model`'s:
 
         Args:
-            labels: `[batch, length]`, usually `input_ids` itself: the shift by one happens inside; -100 is left out.
+            labels: `[batch, length]`, usually `input_ids` itself: the shift by one happens inside; -100 is left out. On a
+                CPU the loss is differentiated by the states that the logits were made of, and not by `logits`; for that,
+                set `model.loss_function` to transformers' `ForCausalLMLoss`.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
 
         Returns:

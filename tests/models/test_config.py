@@ -56,7 +56,7 @@ fields = st.fixed_dictionaries(
         "qk_norm": st.booleans(),
         "attention_bias": st.booleans(),
         "mlp_bias": st.booleans(),
-        "sliding_window": st.integers(1, 50),
+        "sliding_window": st.integers(2, 50),
         "final_logit_softcapping": st.floats(0.5, 100.0),
         "tie_word_embeddings": st.booleans(),
         "use_cache": st.booleans(),
@@ -112,6 +112,7 @@ GPT2_FAULTS = [
     ({"position_embedding_type": "rope", "head_dim": 7}, "head_dim=7, but it must be even"),
     ({"position_embedding_type": "rope", "rope_theta": 0.0}, "rope_theta=0.0, but it must be positive"),
     ({"sliding_window": 0}, "sliding_window=0"),
+    ({"sliding_window": 1}, "sliding_window=1"),
     (
         {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4},
         "layer_types names 2 layers, but num_hidden_layers=3",

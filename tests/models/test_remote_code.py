@@ -71,7 +71,14 @@ AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=Tru
 """
     again = tmp_path / "second"
     subprocess.run([sys.executable, "-I", "-c", script, folder, again], check=True, capture_output=True)
-    for name in ("configuration_mygpt2.py", "modeling_mygpt2.py", "attention.py", "kernels.py", "layers.py"):
+    for name in (
+        "configuration_mygpt2.py",
+        "modeling_mygpt2.py",
+        "attention.py",
+        "kernels.py",
+        "layers.py",
+        "losses.py",
+    ):
         assert (again / name).read_bytes() == (MODELS_FOLDER / name).read_bytes()
     saved = json.loads((again / "config.json").read_text())
     assert saved["auto_map"] == MyGPT2Config.AUTO_MAP  # every class, though another head was saved
