@@ -88,9 +88,9 @@ def predict(
             source = stack.enter_context(Path(input).open("rb"))
             size = os.fstat(source.fileno()).st_size or None
             if isinstance(output, (str, os.PathLike)):
-                for name in (output, _partial(output)):
-                    if os.path.isfile(name) and os.path.samefile(input, name):
-                        raise ValueError(f"{os.fspath(name)} is the input, too: name another file for the output")
+                for place in (output, _partial(output)):
+                    if os.path.isfile(place) and os.path.samefile(input, place):
+                        raise ValueError(f"{os.fspath(place)} is the input, too: name another file for the output")
         if isinstance(output, (str, os.PathLike)):
             _check_place(output)  # before the model is loaded, and before it has answered
         asked, notes = load_task(
