@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.opening import locate
+from ..checkpoints.refusing import refuse_mismatched, refusing
 from ..checkpoints.replacing import replace_folder
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.writing import save_tokenizer_files
@@ -85,7 +86,7 @@ def export_model(
         >>> export_model("hub_repo/mygpt2", "onnx", "mygpt2-onnx").differences["logits"] < 1e-4
         True
     """
-    _check_options(to, task, int8, opset)
+    _check_options(to, task, int8, opset, texts)
     wanted = resolve_dtype(dtype)
     path = locate(pretrained_model_name_or_path, revision=revision)
     name = Path(pretrained_model_name_or_path).expanduser().resolve().name
@@ -149,13 +150,15 @@ def export_model(
     return exported
 
 
-def _check_options(to: str, task: str | None, int8: bool, opset: int | None) -> None:
+def _check_options(to: str, task: str | None, int8: bool, opset: int | None, texts: Sequence[str] | None) -> None:
     if to not in WRITERS:
         raise ValueError(f"to={to!r}: choose one of {', '.join(WRITERS)}")
     if task is not None and task not in TASKS:
         raise ValueError(f"task={task!r} is not known: choose one of {', '.join(TASKS)}")
     if to != "onnx" and (int8 or opset):
         raise ValueError(f"{'int8' if int8 else 'opset'} is for ONNX: leave it out, or export to onnx")
+    if texts is not None and not int8:
+        raise ValueError("texts are what int8 is measured on: leave them out, or say int8 too")
     for module in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
         if find_spec(module) is None:
             raise ValueError(f"this needs the package {module}: run pip install 'mymodels[onnx]'")
@@ -193,11 +196,17 @@ def _load(
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # new weights are told here, in one sentence
     try:
-        model, info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        with refusing(path):
+            model, info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
+                path,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
     finally:
         logging.set_verbosity(before)
+    refuse_mismatched(info, path)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{path} has no weights for {missing[0]}{' and others' if len(missing) > 1 else ''}, which {task} needs: "

@@ -78,9 +78,11 @@ def _read(line: Line, raw: bytes, column: str, pair_column: str | None, plain: b
     if row.get("id") is not None:
         line.key = {"id": row["id"]}
     try:
-        f"{line.text}{line.pair}{json.dumps(line.key, ensure_ascii=False)}".encode()
+        f"{line.text}{line.pair}{json.dumps(line.key, ensure_ascii=False, allow_nan=False)}".encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"it has half of a character (\\u{ord(error.object[error.start]):04x})") from None
+    except ValueError:
+        raise ValueError("its field 'id' has a number that is too large, which would be read as infinite") from None
 
 
 def _text(row: dict[str, Any], column: str) -> str:

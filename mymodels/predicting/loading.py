@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checkpoints.opening import locate
+from ..checkpoints.refusing import asks_for_trust, code_of_its_own, refuse_mismatched, refusing
 from ..checkpoints.safetensors_files import read_json
 from ..training.encoding import longest_input
 from .tasks import TASKS, Embedding, Task
@@ -37,6 +38,7 @@ def load_task(
             tokenizer do not fit each other.
         OSError: there is no such folder or Hub repo.
     """
+    device = _device(device)
     path = locate(source, revision=revision)
     if not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
@@ -48,7 +50,6 @@ def load_task(
     model, notes = _load_model(chosen, path, source, trust_remote_code, dtype)
     cutter = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
     _agree(model, cutter, source)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     longest = longest_input(model, cutter, None)
     if chosen is TASKS["generation"]:
         longest -= max_new_tokens
@@ -61,6 +62,15 @@ def load_task(
     if isinstance(ready, Embedding):
         ready.pooled = not notes
     return ready, notes
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA fails an assertion
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device={str(device)!r} cannot be used here: {reason}") from error
 
 
 def _choose(task: str | None, config: Mapping[str, Any], source: Any) -> type[Task]:
@@ -83,14 +93,19 @@ def _load_model(
     task: type[Task], path: Path, source: Any, trust_remote_code: bool, dtype: str | torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     try:
-        with _quiet():
+        with _quiet(), refusing(source):
             model, info = getattr(transformers, task.auto_class).from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                path,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
             )
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"{source} has no {task.auto_class}: choose another --task") from error
-        raise _explained(error, source) from error
+        raise
+    refuse_mismatched(info, source)
     missing = sorted(info["missing_keys"])
     if task is Embedding and missing and all("pooler." in name for name in missing):
         return model, ["it has no weights for the pooling: embeddings are the mean of the hidden states"]
@@ -107,16 +122,10 @@ def _load_tokenizer(path: Any, source: Any, trust_remote_code: bool) -> PreTrain
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of many kinds, by what is missing
-        if "trust_remote_code" in str(error):
-            raise _explained(error, source) from error
+        if asks_for_trust(error):
+            raise code_of_its_own(source) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} has no tokenizer that can be loaded ({reason}): pass --tokenizer PATH") from error
-
-
-def _explained(error: Exception, source: Any) -> Exception:
-    if "trust_remote_code" not in str(error):
-        return error
-    return ValueError(f"{source} brings code of its own, which would be run: read it, then pass --trust-remote-code")
 
 
 def _agree(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Any) -> None:

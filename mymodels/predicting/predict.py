@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -57,7 +57,7 @@ def predict(
     Args:
         model: a folder or Hub repo that transformers' Auto classes load.
         input, output: files, or open binary ones. A file is written under a name that ends in `.partial`, which it
-            loses when all is done.
+            loses when all is done; a pipe or device is written to as it is.
         task: `classification`, `token-classification`, `embedding`, `generation` or `loss`. Default: what the saved
             class is for.
         column, pair_column: the fields with the text, and with the second one of a pair (default: `text_pair`, if there).
@@ -81,15 +81,18 @@ def predict(
             raise ValueError(f"{name}={value}: it must be 1 or more")
     if top_k is not None and top_k < 0:
         raise ValueError(f"top_k={top_k}: it must be 1 or more, or 0 for all labels")
-    to_file = isinstance(output, (str, os.PathLike))
     with ExitStack() as stack:
         source: Any = input
         size = None
         if isinstance(input, (str, os.PathLike)):
             source = stack.enter_context(Path(input).open("rb"))
             size = os.fstat(source.fileno()).st_size or None
-            if to_file and os.path.exists(output) and os.path.samefile(input, output):  # type: ignore[arg-type]
-                raise ValueError(f"{os.fspath(output)} is the input, too: name another file for the output")  # type: ignore[arg-type]
+            if isinstance(output, (str, os.PathLike)):
+                for place in (output, _partial(output)):
+                    if os.path.isfile(place) and os.path.samefile(input, place):
+                        raise ValueError(f"{os.fspath(place)} is the input, too: name another file for the output")
+        if isinstance(output, (str, os.PathLike)):
+            _check_place(output)  # before the model is loaded, and before it has answered
         asked, notes = load_task(
             model,
             task,
@@ -102,8 +105,7 @@ def predict(
             max_new_tokens=max_new_tokens,
             top_k=top_k,
         )
-        partial = Path(f"{os.fspath(output)}.partial") if to_file else None  # type: ignore[arg-type]
-        target: Any = stack.enter_context(partial.open("wb")) if partial else output
+        target = stack.enter_context(_opened(output))
         unit: dict[str, Any] = {"unit": "line"} if size is None else {"unit": "B", "unit_scale": True, "total": size}
         bar = stack.enter_context(tqdm(desc="predicting", disable=None, **unit))
         say = report or (lambda sentence: bar.write(sentence, file=sys.stderr))
@@ -130,9 +132,37 @@ def predict(
             target.flush()
             counts.answered += len(answered)
     counts.cut = asked.cut
-    if partial:
-        os.replace(partial, output)  # type: ignore[arg-type]
     return counts
+
+
+def _partial(output: str | os.PathLike) -> Path:
+    return Path(f"{os.path.realpath(output)}.partial")  # beside the file itself, so that a link stays one
+
+
+def _check_place(output: str | os.PathLike) -> None:
+    if os.path.isdir(output):
+        raise IsADirectoryError(f"{os.fspath(output)} is a folder: name a file for the output")
+    if not os.path.exists(output) and not _partial(output).parent.is_dir():
+        raise FileNotFoundError(f"{os.fspath(output)} is in a folder that does not exist: make it first")
+
+
+@contextmanager
+def _opened(output: str | os.PathLike | BinaryIO) -> Iterator[Any]:
+    if not isinstance(output, (str, os.PathLike)):
+        yield output
+    elif os.path.exists(output) and not os.path.isfile(output):  # a pipe or a device, whose place no file may take
+        with Path(output).open("wb") as file:
+            yield file
+    else:
+        partial = _partial(output)
+        try:
+            with partial.open("wb") as file:
+                yield file
+        except BaseException:
+            if partial.is_file() and not partial.stat().st_size:  # no answer to keep
+                partial.unlink()
+            raise
+        os.replace(partial, os.path.realpath(output))
 
 
 @torch.inference_mode()

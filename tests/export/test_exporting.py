@@ -148,6 +148,7 @@ def test_quality_counts_decisions_at_tokens() -> None:
         ({"task": "text-classification"}, "has no weights for score.weight, which text-classification needs"),
         ({"int8": True}, "int8 is for ONNX"),
         ({"opset": 18}, "opset is for ONNX"),
+        ({"texts": ["a text"]}, "texts are what int8 is measured on"),
         ({"to": "onnx", "int8": True, "dtype": "float16"}, "int8 starts from float32 weights"),
         ({"to": "onnx", "dtype": "bfloat16"}, "no CPU kernels for bfloat16"),
         ({"dtype": "int4"}, "'int4' is no floating-point dtype"),
@@ -176,5 +177,18 @@ def test_other_models_and_missing_packages(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValueError, match=r"needs the package onnxruntime: run pip install 'mymodels\[onnx\]'"):
         export_model(saved(mygpt2(**MODERN), tmp_path / "model"), "onnx", tmp_path / "out")
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_folder_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    folder = saved(mygpt2(), tmp_path / "model")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=r"model has broken weights \(.*\): `mymodels check .*` says which"):
+        export_model(folder, "torchscript", tmp_path / "out")
+    (folder / "model.safetensors").write_bytes(weights)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
+    with pytest.raises(ValueError, match=r"is saved as \[97, \d+\], but by config.json it is \[90, \d+\]"):
+        export_model(folder, "torchscript", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -207,6 +207,7 @@ BAD = {
     b'{"text": " "}': "its field 'text' is empty",
     b'{"text": "a", "text_pair": 3}': "its field 'text_pair' is a number, not a text",
     b'{"text": "\\ud83d"}': "it has half of a character (\\ud83d)",
+    b'{"id": 1e999, "text": "a"}': "its field 'id' has a number that is too large, which would be read as infinite",
     b'{"id": NaN, "text": "a"}': "it is not JSON (NaN is no number there)",
     b'{"text":' + b"[" * 100_000: "it is not JSON (maximum recursion depth exceeded while decoding a JSON array",
 }
@@ -231,6 +232,36 @@ def test_bad_lines_are_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureF
     assert answers[0]["line"] == 1 and answers[-1]["line"] == 2 * len(BAD) + 1 and len(answers) == len(good)
     assert all(answer["id"] == {"a": 1} for answer in answers[1:-1])
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+
+
+def test_an_output_that_is_no_plain_file_stays_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A file that takes the place of /dev/null would break the machine, one over a link the link."""
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n' * 3)
+    predict_to = [*("predict", str(HUB / "mybert"), "--input", str(tmp_path / "in.jsonl")), "--output"]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert cli.main([*predict_to, str(pipe)]) == 0
+    assert os.read(reader, 10_000).count(b"\n") == 3 and pipe.is_fifo()
+    os.close(reader)
+    (tmp_path / "link.jsonl").symlink_to("answers.jsonl")
+    assert cli.main([*predict_to, str(tmp_path / "link.jsonl")]) == 0
+    assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "answers.jsonl").read_bytes().count(b"\n") == 3
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "old.jsonl.partial").write_text('{"text": "a"}\n')
+    for arguments, sentence in (
+        ([tmp_path / "folder"], "folder is a folder: name a file for the output"),
+        ([tmp_path / "none" / "out.jsonl"], "out.jsonl is in a folder that does not exist"),
+        ([tmp_path / "old.jsonl", "--input", tmp_path / "old.jsonl.partial"], "is the input, too"),
+        ([tmp_path / "old.jsonl", "--task", "loss"], "choose another --task"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*predict_to, *map(str, arguments)]) == 1
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mymodels predict: ")]
+        assert len(told) == 1 and sentence in told[0], told
+    left = ["answers.jsonl", "folder", "in.jsonl", "link.jsonl", "old.jsonl.partial", "pipe"]
+    assert sorted(os.listdir(tmp_path)) == left
+    assert (tmp_path / "old.jsonl.partial").read_text() == '{"text": "a"}\n'
 
 
 def test_plain_lines_of_text(capsysbinary: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +330,12 @@ def test_code_of_a_folder_runs_only_if_trusted(saved) -> None:
     assert run(folder, trust_remote_code=True) == expected
 
 
-def test_what_cannot_be_asked_is_said_in_one_sentence(saved, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+NO_SUCH_PACKAGE = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
+
+
+def test_what_cannot_be_asked_is_said_in_one_sentence(
+    saved, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     masked = saved(MyBertForMaskedLM(mybert_config()))
     small = saved(MyBertForSequenceClassification(mybert_config(vocab_size=50)))
     broken = MyBertForSequenceClassification(mybert_config())
@@ -308,7 +344,20 @@ def test_what_cannot_be_asked_is_said_in_one_sentence(saved, tmp_path: Path, cap
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     mine = str(HUB / "mygpt2")
+    cut = saved(MyBertForSequenceClassification(mybert_config()))
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    wider, quantised = (saved(MyBertForSequenceClassification(mybert_config())) for _ in range(2))
+    for folder, change in ((wider, {"intermediate_size": 200}), (quantised, {"quantization_config": NO_SUCH_PACKAGE})):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+    monkeypatch.setitem(sys.modules, "torchao", None)
     cases = [
+        ([str(cut)], f"{cut} has broken weights ("),
+        ([str(wider)], "intermediate.dense.bias is saved as [64], but by config.json it is [200] (and "),
+        ([str(quantised)], f"{quantised} needs a package that is not here: "),
+        ([mine, "--device", "cuda:77"], "device='cuda:77' cannot be used here: "),
+        ([mine, "--device", "gpu"], "device='gpu' cannot be used here: "),
         ([mine, "--task", "classification"], "no weights for score.weight, so MyGPT2ForSequenceClassification would"),
         ([mine, "--task", "token-classification"], "has no AutoModelForTokenClassification: choose another --task"),
         ([str(masked)], "is a MyBertForMaskedLM, which says nothing about texts by itself: choose --task"),
