@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import logging
 
 from ..checkpoints.opening import locate
+from ..checkpoints.refusing import refusing
 from ..checkpoints.safetensors_files import read_json
 from ..warmstart import warm_start
 
@@ -152,7 +153,7 @@ def _from_checkpoint(
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
     auto_class = getattr(transformers, f"AutoModel{HEADS[kind]}")
-    with _quiet():
+    with _quiet(), refusing(source):
         model, info = auto_class.from_pretrained(
             path,
             config=config,

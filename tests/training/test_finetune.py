@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -355,6 +356,16 @@ def test_options_are_checked_before_anything_is_read(start: Path, tmp_path: Path
             finetune(start / "bert", start / "data.csv", tmp_path / "out", **how)
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_broken_weights_are_refused_in_a_sentence(start: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(start / "bert", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="broken has broken weights .*mymodels check") as caught:
+        finetune(broken, start / "data.csv", tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_something_else_is_refused_before_training(start: Path, tmp_path: Path, capsys) -> None:
