@@ -185,7 +185,8 @@ class MyGPT2Config(MyPretrainedConfig):
         self._require(self.activation_function in ACT2FN, "activation_function", "a key of transformers' ACT2FN")
         self._require(not getattr(self, "add_cross_attention", False), "add_cross_attention", "False: not built here")
         window, cap = self.sliding_window, self.final_logit_softcapping
-        self._require(window is None or window > 0, "sliding_window", "None or a positive number of tokens")
+        # with 1, transformers' cache, which holds the window's earlier tokens, holds all of them: wrong text
+        self._require(window is None or window > 1, "sliding_window", "None or 2 tokens at the least")
         self._require(cap is None or cap > 0, "final_logit_softcapping", "None or positive")
         known = {"full_attention", "sliding_attention"}
         self._require(set(self.layer_types) <= known, "layer_types", f"a list over {sorted(known)}")

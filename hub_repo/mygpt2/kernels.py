@@ -1,4 +1,4 @@
-"""Faster forms of what torch and transformers compute: activations, matrix products on the CPU, a loss in less memory.
+"""Faster forms of what torch and transformers compute: activations, matrix products on the CPU.
 
 Same numbers, up to rounding; each falls away by itself where it does not apply. This file is copied as it is into Hub
 repos and runs there without mymodels.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 
 from .layers import readable
 
@@ -24,8 +24,18 @@ def make_activation(name: str) -> nn.Module:
     return ACT2FN[FUSED.get(name, name)]
 
 
-def _one_dnn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def one_dnn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+def _no_view(output: torch.Tensor) -> torch.Tensor:
+    """oneDNN's product is a view of its rows; from a `Function`, that could not be changed in place afterwards."""
+    return torch.ops.aten._unsafe_view(output, output.shape)
+
+
+def recordable() -> bool:
+    """Whether the functions here may stand in for torch's: no graph is captured, and no forward-mode derivatives taken."""
+    return readable() and getattr(torch.autograd.forward_ad, "_current_level", -1) < 0
 
 
 class _OneDnnLinear(torch.autograd.Function):
@@ -35,7 +45,7 @@ class _OneDnnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return _one_dnn(states, weight, bias)
+        return _no_view(one_dnn(states, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -54,18 +64,18 @@ def _linear_gradients(
     rows, columns = gradient.flatten(0, -2), states.flatten(0, -2).t()
     if torch.is_grad_enabled():  # to be differentiated once more
         return gradient @ weight, rows.t() @ columns.t(), rows.sum(0) if wanted[2] else None
-    for_states = _one_dnn(gradient, weight.t()) if wanted[0] else None
+    for_states = one_dnn(gradient, weight.t()) if wanted[0] else None
     for_weight = torch.empty_like(weight) if wanted[1] else None
     if for_weight is not None:  # in pieces: each is copied to be turned
         for piece, into in zip(rows.split(4096, dim=1), for_weight.split(4096)):
-            into.copy_(_one_dnn(piece.t(), columns))
+            into.copy_(one_dnn(piece.t(), columns))
     return for_states, for_weight, rows.sum(0) if wanted[2] else None
 
 
 def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
     tensors = (states, weight) if bias is None else (states, weight, bias)
     plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype is torch.float32 for t in tensors)
-    return readable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
+    return recordable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
 
 
 class FastProducts(TorchFunctionMode):
@@ -83,7 +93,7 @@ class FastProducts(TorchFunctionMode):
 
 def fast_products(states: torch.Tensor) -> AbstractContextManager:
     """The context for layers that work on `states`: `FastProducts` where it may be, else one that does nothing."""
-    fast = states.device.type == "cpu" and states.dtype is torch.float32 and readable() and ONE_DNN
+    fast = states.device.type == "cpu" and states.dtype is torch.float32 and recordable() and ONE_DNN
     fast = fast and not few_rows(states)
     fast = fast and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
     return FastProducts() if fast else nullcontext()
@@ -97,8 +107,8 @@ class FewRowProducts(TorchFunctionMode):
             states, weight, bias = args
             if type(states) is torch.Tensor and states.dtype is torch.float32 and states.ndim > 1:
                 if bias is None or states.numel() != weight.shape[1]:
-                    return _one_dnn(states, weight, bias)
-                return _one_dnn(states, weight).add_(bias)  # one row: its own kernel with a bias is slower
+                    return one_dnn(states, weight, bias)
+                return one_dnn(states, weight).add_(bias)  # one row: its own kernel with a bias is slower
         return function(*args, **kwargs) if kwargs else function(*args)
 
 
@@ -121,7 +131,7 @@ def few_rows(states: torch.Tensor) -> bool:
 
 def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
     """Whether `layer(states)` is a product on the CPU and nothing else: a bare `nn.Linear` that nothing hooks into."""
-    if type(layer) is not nn.Linear or not readable():
+    if type(layer) is not nn.Linear or not recordable():
         return False
     own = vars(layer)
     weight = own["_parameters"].get("weight")
@@ -145,17 +155,22 @@ def few_row_products(layer: nn.Module, states: torch.Tensor) -> AbstractContextM
     """
     if type(states) is not torch.Tensor or not ONE_DNN or not states.is_cpu or states.numel() == 0:
         return NOTHING
-    if not _large(getattr(layer, "weight", None)) or not readable() or not few_rows(states):
+    if not _large(getattr(layer, "weight", None)) or not recordable() or not few_rows(states):
         return NOTHING
     fast = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
     return FEW_ROW_PRODUCTS if fast else NOTHING
 
 
-def in_cache(states: torch.Tensor, widening: nn.Linear, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
+ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
+ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout} | ACTIVATIONS
+
+
+def in_cache(states: torch.Tensor, widening: Any, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
     """`states`, or parts of their rows `[tokens, width]` of which `modules` make tensors that stay in the caches.
 
-    Only in inference on the CPU, and if no hook of the modules would see parts. Tensors of more than 32 MB are also taken
-    from the operating system anew each time (by glibc), which costs a fifth of a layer's time.
+    Only in inference on the CPU, if nothing in the modules was replaced by what might look at several rows at once, and
+    if no hook would see parts. Tensors of more than 32 MB are also taken from the operating system anew each time (by
+    glibc), which costs a fifth of a layer's time.
     """
     if type(states) is not torch.Tensor or torch.is_grad_enabled() or not states.is_cpu or not readable():
         return (states,)
@@ -164,8 +179,15 @@ def in_cache(states: torch.Tensor, widening: nn.Linear, *modules: nn.Module) -> 
     size = max(64, (1 << 21) // widening.out_features)  # 8 MB in float32
     if states.ndim != 3 or states.shape[:-1].numel() < 2 * size:
         return (states,)
-    if any(vars(module)[hooks] for whole in modules for module in whole.modules() for hooks in HOOKS):
-        return (states,)
+    for whole in modules:
+        for module in whole.modules():
+            own = vars(module)
+            if (
+                "forward" in own
+                or any(own[hooks] for hooks in HOOKS)
+                or not (module is whole or type(module) in ROW_BY_ROW)
+            ):
+                return (states,)
     return states.flatten(0, 1).split(size)
 
 
@@ -176,7 +198,7 @@ class _ProductOf(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: torch.Tensor, bias: torch.Tensor | None, function: Callable, *inputs: torch.Tensor) -> Any:
-        return _one_dnn(function(*inputs), weight, bias)
+        return _no_view(one_dnn(function(*inputs), weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -187,155 +209,45 @@ class _ProductOf(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         weight, _, *inputs = ctx.saved_tensors
         for_weight, for_bias, _, *for_inputs = ctx.needs_input_grad
-        states, pull = torch.func.vjp(ctx.function, *inputs)
+        with torch.enable_grad():
+            inputs = [tensor.view_as(tensor) for tensor in inputs]  # to end there, whatever they were made of
+            states = ctx.function(*inputs)
+        kept = states if torch.is_grad_enabled() else states.detach()
         wanted = (any(for_inputs), for_weight, for_bias)
-        for_states, *for_parameters = _linear_gradients(states, weight, gradient, wanted)
-        return *for_parameters, None, *(pull(for_states) if for_states is not None else [None] * len(inputs))
+        for_states, *for_parameters = _linear_gradients(kept, weight, gradient, wanted)
+        return *for_parameters, None, *differentiated(states, inputs, for_inputs, for_states)
 
 
-def keeps_less(layer: nn.Module, states: Any) -> bool:
-    """Whether `product_of` serves for `layer` in training; False for whatever traces a model, serving engines too."""
+def differentiated(
+    outputs: torch.Tensor, inputs: list[torch.Tensor | None], wanted: tuple[bool, ...], gradient: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """Of the `inputs` that are wanted; None for the others."""
+    found = iter(())
+    if any(wanted):
+        chosen = [tensor for tensor, want in zip(inputs, wanted) if want]
+        found = iter(torch.autograd.grad(outputs, chosen, gradient, create_graph=torch.is_grad_enabled()))
+    return [next(found) if want else None for want in wanted]
+
+
+def is_pure(function: Any) -> bool:
+    """Whether this is one of transformers' activations and only that: no parameters, no hooks, not in place."""
+    if type(function) not in ACTIVATIONS:
+        return False
+    own = vars(function)
+    changed = "forward" in own or own.get("inplace") or any(own[hooks] for hooks in HOOKS)
+    return not changed and not own["_parameters"] and not own["_modules"]
+
+
+def keeps_less(layer: nn.Module, activation: Any, states: Any) -> bool:
+    """Whether `product_of` serves for these two in training; False for whatever traces a model, serving engines too."""
     if type(states) is not torch.Tensor or not torch.is_grad_enabled() or states.dtype is not torch.float32:
         return False
-    return ONE_DNN and bool(torch.backends.mkldnn.enabled) and is_plain(layer, states)
+    return ONE_DNN and bool(torch.backends.mkldnn.enabled) and is_plain(layer, states) and is_pure(activation)
 
 
 def product_of(function: Callable, layer: Any, *inputs: torch.Tensor) -> torch.Tensor:
     """`layer(function(*inputs))` in training, where what `function` gives is not kept but computed once more.
 
-    `function`, without parameters, gives each element from the same ones of `inputs`.
+    `function`, of `inputs` alone, is the same each time and leaves them as they are.
     """
     return _ProductOf.apply(layer.weight, layer.bias, function, *inputs)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each row, `[rows]`, which keeps nothing of the size of the logits but the logits themselves."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = max(1, 2**22 // logits.shape[-1])
-        norms = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows)])
-        return norms - logits.gather(1, labels[:, None])[:, 0].float(), norms
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs, output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None]:
-        logits, labels, norms = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated once more
-            hits = nn.functional.one_hot(labels, logits.shape[-1])
-            return ((logits.float().softmax(-1) - hits) * gradient[:, None]).to(logits.dtype), None
-        result, rows = torch.empty_like(logits), max(1, 2**22 // logits.shape[-1])
-        for into, *part in zip(*(tensor.split(rows) for tensor in (result, logits, norms, labels, gradient))):
-            states, norm, label, weight = part
-            shares = (states.float() - norm[:, None]).exp_().mul_(weight[:, None])
-            into.copy_(shares.scatter_add_(1, label[:, None], -weight[:, None]))
-        return result, None
-
-
-class _HeadCrossEntropy(torch.autograd.Function):
-    """The same from what the logits were made of, `head(states)`: logits are not kept, but made again piece by piece.
-
-    `logits` are only looked at: what depends on them otherwise has its gradient through them.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        states: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        cap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _CrossEntropy.forward(logits, labels)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        states, weight, bias, _, labels, ctx.cap = inputs
-        ctx.save_for_backward(states, weight, bias, labels, output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple:
-        states, weight, bias, labels, norms = ctx.saved_tensors
-        cap, wanted = ctx.cap, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # to be differentiated once more
-            logits = soft_cap(nn.functional.linear(states, weight, bias), cap).float()
-            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-            inputs = [tensor for tensor, want in zip((states, weight, bias), wanted) if want]
-            found = iter(torch.autograd.grad(losses, inputs, gradient, create_graph=True))
-            return *(next(found) if want else None for want in wanted[:3]), None, None, None
-        product = _one_dnn if ONE_DNN and states.dtype is torch.float32 else nn.functional.linear
-        for_states = torch.zeros_like(states) if wanted[0] else None
-        for_weight = torch.empty_like(weight) if wanted[1] else None
-        for_bias = torch.empty_like(bias) if wanted[2] else None
-        for start in range(0, len(weight), 4096):  # a part of the vocabulary
-            part = slice(start, start + 4096)
-            some = weight[part]
-            logits = soft_cap(product(states, some, None if bias is None else bias[part]), cap)
-            shares = (logits.float() - norms[:, None]).exp_().mul_(gradient[:, None])
-            place = labels - start
-            here = (place >= 0) & (place < len(some))
-            hits = torch.where(here, gradient, 0.0)[:, None]
-            shares = shares.scatter_add_(1, place.clamp(0, len(some) - 1)[:, None], -hits).to(states.dtype)
-            if cap is not None:
-                shares = shares * (1 - (logits / cap).square())
-            if for_states is not None:
-                for_states += product(shares, some.t())
-            if for_weight is not None:
-                for_weight[part] = product(shares.t(), states.t())
-            if for_bias is not None:
-                for_bias[part] = shares.sum(0)
-        return for_states, for_weight, for_bias, None, None, None
-
-
-def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """`cap * tanh(logits / cap)`, as in Gemma 2 (arXiv 2408.00118); None: as they are."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def causal_lm_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    vocab_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    made_of: tuple[torch.Tensor, nn.Module, float | None] | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """transformers' loss of causal language models, same arguments, in less memory: no second matrix of logits' size.
-
-    Args:
-        logits: `[batch, length, vocab_size]`, taken to float32 piece by piece.
-        labels: `[batch, length]`, shifted by one here; or `shift_labels`, already shifted.
-        num_items_in_batch: what the sum is divided by; None: the number of labels that count.
-        ignore_index: the label that does not count.
-        made_of: what gave the logits: states `[batch, length, width]`, head and soft cap. Then no logits are kept for
-            the backward pass either, where the head's product, a tenth of a step's work, is made once more.
-    """
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    logits = logits.view(-1, vocab_size)
-    labels = shift_labels.reshape(-1).to(logits.device)
-    counted = labels != ignore_index
-    known = torch.where(counted, labels, 0)
-    if made_of is not None and made_of[0].shape[:-1].numel() == len(known) and is_plain(made_of[1], made_of[0]):
-        states, head, cap = made_of
-        losses = _HeadCrossEntropy.apply(states.flatten(0, -2), head.weight, head.bias, logits.detach(), known, cap)[0]
-    elif readable():
-        losses = _CrossEntropy.apply(logits, known)[0]
-    else:
-        losses = nn.functional.cross_entropy(logits.float(), known, reduction="none")
-    total = torch.where(counted, losses, 0.0).sum()
-    if num_items_in_batch is None:
-        return total / counted.sum()
-    return total / torch.as_tensor(num_items_in_batch, device=total.device)

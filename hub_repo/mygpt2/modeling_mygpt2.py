@@ -35,15 +35,7 @@ from .attention import (
     unpacked,
 )
 from .configuration_mygpt2 import MyGPT2Config
-from .kernels import (
-    causal_lm_loss,
-    fast_products,
-    few_row_products,
-    keeps_less,
-    make_activation,
-    product_of,
-    soft_cap,
-)
+from .kernels import fast_products, few_row_products, keeps_less, make_activation, product_of
 from .layers import (
     ALL_ATTENTION_FUNCTIONS,
     NORMS,
@@ -58,6 +50,7 @@ from .layers import (
     readable,
     served_class,
 )
+from .losses import causal_lm_loss, soft_cap
 
 logger = logging.get_logger(__name__)
 
@@ -157,7 +150,7 @@ class MyGPT2DenseMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if keeps_less(self.down_proj, x):
+        if keeps_less(self.down_proj, self.act_fn, x):
             return self.trained(x)
         with few_row_products(self.down_proj, x):
             return self.down_proj(self.act_fn(self.up_proj(x)))
@@ -176,7 +169,7 @@ class MyGPT2GatedMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if keeps_less(self.down_proj, x):
+        if keeps_less(self.down_proj, self.act_fn, x):
             return self.trained(x)
         with few_row_products(self.down_proj, x):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -462,7 +455,9 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
         """Predict the next token at each position. Arguments beyond `MyGPT2Model`'s:
 
         Args:
-            labels: `[batch, length]`, usually `input_ids` itself: the shift by one happens inside; -100 is left out.
+            labels: `[batch, length]`, usually `input_ids` itself: the shift by one happens inside; -100 is left out. On a
+                CPU the loss is differentiated by the states that the logits were made of, and not by `logits`; for that,
+                set `model.loss_function` to transformers' `ForCausalLMLoss`.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
 
         Returns:
@@ -483,15 +478,15 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        states = outputs.last_hidden_state
-        with fast_products(states), few_row_products(self.lm_head, states):
-            logits = self.lm_head(states[:, kept])
+        states = outputs.last_hidden_state[:, kept]
+        with fast_products(outputs.last_hidden_state), few_row_products(self.lm_head, outputs.last_hidden_state):
+            logits = self.lm_head(states)
         cap = self.config.final_logit_softcapping
         logits = soft_cap(logits, cap)
         loss = None
         if labels is not None:
             if self.loss_function is causal_lm_loss:
-                kwargs["made_of"] = (outputs.last_hidden_state, self.lm_head, cap)
+                kwargs["made_of"] = (states, self.lm_head, cap)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
