@@ -363,7 +363,7 @@ def test_broken_weights_are_refused_in_a_sentence(start: Path, tmp_path: Path) -
     shutil.copytree(start / "bert", broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="broken has broken weights .*mymodels check") as caught:
+    with pytest.raises(ValueError, match=r"broken has broken weights .*mymodels check") as caught:
         finetune(broken, start / "data.csv", tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
