@@ -464,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
     predict.add_argument("model", metavar="PATH|REPO_ID", help="any that transformers' Auto classes load")
     predict.add_argument("--input", type=Path, metavar="FILE", help="default: standard input")
     predict.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
-    tasks = ["classification", "token-classification", "embedding", "generation", "loss"]
+    tasks = ["text-classification", "token-classification", "feature-extraction", "text-generation", "loss"]
     predict.add_argument("--task", choices=tasks, help="default: what the model was saved for")
     predict.add_argument(
         "--column", default="text", metavar="NAME", help="the field with the text; default: %(default)s"

@@ -51,7 +51,7 @@ def load_task(
     cutter = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
     _agree(model, cutter, source)
     longest = longest_input(model, cutter, None)
-    if chosen is TASKS["generation"]:
+    if chosen is TASKS["text-generation"]:
         longest -= max_new_tokens
         if longest < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a text: lower it")
@@ -85,7 +85,7 @@ def _choose(task: str | None, config: Mapping[str, Any], source: Any) -> type[Ta
             return kind
     raise ValueError(
         f"{source} is a {name or 'model of unnamed class'}, which says nothing about texts by itself: choose --task, such as "
-        "embedding"
+        "feature-extraction"
     )
 
 

@@ -58,15 +58,15 @@ def predict(
         model: a folder or Hub repo that transformers' Auto classes load.
         input, output: files, or open binary ones. A file is written under a name that ends in `.partial`, which it
             loses when all is done; a pipe or device is written to as it is.
-        task: `classification`, `token-classification`, `embedding`, `generation` or `loss`. Default: what the saved
-            class is for.
+        task: `text-classification`, `token-classification`, `feature-extraction`, `text-generation` or `loss`. Default:
+            what the saved class is for.
         column, pair_column: the fields with the text, and with the second one of a pair (default: `text_pair`, if there).
         text: lines are texts, not JSON.
         batch_size: texts that are computed together.
         window: batches that are read ahead and sorted by length, so that little is padded; 1 answers after each batch.
         top_k: also give the scores of so many labels, 0 for all.
         max_length: tokens that texts are cut to. Default: what the model takes.
-        max_new_tokens: of `generation`.
+        max_new_tokens: of `text-generation`.
         device: default: `cuda` where there is one.
         dtype: of the weights. Default: as they are saved.
         tokenizer: default: the model's.

@@ -185,9 +185,9 @@ class Loss(Task):
 
 
 TASKS: dict[str, type[Task]] = {
-    "classification": Classification,
+    "text-classification": Classification,
     "token-classification": TokenClassification,
-    "embedding": Embedding,
-    "generation": Generation,
+    "feature-extraction": Embedding,
+    "text-generation": Generation,
     "loss": Loss,
 }

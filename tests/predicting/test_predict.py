@@ -152,10 +152,10 @@ def embedding_alone(folder: Path, text: str, mean: bool) -> list[float]:
 def test_embeddings(saved) -> None:
     headless = saved(MyBertForMaskedLM(mybert_config(pooling="attention")))
     for folder, mean in ((HUB / "mybert", False), (HUB / "mygpt2", True)):
-        for answer, text in list(zip(run(folder, task="embedding"), TEXTS))[::3]:
+        for answer, text in list(zip(run(folder, task="feature-extraction"), TEXTS))[::3]:
             assert answer["embedding"] == pytest.approx(embedding_alone(folder, text, mean), abs=1e-5)
     out, notes = io.BytesIO(), []
-    predict(headless, jsonl([{"text": TEXTS[1]}]), out, task="embedding", report=notes.append)
+    predict(headless, jsonl([{"text": TEXTS[1]}]), out, task="feature-extraction", report=notes.append)
     assert notes == [f"{headless}: it has no weights for the pooling: embeddings are the mean of the hidden states"]
     expected = embedding_alone(headless, TEXTS[1], mean=True)
     assert json.loads(out.getvalue())["embedding"] == pytest.approx(expected, abs=1e-5)
@@ -358,7 +358,10 @@ def test_what_cannot_be_asked_is_said_in_one_sentence(
         ([str(quantised)], f"{quantised} needs a package that is not here: "),
         ([mine, "--device", "cuda:77"], "device='cuda:77' cannot be used here: "),
         ([mine, "--device", "gpu"], "device='gpu' cannot be used here: "),
-        ([mine, "--task", "classification"], "no weights for score.weight, so MyGPT2ForSequenceClassification would"),
+        (
+            [mine, "--task", "text-classification"],
+            "no weights for score.weight, so MyGPT2ForSequenceClassification would",
+        ),
         ([mine, "--task", "token-classification"], "has no AutoModelForTokenClassification: choose another --task"),
         ([str(masked)], "is a MyBertForMaskedLM, which says nothing about texts by itself: choose --task"),
         ([str(small)], "the tokenizer has 97 tokens, but MyBertForSequenceClassification has embeddings for 50"),
