@@ -86,6 +86,16 @@ class _TieWeights53(PreTrainedModel):
         super().tie_weights(missing_keys=missing_keys, **kwargs)
 
 
+def rename_while_loading(class_name: str, pattern: str, name: str) -> None:
+    """Let checkpoints' tensors have another name in models of this class: for vLLM, which asks for a release that can."""
+    try:
+        from transformers import conversion_mapping, core_model_loading
+    except ImportError:  # before 5.0
+        return
+    renaming = core_model_loading.WeightRenaming(pattern, name)
+    conversion_mapping.register_checkpoint_conversion_mapping(class_name, [renaming], overwrite=True)
+
+
 # names of tensor-parallel styles; the second one is needed to train, and not known before 5.3
 SHARED_OUT_AND_GATHERED = "colwise_gather_output" if TRANSFORMERS_VERSION >= (5, 1) else "colwise_rep"
 WHOLE_BUT_SEES_A_SHARE = "replicated_with_grad_allreduce" if TRANSFORMERS_VERSION >= (5, 3) else None

@@ -48,6 +48,7 @@ from .layers import (
     is_elsewhere,
     make_classifier,
     readable,
+    rename_while_loading,
     served_class,
 )
 from .losses import causal_lm_loss, soft_cap
@@ -231,10 +232,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                 'else: pass --pooler-config \'{"pooling_type": "LAST"}\', or "MEAN"'
             )
             return False
-        from transformers import conversion_mapping, core_model_loading
-
-        renaming = core_model_loading.WeightRenaming(r"^score\.", "classifier.")  # vLLM's own name of any such head
-        conversion_mapping.register_checkpoint_conversion_mapping(served, [renaming], overwrite=True)
+        rename_while_loading(served, r"^score\.", "classifier.")  # vLLM's own name of any such head
         return True
 
     def get_input_embeddings(self) -> nn.Module:
