@@ -238,11 +238,14 @@ def is_pure(function: Any) -> bool:
     return not changed and not own["_parameters"] and not own["_modules"]
 
 
-def keeps_less(layer: nn.Module, activation: Any, states: Any) -> bool:
-    """Whether `product_of` serves for these two in training; False for whatever traces a model, serving engines too."""
+def keeps_less(mlp: Any, states: Any) -> bool:
+    """Whether `product_of` serves for its `act_fn` and `down_proj` in training; False for whatever traces a model.
+
+    It takes `mlp` as a whole, since vLLM wants to find `self.act_fn` once in `forward`.
+    """
     if type(states) is not torch.Tensor or not torch.is_grad_enabled() or states.dtype is not torch.float32:
         return False
-    return ONE_DNN and bool(torch.backends.mkldnn.enabled) and is_plain(layer, states) and is_pure(activation)
+    return ONE_DNN and bool(torch.backends.mkldnn.enabled) and is_plain(mlp.down_proj, states) and is_pure(mlp.act_fn)
 
 
 def product_of(function: Callable, layer: Any, *inputs: torch.Tensor) -> torch.Tensor:

@@ -151,7 +151,7 @@ class MyGPT2DenseMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if keeps_less(self.down_proj, self.act_fn, x):
+        if keeps_less(self, x):
             return self.trained(x)
         with few_row_products(self.down_proj, x):
             return self.down_proj(self.act_fn(self.up_proj(x)))
@@ -170,7 +170,7 @@ class MyGPT2GatedMLP(nn.Module):
         self.act_fn = make_activation(config.activation_function)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if keeps_less(self.down_proj, self.act_fn, x):
+        if keeps_less(self, x):
             return self.trained(x)
         with few_row_products(self.down_proj, x):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
