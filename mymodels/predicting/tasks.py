@@ -1,5 +1,6 @@
 """What a model is asked for: one class per task, each from a batch of texts to one answer per text."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ Texts = Sequence[tuple[str, str | None]]  # each with the second one of its pair
 Answer = dict[str, Any]
 
 
-class Task:
+class Task(ABC):
     """How one kind of head answers.
 
     Args:
@@ -72,8 +73,9 @@ class Task:
         }
         return self.answers({name: tensor.to(self.model.device) for name, tensor in batch.items()}, encoded, texts)
 
+    @abstractmethod
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
-        raise NotImplementedError
+        """One to each text, of a batch that is on the model's device."""
 
     def label(self, number: int) -> str:
         return self.model.config.id2label[number]  # type: ignore[index]
