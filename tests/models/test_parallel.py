@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from processes import fully_sharded, measure, one_step, pipeline, refusals, reloaded, run, tensor_parallel
 from tiny import SWITCHES, batch, largest_difference, mybert_config, mygpt2_config
 from transformers.distributed import DistributedConfig
+from two_processes import fully_sharded, measure, one_step, pipeline, refusals, reloaded, run, tensor_parallel
 
 import mymodels
 from mymodels import MyGPT2ForCausalLM, open_checkpoint

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from runs import finish, start
+from killable_runs import finish, start
 
 from mymodels import open_checkpoint
 

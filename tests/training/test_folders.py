@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import examples, model, pad
+from killable_runs import examples, model, pad
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from mymodels.checkpoints import CheckpointError

@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from runs import assert_same, finish, kill, start, wait_for_death
+from killable_runs import assert_same, finish, kill, start, wait_for_death
 
 VARIANTS = {
     "padded": {"batches": "padded"},

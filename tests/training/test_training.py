@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import model as small_model
-from runs import pack, pad
+from killable_runs import model as small_model
+from killable_runs import pack, pad
 from tiny import gpt2_pair, mygpt2_config
 
 from mymodels import MyGPT2ForCausalLM

@@ -14,7 +14,7 @@ if ZERO_3 and not torch.accelerator.is_available():
     # accelerate looks for a GPU to run DeepSpeed on, and takes the processes for one each where it finds none
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 
-from runs import examples, model, pad  # noqa: E402
+from killable_runs import examples, model, pad  # noqa: E402
 
 from mymodels import Trainer  # noqa: E402
 

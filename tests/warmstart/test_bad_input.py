@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny import mygpt2_config
-from warmstart.stock import stock_model
+from warmstart.random_stock_models import stock_model
 
 from mymodels import MyGPT2ForCausalLM, cli, warm_start
 from mymodels.checkpoints import CheckpointError

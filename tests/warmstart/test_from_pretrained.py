@@ -9,7 +9,7 @@ import torch
 import transformers
 from tiny import batch, mygpt2_config
 from transformers.utils import logging
-from warmstart.stock import difference, distilbert, roberta, stock_model
+from warmstart.random_stock_models import difference, distilbert, roberta, stock_model
 
 import mymodels
 from mymodels import MyBertForMaskedLM, MyBertModel, MyGPT2ForCausalLM, MyGPT2Model

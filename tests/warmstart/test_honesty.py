@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from tiny import mybert_config, mygpt2_config, stock_gpt2_config
-from warmstart.stock import difference, randomised, roberta, stock_model
+from warmstart.random_stock_models import difference, randomised, roberta, stock_model
 
 from mymodels import (
     MyBertForSequenceClassification,

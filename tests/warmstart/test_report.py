@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from tiny import mybert_config, mygpt2_config
-from warmstart.stock import stock_model
+from warmstart.random_stock_models import stock_model
 
 import mymodels
 from mymodels import MyGPT2ForCausalLM, warm_start

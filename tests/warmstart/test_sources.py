@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from tiny import batch, mygpt2_config
-from warmstart.stock import difference, distilbert, roberta, stock_model
+from warmstart.random_stock_models import difference, distilbert, roberta, stock_model
 
 from mymodels import MyBertForMaskedLM, MyBertModel, MyGPT2ForCausalLM, open_checkpoint, save_checkpoint, warm_start
 from mymodels.checkpoints import CheckpointError

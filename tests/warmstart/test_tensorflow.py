@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from warmstart.stock import difference, stock_model
+from warmstart.random_stock_models import difference, stock_model
 from warmstart.test_sources import bert_in_tensorflow, gpt2_in_tensorflow
 
 from mymodels import warm_start

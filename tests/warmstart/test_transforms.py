@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import BERT, GPT2, batch, largest_difference, mybert_config, mygpt2_config
 from transformers import GPT2LMHeadModel
-from warmstart.stock import difference, stock_model
+from warmstart.random_stock_models import difference, stock_model
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM, MyGPT2ForSequenceClassification, MyGPT2Model, warm_start
 from mymodels.checkpoints import CheckpointError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import largest_difference
-from warmstart.stock import stock_model
+from warmstart.random_stock_models import stock_model
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM, load_sample_text, warm_start
 from mymodels.checkpoints import CheckpointError

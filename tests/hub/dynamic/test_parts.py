@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import code
-from repos import tiny_repo
+from repos_to_verify import tiny_repo
 from rich.console import Console
 from safetensors.torch import save_file
 from tiny import MODERN, mybert_config, mygpt2_config, stock_gpt2_config

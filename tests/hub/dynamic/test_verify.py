@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from faults import FAULTS, code
-from hub.repos import make_with_tokenizer
-from repos import stock, tiny_repo
+from hub.healthy_folders import make_with_tokenizer
+from repos_to_verify import stock, tiny_repo
 
 from mymodels.hub import record_golden, verify
 from mymodels.hub.testing import check_repo, failures

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from repos import tiny_repo, weights
+from repos_to_verify import tiny_repo, weights
 
 from mymodels.checkpoints import open_checkpoint
 from mymodels.hub.clean.loading import digest

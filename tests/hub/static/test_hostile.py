@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from edits import CONFIGURATION, LAYERS, MODELING, append, config, module, write
-from hub.repos import make_multi_file
+from hub.healthy_folders import make_multi_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

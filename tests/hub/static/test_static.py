@@ -12,7 +12,7 @@ from faults_files import FILES
 from faults_imports import IMPORTS
 from faults_models import MODELS
 from faults_trust import TRUST
-from hub.repos import KINDS
+from hub.healthy_folders import KINDS
 from safetensors.torch import save_file
 from versions.test_versions import CACHE, RELEASES
 

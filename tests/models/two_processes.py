@@ -20,7 +20,7 @@ from transformers.distributed import DistributedConfig
 import mymodels
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["processes"])
+_server.set_forkserver_preload(["two_processes"])
 
 
 def _in_child(job: Callable, rank: int, processes: int, port: int, folder: Path, arguments: tuple) -> None:

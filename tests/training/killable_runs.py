@@ -23,7 +23,7 @@ from mymodels.training.trainer import Trainer
 
 SAVE_STEPS = 4
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["runs"])
+_server.set_forkserver_preload(["killable_runs"])
 
 
 def examples(count: int = 23) -> list[dict[str, list[int]]]:
