@@ -1,35 +1,32 @@
 """Modified GPT-2 and BERT models that load anywhere with transformers' Auto classes.
 
 Importing this package registers both families, so that `AutoModel.from_pretrained(path)` needs no
-`trust_remote_code` here. Everything beyond the models is imported when first used.
+`trust_remote_code` here. Everything beyond the models is imported when first used. The command line alone
+registers them later, when a verb runs: see `_is_command_line`.
 """
 
 import json
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import transformers
-
-from .adapters import register_with_peft
-from .models import layers, modeling_mybert, modeling_mygpt2
-from .models.configuration_mybert import MyBertConfig
-from .models.configuration_mygpt2 import MyGPT2Config
-from .models.modeling_mybert import (
-    MyBertForMaskedLM,
-    MyBertForQuestionAnswering,
-    MyBertForSequenceClassification,
-    MyBertForTokenClassification,
-    MyBertModel,
-)
-from .models.modeling_mygpt2 import MyGPT2ForCausalLM, MyGPT2ForSequenceClassification, MyGPT2Model
 
 if TYPE_CHECKING:
     from .checkpoints import load_checkpoint_and_dispatch, load_state_dict, open_checkpoint, save_checkpoint
     from .export import export_model
     from .hub import build_repo, load_in_clean_process
     from .hub.lock import load
+    from .models.configuration_mybert import MyBertConfig
+    from .models.configuration_mygpt2 import MyGPT2Config
+    from .models.modeling_mybert import (
+        MyBertForMaskedLM,
+        MyBertForQuestionAnswering,
+        MyBertForSequenceClassification,
+        MyBertForTokenClassification,
+        MyBertModel,
+    )
+    from .models.modeling_mygpt2 import MyGPT2ForCausalLM, MyGPT2ForSequenceClassification, MyGPT2Model
     from .predicting import predict
     from .training.finetune import FineTuned, finetune
     from .training.importing import import_checkpoint
@@ -41,6 +38,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "MyBertConfig": ".models.configuration_mybert",
+    "MyBertForMaskedLM": ".models.modeling_mybert",
+    "MyBertForQuestionAnswering": ".models.modeling_mybert",
+    "MyBertForSequenceClassification": ".models.modeling_mybert",
+    "MyBertForTokenClassification": ".models.modeling_mybert",
+    "MyBertModel": ".models.modeling_mybert",
+    "MyGPT2Config": ".models.configuration_mygpt2",
+    "MyGPT2ForCausalLM": ".models.modeling_mygpt2",
+    "MyGPT2ForSequenceClassification": ".models.modeling_mygpt2",
+    "MyGPT2Model": ".models.modeling_mygpt2",
     "load_checkpoint_and_dispatch": ".checkpoints",
     "load_state_dict": ".checkpoints",
     "open_checkpoint": ".checkpoints",
@@ -98,6 +105,12 @@ def __getattr__(name: str) -> Any:
 
 
 def _register() -> None:
+    import transformers
+
+    from .models import modeling_mybert, modeling_mygpt2
+    from .models.configuration_mybert import MyBertConfig
+    from .models.configuration_mygpt2 import MyGPT2Config
+
     for config, modeling in ((MyGPT2Config, modeling_mygpt2), (MyBertConfig, modeling_mybert)):
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto_class, reference in config.AUTO_MAP.items():
@@ -118,6 +131,7 @@ def _is_saved_by(model_class: Any, path: Any) -> bool:
 
 def _convert_stock_checkpoints() -> None:
     """Let `from_pretrained` take stock checkpoints too; the classes are remote code and know nothing of them."""
+    from .models import layers
 
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("subfolder") and _is_saved_by(cls, pretrained_model_name_or_path):
@@ -132,6 +146,33 @@ def _convert_stock_checkpoints() -> None:
     layers.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
-_register()
-_convert_stock_checkpoints()
-register_with_peft()
+@cache
+def _register_all() -> None:
+    """All that importing the package does, once."""
+    from .adapters import register_with_peft
+
+    _register()
+    _convert_stock_checkpoints()
+    register_with_peft()
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `mymodels …` or `python -m mymodels …`, of which help shall not wait for torch.
+
+    `mymodels.cli` cannot be imported without this package. So the script starts `mymodels_command`, which lies outside;
+    of `python -m`, the interpreter's own arguments tell (`sys.argv[0]` is "-m" until the module is found, and what
+    `sys.orig_argv` has before the arguments is its name). Where neither is so, also in worker processes of the command,
+    the models are registered at once; a wrong guess could only be slow.
+
+    Registering when transformers is imported, by a hook on its import, would need no such mark, but has no safe moment:
+    while `transformers` is imported, accelerate or PEFT may be half imported themselves and transformers needs them;
+    while `transformers.models.auto` is, `transformers.modeling_layers` may be, which imports it and which we import.
+    """
+    if getattr(sys.modules.get("mymodels_command"), "started", False):
+        return True
+    started = sys.orig_argv[-len(sys.argv)] if 0 < len(sys.argv) < len(sys.orig_argv) else ""
+    return sys.argv[:1] == ["-m"] and started in ("mymodels", "mymodels.cli")
+
+
+if not _is_command_line():
+    _register_all()

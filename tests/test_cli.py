@@ -1,25 +1,13 @@
-"""The command line: help, version, the demo's exit code, one sentence for what goes wrong."""
+"""`mymodels demo`: what it shows, its exit code, one sentence for what goes wrong."""
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-import mymodels
 from mymodels import cli, demo
-
-
-def test_help_and_version() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "mymodels.cli", "--version"], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.strip() == f"mymodels {mymodels.__version__}"
-    run = subprocess.run([sys.executable, "-m", "mymodels.cli"], capture_output=True, text=True)
-    assert run.returncode == 2 and "VERB" in run.stderr
 
 
 def test_an_output_folder_with_something_else_is_refused_before_training(

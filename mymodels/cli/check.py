@@ -1,0 +1,42 @@
+"""`mymodels check`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .options import FAILED, add_verb, console
+
+
+def add_parser(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "check",
+        run,
+        "Check that a checkpoint is complete: its index, headers and manifest against each other.",
+        example="mymodels check hub_repo/mygpt2 --full",
+        exit_codes={0: "no problem was found in what was read", 1: f"each problem is printed; or {FAILED}"},
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="a file or folder of safetensors or PyTorch weights")
+    parser.add_argument("--full", action="store_true", help="read every byte: hashes, checksums, NaN weights")
+    parser.add_argument("--write-manifest", action="store_true", help="record what is there now, then check")
+    parser.add_argument("--json", action="store_true", help="the problems, as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rich.text import Text
+
+    from ..checkpoints import check_checkpoint, write_manifest
+
+    if arguments.write_manifest:
+        write_manifest(arguments.path)
+    problems = check_checkpoint(arguments.path, full=arguments.full)
+    if arguments.json:
+        print(json.dumps([problem._asdict() for problem in problems], indent=2))
+        return int(bool(problems))
+    out = console()
+    for problem in problems:
+        out.print(Text(problem.message), soft_wrap=True)
+    read = "every byte read" if arguments.full else "data not read, --full reads it"
+    out.print(f"{len(problems)} problems" if problems else f"ok ({read})")
+    return int(bool(problems))

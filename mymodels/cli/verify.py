@@ -1,0 +1,61 @@
+"""`mymodels verify`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .options import FAILED, add_verb, console
+
+
+def add_parser(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "verify",
+        run,
+        "Check that a Hub repo folder loads and computes its recorded outputs, here or under other releases.",
+        example="mymodels verify hub_repo/mygpt2 --quick",
+        exit_codes={0: "every check that ran held", 1: f"a check failed; or {FAILED}"},
+    )
+    parser.add_argument("path", metavar="PATH|REPO_ID", help="a folder or Hub repo, with custom code or without")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
+    parser.add_argument("--no-exec", action="store_true", help="read only: none of its code runs")
+    parser.add_argument(
+        "--transformers", metavar="RELEASES", help="such as 4.57,5.0,latest, or all; default: the installed one"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="first write golden.safetensors, for a folder known to be right"
+    )
+    parser.add_argument("--quick", action="store_true", help="leave out worker processes, parallel loading and export")
+    parser.add_argument(
+        "--write-card", action="store_true", help="if all holds, write the table of releases into the card"
+    )
+    parser.add_argument("--json", action="store_true", help="the checks, as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..hub import record_golden, verify
+    from ..hub.reporting import show_verification, write_matrix
+
+    for option in ("record", "write_card"):
+        if getattr(arguments, option) and (arguments.no_exec or not Path(arguments.path).is_dir()):
+            raise ValueError(
+                f"--{option.replace('_', '-')} is for a folder on this machine, and runs it: leave out --no-exec"
+            )
+    if arguments.record:
+        print(f"recorded {record_golden(arguments.path)}", file=sys.stderr)
+    found = verify(
+        arguments.path,
+        revision=arguments.revision,
+        releases=arguments.transformers or (),
+        execute=not arguments.no_exec,
+        quick=arguments.quick,
+    )
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        show_verification(found, console())
+    if arguments.write_card and found.passed:
+        write_matrix(found, arguments.path)
+    return 0 if found.passed else 1

@@ -1,0 +1,106 @@
+"""`mymodels warm-start`."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from .options import (
+    DTYPE_CHOICES,
+    FAILED,
+    add_verb,
+    checkpoint_options,
+    config_field,
+    console,
+    dtype_of,
+    pair,
+    picked,
+)
+
+
+def add_parser(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "warm-start",
+        run,
+        "Load stock weights into a modified architecture and account for every tensor.",
+        example="mymodels warm-start hub_repo/mygpt2 --to mygpt2 --set num_key_value_heads=1 --out my-gpt2",
+        exit_codes={0: "the report is printed, the model saved if --out is given", 1: FAILED},
+        parents=(checkpoint_options(),),
+    )
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a checkpoint of any format, or a Hub repo")
+    parser.add_argument("--to", required=True, choices=["mygpt2", "mybert"], help="the architecture to fill")
+    parser.add_argument(
+        "--head", metavar="NAME", help="ForCausalLM, ForSequenceClassification, …, Model; default: the source's"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a config field that differs")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the source's config.json, if it is not beside it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to save; without it only the report is made")
+    parser.add_argument(
+        "--layers", default="every", metavar="WHICH", help="every, first, last or 0,2,4 (default: %(default)s)"
+    )
+    parser.add_argument("--widen", choices=["pad", "split"], default="pad", help="new MLP units; default: %(default)s")
+    parser.add_argument(
+        "--positions", choices=["tile", "interpolate"], default="tile", help="a longer table; default: %(default)s"
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="the target's, if it is another than the source's")
+    parser.add_argument("--source-tokenizer", metavar="PATH", help="the source's, if it is not beside it")
+    parser.add_argument(
+        "--word-vectors", metavar="FILE", help="word2vec or GloVe text, plain or .gz, for the embeddings"
+    )
+    parser.add_argument(
+        "--rename", action="append", default=[], metavar="REGEX=NEW", help="of the source's names, before all else"
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="REGEX", help="parameters or tensors not to load"
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="REGEX", help="load nothing else")
+    parser.add_argument("--strict", action="store_true", help="fail if anything is new or unused, and write nothing")
+    parser.add_argument("--allow", action="append", default=[], metavar="REGEX", help="names that --strict lets pass")
+    parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the new model; default: float32")
+    parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of what is new; default: %(default)s")
+    parser.add_argument("--all", action="store_true", help="a row for every tensor, also of repeated layers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from ..checkpoints.safetensors_files import read_json
+    from ..checkpoints.writing import parse_size
+    from ..warmstart import NotAllowedError, warm_start
+
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed {arguments.seed}: take a number from 0 to {2**63 - 1}")
+    torch.manual_seed(arguments.seed)
+    size = parse_size(arguments.max_shard_size)
+    config = read_json(arguments.config) if arguments.config else None
+    names = ("head", "widen", "positions", "tokenizer", "source_tokenizer", "word_vectors", "skip", "only", "strict")
+    layers = arguments.layers
+    if re.fullmatch(r"\d+(,\d+)*", layers):
+        layers = [int(number) for number in layers.split(",")]
+    try:
+        report = warm_start(
+            arguments.to,
+            arguments.source,
+            overrides=dict(config_field(text) for text in arguments.set),
+            rename=dict(pair(text, "REGEX=REPLACEMENT") for text in arguments.rename),
+            dtype=dtype_of(arguments),
+            config=config,
+            layers=layers,
+            **picked(arguments, *names, "allow", "section", "allow_pickle", "revision"),
+        )
+    except NotAllowedError as error:
+        error.report.show(console(), every_tensor=arguments.all)
+        raise
+    report.show(console(), every_tensor=arguments.all)
+    if arguments.out:
+        report.save_pretrained(arguments.out, max_shard_size=size)
+    if arguments.json:
+        report.save_json(arguments.json)
+    if arguments.out:
+        print(
+            f"{arguments.out}: {report.target} with code, weights{', tokenizer' if report.tokenizer else ''} and report"
+        )
+    return 0
