@@ -1,6 +1,10 @@
 """What pip is told: pins that every Python we name can have, and a wheel that holds every folder."""
 
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
@@ -32,7 +36,16 @@ def test_each_pin_is_for_pythons_that_its_package_is_for() -> None:
     assert checked > 10 and not wrong, wrong
 
 
-def test_the_wheel_holds_every_folder() -> None:
-    listed = set(re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", PYPROJECT, re.DOTALL | re.MULTILINE)[1]))
-    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "mymodels").rglob("*.py")}
-    assert folders == listed
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    """And the command's entry and the mark of types; nothing of the tests or the shipped folders."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("mymodels", "mymodels_command.py", "pyproject.toml", "README.md", "LICENSE", "tests"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
+    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = (path for path in (ROOT / "mymodels").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert held == {str(path.relative_to(ROOT)) for path in files} | {"mymodels_command.py"}
+    assert "mymodels/py.typed" in held
