@@ -19,7 +19,7 @@ from mymodels.cli.command import make_parser, parse
 ROOT = Path(__file__).parents[1]
 VERBS = sorted(make_parser()[1])
 SLOW = {"demo", "finetune", "verify", "export"}  # each runs models for longer than a few seconds
-SCRIPT = "import mymodels_command as start; start.main()"  # what the installed script does
+SCRIPT = "import sys, mymodels_command as start; sys.exit(start.main())"  # what the installed script does
 STARTS = {"script": ["-c", SCRIPT], "module": ["-m", "mymodels"]}
 
 
@@ -72,34 +72,52 @@ def test_help_takes_little_processor_time(how: str) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # some 0.06 s; with torch 3
 
 
-LOOK = "import transformers; print('mygpt2' in transformers.CONFIG_MAPPING)"
-AS_COMMAND = "import mymodels_command, sys; mymodels_command.started = True; import mymodels; assert 'torch' not in sys.modules\n"
-REGISTERED = {
-    "a program with the command's words as arguments": ["-c", f"import mymodels; {LOOK}", "-m", "mymodels", "--help"],
-    "a module with the command's words": ["-m", "other", "mymodels"],
-    "a verb": [
-        "-c",
-        f"{AS_COMMAND}import mymodels.cli.lock as lock\n"
-        f"def run(arguments):\n    {LOOK}\n    return 0\n"
-        "lock.run = run\nsys.argv = ['mymodels', 'lock', 'x']\nmymodels_command.main()",
+PYTHON = ["/usr/bin/python3", "-X", "dev"]
+
+
+@pytest.mark.parametrize(
+    ("started", "argv", "command"),
+    [
+        ([*PYTHON, "-m", "mymodels", "inspect", "x"], ["-m", "inspect", "x"], True),
+        ([*PYTHON, "-m", "mymodels"], ["-m"], True),
+        ([*PYTHON, "-m", "mymodels.cli", "-h"], ["-m", "-h"], True),
+        ([*PYTHON, "-m", "mymodels.training.example"], ["-m"], False),
+        ([*PYTHON, "-m", "pytest", "-m", "mymodels"], ["-m", "-m", "mymodels"], False),
+        ([*PYTHON, "-m", "other", "mymodels"], ["-m", "mymodels"], False),
+        ([*PYTHON, "mymodels", "-m", "mymodels"], ["mymodels", "-m", "mymodels"], False),
+        ([*PYTHON, "-c", "import mymodels", "-m", "mymodels"], ["-c", "-m", "mymodels"], False),
+        (PYTHON, [""], False),
+        ([*PYTHON, "-c", "from multiprocessing …", "--fork"], ["/usr/bin/mymodels", "inspect", "x"], False),
+        ([], [], False),  # Python inside another program
+        ([], ["-m"], False),
     ],
-    "a worker process of the command": ["worker.py"],
-}
+)
+def test_what_is_taken_for_the_command_line(
+    started: list[str], argv: list[str], command: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "orig_argv", started)
+    monkeypatch.setattr(sys, "argv", argv)
+    assert mymodels._is_command_line() == command
 
 
-@pytest.mark.parametrize("where", REGISTERED)
-def test_the_models_are_registered_everywhere_else(where: str, tmp_path: Path) -> None:
-    (tmp_path / "other.py").write_text(f"import mymodels; {LOOK}")
-    (tmp_path / "worker.py").write_text(
-        f"import multiprocessing\ndef look():\n    import mymodels\n    {LOOK}\n"
+LOOK = "import transformers; print('mygpt2' in transformers.CONFIG_MAPPING, flush=True)"
+
+
+def test_the_models_are_registered_before_a_verb_runs_and_in_worker_processes(tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text(
+        f"import multiprocessing, sys\ndef look():\n    import mymodels\n    {LOOK}\n"
+        "def run(arguments):\n"
+        f"    {LOOK}\n    worker = multiprocessing.get_context('spawn').Process(target=look)\n"
+        "    worker.start()\n    worker.join()\n    return worker.exitcode\n"
         "if __name__ == '__main__':\n"
-        f"    {AS_COMMAND}    worker = multiprocessing.get_context('spawn').Process(target=look)\n"
-        "    worker.start()\n    worker.join()\n"
+        "    import mymodels_command\n    mymodels_command.started = True\n    import mymodels.cli.lock as lock\n"
+        "    assert 'transformers' not in sys.modules\n    lock.run = run\n"
+        "    sys.exit(mymodels_command.main())\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *REGISTERED[where]]
+    command = [sys.executable, "command.py", "lock", "x"]
     told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert told.stdout == "True\n", told
+    assert told.returncode == 0 and told.stdout == "True\nTrue\n", told
 
 
 def test_no_verb_prints_the_help_and_fails() -> None:
@@ -191,12 +209,24 @@ def test_a_missing_file_gives_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["hub_repo"]
 
 
+LEAVE = """
+import os, sys, mymodels.cli
+for arguments in (["inspect", "hub_repo/mygpt2"], ["inspect", "hub_repo/mygpt2", "--json"], ["check", "hub_repo/mygpt2"]):
+    read, write = os.pipe()
+    os.close(read)
+    child = os.fork()
+    if not child:
+        os.dup2(write, 1)
+        sys.stdout = open(1, "w", closefd=False)
+        sys.exit(mymodels.cli.main(arguments))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 def test_a_reader_that_leaves_early_ends_the_command_without_a_traceback() -> None:
-    """Every way to write: rich's tables, JSON, and argparse's help."""
-    for arguments in ("inspect hub_repo/mygpt2", "inspect hub_repo/mygpt2 --json", "check hub_repo/mygpt2"):
-        line = f"{shlex.join([sys.executable, *STARTS['module'], *arguments.split()])} | true; echo ${{PIPESTATUS[0]}}"
-        told = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
-        assert told.stdout == "141\n" and told.stderr == "", (arguments, told)
+    """Tables by rich, JSON by `print`, one line."""
+    told = subprocess.run([sys.executable, "-c", LEAVE], cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout.split() == ["141"] * 3 and told.stderr == "", told
 
 
 def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:

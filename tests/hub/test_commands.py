@@ -1,6 +1,7 @@
 """The verbs `verify`, `push` and `lock` on the command line: what they print, write and return."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tiny import mygpt2_config
 
 from mymodels import MyGPT2ForCausalLM, cli
 from mymodels.checkpoints import check_checkpoint
+from mymodels.cli.command import make_parser
 from mymodels.hub import build_repo
 from mymodels.hub.checks import Check
 from mymodels.hub.verifying import Verification
@@ -85,9 +87,11 @@ def test_push_and_lock(hub: Hub, client, folder: Path, tmp_path: Path, capsys: p
         process = client(f"from mymodels import cli; raise SystemExit(cli.main({list(arguments)!r}))", token=TOKEN)
         return (output := process.communicate(timeout=120)[0]) and process.returncode, output
 
-    push = ("push", str(folder), "me/mine", "--no-verify")
-    assert run(*push, "--dry-run")[0] == 0 and "me/mine" not in hub.repos
-    code, said = run(*push, "--tag", "v1")
+    example = re.search(r"^  mymodels (push .* --dry-run.*)$", make_parser()[1]["push"].format_help(), re.MULTILINE)[1]
+    (tmp_path / "hub_repo").symlink_to(Path(__file__).parents[2] / "hub_repo")
+    code, said = run(*example.split())
+    assert code == 0 and "config.json" in said and not hub.repos
+    code, said = run("push", str(folder), "me/mine", "--no-verify", "--tag", "v1")
     assert code == 0 and hub.repos["me/mine"].private and "code_revision" in said and TOKEN not in said
     code, said = run("push", str(folder / "nothing"), "me/mine", "--no-verify")
     assert code == 1 and "is no folder" in said and "Traceback" not in said
