@@ -17,6 +17,7 @@ from ..checkpoints import CheckpointError, load_checkpoint_and_dispatch
 from ..checkpoints.checkpoint import resolve_dtype
 from ..models import modeling_mybert, modeling_mygpt2
 from .change import TokenVectors
+from .checking import SMALL, Check, Checker
 from .configs import fields_of, make_config, own_config
 from .names import CONFIGS, FAMILIES, kind_of
 from .planning import Plan, compiled, make_plan
@@ -159,7 +160,7 @@ def warm_start(
         raise CheckpointError(f"{model_type!r} is no model of mymodels: warm_start fills {' and '.join(CONFIGS)}")
     if source is model_or_config and given is not None:
         source = copy.deepcopy(given)  # it is read while it is written
-    how = {"config": config, "section": section, "rename": rename, "allow_pickle": allow_pickle}
+    how: dict[str, Any] = {"config": config, "section": section, "rename": rename, "allow_pickle": allow_pickle}
     how |= {"skip": compiled("skip", skip), "only": compiled("only", only), "settled": overrides}
     opened = _open_or_nothing(source, model_type, like, word_vectors, **how, revision=revision, token=token)
     new_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -193,7 +194,11 @@ def warm_start(
         target.config.dtype = target.dtype
         if target.can_generate() and opened.folder is not None and (opened.folder / "generation_config.json").is_file():
             target.generation_config = GenerationConfig.from_pretrained(opened.folder)
-    report.model = target
+    report.model, report.checker = target, Checker(opened, match.rows)
+    if report.checker.is_small(target):
+        report.check()
+    elif opened.tensors:
+        report.checked = Check(what=f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both")
     if freeze_loaded:
         report.rows = _freeze(target, plan, report)
     return report
