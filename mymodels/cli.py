@@ -95,6 +95,7 @@ def _warm_start(arguments: argparse.Namespace) -> int:
     from .checkpoints.safetensors_files import read_json
     from .checkpoints.writing import parse_size
     from .warmstart import NotAllowedError, warm_start
+    from .warmstart.wording import in_options, report_in_options
 
     torch.manual_seed(arguments.seed)
     size = parse_size(arguments.max_shard_size)
@@ -105,19 +106,23 @@ def _warm_start(arguments: argparse.Namespace) -> int:
     if re.fullmatch(r"\d+(,\d+)*", layers):
         layers = [int(number) for number in layers.split(",")]
     try:
-        report = warm_start(
-            arguments.to,
-            arguments.source,
-            overrides=dict(_field(text) for text in arguments.set),
-            rename=dict(_pair(text, "REGEX=REPLACEMENT") for text in arguments.rename),
-            dtype=_DTYPES.get(arguments.dtype, arguments.dtype),
-            config=config,
-            layers=layers,
-            **options,
-        )
+        with in_options():
+            report = warm_start(
+                arguments.to,
+                arguments.source,
+                overrides=dict(_field(text) for text in arguments.set),
+                rename=dict(_pair(text, "REGEX=REPLACEMENT") for text in arguments.rename),
+                dtype=_DTYPES.get(arguments.dtype, arguments.dtype),
+                config=config,
+                layers=layers,
+                **options,
+            )
     except NotAllowedError as error:
         error.report.show(_console(), every_tensor=arguments.all)
         raise
+    if arguments.check:
+        report.check()
+    report_in_options(report)
     report.show(_console(), every_tensor=arguments.all)
     if arguments.out:
         report.save_pretrained(arguments.out, max_shard_size=size)
@@ -390,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
         "--head", metavar="NAME", help="ForCausalLM, ForSequenceClassification, …, Model; default: the source's"
     )
     warm.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a config field that differs")
-    warm.add_argument("--config", type=Path, metavar="FILE", help="the source's config.json, if it is not beside it")
+    warm.add_argument("--config", type=Path, metavar="FILE", help="the source's config, if none is beside it")
     warm.add_argument("--out", type=Path, metavar="DIR", help="where to save; without it only the report is made")
     warm.add_argument(
         "--layers", default="every", metavar="WHICH", help="every, first, last or 0,2,4 (default: %(default)s)"
@@ -408,7 +413,12 @@ def main(argv: list[str] | None = None) -> int:
     warm.add_argument("--skip", action="append", default=[], metavar="REGEX", help="parameters or tensors not to load")
     warm.add_argument("--only", action="append", default=[], metavar="REGEX", help="load nothing else")
     warm.add_argument("--strict", action="store_true", help="fail if anything is new or unused, and write nothing")
-    warm.add_argument("--allow", action="append", default=[], metavar="REGEX", help="names that --strict lets pass")
+    warm.add_argument(
+        "--allow", action="append", default=[], metavar="REGEX", help="names that may be new or unused (--strict, or if less than a tenth loads)"
+    )  # fmt: skip
+    warm.add_argument(
+        "--check", action="store_true", help="run source and target on the same inputs, whatever their size"
+    )
     warm.add_argument("--dtype", choices=[*_DTYPES, *_DTYPES.values()], help="of the new model; default: float32")
     warm.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
     warm.add_argument("--seed", type=int, default=0, help="of what is new; default: %(default)s")

@@ -57,8 +57,8 @@ class Check:
     def __str__(self) -> str:
         if not self.ran:
             return f"not run: {self.what}"
-        shown = ", ".join(f"{n} by up to {d:.2g} (values up to {self.scales[n]:.2g})" for n, d in self.differences.items())
-        return f"{self.what}: {shown}"
+        shown = ", ".join(f"{n} by {d:.2g} (values up to {self.scales[n]:.2g})" for n, d in self.differences.items())
+        return f"{self.what} differ at most in {shown}"
 
 
 @dataclass
@@ -77,7 +77,9 @@ class Checker:
         sizes = sum(info.numel for info in self.source.info.values()), model.num_parameters()
         return max(sizes) <= SMALL
 
-    def run(self, model: PreTrainedModel, new: set[str], inputs: Any = None, *, exact: bool) -> "tuple[Check, int | None]":
+    def run(
+        self, model: PreTrainedModel, new: set[str], inputs: Any = None, *, exact: bool
+    ) -> "tuple[Check, int | None]":
         """Compare; `new`: parameters that start anew; `exact`: whether the outputs should be equal.
 
         Returns:
@@ -88,12 +90,19 @@ class Checker:
             outputs = _comparable(model, new)
             reference = make_reference(self.source, type(model), head=outputs[0] != "last_hidden_state")
             batches = self._batches(model, reference) if inputs is None else [self._given(inputs)]
-            check, where = self._compare(reference, model, batches, outputs, torch.float32)
+            check, where = self._compare(reference, model, batches, outputs, torch.float32, made_up=inputs is None)
             if exact and not check.agrees:  # is it float32's rounding?
-                check, where = self._compare(reference, model, batches, outputs, torch.float64)
+                check, where = self._compare(reference, model, batches, outputs, torch.float64, made_up=inputs is None)
         except CheckpointError as error:
             return Check(what=str(error)), None
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:  # someone's forward
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            IndexError,
+        ) as error:  # someone's forward
             if inputs is not None:
                 raise CheckpointError(f"source and target could not be run on these inputs: {error}") from error
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -101,7 +110,14 @@ class Checker:
         return check, where
 
     def _compare(
-        self, reference: PreTrainedModel, model: PreTrainedModel, batches: list[Any], outputs: Sequence[str], dtype: torch.dtype
+        self,
+        reference: PreTrainedModel,
+        model: PreTrainedModel,
+        batches: list[Any],
+        outputs: Sequence[str],
+        dtype: torch.dtype,
+        *,
+        made_up: bool,
     ) -> "tuple[Check, int | None]":
         differences: dict[str, float] = {}
         scales: dict[str, float] = {}
@@ -121,12 +137,14 @@ class Checker:
         lengths = [mine["input_ids"].shape[1] for mine, _ in batches]
         rows = sum(len(mine["input_ids"]) for mine, _ in batches)
         name = str(getattr(reference, "described", type(reference).__name__))
-        what = f"{name} and {type(model).__name__} on {rows} rows of up to {max(lengths)} tokens, padded {self._sides()}"
-        return Check(differences, scales, what=f"{what} ({str(dtype).removeprefix('torch.')})"), min(where, default=None)
+        kind = str(dtype).removeprefix("torch.")
+        what = f"{name} and {type(model).__name__} in {kind}, on {rows} rows of up to {max(lengths)} tokens"
+        what += f", padded {self._sides()}," if made_up else ","
+        return Check(differences, scales, what=what), min(where, default=None)
 
     def _sides(self) -> str:
         if self.source.family.positions_after_padding:
-            return "on the right (on the left, RoBERTa's positions begin after the padding, MyBert's before it)"
+            return "on the right (RoBERTa numbers rows that are padded on the left otherwise)"
         return "on the right and on the left"
 
     def _pairs(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +159,12 @@ class Checker:
         return tuple(torch.tensor(kept).T)  # type: ignore[return-value]
 
     def _alike(
-        self, model: PreTrainedModel, name: str, ours: torch.Tensor, theirs: torch.Tensor, batch: Mapping[str, torch.Tensor]
+        self,
+        model: PreTrainedModel,
+        name: str,
+        ours: torch.Tensor,
+        theirs: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The parts of two outputs that mean the same: shown tokens, and logits of tokens that both have."""
         shown = batch["attention_mask"].bool()
@@ -151,7 +174,9 @@ class Checker:
             mine, other = self._pairs(model)
             ours, theirs = ours[..., mine], theirs[..., other]
         if ours.shape != theirs.shape:
-            raise CheckpointError(f"{name} of source and target have the shapes {tuple(theirs.shape)} and {tuple(ours.shape)}")
+            raise CheckpointError(
+                f"{name} of source and target have the shapes {tuple(theirs.shape)} and {tuple(ours.shape)}"
+            )
         return ours.double(), theirs.double()
 
     def _given(self, inputs: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -179,7 +204,11 @@ class Checker:
             raise CheckpointError("source and target have no token in common but padding")
         mine, theirs = mine[usable], theirs[usable]
         most = min(own.max_position_embeddings, other.max_position_embeddings, 1024)
-        most = min(most, max(32, _TOKENS // max(model.num_parameters(), 1)), max(32, _CELLS // max(own.vocab_size, other.vocab_size)))
+        most = min(
+            most,
+            max(32, _TOKENS // max(model.num_parameters(), 1)),
+            max(32, _CELLS // max(own.vocab_size, other.vocab_size)),
+        )
         lengths = [most, max(most * 2 // 3, 1), max(most // 3, 1)]
         made = torch.Generator().manual_seed(0)
         picked = torch.randint(len(mine), (len(lengths), most), generator=made)
@@ -204,7 +233,10 @@ class Checker:
             getattr(reference.config, "pad_token_id", 0),
         )
         if one_by_one:  # without a padding token such a classifier takes one row at a time
-            return [tuple({name: t[i : i + 1, :n] for name, t in b.items()} for b in batches[0]) for i, n in enumerate(lengths)]
+            return [
+                tuple({name: t[i : i + 1, :n] for name, t in b.items()} for b in batches[0])
+                for i, n in enumerate(lengths)
+            ]
         return batches
 
 

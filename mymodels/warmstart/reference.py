@@ -76,7 +76,8 @@ def _stock_config(source: Source) -> PretrainedConfig:
         fields |= {name: getattr(config, name) for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx")}
         fields |= {old: getattr(config, new) for old, new in config.attribute_map.items()}
         return transformers.GPT2Config(
-            **fields, tie_word_embeddings=config.tie_word_embeddings, num_labels=config.num_labels, pad_token_id=config.pad_token_id
+            **fields, tie_word_embeddings=config.tie_word_embeddings, num_labels=config.num_labels,
+            pad_token_id=config.pad_token_id, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
     model_type = family.model_types[0] if family.model_types else "bert"
     names = (

@@ -28,6 +28,7 @@ from .vocabulary import (
     has_tokenizer,
     load_tokenizer,
     match_tokens,
+    missing_rows,
     read_word_vectors,
     vectors_by_token,
     words_of,
@@ -182,6 +183,7 @@ def warm_start(
     )
     report = plan.report()
     report.coverage, report.tokenizer = match.coverage, match.tokenizer
+    report.notes += match.notes
     found = report.not_allowed(allow)
     if found and plan.loaded < _LEAST * plan.offered:
         raise NotAllowedError(found, report, plan)
@@ -198,7 +200,9 @@ def warm_start(
     if report.checker.is_small(target):
         report.check()
     elif opened.tensors:
-        report.checked = Check(what=f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both")
+        report.checked = Check(
+            what=f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both"
+        )
     if freeze_loaded:
         report.rows = _freeze(target, plan, report)
     return report
@@ -211,6 +215,7 @@ class _Match(NamedTuple):
     vectors: TokenVectors | None
     coverage: dict[str, int]
     tokenizer: PreTrainedTokenizerBase | None
+    notes: list[str]
 
 
 def _match_vocabulary(
@@ -228,15 +233,23 @@ def _match_vocabulary(
         if theirs is None:
             raise CheckpointError(f"{source.where} has no tokenizer beside it to compare with: pass source_tokenizer=")
         rows, coverage = match_tokens(load_tokenizer(theirs), tokenizer, source.config.vocab_size, size)
+    notes: list[str] = []
     if tokenizer is None and theirs is not None:
-        tokenizer = load_tokenizer(theirs)
+        try:
+            tokenizer = load_tokenizer(theirs)
+        except CheckpointError as error:
+            if theirs is not beside or word_vectors is not None:
+                raise
+            notes.append(f"the model is saved without a tokenizer: {error}, with tokenizer=")
     if word_vectors is not None:
         if tokenizer is None:
             raise CheckpointError("word_vectors need to know which row is which word: pass tokenizer=")
         found = read_word_vectors(word_vectors, words_of(tokenizer), target.config.hidden_size)
         vectors, counts = vectors_by_token(found, tokenizer, size)
         coverage |= counts
-    return _Match(rows, vectors, coverage, tokenizer)
+    if tokenizer is not None and (note := missing_rows(tokenizer, size)):
+        notes.append(note)
+    return _Match(rows, vectors, coverage, tokenizer, notes)
 
 
 def _make_target(
