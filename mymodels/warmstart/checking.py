@@ -290,7 +290,7 @@ def _evaluating(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[PreTrain
     if any(tensor.is_meta for tensor in tensors):
         raise CheckpointError(f"the {type(model).__name__} has parameters without data")
     if any(tensor.device.type != "cpu" or tensor.dtype != dtype for tensor in tensors):
-        model = copy.deepcopy(model).to("cpu", dtype)
+        model = copy.deepcopy(model).to(device="cpu", dtype=dtype)  # type: ignore[call-arg]
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield model.eval()

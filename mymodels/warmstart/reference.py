@@ -75,7 +75,7 @@ def _stock_config(source: Source) -> PretrainedConfig:
         fields = {name: getattr(config, name) for name in ("vocab_size", "activation_function", "layer_norm_epsilon")}
         fields |= {name: getattr(config, name) for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx")}
         fields |= {old: getattr(config, new) for old, new in config.attribute_map.items()}
-        return transformers.GPT2Config(
+        return transformers.GPT2Config(  # type: ignore[call-arg]
             **fields, tie_word_embeddings=config.tie_word_embeddings, num_labels=config.num_labels,
             pad_token_id=config.pad_token_id, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
@@ -117,9 +117,10 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:
     config._name_or_path = ""
     with _quiet(), torch.random.fork_rng(devices=[]):
-        model, info = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
+    model, info = loaded
     return model.eval(), list(info["missing_keys"])
 
 

@@ -132,17 +132,23 @@ def open_source(
         usual = {"activation_function": "gelu"}  # nanoGPT's
     found_config, assumed = source_config(raw, shapes, named.family, like, where, settled=settled, usual=usual)
     _tie(source, raw, found_config, named, assumed)
-    if named.own_bias and found_config.tie_word_embeddings:
-        assumed.append("the head has two biases that differ: the decoder's own counts, as transformers 5 has it")
-    if found_config.model_type == "mybert" and named.family.name == "roberta" and found_config.hidden_act != "gelu":
-        if "cls.predictions.transform.dense.weight" in named.ours:
-            assumed.append(
-                f"RoBERTa's masked-LM head has gelu whatever hidden_act says, MyBert's has hidden_act={found_config.hidden_act!r}"
-            )
+    assumed += _other_heads(named, found_config)
     stock = Stock(
         module, named.stock, "(c_attn|c_proj|c_fc)\\.weight$" if named.linear else "$^", partial(_read, source)
     )
     return Source(where, folder, info, named.family, found_config, raw, named.ours, named.why, assumed, stock)
+
+
+def _other_heads(named: "Named", config: PretrainedConfig) -> list[str]:
+    """What a masked-LM head of the source has that MyBert's has not."""
+    notes = []
+    if named.own_bias and config.tie_word_embeddings:
+        notes.append("the head has two biases that differ: the decoder's own counts, as in transformers 5")
+    head = "cls.predictions.transform.dense.weight" in named.ours
+    if named.family.name == "roberta" and head and config.hidden_act != "gelu":
+        act = config.hidden_act
+        notes.append(f"RoBERTa's masked-LM head has gelu whatever hidden_act is, MyBert's has hidden_act={act!r}")
+    return notes
 
 
 def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertTokenizerFast, GPT2TokenizerFast, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoints import CheckpointError
 from .change import TokenVectors
@@ -64,13 +65,13 @@ def _bare_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if (folder / "vocab.txt").is_file():
         words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
         cased = any(word != word.lower() for word in words if not re.fullmatch(r"\[\w+\]", word.strip()))
-        return BertTokenizerFast.from_pretrained(folder, do_lower_case=not cased)
+        return transformers.BertTokenizerFast.from_pretrained(folder, do_lower_case=not cased)  # type: ignore[attr-defined]
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocabulary).is_file() and (folder / merges).is_file():
             with tempfile.TemporaryDirectory() as staged:  # under the names that the class looks for
                 shutil.copyfile(folder / vocabulary, Path(staged, "vocab.json"))
                 shutil.copyfile(folder / merges, Path(staged, "merges.txt"))
-                return GPT2TokenizerFast.from_pretrained(staged)
+                return transformers.GPT2TokenizerFast.from_pretrained(staged)  # type: ignore[attr-defined]
     return None
 
 
