@@ -30,8 +30,14 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads")
 # Google's BERT has no other: its code fixes what its config does not name
 _GOOGLE = {"model_type": "bert", "layer_norm_eps": 1e-12}
 _OPENAI = {"model_type": "gpt2"}
-# nanoGPT's code fixes these
-_NANOGPT = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+# nanoGPT's model_args, and what its code fixes; a fork has more switches, and may fix nothing of this
+_NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+_NANOGPT = {
+    "norm_type": "layernorm",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
 
 
 class Said(NamedTuple):
@@ -70,7 +76,7 @@ def config_in_file(extras: Mapping[str, Any]) -> Said:
     for entries in _holders(extras):
         if isinstance(entries.get("model_type"), str) and any(name in entries for name in _HEADS):
             return Said(entries)
-        nano = nano or {"n_head", "n_embd", "block_size", "bias"} <= entries.keys()
+        nano = nano or {"n_head", "n_embd", "block_size", "bias"} <= entries.keys() <= _NANOGPT_ARGS
         for name, value in entries.items():
             if _plain(value) and (name in _known() or name in _ALIASES):
                 fields.setdefault(_ours(name), value)

@@ -336,7 +336,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], family: Family | None, wher
                 candidate = _told_apart({inside(name, prefix): shape for name, shape in shapes.items()})
             if base is not None and base != candidate.prefix:  # such as RoBERTa that someone's module calls bert
                 prefix = f"{prefix}{base}."
-            if any(inside(name, prefix) == "tokens_embed.weight" for name in names):
+            if any(re.fullmatch(rf"{re.escape(prefix)}(transformer\.)?tokens_embed\.weight", name) for name in names):
                 raise CheckpointError(
                     f"{where} is a GPT-1 checkpoint (openai-gpt), whose norms come after the sum: MyGPT2 has another "
                     "architecture, so its weights do not carry over"

@@ -127,6 +127,9 @@ def open_source(
     if settled and "model_type" not in raw and "pad_token_id" in settled:
         raw = {"pad_token_id": settled["pad_token_id"], **raw}  # before it: of RoBERTa, where its positions begin
     named = _rename(source, info, raw, target, rename or {}, where, skip, only)
+    head, embeddings = HEADS[named.family.target]
+    if head in named.ours and embeddings not in named.ours and raw.get("tie_word_embeddings") is not False:
+        named.ours[embeddings] = named.ours.pop(head)  # a tied pair is stored once, here under the head's name
     shapes = {name: value.shape for name, value in named.ours.items()}
     if not usual and named.linear and not any(name.endswith("norm.bias") for name in shapes):
         usual = {"activation_function": "gelu"}  # nanoGPT's
@@ -171,9 +174,7 @@ def _tie(
         config.tie_word_embeddings = said is not False
         return
     if shared is None:
-        if said is not False:  # a tied pair is stored once, here under the head's name
-            named.ours[embeddings] = named.ours.pop(head)
-            config.tie_word_embeddings = True
+        config.tie_word_embeddings = False
         return
     same = stored.shape == shared.shape and (
         _aliases(source, stored, shared) or torch.equal(stored.compute(), shared.compute())
