@@ -139,7 +139,8 @@ class Checker:
         name = str(getattr(reference, "described", type(reference).__name__))
         kind = str(dtype).removeprefix("torch.")
         what = f"{name} and {type(model).__name__} in {kind}, on {rows} rows of up to {max(lengths)} tokens"
-        what += f", padded {self._sides()}," if made_up else ","
+        padded = any(not mine["attention_mask"].all() for mine, _ in batches)
+        what += f", padded {self._sides()}," if made_up and padded else ","
         return Check(differences, scales, what=what), min(where, default=None)
 
     def _sides(self) -> str:

@@ -83,6 +83,14 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[s
     return fields
 
 
+def is_another_models(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], family: Family) -> str | None:
+    """What a config says that the tensors contradict, if it cannot be theirs."""
+    found, said = from_shapes(shapes, family), translate_config(raw, family)
+    names = [name for name in ("num_hidden_layers", "hidden_size") if name in said and name in found]
+    wrong = next((name for name in names if said[name] != found[name]), None)
+    return f"{wrong}={said[wrong]}, where the tensors have {found[wrong]}" if wrong else None
+
+
 def source_config(
     raw: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
@@ -155,8 +163,7 @@ def _source_config(
             fields[name] = guess
         guessed.append(name)
     if family.target == "mygpt2" and "position_embedding_type" not in fields and like is not None:
-        # no table of positions: rotary ones, or none
-        fields["position_embedding_type"] = like.position_embedding_type.replace("learned", "none")
+        fields["position_embedding_type"] = _guess("position_embedding_type", fields, like, usual, where)
     config = config_class(**_with_head_sizes(fields, shapes, family))
     if guessed:
         shown = ", ".join(f"{name}={getattr(config, name)!r}" for name in guessed)
@@ -202,6 +209,9 @@ def _left_open(shapes: Mapping[str, tuple[int, ...]], family: Family, found: Map
     names = ["num_attention_heads", *UNSEEN[family.target]]
     if family.target == "mygpt2" and "norm_type" not in found and any("norm" in name for name in shapes):
         names.append("norm_type")
+    if family.name == "mygpt2":
+        names += ["final_logit_softcapping", "sliding_window"]
+        names += [] if "max_position_embeddings" in found else ["position_embedding_type", "rope_theta"]
     if family.positions_after_padding and any("position_embeddings" in name for name in shapes):
         names.append("pad_token_id")
     return names
@@ -224,6 +234,8 @@ def _guess(
         return "layernorm"
     if name == "pad_token_id":
         return 1
+    if name == "position_embedding_type":  # the target's, unless that has a table, which the source has not
+        return "rope" if like is None else like.position_embedding_type.replace("learned", "none")
     if name in usual:
         return usual[name]
     return None if like is None else getattr(like, name)

@@ -113,25 +113,35 @@ class WarmStartReport:
         return self.checked
 
     def _not_exact(self, check: Check, where: int | None) -> None:
-        """Take back what the rows say where a run showed otherwise."""
-        states = int(getattr(self.model.config, "num_hidden_layers", 0)) if self.model is not None else 0
+        """Take back what the rows say where a run showed otherwise; `where`: see `Checker.run`."""
+        assert self.model is not None
+        layers = self.model.config.num_hidden_layers
+        base = f"{self.model.base_model_prefix}."
 
         def concerned(row: Row) -> bool:
-            if where is None or not row.targets:
-                return bool(row.targets)
-            layer = next((int(found[1]) for name in row.targets if (found := _LAYER.search(name))), None)
+            found = [_LAYER.search(name) for name in row.targets]
+            in_layers = {int(match[1]) for match in found if match}
             embeddings = any("embed" in name for name in row.targets)
+            if where is None:
+                return bool(row.targets)
             if where == 0:
                 return embeddings
-            return layer == where - 1 if where < states else layer == states - 1 or (layer is None and not embeddings)
+            if where <= layers:  # the last state comes after the last norm
+                return where - 1 in in_layers or (
+                    where == layers and any(n.endswith("norm.weight") for n in row.targets)
+                )
+            return any(not name.startswith(base) or "pooler" in name for name in row.targets)
 
-        step = "outputs differ here from the source's"
+        step = "outputs differ from the source's from here on"
         self.rows = [
             replace(row, kind="approximate", how=f"{row.how}; {step}".removeprefix("; ")) if concerned(row) else row
             for row in self.rows
         ]
-        place = {None: "", 0: ", from the embeddings on"}.get(where, f", from layer {(where or 1) - 1} on")
-        self.notes.append(f"the check found what is no exact copy{place}: {check}")
+        place = ""
+        if where is not None:
+            place = ", from the embeddings on" if where == 0 else f", from layer {where - 1} on"
+            place = ", after the layers" if where > layers else place
+        self.notes.append(f"the steps are not exact{place}: {check}")
 
     @property
     def totals(self) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ from ..checkpoints.opening import locate
 from ..checkpoints.quantised import quantisation
 from ..checkpoints.torch_files import nested_checkpoint
 from .beside import config_in_file, config_in_folder
-from .configs import source_config
+from .configs import is_another_models, source_config
 from .names import Family, Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
 from .refusing import refuse_adapter
 from .values import Value, Why, constant
@@ -81,6 +81,7 @@ def open_source(
             name.
     """
     folder, raw, where, module = None, _as_dict(config), "the source", None
+    beside: dict[str, Any] = {}  # what the source's own file says
     if isinstance(source, torch.nn.Module):
         if type(source).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
             source = getattr(source, "module", None) or getattr(source, "_orig_mod", source)
@@ -112,10 +113,10 @@ def open_source(
         source = source if section is None else source.section(section)
         raw = raw if "model_type" in raw else _complete(raw, folder)
         if "model_type" not in raw:
-            said = config_in_file(source.extras)
-            raw, usual = {**said.config, **raw}, said.assumed
+            beside, usual = config_in_file(source.extras)
     elif section is not None:
         raise CheckpointError(f"section={section!r} is for files, and {where} is none: pass that part of it")
+    given, raw = raw, {**beside, **raw}
     info = _describe(source, where)
     refuse_adapter(where, info)
     how = quantisation(info, raw)
@@ -127,6 +128,10 @@ def open_source(
     if settled and "model_type" not in raw and "pad_token_id" in settled:
         raw = {"pad_token_id": settled["pad_token_id"], **raw}  # before it: of RoBERTa, where its positions begin
     named = _rename(source, info, raw, target, rename or {}, where, skip, only)
+    notes = []
+    if beside and (wrong := is_another_models(beside, {n: v.shape for n, v in named.ours.items()}, named.family)):
+        raw, usual = given, {}
+        notes.append(f"the config in the source's file is another model's ({wrong}) and is not used")
     head, embeddings = HEADS[named.family.target]
     if head in named.ours and embeddings not in named.ours and raw.get("tie_word_embeddings") is not False:
         named.ours[embeddings] = named.ours.pop(head)  # a tied pair is stored once, here under the head's name
@@ -134,6 +139,7 @@ def open_source(
     if not usual and named.linear and not any(name.endswith("norm.bias") for name in shapes):
         usual = {"activation_function": "gelu"}  # nanoGPT's
     found_config, assumed = source_config(raw, shapes, named.family, like, where, settled=settled, usual=usual)
+    assumed += notes
     _tie(source, raw, found_config, named, assumed)
     assumed += _other_heads(named, found_config)
     stock = Stock(
