@@ -60,7 +60,7 @@ def test_what_is_measured_is_what_a_run_gives() -> None:
         expected = largest_difference(report.model(**inputs).logits[shown], stock(**inputs).logits[shown])
     assert check is report.checked and check.difference == pytest.approx(expected, rel=1e-3)
     assert f"Checked: {check}" in " ".join(str(report).split())
-    with pytest.raises(CheckpointError, match="could not be run on these inputs: .*vocab_size=97"):
+    with pytest.raises(CheckpointError, match=r"could not be run on these inputs: .*vocab_size=97"):
         report.check({"input_ids": torch.full((1, 3), 500)})
 
 
