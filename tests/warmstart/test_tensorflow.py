@@ -38,7 +38,19 @@ def test_from_a_file(name: str, kind: str, rename, tmp_path: Path) -> None:
     assert difference(report.model, stock) <= 1e-5
 
 
-GOOGLE = ["attention_probs_dropout_prob", "hidden_act", "hidden_dropout_prob", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "type_vocab_size", "vocab_size"]
+GOOGLE = [
+    "attention_probs_dropout_prob",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "type_vocab_size",
+    "vocab_size",
+]
 
 
 def test_googles_folder_as_distributed(tmp_path: Path) -> None:
