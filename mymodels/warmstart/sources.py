@@ -157,6 +157,11 @@ def _other_heads(named: "Named", config: PretrainedConfig) -> list[str]:
     if named.family.name == "roberta" and head and config.hidden_act != "gelu":
         act = config.hidden_act
         notes.append(f"RoBERTa's masked-LM head has gelu whatever hidden_act is, MyBert's has hidden_act={act!r}")
+    pooler, classifier = (named.ours.get(name) for name in ("bert.pooler.dense.weight", "classifier.weight"))
+    if named.family.name != "roberta" or pooler is None or classifier is None:
+        return notes
+    if pooler.sources[0].endswith("pooler.dense.weight"):  # RoBERTa's own has classifier.dense
+        notes.append(f"{classifier.sources[0]} is no head of RoBERTa's: it is assumed to read the pooler's output")
     return notes
 
 
@@ -339,7 +344,9 @@ def _unfuse(name: str, value: Value, renamed: Renamed, transposed: bool) -> dict
     if parts == 1:
         return {renamed.ours[0]: value}
     if not value.shape or value.shape[0] % parts:
-        raise CheckpointError(f"tensor {name!r} of shape {value.shape} cannot be split into {parts}: it is damaged")
+        raise CheckpointError(
+            f"tensor {name!r} of shape {value.shape} cannot be split into {parts}: it is another model's, or damaged"
+        )
     step = value.shape[0] // parts
     return {
         ours: value.rows(f"split in {parts}", slice(i * step, (i + 1) * step), resized=False)

@@ -300,6 +300,14 @@ def test_a_head_beside_its_wrapped_encoder() -> None:
     assert report.is_exact and difference(report.model, stock, inputs=inputs) <= 1e-5
 
 
+def test_a_head_that_roberta_does_not_have() -> None:
+    stock = roberta("RobertaModel")
+    parts = {f"roberta.{name}": tensor for name, tensor in stock.state_dict().items()}
+    parts |= {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
+    report = warm_start("mybert", parts, config=stock.config, head="ForSequenceClassification")
+    assert not report.is_exact and any("is assumed to read the pooler's output" in note for note in report.notes)
+
+
 class TestNextToNothingFits:
     def test_gpt1(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         config = transformers.OpenAIGPTConfig(vocab_size=97, n_embd=64, n_layer=2, n_head=2, n_positions=32)
