@@ -34,7 +34,7 @@ def add_parser(verbs: Any) -> None:
         "--head", metavar="NAME", help="ForCausalLM, ForSequenceClassification, …, Model; default: the source's"
     )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a config field that differs")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the source's config.json, if it is not beside it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the source's config, if none is beside it")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to save; without it only the report is made")
     parser.add_argument(
         "--layers", default="every", metavar="WHICH", help="every, first, last or 0,2,4 (default: %(default)s)"
@@ -56,7 +56,16 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--only", action="append", default=[], metavar="REGEX", help="load nothing else")
     parser.add_argument("--strict", action="store_true", help="fail if anything is new or unused, and write nothing")
-    parser.add_argument("--allow", action="append", default=[], metavar="REGEX", help="names that --strict lets pass")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="names that may be new or unused (--strict, or if less than a tenth loads)",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="run source and target on the same inputs, whatever their size"
+    )
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the new model; default: float32")
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of what is new; default: %(default)s")
@@ -70,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoints.safetensors_files import read_json
     from ..checkpoints.writing import parse_size
     from ..warmstart import NotAllowedError, warm_start
+    from ..warmstart.wording import in_options, report_in_options
 
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed {arguments.seed}: take a number from 0 to {2**63 - 1}")
@@ -81,19 +91,23 @@ def run(arguments: argparse.Namespace) -> int:
     if re.fullmatch(r"\d+(,\d+)*", layers):
         layers = [int(number) for number in layers.split(",")]
     try:
-        report = warm_start(
-            arguments.to,
-            arguments.source,
-            overrides=dict(config_field(text) for text in arguments.set),
-            rename=dict(pair(text, "REGEX=REPLACEMENT") for text in arguments.rename),
-            dtype=dtype_of(arguments),
-            config=config,
-            layers=layers,
-            **picked(arguments, *names, "allow", "section", "allow_pickle", "revision"),
-        )
+        with in_options():
+            report = warm_start(
+                arguments.to,
+                arguments.source,
+                overrides=dict(config_field(text) for text in arguments.set),
+                rename=dict(pair(text, "REGEX=REPLACEMENT") for text in arguments.rename),
+                dtype=dtype_of(arguments),
+                config=config,
+                layers=layers,
+                **picked(arguments, *names, "allow", "section", "allow_pickle", "revision"),
+            )
     except NotAllowedError as error:
         error.report.show(console(), every_tensor=arguments.all)
         raise
+    if arguments.check:
+        report.check()
+    report_in_options(report)
     report.show(console(), every_tensor=arguments.all)
     if arguments.out:
         report.save_pretrained(arguments.out, max_shard_size=size)

@@ -49,11 +49,11 @@ class Change:
     def kind(self) -> str:
         return kind_of(self.target)
 
-    def drop(self, name: str, why: str, kind: str = "approximate") -> None:
+    def drop(self, name: str, why: str, kind: str = "approximate", *, requested: bool = False) -> None:
         """Take a tensor out. Where it is used nowhere else, the report will say why."""
         if name in self.tensors:
             for source in self.tensors.pop(name).sources:
-                self.why.setdefault(source, Why(why, kind))
+                self.why.setdefault(source, Why(why, kind, requested=requested))
 
     def wants(self, name: str) -> bool:
         """Whether the target has such a parameter, in whatever layer."""

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..checkpoints import CheckpointError
-from .names import CONFIGS, Family, family_of, kind_of
+from .names import CONFIGS, Family, family_of, kind_of, position_offset
 
 # of a foreign config, beside the fields of ours, what every config has or what `check_consistency` looks at
 _COMMON = {
@@ -42,8 +42,8 @@ def translate_config(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if "id2label" in fields:  # JSON has no integer keys
         fields["id2label"] = {int(number): label for number, label in fields["id2label"].items()}
         fields.pop("num_labels", None)
-    if family.position_offset and "max_position_embeddings" in fields:
-        fields["max_position_embeddings"] -= family.position_offset
+    if "max_position_embeddings" in fields:
+        fields["max_position_embeddings"] -= position_offset(family, raw)
     return {**family.implied, **fields}
 
 
@@ -69,8 +69,10 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[s
         fields["hidden_size"] = width[1]
     if family.target == "mygpt2":
         learned = "max_position_embeddings" in fields
+        # only our own LayerNorm always has a bias; nanoGPT's has none if bias=False
+        if first(r"layernorm\.bias$") or family.name == "mygpt2":
+            fields["norm_type"] = "layernorm" if first(r"layernorm\.bias$") else "rmsnorm"
         fields |= {
-            "norm_type": "layernorm" if first(r"layernorm\.bias$") else "rmsnorm",
             "mlp_type": "gated" if first(r"\.gate_proj\.") else "dense",
             "qk_norm": bool(first(r"\.q_norm\.")),
             "attention_bias": bool(first(r"\.q_proj\.bias$")),
@@ -81,25 +83,38 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[s
     return fields
 
 
+def is_another_models(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], family: Family) -> str | None:
+    """What a config says that the tensors contradict, if it cannot be theirs."""
+    found, said = from_shapes(shapes, family), translate_config(raw, family)
+    names = [name for name in ("num_hidden_layers", "hidden_size") if name in said and name in found]
+    wrong = next((name for name in names if said[name] != found[name]), None)
+    return f"{wrong}={said[wrong]}, where the tensors have {found[wrong]}" if wrong else None
+
+
 def source_config(
     raw: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     family: Family,
     like: PretrainedConfig | None,
     where: str,
+    *,
+    settled: Mapping[str, Any] | None = None,
+    usual: Mapping[str, Any] | None = None,
 ) -> tuple[PretrainedConfig, list[str]]:
     """What a source would be as a model of ours, and what had to be assumed for want of a `config.json`.
 
     Args:
-        raw: its `config.json`, empty if it has none.
+        raw: its `config.json`, or what else is known of it; with `model_type` it is complete.
         shapes: of its tensors, under our names.
-        like: the target, which settles what neither says.
+        like: the target, from which what neither says is taken, as an assumption.
+        settled: the caller's overrides, which settle what neither says: the source is taken to have these values.
+        usual: what to assume where nothing else says it.
 
     Raises:
-        CheckpointError: the number of heads is known from nowhere, or the fields contradict each other.
+        CheckpointError: the width or the number of heads is known from nowhere, or the fields contradict each other.
     """
     try:
-        return _source_config(raw, shapes, family, like, where)
+        return _source_config(raw, shapes, family, like, where, settled or {}, usual or {})
     except CheckpointError:
         raise
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -112,8 +127,61 @@ def _source_config(
     family: Family,
     like: PretrainedConfig | None,
     where: str,
+    settled: Mapping[str, Any],
+    usual: Mapping[str, Any],
 ) -> tuple[PretrainedConfig, list[str]]:
-    config_class, assumed = CONFIGS[family.target], []
+    config_class = CONFIGS[family.target]
+    found, said = from_shapes(shapes, family), translate_config(raw, family)
+    assumed = _contradictions(shapes, found, said, where)
+    fields = {**said, **found}
+    if "num_labels" in found and len(fields.get("id2label", ())) not in (0, found["num_labels"]):
+        fields.pop("id2label"), fields.pop("label2id", None)
+    if "id2label" in fields:
+        fields.pop("num_labels", None)
+    if "model_type" in raw:
+        if family.target == "mygpt2" and family.name != "mygpt2":
+            fields.setdefault("norm_type", "layernorm")
+        return config_class(**_with_head_sizes(fields, shapes, family)), assumed
+    # no complete config, which leaves out what is as usual
+    if shapes and "hidden_size" not in fields:
+        raise CheckpointError(
+            f"{where} has tensors such as {next(iter(shapes))!r}, but no token embeddings under a name of {family.name}: "
+            "it is another model's, or name them with rename="
+        )
+    told = {config_class.attribute_map.get(name, name) for name in raw} | family.implied.keys() - {"pad_token_id"}
+    told |= {family.fields[name] for name in raw if name in family.fields}
+    settled = {config_class.attribute_map.get(name, name): value for name, value in settled.items()}
+    guessed = []
+    for name in _left_open(shapes, family, found):
+        if name in told:
+            continue
+        if name in settled:
+            fields[name] = settled[name]
+            continue
+        guess = _guess(name, fields, like, usual, where)
+        if guess is not None:
+            fields[name] = guess
+        guessed.append(name)
+    if family.target == "mygpt2" and "position_embedding_type" not in fields and like is not None:
+        fields["position_embedding_type"] = _guess("position_embedding_type", fields, like, usual, where)
+    config = config_class(**_with_head_sizes(fields, shapes, family))
+    if guessed:
+        shown = ", ".join(f"{name}={getattr(config, name)!r}" for name in guessed)
+        assumed.append(
+            f"the source has no config that says it: {shown} {'are' if len(guessed) > 1 else 'is'} assumed; "
+            f"config= or overrides= settle it"
+        )
+    return config, assumed
+
+
+def _contradictions(
+    shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], said: Mapping[str, Any], where: str
+) -> list[str]:
+    """What a source's config and its tensors disagree on and can be lived with.
+
+    Raises:
+        CheckpointError: it cannot be.
+    """
     layers = {int(number) for name in shapes for number in _LAYERS.findall(name)[:1]}
     if missing := set(range(min(max(layers, default=0), len(layers)))) - layers:
         raise CheckpointError(
@@ -123,51 +191,62 @@ def _source_config(
         raise CheckpointError(
             f"{where} has a tensor of layer {max(layers)}, but only {len(layers)} layers: it is damaged"
         )
-    found, said = from_shapes(shapes, family), translate_config(raw, family)
     for name in ("num_hidden_layers", "hidden_size"):
         if name in said and name in found and said[name] != found[name]:
             raise CheckpointError(
                 f"{where}: its config says {name}={said[name]}, its tensors {found[name]}: it is incomplete, or the config "
                 "is another model's"
             )
-    for name in ("vocab_size", "max_position_embeddings", "intermediate_size", "type_vocab_size"):
-        if said.get(name) is not None and name in found and said[name] != found[name]:
-            assumed.append(f"the source's config says {name}={said[name]}, its tensors {found[name]}, which counts")
-    fields = {**said, **found}
-    if "num_labels" in found and len(fields.get("id2label", ())) not in (0, found["num_labels"]):
-        fields.pop("id2label"), fields.pop("label2id", None)
-    if "id2label" in fields:
-        fields.pop("num_labels", None)
+    return [
+        f"the source's config says {name}={said[name]}, its tensors {found[name]}, which counts"
+        for name in ("vocab_size", "max_position_embeddings", "intermediate_size", "type_vocab_size")
+        if said.get(name) is not None and name in found and said[name] != found[name]
+    ]
+
+
+def _left_open(shapes: Mapping[str, tuple[int, ...]], family: Family, found: Mapping[str, Any]) -> list[str]:
+    """The fields that no tensor shows, and that change what the model computes."""
+    names = ["num_attention_heads", *UNSEEN[family.target]]
+    if family.target == "mygpt2" and "norm_type" not in found and any("norm" in name for name in shapes):
+        names.append("norm_type")
+    if family.name == "mygpt2":
+        names += ["final_logit_softcapping", "sliding_window"]
+        names += [] if "max_position_embeddings" in found else ["position_embedding_type", "rope_theta"]
+    if family.positions_after_padding and any("position_embeddings" in name for name in shapes):
+        names.append("pad_token_id")
+    return names
+
+
+def _guess(
+    name: str, fields: Mapping[str, Any], like: PretrainedConfig | None, usual: Mapping[str, Any], where: str
+) -> Any:
+    """What to assume for a field: the target's, where it is as wide; what is usual; None: the config class's default."""
     width = fields.get("hidden_size")
-    if "num_attention_heads" not in fields:
+    if name == "num_attention_heads":
         if like is not None and like.hidden_size == width:
-            heads = like.num_attention_heads
-        elif width and width % 64 == 0:
-            heads = width // 64
-        else:
-            raise CheckpointError(f"{where} has no config.json and nothing tells its num_attention_heads: pass config=")
-        fields["num_attention_heads"] = heads
-        same = config_class.model_type == "mygpt2" and "position_embedding_type" not in fields
-        if same and like is not None:  # no table of positions: rotary ones, or none
-            fields["position_embedding_type"] = like.position_embedding_type.replace("learned", "none")
-    if family.target == "mygpt2" and (rows := _rows(shapes, "q_proj")):
+            return like.num_attention_heads
+        if width and width % 64 == 0:
+            return width // 64
+        raise CheckpointError(
+            f"{where} has no config.json and nothing tells its num_attention_heads: pass config=, or name it with overrides="
+        )
+    if name == "norm_type":
+        return "layernorm"
+    if name == "pad_token_id":
+        return 1
+    if name == "position_embedding_type":  # the target's, unless that has a table, which the source has not
+        return "rope" if like is None else like.position_embedding_type.replace("learned", "none")
+    if name in usual:
+        return usual[name]
+    return None if like is None else getattr(like, name)
+
+
+def _with_head_sizes(fields: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, Any]:
+    if family.target == "mygpt2" and (rows := _rows(shapes, "q_proj")) and fields.get("num_attention_heads"):
         fields["head_dim"] = rows // fields["num_attention_heads"]
         if kv_rows := _rows(shapes, "k_proj"):
             fields["num_key_value_heads"] = kv_rows // fields["head_dim"]
-    if "model_type" not in raw:  # no whole config, which leaves out what is as usual
-        asked = ["num_attention_heads", *UNSEEN[family.target]]
-        for name in asked[1:]:
-            if name not in fields and like is not None:
-                fields[name] = getattr(like, name)
-        config = config_class(**fields)
-        told = {renamed for name in raw for renamed in (name, config_class.attribute_map.get(name, name))}
-        guessed = [f"{name}={getattr(config, name)!r}" for name in asked if name not in told | family.implied.keys()]
-        if guessed:
-            assumed.append(
-                f"the source has no config that says it: {', '.join(guessed)} {'are' if len(guessed) > 1 else 'is'} assumed"
-            )
-        return config, assumed
-    return config_class(**fields), assumed
+    return fields
 
 
 def _rows(shapes: Mapping[str, tuple[int, ...]], projection: str) -> int | None:

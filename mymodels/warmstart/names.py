@@ -6,7 +6,7 @@ without a parameter's name stands for all parameters of a module.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
@@ -36,7 +36,7 @@ class Family(NamedTuple):
     constants: str = "$^"  # regex of tensors that are no weights: masks, position numbers
     not_used: Mapping[str, Why] = {}  # regex → why a tensor has no place in our model
     zeros: tuple[str, ...] = ()  # ours that it lacks, and that change nothing when they are 0
-    position_offset: int = 0  # rows of the position table before position 0
+    positions_after_padding: bool = False  # the table's first position is row `pad_token_id + 1`
 
 
 _BERT_ANCHOR = r"encoder\.layer\.0\.attention\.self\.query\.weight"
@@ -172,7 +172,7 @@ FAMILIES = (
         ),
         implied={"layer_norm_eps": 1e-5, "pad_token_id": 1},
         constants=r"embeddings\.(position_ids|token_type_ids)$",
-        position_offset=2,  # its positions count tokens only, so padding on the left is not as in MyBert
+        positions_after_padding=True,  # they count tokens only, so padding on the left is not as in MyBert
     ),
     Family(
         name="distilbert",
@@ -271,12 +271,27 @@ PREFIXES = {"mygpt2": "model.", "mybert": "bert."}
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
+def is_chosen(names: tuple[str, ...], skip: Sequence[re.Pattern], only: Sequence[re.Pattern]) -> bool:
+    """Whether something with these names is to be loaded, by `warm_start`'s `skip` and `only`."""
+    if any(pattern.search(name) for pattern in skip for name in names):
+        return False
+    return not only or any(pattern.search(name) for pattern in only for name in names)
+
+
 class Renamed(NamedTuple):
     """Where a tensor of a source goes: its names in our form (several: a fused tensor), or why nowhere."""
 
     ours: tuple[str, ...]
     transposed: bool = False
     why: Why | None = None
+
+
+def position_offset(family: Family, raw: Mapping[str, Any]) -> int:
+    """How many rows of a family's position table stand before position 0; `raw` is the source's config."""
+    if not family.positions_after_padding:
+        return 0
+    padding = raw.get("pad_token_id")
+    return (family.implied["pad_token_id"] if padding is None else padding) + 1
 
 
 def family_of(model_type: str | None) -> Family | None:
@@ -304,15 +319,28 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], family: Family | None, wher
     candidates = FAMILIES if family is None else [f for f in FAMILIES if f.target == family.target]
     # a config names the family, but TensorFlow's files beside the same config have names of their own
     for candidate in sorted(candidates, key=lambda f: f is not family):
-        anchor = re.compile(rf"^(.*?\.)??(?:{candidate.prefix}\.)?{candidate.anchor}$")
-        outer = {found[1] or "" for name in names if (found := anchor.match(name))}
+        bases = {f.prefix for f in FAMILIES if f.anchor == candidate.anchor} if family is None else {candidate.prefix}
+        anchor = re.compile(rf"^(.*?\.)??(?:({'|'.join(sorted(bases))})\.)?{candidate.anchor}$")
+        outer = {(found[1] or "", found[2]) for name in names if (found := anchor.match(name))}
         if len(outer) > 1:
-            models = ", ".join(repr(prefix.rstrip(".") or "(top)") for prefix in sorted(outer))
+            short = (
+                {a for a, _ in outer}
+                if len({a for a, _ in outer}) == len(outer)
+                else {f"{a}{b or ''}" for a, b in outer}
+            )
+            models = ", ".join(repr(prefix.rstrip(".") or "(top)") for prefix in sorted(short))
             raise CheckpointError(f"{where} holds several models: {models}: name one with section=, or --section")
         if outer:
-            prefix = outer.pop()
+            prefix, base = outer.pop()
             if family is None and candidate.anchor == _BERT_ANCHOR:
-                candidate = _told_apart({name.removeprefix(prefix): shape for name, shape in shapes.items()})
+                candidate = _told_apart({inside(name, prefix): shape for name, shape in shapes.items()})
+            if base is not None and base != candidate.prefix:  # such as RoBERTa that someone's module calls bert
+                prefix = f"{prefix}{base}."
+            if any(re.fullmatch(rf"{re.escape(prefix)}(transformer\.)?tokens_embed\.weight", name) for name in names):
+                raise CheckpointError(
+                    f"{where} is a GPT-1 checkpoint (openai-gpt), whose norms come after the sum: MyGPT2 has another "
+                    "architecture, so its weights do not carry over"
+                )
             return candidate, prefix
     known = ", ".join(f.name for f in FAMILIES)
     example = f", such as {names[0]!r}" if names else ""
@@ -321,8 +349,26 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], family: Family | None, wher
     )
 
 
+_HEAD_NAMES = re.compile(
+    r"^(classifier|qa_outputs|score|lm_head|cls|pre_classifier|vocab_transform|vocab_layer_norm|vocab_projector|"
+    r"multiple_choice_head)\."
+)
+
+
+def inside(name: str, outer: str) -> str:
+    """A name without what wraps the model: `outer`, or, of a head beside the model, what both have in front."""
+    if name.startswith(outer):
+        return name.removeprefix(outer)
+    parts, wrappers = name.split("."), outer.split(".")
+    shared = 0
+    while shared < min(len(parts), len(wrappers)) and parts[shared] == wrappers[shared]:
+        shared += 1
+    rest = ".".join(parts[shared:])
+    return rest if _HEAD_NAMES.match(rest) else name
+
+
 def _told_apart(shapes: Mapping[str, tuple[int, ...]]) -> Family:
-    """Without a config: MyBert, RoBERTa and BERT have the same names in the encoder."""
+    """Without a config: MyBert, RoBERTa and BERT have the same names in the encoder. `shapes` has names without wrappers."""
     types = [shape for name, shape in shapes.items() if name.endswith("embeddings.token_type_embeddings.weight")]
     if any(re.search(r"pooler\.score\.|layer_mix\.", name) for name in shapes):
         name = "mybert"
@@ -333,32 +379,40 @@ def _told_apart(shapes: Mapping[str, tuple[int, ...]]) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 
 
-def translate(names: Iterable[str], family: Family, outer: str, *, tied: bool) -> dict[str, Renamed]:
-    """Each name of a source (as `plain` gives it) → where it goes; `tied`: whether it ties its head.
+def translate(
+    names: Iterable[str], family: Family, outer: str, *, own_bias: bool, left_out: Callable[[str], bool]
+) -> dict[str, Renamed]:
+    """Each name of a source (as `plain` gives it) → where it goes.
+
+    Args:
+        own_bias: whether the bias of the head's decoder counts, and not the one beside it; they are tied in most files.
+        left_out: whether a name is not to be loaded, which settles which of two counts.
 
     Raises:
         CheckpointError: two names are the same one.
     """
-    stripped = {name: name.removeprefix(outer).removeprefix(f"{family.prefix}.") for name in names}
+    stripped = {name: inside(name, outer).removeprefix(f"{family.prefix}.") for name in names}
     orphaned = any(re.match(r"pre_classifier\.", inner) for inner in stripped.values())
-    # an untied head of stock BERT adds its own bias, a tied one the bias beside it
-    rows = sorted(family.names, key=lambda entry: tied or not entry[0].endswith("decoder.bias"))
+    rows = sorted(family.names, key=lambda entry: own_bias != entry[0].endswith("decoder.bias"))
     table = [(i, _pattern(theirs, family.parameters), ours) for i, (theirs, ours) in enumerate(rows)]
     found: dict[str, Renamed] = {}
     taken: dict[str, tuple[int, str]] = {}  # ours → the table's row and the name that gave it
     ranked = []
     for name, inner in stripped.items():
         ranked.append((*_look_up(inner, table, family), name, inner))
-    for row, renamed, name, inner in sorted(ranked, key=lambda entry: entry[0]):
+    # what is left out comes last, and whatever stands inside the model before a head beside it
+    for row, renamed, name, inner in sorted(ranked, key=lambda e: (left_out(e[2]), e[0], not e[2].startswith(outer))):
         if orphaned and inner.startswith("classifier."):
             renamed = Renamed((), why=Why("it reads pre_classifier's output, which is not used"))
         for ours in renamed.ours:
-            if ours in taken and taken[ours][0] == row:
+            if ours in taken and left_out(name):
+                renamed = Renamed((), why=Why("left out on request", requested=True))
+            elif ours in taken and taken[ours][0] == row:
                 raise CheckpointError(
                     f"the tensors {taken[ours][1]!r} and {name!r} are the same one, {ours!r}, once prefixes are taken "
                     f"off: leave one of them out with skip=, or name a section"
                 )
-            if ours in taken:
+            elif ours in taken:
                 renamed = Renamed((), why=Why(f"{taken[ours][1]} stands for it", "exact", constant=True))
         taken.update(dict.fromkeys(renamed.ours, (row, name)))
         found[name] = renamed

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo
 from .change import Change
-from .names import PREFIXES, kind_of
+from .names import PREFIXES, is_chosen, kind_of
 from .report import Row, WarmStartReport
 from .sources import Source
 from .transforms import TRANSFORMS, tie, unequal_settings
@@ -32,6 +32,8 @@ class Plan:
     tied: dict[str, tuple[str, ...]]  # each of these names → all names of the parameter
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
+    loaded: int = 0  # elements of the source that are used
+    offered: int = 0  # of so many that are weights and were not left out on request
 
     def report(self) -> WarmStartReport:
         notes = list(dict.fromkeys([*self.source.assumed, *self.notes]))
@@ -127,8 +129,10 @@ def make_plan(
             continue
         if value.shape != shape:
             refused[own] = f"the source's shape {_shown(value.shape)} is not {_shown(shape)}"
-        elif not _chosen((own, *value.sources), unwanted, wanted):
+        elif not is_chosen((own, *value.sources), unwanted, wanted):
             refused[own] = "left out on request"
+            change.drop(name, refused[own], requested=True)
+            continue
         else:
             _check_dtype(source, value)
             values.setdefault(own, _rounded(value, dtype or parameters[own].dtype))
@@ -145,7 +149,17 @@ def make_plan(
             values[own] = constant(tuple(parameters[own].shape), 0.0, like, "zeros, as the source has none")
         else:
             values[own] = fresh(name)
-    return Plan(model, source, values, {names[0]: names for names in tied.values()}, _rows(model, source, change, values, tied), change.notes)  # fmt: skip
+    rows = _rows(model, source, change, values, tied)
+    share = _loaded_share(source, change, values)
+    return Plan(model, source, values, {names[0]: names for names in tied.values()}, rows, change.notes, *share)
+
+
+def _loaded_share(source: Source, change: Change, values: dict[str, Value]) -> tuple[int, int]:
+    """How many of the source's elements are used, of those that are weights and were not left out on request."""
+    taken = {name for value in values.values() for name in value.sources}
+    left_out = {name for name, why in change.why.items() if why.constant or why.requested}
+    offered = {name: info.numel for name, info in source.info.items() if name in taken or name not in left_out}
+    return sum(count for name, count in offered.items() if name in taken), sum(offered.values())
 
 
 def compiled(option: str, patterns: Sequence[str] | str) -> list[re.Pattern]:
@@ -171,21 +185,15 @@ def _has_such(source: Source, name: str) -> bool:
     """Whether the source has this bias in another layer, so that here it is missing and not left out by design."""
     layer = re.compile(r"\b(layers?)\.\d+\.")
     like = layer.sub("", name)
-    norm = (
-        name.endswith(("norm.bias", "LayerNorm.bias"))
-        and getattr(source.config, "norm_type", "layernorm") == "layernorm"
-    )
-    return norm or any(layer.sub("", other) == like for other in source.tensors)
+    if name.endswith(("norm.bias", "LayerNorm.bias")) and any(
+        n.endswith(("norm.bias", "Norm.bias")) for n in source.tensors
+    ):
+        return True  # another norm has one
+    return any(layer.sub("", other) == like for other in source.tensors)
 
 
 def _shown(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
-
-
-def _chosen(names: tuple[str, ...], skip: Sequence[re.Pattern], only: Sequence[re.Pattern]) -> bool:
-    if any(pattern.search(name) for pattern in skip for name in names):
-        return False
-    return not only or any(pattern.search(name) for pattern in only for name in names)
 
 
 def _check_dtype(source: Source, value: Value) -> None:
@@ -290,8 +298,8 @@ def _rows(
     by_source = {s: name for name, value in reversed(source.tensors.items()) for s in value.sources}
     for name, info in source.info.items():
         if name not in taken:
-            text, kind, constant = change.why.get(name) or _no_place(model, by_source.get(name, name))
-            rows.append(Row("unused", kind, (), (name,), text, info.numel, {}, constant))
+            why = change.why.get(name) or _no_place(model, by_source.get(name, name))
+            rows.append(Row("unused", why.kind, (), (name,), why.text, info.numel, {}, why.constant))
     return rows
 
 

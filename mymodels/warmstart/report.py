@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from ..checkpoints import CheckpointError, replace_file, replace_folder, write_m
 from ..checkpoints.inspecting import printable, ranges
 from ..checkpoints.integrity import is_weight_file
 from ..checkpoints.writing import parse_size, save_model_files, save_tokenizer_files
+from .checking import Check, Checker
 
 REPORT_NAME = "warm_start.json"
 STATUSES = ("loaded", "transformed", "resized", "new", "unused")
+_LAYER = re.compile(r"\blayers?\.(\d+)\.")
 _STYLES = {"new": "yellow", "unused": "yellow", "resized": "cyan", "transformed": "cyan", "loaded": "green"}
 
 
@@ -68,6 +70,7 @@ class WarmStartReport:
         coverage: of the vocabulary: name → count, where tokens or word vectors were matched.
         tokenizer: the one that goes with the model, if one was given or stood beside the source.
         source_parameters: number of elements of the source's tensors.
+        checked: what `check` found; None before it.
     """
 
     source: str
@@ -78,6 +81,67 @@ class WarmStartReport:
     model: PreTrainedModel | None = field(default=None, repr=False)
     tokenizer: Any = field(default=None, repr=False)
     source_parameters: int = 0
+    checked: Check | None = None
+    checker: Checker | None = field(default=None, repr=False)
+
+    def check(self, inputs: Mapping[str, Any] | None = None) -> Check:
+        """Run source and target on the same inputs, in eval mode and float32, and compare their outputs.
+
+        `warm_start` does this by itself on made-up inputs if neither has more than 50 million parameters. The source is
+        run as the model that was given, or as transformers' class of its kind, made from its config and tensors.
+        Compared are logits, or the last hidden states where the two have no head in common. Should outputs differ though
+        every row says exact, the rows where the difference begins are marked as approximate and a note says so.
+
+        Args:
+            inputs: what a tokenizer returns: `input_ids` `[batch, length]`, `attention_mask` and so on, in the target's
+                tokens. Default: made-up rows of several lengths, padded on the right and on the left.
+
+        Returns:
+            the largest difference of each output, or why nothing could be run; also in `checked`.
+
+        Raises:
+            CheckpointError: the given inputs cannot be run.
+        """
+        if self.model is None or self.checker is None:
+            self.checked = Check(what="this report has no source and model to run")
+            return self.checked
+        exact = self.is_exact
+        new = {name for row in self.rows if row.kind == "new" for name in row.targets}
+        self.checked, where = self.checker.run(self.model, new, inputs, exact=exact)
+        if exact and self.checked.ran and not self.checked.agrees:
+            self._not_exact(self.checked, where)
+        return self.checked
+
+    def _not_exact(self, check: Check, where: int | None) -> None:
+        """Take back what the rows say where a run showed otherwise; `where`: see `Checker.run`."""
+        assert self.model is not None
+        layers = self.model.config.num_hidden_layers
+        base = f"{self.model.base_model_prefix}."
+
+        def concerned(row: Row) -> bool:
+            found = [_LAYER.search(name) for name in row.targets]
+            in_layers = {int(match[1]) for match in found if match}
+            embeddings = any("embed" in name for name in row.targets)
+            if where is None:
+                return bool(row.targets)
+            if where == 0:
+                return embeddings
+            if where <= layers:  # the last state comes after the last norm
+                return where - 1 in in_layers or (
+                    where == layers and any(n.endswith("norm.weight") for n in row.targets)
+                )
+            return any(not name.startswith(base) or "pooler" in name for name in row.targets)
+
+        step = "outputs differ from the source's from here on"
+        self.rows = [
+            replace(row, kind="approximate", how=f"{row.how}; {step}".removeprefix("; ")) if concerned(row) else row
+            for row in self.rows
+        ]
+        place = ""
+        if where is not None:
+            place = ", from the embeddings on" if where == 0 else f", from layer {where - 1} on"
+            place = ", after the layers" if where > layers else place
+        self.notes.append(f"the steps are not exact{place}: {check}")
 
     @property
     def totals(self) -> dict[str, dict[str, float]]:
@@ -99,7 +163,10 @@ class WarmStartReport:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the target computes what the source did, as far as both have the same inputs and outputs."""
+        """Whether the target computes what the source did, as far as both have the same inputs and outputs.
+
+        `checked` says whether both were run to prove it.
+        """
         return not self.notes and all(row.kind == "exact" for row in self.rows)
 
     def not_allowed(self, allow: Iterable[str] = ()) -> list[Row]:
@@ -119,11 +186,13 @@ class WarmStartReport:
         """JSON-ready data.
 
         Keys: `source`, `target` (text); `exact` (bool, see `is_exact`); `totals` (status → `tensors`, `parameters`,
-        `percent`); `rows` (list of objects with the fields of `Row`); `notes` (list of text); `coverage` (name → count).
+        `percent`); `rows` (list of objects with the fields of `Row`); `notes` (list of text); `coverage` (name → count);
+        `check` (`ran`, `agrees`, `differences`: output → largest, `what`; null before a check).
         """
         rows = [asdict(row) for row in self.rows]
         described = {"source": self.source, "target": self.target, "exact": self.is_exact, "totals": self.totals}
-        return {**described, "rows": rows, "notes": self.notes, "coverage": self.coverage}
+        check = None if self.checked is None else self.checked.to_dict()
+        return {**described, "rows": rows, "notes": self.notes, "coverage": self.coverage, "check": check}
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: int | str = "2GB") -> Path:
         """Save the model with its code, the tokenizer if there is one, and `warm_start.json`: all or nothing.
@@ -191,8 +260,14 @@ class WarmStartReport:
             console.print(Text(printable(f"{name}: {count:,}")))
         for note in self.notes:
             console.print(Text(printable(f"note: {note}"), style="yellow"))
-        if self.is_exact:
+        ran = self.checked is not None and self.checked.ran
+        if self.is_exact and ran:
             console.print(Text("Every step is exact: the target computes what the source did.", style="green"))
+        elif self.is_exact:
+            why = "they were not run" if self.checked is None else str(self.checked)
+            console.print(Text(printable(f"Every step is exact by construction; {why}."), style="green"))
+        if ran:
+            console.print(Text(printable(f"Checked: {self.checked}.")))
 
     def __str__(self) -> str:
         console = Console(width=160, record=True, file=io.StringIO(), force_jupyter=False)

@@ -2,21 +2,23 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from ..checkpoints.opening import locate
-from ..checkpoints.safetensors_files import read_json
+from ..checkpoints.quantised import quantisation
 from ..checkpoints.torch_files import nested_checkpoint
-from .configs import source_config
-from .names import Family, Renamed, family_of, plain, recognise, translate
+from .beside import config_in_file, config_in_folder
+from .configs import is_another_models, source_config
+from .names import Family, Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
+from .refusing import refuse_adapter
 from .values import Value, Why, constant
 
 HEADS = {
@@ -38,6 +40,16 @@ class Source:
     tensors: dict[str, Value]  # under our names
     why: dict[str, Why]  # its tensors that have no place in ours
     assumed: list[str]  # what had to be assumed
+    stock: "Stock | None" = None  # how transformers would read it
+
+
+class Stock(NamedTuple):
+    """A source in the terms of the class that made it, to run it."""
+
+    module: torch.nn.Module | None  # itself, if it was given as a model
+    names: dict[str, str]  # as that class has them → the source's own
+    transposed: str  # regex of names whose matrices are stored the other way round than there
+    read: Callable[[str], torch.Tensor]  # by the source's own name
 
 
 def open_source(
@@ -48,6 +60,9 @@ def open_source(
     like: PretrainedConfig | None = None,
     section: str | None = None,
     rename: Mapping[str, str] | None = None,
+    skip: Sequence[re.Pattern] = (),
+    only: Sequence[re.Pattern] = (),
+    settled: Mapping[str, Any] | None = None,
     allow_pickle: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -57,24 +72,30 @@ def open_source(
     Args:
         target: our model type that its architecture must be of.
         config: its config, where there is no `config.json` beside it.
-        like: the target's config, which settles what the source does not say.
+        like: the target's config, from which is assumed what the source does not say.
+        skip, only: which of two tensors of one name counts.
+        settled: fields that the source may leave open, see `source_config`.
 
     Raises:
-        CheckpointError: it cannot be read, is of another architecture, or has two tensors of one name.
+        CheckpointError: it cannot be read, is of another architecture, quantised, an adapter, or has two tensors of one
+            name.
     """
-    folder, raw, where = None, _as_dict(config), "the source"
+    folder, raw, where, module = None, _as_dict(config), "the source", None
+    beside: dict[str, Any] = {}  # what the source's own file says
     if isinstance(source, torch.nn.Module):
         if type(source).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
             source = getattr(source, "module", None) or getattr(source, "_orig_mod", source)
         own = getattr(source, "config", None)
         if isinstance(own, PretrainedConfig):
             raw = raw or {**own.to_dict(), "architectures": [type(source).__name__]}
-        where = f"the {type(source).__name__}"
+        where, module = f"the {type(source).__name__}", source
         source = source.state_dict()
     elif isinstance(source, (str, os.PathLike)):
         where = str(source)
         path = locate(source, revision=revision, token=token)
         folder = path if path.is_dir() else path.parent
+        if path.is_dir():
+            refuse_adapter(where, (), folder)
         source = open_checkpoint(path, allow_pickle=allow_pickle)
     elif not isinstance(source, Mapping):
         raise CheckpointError(
@@ -84,22 +105,105 @@ def open_source(
         isinstance(value, Mapping) for value in source.values()
     ):  # a training checkpoint, loaded
         source, folder = nested_checkpoint(Path(where), "training checkpoint", source, ""), Path(os.devnull)
+    usual: Mapping[str, Any] = {}
     if isinstance(source, Checkpoint):
         where = str(source.path) if where == "the source" else where
         found = source.path if source.path.is_dir() else source.path.parent
         folder = folder or found
         source = source if section is None else source.section(section)
-        beside = folder / "config.json"
-        raw = raw or (read_json(beside) if beside.is_file() else {})
+        raw = raw if "model_type" in raw else _complete(raw, folder)
+        if "model_type" not in raw:
+            beside, usual = config_in_file(source.extras)
     elif section is not None:
         raise CheckpointError(f"section={section!r} is for files, and {where} is none: pass that part of it")
+    given, raw = raw, {**beside, **raw}
     info = _describe(source, where)
-    family, ours, unfit = _rename(source, info, raw, target, rename or {}, where)
-    shapes = {name: value.shape for name, value in ours.items()}
-    found_config, assumed = source_config(raw, shapes, family, like, where)
-    if not {"tie_word_embeddings", "model_type"} & raw.keys():  # no whole config
-        found_config.tie_word_embeddings = _is_tied(source, ours, family)
-    return Source(where, folder, info, family, found_config, raw, ours, unfit, assumed)
+    refuse_adapter(where, info)
+    how = quantisation(info, raw)
+    if how and "without scales" not in how:  # those without are refused where they would be needed
+        raise CheckpointError(
+            f"{where} is quantised: {how}; its scales and packed values are not read here: take the model that it was made "
+            "from, or dequantise it with the library that quantised it and save that"
+        )
+    if settled and "model_type" not in raw and "pad_token_id" in settled:
+        raw = {"pad_token_id": settled["pad_token_id"], **raw}  # before it: of RoBERTa, where its positions begin
+    named = _rename(source, info, raw, target, rename or {}, where, skip, only)
+    notes = []
+    if beside and (wrong := is_another_models(beside, {n: v.shape for n, v in named.ours.items()}, named.family)):
+        raw, usual = given, {}
+        notes.append(f"the config in the source's file is another model's ({wrong}) and is not used")
+    head, embeddings = HEADS[named.family.target]
+    if head in named.ours and embeddings not in named.ours and raw.get("tie_word_embeddings") is not False:
+        named.ours[embeddings] = named.ours.pop(head)  # a tied pair is stored once, here under the head's name
+    shapes = {name: value.shape for name, value in named.ours.items()}
+    if not usual and named.linear and not any(name.endswith("norm.bias") for name in shapes):
+        usual = {"activation_function": "gelu"}  # nanoGPT's
+    found_config, assumed = source_config(raw, shapes, named.family, like, where, settled=settled, usual=usual)
+    assumed += notes
+    _tie(source, raw, found_config, named, assumed)
+    assumed += _other_heads(named, found_config)
+    stock = Stock(
+        module, named.stock, "(c_attn|c_proj|c_fc)\\.weight$" if named.linear else "$^", partial(_read, source)
+    )
+    return Source(where, folder, info, named.family, found_config, raw, named.ours, named.why, assumed, stock)
+
+
+def _other_heads(named: "Named", config: PretrainedConfig) -> list[str]:
+    """What a masked-LM head of the source has that MyBert's has not."""
+    notes = []
+    if named.own_bias and config.tie_word_embeddings:
+        notes.append("the head has two biases that differ: the decoder's own counts, as in transformers 5")
+    head = "cls.predictions.transform.dense.weight" in named.ours
+    if named.family.name == "roberta" and head and config.hidden_act != "gelu":
+        act = config.hidden_act
+        notes.append(f"RoBERTa's masked-LM head has gelu whatever hidden_act is, MyBert's has hidden_act={act!r}")
+    pooler, classifier = (named.ours.get(name) for name in ("bert.pooler.dense.weight", "classifier.weight"))
+    if named.family.name != "roberta" or pooler is None or classifier is None:
+        return notes
+    if pooler.sources[0].endswith("pooler.dense.weight"):  # RoBERTa's own has classifier.dense
+        notes.append(f"{classifier.sources[0]} is no head of RoBERTa's: it is assumed to read the pooler's output")
+    return notes
+
+
+def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The config given, or else the one in the folder."""
+    return raw or config_in_folder(folder)
+
+
+def _tie(
+    source: Mapping[str, torch.Tensor],
+    raw: Mapping[str, Any],
+    config: PretrainedConfig,
+    named: "Named",
+    notes: list[str],
+) -> None:
+    """Settle whether head and embeddings are one matrix: by the config, and by what is stored."""
+    head, embeddings = HEADS[named.family.target]
+    said = raw.get("tie_word_embeddings", True if "model_type" in raw else None)
+    stored, shared = named.ours.get(head), named.ours.get(embeddings)
+    if stored is None:
+        config.tie_word_embeddings = said is not False
+        return
+    if shared is None:
+        config.tie_word_embeddings = False
+        return
+    same = stored.shape == shared.shape and (
+        _aliases(source, stored, shared) or torch.equal(stored.compute(), shared.compute())
+    )
+    if said and not same:
+        notes.append(
+            f"the source's config ties {stored.sources[0]} to {shared.sources[0]}, but both are stored with different "
+            "values: the head is taken as its own matrix, as transformers 5 does (4 drops it)"
+        )
+    config.tie_word_embeddings = same if said is None else bool(said) and same
+
+
+def _aliases(source: Mapping[str, torch.Tensor], a: Value, b: Value) -> bool:
+    """Whether two tensors are known to be one without reading them."""
+    if not isinstance(source, Checkpoint) or a.steps or b.steps:
+        return False
+    first, second = (source.aliases.get(value.sources[0], value.sources[0]) for value in (a, b))
+    return first == second
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
@@ -127,6 +231,17 @@ def _describe(source: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
     return info
 
 
+class Named(NamedTuple):
+    """A source's tensors under our names."""
+
+    family: Family
+    ours: dict[str, Value]
+    why: dict[str, Why]
+    stock: dict[str, str]  # see `Stock`
+    linear: bool  # whether GPT-2's matrices are stored as nn.Linear has them
+    own_bias: bool  # whether the head's decoder has a bias of other values than the one beside it
+
+
 def _rename(
     source: Mapping[str, torch.Tensor],
     info: Mapping[str, TensorInfo],
@@ -134,8 +249,14 @@ def _rename(
     target: str,
     rename: Mapping[str, str],
     where: str,
-) -> tuple[Family, dict[str, Value], dict[str, Why]]:
+    skip: Sequence[re.Pattern],
+    only: Sequence[re.Pattern],
+) -> Named:
+    def left_out(name: str) -> bool:
+        return not is_chosen((name,), skip, only)
+
     names: dict[str, str] = {}  # as the tables see them → as they are
+    why: dict[str, Why] = {}
     for name in info:
         seen = plain(name)
         for pattern, replacement in rename.items():
@@ -145,10 +266,14 @@ def _rename(
                 raise CheckpointError(
                     f"rename={{{pattern!r}: {replacement!r}}} is no regular expression: {error}"
                 ) from None
+        if seen in names and left_out(name) != left_out(names[seen]):
+            why[name if left_out(name) else names[seen]] = Why("left out on request", requested=True)
+            names[seen] = names[seen] if left_out(name) else name
+            continue
         if seen in names:
             raise CheckpointError(
                 f"{where}: {names[seen]!r} and {name!r} are both {seen!r} once wrappers are taken off and rename= is "
-                "applied: name one with section=, or rename the other"
+                "applied: name one with section=, rename the other or leave it out with skip="
             )
         names[seen] = name
     model_type = raw.get("model_type")
@@ -160,13 +285,15 @@ def _rename(
     family, outer = recognise({seen: info[name].shape for seen, name in names.items()}, family, where)
     if family.target != target:
         raise _wrong(where, family.name, target)
-    tied = raw.get("tie_word_embeddings", True)
     ours: dict[str, Value] = {}
-    why: dict[str, Why] = {}
     # nanoGPT and its kin have stock GPT-2's names, but matrices as nn.Linear has them
     fused = next((info[name].shape for seen, name in names.items() if seen.endswith("attn.c_attn.weight")), ())
     linear = len(fused) == 2 and fused[0] == 3 * fused[1]
-    for seen, renamed in translate(names, family, outer, tied=tied).items():
+    own_bias = _has_own_bias(source, names)
+    seen_left_out = {seen for seen, name in names.items() if left_out(name)}
+    for seen, renamed in translate(
+        names, family, outer, own_bias=own_bias, left_out=seen_left_out.__contains__
+    ).items():
         name = names[seen]
         if renamed.why is not None:
             why[name] = renamed.why
@@ -174,14 +301,25 @@ def _rename(
         value = Value(info[name].shape, info[name].dtype, partial(_read, source, name), (name,))
         ours |= _unfuse(name, value, renamed, renamed.transposed and not linear)
     table = "bert.embeddings.position_embeddings.weight"
-    if family.position_offset and table in ours:
-        ours[table] = ours[table].rows("rows before position 0 cut", slice(family.position_offset, None))
+    if table in ours and (offset := position_offset(family, raw)):
+        ours[table] = ours[table].rows("rows before position 0 cut", slice(offset, None))
     for name in family.zeros:
         if name not in ours and "bert.embeddings.word_embeddings.weight" in ours:
             width = ours["bert.embeddings.word_embeddings.weight"].shape[1]
             like = Value((2, width), torch.float32, torch.empty)
             ours[name] = constant((2, width), 0.0, like, f"zeros, as {family.name} has none")
-    return family, ours, why
+    return Named(family, ours, why, {inside(seen, outer): name for seen, name in names.items()}, linear, own_bias)
+
+
+def _has_own_bias(source: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> bool:
+    """Whether the bias of a masked-LM head's decoder differs from the one beside it, with which it is tied in most files."""
+    for seen, name in names.items():
+        beside = names.get(seen.removesuffix("decoder.bias") + "bias")
+        if seen.endswith("decoder.bias") and beside is not None:
+            aliases = source.aliases if isinstance(source, Checkpoint) else {}
+            if aliases.get(name, name) != aliases.get(beside, beside):
+                return not torch.equal(source[name], source[beside])
+    return False
 
 
 def _wrong(where: str, family: str, target: str) -> CheckpointError:
@@ -206,17 +344,11 @@ def _unfuse(name: str, value: Value, renamed: Renamed, transposed: bool) -> dict
     if parts == 1:
         return {renamed.ours[0]: value}
     if not value.shape or value.shape[0] % parts:
-        raise CheckpointError(f"tensor {name!r} of shape {value.shape} cannot be split into {parts}: it is damaged")
+        raise CheckpointError(
+            f"tensor {name!r} of shape {value.shape} cannot be split into {parts}: it is another model's, or damaged"
+        )
     step = value.shape[0] // parts
     return {
         ours: value.rows(f"split in {parts}", slice(i * step, (i + 1) * step), resized=False)
         for i, ours in enumerate(renamed.ours)
     }
-
-
-def _is_tied(source: Mapping[str, torch.Tensor], ours: Mapping[str, Value], family: Family) -> bool:
-    """Whether a source that does not say it has one matrix for embeddings and head."""
-    head, embeddings = (ours.get(name) for name in HEADS[family.target])
-    if head is None or embeddings is None or head.shape != embeddings.shape:
-        return head is None
-    return torch.equal(head.compute(), embeddings.compute())

@@ -117,7 +117,7 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     attention = kwargs.pop("attn_implementation", None) or kwargs.pop("_attn_implementation", None)
     subfolder, variant = kwargs.pop("subfolder", None) or "", kwargs.pop("variant", None)
     use_safetensors, generation = kwargs.pop("use_safetensors", None), kwargs.pop("generation_config", None)
-    config = kwargs.pop("config", None)
+    config, asks_for_tie = kwargs.pop("config", None), "tie_word_embeddings" in kwargs
     accepted = inspect.signature(model_class.__init__).parameters.keys() - {"self", "config", "args", "kwargs"}
     making: dict[str, Any] = {name: kwargs.pop(name) for name in accepted & kwargs.keys()}
     making |= {"attn_implementation": attention} if attention else {}
@@ -135,6 +135,8 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     checkpoint = open_checkpoint(_weights(folder, variant, use_safetensors))
     source = open_source(checkpoint, target=family.target, config=raw)
     source.where = str(path)
+    if raw.get("tie_word_embeddings", True) and not source.config.tie_word_embeddings and not asks_for_tie:
+        config.tie_word_embeddings = False  # its head has values of its own, whatever its config says
     floating = [i.dtype for i in checkpoint.info.values() if i.dtype.is_floating_point]
     wanted = dtype if dtype is not None else older
     if wanted is None:  # each release's own default

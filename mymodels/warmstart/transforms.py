@@ -35,15 +35,12 @@ def tie(change: Change) -> None:
 
 
 def _join(change: Change, head: str, embeddings: str) -> None:
-    """A tied head that is stored beside its embeddings is one tensor with them."""
+    """A tied head that is stored beside its embeddings is one tensor with them: `open_source` compared them."""
     stored, shared = change.tensors.get(head), change.tensors.get(embeddings)
     if stored is None or shared is None:
         return
-    if stored.shape == shared.shape and torch.equal(stored.compute(), shared.compute()):
-        del change.tensors[head]
-        change.tensors[embeddings] = replace(shared, sources=(*shared.sources, *stored.sources))
-    else:
-        change.drop(head, "the source ties its head to the token embeddings, and does not use this one", "exact")
+    del change.tensors[head]
+    change.tensors[embeddings] = replace(shared, sources=(*shared.sources, *stored.sources))
 
 
 def norms(change: Change) -> None:
@@ -147,7 +144,7 @@ def layers(change: Change) -> None:
         if found := LAYER_NAME.match(name):
             by_layer.setdefault(int(found[2]), {})[found[3]] = change.tensors[name]
             if int(found[2]) not in chosen:
-                change.drop(name, "its layer is not among the chosen ones")
+                change.drop(name, "its layer is not among the chosen ones", requested=True)
             else:
                 del change.tensors[name]
     pre_norm = change.kind == "mygpt2"

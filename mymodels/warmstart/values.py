@@ -14,11 +14,13 @@ class Why(NamedTuple):
         text: for people.
         kind: `"exact"` if the target computes the same without it.
         constant: whether it is no weight of its own: a mask, or a second name of another tensor.
+        requested: whether the caller left it out.
     """
 
     text: str
     kind: str = "approximate"
     constant: bool = False
+    requested: bool = False
 
 
 KINDS = ("exact", "approximate", "new")  # the worse the later

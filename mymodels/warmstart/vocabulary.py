@@ -3,6 +3,8 @@
 import gzip
 import os
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -39,7 +42,8 @@ def load_tokenizer(source: str | os.PathLike | PreTrainedTokenizerBase) -> PreTr
     if Path(source).is_dir() and not has_tokenizer(Path(source)):
         raise CheckpointError(f"{source} has no tokenizer: name a folder that has one")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        bare = _bare_tokenizer(Path(source)) if Path(source).is_dir() else None
+        return AutoTokenizer.from_pretrained(source) if bare is None else bare
     except Exception as error:  # transformers raises many kinds
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -50,7 +54,35 @@ def load_tokenizer(source: str | os.PathLike | PreTrainedTokenizerBase) -> PreTr
 def has_tokenizer(folder: Path) -> bool:
     return any(
         (folder / name).is_file()
-        for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+        for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "encoder.json")
+    )
+
+
+def _bare_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder as Google's BERT and OpenAI's GPT-2 came in, with a vocabulary and no word of its kind."""
+    if any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
+        return None
+    if (folder / "vocab.txt").is_file():
+        words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        cased = any(word != word.lower() for word in words if not re.fullmatch(r"\[\w+\]", word.strip()))
+        return transformers.BertTokenizerFast.from_pretrained(folder, do_lower_case=not cased)  # type: ignore[attr-defined]
+    for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        if (folder / vocabulary).is_file() and (folder / merges).is_file():
+            with tempfile.TemporaryDirectory() as staged:  # under the names that the class looks for
+                shutil.copyfile(folder / vocabulary, Path(staged, "vocab.json"))
+                shutil.copyfile(folder / merges, Path(staged, "merges.txt"))
+                return transformers.GPT2TokenizerFast.from_pretrained(staged)  # type: ignore[attr-defined]
+    return None
+
+
+def missing_rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str | None:
+    """A note if the tokenizer has tokens that a model of `vocab_size` tokens has no embedding for."""
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if last < vocab_size:
+        return None
+    return (
+        f"the tokenizer has {len(tokenizer)} tokens, with numbers up to {last}, the model {vocab_size} embeddings: texts with "
+        f"the others cannot be run; overrides= with vocab_size={last + 1} adds rows for them"
     )
 
 

@@ -17,6 +17,7 @@ from ..checkpoints import CheckpointError, load_checkpoint_and_dispatch
 from ..checkpoints.checkpoint import resolve_dtype
 from ..models import modeling_mybert, modeling_mygpt2
 from .change import TokenVectors
+from .checking import SMALL, Check, Checker
 from .configs import fields_of, make_config, own_config
 from .names import CONFIGS, FAMILIES, kind_of
 from .planning import Plan, compiled, make_plan
@@ -27,6 +28,7 @@ from .vocabulary import (
     has_tokenizer,
     load_tokenizer,
     match_tokens,
+    missing_rows,
     read_word_vectors,
     vectors_by_token,
     words_of,
@@ -41,16 +43,31 @@ _HEADS = {
 _STOCK_HEADS = {"LMHeadModel": "ForCausalLM", "DoubleHeadsModel": "ForCausalLM", "ForPreTraining": "ForMaskedLM"}
 
 
-class NotAllowedError(CheckpointError):
-    """`strict` found parameters that start anew or tensors that are not used; `report` has the whole account."""
+_LEAST = 0.1  # of a source's weights must load
 
-    def __init__(self, rows: Sequence[Row], report: WarmStartReport):
+
+class NotAllowedError(CheckpointError):
+    """Too much starts anew or is not used, and `allow` does not name it; `report` has the whole account.
+
+    Raised where less than a tenth of the source loads, and by `strict` for any parameter or tensor.
+    """
+
+    def __init__(self, rows: Sequence[Row], report: WarmStartReport, plan: Plan | None = None):
         new, unused = (sum(row.status == status for row in rows) for status in ("new", "unused"))
         names = ", ".join(repr(row.names[0]) for row in rows[:3])
-        super().__init__(
-            f"strict: {new} parameters start anew and {unused} tensors are not used, such as {names}: allow them by name, "
-            "or change the target"
-        )
+        if plan is None:
+            text = (
+                f"strict: {new} parameters start anew and {unused} tensors are not used, such as {names}: allow them by "
+                "name, or change the target"
+            )
+        else:
+            share = f"{plan.loaded:,} of {plan.offered:,} elements ({plan.loaded / plan.offered:.1%})"
+            text = (
+                f"{report.source}: next to nothing of it loads into {report.target}, {share}: {new} parameters start anew "
+                f"and {unused} tensors are not used, such as {names}: it is another model's; take another source, map its "
+                "names with rename=, or name all of this with allow= (allow='.' for anything)"
+            )
+        super().__init__(text)
         self.report = report
 
 
@@ -111,6 +128,8 @@ def warm_start(
         freeze_loaded: `requires_grad_(False)` on every parameter that came from the source whole.
         strict: raise if anything is new or unused that no pattern of `allow` finds; masks, optimizer states and second
             names of a tensor do not count.
+        allow: regexes (or one) over names, for `strict`, and for a source of which less than a tenth loads, which is
+            refused unless every new parameter and unused tensor is named.
         config: the source's config, where no `config.json` stands beside it.
         section, allow_pickle, revision, token: as for `open_checkpoint`.
         dtype: of a model made from a config; default float32.
@@ -121,7 +140,7 @@ def warm_start(
     Raises:
         CheckpointError: the source cannot be read, is of another architecture, is quantised, has NaN or infinite
             values, or needs more memory than there is; a field or option is impossible. The model is unchanged.
-        NotAllowedError: `strict` objects. The model is unchanged.
+        NotAllowedError: `strict` objects, or less than a tenth of the source loads. The model is unchanged.
 
     Example:
         >>> report = warm_start("mygpt2", "gpt2", overrides={"num_key_value_heads": 4, "norm_type": "rmsnorm"})
@@ -142,7 +161,8 @@ def warm_start(
         raise CheckpointError(f"{model_type!r} is no model of mymodels: warm_start fills {' and '.join(CONFIGS)}")
     if source is model_or_config and given is not None:
         source = copy.deepcopy(given)  # it is read while it is written
-    how = {"config": config, "section": section, "rename": rename, "allow_pickle": allow_pickle}
+    how: dict[str, Any] = {"config": config, "section": section, "rename": rename, "allow_pickle": allow_pickle}
+    how |= {"skip": compiled("skip", skip), "only": compiled("only", only), "settled": overrides}
     opened = _open_or_nothing(source, model_type, like, word_vectors, **how, revision=revision, token=token)
     new_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
     target = given or _make_target(model_type, head, opened, like, overrides or {}, new_tokenizer, kind)
@@ -163,7 +183,11 @@ def warm_start(
     )
     report = plan.report()
     report.coverage, report.tokenizer = match.coverage, match.tokenizer
-    if strict and (found := report.not_allowed(allow)):
+    report.notes += match.notes
+    found = report.not_allowed(allow)
+    if found and plan.loaded < _LEAST * plan.offered:
+        raise NotAllowedError(found, report, plan)
+    if strict and found:
         raise NotAllowedError(found, report)
     if given is not None:
         _fill(given, plan)
@@ -172,7 +196,13 @@ def warm_start(
         target.config.dtype = target.dtype
         if target.can_generate() and opened.folder is not None and (opened.folder / "generation_config.json").is_file():
             target.generation_config = GenerationConfig.from_pretrained(opened.folder)
-    report.model = target
+    report.model, report.checker = target, Checker(opened, match.rows)
+    if report.checker.is_small(target):
+        report.check()
+    elif opened.tensors:
+        report.checked = Check(
+            what=f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both"
+        )
     if freeze_loaded:
         report.rows = _freeze(target, plan, report)
     return report
@@ -185,6 +215,7 @@ class _Match(NamedTuple):
     vectors: TokenVectors | None
     coverage: dict[str, int]
     tokenizer: PreTrainedTokenizerBase | None
+    notes: list[str]
 
 
 def _match_vocabulary(
@@ -202,15 +233,23 @@ def _match_vocabulary(
         if theirs is None:
             raise CheckpointError(f"{source.where} has no tokenizer beside it to compare with: pass source_tokenizer=")
         rows, coverage = match_tokens(load_tokenizer(theirs), tokenizer, source.config.vocab_size, size)
+    notes: list[str] = []
     if tokenizer is None and theirs is not None:
-        tokenizer = load_tokenizer(theirs)
+        try:
+            tokenizer = load_tokenizer(theirs)
+        except CheckpointError as error:
+            if theirs is not beside or word_vectors is not None:
+                raise
+            notes.append(f"the model is saved without a tokenizer: {error}, with tokenizer=")
     if word_vectors is not None:
         if tokenizer is None:
             raise CheckpointError("word_vectors need to know which row is which word: pass tokenizer=")
         found = read_word_vectors(word_vectors, words_of(tokenizer), target.config.hidden_size)
         vectors, counts = vectors_by_token(found, tokenizer, size)
         coverage |= counts
-    return _Match(rows, vectors, coverage, tokenizer)
+    if tokenizer is not None and (note := missing_rows(tokenizer, size)):
+        notes.append(note)
+    return _Match(rows, vectors, coverage, tokenizer, notes)
 
 
 def _make_target(

@@ -320,7 +320,7 @@ def test_the_command_takes_a_config_and_writes_nothing_in_vain(tmp_path: Path, c
     torch.save({"model": stock.state_dict(), "epoch": 3}, tmp_path / "run.pt")
     (tmp_path / "c.json").write_text(json.dumps({"n_head": 4}))
     command = ["warm-start", str(tmp_path / "run.pt"), "--to", "mygpt2", "--json", str(tmp_path / "report.json")]
-    assert cli.main(command) == 1 and "num_attention_heads: pass config=" in capsys.readouterr().err
+    assert cli.main(command) == 1 and "num_attention_heads: pass --config" in capsys.readouterr().err
     command += ["--config", str(tmp_path / "c.json")]
     (tmp_path / "file").write_text("dear")
     for wrong in (

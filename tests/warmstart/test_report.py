@@ -282,7 +282,7 @@ def test_json_table_and_totals(tmp_path: Path) -> None:
     stock = stock_model("GPT2LMHeadModel")
     report = warm_start("mygpt2", stock, overrides={"num_key_value_heads": 2, "norm_type": "rmsnorm"})
     data = json.loads(report.save_json(tmp_path / "report.json").read_text())
-    assert set(data) == {"source", "target", "exact", "totals", "rows", "notes", "coverage"}
+    assert set(data) == {"source", "target", "exact", "totals", "rows", "notes", "coverage", "check"}
     assert {"status", "kind", "targets", "sources", "how", "parameters", "steps", "constant", "frozen"} == set(
         data["rows"][0]
     )

@@ -1,0 +1,134 @@
+"""What stands beside weights and says how to read them: config files, and what training scripts store in the same file."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
+
+from ..checkpoints.safetensors_files import read_json
+from .configs import fields_of
+from .names import CONFIGS, FAMILIES
+
+# under these names training scripts keep what they made the model from, the closest to the model first
+_HOLDERS = ("model_args", "model_config", "config", "cfg", "hyper_parameters", "hparams", "args", "params")
+# other names of our fields: nanoGPT's, OpenAI's hparams.json, and what people write
+_ALIASES = {
+    "block_size": "max_position_embeddings",
+    "n_ctx": "max_position_embeddings",
+    "n_vocab": "vocab_size",
+    "num_heads": "num_attention_heads",
+    "num_layers": "num_hidden_layers",
+}
+# fields that in a training script mean something of its own
+_NOT_ARCHITECTURE = {
+    "pooling", "layer_mix", "label_smoothing", "class_weights", "focal_gamma", "multi_sample_dropout", "use_cache",
+    "num_labels", "output_attentions", "output_hidden_states", "initializer_range", "position_embedding_type",
+}  # fmt: skip
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+# Google's BERT has no other: its code fixes what its config does not name
+_GOOGLE = {"model_type": "bert", "layer_norm_eps": 1e-12}
+_OPENAI = {"model_type": "gpt2"}
+# nanoGPT's model_args, and what its code fixes; a fork has more switches, and may fix nothing of this
+_NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+_NANOGPT = {
+    "norm_type": "layernorm",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+
+
+class Said(NamedTuple):
+    """What a source says of itself.
+
+    Attributes:
+        config: its `config.json`, or what is known of it; with a `model_type` it is complete.
+        assumed: fields that it does not say, and what its kind usually has.
+    """
+
+    config: dict[str, Any]
+    assumed: dict[str, Any] = {}
+
+
+def config_in_folder(folder: Path) -> dict[str, Any]:
+    """The config file of a folder: `config.json`, Google's `bert_config.json` or OpenAI's `hparams.json`; {} if none."""
+    if (folder / "config.json").is_file():
+        return read_json(folder / "config.json")
+    if (folder / "bert_config.json").is_file():
+        return {**_GOOGLE, **read_json(folder / "bert_config.json")}
+    if (folder / "hparams.json").is_file():
+        raw = read_json(folder / "hparams.json")
+        if {"n_head", "n_embd", "n_layer"} <= raw.keys():
+            return {**_OPENAI, **{_ALIASES.get(name, name): value for name, value in raw.items()}}
+    return {}
+
+
+def config_in_file(extras: Mapping[str, Any]) -> Said:
+    """What a training checkpoint says of its model beside the weights (`Checkpoint.extras`).
+
+    A complete config (`model_type` and the heads) is taken as it is; of anything else, the fields that are a model's
+    architecture.
+    """
+    fields: dict[str, Any] = {}
+    nano = False
+    for entries in _holders(extras):
+        if isinstance(entries.get("model_type"), str) and any(name in entries for name in _HEADS):
+            return Said(entries)
+        nano = nano or {"n_head", "n_embd", "block_size", "bias"} <= entries.keys() <= _NANOGPT_ARGS
+        for name, value in entries.items():
+            if _plain(value) and (name in _known() or name in _ALIASES):
+                fields.setdefault(_ours(name), value)
+    if nano:
+        return Said({**_NANOGPT, **fields}, {"activation_function": "gelu"})
+    return Said(fields)
+
+
+def _ours(name: str) -> str:
+    return _ALIASES.get(name) or CONFIGS["mygpt2"].attribute_map.get(name, name)
+
+
+def _known() -> set[str]:
+    own = {
+        name for config_class in CONFIGS.values() for name in (*fields_of(config_class), *config_class.attribute_map)
+    }
+    return (own | {name for family in FAMILIES for name in family.fields}) - _NOT_ARCHITECTURE
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool)) or (
+        isinstance(value, (list, dict)) and all(isinstance(item, (str, int)) for item in value)
+    )
+
+
+def _holders(extras: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The mappings that may describe the model, the likeliest first; the top of the file last."""
+
+    def rank(name: str) -> int:
+        last = name.rpartition(".")[2].lower()
+        return _HOLDERS.index(last) if last in _HOLDERS else len(_HOLDERS)
+
+    level = [(name, _entries(extras[name])) for name in sorted(extras, key=rank)]
+    level = [(name, entries) for name, entries in level if rank(name) < len(_HOLDERS) or _tells(name, entries)]
+    for _ in range(3):  # Lightning's hyper_parameters hold what the module was called with, which may be a config
+        yield from (entries for _, entries in level)
+        level = [(key, _entries(value)) for _, entries in level for key, value in entries.items()]
+        level = [(key, entries) for key, entries in level if entries]
+    yield {name: value for name, value in extras.items() if isinstance(name, str)}
+
+
+def _tells(name: str, entries: Mapping[str, Any]) -> bool:
+    return bool(entries) and any(word in name.lower() for word in ("config", "args", "param", "model"))
+
+
+def _entries(value: Any) -> dict[str, Any]:
+    if isinstance(value, PretrainedConfig):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {name: entry for name, entry in value.items() if isinstance(name, str)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    if isinstance(value, (str, bytes, int, float, list, tuple, type)) or value is None or callable(value):
+        return {}
+    return {name: entry for name, entry in getattr(value, "__dict__", {}).items() if not name.startswith("_")}

@@ -1,0 +1,42 @@
+"""What `warm_start` says in terms of its arguments, in terms of the command line's options."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..checkpoints import CheckpointError
+from .report import WarmStartReport
+
+_OPTIONS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        "config", "head", "layers", "widen", "positions", "tokenizer", "source_tokenizer", "word_vectors", "rename", "skip",
+        "only", "strict", "allow", "section", "revision", "dtype",
+    )
+} | {"overrides": "--set"}  # fmt: skip
+_ARGUMENT = re.compile(rf"(?:warm_start's )?(?<![\w-])({'|'.join(_OPTIONS)})=(?=(.?))")
+
+
+def as_options(text: str) -> str:
+    """`"pass config="` → `"pass --config"`, `"layers='x' is"` → `"--layers 'x' is"`."""
+    text = text.replace("section=, or --section", "section=").replace(" (allow_pickle=True)", "")
+    text = text.replace("report.check()", "--check")
+    return _ARGUMENT.sub(lambda m: _OPTIONS[m[1]] + (" " if re.match(r"[\w'\"{\[]", m[2]) else ""), text)
+
+
+@contextlib.contextmanager
+def in_options() -> Iterator[None]:
+    """Errors raised within name options of the command line."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.args = (as_options(str(error)),)
+        raise
+
+
+def report_in_options(report: WarmStartReport) -> None:
+    """Let the report's notes name options of the command line."""
+    report.notes = [as_options(note) for note in report.notes]
+    if report.checked is not None:
+        report.checked = replace(report.checked, what=as_options(report.checked.what))
