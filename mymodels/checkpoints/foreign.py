@@ -26,9 +26,14 @@ def _torch_dtype(name: str) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) and not re.fullmatch(r"u?int[1-7]", name) else None
 
 
-def _to_torch(array: np.ndarray) -> torch.Tensor:
+def array_dtype(dtype: np.dtype) -> torch.dtype | None:
+    """The torch dtype of an array of numbers; NumPy files keep bfloat16 as two bytes without a type."""
+    return torch.bfloat16 if dtype.kind == "V" and dtype.str[1:] == "V2" else _torch_dtype(dtype.name)
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
     """The same bytes as a tensor; ml_dtypes' types (bfloat16, float8) are unknown to `torch.from_numpy`."""
-    dtype = _torch_dtype(array.dtype.name)
+    dtype = array_dtype(array.dtype)
     assert dtype is not None
     shape, array = array.shape, np.ascontiguousarray(array)
     if not array.dtype.isnative:
@@ -48,14 +53,18 @@ def open_npz(path: Path) -> Checkpoint:
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
             shape, _, dtype = read_header(file)
-        torch_dtype = _torch_dtype(dtype.name)
+        torch_dtype = array_dtype(dtype)
+        if torch_dtype is None and dtype.kind == "V":
+            raise CheckpointError(
+                f"{path}: array {name!r} has no type that NumPy knows ({dtype.str}, as float8 has there): save it as float32"
+            )
         if torch_dtype is None:  # text, objects
             others[name] = f"array of {dtype}, shape {tuple(shape)}"
             continue
         info[name] = TensorInfo(tuple(shape), torch_dtype, path.name)
     if not info:
         raise CheckpointError(f"{path} holds no arrays of numbers, only {', '.join(others) or 'nothing'}: no weights")
-    return Checkpoint(path, "NumPy", info, lambda name: _to_torch(archive[name]), extras=others)
+    return Checkpoint(path, "NumPy", info, lambda name: to_torch(archive[name]), extras=others)
 
 
 def open_onnx(path: Path) -> Checkpoint:
@@ -88,7 +97,7 @@ def open_onnx(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is an ONNX model without initialisers: it holds no weights")
 
     def read(name: str) -> torch.Tensor:
-        return _to_torch(onnx.numpy_helper.to_array(initializers[name], base_dir=str(path.parent)))
+        return to_torch(onnx.numpy_helper.to_array(initializers[name], base_dir=str(path.parent)))
 
     return Checkpoint(path, "ONNX", info, read, extras=strings)
 
@@ -107,7 +116,7 @@ def open_tensorflow(prefix: Path) -> Checkpoint:
             info[name] = TensorInfo(tuple(shapes[name]), dtype, prefix.name)
 
     def read(name: str) -> torch.Tensor:
-        return _to_torch(np.asarray(reader.get_tensor(name)))
+        return to_torch(np.asarray(reader.get_tensor(name)))
 
     return Checkpoint(prefix, "TensorFlow", info, read, extras=others)
 
@@ -130,7 +139,7 @@ def open_gguf(path: Path) -> Checkpoint:
     def read(name: str) -> torch.Tensor:
         tensor, (shape, dtype, _) = tensors[name], info[name]
         if tensor.tensor_type not in plain:
-            return _to_torch(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+            return to_torch(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
         return torch.from_numpy(tensor.data.reshape(-1).view(np.uint8).copy()).view(dtype).reshape(shape)
 
     quantised = {

@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .opening import locate, open_checkpoint
+from .plain_pickle import Unopened
 from .safetensors_files import read_json
+from .torch_files import Leaf, unread
 
 _PURPOSES = (
     (r"^\.metadata$", "which file holds which tensor"),
@@ -86,7 +88,9 @@ def inspect_checkpoint(
         "dtypes": dict(dtypes.most_common()),
         "modules": dict(modules),
         "sections": {name or "(top)": len(names) for name, names in opened.sections.items()},
-        "extras": {name: describe(value) for name, value in (opened.extras | _trainer_state(folder)).items()},
+        "extras": {
+            name: describe(value) for name, value in {**unread(opened.extras), **_trainer_state(folder)}.items()
+        },
         "tied": opened.aliases,
         "duplicates": _duplicates(opened) if duplicates else [],
         "tensors": {
@@ -116,6 +120,10 @@ def _module(name: str) -> str:
 
 def describe(value: Any) -> str:
     """One line on something that is no tensor of the model: what it is, and its value if that is short."""
+    if isinstance(value, Leaf):
+        return f"tensor {value.info.shape}"
+    if isinstance(value, Unopened):
+        return f"{_short(value, 200)}, not opened: its class was not imported"
     if isinstance(value, torch.Tensor):
         return (
             f"{value.item():.6g}" if value.numel() == 1 and not value.is_complex() else f"tensor {tuple(value.shape)}"
@@ -144,6 +152,8 @@ def _values(container: Any) -> list[Any]:
 
 
 def _short(value: Any, width: int = 40) -> str:
+    if isinstance(value, Leaf):
+        return f"tensor {value.info.shape}"
     if isinstance(value, torch.Tensor):
         return f"tensor {tuple(value.shape)}"
     if isinstance(value, (Mapping, list, tuple)) and len(value) > 4:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from .foreign import open_gguf, open_npz, open_onnx, open_tensorflow
 from .replacing import repair
 from .safetensors_files import open_index, open_safetensors, read_json
 from .torch_archives import open_distributed, open_exported, open_torchscript
-from .torch_files import open_torch_file
+from .torch_files import open_pickle, open_torch_file
 
 _TF_INDEX_MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a TensorFlow index file
-_LEGACY_TORCH = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", re.DOTALL)
+_LEGACY_TORCH = re.compile(
+    rb"L119547037146038801333356L\n\.|\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", re.DOTALL
+)
 _WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first what transformers takes, in its order
     "model.safetensors",
     "model.safetensors.index.json",
@@ -42,7 +45,9 @@ _WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first wh
     "*.onnx",
     "*.npz",
 )
-_BESIDE = re.compile(r"^(optimizer|scheduler|scaler|rng_state|training_args|golden)")
+_BESIDE = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|golden)")
+_ANY_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|pt2|tar|h5|keras|msgpack|ot|onnx|gguf|npz|tflite|pkl)$|\.ckpt$")
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(\.\w+)")
 
 
 def open_checkpoint(
@@ -83,6 +88,8 @@ def open_checkpoint(
     where = locate(path, revision=revision, token=token)
     opener = partial(_open_folder if where.is_dir() else open_file, where, allow_pickle)
     checkpoint = _open_whole(where, opener) if where.is_dir() and not allow_pickle else opener()
+    if where.is_dir():
+        checkpoint.left_out = _left_out(where, checkpoint)
     return checkpoint if section is None else checkpoint.section(section)
 
 
@@ -158,14 +165,60 @@ def weight_files(folder: Path) -> list[Path]:
         if found:
             return found
     others = [file for file in sorted(folder.iterdir()) if file.is_file() and not _BESIDE.match(file.name)]
-    return [file for file in others if file.suffix != ".json" and kind_of(file) in ("PyTorch", *_OPENERS)]
+    return [file for file in others if file.suffix != ".json" and kind_of(file) in ("PyTorch", "pickle", *_OPENERS)]
+
+
+def _left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """The files of weights or training state in a folder, and one level below, that the checkpoint is not read from."""
+    read = {info.file for info in checkpoint.info.values()}
+    names = [file.relative_to(folder) for pattern in ("*", "*/*") for file in sorted(folder.glob(pattern))]
+    return [
+        name.as_posix()
+        for name in names
+        if _ANY_WEIGHTS.search(name.name)
+        and name.as_posix() not in read
+        and name.name != "golden.safetensors"
+        and not any(re.match(r"\.|checkpoint-\d+$", part) for part in name.parts)
+        and (folder / name).is_file()
+        and checkpoint.format != "torch.distributed.checkpoint"
+    ]
+
+
+def missing_shards(path: Path) -> list[str]:
+    """The files that belong to `path`'s set by its name (`model-00001-of-00003.safetensors`) and are not beside it."""
+    found = _SHARD.fullmatch(path.name)
+    if not found:
+        return []
+    stem, number, count, suffix = found.groups()
+    names = [f"{stem}-{i:0{len(number)}d}-of-{count}{suffix}" for i in range(1, min(int(count), 100_000) + 1)]
+    if number.strip("0") == "":  # counted from 0
+        names = [f"{stem}-{0:0{len(number)}d}-of-{count}{suffix}", *names[:-1]]
+    return [name for name in names if not path.with_name(name).is_file()]
+
+
+def _open_several(files: list[Path], allow_pickle: bool) -> Checkpoint:
+    """What accelerate writes for several models, `model.safetensors` and `model_1.safetensors`: a section each."""
+    parts = {file.stem: open_file(file, allow_pickle) for file in files}
+    first = next(iter(parts.values()))
+    homes = {f"{stem}.{name}": (part, name) for stem, part in parts.items() for name in part}
+    return Checkpoint(
+        files[0].parent,
+        f"{len(files)} files of {first.format}",
+        {full: part.info[name] for full, (part, name) in homes.items()},
+        lambda full: homes[full][0][homes[full][1]],
+        sections={stem: list(part) for stem, part in parts.items()},
+        aliases={f"{stem}.{a}": f"{stem}.{b}" for stem, part in parts.items() for a, b in part.aliases.items()},
+    )
 
 
 def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     files = weight_files(folder)
     if not files:
-        inner = [path.parent for path in sorted(folder.glob("*/*")) if weight_files(path.parent)]
-        hint = f"; did you mean {inner[0]}?" if inner else ""
+        for file in sorted(folder.iterdir()):  # of a format that is not read
+            if file.is_file() and _ANY_WEIGHTS.search(file.name) and not _BESIDE.match(file.name):
+                raise CheckpointError(f"{folder} has no weights but {file.name}: this is {kind_of(file)}")
+        inner = [path.parent for path in folder.glob("*/*") if weight_files(path.parent)]
+        hint = f"; did you mean {max(inner, key=_step)}?" if inner else ""
         raise CheckpointError(f"{folder} holds no checkpoint: none of {', '.join(_WEIGHTS[:8])} and the like{hint}")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:6])
@@ -174,11 +227,30 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
                 f"{folder} holds shards ({names}) but not their index; copy {files[0].name} index too"
             )
         raise CheckpointError(f"{folder} holds several checkpoints ({names}): name the file")
+    if missing := missing_shards(files[0]):
+        raise CheckpointError(
+            f"{folder} holds {files[0].name} but not {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}: copy the "
+            f"missing shards and the index too"
+        )
+    if files[0].name in ("model.safetensors", "pytorch_model.bin"):
+        more = [file for file in folder.glob(f"{files[0].stem}_*{files[0].suffix}") if _number(file.stem)]
+        if more:
+            return _open_several([files[0], *sorted(more, key=lambda file: int(_number(file.stem)))], allow_pickle)
     if files[0].name == ".metadata":
         return _guarded(open_distributed, folder, "the folder")
     if files[0].name == "saved_model.pb":
         return _guarded(open_tensorflow, folder / "variables" / "variables", "the checkpoint")
     return open_file(files[0], allow_pickle)
+
+
+def _step(folder: Path) -> tuple[int, str]:
+    """Of the folders that a trainer saves one after the other, the last is the one that is meant."""
+    return int(_number(folder.name) or -1), folder.name
+
+
+def _number(name: str) -> str:
+    found = re.search(r"[-_](\d+)$", name)
+    return found[1] if found else ""
 
 
 def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
@@ -187,6 +259,8 @@ def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
         if not path.with_name(path.name + ".index").is_file():
             raise FileNotFoundError(f"{path} is gone")
         return _guarded(open_tensorflow, path, "the checkpoint")
+    if beside := _tensorflow_index(path):
+        path = beside
     kind = kind_of(path)
     if kind == "index":
         opener = partial(open_file, allow_pickle=allow_pickle)
@@ -194,6 +268,8 @@ def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
         return sharded() if allow_pickle else _open_whole(path.parent, sharded)
     if kind == "PyTorch":
         return _guarded(partial(open_torch_file, allow_pickle=allow_pickle), path, "the file")
+    if kind == "pickle":
+        return open_pickle(path)
     if kind == "TensorFlow index":
         return _guarded(open_tensorflow, _tf_prefix(path), "the checkpoint")
     if kind in _OPENERS:
@@ -218,6 +294,16 @@ def _guarded(opener: Callable[[Path], Checkpoint], path: Path, what: str) -> Che
         raise
     except Exception as error:  # from deep inside a third-party reader
         raise unreadable(path, what, error) from error
+
+
+def _tensorflow_index(path: Path) -> Path | None:
+    """The index of a TensorFlow checkpoint, by the name of another of its files."""
+    if path.name == "checkpoint":  # a text that names the newest
+        found = re.match(rb'model_checkpoint_path: "([^"/\\]+)"', path.read_bytes()[:1000])
+        index = path.with_name(found[1].decode("utf-8", "replace") + ".index") if found else path
+    else:
+        index = path.with_name(re.sub(r"\.(data-\d+-of-\d+|meta)$", "", path.name) + ".index")
+    return index if index != path and index.is_file() and path.suffix != ".index" else None
 
 
 def _tf_prefix(path: Path) -> Path:
@@ -254,18 +340,49 @@ def kind_of(path: Path) -> str:
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
         return "a web page, not the file: the download failed; fetch it again"
     if head.startswith(b"\x89HDF"):
-        return "an HDF5 file, which is not read; save it with transformers or TensorFlow as safetensors or a checkpoint"
+        return (
+            "an HDF5 file of TensorFlow or Keras, which is not read: load it with transformers 4 (from_tf=True) and "
+            "save_pretrained, or with Keras and model.export(folder), which writes a SavedModel"
+        )
+    if head.startswith(b"\x93NUMPY"):
+        return (
+            "one NumPy array without a name, not a state dict: save the arrays under names, numpy.savez(file, **arrays)"
+        )
+    if path.suffix == ".msgpack" or re.match(rb"(\xde..|\xdf....|[\x81-\x8f])[\xa1-\xbf\xd9]", head, re.DOTALL):
+        return (
+            "a msgpack file of Flax, which is not read: load it with transformers 4 and Flax (from_flax=True), and "
+            "save_pretrained"
+        )
+    if path.name == "checkpoint" and head.startswith(b"model_checkpoint_path"):
+        return "TensorFlow's note of its newest checkpoint, which is not here: copy its .index and .data files too"
+    if re.search(r"\.data-\d+-of-\d+$", path.name):
+        return "the data of a TensorFlow checkpoint without its .index file: copy that too"
+    if path.suffix == ".meta":
+        return "the graph of a TensorFlow checkpoint, without weights: name its .index file"
     if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")) or head[257:262] == b"ustar":
         return "a compressed or packed archive: unpack it and name the file inside"
     if head.lstrip()[:1] == b"{" or path.suffix == ".json":
         return "index"
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         return "safetensors"
-    if head[:1] == b"\x80":
-        return "a bare pickle, not made by torch.save, which only running its code would open; save it with torch.save"
+    if head[:1] == b"\x80" or _looks_like_pickle(head, tail):
+        return "pickle"
     if _looks_like_onnx(path, size):
         return "ONNX"
     return "in none of the formats that are read; if it was one, it is damaged: copy or download it again"
+
+
+def _looks_like_pickle(head: bytes, tail: bytes) -> bool:
+    """Whether a file may be a pickle of protocol 0 or 1, which have no mark of their own."""
+    if not tail.endswith(b".") or head[:1] not in b"(c}]L":
+        return False
+    operations = 0
+    try:
+        for _ in pickletools.genops(head):
+            operations += 1
+    except ValueError:  # the head ends amid an operation
+        pass
+    return operations > 3
 
 
 def _kind_of_zip(path: Path) -> str:
@@ -285,6 +402,10 @@ def _kind_of_zip(path: Path) -> str:
         return "TorchScript"
     if "data.pkl" in inner:
         return "PyTorch"
+    if "model.weights.h5" in names:
+        return (
+            "a Keras archive, which is not read: load it with Keras and model.export(folder), which writes a SavedModel"
+        )
     return "a zip archive of something else: unpack it and name the file inside"
 
 

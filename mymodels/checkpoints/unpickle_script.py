@@ -19,12 +19,20 @@ def plain(value):
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, Mapping):
-        return {key if isinstance(key, (str, int)) else repr(key): plain(item) for key, item in value.items()}
+        return {plain(key) if isinstance(key, (str, int)) else repr(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return value
     if isinstance(value, np.generic):
         return value.item()
-    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+    if type(value) in (bool, type(None)):
+        return value
+    if isinstance(value, str):  # of an enum, say, which is also one of these
+        return str.__str__(value)
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
+    return repr(value)
 
 
 if __name__ == "__main__":
