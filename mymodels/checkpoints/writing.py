@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo, resolve_dtype, view_of
+from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo, plain_tensor, resolve_dtype, view_of
 from .integrity import is_weight_file, write_manifest
 from .replacing import replace_file, replace_folder
 from .safetensors_files import read_json
@@ -176,6 +176,7 @@ def describe(tensors: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[st
             raise CheckpointError(f"the key {name!r} is a {type(name).__name__}: a tensor's name must be text")
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{name!r} is a {type(tensor).__name__}, not a tensor: take it out of the state dict")
+        tensor = plain_tensor(tensor, name, "the state dict")
         info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, "")
         if tensor.is_meta:
             raise CheckpointError(f"tensor {name!r} is on the meta device and has no data: load the weights first")
@@ -206,7 +207,7 @@ def storable(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, format:
     if format == "safetensors" and (tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES):
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise CheckpointError(f"tensor {name!r} is {kind}, which safetensors cannot hold: convert it, or save as pt")
-    tensor = tensor.detach()
+    tensor = plain_tensor(tensor, name, "the state dict").detach()
     if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
         cast = tensor.to("cpu", dtype)
         if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and _count_infinite(cast) > _count_infinite(tensor):
