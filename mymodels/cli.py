@@ -64,8 +64,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
     )
     print(f"{arguments.destination}: {len(source)} tensors from {source.format}, written as {arguments.format}")
-    if source.extras:
-        print(f"not taken along: {', '.join(source.extras)}")
+    if left := [*source.extras, *source.left_out]:
+        print(f"not taken along: {', '.join(left)}")
     return 0
 
 
@@ -77,7 +77,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     if arguments.write_manifest:
         write_manifest(arguments.path)
-    problems = check_checkpoint(arguments.path, full=arguments.full)
+    problems = check_checkpoint(arguments.path, full=arguments.full, allow_pickle=arguments.allow_pickle)
     if arguments.json:
         print(json.dumps([problem._asdict() for problem in problems], indent=2))
         return int(bool(problems))
@@ -377,6 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     check = verbs.add_parser("check", help="is a checkpoint whole? index, headers and manifest against each other")
     check.add_argument("path", type=Path, metavar="PATH")
     check.add_argument("--full", action="store_true", help="read every byte: hashes, checksums, NaN weights")
+    check.add_argument("--allow-pickle", action="store_true", help="run a pickle's code, in another process")
     check.add_argument("--write-manifest", action="store_true", help="record what is there now, then check")
     check.add_argument("--json", action="store_true", help="for programs")
     check.set_defaults(run=_check)

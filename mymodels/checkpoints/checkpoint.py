@@ -175,6 +175,20 @@ def view_of(tensor: torch.Tensor) -> tuple:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), signs
 
 
+_FLOAT4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose values torch can compare and test: dense, dequantised, tiny numbers as float32."""
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # two numbers a byte, the lower bits first
+        data = tensor.contiguous().view(torch.uint8).long()
+        return _FLOAT4[torch.stack([data & 15, data >> 4], -1)].flatten(-2)
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
 def plain_tensor(tensor: Any, name: str, where: Any) -> torch.Tensor:
     """The tensor itself, or the values of a distributed one that lie here as a whole.
 

@@ -90,6 +90,8 @@ def open_checkpoint(
     checkpoint = _open_whole(where, opener) if where.is_dir() and not allow_pickle else opener()
     if where.is_dir():
         checkpoint.left_out = _left_out(where, checkpoint)
+    elif not checkpoint.part_of and checkpoint.path == where:
+        checkpoint.part_of = _shard_of(where, checkpoint)
     return checkpoint if section is None else checkpoint.section(section)
 
 
@@ -196,24 +198,45 @@ def missing_shards(path: Path) -> list[str]:
     return [name for name in names if not path.with_name(name).is_file()]
 
 
-def _open_several(files: list[Path], allow_pickle: bool) -> Checkpoint:
-    """What accelerate writes for several models, `model.safetensors` and `model_1.safetensors`: a section each."""
-    parts = {file.stem: open_file(file, allow_pickle) for file in files}
+def _shard_of(path: Path, checkpoint: Checkpoint) -> str:
+    """Why a file is only a part of a model, if its name says so."""
+    found = _SHARD.fullmatch(path.name)
+    if not found or int(found[3]) < 2 or checkpoint.format.startswith("GGUF"):
+        return ""
+    missing = missing_shards(path)
+    beside = (
+        f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} are missing"
+        if missing
+        else "the others lie beside it"
+    )
+    return f"{path} is one of {int(found[3])} shards of a model, {beside}: name the folder that has them all, and their index"
+
+
+def _open_several(path: Path, parts: dict[str, Checkpoint]) -> Checkpoint:
+    """Several models of one folder as sections."""
     first = next(iter(parts.values()))
     homes = {f"{stem}.{name}": (part, name) for stem, part in parts.items() for name in part}
     return Checkpoint(
-        files[0].parent,
-        f"{len(files)} files of {first.format}",
-        {full: part.info[name] for full, (part, name) in homes.items()},
+        path,
+        f"{len(parts)} models of {first.format}",
+        {full: part.info[name]._replace(file=_below(path, part, name)) for full, (part, name) in homes.items()},
         lambda full: homes[full][0][homes[full][1]],
         sections={stem: list(part) for stem, part in parts.items()},
         aliases={f"{stem}.{a}": f"{stem}.{b}" for stem, part in parts.items() for a, b in part.aliases.items()},
     )
 
 
+def _below(path: Path, part: Checkpoint, name: str) -> str:
+    home = part.path if part.path.is_dir() else part.path.parent
+    return (home / part.info[name].file).relative_to(path).as_posix()
+
+
 def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     files = weight_files(folder)
     if not files:
+        inner = [path.parent for path in sorted(folder.glob("*/manifest.json")) if weight_files(path.parent)]
+        if inner and not any(re.fullmatch(r"checkpoint-\d+", path.name) for path in inner):  # as `convert` writes them
+            return _open_several(folder, {path.name: _open_folder(path, allow_pickle) for path in inner})
         for file in sorted(folder.iterdir()):  # of a format that is not read
             if file.is_file() and _ANY_WEIGHTS.search(file.name) and not _BESIDE.match(file.name):
                 raise CheckpointError(f"{folder} has no weights but {file.name}: this is {kind_of(file)}")
@@ -222,6 +245,8 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
         raise CheckpointError(f"{folder} holds no checkpoint: none of {', '.join(_WEIGHTS[:8])} and the like{hint}")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:6])
+        if kind_of(files[0]) == "safetensors" and (part := open_safetensors(files[0]).part_of):
+            raise CheckpointError(part)
         if re.search(r"-of-\d+", files[0].name):
             raise CheckpointError(
                 f"{folder} holds shards ({names}) but not their index; copy {files[0].name} index too"
@@ -235,7 +260,8 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     if files[0].name in ("model.safetensors", "pytorch_model.bin"):
         more = [file for file in folder.glob(f"{files[0].stem}_*{files[0].suffix}") if _number(file.stem)]
         if more:
-            return _open_several([files[0], *sorted(more, key=lambda file: int(_number(file.stem)))], allow_pickle)
+            several = [files[0], *sorted(more, key=lambda file: int(_number(file.stem)))]  # as accelerate writes them
+            return _open_several(folder, {file.stem: open_file(file, allow_pickle) for file in several})
     if files[0].name == ".metadata":
         return _guarded(open_distributed, folder, "the folder")
     if files[0].name == "saved_model.pb":

@@ -140,7 +140,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     aliases = _tied_names(info, metadata)
     part = (
         f"{path} is one process's part of a model that torch.distributed saved as safetensors: join the files with "
-        f"consolidate_safetensors_files of torch.distributed.checkpoint"
+        f"consolidate_safetensors_files(folder, new_folder) of torch.distributed.checkpoint._consolidate_hf_safetensors"
         if "DCP_SHARDING_INFO" in metadata
         else ""
     )
