@@ -12,7 +12,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -157,6 +156,7 @@ def test_tensors_within_an_object_are_not_left_out_silently(tmp_path: Path) -> N
 
 
 def test_arrays_are_weights(tmp_path: Path) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
     arrays = {"a.w": np.random.randn(2, 3).astype("f4"), "a.b": np.arange(3), "h": np.ones(2, ml_dtypes.bfloat16)}
     torch.save(arrays, tmp_path / "x.pt")
     torch.save({"model": arrays, "epoch": 1, "train_losses": np.zeros(7)}, tmp_path / "y.pt")

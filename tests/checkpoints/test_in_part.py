@@ -7,8 +7,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -61,25 +59,6 @@ def test_a_lone_shard_is_not_whole(suffix: str, tmp_path: Path) -> None:
 
 
 WEIGHTS_AB = {"w": WEIGHTS["a.w"], "b": WEIGHTS["a.b"]}
-
-
-def test_split_gguf(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
-    arrays = {f"blk.{i}.w": np.random.randn(4, 32).astype("f4") for i in range(5)}
-    for name, array in arrays.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    files = sorted(tmp_path.glob("*.gguf"))
-    assert len(files) == 3
-    opened = open_checkpoint(files[0])
-    assert set(opened) == set(arrays) and all(np.array_equal(opened[name].numpy(), arrays[name]) for name in arrays)
-    assert check_checkpoint(files[1], full=True) == []
-    files[1].unlink()
-    (problem,) = check_checkpoint(files[0])
-    assert files[1].name in problem.message
 
 
 @pytest.mark.slow
@@ -266,7 +245,7 @@ def test_numbers_of_another_kind_and_quantised_ones_are_refused(tmp_path: Path) 
     ):
         torch.save({"weight": weight, "bias": bias} | more, tmp_path / "m.pt")
         for strict in (True, False):
-            with pytest.raises(CheckpointError, match="quantised|cannot hold" if not (strict and more) else ""):
+            with pytest.raises(CheckpointError, match=r"quantised|cannot hold"):
                 load_checkpoint_and_dispatch(linear, tmp_path / "m.pt", strict=strict)
     assert torch.equal(linear.weight, before)
     torch.save({"weight": float8, "bias": bias}, tmp_path / "m.pt")  # a plain cast
