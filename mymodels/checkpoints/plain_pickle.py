@@ -137,6 +137,11 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return codecs.encode(text, "latin1")
 
 
+def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes:
+    """Not of a number, which would take any memory that a file asks for."""
+    return _encode(data, encoding) if isinstance(data, str) else bytes(list(data))
+
+
 def _defaultdict(factory: Any = None, *rest: Any) -> collections.defaultdict:
     return collections.defaultdict(factory if factory in _BUILTINS.values() else None, *rest)
 
@@ -230,6 +235,8 @@ def _known() -> dict[str, Any]:
         "_codecs.encode": _encode,
         "collections.defaultdict": _defaultdict,
         "builtins.getattr": _getattr,
+        "builtins.bytes": _bytes,
+        "builtins.bytearray": lambda *args: bytearray(_bytes(*args)),
         "copyreg._reconstructor": _reconstructor,
         "copyreg.__newobj__": _newobj,
         "torch._tensor._rebuild_from_type_v2": _from_type,
@@ -328,7 +335,7 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8  # type: ignore[assignment]
 
 
-_BUILT = (torch.Tensor, dict, np.ndarray, np.dtype, *_FIELDS, pathlib.PurePath)
+_BUILT = (torch.Tensor, dict, np.ndarray, np.dtype, *_FIELDS)
 
 
 def load(file: Any, **options: Any) -> Any:

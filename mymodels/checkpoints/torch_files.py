@@ -340,8 +340,8 @@ def holds_tensors(unopened: Unopened) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _legacy_node(path: Path, modified: int, size: int) -> Any:
-    return load_data(path)
+def _legacy_file(path: Path, modified: int, size: int) -> Checkpoint:
+    return nested_checkpoint(path, "PyTorch (torch.save before 1.6)", load_data(path), path.name)
 
 
 def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
@@ -350,21 +350,21 @@ def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
     At most one such file stays in memory, so a sharded checkpoint of them costs one shard.
     """
     stat = path.stat()
-    load = partial(_legacy_node, path, stat.st_mtime_ns, stat.st_size)
+    load = partial(_legacy_file, path, stat.st_mtime_ns, stat.st_size)
     try:
-        whole = nested_checkpoint(path, "PyTorch (torch.save before 1.6)", load(), path.name)
+        whole = load()
     except NotPlain:
         if not allow_pickle:
             raise
         return _unpickle_elsewhere(path)
 
     def read(name: str) -> torch.Tensor:
-        return _flat(take_apart(load()))[0][name].detach().clone()  # the loaded file is kept, and may be read again
+        return load()[name].clone()  # the loaded file is kept, and may be read again
 
     checkpoint = Checkpoint(
         path, whole.format, whole.info, read, sections=whole.sections, extras=whole.extras, aliases=whole.aliases
     )
-    weakref.finalize(checkpoint, _legacy_node.cache_clear)
+    weakref.finalize(checkpoint, _legacy_file.cache_clear)
     return checkpoint
 
 

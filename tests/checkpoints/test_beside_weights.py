@@ -162,7 +162,8 @@ def test_arrays_are_weights(tmp_path: Path) -> None:
     torch.save({"model": arrays, "epoch": 1, "train_losses": np.zeros(7)}, tmp_path / "y.pt")
     (tmp_path / "z.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}))
     (tmp_path / "old.pkl").write_bytes(pickle.dumps({"model": arrays}, protocol=0))
-    for name in ("x.pt", "y.pt", "z.pkl", "old.pkl"):
+    torch.save({"model": arrays}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    for name in ("x.pt", "y.pt", "z.pkl", "old.pkl", "legacy.pt"):
         opened = open_checkpoint(tmp_path / name)
         assert list(opened) == list(arrays)
         assert opened["h"].dtype == torch.bfloat16
@@ -196,6 +197,19 @@ def test_a_bare_optimizer_is_no_model(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2)).sum().backward()
     optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    opened = open_checkpoint(tmp_path / "optimizer.pt")
-    assert list(opened.sections) == [""] and "optimizer" in opened.format
+    for zipped in (True, False):
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt", _use_new_zipfile_serialization=zipped)
+        opened = open_checkpoint(tmp_path / "optimizer.pt")
+        assert list(opened.sections) == [""] and "optimizer" in opened.format
+        assert torch.equal(opened["state.0.exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_a_pickle_cannot_ask_for_memory(tmp_path: Path) -> None:
+    for call in ((bytearray, 10**15), (bytes, 10**15), (list, range(10**15))):
+        torch.save({"m": WEIGHTS, "x": Runs(*call)}, tmp_path / "x.pt", pickle_protocol=4)
+        try:
+            opened = open_checkpoint(tmp_path / "x.pt")
+        except CheckpointError as error:
+            one_sentence(error, "x.pt")
+        else:
+            assert set(opened) == set(WEIGHTS)
