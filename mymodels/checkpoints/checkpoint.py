@@ -186,6 +186,8 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # two numbers a byte, the lower bits first
         data = tensor.contiguous().view(torch.uint8).long()
         return _FLOAT4[torch.stack([data & 15, data >> 4], -1)].flatten(-2)
+    if tensor.dtype == torch.complex32:
+        return tensor.to(torch.complex64)
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
@@ -213,6 +215,11 @@ def plain_tensor(tensor: Any, name: str, where: Any) -> torch.Tensor:
         raise CheckpointError(
             f"{where}: tensor {name!r} is a nested tensor, which has rows of several lengths: save each of its parts "
             f"(tensor.unbind()) under a name"
+        )
+    if not isinstance(tensor, torch.Tensor) and isinstance(next(iter(tensor.args), None), torch.Tensor):
+        raise CheckpointError(
+            f"{where}: tensor {name!r} is a {qualified}, a class whose code says what its numbers mean: save "
+            f"tensor.as_subclass(torch.Tensor) if they are plain numbers"
         )
     if not isinstance(tensor, torch.Tensor) or is_traceable_wrapper_subclass(tensor):
         raise CheckpointError(

@@ -376,7 +376,7 @@ def _unpickle_elsewhere(path: Path) -> Checkpoint:
     if run.returncode:
         reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
         raise CheckpointError(f"{path}: unpickling it failed ({reason.strip()[:300]}). {HOW_TO_SAVE}.")
-    checkpoint = nested_checkpoint(path, "PyTorch (pickled objects)", load_plain(plain), path.name)
+    checkpoint = nested_checkpoint(path, "PyTorch (pickled objects)", load_plain(plain, path), path.name)
     weakref.finalize(checkpoint, folder.cleanup)
     return checkpoint
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def plain(value):
@@ -17,7 +18,9 @@ def plain(value):
     if isinstance(value, torch.nn.Module):
         value = value.state_dict()
     if isinstance(value, torch.Tensor):
-        return value.detach()
+        if is_traceable_wrapper_subclass(value):
+            raise SystemExit(f"a tensor in it is a {type(value).__name__}, whose numbers only that class knows")
+        return value.detach().as_subclass(torch.Tensor)
     if isinstance(value, Mapping):
         return {plain(key) if isinstance(key, (str, int)) else repr(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -101,6 +101,17 @@ def test_wrapper_tensors_are_not_read_as_each_other(tmp_path: Path) -> None:
         save_checkpoint({"a": nested}, tmp_path / "out")
 
 
+class Kind(torch.Tensor):
+    """A tensor of a class of one's own."""
+
+
+def test_a_tensor_of_a_class_of_its_own(tmp_path: Path) -> None:
+    torch.save({"a.w": torch.ones(2).as_subclass(Kind)}, tmp_path / "k.pt")
+    assert "as_subclass(torch.Tensor)" in refusal(tmp_path / "k.pt")
+    torch.save({"a.w": torch.ones(2).as_subclass(Kind).as_subclass(torch.Tensor)}, tmp_path / "k.pt")
+    assert torch.equal(open_checkpoint(tmp_path / "k.pt")["a.w"], torch.ones(2))
+
+
 def test_quantised_torchscript(tmp_path: Path) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -312,6 +323,10 @@ def test_difference_of_quantised_and_of_prefixed(tmp_path: Path, capsys: pytest.
         )
     (row,) = compare_checkpoints(open_checkpoint(tmp_path / "a.pt"), open_checkpoint(tmp_path / "b.pt"))
     assert row["max_difference"] == 0.5
+    half = torch.tensor([1 + 2j]).to(torch.complex32)
+    torch.save({"w": half}, tmp_path / "c.pt")
+    (row,) = compare_checkpoints(open_checkpoint(tmp_path / "c.pt"), open_checkpoint(tmp_path / "c.pt"))
+    assert row["status"] == "equal"
     base = {f"h.{i}.w": torch.randn(3) for i in range(4)}
     save_file(base, tmp_path / "base.safetensors")
     headed = {f"transformer.{name}": value for name, value in base.items()} | {"head.w": torch.ones(2)}
