@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError, is_zip, widened
-from .opening import locate, open_checkpoint, open_file, weight_files
+from .opening import is_with_its_set, locate, open_checkpoint, open_file, weight_files
 from .replacing import replace_file
 from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
 
@@ -137,7 +137,8 @@ def check_checkpoint(path: str | os.PathLike, *, full: bool = False, allow_pickl
         problems += found
         if not found:
             checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
-            problems += [Problem(path.name, checkpoint.part_of)] if checkpoint.part_of else []
+            if checkpoint.part_of and not is_with_its_set(path):
+                problems.append(Problem(path.name, checkpoint.part_of))
     except CheckpointError as error:
         problems.append(Problem(path.name, str(error)))
     if full and checkpoint is not None:

@@ -194,6 +194,12 @@ def missing_shards(path: Path) -> list[str]:
     return [name for name in names if not path.with_name(name).is_file()]
 
 
+def is_with_its_set(path: Path) -> bool:
+    """Whether a file is one of several shards by its name, and all the others lie beside it."""
+    found = _SHARD.fullmatch(path.name)
+    return found is not None and int(found[3]) > 1 and not missing_shards(path)
+
+
 def _shard_of(path: Path, checkpoint: Checkpoint) -> str:
     """Why a file is only a part of a model, if its name says so."""
     found = _SHARD.fullmatch(path.name)

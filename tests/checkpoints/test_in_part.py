@@ -54,6 +54,9 @@ def test_a_lone_shard_is_not_whole(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="one of 3 shards"):
         load_checkpoint_and_dispatch(nn.ModuleDict({"a": nn.ParameterDict(WEIGHTS_AB)}), path, strict=False)
     assert "one of 3 shards" in inspect_checkpoint(path)["part_of"]
+    for number in (2, 3):
+        (tmp_path / f"model-0000{number}-of-00003.{suffix}").write_bytes(path.read_bytes())
+    assert check_checkpoint(path, full=True) == []  # this file is sound, and nothing of its set is missing
     save_file(WEIGHTS, tmp_path / "model-00001-of-00001.safetensors")
     assert check_checkpoint(tmp_path / "model-00001-of-00001.safetensors", full=True) == []
 
