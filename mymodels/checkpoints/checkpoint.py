@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # safetensors' names of the dtypes torch has; used in files and wherever a dtype is shown
 _DTYPES = {
@@ -25,6 +26,7 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",  # torch 2.7
+    "F4": "float4_e2m1fn_x2",  # torch 2.8; two numbers a byte
     "F16": "float16",
     "BF16": "bfloat16",
     "F32": "float32",
@@ -86,7 +88,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         info: name → `TensorInfo`.
         sections: the models in it, section → its tensors' names there. One section (named `""` at the top of the file)
             unless a file holds several models; then the names of the mapping start with their section and a dot.
-        extras: what a training checkpoint holds beside the weights, name → value; empty for other formats.
+        extras: what a training checkpoint holds beside the weights, name → value; empty for other formats. Objects of
+            classes that were not imported are `Unopened`.
+        left_out: the other files of weights in a folder, which this is not opened from.
+        part_of: why this is only a part of a model, as a sentence; `""` if nothing shows that it is.
         aliases: tied names recorded by the writer, name → the name that is stored. Both can be read.
     """
 
@@ -98,14 +103,17 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         read: Callable[[str], torch.Tensor],
         *,
         sections: dict[str, list[str]] | None = None,
-        extras: dict[str, Any] | None = None,
+        extras: Mapping[str, Any] | None = None,
         aliases: dict[str, str] | None = None,
+        part_of: str = "",
     ):
         self.path, self.format, self._read = path, format, read
         self.aliases = aliases or {}
         self.info = info | {alias: info[name] for alias, name in self.aliases.items() if alias not in info}
         self.sections = sections or {"": list(self.info)}
-        self.extras = extras or {}
+        self.extras: Mapping[str, Any] = extras or {}
+        self.left_out: list[str] = []
+        self.part_of = part_of
 
     def __getitem__(self, name: str) -> torch.Tensor:
         info = self.info[name]
@@ -147,7 +155,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             return self
         prefix = f"{name}." if name else ""
         names = {prefix + key: key for key in self.sections[name]}
-        return Checkpoint(
+        part = Checkpoint(
             self.path,
             self.format,
             {key: self.info[full] for full, key in names.items()},
@@ -155,13 +163,74 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             sections={name: list(names.values())},
             extras=self.extras,
             aliases={names[a]: names[b] for a, b in self.aliases.items() if a in names and b in names},
+            part_of=self.part_of,
         )
+        part.left_out = self.left_out
+        return part
 
 
 def view_of(tensor: torch.Tensor) -> tuple:
     """What two tied tensors have in common: the same view, bits and all, of the same memory."""
     signs = (tensor.is_conj(), tensor.is_neg())
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), signs
+
+
+_FLOAT4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose values torch can compare and test: dense, dequantised, tiny numbers as float32."""
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # two numbers a byte, the lower bits first
+        data = tensor.contiguous().view(torch.uint8).long()
+        return _FLOAT4[torch.stack([data & 15, data >> 4], -1)].flatten(-2)
+    if tensor.dtype == torch.complex32:
+        return tensor.to(torch.complex64)
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
+def plain_tensor(tensor: Any, name: str, where: Any) -> torch.Tensor:
+    """The tensor itself, or the values of a distributed one that lie here as a whole.
+
+    Tensors that wrap others have no memory of their own (`data_ptr()` is 0), so that nothing here may treat them as one.
+
+    Raises:
+        CheckpointError: it is one process's part, or of a class (quantised, nested) whose values are not plain numbers.
+    """
+    kind = type(tensor)
+    qualified = getattr(tensor, "qualified", f"{kind.__module__}.{kind.__qualname__}")
+    if kind.__name__ in ("DTensor", "ShardedTensor"):
+        local = getattr(tensor, "_local_tensor", None)
+        placements = getattr(tensor, "placements", ())
+        if local is not None and local.shape == tensor.shape and not any(map(_is_partial, placements)):
+            return local
+        raise CheckpointError(
+            f"{where}: tensor {name!r} is one process's part of a distributed tensor ({qualified}): join the ranks, with "
+            f"get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint, "
+            f"or save with torch.distributed.checkpoint.save, whose folders are read"
+        )
+    if isinstance(tensor, torch.Tensor) and tensor.is_nested:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} is a nested tensor, which has rows of several lengths: save each of its parts "
+            f"(tensor.unbind()) under a name"
+        )
+    if not isinstance(tensor, torch.Tensor) and isinstance(next(iter(tensor.args), None), torch.Tensor):
+        raise CheckpointError(
+            f"{where}: tensor {name!r} is a {qualified}, a class whose code says what its numbers mean: save "
+            f"tensor.as_subclass(torch.Tensor) if they are plain numbers"
+        )
+    if not isinstance(tensor, torch.Tensor) or is_traceable_wrapper_subclass(tensor):
+        raise CheckpointError(
+            f"{where}: tensor {name!r} is a {qualified}, such as quantisers use, whose numbers only that class knows: "
+            f"save the model before it is quantised, or its tensors after tensor.dequantize()"
+        )
+    return tensor
+
+
+def _is_partial(placement: Any) -> bool:
+    return type(placement).__name__ in ("Partial", "_Partial", "_NormPartial")
 
 
 def is_zip(path: Path) -> bool:

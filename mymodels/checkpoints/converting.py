@@ -4,15 +4,19 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .integrity import write_manifest
-from .opening import locate, open_checkpoint
+from .opening import locate, open_checkpoint, weight_files
+from .quantised import quantisation
 from .replacing import replace_file, replace_folder
 from .safetensors_files import inside, read_json
+from .torch_files import OPTIMIZER
 from .writing import parse_size, separate, storable, torch_save, write_shards
 
 FORMATS = ("safetensors", "bin", "pt")
@@ -38,8 +42,9 @@ def convert_checkpoint(
 
     Every byte of a tensor stays unless `dtype` converts it. `destination` becomes a folder (`"safetensors"`, `"bin"`)
     with the other files of a source folder beside the weights, or a file (`"pt"`). A source with several models
-    becomes a folder for each, or one file with a state dict for each. What a training checkpoint holds beside the
-    models (`Checkpoint.extras`) is not taken along.
+    becomes a folder for each, or one file with a state dict for each. The modules of a sentence-transformers folder
+    (`2_Dense/`) are converted too, each in its own folder. What a training checkpoint holds beside the models
+    (`Checkpoint.extras`) is not taken along, and neither are the files in `left_out` of what is returned.
 
     Args:
         source: what `open_checkpoint` opens; `section`, `allow_pickle` and `revision` are its.
@@ -52,7 +57,8 @@ def convert_checkpoint(
         the source, opened.
 
     Raises:
-        CheckpointError: the source cannot be read, or a tensor cannot be stored in that format.
+        CheckpointError: the source cannot be read, is only a part of a model, or no model, or is quantised and `dtype`
+            was given; or a tensor cannot be stored in that format.
         FileExistsError: `destination` exists.
         OSError: the disk is full, or the place read-only; nothing is left there.
     """
@@ -61,6 +67,7 @@ def convert_checkpoint(
         raise CheckpointError(f"the format {format!r} is not written: choose one of {', '.join(FORMATS)}")
     where = locate(source, revision=revision)
     checkpoint = open_checkpoint(where, section=section, allow_pickle=allow_pickle)
+    _refuse(where, checkpoint, dtype)
     if format == "pt":
         if os.path.lexists(destination):
             raise FileExistsError(f"{destination} exists: choose another file, or remove it first")
@@ -69,18 +76,58 @@ def convert_checkpoint(
             torch_save(models if len(models) > 1 else next(iter(models.values())), file)
         return checkpoint
     folders = _folder_names(checkpoint)
+    files = {Path(info.file).name for info in checkpoint.info.values()}
+    adapter = all(re.match(r"adapter_model\.", file) for file in files)  # PEFT looks for this name, and knows no shards
+    named: dict[str, Any] = {"stem": "adapter_model", "max_shard_size": sys.maxsize} if adapter else {}
     with replace_folder(destination, overwrite=False) as folder:
         if where.is_dir():
             _copy_others(where, folder, dtype)
         for name, inner in folders.items():
             (folder / inner).mkdir(parents=True, exist_ok=True)
             part = checkpoint.section(name)
-            write_shards(part, folder / inner, max_shard_size=max_shard_size, dtype=dtype, format=format)
+            sized = {"max_shard_size": max_shard_size} | named
+            write_shards(part, folder / inner, dtype=dtype, format=format, **sized)
             if inner:
                 write_manifest(folder / inner)
+        for module in _modules(where):
+            part = open_checkpoint(where / module, allow_pickle=allow_pickle)
+            write_shards(part, folder / module, max_shard_size=max_shard_size, dtype=dtype, format=format)
+            written = {info.file for info in part.info.values()}
+            checkpoint.left_out = [
+                name for name in checkpoint.left_out if Path(name).name not in written or Path(name).parts[0] != module
+            ]
+        checkpoint.left_out = [name for name in checkpoint.left_out if not (folder / name).is_file()]
         if len(folders) == 1:
             write_manifest(folder)
     return checkpoint
+
+
+def _refuse(where: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    """Raise for what is no model, only a part of one, or would be cast without its scales."""
+    if OPTIMIZER in checkpoint.format:
+        raise CheckpointError(f"{where} holds {OPTIMIZER}: there are no weights to convert, copy it as it is")
+    if checkpoint.part_of:
+        raise CheckpointError(checkpoint.part_of)
+    config = (where if where.is_dir() else where.parent) / "config.json"
+    how = quantisation(checkpoint, read_json(config) if config.is_file() else None) if dtype is not None else None
+    if how and checkpoint.format.split()[0] != "GGUF":
+        raise CheckpointError(
+            f"{where} is quantised, {how}: another dtype would make its numbers wrong; convert it without a dtype, or "
+            f"dequantise it with the quantiser's package first"
+        )
+
+
+def _modules(where: Path) -> list[str]:
+    """The folders with weights of their own that a sentence-transformers folder names."""
+    path = where / "modules.json"
+    if not path.is_file():
+        return []
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        names = [str(entry.get("path") or "") for entry in entries]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: it is no list of modules ({error}); copy or download it again") from error
+    return [name for name in names if name and inside(where, name, path).is_dir() and weight_files(where / name)]
 
 
 def _state_dict(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

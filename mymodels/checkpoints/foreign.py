@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,19 @@ def _torch_dtype(name: str) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) and not re.fullmatch(r"u?int[1-7]", name) else None
 
 
-def _to_torch(array: np.ndarray) -> torch.Tensor:
+def array_dtype(dtype: np.dtype) -> torch.dtype | None:
+    """The torch dtype of an array of numbers; NumPy files keep bfloat16 as two bytes without a type."""
+    return torch.bfloat16 if _is_bare(dtype) and dtype.itemsize == 2 else _torch_dtype(dtype.name)
+
+
+def _is_bare(dtype: np.dtype) -> bool:
+    """Bytes without a type, as NumPy writes types of ml_dtypes."""
+    return dtype.kind == "V" and dtype.names is None and dtype.subdtype is None
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
     """The same bytes as a tensor; ml_dtypes' types (bfloat16, float8) are unknown to `torch.from_numpy`."""
-    dtype = _torch_dtype(array.dtype.name)
+    dtype = array_dtype(array.dtype)
     assert dtype is not None
     shape, array = array.shape, np.ascontiguousarray(array)
     if not array.dtype.isnative:
@@ -48,23 +59,67 @@ def open_npz(path: Path) -> Checkpoint:
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
             shape, _, dtype = read_header(file)
-        torch_dtype = _torch_dtype(dtype.name)
+        torch_dtype = array_dtype(dtype)
+        if torch_dtype is None and _is_bare(dtype):
+            raise CheckpointError(
+                f"{path}: array {name!r} has no type that NumPy knows ({dtype.str}, as float8 has there): save it as float32"
+            )
         if torch_dtype is None:  # text, objects
             others[name] = f"array of {dtype}, shape {tuple(shape)}"
             continue
         info[name] = TensorInfo(tuple(shape), torch_dtype, path.name)
     if not info:
         raise CheckpointError(f"{path} holds no arrays of numbers, only {', '.join(others) or 'nothing'}: no weights")
-    return Checkpoint(path, "NumPy", info, lambda name: _to_torch(archive[name]), extras=others)
+    return Checkpoint(path, "NumPy", info, lambda name: to_torch(archive[name]), extras=others)
+
+
+def _bodies(model: Any) -> Iterator[Any]:
+    """The graph of an ONNX model, those within its nodes, and its functions."""
+    waiting = [model.graph, *model.functions]
+    while waiting:
+        body = waiting.pop(0)
+        yield body
+        for node in body.node:
+            for attribute in node.attribute:
+                waiting += [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+
+
+def _onnx_floats(onnx: Any) -> set[int]:
+    kinds = onnx.TensorProto
+    return {kinds.FLOAT, kinds.DOUBLE, kinds.FLOAT16, kinds.BFLOAT16}
 
 
 def open_onnx(path: Path) -> Checkpoint:
-    """The initialisers of an ONNX model, those in external data files included."""
+    """The initialisers of an ONNX model, those in external data files, of subgraphs, and sparse ones included.
+
+    So are constants of the graph that are arrays of floating-point numbers: exporters fold weights into them.
+    """
     onnx = _library("onnx", "onnx", path, "an ONNX model")
     model = onnx.load(path, load_external_data=False)
     helper = onnx.helper
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    initializers: dict[str, Any] = {}
+    sparse: dict[str, Any] = {}
+    constants = 0
+    for body in _bodies(model):
+        for tensor in getattr(body, "initializer", ()):
+            initializers.setdefault(tensor.name, tensor)
+        for entry in getattr(body, "sparse_initializer", ()):
+            sparse.setdefault(entry.values.name, entry)
+        for node in body.node:
+            for attribute in node.attribute if node.op_type == "Constant" else ():
+                folded = attribute.t if attribute.name == "value" else None
+                if folded is not None and folded.data_type in _onnx_floats(onnx) and math.prod(folded.dims) > 1:
+                    initializers.setdefault(node.output[0], folded)
+                elif attribute.name == "sparse_value":
+                    sparse.setdefault(node.output[0], attribute.sparse_tensor)
+                else:
+                    constants += 1
     info, strings = {}, {}
+    for name, entry in sparse.items():
+        dtype = _torch_dtype(helper.tensor_dtype_to_np_dtype(entry.values.data_type).name)
+        if dtype is None or entry.values.data_location == onnx.TensorProto.EXTERNAL:
+            raise CheckpointError(f"{path}: the sparse initialiser {name!r} cannot be read: store it dense")
+        info[name] = TensorInfo(tuple(entry.dims), dtype, path.name)
     for name, tensor in initializers.items():
         if tensor.data_type == onnx.TensorProto.STRING:
             strings[name] = list(tensor.string_data)
@@ -88,9 +143,21 @@ def open_onnx(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is an ONNX model without initialisers: it holds no weights")
 
     def read(name: str) -> torch.Tensor:
-        return _to_torch(onnx.numpy_helper.to_array(initializers[name], base_dir=str(path.parent)))
+        if name in sparse:
+            entry = sparse[name]
+            values = to_torch(onnx.numpy_helper.to_array(entry.values))
+            indices = to_torch(onnx.numpy_helper.to_array(entry.indices)).long()
+            if indices.dim() == 2:  # coordinates, not positions in the flattened tensor
+                strides = [math.prod(entry.dims[i + 1 :]) for i in range(len(entry.dims))]
+                indices = (indices * torch.tensor(strides)).sum(1)
+            flat = torch.zeros(math.prod(entry.dims), dtype=values.dtype)
+            flat[indices] = values
+            return flat.reshape(tuple(entry.dims))
+        return to_torch(onnx.numpy_helper.to_array(initializers[name], base_dir=str(path.parent)))
 
-    return Checkpoint(path, "ONNX", info, read, extras=strings)
+    return Checkpoint(
+        path, "ONNX", info, read, extras=strings | ({"constants of the graph": constants} if constants else {})
+    )
 
 
 def open_tensorflow(prefix: Path) -> Checkpoint:
@@ -107,13 +174,40 @@ def open_tensorflow(prefix: Path) -> Checkpoint:
             info[name] = TensorInfo(tuple(shapes[name]), dtype, prefix.name)
 
     def read(name: str) -> torch.Tensor:
-        return _to_torch(np.asarray(reader.get_tensor(name)))
+        return to_torch(np.asarray(reader.get_tensor(name)))
 
     return Checkpoint(prefix, "TensorFlow", info, read, extras=others)
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """A GGUF file; block-quantised tensors are read dequantised, as float32."""
+    """A GGUF file, or the set of files that it is one of; block-quantised tensors are read dequantised, as float32."""
+    first = _open_one_gguf(path)
+    count = first.extras.get("split.count")
+    if not isinstance(count, int) or count < 2:
+        return first
+    found = re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.gguf", path.name)
+    names = [f"{found[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)] if found else []
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    if missing or not names:
+        what = (
+            f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} are missing"
+            if names
+            else "its name says no number"
+        )
+        raise CheckpointError(f"{path} is one of {count} files of a split GGUF, and {what}: copy them beside it")
+    parts = [first if name == path.name else _open_one_gguf(path.with_name(name)) for name in names]
+    homes = {name: part for part in parts for name in part}
+    total = first.extras.get("split.tensors.count")
+    if len(homes) != sum(map(len, parts)) or (isinstance(total, int) and total != len(homes)):
+        raise CheckpointError(f"{path}: the {count} files of this split GGUF are not of one model: copy them all again")
+    quantised = {key: kind for part in parts for key, kind in part.extras.get("quantisation", {}).items()}
+    extras = {**parts[0].extras} | ({"quantisation": quantised} if quantised else {})
+    return Checkpoint(
+        path, f"GGUF in {count} files", {n: p.info[n] for n, p in homes.items()}, lambda n: homes[n][n], extras=extras
+    )
+
+
+def _open_one_gguf(path: Path) -> Checkpoint:
     gguf = _library("gguf", "gguf", path, "a GGUF file")
     reader = gguf.GGUFReader(path)
     kinds = gguf.GGMLQuantizationType
@@ -130,7 +224,13 @@ def open_gguf(path: Path) -> Checkpoint:
     def read(name: str) -> torch.Tensor:
         tensor, (shape, dtype, _) = tensors[name], info[name]
         if tensor.tensor_type not in plain:
-            return _to_torch(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+            try:
+                return to_torch(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+            except NotImplementedError as error:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} is quantised as {kinds(tensor.tensor_type).name}, which the gguf library "
+                    f"cannot dequantise: convert it to F16 with llama-quantize of llama.cpp"
+                ) from error
         return torch.from_numpy(tensor.data.reshape(-1).view(np.uint8).copy()).view(dtype).reshape(shape)
 
     quantised = {

@@ -14,9 +14,12 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, widened
 from .opening import locate, open_checkpoint
+from .plain_pickle import Unopened
+from .quantised import quantisation
 from .safetensors_files import read_json
+from .torch_files import Leaf, unread
 
 _PURPOSES = (
     (r"^\.metadata$", "which file holds which tensor"),
@@ -63,7 +66,8 @@ def inspect_checkpoint(
     Returns:
         `path`, `format`, `parameters`, `bytes`, `dtypes` (name → parameters), `modules` (name → parameters), `tensors`
         (name → shape, dtype, file), `tied` (name → the name stored), `duplicates` (lists of names with equal bytes),
-        `sections` (name → number of tensors), `extras` (name → description); of a folder also `files` (name → size,
+        `sections` (name → number of tensors), `extras` (name → description), `quantisation` (how, or None), `part_of` (why
+        this is only a part of a model, or ""), `left_out` (files of weights in the folder that were not opened); of a folder also `files` (name → size,
         purpose) and `auto_map` (class → file, whether it exists).
 
     Raises:
@@ -72,6 +76,8 @@ def inspect_checkpoint(
     where = locate(path, revision=revision)
     folder = where if where.is_dir() else None
     opened = open_checkpoint(where, section=section, allow_pickle=allow_pickle)
+    beside = where if folder else where.parent
+    config = read_json(beside / "config.json") if (beside / "config.json").is_file() else None
     stored = {name: info for name, info in opened.info.items() if name not in opened.aliases}
     dtypes: Counter[str] = Counter()
     modules: Counter[str] = Counter()
@@ -86,7 +92,13 @@ def inspect_checkpoint(
         "dtypes": dict(dtypes.most_common()),
         "modules": dict(modules),
         "sections": {name or "(top)": len(names) for name, names in opened.sections.items()},
-        "extras": {name: describe(value) for name, value in (opened.extras | _trainer_state(folder)).items()},
+        "extras": {
+            name: describe(value) for name, value in {**unread(opened.extras), **_trainer_state(folder)}.items()
+        },
+        "quantisation": quantisation(opened, config)
+        or (opened.extras.get("quantisation") and "GGUF, read dequantised"),
+        "part_of": opened.part_of,
+        "left_out": opened.left_out,
         "tied": opened.aliases,
         "duplicates": _duplicates(opened) if duplicates else [],
         "tensors": {
@@ -116,6 +128,10 @@ def _module(name: str) -> str:
 
 def describe(value: Any) -> str:
     """One line on something that is no tensor of the model: what it is, and its value if that is short."""
+    if isinstance(value, Leaf):
+        return f"tensor {value.info.shape}"
+    if isinstance(value, Unopened):
+        return f"{_short(value, 200)}, not opened: its class was not imported"
     if isinstance(value, torch.Tensor):
         return (
             f"{value.item():.6g}" if value.numel() == 1 and not value.is_complex() else f"tensor {tuple(value.shape)}"
@@ -144,6 +160,8 @@ def _values(container: Any) -> list[Any]:
 
 
 def _short(value: Any, width: int = 40) -> str:
+    if isinstance(value, Leaf):
+        return f"tensor {value.info.shape}"
     if isinstance(value, torch.Tensor):
         return f"tensor {tuple(value.shape)}"
     if isinstance(value, (Mapping, list, tuple)) and len(value) > 4:
@@ -207,30 +225,66 @@ def _defines(file: Path, class_name: str) -> bool:
 def compare_checkpoints(a: Checkpoint, b: Checkpoint) -> list[dict[str, Any]]:
     """Every tensor of either, with how it differs; tensors are read one at a time from each side.
 
+    Where the names of one side are those of the other after a prefix, as a model's are with a head, they are compared
+    with each other.
+
     Returns:
-        rows with `name`, `status` (`"equal"`, `"dtype"`: equal values, `"different"`, `"shape"`, `"missing"`: only in `a`, `"extra"`: only in
-        `b`), `a` and `b` (shape and dtype), and `max_difference` where both have the same shape.
+        rows with `name`, `status` (`"equal"`, `"prefix"`: equal, under names that differ by a prefix, `"dtype"`: equal
+        values, `"different"`, `"shape"`, `"missing"`: only in `a`, `"extra"`: only in `b`), `a` and `b` (shape and
+        dtype), `prefix` where there is one (`{"a": …}` or `{"b": …}`), and `max_difference` where both have the same shape.
     """
     rows = []
-    for name in tqdm(list(dict.fromkeys([*a, *b])), desc="comparing", unit="tensor", disable=None):
-        left, right = a.info.get(name), b.info.get(name)
+    side, prefix = _prefix(a, b)
+    pairs: dict[str, tuple[str, str]] = {}
+    if prefix:
+        short, long = (b, a) if side == "a" else (a, b)
+        for name in short:
+            if name not in long and prefix + name in long:
+                pairs[name] = (prefix + name, name) if side == "a" else (name, prefix + name)
+    paired = {name for pair in pairs.values() for name in pair}
+    names = [name for name in dict.fromkeys([*a, *b]) if name not in paired]
+    for name in tqdm([*pairs, *names], desc="comparing", unit="tensor", disable=None):
+        first, second = pairs.get(name, (name, name))
+        left, right = a.info.get(first), b.info.get(second)
         row: dict[str, Any] = {"name": name, "max_difference": None}
-        row |= {side: f"{i.dtype_name} {list(i.shape)}" if i else None for side, i in (("a", left), ("b", right))}
+        row |= {key: f"{i.dtype_name} {list(i.shape)}" if i else None for key, i in (("a", left), ("b", right))}
+        row |= {"prefix": {side: prefix}} if name in pairs else {}
         if left is None or right is None:
             row["status"] = "extra" if left is None else "missing"
         elif left.shape != right.shape:
             row["status"] = "shape"
         else:
-            row["max_difference"] = max_difference(a[name], b[name])
-            same = "dtype" if left.dtype != right.dtype else "equal"
+            row["max_difference"] = max_difference(a[first], b[second])
+            same = "dtype" if left.dtype != right.dtype else "prefix" if name in pairs else "equal"
             row["status"] = same if row["max_difference"] == 0 else "different"
         rows.append(row)
     return rows
 
 
+def _prefix(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
+    """The side whose names begin with a prefix before those of the other, and that prefix, if most do."""
+    best = ("", "")
+    most = 0
+    for side, long, short in (("a", a, b), ("b", b, a)):
+        alone = [name for name in short if name not in long]
+        counts: Counter[str] = Counter()
+        for name in long:
+            for match in re.finditer(r"\.", name) if name not in short else ():
+                if (
+                    (rest := name[match.end() :]) in short
+                    and rest not in long
+                    and long.info[name].shape == short.info[rest].shape
+                ):
+                    counts[name[: match.end()]] += 1
+        prefix, count = counts.most_common(1)[0] if counts else ("", 0)
+        if count > most and 2 * count > len(alone):
+            best, most = (side, prefix), count
+    return best
+
+
 def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest absolute difference of two tensors of one shape; NaN where only one of them is NaN."""
-    a, b = (tensor.to_dense() if tensor.layout != torch.strided else tensor for tensor in (a, b))
+    a, b = widened(a), widened(b)
     if a.dtype == b.dtype and torch.equal(a, b):
         return 0.0
     if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in (a, b)):
@@ -248,6 +302,11 @@ def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: 
     console.print(
         Text(f"{data['parameters']:,} parameters in {len(data['tensors'])} tensors, {_size(data['bytes'])}, {dtypes}")
     )
+    for what, text in (("quantised", data["quantisation"]), ("only a part", data["part_of"])):
+        if text:
+            console.print(Text(printable(f"{what}: {text}")))
+    if data["left_out"]:
+        console.print(Text(printable(f"not opened, name the file to see it: {', '.join(data['left_out'])}")))
     if len(data["sections"]) > 1 or "(top)" not in data["sections"]:
         table = _table("models", ("section", "left"), ("tensors", "right"))
         for name, count in data["sections"].items():
@@ -288,11 +347,16 @@ def show_difference(rows: list[dict[str, Any]], a: str, b: str, console: Console
     counts = Counter(row["status"] for row in rows)
     table = _table(None, ("tensor", "left"), ("", "left"), (a, "left"), (b, "left"), ("max |Δ|", "right"))
     for row in rows:
-        if row["status"] != "equal":
+        if row["status"] not in ("equal", "prefix"):
             change = "" if row["max_difference"] is None else f"{row['max_difference']:.3g}"
             _add(table, row["name"], row["status"], row["a"] or "–", row["b"] or "–", change)
     if table.row_count:
         console.print(table)
+    if prefix := next((row["prefix"] for row in rows if "prefix" in row), None):
+        ((side, text),) = prefix.items()
+        longer, shorter = (a, b) if side == "a" else (b, a)
+        console.print(Text(printable(f"the names in {longer} are those in {shorter} with {text!r} before them")))
+    counts = Counter({"equal but for the prefix" if key == "prefix" else key: n for key, n in counts.items()})
     console.print(Text(", ".join(f"{count} {status}" for status, count in counts.items()) or "no tensors"))
 
 

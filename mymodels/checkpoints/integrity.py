@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, CheckpointError, is_zip
-from .opening import locate, open_checkpoint, open_file, weight_files
+from .checkpoint import Checkpoint, CheckpointError, is_zip, widened
+from .opening import is_with_its_set, locate, open_checkpoint, open_file, weight_files
 from .replacing import replace_file
 from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
 
@@ -115,12 +115,13 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     return result
 
 
-def check_checkpoint(path: str | os.PathLike, *, full: bool = False) -> list[Problem]:
+def check_checkpoint(path: str | os.PathLike, *, full: bool = False, allow_pickle: bool = False) -> list[Problem]:
     """Everything that is wrong with a checkpoint: its index, headers and manifest compared, without reading the data.
 
     Args:
         path: a folder or file that `open_checkpoint` opens.
         full: also read every byte: hashes against the manifest, checksums of zip files, NaN and infinite weights.
+        allow_pickle: as for `open_checkpoint`.
 
     Returns:
         One `Problem` each; an empty list for a checkpoint that is whole.
@@ -135,7 +136,9 @@ def check_checkpoint(path: str | os.PathLike, *, full: bool = False) -> list[Pro
         found = [problem for index in _indexes(path) for problem in _check_index(index)]
         problems += found
         if not found:
-            checkpoint = open_checkpoint(path)
+            checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
+            if checkpoint.part_of and not is_with_its_set(path):
+                problems.append(Problem(path.name, checkpoint.part_of))
     except CheckpointError as error:
         problems.append(Problem(path.name, str(error)))
     if full and checkpoint is not None:
@@ -209,7 +212,7 @@ def _check_data(checkpoint: Checkpoint) -> list[Problem]:
             continue
         if tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
-        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        values = widened(tensor)
         finite = values.isfinite()
         if bool(finite.all()) or (
             values.is_floating_point() and bool((finite & (values == 0) | values.isneginf()).all())

@@ -1,9 +1,12 @@
 """Weights onto devices: any checkpoint into a state dict or a model; accelerate decides places and moves data."""
 
 import os
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -13,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .opening import open_checkpoint
+from .quantised import quantisation
 
 Device = int | str | torch.device
 
@@ -59,10 +63,12 @@ def load_checkpoint_and_dispatch(
     preload_module_classes: list[str] | None = None,
     force_hooks: bool = False,
     strict: bool = True,
-) -> torch.nn.Module:
+    output_loading_info: bool = False,
+) -> Any:
     """accelerate's function of this name, for every format `open_checkpoint` reads, one tensor at a time.
 
-    Unlike accelerate's it is strict unless told otherwise.
+    Unlike accelerate's it is strict by default. What wrappers put before or into names (`module.`, `_orig_mod.`, …) is
+    taken off.
 
     Args:
         model: may be on the meta device (`accelerate.init_empty_weights`), so that it is never in memory twice.
@@ -75,25 +81,29 @@ def load_checkpoint_and_dispatch(
         offload_folder: where modules placed on `"disk"` go.
         dtype: what floating-point tensors are converted to, or its name; None and `"auto"` keep the checkpoint's.
         offload_buffers, skip_keys, preload_module_classes, force_hooks: as for `accelerate.dispatch_model`.
-        strict: whether names that are missing or left over are an error.
+        strict: whether names that are missing or left over, and shapes that do not fit, are an error. If not, what
+            was not loaded is warned of.
+        output_loading_info: return the account too, as transformers' `from_pretrained` does.
 
     Returns:
-        the model, with accelerate's hooks if it is on several devices.
+        the model, with accelerate's hooks if it is on several devices; with `output_loading_info`, `(model, info)`, where
+        `info` has the lists `missing_keys`, `unexpected_keys` and `mismatched_keys`.
 
     Raises:
-        CheckpointError: names or shapes do not fit, this machine has no such device, or no folder for `"disk"` is given;
-            the model is not changed.
+        CheckpointError: names, shapes or kinds of numbers do not fit, nothing at all would be loaded, the checkpoint is
+            quantised, this machine has no such device, or no folder for `"disk"` is given; the model is not changed.
 
     Example:
         >>> with accelerate.init_empty_weights():
         ...     model = MyGPT2ForCausalLM(config)
         >>> model = load_checkpoint_and_dispatch(model, "old/model.onnx", device_map="auto")
     """
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     dtype = resolve_dtype(dtype)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
-    _compare(model, source, strict)
+    source = without_wrappers(opened, model.state_dict())
+    account = _compare(model, source, strict)
     places = resolve_device_map(model, device_map, max_memory, no_split_module_classes, dtype)
     if "disk" in places.values() and offload_folder is None:
         names = ", ".join(name or "the model" for name, place in places.items() if place == "disk")
@@ -103,12 +113,12 @@ def load_checkpoint_and_dispatch(
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     offloaded: dict[str, dict] = {}
     for names in tqdm(groups, desc="loading", unit="tensor", disable=None):
-        stored = next((name for name in names if name in source), None)
+        stored = next((name for name in names if name in source and name not in account["mismatched_keys"]), None)
         if stored is None:
             continue  # only if not strict
         kind = _cast(source.info[stored].dtype, dtype)
         value = source[stored].to(dtype=kind)
-        if source is checkpoint:  # it may be read again, and must not change with the model
+        if opened is checkpoint:  # it may be read again, and must not change with the model
             value = value.clone()
         homes: dict[Device, str] = {}
         for name in names:
@@ -125,7 +135,7 @@ def load_checkpoint_and_dispatch(
     if offloaded:
         save_offload_index(offloaded, str(offload_folder))
     if force_hooks or len(set(places.values())) > 1 or "disk" in places.values():
-        return dispatch_model(
+        model = dispatch_model(
             model,
             places,
             offload_dir=offload_folder,
@@ -134,14 +144,20 @@ def load_checkpoint_and_dispatch(
             preload_module_classes=preload_module_classes,
             force_hooks=True,
         )
-    for name, buffer in model.named_buffers():
-        if name not in source and not buffer.is_meta:  # not saved, such as position ids
-            set_module_tensor_to_device(model, name, placed[name], value=buffer)
-    return model
+    else:
+        for name, buffer in model.named_buffers():
+            if name not in source and not buffer.is_meta:  # not saved, such as position ids
+                set_module_tensor_to_device(model, name, placed[name], value=buffer)
+    return (model, account) if output_loading_info else model
 
 
-def load_in_place(model: torch.nn.Module, checkpoint: str | os.PathLike | Checkpoint) -> None:
+def load_in_place(
+    model: torch.nn.Module, checkpoint: str | os.PathLike | Checkpoint, *, strict: bool = True
+) -> dict[str, list[str]]:
     """Copy a checkpoint into the very tensors a model has, on their devices, so that an optimizer made before keeps them.
+
+    Returns:
+        the account of `load_checkpoint_and_dispatch`, three lists, which are empty if `strict`.
 
     Raises:
         CheckpointError: names or shapes do not fit; the model is not changed.
@@ -149,11 +165,38 @@ def load_in_place(model: torch.nn.Module, checkpoint: str | os.PathLike | Checkp
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
-    _compare(model, source, strict=True)
+    source = without_wrappers(source, model.state_dict())
+    account = _compare(model, source, strict)
     for names in tqdm(list(_tied_groups(model).values()), desc="loading", unit="tensor", leave=False, disable=None):
-        stored = next((name for name in names if name in source), None)
-        if stored is not None:  # else a buffer that is not saved
+        stored = next((name for name in names if name in source and name not in account["mismatched_keys"]), None)
+        if stored is not None:  # else a buffer that is not saved, or not strict
             attrgetter(stored)(model).detach().copy_(source[stored])
+    return account
+
+
+# What DataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put before names, or into them.
+_WRAPPERS = re.compile(
+    r"^(?:module\.)+|(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\."
+)
+
+
+def without_wrapper(name: str) -> str:
+    """A tensor's name as it is in the model itself."""
+    while (shorter := _WRAPPERS.sub("", name)) != name:
+        name = shorter
+    return name
+
+
+def without_wrappers(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpoint:
+    """The checkpoint under names without wrappers', if more of them are `wanted` so."""
+    names = {without_wrapper(name): name for name in checkpoint}
+    if len(names) < len(checkpoint) or sum(name in wanted for name in names) <= sum(
+        name in wanted for name in checkpoint
+    ):
+        return checkpoint
+    aliases = {without_wrapper(alias): without_wrapper(name) for alias, name in checkpoint.aliases.items()}
+    info = {name: checkpoint.info[full] for name, full in names.items()}
+    return Checkpoint(checkpoint.path, checkpoint.format, info, lambda name: checkpoint[names[name]], aliases=aliases)
 
 
 def resolve_device_map(
@@ -205,17 +248,37 @@ def _place(name: str, places: Mapping[str, Device]) -> Device:
     return places[module]
 
 
-def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> None:
+def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> dict[str, list[str]]:
+    """What of the model and the checkpoint does not fit together; raises if that is not to be accepted."""
     wanted = model.state_dict()
     groups = [names for names in _tied_groups(model).values() if names[0] in wanted]
     missing = [names[0] for names in groups if not any(name in source for name in names)]
     extra = [name for name in source if name not in wanted]
     shapes = [name for name in source if name in wanted and tuple(wanted[name].shape) != source.info[name].shape]
-    if shapes:
+    if groups and len(extra) + len(shapes) == len(source):
+        raise CheckpointError(
+            f"{source.path}: none of its {len(source)} tensors would be loaded, the first is {next(iter(source), '')!r}, and "
+            f"the model has {groups[0][0]!r}: rename them, or choose another section of the file, or another model"
+        )
+    if source.part_of:
+        raise CheckpointError(source.part_of)
+    if (how := quantisation(source)) and not quantisation(wanted):
+        raise CheckpointError(
+            f"{source.path} is quantised, {how}: its numbers are not weights without their scales; load it with "
+            f"from_pretrained and the quantiser's package, or dequantise it first"
+        )
+    for name in source:
+        if name in wanted and name not in shapes and _kind(wanted[name].dtype) != _kind(source.info[name].dtype):
+            raise CheckpointError(
+                f"{source.path}: tensor {name!r} is {source.info[name].dtype_name}, and {wanted[name].dtype} in the model, "
+                f"which cannot hold it: build the model with that dtype, or convert the tensor first"
+            )
+    if shapes and strict:
         name = shapes[0]
         raise CheckpointError(
             f"{source.path}: {len(shapes)} tensors do not fit the model, the first is {name!r} of shape "
-            f"{source.info[name].shape} for {tuple(wanted[name].shape)}: build the model from the checkpoint's config"
+            f"{source.info[name].shape} for {tuple(wanted[name].shape)}: build the model from the checkpoint's config, or "
+            f"pass strict=False to leave them out"
         )
     if strict:
         _check_ties(groups, source)
@@ -224,6 +287,19 @@ def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> None:
             f"{source.path}: {len(missing)} tensors of the model are missing and {len(extra)} are left over, such as "
             f"{', '.join(map(repr, (missing[:2] + extra[:2])))}: see `mymodels inspect`, or pass strict=False"
         )
+    lacking = {"missing": missing, "of another shape": shapes}
+    if any(lacking.values()):
+        shown = "; ".join(
+            f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+            for what, names in (lacking | {"left over": extra}).items()
+            if names
+        )
+        warnings.warn(f"{source.path} was loaded in part, the other tensors keep their values: {shown}", stacklevel=3)
+    return {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": shapes}
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "complex" if dtype.is_complex else "float" if dtype.is_floating_point else "integer"
 
 
 def _check_ties(groups: list[list[str]], source: Checkpoint) -> None:

@@ -3,21 +3,19 @@
 import contextlib
 import os
 import re
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, CheckpointError, is_zip, unreadable
+from .checkpoint import Checkpoint, CheckpointError, unreadable
 from .foreign import open_gguf, open_npz, open_onnx, open_tensorflow
+from .kinds import kind_of
 from .replacing import repair
 from .safetensors_files import open_index, open_safetensors, read_json
 from .torch_archives import open_distributed, open_exported, open_torchscript
-from .torch_files import open_torch_file
+from .torch_files import open_pickle, open_torch_file
 
-_TF_INDEX_MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a TensorFlow index file
-_LEGACY_TORCH = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", re.DOTALL)
 _WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first what transformers takes, in its order
     "model.safetensors",
     "model.safetensors.index.json",
@@ -42,7 +40,9 @@ _WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first wh
     "*.onnx",
     "*.npz",
 )
-_BESIDE = re.compile(r"^(optimizer|scheduler|scaler|rng_state|training_args|golden)")
+_BESIDE = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|golden)")
+_ANY_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|pt2|tar|h5|keras|msgpack|ot|onnx|gguf|npz|tflite|pkl)$|\.ckpt$")
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(\.\w+)")
 
 
 def open_checkpoint(
@@ -57,7 +57,8 @@ def open_checkpoint(
 
     Read are: safetensors; sharded safetensors or `.bin` with their index; whatever `torch.save` wrote (state dicts,
     training checkpoints however nested); TorchScript; `torch.export`; `torch.distributed.checkpoint` folders; ONNX
-    (extra `onnx`); TensorFlow checkpoints and SavedModels (extra `tf`); `.npz`; GGUF (extra `gguf`).
+    (extra `onnx`); TensorFlow checkpoints and SavedModels (extra `tf`); `.npz`; pickles of arrays; GGUF (extra `gguf`).
+    Objects of other classes beside the weights are not made; see `Checkpoint.extras`.
 
     Args:
         path: a file, a folder, the prefix of a TensorFlow checkpoint, or the id of a Hub repo.
@@ -83,6 +84,10 @@ def open_checkpoint(
     where = locate(path, revision=revision, token=token)
     opener = partial(_open_folder if where.is_dir() else open_file, where, allow_pickle)
     checkpoint = _open_whole(where, opener) if where.is_dir() and not allow_pickle else opener()
+    if where.is_dir():
+        checkpoint.left_out = _left_out(where, checkpoint)
+    elif not checkpoint.part_of and checkpoint.path == where:
+        checkpoint.part_of = _shard_of(where, checkpoint)
     return checkpoint if section is None else checkpoint.section(section)
 
 
@@ -158,27 +163,122 @@ def weight_files(folder: Path) -> list[Path]:
         if found:
             return found
     others = [file for file in sorted(folder.iterdir()) if file.is_file() and not _BESIDE.match(file.name)]
-    return [file for file in others if file.suffix != ".json" and kind_of(file) in ("PyTorch", *_OPENERS)]
+    return [file for file in others if file.suffix != ".json" and kind_of(file) in ("PyTorch", "pickle", *_OPENERS)]
+
+
+def _left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """The files of weights or training state in a folder, and one level below, that the checkpoint is not read from."""
+    read = {info.file for info in checkpoint.info.values()}
+    names = [file.relative_to(folder) for pattern in ("*", "*/*") for file in sorted(folder.glob(pattern))]
+    return [
+        name.as_posix()
+        for name in names
+        if _ANY_WEIGHTS.search(name.name)
+        and name.as_posix() not in read
+        and name.name != "golden.safetensors"
+        and not any(re.match(r"\.|checkpoint-\d+$", part) for part in name.parts)
+        and (folder / name).is_file()
+        and checkpoint.format != "torch.distributed.checkpoint"
+    ]
+
+
+def missing_shards(path: Path) -> list[str]:
+    """The files that belong to `path`'s set by its name (`model-00001-of-00003.safetensors`) and are not beside it."""
+    found = _SHARD.fullmatch(path.name)
+    if not found:
+        return []
+    stem, number, count, suffix = found.groups()
+    names = [f"{stem}-{i:0{len(number)}d}-of-{count}{suffix}" for i in range(1, min(int(count), 100_000) + 1)]
+    if number.strip("0") == "":  # counted from 0
+        names = [f"{stem}-{0:0{len(number)}d}-of-{count}{suffix}", *names[:-1]]
+    return [name for name in names if not path.with_name(name).is_file()]
+
+
+def is_with_its_set(path: Path) -> bool:
+    """Whether a file is one of several shards by its name, and all the others lie beside it."""
+    found = _SHARD.fullmatch(path.name)
+    return found is not None and int(found[3]) > 1 and not missing_shards(path)
+
+
+def _shard_of(path: Path, checkpoint: Checkpoint) -> str:
+    """Why a file is only a part of a model, if its name says so."""
+    found = _SHARD.fullmatch(path.name)
+    if not found or int(found[3]) < 2 or checkpoint.format.startswith("GGUF"):
+        return ""
+    missing = missing_shards(path)
+    beside = (
+        f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} are missing"
+        if missing
+        else "the others lie beside it"
+    )
+    return f"{path} is one of {int(found[3])} shards of a model, {beside}: name the folder that has them all, and their index"
+
+
+def _open_several(path: Path, parts: dict[str, Checkpoint]) -> Checkpoint:
+    """Several models of one folder as sections."""
+    first = next(iter(parts.values()))
+    homes = {f"{stem}.{name}": (part, name) for stem, part in parts.items() for name in part}
+    return Checkpoint(
+        path,
+        f"{len(parts)} models of {first.format}",
+        {full: part.info[name]._replace(file=_below(path, part, name)) for full, (part, name) in homes.items()},
+        lambda full: homes[full][0][homes[full][1]],
+        sections={stem: list(part) for stem, part in parts.items()},
+        aliases={f"{stem}.{a}": f"{stem}.{b}" for stem, part in parts.items() for a, b in part.aliases.items()},
+    )
+
+
+def _below(path: Path, part: Checkpoint, name: str) -> str:
+    home = part.path if part.path.is_dir() else part.path.parent
+    return (home / part.info[name].file).relative_to(path).as_posix()
 
 
 def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     files = weight_files(folder)
     if not files:
-        inner = [path.parent for path in sorted(folder.glob("*/*")) if weight_files(path.parent)]
-        hint = f"; did you mean {inner[0]}?" if inner else ""
+        inner = [path.parent for path in sorted(folder.glob("*/manifest.json")) if weight_files(path.parent)]
+        if inner and not any(re.fullmatch(r"checkpoint-\d+", path.name) for path in inner):  # as `convert` writes them
+            return _open_several(folder, {path.name: _open_folder(path, allow_pickle) for path in inner})
+        for file in sorted(folder.iterdir()):  # of a format that is not read
+            if file.is_file() and _ANY_WEIGHTS.search(file.name) and not _BESIDE.match(file.name):
+                raise CheckpointError(f"{folder} has no weights but {file.name}: this is {kind_of(file)}")
+        inner = [path.parent for path in folder.glob("*/*") if weight_files(path.parent)]
+        hint = f"; did you mean {max(inner, key=_step)}?" if inner else ""
         raise CheckpointError(f"{folder} holds no checkpoint: none of {', '.join(_WEIGHTS[:8])} and the like{hint}")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:6])
+        if kind_of(files[0]) == "safetensors" and (part := open_safetensors(files[0]).part_of):
+            raise CheckpointError(part)
         if re.search(r"-of-\d+", files[0].name):
             raise CheckpointError(
                 f"{folder} holds shards ({names}) but not their index; copy {files[0].name} index too"
             )
         raise CheckpointError(f"{folder} holds several checkpoints ({names}): name the file")
+    if missing := missing_shards(files[0]):
+        raise CheckpointError(
+            f"{folder} holds {files[0].name} but not {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}: copy the "
+            f"missing shards and the index too"
+        )
+    if files[0].name in ("model.safetensors", "pytorch_model.bin"):
+        more = [file for file in folder.glob(f"{files[0].stem}_*{files[0].suffix}") if _number(file.stem)]
+        if more:
+            several = [files[0], *sorted(more, key=lambda file: int(_number(file.stem)))]  # as accelerate writes them
+            return _open_several(folder, {file.stem: open_file(file, allow_pickle) for file in several})
     if files[0].name == ".metadata":
         return _guarded(open_distributed, folder, "the folder")
     if files[0].name == "saved_model.pb":
         return _guarded(open_tensorflow, folder / "variables" / "variables", "the checkpoint")
     return open_file(files[0], allow_pickle)
+
+
+def _step(folder: Path) -> tuple[int, str]:
+    """Of the folders that a trainer saves one after the other, the last is the one that is meant."""
+    return int(_number(folder.name) or -1), folder.name
+
+
+def _number(name: str) -> str:
+    found = re.search(r"[-_](\d+)$", name)
+    return found[1] if found else ""
 
 
 def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
@@ -187,6 +287,8 @@ def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
         if not path.with_name(path.name + ".index").is_file():
             raise FileNotFoundError(f"{path} is gone")
         return _guarded(open_tensorflow, path, "the checkpoint")
+    if beside := _tensorflow_index(path):
+        path = beside
     kind = kind_of(path)
     if kind == "index":
         opener = partial(open_file, allow_pickle=allow_pickle)
@@ -194,6 +296,8 @@ def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
         return sharded() if allow_pickle else _open_whole(path.parent, sharded)
     if kind == "PyTorch":
         return _guarded(partial(open_torch_file, allow_pickle=allow_pickle), path, "the file")
+    if kind == "pickle":
+        return open_pickle(path)
     if kind == "TensorFlow index":
         return _guarded(open_tensorflow, _tf_prefix(path), "the checkpoint")
     if kind in _OPENERS:
@@ -220,6 +324,16 @@ def _guarded(opener: Callable[[Path], Checkpoint], path: Path, what: str) -> Che
         raise unreadable(path, what, error) from error
 
 
+def _tensorflow_index(path: Path) -> Path | None:
+    """The index of a TensorFlow checkpoint, by the name of another of its files."""
+    if path.name == "checkpoint":  # a text that names the newest
+        found = re.match(rb'model_checkpoint_path: "(?:[^"]*[/\\])?([^"/\\]+)"', path.read_bytes()[:1000])
+        index = path.with_name(found[1].decode("utf-8", "replace") + ".index") if found else path
+    else:
+        index = path.with_name(re.sub(r"\.(data-\d+-of-\d+|meta)$", "", path.name) + ".index")
+    return index if index != path and index.is_file() and path.suffix != ".index" else None
+
+
 def _tf_prefix(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".index" else path  # TensorFlow 1 also wrote a single file
 
@@ -228,89 +342,3 @@ def _index_format(path: Path) -> str:
     weight_map = read_json(path).get("weight_map")
     files = weight_map.values() if isinstance(weight_map, dict) else ()
     return "sharded safetensors" if all(str(file).endswith(".safetensors") for file in files) else "sharded PyTorch"
-
-
-def kind_of(path: Path) -> str:
-    """What a file is by its content: the name of a format, or, of a file that is no checkpoint, what to do about it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(512)
-        file.seek(max(size - 8, 0))
-        tail = file.read()
-    if not size:
-        return "an empty file: copy or download it again"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-        return "safetensors"
-    if head.startswith(b"GGUF"):
-        return "GGUF"
-    if head.startswith(b"PK"):
-        return _kind_of_zip(path)
-    if _LEGACY_TORCH.match(head):
-        return "PyTorch"
-    if tail == _TF_INDEX_MAGIC:
-        return "TensorFlow index"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
-    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        return "a web page, not the file: the download failed; fetch it again"
-    if head.startswith(b"\x89HDF"):
-        return "an HDF5 file, which is not read; save it with transformers or TensorFlow as safetensors or a checkpoint"
-    if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")) or head[257:262] == b"ustar":
-        return "a compressed or packed archive: unpack it and name the file inside"
-    if head.lstrip()[:1] == b"{" or path.suffix == ".json":
-        return "index"
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
-        return "safetensors"
-    if head[:1] == b"\x80":
-        return "a bare pickle, not made by torch.save, which only running its code would open; save it with torch.save"
-    if _looks_like_onnx(path, size):
-        return "ONNX"
-    return "in none of the formats that are read; if it was one, it is damaged: copy or download it again"
-
-
-def _kind_of_zip(path: Path) -> str:
-    if not is_zip(path):
-        return "a zip archive without its end: truncated, copy or download it again"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except Exception:  # zipfile raises what it comes across
-        return "a zip archive with a damaged table of contents: copy or download it again"
-    inner = {name.split("/", 1)[-1] for name in names}
-    if names and all(name.endswith(".npy") for name in names):
-        return "NumPy"
-    if "archive_format" in inner or "serialized_exported_program.json" in names:
-        return "torch.export"
-    if "data.pkl" in inner and "constants.pkl" in inner:
-        return "TorchScript"
-    if "data.pkl" in inner:
-        return "PyTorch"
-    return "a zip archive of something else: unpack it and name the file inside"
-
-
-def _looks_like_onnx(path: Path, size: int) -> bool:
-    """Whether the file is a protobuf message with the fields of an ONNX model, the graph (7) among them."""
-
-    def varint() -> int:
-        value = shift = 0
-        while shift < 64 and (byte := file.read(1)):
-            value |= (byte[0] & 127) << shift
-            shift += 7
-            if byte[0] < 128:
-                return value
-        raise EOFError
-
-    with path.open("rb") as file:
-        try:
-            while file.tell() < size:
-                field, wire = divmod(varint(), 8)
-                if field not in (1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26) or wire not in (0, 2):
-                    return False
-                if field == 7 and wire == 2:
-                    return True
-                length = varint()
-                if wire == 2:
-                    file.seek(min(length, size), 1)
-        except EOFError:
-            pass
-    return False

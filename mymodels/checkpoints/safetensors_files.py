@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 f"{ADVICE}"
             )
         header = parse_json(file.read(min(length, MAX_JSON_BYTES + 1)), path, "the header")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the library takes null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: the header's __metadata__ is not a table of texts; {ADVICE}")
     info: dict[str, TensorInfo] = {}
@@ -102,6 +103,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has the offsets {_brief(offsets)}, not [begin, end]; {ADVICE}"
             )
+        if dtype == "F4":  # torch counts bytes, two numbers each
+            if not shape or shape[-1] % 2:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} of 4-bit numbers has an odd shape {_brief(shape)}; {ADVICE}"
+                )
+            shape = [*shape[:-1], shape[-1] // 2]
         info[name] = TensorInfo(tuple(shape), DTYPES[dtype], path.name)
         if offsets[1] - offsets[0] != info[name].nbytes:
             raise CheckpointError(
@@ -130,11 +137,35 @@ def open_safetensors(path: Path) -> Checkpoint:
         file = safe_open(path, framework="pt")
     except Exception as error:  # what the library refuses beyond the checks above
         raise unreadable(path, "the file", error) from error
-    tied = {
-        alias: name for alias, name in metadata.items() if alias != "format"
-    }  # as `safetensors.torch.save_model` notes it
-    aliases = {alias: name for alias, name in tied.items() if name in info and alias not in info}
-    return Checkpoint(path, "safetensors", info, file.get_tensor, aliases=aliases)
+    aliases = _tied_names(info, metadata)
+    part = (
+        f"{path} is one process's part of a model that torch.distributed saved as safetensors: join the files with "
+        f"consolidate_safetensors_files(folder, new_folder) of torch.distributed.checkpoint._consolidate_hf_safetensors"
+        if "DCP_SHARDING_INFO" in metadata
+        else ""
+    )
+    return Checkpoint(path, "safetensors", info, file.get_tensor, aliases=aliases, part_of=part)
+
+
+_WORDS = re.compile(
+    r"^(name|title|author|description|license|tags?|trigger\w*|tokens?|base_model|architecture|version)$"
+)
+
+
+def _tied_names(info: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Tied names as `safetensors.torch.save_model` notes them, alias → the name stored; other metadata is left alone.
+
+    A name ends like the one it is tied to (`lm_head.weight`, `wte.weight`), or all that is noted are such pairs.
+    """
+    noted = {alias: name for alias, name in metadata.items() if alias != "format"}
+    pairs = all(name in info for name in noted.values())
+    return {
+        alias: name
+        for alias, name in noted.items()
+        if name in info
+        and alias not in info
+        and (alias.rpartition(".")[2] == name.rpartition(".")[2] or (pairs and not _WORDS.match(alias)))
+    }
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

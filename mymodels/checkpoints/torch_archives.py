@@ -21,7 +21,7 @@ import torch
 
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .safetensors_files import inside, parse_json
-from .torch_files import Leaf, load_plain, nested_checkpoint
+from .torch_files import Leaf, load_data, load_plain, nested_checkpoint
 
 _TORCHSCRIPT_ADVICE = "save it again from the program that made it"
 
@@ -63,6 +63,7 @@ _STORAGE_DTYPES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }
+_STORAGE_DTYPES |= {f"Q{name}Storage": getattr(torch, f"q{name.lower()}") for name in ("Int8", "UInt8", "Int32")}
 _STORAGE_DTYPES |= {f"F{name[1:]}Storage": getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
 
@@ -92,6 +93,10 @@ class _TorchScriptUnpickler(_TableUnpickler):
             )
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
+        if module == "torch._utils" and name == "_rebuild_qtensor":
+            raise CheckpointError(
+                "it is a quantised TorchScript program, whose weights are packed: save the model before it is quantised"
+            )
         if module == "torch._utils" and name.startswith("_rebuild_tensor"):
             return _View
         if module == "torch" and name.endswith("Storage"):
@@ -146,7 +151,10 @@ def open_torchscript(path: Path) -> Checkpoint:
     archive = zipfile.ZipFile(path)
     _check_byteorder(archive, path)
     top = _top(archive)
-    root = _TorchScriptUnpickler(io.BytesIO(archive.read(f"{top}data.pkl"))).load()
+    try:
+        root = _TorchScriptUnpickler(io.BytesIO(archive.read(f"{top}data.pkl"))).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     declared = _saved_names(archive, top)
     views: dict[str, _View] = {}
 
@@ -290,17 +298,17 @@ def open_distributed(folder: Path) -> Checkpoint:
             load(tensors, storage_reader=Reader(folder), no_dist=True)
         return tensors[key]
 
-    tree: dict[str, Any] = {}
+    tree: dict[Any, Any] = {}
     for key, entry in metadata.state_dict_metadata.items():
         where = (metadata.planner_data or {}).get(key, (key,)) if isinstance(metadata.planner_data, Mapping) else (key,)
         node = tree
         for part in where[:-1]:
-            node = node.setdefault(str(part), {})
+            node = node.setdefault(part, {})
         if isinstance(entry, TensorStorageMetadata):
             covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
             if covered < math.prod(entry.size):
                 raise CheckpointError(f"{table}: the pieces of {key!r} do not cover it; save the checkpoint again")
-            node[str(where[-1])] = Leaf(
+            node[where[-1]] = Leaf(
                 TensorInfo(tuple(entry.size), entry.properties.dtype, places[key].relative_path), key
             )
         else:
@@ -309,7 +317,21 @@ def open_distributed(folder: Path) -> Checkpoint:
                 file.seek(place.offset)
                 data = io.BytesIO(file.read(place.length))
             try:
-                node[str(where[-1])] = load_plain(data, folder / place.relative_path)
+                node[where[-1]] = load_data(data, folder / place.relative_path)
             except CheckpointError as error:  # beside the weights, so they can be read all the same
-                node[str(where[-1])] = f"not opened: {error}"
-    return nested_checkpoint(folder, "torch.distributed.checkpoint", tree, "", read)
+                node[where[-1]] = f"not opened: {error}"
+    return nested_checkpoint(folder, "torch.distributed.checkpoint", _with_lists(tree), "", read)
+
+
+def _with_lists(node: Any) -> Any:
+    """The nested object with the lists that torch took apart: their places are numbers, a dict's keys are texts there."""
+    if not isinstance(node, dict):
+        return node
+    values = {key: _with_lists(value) for key, value in node.items()}
+    if values and all(type(key) is int for key in values):
+        return [values[key] for key in sorted(values)]
+    values = {str(key): value for key, value in values.items()}
+    groups, state = values.get("param_groups"), values.get("state")
+    if isinstance(groups, list) and isinstance(state, dict) and all(key.isdigit() for key in state):
+        values["state"] = {int(key): value for key, value in state.items()}  # an optimizer's numbers became texts
+    return values

@@ -1,15 +1,13 @@
 """Files that `torch.save` wrote: state dicts, training checkpoints, and, on demand, whole pickled modules."""
 
-import argparse
-import pathlib
 import re
 import subprocess
 import sys
 import tempfile
-import types
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,28 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError, TensorInfo, is_zip, unreadable, view_of
+from . import plain_pickle
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo, is_zip, plain_tensor, unreadable, view_of
+from .foreign import array_dtype, to_torch
+from .plain_pickle import PLAIN_TYPES, Unopened, UnopenedTensor, find_unopened
 
 HOW_TO_SAVE = (
     "A pickled module loads only where its code lies as it did when it was saved; where it still does, save it as "
     "torch.save(model.state_dict(), path) or model.save_pretrained(folder)"
 )
-# What training scripts put beside the weights: plain data, nothing that runs code when it is unpickled.
-_NUMPY: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]]
-PLAIN_TYPES: list[Any] = [
-    argparse.Namespace,
-    types.SimpleNamespace,
-    *(
-        (getattr(pathlib, f"Pure{kind}"), f"{module}.{pure}{kind}")
-        for kind in ("PosixPath", "WindowsPath")
-        for pure in ("", "Pure")
-        for module in ("pathlib", "pathlib._local")  # the latter is Python 3.13's
-    ),
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(code)) for code in "?bhilqBHILQefdgSU"),
-    *((f, f"numpy.{core}.multiarray.{f.__name__}") for f in _NUMPY for core in ("core", "_core")),
-]
 # Names under which training checkpoints keep what is not a model.
 _BESIDE = re.compile(
     r"(^|[_.-])(optim|optimizers?|schedulers?|rng|rng_states?|random_states?|callbacks?|loops?)([_.-]|$)", re.IGNORECASE
@@ -61,7 +46,9 @@ class Leaf(NamedTuple):
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (torch.Tensor, Leaf))
+    if isinstance(value, np.ndarray):  # of numbers; scripts save them as weights too
+        return array_dtype(value.dtype) is not None
+    return isinstance(value, (torch.Tensor, Leaf, UnopenedTensor))
 
 
 def _entries(node: Any) -> list[tuple[str, Any]]:
@@ -82,9 +69,13 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_beside(key: str, value: Any) -> bool:
-    if isinstance(value, torch.Tensor) and value.dim() == 0:
+    if isinstance(value, torch.Tensor) and not value.is_nested and value.dim() == 0:
         return bool(_NUMBER.search(key))
-    return bool(_BESIDE.search(key)) or (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys())
+    if isinstance(value, np.ndarray) and value.ndim < 2 and _NUMBER.search(key):  # a history
+        return True
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], str) and value[0] == "MT19937":
+        return True  # NumPy's random state
+    return bool(_BESIDE.search(key)) or _is_optimizer(value)
 
 
 def take_apart(node: Any, path: str = "") -> Parts:
@@ -124,15 +115,49 @@ def _flat(parts: Parts) -> tuple[dict[str, Any], dict[str, list[str]]]:
     return tensors, {section: list(model) for section, model in parts.models.items()}
 
 
+OPTIMIZER = "an optimizer's state, no model"
+
+
+class _Extras(Mapping[str, Any]):
+    """What stands beside the models; a `Leaf` in it is read when it is asked for."""
+
+    def __init__(self, values: Mapping[str, Any], read: Callable[[str], torch.Tensor]):
+        self.unread, self._read = values, read
+
+    def __getitem__(self, name: str) -> Any:
+        return self._filled(self.unread[name])
+
+    def _filled(self, value: Any) -> Any:
+        if isinstance(value, Leaf):
+            return self._read(value.key)
+        if isinstance(value, Mapping):
+            return {key: self._filled(item) for key, item in value.items()}
+        return [self._filled(item) for item in value] if isinstance(value, list) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.unread)
+
+    def __len__(self) -> int:
+        return len(self.unread)
+
+
+def unread(extras: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`Checkpoint.extras` for a look that reads nothing: with a `Leaf` for each tensor that is still on disk."""
+    return extras.unread if isinstance(extras, _Extras) else extras
+
+
 def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any = None) -> Checkpoint:
     """A `Checkpoint` over a nested object; `read` gets the key of a `Leaf`."""
-    parts = take_apart(node)
+    own = _is_optimizer(node)
+    parts = Parts({}, {}) if own else take_apart(node)
     if not parts.models:  # such as an optimizer's own file
         leaves = {name: value for name, value in _leaves(node) if _is_tensor(value)}
         parts = Parts({"": leaves} if leaves else {}, {k: v for k, v in _entries(node) if not _is_tensor(v)})
+        format = f"{format}: {OPTIMIZER}" if own or any(_is_optimizer(v) for _, v in _entries(node)) else format
     if not parts.models:
-        raise CheckpointError(f"{path} holds no tensors, only {type(node).__name__}: it is no checkpoint of weights")
-    tensors, sections = _flat(parts)
+        raise CheckpointError(f"{path} holds no tensors, only {_kind(node)}: it is no checkpoint of weights")
+    _refuse_partitions(path, node)
+    found, sections = _flat(parts)
     names = Counter(name for name, value in _leaves(node) if _is_tensor(value))
     if names and names.most_common(1)[0][1] > 1:
         raise CheckpointError(
@@ -141,10 +166,17 @@ def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any =
     info: dict[str, TensorInfo] = {}
     first: dict[tuple, str] = {}
     aliases: dict[str, str] = {}
-    for name, tensor in tensors.items():
+    tensors: dict[str, Any] = {}
+    for name, tensor in found.items():
         if isinstance(tensor, Leaf):
-            info[name] = tensor.info
+            info[name], tensors[name] = tensor.info, tensor
             continue
+        if isinstance(tensor, np.ndarray):
+            dtype = array_dtype(tensor.dtype)
+            assert dtype is not None
+            info[name], tensors[name] = TensorInfo(tuple(tensor.shape), dtype, file), tensor
+            continue
+        tensor = tensors[name] = plain_tensor(tensor, name, path)
         info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, file)
         if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta:
             view = view_of(tensor)
@@ -155,11 +187,33 @@ def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any =
         tensor = tensors[name]
         if isinstance(tensor, Leaf):
             return read(tensor.key)
+        if isinstance(tensor, np.ndarray):
+            return to_torch(tensor)
         if tensor.is_meta:
             raise CheckpointError(f"{path}: tensor {name!r} was saved from the meta device and has no data")
         return tensor.detach()
 
-    return Checkpoint(path, format, info, get, sections=sections, extras=parts.extras, aliases=aliases)
+    extras = _Extras(parts.extras, read) if read else parts.extras
+    return Checkpoint(path, format, info, get, sections=sections, extras=extras, aliases=aliases)
+
+
+def _kind(node: Any) -> str:
+    return node.qualified if isinstance(node, Unopened) else type(node).__name__
+
+
+def _is_optimizer(node: Any) -> bool:
+    return isinstance(node, Mapping) and {"state", "param_groups"} <= node.keys()
+
+
+def _refuse_partitions(path: Path, node: Any) -> None:
+    """Raise for DeepSpeed's ZeRO-3 files, in which a model's tensors are empty."""
+    module = node.get("module") if isinstance(node, Mapping) and "param_shapes" in node else None
+    empty = [name for name, value in _leaves(module) if isinstance(value, torch.Tensor) and not value.numel()]
+    if empty:
+        raise CheckpointError(
+            f"{path} is of DeepSpeed's ZeRO-3: {len(empty)} tensors such as {empty[0]!r} are empty here, their values lie "
+            f"in the ranks' *_optim_states.pt: join them with the zero_to_fp32.py that DeepSpeed wrote into the folder above"
+        )
 
 
 def open_torch_file(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -174,15 +228,15 @@ def open_torch_file(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     if not is_zip(path):
         return _open_legacy(path, allow_pickle)
     try:
-        node = load_plain(path)
-    except _NotPlain:
+        node = load_data(path)
+    except NotPlain:
         if not allow_pickle:
             raise
         return _unpickle_elsewhere(path)
     return nested_checkpoint(path, "PyTorch (torch.save)", node, path.name)
 
 
-class _NotPlain(CheckpointError):
+class NotPlain(CheckpointError):
     """A pickle that asks for more than plain data."""
 
 
@@ -211,17 +265,83 @@ def load_plain(file: Any, path: Path | None = None) -> Any:
                 wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)) or wanted
         except Exception:
             pass  # the older file format: the first one is known
-        shown = ", ".join(wanted[:8]) + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else "")
-        raise _NotPlain(
-            f"{where} is a pickle that asks for {shown}, which is more than plain tensors and would run code; it was "
-            f"not opened. {HOW_TO_SAVE}. If you trust the file, --allow-pickle (allow_pickle=True) runs its code in "
-            f"another process, with your rights, and takes out the tensors."
-        ) from error
+        raise NotPlain(_asks_for(where, wanted)) from error
+
+
+def _asks_for(where: Any, wanted: list[str]) -> str:
+    shown = ", ".join(wanted[:8]) + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else "")
+    return (
+        f"{where} is a pickle that asks for {shown}, which is more than plain tensors and would run code; it was "
+        f"not opened. {HOW_TO_SAVE}. If you trust the file, --allow-pickle (allow_pickle=True) runs its code in "
+        f"another process, with your rights, and takes out the tensors."
+    )
+
+
+def load_data(file: Any, path: Path | None = None) -> Any:
+    """`load_plain`, and for what it refuses the plain data and tensors all the same, other objects as `Unopened`.
+
+    Raises:
+        CheckpointError: the file is damaged, or tensors lie in objects of classes that would have to be run.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's on newer pickle protocols
+        try:
+            return load_plain(file, path)
+        except CheckpointError as error:
+            refused = error
+        try:
+            node = _load_inert(file)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path or file}: {error}") from None
+        except plain_pickle.AsksForCode as error:
+            raise (
+                refused if isinstance(refused, NotPlain) else NotPlain(_asks_for(path or file, [str(error)]))
+            ) from None
+        except Exception:  # it is damaged for this reader too
+            raise refused from None
+    within = next((one for one in _outside_of_beside(node) if holds_tensors(one)), None)
+    if within is None:
+        return node
+    if isinstance(refused, NotPlain):
+        raise refused
+    raise NotPlain(_asks_for(path or file, sorted({one.qualified for one in find_unopened(node)})))
+
+
+def _load_inert(file: Any) -> Any:
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": False, "pickle_module": plain_pickle}
+    if not isinstance(file, Path):
+        file.seek(0)
+        return torch.load(file, **options)
+    if file.suffix != ".safetensors" and is_zip(file):
+        return torch.load(file, mmap=True, **options)
+    with file.open("rb") as stream:
+        return torch.load(stream, **options)
+
+
+def _outside_of_beside(node: Any) -> Iterator[Unopened]:
+    """The unopened objects of a file, but for those under names that are no model's anyway."""
+    if isinstance(node, Unopened):
+        yield node
+    for key, value in _entries(node):
+        if not _is_beside(key, value):
+            yield from _outside_of_beside(value)
+
+
+def holds_tensors(unopened: Unopened) -> bool:
+    """Whether an object that was not opened has tensors in it, so that weights may be missed; a tensor itself has not."""
+    if isinstance(unopened, UnopenedTensor):
+        return False  # named when it is met among a model's tensors
+    for one in find_unopened(unopened):
+        for part in one.contents():
+            values = [part, *(value for _, value in _leaves(part))]
+            if any(_is_tensor(value) for value in values):
+                return True
+    return False
 
 
 @lru_cache(maxsize=1)
-def _legacy_node(path: Path, modified: int, size: int) -> Any:
-    return load_plain(path)
+def _legacy_file(path: Path, modified: int, size: int) -> Checkpoint:
+    return nested_checkpoint(path, "PyTorch (torch.save before 1.6)", load_data(path), path.name)
 
 
 def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
@@ -230,21 +350,21 @@ def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
     At most one such file stays in memory, so a sharded checkpoint of them costs one shard.
     """
     stat = path.stat()
-    load = partial(_legacy_node, path, stat.st_mtime_ns, stat.st_size)
+    load = partial(_legacy_file, path, stat.st_mtime_ns, stat.st_size)
     try:
-        whole = nested_checkpoint(path, "PyTorch (torch.save before 1.6)", load(), path.name)
-    except _NotPlain:
+        whole = load()
+    except NotPlain:
         if not allow_pickle:
             raise
         return _unpickle_elsewhere(path)
 
     def read(name: str) -> torch.Tensor:
-        return _flat(take_apart(load()))[0][name].detach().clone()  # the loaded file is kept, and may be read again
+        return load()[name].clone()  # the loaded file is kept, and may be read again
 
     checkpoint = Checkpoint(
         path, whole.format, whole.info, read, sections=whole.sections, extras=whole.extras, aliases=whole.aliases
     )
-    weakref.finalize(checkpoint, _legacy_node.cache_clear)
+    weakref.finalize(checkpoint, _legacy_file.cache_clear)
     return checkpoint
 
 
@@ -256,6 +376,27 @@ def _unpickle_elsewhere(path: Path) -> Checkpoint:
     if run.returncode:
         reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
         raise CheckpointError(f"{path}: unpickling it failed ({reason.strip()[:300]}). {HOW_TO_SAVE}.")
-    checkpoint = nested_checkpoint(path, "PyTorch (pickled objects)", load_plain(plain), path.name)
+    checkpoint = nested_checkpoint(path, "PyTorch (pickled objects)", load_plain(plain, path), path.name)
     weakref.finalize(checkpoint, folder.cleanup)
     return checkpoint
+
+
+def open_pickle(path: Path) -> Checkpoint:
+    """A bare pickle of arrays or tensors, as `pickle.dump` writes it; none of its code is run."""
+    try:
+        with path.open("rb") as file:
+            node = plain_pickle.load(file, encoding="latin1")  # of Python 2, as detectron2's
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is a bare pickle, not made by torch.save, and holds more than plain data ({error}): load it where it "
+            f"was made, and save its weights with torch.save"
+        ) from error
+    if any(holds_tensors(one) for one in _outside_of_beside(node)) or isinstance(node, Unopened):
+        wanted = ", ".join(sorted({one.qualified for one in find_unopened(node)})[:8])
+        raise CheckpointError(
+            f"{path} is a bare pickle, not made by torch.save, and asks for {wanted}, whose code would be run: load it "
+            f"where it was made, and save its weights with torch.save"
+        )
+    if not any(_is_tensor(value) for _, value in _leaves([node])):
+        raise CheckpointError(f"{path} is a bare pickle without arrays or tensors ({_kind(node)}): it holds no weights")
+    return nested_checkpoint(path, "pickle", node, path.name)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def plain(value):
@@ -17,14 +18,24 @@ def plain(value):
     if isinstance(value, torch.nn.Module):
         value = value.state_dict()
     if isinstance(value, torch.Tensor):
-        return value.detach()
+        if is_traceable_wrapper_subclass(value):
+            raise SystemExit(f"a tensor in it is a {type(value).__name__}, whose numbers only that class knows")
+        return value.detach().as_subclass(torch.Tensor)
     if isinstance(value, Mapping):
-        return {key if isinstance(key, (str, int)) else repr(key): plain(item) for key, item in value.items()}
+        return {plain(key) if isinstance(key, (str, int)) else repr(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return value
     if isinstance(value, np.generic):
         return value.item()
-    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+    if type(value) in (bool, type(None)):
+        return value
+    if isinstance(value, str):  # of an enum, say, which is also one of these
+        return str.__str__(value)
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
+    return repr(value)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,16 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint import DTYPE_NAMES, Checkpoint, CheckpointError, TensorInfo, resolve_dtype, view_of
+from .checkpoint import (
+    DTYPE_NAMES,
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+    plain_tensor,
+    resolve_dtype,
+    view_of,
+    widened,
+)
 from .integrity import is_weight_file, write_manifest
 from .replacing import replace_file, replace_folder
 from .safetensors_files import read_json
@@ -132,16 +141,21 @@ def write_shards(
     max_shard_size: int | str = "2GB",
     dtype: torch.dtype | None = None,
     format: str = "safetensors",
+    stem: str | None = None,
 ) -> None:
-    """Write `tensors` as one file or as shards with an index into the existing `folder`; see `save_checkpoint`."""
+    """Write `tensors` as one file or as shards with an index into the existing `folder`; see `save_checkpoint`.
+
+    `stem` names the file otherwise than transformers does, such as `adapter_model`.
+    """
     info, aliases = describe(tensors)
     if format == "safetensors":  # among the aliases that a file notes, this name means something else
         aliases = {alias: name for alias, name in aliases.items() if alias != "format"}
     sizes = {name: _stored(info[name], dtype).nbytes for name in info if name not in aliases}
     if not sizes:
         raise CheckpointError("there are no tensors to save")
+    pattern = f"{stem}{{suffix}}.{format}" if stem else _PATTERNS[format]
     split = split_state_dict_into_shards_factory(
-        sizes, get_storage_size=int, filename_pattern=_PATTERNS[format], max_shard_size=max_shard_size
+        sizes, get_storage_size=int, filename_pattern=pattern, max_shard_size=max_shard_size
     )
     weight_map = dict(split.tensor_to_filename)
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing", disable=None) as progress:
@@ -161,7 +175,7 @@ def write_shards(
         total = {"total_parameters": sum(info[name].numel for name in sizes), "total_size": sum(sizes.values())}
         index = {"metadata": total, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        suffixed = _PATTERNS[format].format(suffix="") + ".index.json"
+        suffixed = pattern.format(suffix="") + ".index.json"
         (folder / suffixed).write_text(text, encoding="utf-8")
 
 
@@ -176,6 +190,7 @@ def describe(tensors: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[st
             raise CheckpointError(f"the key {name!r} is a {type(name).__name__}: a tensor's name must be text")
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{name!r} is a {type(tensor).__name__}, not a tensor: take it out of the state dict")
+        tensor = plain_tensor(tensor, name, "the state dict")
         info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, "")
         if tensor.is_meta:
             raise CheckpointError(f"tensor {name!r} is on the meta device and has no data: load the weights first")
@@ -206,7 +221,7 @@ def storable(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, format:
     if format == "safetensors" and (tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES):
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise CheckpointError(f"tensor {name!r} is {kind}, which safetensors cannot hold: convert it, or save as pt")
-    tensor = tensor.detach()
+    tensor = plain_tensor(tensor, name, "the state dict").detach()
     if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
         cast = tensor.to("cpu", dtype)
         if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and _count_infinite(cast) > _count_infinite(tensor):
@@ -223,7 +238,7 @@ def storable(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, format:
 
 
 def _count_infinite(tensor: torch.Tensor) -> int:
-    return int((~(tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite()).sum())
+    return int((~widened(tensor).isfinite()).sum())
 
 
 def torch_save(value: Any, path: Path) -> None:

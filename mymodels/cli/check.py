@@ -19,6 +19,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="a file or folder of safetensors or PyTorch weights")
     parser.add_argument("--full", action="store_true", help="read every byte: hashes, checksums, NaN weights")
+    parser.add_argument("--allow-pickle", action="store_true", help="run a pickle's code, in another process")
     parser.add_argument("--write-manifest", action="store_true", help="record what is there now, then check")
     parser.add_argument("--json", action="store_true", help="the problems, as JSON")
 
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.write_manifest:
         write_manifest(arguments.path)
-    problems = check_checkpoint(arguments.path, full=arguments.full)
+    problems = check_checkpoint(arguments.path, full=arguments.full, allow_pickle=arguments.allow_pickle)
     if arguments.json:
         print(json.dumps([problem._asdict() for problem in problems], indent=2))
         return int(bool(problems))

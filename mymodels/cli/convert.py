@@ -35,6 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
         **picked(arguments, "max_shard_size", "format", "section", "allow_pickle", "revision"),
     )
     print(f"{arguments.destination}: {len(source)} tensors from {source.format}, written as {arguments.format}")
-    if source.extras:
-        print(f"not taken along: {', '.join(source.extras)}")
+    if left := [*source.extras, *source.left_out]:
+        print(f"not taken along: {', '.join(left)}")
     return 0

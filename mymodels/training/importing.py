@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint
-from ..checkpoints.loading import load_in_place
+from ..checkpoints.loading import load_in_place, without_wrapper
+from ..checkpoints.torch_files import unread
 
-_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # what DataParallel and torch.compile put before every name
 _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
 _TELLING = {
     "amsgrad",
@@ -22,7 +22,7 @@ _TELLING = {
     "lr_decay",
     "etas",
 }  # of which kind an optimizer is
-_KIND = re.compile(r"model|net(work)?|optim(izer)?|(lr_?)?sched(uler)?|state(_?dict)?|weights|[_.-]", re.IGNORECASE)
+_KIND = re.compile(r"model|net(work)?|optim(izer)?|(lr_?)?sched(uler)?|state(_?dict)?|weights|opt|[_.-]", re.IGNORECASE)
 
 
 def import_checkpoint(
@@ -33,6 +33,7 @@ def import_checkpoint(
     *,
     section: str | None = None,
     allow_pickle: bool = False,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Load a checkpoint that a training script wrote, such as `{'epoch', 'model_state_dict', 'optimizer_state_dict', …}`.
 
@@ -40,16 +41,19 @@ def import_checkpoint(
 
     Args:
         path: what `open_checkpoint` opens.
-        model: gets the weights; names before which `DataParallel` or `torch.compile` put theirs are known without.
+        model: gets the weights; what `DataParallel`, `torch.compile`, FSDP or DeepSpeed put into names is taken off.
         optimizer: gets its state. An optimizer's state has no names: its parameters are matched by their order, and
             each state must have its parameter's shape.
         scheduler: gets its state.
         section: of a file with several models, the one to take (`Checkpoint.sections`), such as `"modelA_state_dict"`;
             optimizer and scheduler are then those named alike, `"optimizerA_state_dict"`.
         allow_pickle: as for `open_checkpoint`.
+        strict: whether names that are missing or left over, and shapes that do not fit, are an error. If not, what was
+            not loaded is warned of and returned.
 
     Returns:
-        what else the file holds: `epoch`, `loss`, …
+        what else the file holds: `epoch`, `loss`, …; unless `strict`, also `loading_info`, with the lists
+        `missing_keys`, `unexpected_keys` and `mismatched_keys`.
 
     Raises:
         CheckpointError: names, shapes, groups or kinds do not fit, or something asked for is not there; the message says
@@ -69,7 +73,7 @@ def import_checkpoint(
     for kind, wanted in (("optim", optimizer), ("sched", scheduler)):
         if wanted is not None:
             key = _find(whole, kind, ours)
-            state = copy.deepcopy(whole.extras[key])  # not the file's memory
+            state = copy.deepcopy(_single(whole.extras[key]))  # not the file's memory
             if wanted is optimizer:
                 state = _fitted(f"{path}: {key}", state, model, optimizer)
             else:
@@ -84,17 +88,34 @@ def import_checkpoint(
             except Exception as error:  # whatever a class of one's own may raise
                 kind = type(wanted).__name__
                 raise CheckpointError(f"{path}: {key} is no state that {kind} takes: {error!r}") from error
-        load_in_place(model, _without_prefix(checkpoint))
+        account = load_in_place(model, checkpoint, strict=strict)
     except BaseException:
         for wanted, before in undo:
             wanted.load_state_dict(before)
         raise
-    return {name: value for name, value in whole.extras.items() if name not in taken}
+    rest = {name: whole.extras[name] for name in whole.extras if name not in taken}
+    return rest if strict else rest | {"loading_info": account}
+
+
+def _single(value: Any) -> Any:
+    """Lightning keeps its states in lists, of one optimizer as a rule."""
+    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+
+
+def _is_scheduler(value: Any) -> bool:
+    return isinstance(value, Mapping) and "last_epoch" in value
 
 
 def _find(checkpoint: Checkpoint, kind: str, section: str) -> str:
     """The key of the optimizer or scheduler that belongs to a model: the one named like it, or the only one."""
-    found = [key for key, value in checkpoint.extras.items() if kind in key.lower() and isinstance(value, Mapping)]
+    looks_like = {"optim": _is_optimizer, "sched": _is_scheduler}
+    values = {key: _single(value) for key, value in unread(checkpoint.extras).items()}
+    found = [key for key, value in values.items() if kind in key.lower() and isinstance(value, Mapping)]
+    found = found or [key for key, value in values.items() if looks_like[kind](value)]  # under another name, `opt`
     alike = [key for key in found if _KIND.sub("", key).lower() == _KIND.sub("", section).lower()]
     chosen = alike or (found if len(checkpoint.sections) == 1 else [])
     if len(chosen) != 1:
@@ -106,15 +127,6 @@ def _find(checkpoint: Checkpoint, kind: str, section: str) -> str:
             f"beside the weights it has {has}: import without {what}"
         )
     return chosen[0]
-
-
-def _without_prefix(checkpoint: Checkpoint) -> Checkpoint:
-    names = {_PREFIX.sub("", name): name for name in checkpoint}
-    if len(names) < len(checkpoint):
-        return checkpoint
-    aliases = {_PREFIX.sub("", alias): _PREFIX.sub("", name) for alias, name in checkpoint.aliases.items()}
-    info = {name: checkpoint.info[full] for name, full in names.items()}
-    return Checkpoint(checkpoint.path, checkpoint.format, info, lambda name: checkpoint[names[name]], aliases=aliases)
 
 
 def _fitted(
@@ -168,7 +180,7 @@ def _named(group: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a saved group's parameters by their names; empty if it has no names."""
     keys = list(group["params"])
     names = group.get("param_names") or (keys if all(isinstance(key, str) for key in keys) else [])
-    return {_PREFIX.sub("", name): key for name, key in zip(names, keys)}
+    return {without_wrapper(name): key for name, key in zip(names, keys)}
 
 
 def _check_scheduler(where: str, state: Mapping[str, Any], scheduler: Any) -> None:

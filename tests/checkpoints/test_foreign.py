@@ -9,7 +9,13 @@ import torch
 from states import FLOAT8, NUMPY_DTYPES, assert_reads, assert_same, one_sentence
 from torch import nn
 
-from mymodels.checkpoints import CheckpointError, load_checkpoint_and_dispatch, load_state_dict, open_checkpoint
+from mymodels.checkpoints import (
+    CheckpointError,
+    check_checkpoint,
+    load_checkpoint_and_dispatch,
+    load_state_dict,
+    open_checkpoint,
+)
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 pytestmark = [pytest.mark.formats, pytest.mark.filterwarnings("ignore")]
@@ -396,3 +402,89 @@ def test_gguf_with_absurd_counts(gguf, at: int, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     one_sentence(caught.value, str(path))
+
+
+def test_onnx_constants_sparse_and_inner_weights(onnx, tmp_path: Path) -> None:
+    helper, numpy_helper, FLOAT = onnx.helper, onnx.numpy_helper, onnx.TensorProto.FLOAT
+    dense = np.random.randn(3, 4).astype("f4")
+    folded = np.random.randn(4, 2).astype("f4")
+    inner = np.random.randn(2).astype("f4")
+    thin = np.zeros((3, 4), "f4")
+    thin[0, 1], thin[2, 3] = 5, 7
+    values = numpy_helper.from_array(np.array([5, 7], "f4"), "thin")
+    flat = helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([1, 11])), [3, 4])
+    values = numpy_helper.from_array(np.array([5, 7], "f4"), "thin2")
+    pairs = helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([[0, 1], [2, 3]])), [3, 4])
+    output = helper.make_tensor_value_info("y", FLOAT, None)
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["inner"], ["z"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("z", FLOAT, None)],
+        [numpy_helper.from_array(inner, "inner")],
+    )
+    nodes = [
+        helper.make_node("Constant", [], ["folded"], value=numpy_helper.from_array(folded)),
+        helper.make_node("Constant", [], ["shape"], value=numpy_helper.from_array(np.array([1, 2]))),
+        helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch),
+    ]
+    condition = helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])
+    graph = helper.make_graph(nodes, "g", [condition], [output], [numpy_helper.from_array(dense, "dense")])
+    graph.sparse_initializer.extend([flat, pairs])
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+    opened = open_checkpoint(tmp_path / "m.onnx")
+    expected = {"dense": dense, "folded": folded, "inner": inner, "thin": thin, "thin2": thin}
+    assert set(opened) == set(expected)
+    assert all(np.array_equal(opened[name].numpy(), value) for name, value in expected.items())
+    assert opened.extras["constants of the graph"] == 1
+
+
+def test_gguf_of_a_type_that_the_library_cannot_dequantise(
+    gguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    data = np.zeros((1, 34), np.uint8)
+    writer.add_tensor("a", data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert open_checkpoint(tmp_path / "m.gguf")["a"].shape == (1, 32)
+    monkeypatch.setattr(gguf.quants, "_type_traits", {})  # as for a type newer than the library
+    with pytest.raises(CheckpointError, match=r"Q8_0.*cannot dequantise"):
+        open_checkpoint(tmp_path / "m.gguf")["a"]
+
+
+def test_split_gguf(gguf, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
+    arrays = {f"blk.{i}.w": np.random.randn(4, 32).astype("f4") for i in range(5)}
+    for name, array in arrays.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = sorted(tmp_path.glob("*.gguf"))
+    assert len(files) == 3
+    opened = open_checkpoint(files[0])
+    assert set(opened) == set(arrays) and all(np.array_equal(opened[name].numpy(), arrays[name]) for name in arrays)
+    assert check_checkpoint(files[1], full=True) == []
+    files[1].unlink()
+    (problem,) = check_checkpoint(files[0])
+    assert files[1].name in problem.message
+
+
+def test_any_file_of_a_tensorflow_checkpoint_leads_to_it(tf, tmp_path: Path) -> None:
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        variable = tf.compat.v1.get_variable("a/kernel", initializer=np.ones((2, 3), "f4"))
+        session.run(variable.initializer)
+        tf.compat.v1.train.Saver().save(session, str(tmp_path / "model.ckpt"))
+    for name in ("checkpoint", "model.ckpt.meta", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt"):
+        opened = open_checkpoint(tmp_path / name)
+        assert list(opened) == ["a/kernel"] and torch.equal(opened["a/kernel"], torch.ones(2, 3)), name
+    assert check_checkpoint(tmp_path / "checkpoint", full=True) == [] == check_checkpoint(tmp_path / "model.ckpt.meta")
+    (tmp_path / "model.ckpt.index").unlink()
+    for name in ("checkpoint", "model.ckpt.meta", "model.ckpt.data-00000-of-00001"):
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(tmp_path / name)
+        assert ".index" in one_sentence(caught.value, name) and "damaged" not in str(caught.value)

@@ -1,8 +1,12 @@
 """Quantised checkpoints are recognised by what their writers store, plain ones are not taken for them."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
+from mymodels.checkpoints import open_checkpoint
 from mymodels.checkpoints.quantised import quantisation
 
 E4M3 = torch.float8_e4m3fn
@@ -76,3 +80,14 @@ def test_plain_weights() -> None:
     assert quantisation(plain.keys(), None) is None
     assert quantisation(tensors(weight=E4M3, bias=torch.bfloat16)) is None  # a plain cast: no scales, nothing to undo
     assert quantisation(tensors(attention_mask=U8, bias=torch.bool, logit_scale=F32)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["qint8", "qint4"])
+def test_what_quanto_writes(bits: str, tmp_path: Path) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    model = nn.Sequential(nn.Linear(64, 64))
+    quanto.quantize(model, weights=getattr(quanto, bits))
+    quanto.freeze(model)
+    torch.save(model.state_dict(), tmp_path / "q.pt")
+    assert quantisation(open_checkpoint(tmp_path / "q.pt")) == "quanto"

@@ -200,3 +200,81 @@ def test_no_state_of_an_optimizer(tmp_path) -> None:
     new = fresh()
     with pytest.raises(CheckpointError, match="no state of an optimizer for the model"):
         import_checkpoint(tmp_path / "old.pt", *new[:2])
+
+
+@pytest.mark.parametrize("name", ["opt", "optG", "adam", "optimizer_states", "optim"])
+def test_an_optimizer_under_any_name(name, tmp_path) -> None:
+    old = trained()
+    state = [old[1].state_dict()] if name == "optimizer_states" else old[1].state_dict()  # Lightning's
+    schedulers = [old[2].state_dict()] if name == "optimizer_states" else old[2].state_dict()
+    saved = {"state_dict": old[0].state_dict(), name: state, "lr_schedulers": schedulers, "epoch": 2}
+    torch.save(saved, tmp_path / "old.pt")
+    new = fresh()
+    assert import_checkpoint(tmp_path / "old.pt", *new) == {"epoch": 2}
+    assert_goes_on(old, new)
+
+
+def test_optimizers_of_two_models_by_their_letters(tmp_path) -> None:
+    one, two = trained(0), trained(1)
+    torch.save(
+        {
+            "netG": one[0].state_dict(),
+            "netD": two[0].state_dict(),
+            "optG": one[1].state_dict(),
+            "optD": two[1].state_dict(),
+        },
+        tmp_path / "gan.pt",
+    )
+    new = fresh()
+    import_checkpoint(tmp_path / "gan.pt", *new[:2], section="netD")
+    assert_goes_on(two[:2], new[:2])
+
+
+def test_a_distributed_checkpoint_goes_on(tmp_path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    old = trained()
+    saved = {"model": old[0].state_dict(), "optimizer": old[1].state_dict(), "epoch": 3, "seen": [1, 2]}
+    dcp.save(saved, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    new = fresh()
+    assert import_checkpoint(tmp_path / "dcp", *new[:2]) == {"epoch": 3, "seen": [1, 2]}
+    assert_goes_on(old[:2], new[:2])
+
+
+@pytest.mark.parametrize("pattern", ["_forward_module.{}", "_fsdp_wrapped_module.{}", "module._orig_mod.{}", "{}"])
+def test_names_of_wrappers(pattern, tmp_path) -> None:
+    model = network()
+    stored = {pattern.format(name).replace("0.", "0._orig_mod."): value for name, value in model.state_dict().items()}
+    torch.save({"model": stored, "epoch": 1}, tmp_path / "old.pt")
+    import_checkpoint(tmp_path / "old.pt", new := network())
+    assert all(torch.equal(value, new.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_not_strict_gives_an_account(tmp_path) -> None:
+    torch.save(
+        {"model": {"0.weight": torch.ones(4, 3), "1.bias": torch.ones(5), "x": torch.ones(1)}}, tmp_path / "old.pt"
+    )
+    with pytest.raises(CheckpointError, match="strict=False"):
+        import_checkpoint(tmp_path / "old.pt", model := network())
+    with pytest.warns(UserWarning, match="0.bias"):
+        rest = import_checkpoint(tmp_path / "old.pt", model, strict=False)
+    assert rest["loading_info"] == {
+        "missing_keys": ["0.bias", "1.weight"],
+        "unexpected_keys": ["x"],
+        "mismatched_keys": ["1.bias"],
+    }
+    assert torch.equal(model[0].weight, torch.ones(4, 3))
+    torch.save({"model": {"y.weight": torch.ones(4, 3)}}, tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match="none of its 1 tensors"):
+        import_checkpoint(tmp_path / "none.pt", model, strict=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.int64])
+def test_numbers_that_a_weight_cannot_hold(dtype, tmp_path) -> None:
+    model = network()
+    weights = model.state_dict()
+    torch.save({"model": {name: value.to(dtype) for name, value in weights.items()}}, tmp_path / "old.pt")
+    before = copy.deepcopy(weights)
+    with pytest.raises(CheckpointError, match=r"cannot hold|quantised"):
+        import_checkpoint(tmp_path / "old.pt", model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -14,7 +14,8 @@ from typing import Any
 from ...checkpoints import CheckpointError, check_checkpoint
 from ...checkpoints.checkpoint import is_zip
 from ...checkpoints.integrity import MANIFEST, is_weight_file
-from ...checkpoints.opening import kind_of, weight_files
+from ...checkpoints.kinds import kind_of
+from ...checkpoints.opening import weight_files
 from .folder import MAX_FILES, Finding, Folder, brief, strings
 
 HUB_FILE_LIMIT = 50 * 10**9  # what the Hub takes as one file

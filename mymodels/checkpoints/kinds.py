@@ -1,0 +1,134 @@
+"""What a file is by its content."""
+
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+
+from .checkpoint import is_zip
+
+_TF_INDEX_MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a TensorFlow index file
+_LEGACY_TORCH = re.compile(
+    rb"L119547037146038801333356L\n\.|\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", re.DOTALL
+)
+
+
+def kind_of(path: Path) -> str:
+    """What a file is by its content: the name of a format, or, of a file that is no checkpoint, what to do about it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(512)
+        file.seek(max(size - 8, 0))
+        tail = file.read()
+    if not size:
+        return "an empty file: copy or download it again"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return "safetensors"
+    if head.startswith(b"GGUF"):
+        return "GGUF"
+    if head.startswith(b"PK"):
+        return _kind_of_zip(path)
+    if _LEGACY_TORCH.match(head):
+        return "PyTorch"
+    if tail == _TF_INDEX_MAGIC:
+        return "TensorFlow index"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        return "a web page, not the file: the download failed; fetch it again"
+    if head.startswith(b"\x89HDF"):
+        return (
+            "an HDF5 file of TensorFlow or Keras, which is not read: load it with transformers 4 (from_tf=True) and "
+            "save_pretrained, or with Keras and model.export(folder), which writes a SavedModel"
+        )
+    if head.startswith(b"\x93NUMPY"):
+        return (
+            "one NumPy array without a name, not a state dict: save the arrays under names, numpy.savez(file, **arrays)"
+        )
+    if path.suffix == ".msgpack" or re.match(rb"(\xde..|\xdf....|[\x81-\x8f])[\xa1-\xbf\xd9]", head, re.DOTALL):
+        return (
+            "a msgpack file of Flax, which is not read: load it with transformers 4 and Flax (from_flax=True), and "
+            "save_pretrained"
+        )
+    if path.name == "checkpoint" and head.startswith(b"model_checkpoint_path"):
+        return "TensorFlow's note of its newest checkpoint, which is not here: copy its .index and .data files too"
+    if re.search(r"\.data-\d+-of-\d+$", path.name):
+        return "the data of a TensorFlow checkpoint without its .index file: copy that too"
+    if path.suffix == ".meta":
+        return "the graph of a TensorFlow checkpoint, without weights: name its .index file"
+    if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")) or head[257:262] == b"ustar":
+        return "a compressed or packed archive: unpack it and name the file inside"
+    if head.lstrip()[:1] == b"{" or path.suffix == ".json":
+        return "index"
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return "safetensors"
+    if head[:1] == b"\x80" or _looks_like_pickle(head, tail):
+        return "pickle"
+    if _looks_like_onnx(path, size):
+        return "ONNX"
+    return "in none of the formats that are read; if it was one, it is damaged: copy or download it again"
+
+
+def _looks_like_pickle(head: bytes, tail: bytes) -> bool:
+    """Whether a file may be a pickle of protocol 0 or 1, which have no mark of their own."""
+    if not tail.endswith(b".") or head[:1] not in b"(c}]L":
+        return False
+    operations = 0
+    try:
+        for _ in pickletools.genops(head):
+            operations += 1
+    except ValueError:  # the head ends amid an operation
+        pass
+    return operations > 3
+
+
+def _kind_of_zip(path: Path) -> str:
+    if not is_zip(path):
+        return "a zip archive without its end: truncated, copy or download it again"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # zipfile raises what it comes across
+        return "a zip archive with a damaged table of contents: copy or download it again"
+    inner = {name.split("/", 1)[-1] for name in names}
+    if names and all(name.endswith(".npy") for name in names):
+        return "NumPy"
+    if "archive_format" in inner or "serialized_exported_program.json" in names:
+        return "torch.export"
+    if "data.pkl" in inner and "constants.pkl" in inner:
+        return "TorchScript"
+    if "data.pkl" in inner:
+        return "PyTorch"
+    if "model.weights.h5" in names:
+        return (
+            "a Keras archive, which is not read: load it with Keras and model.export(folder), which writes a SavedModel"
+        )
+    return "a zip archive of something else: unpack it and name the file inside"
+
+
+def _looks_like_onnx(path: Path, size: int) -> bool:
+    """Whether the file is a protobuf message with the fields of an ONNX model, the graph (7) among them."""
+
+    def varint() -> int:
+        value = shift = 0
+        while shift < 64 and (byte := file.read(1)):
+            value |= (byte[0] & 127) << shift
+            shift += 7
+            if byte[0] < 128:
+                return value
+        raise EOFError
+
+    with path.open("rb") as file:
+        try:
+            while file.tell() < size:
+                field, wire = divmod(varint(), 8)
+                if field not in (1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26) or wire not in (0, 2):
+                    return False
+                if field == 7 and wire == 2:
+                    return True
+                length = varint()
+                if wire == 2:
+                    file.seek(min(length, size), 1)
+        except EOFError:
+            pass
+    return False

@@ -1,0 +1,346 @@
+"""A pickle read without running code: plain data and tensors are made, an object of any other class is not.
+
+Such an object becomes an `Unopened`, which keeps the class's name and the data pickled for it. No class is imported,
+no function of the file's choice is called. `torch.load(weights_only=True)` refuses these files as a whole.
+"""
+
+import _compat_pickle
+import argparse
+import codecs
+import collections
+import datetime
+import decimal
+import io
+import pathlib
+import pickle
+import struct
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from .checkpoint import CheckpointError
+
+# What training scripts put beside the weights: plain data, nothing that runs code when it is unpickled.
+_NUMPY: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]]
+PLAIN_TYPES: list[Any] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    *(
+        (getattr(pathlib, f"Pure{kind}"), f"{module}.{pure}{kind}")
+        for kind in ("PosixPath", "WindowsPath")
+        for pure in ("", "Pure")
+        for module in ("pathlib", "pathlib._local")  # the latter is Python 3.13's
+    ),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefdgSU"),
+    *((f, f"numpy.{core}.multiarray.{f.__name__}") for f in _NUMPY for core in ("core", "_core")),
+]
+
+
+_FIELDS = (argparse.Namespace, types.SimpleNamespace)
+_LENGTH = struct.Struct("<Q")
+
+
+# Nothing of these is called either, but a file that asks for `os.system` is not read on as if it were one of weights.
+_PROGRAMS = set(sys.stdlib_module_names)
+_RUNS = {"eval", "exec", "execfile", "compile", "open", "file", "input", "breakpoint", "apply", "reload", "__import__"}
+_RUNS |= {"setattr", "delattr", "globals", "locals", "vars", "memoryview"}
+_DATA = {
+    "functools",
+    "operator",
+    "collections",
+    "datetime",
+    "enum",
+    "fractions",
+    "ipaddress",
+    "logging",
+    "random",
+    "re",
+    "uuid",
+    "zoneinfo",
+}
+
+
+class AsksForCode(pickle.UnpicklingError):
+    """A pickle that names a function of Python's own library, such as `os.system`; the text is that name."""
+
+
+class Unopened:
+    """Stands for an object whose class was not imported.
+
+    Attributes:
+        qualified: the class or function that the pickle names, `module.name`.
+        args: what it would have been called with.
+        state, items, elements: what would have been set on it, as an object, a dict and a list.
+    """
+
+    qualified = "?"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.args = (*args, *kwargs.values())
+        self.state: Any = None
+        self.items: list[tuple[Any, Any]] = []
+        self.elements: list[Any] = []
+
+    def contents(self) -> Iterator[Any]:
+        """All that was pickled for this object."""
+        yield from (self.args, self.state, self.elements)
+        yield dict(enumerate(value for pair in self.items for value in pair))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def append(self, value: Any) -> None:
+        self.elements.append(value)
+
+    def extend(self, values: Any) -> None:
+        self.elements.extend(values)
+
+    def __repr__(self) -> str:
+        states = self.state if isinstance(self.state, tuple) else (self.state,)  # a tuple where there are slots
+        fields = [field for state in states if isinstance(state, dict) for field in state.items()]
+        shown = [repr(value) for value in (*self.args, *self.elements)] + [f"{key}={value!r}" for key, value in fields]
+        return f"{self.qualified}({', '.join(shown)})"
+
+
+class UnopenedTensor(Unopened):
+    """Stands for a tensor of a class of its own, such as a quantised one, whose values only that class knows."""
+
+
+def find_unopened(node: Any) -> Iterator[Unopened]:
+    """Every `Unopened` in a nested object, each once."""
+    seen: set[int] = set()
+    waiting = [node]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or not isinstance(value, (dict, list, tuple, set, collections.deque, Unopened, *_FIELDS)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Unopened):
+            yield value
+            waiting += value.contents()
+        elif isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        else:
+            waiting += vars(value).values() if isinstance(value, _FIELDS) else value
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How protocol 2 writes bytes; another encoding would import a module for it."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return codecs.encode(text, "latin1")
+
+
+def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes:
+    """Not of a number, which would take any memory that a file asks for."""
+    return _encode(data, encoding) if isinstance(data, str) else bytes(list(data))
+
+
+def _defaultdict(factory: Any = None, *rest: Any) -> collections.defaultdict:
+    return collections.defaultdict(factory if factory in _BUILTINS.values() else None, *rest)
+
+
+def _reconstructor(cls: Any, base: Any, state: Any) -> Any:
+    """What protocols 0 and 1 make objects with."""
+    return cls() if base is object or state is None else cls(state)
+
+
+def _getattr(owner: Any, name: str) -> Any:
+    """How protocol 2 finds a class within a class."""
+    if not (isinstance(owner, type) and issubclass(owner, Unopened)):
+        raise AsksForCode("builtins.getattr")
+    return type(name, (Unopened,), {"qualified": f"{owner.qualified}.{name}", "__module__": owner.__module__})
+
+
+def _newobj(cls: Any, *args: Any) -> Any:
+    return cls(*args)
+
+
+def _from_type(func: Any, new_type: Any, args: tuple, state: Any) -> Any:
+    """`torch._tensor._rebuild_from_type_v2`, a tensor of a subclass or with attributes of its own."""
+    made = func(*args)
+    if isinstance(made, UnopenedTensor):
+        made.state = state
+    elif new_type not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        tensor = made
+        made = UnopenedTensor(tensor)
+        made.qualified = getattr(new_type, "qualified", new_type.__name__)
+        made.state = state
+    return made
+
+
+def _parameter(data: Any, requires_grad: bool, *hooks_and_state: Any) -> Any:
+    return data if isinstance(data, Unopened) else torch.nn.Parameter(data, requires_grad)
+
+
+def _wrapper(cls: Any, *args: Any) -> Unopened:
+    made = UnopenedTensor(*args)
+    made.qualified = getattr(cls, "qualified", getattr(cls, "__name__", "?"))
+    return made
+
+
+_BUILTINS: dict[str, Any] = {
+    f"builtins.{made.__name__}": made
+    for made in (
+        bytearray,
+        list,
+        dict,
+        tuple,
+        set,
+        frozenset,
+        int,
+        float,
+        str,
+        bool,
+        bytes,
+        complex,
+        range,
+        slice,
+        object,
+    )
+}
+
+
+def _known() -> dict[str, Any]:
+    known: dict[str, Any] = dict(_ALLOWED_BY_TORCH()) | _BUILTINS
+    for entry in PLAIN_TYPES:
+        plain, name = entry if isinstance(entry, tuple) else (entry, f"{entry.__module__}.{entry.__name__}")
+        known[name] = plain
+    known |= {
+        f"{made.__module__}.{made.__qualname__}": made
+        for made in (
+            collections.deque,
+            decimal.Decimal,
+            datetime.datetime,
+            datetime.date,
+            datetime.time,
+            datetime.timedelta,
+            datetime.timezone,
+        )
+    }
+    try:
+        import ml_dtypes
+    except ImportError:
+        pass
+    else:
+        kinds = [kind for kind in vars(ml_dtypes).values() if isinstance(kind, type) and issubclass(kind, np.generic)]
+        known |= {f"ml_dtypes.{kind.__name__}": kind for kind in kinds}
+    return known | {
+        "_codecs.encode": _encode,
+        "collections.defaultdict": _defaultdict,
+        "builtins.getattr": _getattr,
+        "builtins.bytes": _bytes,
+        "builtins.bytearray": lambda *args: bytearray(_bytes(*args)),
+        "copyreg._reconstructor": _reconstructor,
+        "copyreg.__newobj__": _newobj,
+        "torch._tensor._rebuild_from_type_v2": _from_type,
+        "torch._utils._rebuild_wrapper_subclass": _wrapper,
+        "torch._utils._rebuild_parameter": _parameter,
+        "torch._utils._rebuild_parameter_with_state": _parameter,
+        "torch.storage._load_from_bytes": _storage_from_bytes,
+    }
+
+
+_ALLOWED_BY_TORCH = torch._weights_only_unpickler._get_allowed_globals
+
+
+def _storage_from_bytes(data: bytes) -> Any:
+    """A storage in a pickle that `torch.save` did not make: a file of torch.save's within it."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """Makes plain data and tensors; every other class or function that the pickle names becomes a kind of `Unopened`."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def __init__(self, file: Any, **options: Any):
+        super().__init__(file, **options)
+        self.known = _known()
+        self.callable = {id(made) for made in self.known.values()}
+        self.strangers: dict[str, type[Unopened]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # Python 2's, which protocols
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # up to 2 are written with
+        full = f"{module}.{name}"
+        if full in self.known:
+            return self.known[full]
+        if name in _RUNS if module == "builtins" else module.split(".")[0] in _PROGRAMS - _DATA:
+            raise AsksForCode(full)
+        return self.strangers.setdefault(full, type(name, (Unopened,), {"qualified": full, "__module__": module}))
+
+    def get_extension(self, code: int) -> None:
+        raise pickle.UnpicklingError("it names a class by a number of this program's registry")
+
+    def _is_known(self, made: Any) -> bool:
+        return id(made) in self.callable or (isinstance(made, type) and issubclass(made, Unopened))
+
+    def _make(self, made: Any, args: tuple, options: dict[str, Any] | None = None) -> Any:
+        """What calling `made` gives, if it is known; an `Unopened` otherwise."""
+        if isinstance(made, Unopened):  # a bound method of an unopened object, say
+            result = Unopened(*args)
+            result.qualified = made.qualified
+            return result
+        if not self._is_known(made):
+            raise pickle.UnpicklingError(f"it calls {made!r}, which is no plain data")
+        return made(*args, **(options or {}))
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()  # type: ignore[attr-defined]
+        self.stack[-1] = self._make(self.stack[-1], args)  # type: ignore[attr-defined]
+
+    def load_newobj(self) -> None:
+        args = self.stack.pop()  # type: ignore[attr-defined]
+        self.stack[-1] = self._make(self.stack[-1], args)  # type: ignore[attr-defined]
+
+    def load_newobj_ex(self) -> None:
+        options, args = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        self.stack[-1] = self._make(self.stack[-1], args, options)  # type: ignore[attr-defined]
+
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        self.append(self._make(klass, tuple(args)))  # type: ignore[attr-defined]
+
+    def load_build(self) -> None:
+        made = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(made, Unopened):
+            made.state = self.stack.pop()  # type: ignore[attr-defined]
+        elif callable(made) or not isinstance(made, _BUILT):
+            raise pickle.UnpicklingError(f"it changes a {type(made).__name__} of this program")
+        elif isinstance(made, dict):
+            vars(made).update(self.stack.pop()) if hasattr(made, "__dict__") else self.stack.pop()  # type: ignore[attr-defined]
+        else:
+            super().load_build()  # type: ignore[misc]
+
+    def load_persid(self) -> None:
+        raise CheckpointError(
+            "it was saved with pickle protocol 0, which torch itself cannot read: save it with another"
+        )
+
+    def load_bytearray8(self) -> None:
+        (length,) = _LENGTH.unpack(self.read(8))  # type: ignore[attr-defined]
+        self.append(bytearray(self.read(length)))  # type: ignore[attr-defined]
+
+    dispatch[pickle.REDUCE[0]] = load_reduce  # type: ignore[assignment]
+    dispatch[pickle.NEWOBJ[0]] = load_newobj  # type: ignore[assignment]
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex  # type: ignore[assignment]
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
+    dispatch[pickle.PERSID[0]] = load_persid  # type: ignore[assignment]
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8  # type: ignore[assignment]
+
+
+_BUILT = (torch.Tensor, dict, np.ndarray, np.dtype, *_FIELDS)
+
+
+def load(file: Any, **options: Any) -> Any:
+    """`pickle.load` of plain data."""
+    return PlainUnpickler(file, **options).load()
+
+
+Unpickler = PlainUnpickler  # with `load`, what torch.load takes for a `pickle_module`
