@@ -1,7 +1,13 @@
 """Settings for every test: offline, quiet, the same random numbers each time, one thread (the models are tiny)."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+# each pytest process its own: tests call their folders alike, and so the copies of their code that transformers imports
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mymodels-tests-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 os.environ.update(
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
