@@ -12,8 +12,11 @@ ECOSYSTEM := $(VENV)/ecosystem
 demo: $(VENV)/.core
 	$(BIN)/mymodels demo
 
+# processes that share the fast tests; 0: this one alone
+WORKERS ?= 2
+
 test: $(VENV)/.test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.test-slow
 	$(BIN)/pytest -m slow
