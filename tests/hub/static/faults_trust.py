@@ -48,7 +48,7 @@ TRUST = [
         both(module("import builtins"), in_forward('getattr(builtins, "ev" + "al")("1")')),
         "dynamic code",
         MODELING,
-        "handles the module builtins as a value",
+        "by eval, in forward",
     ),
     Fault(
         "subclasses", in_forward("().__class__.__base__.__subclasses__()"), "dynamic code", MODELING, "__subclasses__"
@@ -62,6 +62,7 @@ TRUST = [
         "dynamic code",
         MODELING,
         "trust_remote_code=True",
+        also=("network",),
     ),
     Fault(
         "file written at import",
@@ -116,6 +117,7 @@ TRUST = [
         "dynamic code",
         MODELING,
         "imports 'os'",
+        also=("processes",),
     ),
     Fault("everything of os", module("from os import *"), "dynamic code", MODELING, "os.*"),
     Fault(
@@ -128,7 +130,13 @@ TRUST = [
     Fault(
         "built-ins by their text", in_forward('globals()["__builtins__"]'), "dynamic code", MODELING, "'__builtins__'"
     ),
-    Fault("C code by ctypes", module("import ctypes"), "dynamic code", MODELING, "ctypes, as soon as it is imported"),
+    Fault(
+        "C code by ctypes",
+        both(module("import ctypes"), in_forward("ctypes.CDLL(None)")),
+        "dynamic code",
+        MODELING,
+        "ctypes.CDLL, in forward",
+    ),
     Fault(
         "hidden and run",
         both(module("import base64"), in_forward('exec(base64.b64decode("eD0x"))')),
@@ -147,6 +155,13 @@ TRUST = [
     Fault(
         "talks to the Hub",
         both(module("from huggingface_hub import hf_hub_download"), in_forward('hf_hub_download("a/b", "c")')),
+        "network",
+        MODELING,
+        "fetches files of 'a/b', another repo",
+    ),
+    Fault(
+        "asks the Hub for a repo that a variable names",
+        both(module("from huggingface_hub import hf_hub_download"), in_forward('hf_hub_download(use_cache, "c")')),
         "network",
         MODELING,
         "talks to the Hub",
@@ -179,6 +194,7 @@ TRUST = [
         "dynamic code",
         MODELING,
         "handles the module os",
+        also=("processes",),
     ),
     Fault(
         "table of a module",
@@ -186,6 +202,7 @@ TRUST = [
         "dynamic code",
         MODELING,
         "os.__dict__",
+        also=("processes",),
     ),
     Fault(
         "name imported twice",
