@@ -34,6 +34,7 @@ from .inputs import Unsuitable, make_inputs, run_model
 from .loading import load
 
 SEED = 0x5EED_0F_7E57  # one that nobody else sets
+SHOWN = 12
 BLOCKS = 2000  # of 624 numbers each: so many draws from a generator are recognised as draws
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
 
@@ -74,8 +75,8 @@ def run_quietly(model: Any, inputs: Any, check: Any) -> None:
 
 def report(check: Any, found: list[str], printed: str, moment: str) -> None:
     if found:
-        more = f", and {len(found) - 6} more" if len(found) > 6 else ""
-        check.fail(f"{moment} changes the process: {'; '.join(found[:6])}{more}")
+        more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        check.fail(f"{moment} changes the process: {'; '.join(found[:SHOWN])}{more}")
     elif printed.strip():
         check.warn(f"{moment} prints {printed.strip().splitlines()[0][:80]!r}")
 

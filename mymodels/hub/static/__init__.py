@@ -6,7 +6,18 @@ from pathlib import Path
 
 from ...checkpoints.inspecting import printable
 from ..checks import Check
-from . import attention, code_imports, config_files, folder_files, init_code, model_code, secrets, side_effects, trust
+from . import (
+    attention,
+    code_imports,
+    config_files,
+    folder_files,
+    init_code,
+    model_code,
+    requirements,
+    secrets,
+    side_effects,
+    trust,
+)
 from .folder import Finding, Folder, read_folder
 from .releases import find_releases
 
@@ -16,6 +27,7 @@ CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
     name: check
     for module in (
         folder_files,
+        requirements,
         secrets,
         config_files,
         code_imports,
@@ -24,6 +36,7 @@ CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
         attention,
         trust,
         side_effects,
+        requirements,
     )
     for name, check in module.CHECKS.items()
 }

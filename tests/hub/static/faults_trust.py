@@ -1,5 +1,8 @@
 """Code that nobody should trust unread."""
 
+from pathlib import Path
+
+import numpy as np
 from edits import LAYERS, MODELING, Fault, append, both, in_forward, module, prepend, replace, write
 
 TRUST = [
@@ -483,4 +486,83 @@ TWINS = {
     "signature": both(module("import inspect"), in_forward("inspect.signature(self.forward)")),
     "fields of itself": in_forward("vars(self), self.__dict__, self.__class__.__name__"),
     "text in pieces": in_forward('"last" + "_hidden" + "_state"'),
+}
+
+_NETRC = "machine huggingface.co login me password k9Lm2pQ8xZ"
+_SLACK = "https://hooks.slack.com/" + "services/T0ABCDEF1/B0ABCDEF1/aBcD3fGh1jKlMn0pQrStUvWx"
+_DISCORD = "https://discord.com/api/" + "webhooks/123456789012345678/" + "aB3-dE5_" * 8
+
+
+def object_array(folder: Path) -> None:
+    np.save(folder / "table.npy", np.array([print, {"a": 1}], dtype=object), allow_pickle=True)
+
+
+def object_archive(folder: Path) -> None:
+    np.savez(folder / "table.npz", a=np.array([print, 1], dtype=object))
+
+
+def plain_array(folder: Path) -> None:
+    np.save(folder / "table.npy", np.arange(6.0).reshape(2, 3))
+    np.savez(folder / "table.npz", a=np.arange(3))
+
+
+TRUST += [
+    Fault("login of .netrc", write("notes.txt", _NETRC), "secrets", "notes.txt:1", "a login of .netrc"),
+    Fault("webhook of Slack", write("notes.txt", f"see\n{_SLACK}"), "secrets", "notes.txt:2", "a webhook of Slack"),
+    Fault("webhook of Discord", write("notes.txt", _DISCORD), "secrets", "notes.txt:1", "a webhook of Discord"),
+    Fault(
+        "key of a service account",
+        write("account.json", '{"private_key": "-----BEGIN ' + 'PRIVATE KEY-----\\nMIIEvQIBADANBg"}'),
+        "secrets",
+        "account.json:1",
+        "a private key",
+    ),
+    Fault(
+        "password in a setting",
+        write("settings.yaml", "db_password: 'k39sKd02lsKDo30sla'"),
+        "secrets",
+        "settings.yaml:1",
+        "a password or key in a setting",
+    ),
+    Fault("pickle in an array", object_array, "pickles", "table.npy", "print"),
+    Fault("pickle in an archive of arrays", object_archive, "pickles", "table.npz", "print"),
+    *(
+        Fault(
+            f"requirement from elsewhere: {line}",
+            write("requirements.txt", f"torch\n{line}\n"),
+            "requirements",
+            "requirements.txt:2",
+            what,
+        )
+        for line, what in [
+            ("git+https://example.com/someone/else.git", "not on PyPI"),
+            ("helpers @ https://example.com/helpers-1.0-py3-none-any.whl", "not on PyPI"),
+            ("--index-url https://example.com/simple", "by --index-url"),
+            ("--extra-index-url=https://example.com/simple", "by --extra-index-url"),
+            ("-f https://example.com/wheels", "by -f"),
+            ("--trusted-host example.com", "by --trusted-host"),
+            ("-e ../helpers", "by -e"),
+            ("./helpers-1.0.tar.gz", "a path"),
+        ]
+    ),
+    Fault(
+        "requirement of pyproject.toml from elsewhere",
+        write("pyproject.toml", '[project]\ndependencies = ["helpers @ git+https://example.com/helpers"]\n'),
+        "requirements",
+        "pyproject.toml: project.dependencies",
+        "not on PyPI",
+    ),
+]
+TWINS |= {
+    "no login of .netrc": write("notes.txt", "This machine learning model needs a login and a password."),
+    "address of a service": write(
+        "notes.txt", "https://hooks.slack.com/ and https://discord.com/api/webhooks are addresses"
+    ),
+    "arrays of numbers": plain_array,
+    "password of the environment": write("settings.yaml", "db_password: ${DB_PASSWORD}"),
+    "requirements of PyPI": write(
+        "requirements.txt",
+        "# see https://example.com\ntorch>=2.4  # not git+https://example.com/x\n--index-url https://pypi.org/simple\n"
+        "--extra-index-url https://download.pytorch.org/whl/cpu\neinops==0.8.0\n",
+    ),
 }
