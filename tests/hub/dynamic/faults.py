@@ -225,9 +225,8 @@ FAULTS: dict[str, Fault] = {
             "torch.nn.Linear.reset_parameters = lambda self: None\ntorch.nn.Module.tiny = lambda self: None\n"
         ),
         "side effects",
-        r"loading the model changes the process: the environment variable TINY; the random seed of Python's random; .*"
-        r"torch\.nn\.modules\.linear\.Linear\.reset_parameters is another \(modeling_tiny\.py:7\); .*"
-        r"Module\.tiny was added",
+        r"the environment variable TINY; torch's random seed \(set to 0\); the random seed of Python's random; "
+        r"(?=.*Linear\.reset_parameters is another \(modeling_tiny\.py:7\))(?=.*Module\.tiny was added \(modeling_tiny\.py:8\))",
         "import and load",
     ),
     "seed in forward": Fault(
