@@ -15,6 +15,7 @@ DYNAMIC = {
     "weights": "save the model again",
     "buffers": "compute them in forward",
     "tied": "declare the tie",
+    "side effects": "leave settings, seeds, the environment and other packages' classes as they are; see the lines read above",
     "tokenizer": "save the tokenizer that belongs to this model again",
     "forward": "make forward work in eval mode, the same each time: functional dropout needs training=self.training",
     "golden": "find out what changed since it was recorded; if the outputs are right now, record again: --record",
@@ -35,9 +36,10 @@ DYNAMIC = {
 }
 # while one of these fails, what comes after it says nothing of its own
 _ROOTS = ("load", "weights", "buffers", "tied", "forward")
-_INDEPENDENT = {*_ROOTS, "clean process", "tokenizer", "save", "network", "file writes"}
+_INDEPENDENT = {*_ROOTS, "clean process", "side effects", "tokenizer", "save", "network", "file writes"}
 _OF_STAGE = {  # which check a stage is about, should it end before it began one
     "outputs": "load",
+    "side effects": "side effects",
     "other classes": "load",
     "reload": "reload",
     "placement": "meta",

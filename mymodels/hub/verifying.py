@@ -17,8 +17,18 @@ from .releases import Release, install, resolve
 from .serving import serving_checks
 from .static import static_checks
 
-FULL = ["outputs", "other classes", "reload", "placement", "workers", "parallel load", "facts", "export"]
-QUICK = ["outputs", "other classes", "reload", "placement", "facts"]
+FULL = [
+    "outputs",
+    "side effects",
+    "other classes",
+    "reload",
+    "placement",
+    "workers",
+    "parallel load",
+    "facts",
+    "export",
+]
+QUICK = ["outputs", "side effects", "other classes", "reload", "placement", "facts"]
 
 
 class Verification(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any
 
 STAGES = {  # name: (module of this folder, function), in the order they run; each in a fork of its own
     "outputs": ("outputs", "run"),
+    "side effects": ("side_effects", "run"),
     "other classes": ("outputs", "run_other_classes"),
     "reload": ("outputs", "run_reload"),
     "placement": ("placement", "run"),

@@ -6,7 +6,18 @@ from pathlib import Path
 
 from ...checkpoints.inspecting import printable
 from ..checks import Check
-from . import attention, code_imports, config_files, folder_files, init_code, model_code, secrets, trust
+from . import (
+    attention,
+    code_imports,
+    config_files,
+    folder_files,
+    init_code,
+    model_code,
+    requirements,
+    secrets,
+    side_effects,
+    trust,
+)
 from .folder import Finding, Folder, read_folder
 from .releases import find_releases
 
@@ -14,7 +25,19 @@ MAX_FINDINGS = 20  # of one check: a hostile folder must not drown the table
 
 CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
     name: check
-    for module in (folder_files, secrets, config_files, code_imports, model_code, init_code, attention, trust)
+    for module in (
+        folder_files,
+        requirements,
+        secrets,
+        config_files,
+        code_imports,
+        model_code,
+        init_code,
+        attention,
+        trust,
+        side_effects,
+        requirements,
+    )
     for name, check in module.CHECKS.items()
 }
 

@@ -166,9 +166,12 @@ def _pickle_bytes(name: str, path: Path) -> Iterator[bytes]:
         try:
             with zipfile.ZipFile(path) as archive:
                 for member in archive.namelist()[:MAX_MEMBERS]:
-                    if member.endswith(".pkl"):
+                    if member.endswith((".pkl", ".pickle")):
                         with archive.open(member) as file:
                             yield file.read(MAX_PICKLE_BYTES)
+                    elif member.endswith(".npy"):
+                        with archive.open(member) as file:
+                            yield from array_pickle(file.read(MAX_PICKLE_BYTES))
         except Exception:  # zipfile raises what it comes across; `weights` and `archives` report it
             return
     else:
@@ -176,8 +179,24 @@ def _pickle_bytes(name: str, path: Path) -> Iterator[bytes]:
             data = file.read(2)
             if name.endswith(".safetensors") and kind_of(path) == "safetensors":
                 return  # the length of its header can begin like a pickle
-            if data in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or _PICKLE_NAME.search(name):
+            if data == ARRAY_MAGIC[:2]:
+                yield from array_pickle(data + file.read(MAX_PICKLE_BYTES))
+            elif data in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or _PICKLE_NAME.search(name):
                 yield data + file.read(MAX_PICKLE_BYTES)
+
+
+ARRAY_MAGIC = b"\x93NUMPY"
+
+
+def array_pickle(data: bytes) -> Iterator[bytes]:
+    """The pickle that NumPy's file of an array of objects is, behind its header."""
+    if not data.startswith(ARRAY_MAGIC) or len(data) < 12:
+        return
+    long = data[6] > 1  # the version of the format: its header's length has four bytes, not two
+    start = 12 if long else 10
+    end = start + int.from_bytes(data[8:start], "little")
+    if re.search(rb"descr'\s*:\s*'?\|?O|'\|?O\d*'", data[start:end]):
+        yield data[end:]
 
 
 _PUTS, _GETS = ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"), ("BINGET", "LONG_BINGET", "GET")

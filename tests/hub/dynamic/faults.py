@@ -218,6 +218,23 @@ FAULTS: dict[str, Fault] = {
         "/var/tmp/tiny.log",
         r"modeling_tiny\.py:2",
     ),
+    # what else changes in the process
+    "settings changed at import": Fault(
+        code(
+            before="import os, random\nimport torch\n\nrandom.seed(0)\ntorch.manual_seed(0)\nos.environ['TINY'] = '1'\n"
+            "torch.nn.Linear.reset_parameters = lambda self: None\ntorch.nn.Module.tiny = lambda self: None\n"
+        ),
+        "side effects",
+        r"the environment variable TINY; torch's random seed \(set to 0\); the random seed of Python's random; "
+        r"(?=.*Linear\.reset_parameters is another \(modeling_tiny\.py:7\))(?=.*Module\.tiny was added \(modeling_tiny\.py:8\))",
+        "import and load",
+    ),
+    "seed in forward": Fault(
+        code((_EMBED, "        torch.manual_seed(0)\n" + _EMBED)),
+        "side effects",
+        r"the first forward changes the process: torch's random seed \(set to 0\)",
+        "forward",
+    ),
     # numbers
     "wrong golden output": Fault(
         golden_with(lambda held: held["output.AutoModelForCausalLM.logits"].add_(0.01)),

@@ -1,11 +1,14 @@
 """The parts of `verify`: golden files, releases, judging what a process reported, tables, the card, the pytest helper."""
 
 import json
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from faults import code
 from repos_to_verify import tiny_repo
 from rich.console import Console
@@ -19,7 +22,7 @@ from mymodels.checkpoints import check_checkpoint, write_manifest
 from mymodels.checkpoints.checkpoint import CheckpointError
 from mymodels.hub import Verification, record_golden, verify
 from mymodels.hub.checks import Check
-from mymodels.hub.clean import facts
+from mymodels.hub.clean import facts, side_effects
 from mymodels.hub.clean_process import CleanRun, clean_process
 from mymodels.hub.golden import read_golden
 from mymodels.hub.judging import DYNAMIC, judge
@@ -310,3 +313,44 @@ def test_what_an_engine_reads_in_the_source_is_read_likewise() -> None:
             return attend(self, *(call(layer, x) for layer in (self.q, self.k, self.v)))  # noqa: F821
 
     assert read(Attention()) == (set(), {False})
+
+
+# ---- side effects
+
+
+def test_draws_are_no_change_of_the_process_a_seed_is_one() -> None:
+    with torch.random.fork_rng():
+        python, array = random.getstate(), np.random.get_state()
+        try:
+            states = side_effects.seed_all()
+            torch.rand(3), [random.random() for _ in range(2000)], np.random.rand(1000)
+            assert side_effects.reseeded(states) == []
+            torch.manual_seed(7), random.seed(7), np.random.seed(7)
+            assert side_effects.reseeded(states) == [
+                "torch's random seed (set to 7)",
+                "the random seed of Python's random",
+                "NumPy's random seed",
+            ]
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
+
+
+def test_settings_and_what_is_exchanged_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, foreign = side_effects.snapshot(), side_effects.foreign_objects()
+    assert side_effects.changes(before, side_effects.snapshot()) == side_effects.replaced(foreign) == []
+    monkeypatch.setenv("TINY_SECRET", "do not show me")
+    monkeypatch.setattr(nn.functional, "gelu", torch.relu)
+    monkeypatch.setitem(transformers.activations.ACT2CLS, "relu", nn.Tanh)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert side_effects.changes(before, side_effects.snapshot()) == [
+            "the environment variable TINY_SECRET",
+            "torch's default dtype (torch.float32 became torch.float64)",
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert side_effects.replaced(foreign) == [
+        "torch.nn.functional.gelu is another",
+        "transformers.activations.ACT2CLS['relu'] is another",
+    ]

@@ -11,7 +11,10 @@ from faults_configs import CONFIGS
 from faults_files import FILES
 from faults_imports import IMPORTS
 from faults_models import MODELS
+from faults_side_effects import SIDE_EFFECTS
+from faults_side_effects import TWINS as SIDE_EFFECTS_TWINS
 from faults_trust import TRUST
+from faults_trust import TWINS as TRUST_TWINS
 from hub.healthy_folders import KINDS
 from safetensors.torch import save_file
 from versions.test_versions import CACHE, RELEASES
@@ -22,7 +25,8 @@ from mymodels.hub.static import CHECKS, static_checks
 from mymodels.hub.static.releases import Span, find_releases, lacking
 from mymodels.hub.static.symbols import GONE
 
-FAULTS = FILES + CONFIGS + IMPORTS + MODELS + TRUST
+FAULTS = FILES + CONFIGS + IMPORTS + MODELS + TRUST + SIDE_EFFECTS
+TWINS = SIDE_EFFECTS_TWINS | TRUST_TWINS
 OURS = ("mygpt2", "mybert")
 
 
@@ -65,6 +69,13 @@ def test_fault(fault: Fault, healthy, tmp_path: Path) -> None:
     assert {check.name for check in alarms if check.status == "failed"} - set(fault.also) == failed, alarms
     for check in alarms:
         assert check.what and check.remedy and "\n" not in check.what and str(folder) not in check.what, check
+
+
+@pytest.mark.parametrize("name", TWINS, ids=lambda name: name.replace(" ", "-"))
+def test_what_differs_from_a_fault_in_one_thing_raises_no_alarm(name: str, healthy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(healthy("multi_file"), tmp_path / "folder"))
+    TWINS[name](folder)
+    assert [check for check in static_checks(folder) if check.status in ("failed", "warning")] == []
 
 
 def test_a_break_in_another_release_is_a_warning(healthy, tmp_path: Path) -> None:
