@@ -6,7 +6,21 @@ from pathlib import Path
 
 from ...checkpoints.inspecting import printable
 from ..checks import Check
-from . import attention, code_imports, config_files, folder_files, init_code, model_code, secrets, trust
+from . import (
+    attention,
+    auto_classes,
+    code_imports,
+    config_files,
+    devices,
+    folder_files,
+    generation,
+    init_code,
+    labels,
+    model_code,
+    secrets,
+    tokenizer_files,
+    trust,
+)
 from .folder import Finding, Folder, read_folder
 from .releases import find_releases
 
@@ -14,7 +28,20 @@ MAX_FINDINGS = 20  # of one check: a hostile folder must not drown the table
 
 CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
     name: check
-    for module in (folder_files, secrets, config_files, code_imports, model_code, init_code, attention, trust)
+    for module in (
+        *(
+            folder_files,
+            secrets,
+            config_files,
+            tokenizer_files,
+            generation,
+            labels,
+            auto_classes,
+            code_imports,
+            model_code,
+        ),
+        *(init_code, attention, devices, trust),
+    )
     for name, check in module.CHECKS.items()
 }
 

@@ -11,6 +11,7 @@ from faults_configs import CONFIGS
 from faults_files import FILES
 from faults_imports import IMPORTS
 from faults_models import MODELS
+from faults_reading import QUIET, READING, TWINS
 from faults_trust import TRUST
 from hub.repos import KINDS
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from mymodels.hub.static import CHECKS, static_checks
 from mymodels.hub.static.releases import Span, find_releases, lacking
 from mymodels.hub.static.symbols import GONE
 
-FAULTS = FILES + CONFIGS + IMPORTS + MODELS + TRUST
+FAULTS = FILES + CONFIGS + IMPORTS + MODELS + READING + TRUST
 OURS = ("mygpt2", "mybert")
 
 
@@ -65,6 +66,24 @@ def test_fault(fault: Fault, healthy, tmp_path: Path) -> None:
     assert {check.name for check in alarms if check.status == "failed"} - set(fault.also) == failed, alarms
     for check in alarms:
         assert check.what and check.remedy and "\n" not in check.what and str(folder) not in check.what, check
+
+
+@pytest.mark.parametrize(("fault", "twin"), TWINS, ids=[fault.name.replace(" ", "-") for fault, _ in TWINS])
+def test_healthy_twin(fault: Fault, twin, healthy, tmp_path: Path) -> None:
+    """It differs from the fault in the one thing, and raises no alarm."""
+    folder = Path(shutil.copytree(healthy(fault.base), tmp_path / "folder"))
+    twin(folder)
+    checks = static_checks(folder, releases=fault.releases)
+    assert [check for check in checks if check.status == "failed"] == []
+    before = {check.what for check in static_checks(healthy(fault.base), releases=fault.releases)}
+    assert [c for c in checks if c.name == fault.check and c.status == "warning" and c.what not in before] == []
+
+
+@pytest.mark.parametrize(("name", "edit", "check", "releases"), QUIET, ids=[row[0].replace(" ", "-") for row in QUIET])
+def test_no_failure(name: str, edit, check: str, releases, healthy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(healthy("multi_file"), tmp_path / "folder"))
+    edit(folder)
+    assert [c for c in static_checks(folder, releases=releases) if c.status == "failed" and c.name == check] == []
 
 
 def test_a_break_in_another_release_is_a_warning(healthy, tmp_path: Path) -> None:
