@@ -60,7 +60,7 @@ def generation_config(folder: Folder) -> Iterator[Finding]:
         status = "warning" if greedy else "failed"
         yield Finding(status, what, f"{_FILE}: {key}", "correct it, or remove the key")
     least, most = values.get("min_length"), values.get("max_length")
-    if _whole(1)(least) and _whole(1)(most) and least > most:
+    if isinstance(least, int) and isinstance(most, int) and least > most > 0:
         yield Finding("failed", f"min_length is {least}, more than max_length, {most}", _FILE, "correct one of them")
     if values and not refused:
         yield from _validated(folder, values)

@@ -193,8 +193,13 @@ def lengths(folder: Folder) -> Iterator[Finding]:
     what = f"model_max_length is {longest:.0f}, but the model has {min(known)} positions"
     if rows is not None:
         yield Finding("failed", f"{what}: longer texts raise or are wrong", where, remedy)
-    elif not any("rope_scaling" in key or "rope_parameters" in key for key in text_config(folder)):
+    elif not any(_scaled(text_config(folder).get(key)) for key in ("rope_scaling", "rope_parameters")):
         yield Finding("warning", f"{what} (max_position_embeddings)", where, remedy)
+
+
+def _scaled(rope: Any) -> bool:
+    """Whether rotary positions are stretched beyond what the model was trained on."""
+    return isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) not in (None, "default")
 
 
 def _position_rows(folder: Folder) -> int | None:

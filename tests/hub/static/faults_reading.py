@@ -121,7 +121,13 @@ PAIRS: list[tuple[Fault, Edit]] = [
     ),
     (
         Fault(
-            "own vocabulary missing", remove("vocab.json"), "tokenizer", "", "reads vocab.json", base="with_tokenizer"
+            "own vocabulary missing",
+            remove("vocab.json"),
+            "tokenizer",
+            "",
+            "reads vocab.json",
+            base="with_tokenizer",
+            also=("file access",),
         ),
         write("notes.txt", ""),
     ),
@@ -163,6 +169,7 @@ PAIRS: list[tuple[Fault, Edit]] = [
             "AutoTokenizer",
             "a pair",
             base="with_tokenizer",
+            also=("file access",),
         ),
         config("tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_tinymany.TinymanyTokenizer", None]}),
     ),
@@ -325,6 +332,7 @@ PAIRS: list[tuple[Fault, Edit]] = [
             "auto classes",
             "auto_map.AutoModel",
             "names the head TinymanyForCausalLM",
+            also=("custom loading",),
         ),
         auto_map(AutoModel=auto("TinymanyModel"), AutoModelForCausalLM=auto("TinymanyForCausalLM")),
     ),
