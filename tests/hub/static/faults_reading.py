@@ -21,8 +21,8 @@ from edits import (
     replace,
     write,
 )
+from hub.repos import LFS_POINTER
 
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12\n"
 LABELS = ["no", "yes", "maybe"]
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 CLASSIFIED = {"id2label": {str(i): name for i, name in enumerate(LABELS)}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
@@ -134,7 +134,7 @@ PAIRS: list[tuple[Fault, Edit]] = [
     (
         Fault(
             "vocabulary is a pointer",
-            both(tokenizer_json(a=0), write("tokenizer.json", LFS)),
+            both(tokenizer_json(a=0), write("tokenizer.json", LFS_POINTER)),
             "json files",
             "tokenizer.json",
             "Git LFS pointer",
