@@ -192,8 +192,8 @@ def guarded(tree: ast.AST, guards: Callable[[ast.AST], bool] | None = None) -> s
 
 
 _RELEASE_TEST = re.compile(
-    r"\b(hasattr|signature|getfullargspec|parameters|__version__|version|parse_version|find_spec|getattr)\b"
-    r"|is_\w+_(available|version|or_later|or_equal|or_higher)\w*\("
+    r"\b(signature|getfullargspec|__version__|parse_version|find_spec)\b|\bversion\.parse|\bVersion\("
+    r"|\bhasattr\((?!self\b|config\b|module\b)|is_\w+_(available|version|or_later|or_equal|or_higher)\w*\("
 )
 
 

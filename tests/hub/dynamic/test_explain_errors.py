@@ -35,6 +35,12 @@ def edited(file: str, old: str, new: str) -> Callable[[Path], None]:
     return edit
 
 
+def without_mixin(folder: Path) -> None:
+    head = "class TinymanyForCausalLM(TinymanyPreTrainedModel, GenerationMixin):\n"
+    method = "\n    def prepare_inputs_for_generation(self, input_ids, **kwargs):\n        return {'input_ids': input_ids}\n\n"
+    edited(MODELING, head, head.replace(", GenerationMixin", "") + method)(folder)
+
+
 def written(file: str, content: bytes) -> Callable[[Path], None]:
     return lambda folder: (folder / file).write_bytes(content) and None
 
@@ -72,7 +78,7 @@ ERRORS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], str]] = {
     "pad_token_id": (NOTHING, read_attribute("pad_token_id"), r"no pad_token_id, which transformers 5\.0 and newer do not set"),
     "forced_bos_token_id": (NOTHING, read_attribute("forced_bos_token_id"), r"no forced_bos_token_id, which transformers 5\.0"),
     "no GenerationMixin": (
-        edited(MODELING, "TinymanyForCausalLM(TinymanyPreTrainedModel, GenerationMixin)", "TinymanyForCausalLM(TinymanyPreTrainedModel)"),
+        without_mixin,
         lambda folder: pickle.dumps(load_model(folder)),
         r"does not derive from GenerationMixin.*class TinymanyForCausalLM\(TinymanyPreTrainedModel, GenerationMixin\)",
     ),

@@ -75,11 +75,11 @@ HEADS = both(
 )
 SEQUENCE = auto_map(AutoModelForSequenceClassification=auto("TinymanyForSequenceClassification"))
 DATA = init_weights("module.weight.data.normal_(std=0.02)")
+CAUSAL = "class TinymanyForCausalLM(TinymanyPreTrainedModel"
+PREPARES = (
+    "    def prepare_inputs_for_generation(self, input_ids, **kwargs):\n        return {'input_ids': input_ids}\n\n"
+)
 MASK = "create_causal_mask(config=1, inputs_embeds=2, cache_position=3)"
-
-
-def bridged(new: str) -> Edit:
-    return module(new)
 
 
 # a fault, and the edit that differs in the one thing and is healthy
@@ -377,6 +377,17 @@ PAIRS: list[tuple[Fault, Edit]] = [
     ),
     (
         Fault(
+            "generates without GenerationMixin",
+            replace(MODELING, f"{CAUSAL}, GenerationMixin):\n", f"{CAUSAL}):\n{PREPARES}"),
+            "custom loading",
+            MODELING,
+            "cannot be pickled",
+            "warning",
+        ),
+        replace(MODELING, f"{CAUSAL}, GenerationMixin):\n", f"{CAUSAL}, GenerationMixin):\n{PREPARES}"),
+    ),
+    (
+        Fault(
             "blocks of another name",
             replace(MODELING, '["TinymanyBlock"]', '["TinymanyLayer"]'),
             "no split modules",
@@ -465,7 +476,7 @@ PAIRS: list[tuple[Fault, Edit]] = [
     (
         Fault(
             "an if about something else",
-            in_forward(f"if use_cache:\n            {MASK}"),
+            in_forward(f"if getattr(self.config, 'use_cache', True):\n            {MASK}"),
             "masks and caches",
             MODELING,
             "inputs_embeds",
