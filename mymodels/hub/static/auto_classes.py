@@ -50,10 +50,10 @@ def auto_classes(folder: Folder) -> Iterator[Finding]:
 
 def _kind(code: Code, klass: Klass) -> str:
     roots = code.roots(klass)
-    if any("Tokenizer" in root for root in roots):
-        return "tokenizer"
     if code.is_model(klass) or code.is_module(klass):
         return "model"
+    if any(re.search(r"(^|\.)\w*Tokenizer(Fast|Base)?$", root) for root in roots):
+        return "tokenizer"
     return "config" if code.is_config(klass) else ""
 
 

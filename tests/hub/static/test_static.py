@@ -15,6 +15,7 @@ from faults_reading import QUIET, READING, TWINS
 from faults_trust import TRUST
 from hub.repos import KINDS
 from safetensors.torch import save_file
+from transformers.dynamic_module_utils import get_imports
 from versions.test_versions import CACHE, RELEASES
 
 from mymodels.hub import verify
@@ -84,6 +85,31 @@ def test_no_failure(name: str, edit, check: str, releases, healthy, tmp_path: Pa
     folder = Path(shutil.copytree(healthy("multi_file"), tmp_path / "folder"))
     edit(folder)
     assert [c for c in static_checks(folder, releases=releases) if c.status == "failed" and c.name == check] == []
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "if True:",
+        "if os.environ:",
+        "if is_scipy_available():",
+        "if utils.is_scipy_available():",
+        "if is_mine_available():",
+        "if is_flash_attn_9_available():",
+        "if not is_torch_available() and os:",
+        "try:",
+        "while True:",
+        "def f():",
+    ],
+)
+def test_imports_are_excused_as_transformers_does(test: str, tmp_path: Path) -> None:
+    ends = "except ImportError:\n    pass\n" if test == "try:" else ""
+    file = tmp_path / "modeling_x.py"
+    file.write_text(f"{test}\n    import xformers\n{ends}")
+    needed = "xformers" in get_imports(str(file))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "modeling_x.X"}}))
+    found = [check for check in static_checks(tmp_path) if check.name == "other imports" and "xformers" in check.what]
+    assert bool(found) is needed
 
 
 def test_a_break_in_another_release_is_a_warning(healthy, tmp_path: Path) -> None:
