@@ -52,7 +52,7 @@ def _kind(code: Code, klass: Klass) -> str:
     roots = code.roots(klass)
     if code.is_model(klass) or code.is_module(klass):
         return "model"
-    if any(re.search(r"(^|\.)\w*Tokenizer(Fast|Base)?$", root) for root in roots):
+    if any(re.search(r"(^|\.)(?!\w*Audio)\w*Tokenizer(Fast|Base)?$", root) for root in roots):  # codecs are models
         return "tokenizer"
     return "config" if code.is_config(klass) else ""
 
