@@ -6,6 +6,7 @@ from ..checkpoints import open_checkpoint
 from ..checkpoints.checkpoint import CheckpointError
 from .checks import STATUSES, Check
 from .clean_process import CleanRun, plain, why
+from .explain_errors import explain
 from .weights import Files, compare_weights
 
 # every check of a clean process, in the order it is shown, and what to do when it fails
@@ -17,6 +18,7 @@ DYNAMIC = {
     "tied": "declare the tie",
     "side effects": "leave settings, seeds, the environment and other packages' classes as they are; see the lines read above",
     "tokenizer": "save the tokenizer that belongs to this model again",
+    "processor": "save the processor that belongs to this model again, or correct the sizes in its config",
     "forward": "make forward work in eval mode, the same each time: functional dropout needs training=self.training",
     "golden": "find out what changed since it was recorded; if the outputs are right now, record again: --record",
     "generation": "find out what changed since it was recorded; if the tokens are right now, record again: --record",
@@ -36,7 +38,7 @@ DYNAMIC = {
 }
 # while one of these fails, what comes after it says nothing of its own
 _ROOTS = ("load", "weights", "buffers", "tied", "forward")
-_INDEPENDENT = {*_ROOTS, "clean process", "side effects", "tokenizer", "save", "network", "file writes"}
+_INDEPENDENT = {*_ROOTS, "clean process", "side effects", "tokenizer", "processor", "save", "network", "file writes"}
 _OF_STAGE = {  # which check a stage is about, should it end before it began one
     "outputs": "load",
     "side effects": "side effects",
@@ -68,6 +70,7 @@ def judge(run: CleanRun, folder: Path, main: str) -> list[Check]:
     elif not checks:
         checks.append(_failed("clean process", "it reported nothing", ""))
     order = list(DYNAMIC)
+    checks = [c._replace(what=explain(c.what, folder)) if c.status == "failed" else c for c in checks]
     checks = [check._replace(what=plain(check.what), where=plain(check.where)) for check in checks]
     return sorted(_without_consequences(checks), key=lambda check: order.index(check.name))
 

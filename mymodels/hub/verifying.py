@@ -11,6 +11,7 @@ from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.opening import locate
 from .checks import Check
 from .clean_process import TIME_LIMIT, clean_process, describe_folder, plain
+from .explain_errors import point_to_cause
 from .golden import GOLDEN, read_golden, recorded
 from .judging import DYNAMIC, judge
 from .releases import Release, install, resolve
@@ -144,7 +145,8 @@ def verify(
                 checks = judge(run, folder, main)
                 if problem:
                     checks = sorted([*checks, problem], key=lambda check: list(DYNAMIC).index(check.name))
-                result.runs[release.transformers if release else str(installed or "installed")] = checks
+                under = release.transformers if release else str(installed or "installed")
+                result.runs[under] = point_to_cause(checks, result.static)
                 how = {"classes": about["classes"], "custom_code": bool(about["auto_map"])}
                 serving = serving_checks(run.one("facts"), export=run.one("export"), **how)
                 result.serving[:] = [check._replace(what=plain(check.what)) for check in serving]  # of the newest

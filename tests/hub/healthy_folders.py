@@ -12,6 +12,8 @@ HUB_REPO = Path(__file__).parents[2] / "hub_repo"
 TINY = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12\n"
+
 CONFIGURATION = '''"""A small language model: its configuration."""
 
 from transformers import PretrainedConfig

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             "forward_kwargs": any(p.kind is p.VAR_KEYWORD for p in [*parameters, *base_parameters]),
             "attention_backend": bool(getattr(model, "_supports_attention_backend", False)),
             "attention": attention,
-            "linears": sorted({path.rpartition(".")[2] for path in linears}),
+            "linears": targets(path for path, module in linears.items() if not _is_head(model, path, module)),
             "conv1d": sorted({p.rpartition(".")[2] for p, m in model.named_modules() if type(m).__name__ == "Conv1D"}),
             "heads": [name for name, _ in model.named_children()],
             "fused": [name for name, fuses in FUSIONS.items() if any(map(fuses, model.modules()))],
@@ -50,6 +51,27 @@ def run(job: dict[str, Any], events: Any) -> None:
             "config": [name for name in CONFIG_NAMES if getattr(config, name, None) is not None],
         }
     )
+
+
+def targets(paths: Iterable[str]) -> list[str]:
+    """The names that PEFT takes for these modules: the last part of each path, and what stands before a number."""
+    found = set()
+    for path in paths:
+        parts = path.split(".")
+        first = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
+        found.add(".".join(parts[first:]))
+    return sorted(found)
+
+
+def _is_head(model: Any, path: str, module: torch.nn.Module) -> bool:
+    """Whether a layer is the model's head: its output embeddings, or what a model with a head adds to its base."""
+    try:
+        if module is model.get_output_embeddings():
+            return True
+    except (AttributeError, NotImplementedError):
+        pass
+    base, prefix = getattr(model, "base_model", model), getattr(model, "base_model_prefix", "")
+    return base is not model and not path.startswith(f"{prefix}.")
 
 
 def _has_input_embeddings(model: Any) -> bool:
@@ -77,13 +99,23 @@ def _calls_interface(source: ast.AST) -> bool:
     """Whether a function is looked up in `ALL_ATTENTION_FUNCTIONS`, put under a name, and called once by that name."""
     names: set[str] = set()
     for node in ast.walk(source):
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            looked_up = node.value.func if isinstance(node.value, ast.Call) else node.value
-            if isinstance(looked_up, ast.Attribute | ast.Subscript) and _is_name(looked_up.value, TABLE):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names.update(target.id for target in targets if isinstance(target, ast.Name))
+        if isinstance(node, ast.Assign | ast.AnnAssign) and any(map(_looks_up, _alternatives(node.value))):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(target.id for target in targets if isinstance(target, ast.Name))
     calls = [n for n in ast.walk(source) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     return sum(call.func.id in names for call in calls if isinstance(call.func, ast.Name)) == 1
+
+
+def _alternatives(node: ast.AST | None) -> list[ast.AST | None]:
+    """The expressions that a conditional one may give: `a if test else b` gives `a` or `b`."""
+    if isinstance(node, ast.IfExp):
+        return [*_alternatives(node.body), *_alternatives(node.orelse)]
+    return [node]
+
+
+def _looks_up(node: ast.AST | None) -> bool:
+    looked_up = node.func if isinstance(node, ast.Call) else node
+    return isinstance(looked_up, ast.Attribute | ast.Subscript) and _is_name(looked_up.value, TABLE)
 
 
 def _is_name(node: ast.AST | None, name: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from . import tokenizers
 from .inputs import NEW_TOKENS, TOLERANCES, difference, generate, generates, make_inputs, shown_outputs
 from .loading import load
 
@@ -76,6 +77,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             tensors[f"greedy.{name}"] = generate(model, inputs)
     tensors.update({f"input.{name}": tensor for name, tensor in inputs.items()})
     made.update(
+        **tokenizers.record(job),
         max_new_tokens=NEW_TOKENS,
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,

@@ -81,7 +81,8 @@ class Events:
 def sentence(error: BaseException) -> str:
     """An exception in one line, what is said to call for help or to dump state left out."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = re.sub(r"\s+", " ", lines[0] if lines else "")[:400]
+    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    text = re.sub(r"\s+", " ", " ".join(lines[: last + 1]))[:400]  # a line that ends with a colon goes on
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -8,14 +8,19 @@ from ...checkpoints.inspecting import printable
 from ..checks import Check
 from . import (
     attention,
+    auto_classes,
     code_imports,
     config_files,
+    devices,
     folder_files,
+    generation,
     init_code,
+    labels,
     model_code,
     requirements,
     secrets,
     side_effects,
+    tokenizer_files,
     trust,
 )
 from .folder import Finding, Folder, read_folder
@@ -26,17 +31,8 @@ MAX_FINDINGS = 20  # of one check: a hostile folder must not drown the table
 CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
     name: check
     for module in (
-        folder_files,
-        requirements,
-        secrets,
-        config_files,
-        code_imports,
-        model_code,
-        init_code,
-        attention,
-        trust,
-        side_effects,
-        requirements,
+        *(folder_files, requirements, secrets, config_files, tokenizer_files, generation, labels, auto_classes),
+        *(code_imports, model_code, init_code, attention, devices, trust, side_effects),
     )
     for name, check in module.CHECKS.items()
 }

@@ -4,7 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from .code_tree import Code, Klass, calls, constant
+from .code_tree import Code, Klass, bridged, calls, constant
 from .folder import Finding, Folder
 from .model_code import live_code, served
 from .releases import Span, judge
@@ -120,7 +120,10 @@ def masks_and_caches(folder: Folder) -> Iterator[Finding]:
     """Arguments of masks and caches that differ by release."""
     code = live_code(folder)
     for file in code.files.values():
+        optional = bridged(file)
         for call in calls(file.tree):
+            if id(call) in optional:
+                continue  # in a branch for some releases only
             dotted = file.dotted(call.func)
             keywords = {keyword.arg for keyword in call.keywords}
             if re.match(r"transformers\.masking_utils\.create_\w+", dotted) and None not in keywords:

@@ -4,8 +4,9 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 
-from .code_tree import attributes, constant, entry_files, guarded, reachable, siblings
+from .code_tree import attributes, bridged, calls, constant, entry_files, guarded, reachable, siblings
 from .folder import CodeFile, Finding, Folder
 from .releases import Span, judge, lacking
 from .symbols import ATTRIBUTES
@@ -117,7 +118,7 @@ def other_imports(folder: Folder) -> Iterator[Finding]:
             declared |= {word.lower().replace("_", "-") for word in re.findall(r"[A-Za-z][\w.-]*", text)}
     told: set[str] = set()
     for name in sorted(reachable(folder) & folder.code.keys()):
-        file, optional = folder.code[name], guarded(folder.code[name].tree)
+        file, optional = folder.code[name], guarded(folder.code[name].tree, _excuses_imports)
         for node in ast.walk(file.tree):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -128,7 +129,33 @@ def other_imports(folder: Folder) -> Iterator[Finding]:
                     continue
                 told.add(top)
                 what = f"{name} needs the package {package}, and nothing in the folder says so"
-                yield Finding("failed", what, file.at(node), f"add {package} to requirements.txt")
+                remedy = f"add {package} to requirements.txt"
+                if id(node) in guarded(file.tree):
+                    what += "; an `if` does not excuse the import, transformers looks for the package all the same"
+                    remedy += ", or import it inside try/except ImportError"
+                yield Finding("failed", what, file.at(node), remedy)
+
+
+@lru_cache(maxsize=1)
+def _availability_tests() -> frozenset[str]:
+    from transformers.utils import import_utils
+
+    return frozenset(dir(import_utils))
+
+
+def _excuses_imports(node: ast.AST) -> bool:
+    """Whether transformers leaves out the imports below a node: `try`, and `if` with a test of its own.
+
+    As `transformers.dynamic_module_utils.get_imports` has it in every supported release: the test is called by its bare
+    name, which is one of `transformers.utils.import_utils`.
+    """
+    if isinstance(node, ast.If):
+        names = [call.func.id for call in calls(node.test) if isinstance(call.func, ast.Name)]
+        return any(
+            (name.startswith("is_flash_attn") and name.endswith("available")) or name in _availability_tests()
+            for name in names
+        )
+    return isinstance(node, ast.Try)
 
 
 def transformers_names(folder: Folder) -> Iterator[Finding]:
@@ -170,9 +197,10 @@ def _old_attributes(folder: Folder, file: CodeFile) -> Iterator[Finding]:
     own = {n.name for n in ast.walk(file.tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     own |= {a.attr for a in attributes(file.tree) if isinstance(a.ctx, ast.Store)}
     told: set[str] = set()
+    optional = bridged(file)
     for node in attributes(file.tree):
-        if node.attr not in ATTRIBUTES or node.attr in asked | own | told:
-            continue  # looked for by hasattr or getattr, or defined here
+        if node.attr not in ATTRIBUTES or node.attr in asked | own | told or id(node) in optional:
+            continue  # looked for by hasattr or getattr, defined here, or in a branch for some releases only
         first, last, owner, instead = ATTRIBUTES[node.attr]
         span = Span(first, last)
         told.add(node.attr)

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,17 +178,64 @@ def constant(node: ast.AST | None) -> Any:
     return node.value if isinstance(node, ast.Constant) else None
 
 
-def guarded(tree: ast.AST) -> set[int]:
-    """The `id` of every node under an `if` or a `try`: reached only if something was found to be there."""
+def guarded(tree: ast.AST, guards: Callable[[ast.AST], bool] | None = None) -> set[int]:
+    """The `id` of every node under an `if` or a `try`, or under a node that `guards` accepts."""
     found: set[int] = set()
     waiting = [(tree, False)]
     while waiting:
         node, inside = waiting.pop()
         if inside:
             found.add(id(node))
-        inside = inside or isinstance(node, (ast.If, ast.IfExp, ast.Try))
+        inside = inside or (guards(node) if guards else isinstance(node, (ast.If, ast.IfExp, ast.Try)))
         waiting += [(child, inside) for child in ast.iter_child_nodes(node)]
     return found
+
+
+_RELEASE_TEST = re.compile(
+    r"\b(signature|getfullargspec|__version__|parse_version|find_spec)\b|\bversion\.parse|\bVersion\("
+    r"|\bhasattr\((?!self\b|config\b|module\b)|is_\w+_(available|version|or_later|or_equal|or_higher)\w*\("
+)
+
+
+def bridged(file: CodeFile) -> set[int]:
+    """The `id` of every node that runs under some releases only: the code asks for a version, a name or a signature
+    first, or catches what the other releases raise."""
+    names: set[str] = set()
+    for _ in range(3):  # names that hold the answer to such a test, or a function that gives it
+        for node in ast.walk(file.tree):
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                goals = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if _asks_release(node.value, names):
+                    names |= {goal.id for goal in goals if isinstance(goal, ast.Name)}
+                    names |= {goal.attr for goal in goals if isinstance(goal, ast.Attribute)}
+            elif isinstance(node, _Function) and len(node.body) <= 3 and _asks_release(node.body[-1], names):
+                names.add(node.name)
+            elif isinstance(node, ast.Try) and _catches(node):  # try: import x; HAS_X = True
+                for inner in node.body + [step for handler in node.handlers for step in handler.body]:
+                    if isinstance(inner, ast.Assign) and isinstance(inner.value, ast.Constant):
+                        names |= {goal.id for goal in inner.targets if isinstance(goal, ast.Name)}
+
+    def guards(node: ast.AST) -> bool:
+        if isinstance(node, (ast.If, ast.IfExp)):
+            return _asks_release(node.test, names)
+        return isinstance(node, ast.Try) and _catches(node)
+
+    return guarded(file.tree, guards)
+
+
+def _asks_release(node: ast.AST, names: set[str]) -> bool:
+    words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    words |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    return bool(words & names) or bool(_RELEASE_TEST.search(ast.unparse(node)))
+
+
+_CAUGHT = {"TypeError", "AttributeError", "ImportError", "ModuleNotFoundError", "Exception", "RuntimeError", "KeyError"}
+
+
+def _catches(node: ast.Try) -> bool:
+    """Whether what another release raises is caught: not a bare `finally`."""
+    kinds = {n.id for h in node.handlers if h.type for n in ast.walk(h.type) if isinstance(n, ast.Name)}
+    return bool(kinds & _CAUGHT) or any(handler.type is None for handler in node.handlers)
 
 
 def references(folder: Folder) -> list[tuple[str, str, str]]:

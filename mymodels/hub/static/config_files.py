@@ -1,10 +1,12 @@
 """Checks of the JSON files: valid, complete, in agreement with the code, and overriding nothing."""
 
 import ast
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ...checkpoints import CheckpointError, open_checkpoint
@@ -16,9 +18,24 @@ from .releases import Span, judge, model_types
 
 def json_files(folder: Folder) -> Iterator[Finding]:
     """Every config is one JSON object: no key twice, no `NaN`, nothing nested without end."""
+    for name, path in folder.files.items():
+        head = _head(path)
+        if head.startswith(b"version https://git-lfs"):
+            what = f"{name} is a Git LFS pointer, not the file itself"
+            yield Finding("failed", what, name, "run `git lfs pull` in its repository, or download the file again")
+        elif head.startswith(b"\xef\xbb\xbf") and name.endswith((".json", ".jsonl")):
+            what = f"{name} begins with a byte order mark (BOM), which JSON readers refuse"
+            yield Finding("failed", what, name, "save it as UTF-8 without BOM")
     for name, reason in folder.invalid.items():
+        if _head(folder.files[name]).startswith((b"version https://git-lfs", b"\xef\xbb\xbf")):
+            continue
         reason = reason.removeprefix(f"{name}: ").removesuffix("; copy or download it again")
         yield Finding("failed", f"{name} cannot be read: {reason}", name, "mend it, or save it again")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(40)
 
 
 def config(folder: Folder) -> Iterator[Finding]:
@@ -32,12 +49,20 @@ def config(folder: Folder) -> Iterator[Finding]:
     if "config.json" not in folder.values:
         return
     model_type, own = folder.config.get("model_type"), model_types(folder.releases)
-    if not isinstance(model_type, str) or not re.fullmatch(r"[\w.-]+", model_type):
+    if model_type is None and "AutoConfig" in folder.auto_map:
+        what = "config.json has no model_type: transformers finds the class by auto_map, other tools do not"
+        yield Finding("warning", what, "config.json: model_type", "save the config again, or add its model_type")
+    elif not isinstance(model_type, str) or not re.fullmatch(r"[\w.-]+", model_type):
         what = "config.json has no model_type" if model_type is None else f"model_type is {brief(model_type)}, no name"
         yield Finding("failed", what, "config.json: model_type", "give the config class a model_type and save again")
     elif own_code(folder) and model_type in own:
         what = f"model_type {model_type!r} is one of transformers' own, which loads instead where code is not trusted"
-        yield Finding("failed", what, "config.json: model_type", "give the config class a model_type of its own")
+        named = str(folder.auto_map.get("AutoConfig", "")).rpartition(".")[2]
+        adopted = named.lower() == own[model_type].lower()  # the library took this family up after its code was written
+        remedy = "give the config class a model_type of its own"
+        if adopted:
+            remedy += ", or check that the library's class gives the same outputs"
+        yield Finding("warning" if adopted else "failed", what, "config.json: model_type", remedy)
     elif not folder.auto_map and own and model_type not in own:
         what = f"model_type {model_type!r} is unknown to transformers, and no auto_map says where its code is"
         yield Finding(
@@ -69,6 +94,12 @@ def auto_map(folder: Folder) -> Iterator[Finding]:
         value = folder.values[name].get("auto_map")
         if value is not None and not isinstance(value, dict):
             yield Finding("failed", f"auto_map is {brief(value)}, not a table", f"{name}: auto_map", "save again")
+    for name in folder.values:
+        entry = table.get("AutoTokenizer") if isinstance(table := folder.values[name].get("auto_map"), dict) else None
+        if isinstance(entry, str) or (isinstance(entry, list) and (len(entry) != 2 or entry == [None, None])):
+            what = f"AutoTokenizer is {brief(entry)}, but transformers takes a pair: [slow class or null, fast class or null]"
+            remedy = f"write [{json.dumps(entry if isinstance(entry, str) else (entry or [''])[0])}, null]"
+            yield Finding("failed", what, f"{name}: auto_map.AutoTokenizer", remedy)
     for name, auto, reference in references(folder):
         where = f"{name}: auto_map.{auto}"[:120]
         if not _AUTO.fullmatch(auto):
@@ -134,7 +165,8 @@ def _complete(folder: Folder, code: Code) -> Iterator[Finding]:
 
 
 @lru_cache(maxsize=1)
-def _library_names() -> frozenset[str]:
+def library_names() -> frozenset[str]:
+    """What `transformers`, as it is installed here, has at its top."""
     import transformers
 
     return frozenset(dir(transformers))
@@ -162,7 +194,7 @@ def architectures(folder: Folder) -> Iterator[Finding]:
             yield Finding("failed", what, where, f"add an entry for {name} to auto_map")
         elif own_code(folder) and not any("--" in str(entry) for entry in folder.auto_map.values()):
             yield Finding("failed", f"the code has no class {brief(name)}", where, "name the class that was saved")
-        elif not own_code(folder) and name not in _library_names():
+        elif not own_code(folder) and name not in library_names():
             what = f"transformers here has no class {brief(name)}, and there is no auto_map"
             yield Finding("failed", what, where, "name the class that was saved, or add auto_map")
 
@@ -170,7 +202,7 @@ def architectures(folder: Folder) -> Iterator[Finding]:
 # key → what it does there
 _OVERRIDES: dict[str, tuple[str, str]] = {
     "attribute_map": ("failed", "turns config fields into others behind the class's back"),
-    "trust_remote_code": ("failed", "would have the folder grant itself trust"),
+    "trust_remote_code": ("failed", "would have the folder grant itself trust"),  # no effect in tokenizer_config.json
     "_attn_implementation_internal": ("failed", "sets transformers' own state"),
     "_experts_implementation_internal": ("failed", "sets transformers' own state"),
     "_commit_hash": ("failed", "claims the commit that code and weights come from"),
@@ -212,47 +244,14 @@ def config_keys(folder: Folder) -> Iterator[Finding]:
                 elif isinstance(inner, str) and key.lstrip("_").endswith("implementation") and "/" in inner:
                     what = f"{full} is {brief(inner)}, a repo whose compiled code would be downloaded and run"
                     yield Finding("failed", what, where, "remove the key")
+                elif key == "trust_remote_code" and name == "tokenizer_config.json":
+                    continue
                 elif key in _OVERRIDES and inner not in (None, {}, [], "sdpa", "eager"):
                     status, does = _OVERRIDES[key]
                     yield Finding(status, f"the key {full} {does}", where, "remove the key")
                 elif name == "config.json" and not path and key in _GENERATION and folder.auto_map:
                     what = f"{key} belongs to generation; transformers 5 refuses to save a config that has it"
                     yield Finding("warning", what, where, "move it to generation_config.json")
-
-
-_UNSAFE_TEMPLATE = re.compile(r"__(class|subclasses|globals|mro|builtins|import|init|getattribute)__|\|\s*attr\s*\(")
-
-
-def templates(folder: Folder) -> Iterator[Finding]:
-    """Chat templates are programs; these reach for more than the conversation."""
-    sources: list[tuple[str, Any]] = []
-    for name, value in folder.values.items():
-        template = value.get("chat_template")
-        for entry in template if isinstance(template, list) else [template]:
-            sources.append((f"{name}: chat_template", entry.get("template") if isinstance(entry, dict) else entry))
-    for name, path in folder.files.items():
-        if name.endswith(".jinja"):
-            with path.open("rb") as file:
-                sources.append((name, file.read(1_000_000).decode("utf-8", errors="replace")))
-    for where, text in sources:
-        if isinstance(text, str) and (found := _UNSAFE_TEMPLATE.search(text)):
-            what = f"the chat template uses {found[0]}, the way out of its sandbox"
-            yield Finding("failed", what, where, "do not render it")
-
-
-def tokenizer(folder: Folder) -> Iterator[Finding]:
-    """The tokenizer's class is one that can be found."""
-    value = folder.values.get("tokenizer_config.json", {})
-    name = value.get("tokenizer_class")
-    where = "tokenizer_config.json: tokenizer_class"
-    if name is None or (isinstance(value.get("auto_map"), dict) and "AutoTokenizer" in value["auto_map"]):
-        return
-    if name == "TokenizersBackend":
-        what = "tokenizer_class is TokenizersBackend, which transformers 4 does not know"
-        yield Finding("warning", what, where, "write PreTrainedTokenizerFast, which every release knows")
-    elif not isinstance(name, str) or (name not in _library_names() and f"{name}Fast" not in _library_names()):
-        what = f"transformers has no tokenizer class {brief(name)}, and auto_map has no AutoTokenizer"
-        yield Finding("failed", what, where, "add AutoTokenizer to auto_map in tokenizer_config.json")
 
 
 def config_code(folder: Folder) -> Iterator[Finding]:
@@ -337,6 +336,4 @@ CHECKS = {
     "config keys": config_keys,
     "config code": config_code,
     "dtype": dtype,
-    "tokenizer": tokenizer,
-    "chat template": templates,
 }

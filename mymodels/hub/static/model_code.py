@@ -131,6 +131,13 @@ def custom_loading(folder: Folder) -> Iterator[Finding]:
         if not mixed and code.method(causal, "prepare_inputs_for_generation") is None:
             what = f"{causal.name} cannot generate: it does not derive from GenerationMixin"
             yield Finding("warning", what, causal.where, f"class {causal.name}(…PreTrainedModel, GenerationMixin)")
+        own = [name for name in ("prepare_inputs_for_generation", "generate") if code.method(causal, name) is not None]
+        if own and "GenerationMixin" not in " ".join(map(ast.unparse, causal.node.bases)):
+            what = (
+                f"{causal.name} has {own[0]}, but not GenerationMixin among its bases: transformers makes another class"
+            )
+            what += " of that name when it loads it, which cannot be pickled"
+            yield Finding("warning", what, causal.where, f"class {causal.name}(…PreTrainedModel, GenerationMixin)")
 
 
 CHECKS = {

@@ -91,9 +91,9 @@ def lacking(module: str, name: str, releases: Sequence[Release]) -> tuple[list[s
     return failing, span
 
 
-def model_types(releases: Iterable[Release]) -> set[str]:
-    """transformers' own model types, of all the releases that are installed."""
-    found: set[str] = set()
+def model_types(releases: Iterable[Release]) -> dict[str, str]:
+    """transformers' own model types with their config classes, of all the releases that are installed."""
+    found: dict[str, str] = {}
     for release in releases:
         if release.folder is not None:
             found |= _model_types(release.folder)
@@ -101,14 +101,14 @@ def model_types(releases: Iterable[Release]) -> set[str]:
 
 
 @lru_cache(maxsize=32)
-def _model_types(package: Path) -> frozenset[str]:
+def _model_types(package: Path) -> dict[str, str]:
     auto = package / "models" / "auto"
-    found: set[str] = set()
+    found: dict[str, str] = {}
     for file in ("configuration_auto.py", "auto_mappings.py"):
         text = _read(auto / file)
         block = re.search(r"^CONFIG_MAPPING_NAMES\b.*?^\)", text, re.MULTILINE | re.DOTALL)
-        found |= set(re.findall(r'\(\s*"([\w-]+)",\s*"\w+"', block[0] if block else ""))
-    return frozenset(found)
+        found |= dict(re.findall(r'\(\s*"([\w-]+)",\s*"(\w+)"', block[0] if block else ""))
+    return found
 
 
 @lru_cache(maxsize=4096)

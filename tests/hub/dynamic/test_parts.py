@@ -354,3 +354,20 @@ def test_settings_and_what_is_exchanged_are_named(monkeypatch: pytest.MonkeyPatc
         "torch.nn.functional.gelu is another",
         "transformers.activations.ACT2CLS['relu'] is another",
     ]
+
+
+@pytest.mark.parametrize(
+    ("lookup", "found"),
+    [
+        ("ALL_ATTENTION_FUNCTIONS[name]", True),
+        ("eager if name == 'eager' else ALL_ATTENTION_FUNCTIONS[name]", True),
+        ("ALL_ATTENTION_FUNCTIONS.get_interface(name, eager) if new else other", True),
+        ("eager if name == 'eager' else other", False),
+        ("choose(ALL_ATTENTION_FUNCTIONS)", False),
+    ],
+)
+def test_an_attention_function_chosen_by_a_conditional_expression_is_looked_up(lookup: str, found: bool) -> None:
+    import ast
+
+    source = f"def forward(self, x):\n    attend = {lookup}\n    return attend(self, x)\n"
+    assert facts._calls_interface(ast.parse(source)) is found

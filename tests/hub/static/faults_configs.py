@@ -21,7 +21,8 @@ CONFIGS = [
         "generation_config.json",
         "not valid JSON",
     ),
-    Fault("no model_type", config(model_type=None), "config", "model_type", "has no model_type"),
+    Fault("no model_type", config(model_type=None), "config", "model_type", "has no model_type", base="stock_gpt2"),
+    Fault("model_type by auto_map only", config(model_type=None), "config", "model_type", "other tools", "warning"),
     Fault(
         "a model_type of transformers",
         both(config(model_type="llama"), replace(CONFIGURATION, '"tinymany"', '"llama"')),
@@ -158,7 +159,7 @@ CONFIGS = [
     ),
     Fault(
         "tokenizer class of transformers 5",
-        config("tokenizer_config.json", tokenizer_class="TokenizersBackend"),
+        both(config("tokenizer_config.json", tokenizer_class="TokenizersBackend"), write("tokenizer.json", "{}")),
         "tokenizer",
         "tokenizer_class",
         "transformers 4 does not know",

@@ -13,6 +13,7 @@ from edits import (
     Edit,
     Fault,
     append,
+    both,
     config,
     remove,
     replace,
@@ -108,7 +109,7 @@ FILES = [
     Fault("pipe", lambda f: os.mkfifo(f / "model.bin"), "links", "model.bin", "pipe"),
     Fault(
         "tokenizer file elsewhere",
-        config("tokenizer_config.json", vocab_file="../../etc/passwd"),
+        both(config("tokenizer_config.json", vocab_file="../../etc/passwd"), write("tokenizer.json", "{}")),
         "paths",
         "vocab_file",
         "outside the folder",

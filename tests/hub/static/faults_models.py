@@ -41,6 +41,7 @@ MODELS = [
         "init weights",
         MODELING,
         "module.weight.data",
+        releases=("5.0.0",),
     ),
     Fault(
         ".data under nn.init",
@@ -48,6 +49,7 @@ MODELS = [
         "init weights",
         MODELING,
         "writes module.weight.data",
+        releases=("5.0.0",),
     ),
     Fault(
         "tensor method in place",
@@ -55,6 +57,7 @@ MODELS = [
         "init weights",
         MODELING,
         "calls module.weight.normal_",
+        releases=("5.0.0",),
     ),
     Fault(
         "padding row without a guard",
@@ -62,6 +65,7 @@ MODELS = [
         "init weights",
         MODELING,
         "lost the mark",
+        releases=("5.0.0",),
     ),
     Fault(
         "assignment to a part",
@@ -69,6 +73,7 @@ MODELS = [
         "init weights",
         MODELING,
         "writes module.weight[0]",
+        releases=("5.0.0",),
     ),
     Fault(
         "nn.init under a name of its own",
@@ -76,6 +81,7 @@ MODELS = [
         "init weights",
         MODELING,
         "cannot guard",
+        releases=("5.0.0",),
     ),
     Fault(
         "GPT-2's scaling from a parent",
@@ -85,6 +91,7 @@ MODELS = [
         "init weights",
         MODELING,
         "p.data",
+        releases=("5.0.0",),
     ),
     Fault(
         "child started from its parent",

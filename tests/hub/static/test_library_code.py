@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers.dynamic_module_utils import get_imports
 
 from mymodels.hub.static import CHECKS, static_checks
 
@@ -63,8 +64,12 @@ ALL = sorted(path.name for path in MODELS.iterdir() if complete(path))
 @pytest.mark.parametrize("name", ALL[::6])
 def test_the_librarys_own_models_raise_no_alarm(name: str, tmp_path: Path) -> None:
     assert len(ALL) > 200
-    checks = static_checks(as_remote_code(MODELS / name, tmp_path / "folder"))
+    folder = as_remote_code(MODELS / name, tmp_path / "folder")
+    checks = static_checks(folder)
     failed = [check for check in checks if check.status == "failed" and (name, check.name) not in KNOWN]
+    # deepspeed and scipy behind an `if`: as remote code these would be asked for
+    needed = {package for file in folder.glob("*.py") for package in get_imports(str(file))}
+    failed = [c for c in failed if c.name != "other imports" or not needed & set(re.findall(r"\w+", c.what))]
     # "config": the model_type is transformers' own, and rightly so; two config classes may share one file
     assert [check for check in failed if check.name not in ("config", "auto_map", "config code")] == []
     assert {check.name for check in checks} == set(CHECKS)

@@ -11,12 +11,14 @@ from faults_configs import CONFIGS
 from faults_files import FILES
 from faults_imports import IMPORTS
 from faults_models import MODELS
+from faults_reading import QUIET, READING, TWINS
 from faults_side_effects import SIDE_EFFECTS
 from faults_side_effects import TWINS as SIDE_EFFECTS_TWINS
 from faults_trust import TRUST
 from faults_trust import TWINS as TRUST_TWINS
 from hub.healthy_folders import KINDS
 from safetensors.torch import save_file
+from transformers.dynamic_module_utils import get_imports
 from versions.test_versions import CACHE, RELEASES
 
 from mymodels.hub import verify
@@ -25,8 +27,8 @@ from mymodels.hub.static import CHECKS, static_checks
 from mymodels.hub.static.releases import Span, find_releases, lacking
 from mymodels.hub.static.symbols import GONE
 
-FAULTS = FILES + CONFIGS + IMPORTS + MODELS + TRUST + SIDE_EFFECTS
-TWINS = SIDE_EFFECTS_TWINS | TRUST_TWINS
+FAULTS = FILES + CONFIGS + IMPORTS + MODELS + READING + TRUST + SIDE_EFFECTS
+HEALTHY = SIDE_EFFECTS_TWINS | TRUST_TWINS
 OURS = ("mygpt2", "mybert")
 
 
@@ -71,11 +73,54 @@ def test_fault(fault: Fault, healthy, tmp_path: Path) -> None:
         assert check.what and check.remedy and "\n" not in check.what and str(folder) not in check.what, check
 
 
-@pytest.mark.parametrize("name", TWINS, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("name", HEALTHY, ids=lambda name: name.replace(" ", "-"))
 def test_what_differs_from_a_fault_in_one_thing_raises_no_alarm(name: str, healthy, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(healthy("multi_file"), tmp_path / "folder"))
-    TWINS[name](folder)
+    HEALTHY[name](folder)
     assert [check for check in static_checks(folder) if check.status in ("failed", "warning")] == []
+
+
+@pytest.mark.parametrize(("fault", "twin"), TWINS, ids=[fault.name.replace(" ", "-") for fault, _ in TWINS])
+def test_healthy_twin(fault: Fault, twin, healthy, tmp_path: Path) -> None:
+    """It differs from the fault in the one thing, and raises no alarm."""
+    folder = Path(shutil.copytree(healthy(fault.base), tmp_path / "folder"))
+    twin(folder)
+    checks = static_checks(folder, releases=fault.releases)
+    assert [check for check in checks if check.status == "failed"] == []
+    before = {check.what for check in static_checks(healthy(fault.base), releases=fault.releases)}
+    assert [c for c in checks if c.name == fault.check and c.status == "warning" and c.what not in before] == []
+
+
+@pytest.mark.parametrize(("name", "edit", "check", "releases"), QUIET, ids=[row[0].replace(" ", "-") for row in QUIET])
+def test_no_failure(name: str, edit, check: str, releases, healthy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(healthy("multi_file"), tmp_path / "folder"))
+    edit(folder)
+    assert [c for c in static_checks(folder, releases=releases) if c.status == "failed" and c.name == check] == []
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "if True:",
+        "if os.environ:",
+        "if is_scipy_available():",
+        "if utils.is_scipy_available():",
+        "if is_mine_available():",
+        "if is_flash_attn_9_available():",
+        "if not is_torch_available() and os:",
+        "try:",
+        "while True:",
+        "def f():",
+    ],
+)
+def test_imports_are_excused_as_transformers_does(test: str, tmp_path: Path) -> None:
+    ends = "except ImportError:\n    pass\n" if test == "try:" else ""
+    file = tmp_path / "modeling_x.py"
+    file.write_text(f"{test}\n    import xformers\n{ends}")
+    needed = "xformers" in get_imports(str(file))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "modeling_x.X"}}))
+    found = [check for check in static_checks(tmp_path) if check.name == "other imports" and "xformers" in check.what]
+    assert bool(found) is needed
 
 
 def test_a_break_in_another_release_is_a_warning(healthy, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""What the config says, or what its class says where `config.json` is silent."""
+
+import ast
+from typing import Any
+
+from .code_tree import constant
+from .config_files import all_code, target
+from .folder import Folder
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+
+
+def text_config(folder: Folder) -> dict[str, Any]:
+    """The part of `config.json` that describes the language model: its own, or that of a nested config."""
+    for name in ("text_config", "llm_config", "language_config"):
+        if isinstance(inner := folder.config.get(name), dict):
+            return inner
+    return folder.config
+
+
+def setting(folder: Folder, *names: str) -> Any:
+    """The value of a config field under the first of these names that is set; None if nothing says it."""
+    for values in (text_config(folder), folder.config):
+        for name in names:
+            if values.get(name) is not None:
+                return values[name]
+    if text_config(folder) is not folder.config:
+        return None  # the defaults are those of another class
+    defaults, renamed = _class_defaults(folder)
+    for name in names:
+        if defaults.get(renamed.get(name, name)) is not None:
+            return defaults[renamed.get(name, name)]
+    return None
+
+
+def _class_defaults(folder: Folder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The defaults of the config class of `auto_map`, and its `attribute_map`, as far as they are literals."""
+    if "config defaults" not in folder.memo:
+        folder.memo["config defaults"] = _read_defaults(folder)
+    return folder.memo["config defaults"]
+
+
+def _read_defaults(folder: Folder) -> tuple[dict[str, Any], dict[str, Any]]:
+    code = all_code(folder)
+    klass = target(folder, code, "AutoConfig")
+    if klass is None:
+        return _library_defaults(folder), {}
+    defaults: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
+    for member in reversed(code.lineage(klass)):
+        for node in member.node.body:  # a dataclass
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                defaults[node.target.id] = constant(node.value)
+        table = member.value("attribute_map")
+        if isinstance(table, ast.Dict):
+            renamed |= {constant(key): constant(value) for key, value in zip(table.keys, table.values)}
+        init = member.method("__init__")
+        if init is not None:
+            arguments = [*init.args.posonlyargs, *init.args.args]
+            pairs = zip(reversed(arguments), reversed(init.args.defaults))
+            defaults |= {argument.arg: constant(default) for argument, default in pairs}
+            defaults |= {a.arg: constant(d) for a, d in zip(init.args.kwonlyargs, init.args.kw_defaults)}
+    return defaults, renamed
+
+
+def _library_defaults(folder: Folder) -> dict[str, Any]:
+    """The defaults of transformers' own class for this model type."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return dict(CONFIG_MAPPING[folder.config["model_type"]]().to_dict())
+    except Exception:  # unknown, or one that cannot be made without arguments
+        return {}
