@@ -100,7 +100,8 @@ def _warm_start(arguments: argparse.Namespace) -> int:
     size = parse_size(arguments.max_shard_size)
     config = read_json(arguments.config) if arguments.config else None
     names = ("head", "widen", "positions", "tokenizer", "source_tokenizer", "word_vectors", "skip", "only", "strict")
-    options = {name: getattr(arguments, name) for name in (*names, "allow", "section", "allow_pickle", "revision")}
+    more = ("allow", "section", "allow_pickle", "revision", "trust_remote_code")
+    options = {name: getattr(arguments, name) for name in (*names, *more)}
     layers = arguments.layers
     if re.fullmatch(r"\d+(,\d+)*", layers):
         layers = [int(number) for number in layers.split(",")]
@@ -409,6 +410,9 @@ def main(argv: list[str] | None = None) -> int:
     warm.add_argument("--only", action="append", default=[], metavar="REGEX", help="load nothing else")
     warm.add_argument("--strict", action="store_true", help="fail if anything is new or unused, and write nothing")
     warm.add_argument("--allow", action="append", default=[], metavar="REGEX", help="names that --strict lets pass")
+    warm.add_argument(
+        "--trust-remote-code", action="store_true", help="read a source with code of its own as if it were mymodels'"
+    )
     warm.add_argument("--dtype", choices=[*_DTYPES, *_DTYPES.values()], help="of the new model; default: float32")
     warm.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
     warm.add_argument("--seed", type=int, default=0, help="of what is new; default: %(default)s")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.torch_files import nested_checkpoint
+from ..released import OwnCodeError, check_code, is_installed
 from .configs import source_config
 from .names import Family, Renamed, family_of, plain, recognise, translate
 from .values import Value, Why, constant
@@ -51,6 +52,7 @@ def open_source(
     allow_pickle: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
 ) -> Source:
     """Open whatever `warm_start` takes as its source; see there.
 
@@ -58,17 +60,21 @@ def open_source(
         target: our model type that its architecture must be of.
         config: its config, where there is no `config.json` beside it.
         like: the target's config, which settles what the source does not say.
+        trust_remote_code: read a folder with code of its own as if its weights meant what they mean in its family.
 
     Raises:
-        CheckpointError: it cannot be read, is of another architecture, or has two tensors of one name.
+        CheckpointError: it cannot be read, is of another architecture, has code of its own, or two tensors of one name.
     """
+    own = ""
     folder, raw, where = None, _as_dict(config), "the source"
     if isinstance(source, torch.nn.Module):
         if type(source).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
             source = getattr(source, "module", None) or getattr(source, "_orig_mod", source)
-        own = getattr(source, "config", None)
-        if isinstance(own, PretrainedConfig):
-            raw = raw or {**own.to_dict(), "architectures": [type(source).__name__]}
+        its_config = getattr(source, "config", None)
+        if isinstance(its_config, PretrainedConfig):
+            raw = raw or {**its_config.to_dict(), "architectures": [type(source).__name__]}
+        if isinstance(source, PreTrainedModel) and has_own_code(type(source)):
+            own = f"a {type(source).__name__}"
         where = f"the {type(source).__name__}"
         source = source.state_dict()
     elif isinstance(source, (str, os.PathLike)):
@@ -90,7 +96,9 @@ def open_source(
         folder = folder or found
         source = source if section is None else source.section(section)
         beside = folder / "config.json"
-        raw = raw or (read_json(beside) if beside.is_file() else {})
+        if not raw and beside.is_file():
+            raw = read_json(beside)
+            own = _check_code(raw, folder, where, trust_remote_code)
     elif section is not None:
         raise CheckpointError(f"section={section!r} is for files, and {where} is none: pass that part of it")
     info = _describe(source, where)
@@ -99,7 +107,30 @@ def open_source(
     found_config, assumed = source_config(raw, shapes, family, like, where)
     if not {"tie_word_embeddings", "model_type"} & raw.keys():  # no whole config
         found_config.tie_word_embeddings = _is_tied(source, ours, family)
+    if own:
+        assumed.append(f"the source is {own}: its weights are read as {family.name}'s, which its own code may not do")
     return Source(where, folder, info, family, found_config, raw, ours, unfit, assumed)
+
+
+def _check_code(raw: Mapping[str, Any], folder: Path, where: str, trusted: bool) -> str:
+    """What a folder's own code makes of it, for the report; empty if it has none."""
+    try:
+        check_code(raw, folder, saved=True)
+    except OwnCodeError as error:
+        name = (raw.get("architectures") or ["model with code of its own"])[0]
+        if trusted:
+            return f"a {name} with code of its own"
+        reason = str(error).replace(str(folder), where).partition(", and mymodels'")[0].partition(": load it by")[0]
+        raise CheckpointError(
+            f"{reason}, so its weights may mean something else here: read that code, then pass trust_remote_code=True "
+            "(--trust-remote-code) if they mean the same"
+        ) from None
+    return ""
+
+
+def has_own_code(cls: type) -> bool:
+    """Whether a model's class is neither ours nor transformers' own."""
+    return not is_installed(cls) and cls.__module__.split(".")[0] != "transformers"
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
