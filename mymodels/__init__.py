@@ -1,15 +1,13 @@
 """Modified GPT-2 and BERT models that load anywhere with transformers' Auto classes.
 
-Importing this package registers both families, so that `AutoModel.from_pretrained(path)` needs no
-`trust_remote_code` here. Everything beyond the models is imported when first used. The command line alone
-registers them later, when a verb runs: see `_is_command_line`.
+Importing this package registers both families, so that `AutoModel.from_pretrained(path)` needs no `trust_remote_code`
+here, unless the folder has code of its own. Everything beyond the models is imported when first used. The command line
+alone registers them later, when a verb runs: see `_is_command_line`.
 """
 
-import json
 import sys
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,55 +102,16 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY[name], __name__), name)
 
 
-def _register() -> None:
-    import transformers
-
-    from .models import modeling_mybert, modeling_mygpt2
-    from .models.configuration_mybert import MyBertConfig
-    from .models.configuration_mygpt2 import MyGPT2Config
-
-    for config, modeling in ((MyGPT2Config, modeling_mygpt2), (MyBertConfig, modeling_mybert)):
-        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-        for auto_class, reference in config.AUTO_MAP.items():
-            if auto_class != "AutoConfig":
-                model = getattr(modeling, reference.split(".")[1])
-                getattr(transformers, auto_class).register(config, model, exist_ok=True)
-                # where `transformers serve` looks for it; the module may have been made anew while it was imported
-                setattr(sys.modules["transformers"], model.__name__, model)
-
-
-def _is_saved_by(model_class: Any, path: Any) -> bool:
-    """Whether `path` is a folder of this very family: one look spares a cold start the import of all that converts."""
-    try:
-        return json.loads(Path(path, "config.json").read_bytes())["model_type"] == model_class.config_class.model_type
-    except (OSError, TypeError, ValueError, KeyError, AttributeError):
-        return False
-
-
-def _convert_stock_checkpoints() -> None:
-    """Let `from_pretrained` take stock checkpoints too; the classes are remote code and know nothing of them."""
-    from .models import layers
-
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("subfolder") and _is_saved_by(cls, pretrained_model_name_or_path):
-            return super(layers.MyPreTrainedModel, cls).from_pretrained(  # type: ignore[misc]
-                pretrained_model_name_or_path, *model_args, **kwargs
-            )
-        from .warmstart.stock import from_pretrained as convert
-
-        return convert(cls, pretrained_model_name_or_path, *model_args, **kwargs)
-
-    from_pretrained.__doc__ = layers.MyPreTrainedModel.from_pretrained.__doc__
-    layers.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)
-
-
 @cache
 def _register_all() -> None:
     """All that importing the package does, once."""
+    from . import registering
     from .adapters import register_with_peft
 
-    _register()
-    _convert_stock_checkpoints()
+    registering.register_auto_classes()
+    registering.prefer_code_of_folders()
+    registering.convert_stock_checkpoints()
+    registering.save_code_of_subclasses()
     register_with_peft()
 
 

@@ -19,9 +19,9 @@ def refusing(source: Any) -> Iterator[None]:
     except SafetensorError as error:
         raise ValueError(f"{source} has broken weights ({error}): `mymodels check {source}` says which") from error
     except ImportError as error:  # of a quantiser, or of code that the folder brings
-        raise ValueError(f"{source} needs a package that is not here: {_first_line(error)}") from error
+        raise ValueError(f"{source} needs a package that is not here: {first_line(error)}") from error
     except ValueError as error:
-        raise (code_of_its_own(source) if asks_for_trust(error) else ValueError(_first_line(error))) from error
+        raise (code_of_its_own(source) if asks_for_trust(error) else ValueError(first_line(error))) from error
 
 
 def asks_for_trust(error: Exception) -> bool:
@@ -29,7 +29,10 @@ def asks_for_trust(error: Exception) -> bool:
 
 
 def code_of_its_own(source: Any) -> ValueError:
-    return ValueError(f"{source} brings code of its own, which would be run: read it, then pass --trust-remote-code")
+    return ValueError(
+        f"{source} brings code of its own, which would be run: read it, then pass --trust-remote-code "
+        "(trust_remote_code=True)"
+    )
 
 
 def refuse_mismatched(info: Mapping[str, Any], source: Any) -> None:
@@ -45,5 +48,6 @@ def refuse_mismatched(info: Mapping[str, Any], source: Any) -> None:
     raise ValueError(f"{source}: {name}{said}{more}: config.json or the weights are another model's")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text that says something, or its name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

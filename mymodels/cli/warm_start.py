@@ -66,6 +66,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--check", action="store_true", help="run source and target on the same inputs, whatever their size"
     )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="read a source with code of its own as if it were mymodels'"
+    )
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the new model; default: float32")
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of what is new; default: %(default)s")
@@ -100,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
                 dtype=dtype_of(arguments),
                 config=config,
                 layers=layers,
-                **picked(arguments, *names, "allow", "section", "allow_pickle", "revision"),
+                **picked(arguments, *names, "allow", "section", "allow_pickle", "revision", "trust_remote_code"),
             )
     except NotAllowedError as error:
         error.report.show(console(), every_tensor=arguments.all)

@@ -1,10 +1,14 @@
 """Build a Hub repo folder: config with `auto_map`, flat code, sharded weights, tokenizer, card, golden outputs, manifest."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,10 +19,12 @@ from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import inside, read_json
 from ..checkpoints.writing import even_out_tokenizer, parse_size, save_model_files, save_tokenizer_files, write_shards
 from ..models import configuration_mybert, configuration_mygpt2
+from ..released import OwnCodeError, check_code, own_code, reader
 from .card import Card, card_of_folder
-from .code_files import collect_code, file_of, served
+from .code_files import collect_code, served
 from .contents import kind_of
 from .golden import record_golden
+from .own_classes import CodeNotSaved, code_of
 
 CONFIG_NAME, CARD_NAME = "config.json", "README.md"
 _OURS = {"mygpt2": configuration_mygpt2, "mybert": configuration_mybert}
@@ -67,7 +73,7 @@ def build_repo(
     output_dir, size = check_output_dir(output_dir, where), parse_size(max_shard_size)
     if isinstance(source, PreTrainedModel) and card is None:
         raise CheckpointError("a model in memory does not say what it is: pass card=, see mymodels.hub.card.Card")
-    with replace_folder(output_dir, finish=write_manifest) as folder:
+    with replace_folder(output_dir, finish=write_manifest) as folder, _named(folder, output_dir):
         if isinstance(source, PreTrainedModel):
             _from_model(source, folder, size)
         elif where is not None:
@@ -85,6 +91,16 @@ def build_repo(
         if golden:
             record_golden(folder)
     return output_dir
+
+
+@contextlib.contextmanager
+def _named(folder: Path, output_dir: Path) -> Iterator[None]:
+    """Within it, errors name the folder that is built, not the temporary one."""
+    try:
+        yield
+    except CheckpointError as error:
+        text = str(error).replace(str(folder), str(output_dir))
+        raise (error if text == str(error) else CheckpointError(text)) from None
 
 
 def check_output_dir(output_dir: str | os.PathLike, source: Path | None = None) -> Path:
@@ -113,12 +129,13 @@ def check_output_dir(output_dir: str | os.PathLike, source: Path | None = None) 
 
 
 def _from_model(model: PreTrainedModel, folder: Path, max_shard_size: int) -> None:
-    save_model_files(model, folder, max_shard_size)
-    for stale in folder.glob("*.py"):  # `save_pretrained` copies imports as they are
+    code = code_of(model.config, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CodeNotSaved)
+        save_model_files(model, folder, max_shard_size)
+    for stale in folder.glob("*.py"):  # of a class that is not ours, `save_pretrained` copies imports as they are
         stale.unlink()
-    classes = [type(model), type(model.config)]
-    entries = [file for file in map(file_of, classes) if file is not None]
-    _write_code(folder, entries, [cls.__name__ for cls in classes])
+    _write_code(folder, code.files, code.auto_map)
 
 
 def _from_folder(where: Path, folder: Path, max_shard_size: int) -> None:
@@ -140,18 +157,31 @@ def _from_folder(where: Path, folder: Path, max_shard_size: int) -> None:
     entries: list[Path] = []
     targets = [target for file in _WITH_CODE for target in _targets(where / file)]
     first = [name for _, name in targets]
-    if config.get("model_type") in _OURS:
+    if config.get("model_type") in _OURS and not own_code(config, reader(where)):
+        _check_saved_class(config, where)
         ours = Path(str(_OURS[config["model_type"]].__file__))
         entries = [ours, ours.with_name(ours.name.replace("configuration", "modeling"))]
-        targets = [
-            target
-            for target in targets
-            if not (folder / target[0]).name.startswith(("modeling_my", "configuration_my"))
-        ]
+        targets = [target for target in targets if f"{target[0]}.py" not in {file.name for file in entries}]
     entries += [
         inside(where, f"{module.replace('.', '/')}.py", where) for module in dict.fromkeys(m for m, _ in targets)
     ]
-    _write_code(folder, entries, first, where)
+    files = collect_code(entries, within=where)
+    own = {name.removesuffix(".py") for name in files}
+    known = {}
+    for auto_class, target in (config.get("auto_map") or {}).items():
+        names = target if isinstance(target, list) else [target]
+        if all(name is None or str(name).split(".")[0] in own for name in names):
+            known[auto_class] = target
+    named = str(known.get("AutoConfig", "")).rpartition(".")[2]
+    found = served(files, [*first, *config.get("architectures", [])], config_class=named)
+    _write_code(folder, files, {**found, **known})
+
+
+def _check_saved_class(config: Mapping[str, Any], where: Path) -> None:
+    try:
+        check_code(config, where, saved=True)
+    except OwnCodeError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def files_taken(where: Path) -> list[str]:
@@ -198,23 +228,11 @@ def _targets(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _write_code(folder: Path, entries: list[Path], first: list[str], within: Path | None = None) -> None:
-    """The code, and an `auto_map` that names every Auto class it serves; `first` classes go before others."""
-    texts = collect_code(entries, within=within)
-    for name, text in texts.items():
+def _write_code(folder: Path, files: Mapping[str, str], auto_map: Mapping[str, Any]) -> None:
+    for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     path = folder / CONFIG_NAME
     config = read_json(path)
-    if texts:
-        own = {name.removesuffix(".py") for name in texts}
-        known = {}
-        for auto_class, target in (config.get("auto_map") or {}).items():
-            names = target if isinstance(target, list) else [target]
-            if all(name is None or str(name).split(".")[0] in own for name in names):
-                known[auto_class] = target
-        found = served(texts, [*first, *config.get("architectures", [])])
-        named = {a: t for a, t in found.items() if t.split(".")[1] in first and a not in known}
-        if within is None:  # a model in memory: its own class stands for its Auto class
-            named |= {a: t for a, t in found.items() if t.split(".")[1] in first}
-        config["auto_map"] = dict(sorted({**found, **known, **named}.items()))
+    if files:
+        config["auto_map"] = dict(sorted(auto_map.items()))
         path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

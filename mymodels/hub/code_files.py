@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..checkpoints import CheckpointError
 from ..checkpoints.safetensors_files import inside
 
+_MODELS = Path(__file__).parent.parent / "models"  # copied along wherever they are imported
 _HEADS = {  # how a class's name ends → the Auto class it is for, the longest first
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -32,10 +33,11 @@ _HEADS = {  # how a class's name ends → the Auto class it is for, the longest 
 
 
 class Import(NamedTuple):
-    """One `from … import …` of one's own code."""
+    """One `from … import …` of one's own code, or what it takes from one of several files."""
 
     node: ast.ImportFrom
     file: Path
+    names: tuple[ast.alias, ...] = ()  # of several files, those that are taken from this one
 
 
 def auto_class_of(class_name: str) -> str:
@@ -105,8 +107,7 @@ def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict
 def _check_inside(one: Import, path: Path, within: Path) -> None:
     """Refuse what a folder's code takes from elsewhere on this machine."""
     root = within.resolve()
-    shipped = Path(__file__).parent.parent / "models"
-    if one.file.parent.resolve() == shipped.resolve():
+    if one.file.parent.resolve() == _MODELS.resolve():
         return
     lexical = Path(os.path.normpath(one.file.absolute()))
     if not lexical.is_relative_to(Path(os.path.normpath(within.absolute()))):
@@ -130,7 +131,8 @@ def own_imports(path: Path, tree: ast.Module) -> list[Import]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.split(".")[0] in {package, "mymodels"} - {""}:
+                top = alias.name.split(".")[0]
+                if top in {package, "mymodels"} - {""} or (not package and _lies_beside(path, top)):
                     raise _not_flat(path, node, f"import {alias.name}")
         if not isinstance(node, ast.ImportFrom):
             continue
@@ -142,13 +144,12 @@ def own_imports(path: Path, tree: ast.Module) -> list[Import]:
         elif parts and parts[0] == package:
             folder, parts = root / package, parts[1:]
         elif parts[:2] == ["mymodels", "models"] and len(parts) == 3:
-            origin = find_spec("mymodels.models")
-            folder, parts = Path(origin.submodule_search_locations[0]), parts[2:]  # type: ignore[index,union-attr]
+            folder, parts = _MODELS, parts[2:]
         elif parts[:1] == ["mymodels"]:
-            raise CheckpointError(
-                f"{path}:{node.lineno} imports {node.module}, which is not there on other machines: import from "
-                "mymodels.models.modeling_… (or configuration_…, layers), which is copied along"
-            )
+            found += _of_our_models(path, node)
+            continue
+        elif parts and not package and _lies_beside(path, parts[0]):
+            folder = root
         else:
             continue
         file = folder.joinpath(*parts).with_suffix(".py") if parts else folder / "__init__.py"
@@ -156,6 +157,35 @@ def own_imports(path: Path, tree: ast.Module) -> list[Import]:
             raise _not_flat(path, node, f"from {'.' * node.level}{node.module or ''} import …")
         found.append(Import(node, file))
     return found
+
+
+def _lies_beside(path: Path, name: str) -> bool:
+    """Whether a script's `import name` finds a file or folder beside it, and not an installed package."""
+    if name in sys.stdlib_module_names or not ((path.parent / f"{name}.py").is_file() or (path.parent / name).is_dir()):
+        return False
+    try:
+        spec = find_spec(name)  # of a package that is not there it is None, of a module without spec an error
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        return (path.parent / f"{name}.py").is_file()
+    return Path(spec.origin).is_relative_to(path.parent)
+
+
+def _of_our_models(path: Path, node: ast.ImportFrom) -> list[Import]:
+    """`from mymodels import …`, by the files of `mymodels.models` that define the names."""
+    import mymodels
+
+    by_file: dict[Path, list[ast.alias]] = {}
+    for alias in node.names:
+        module = getattr(vars(mymodels).get(alias.name), "__module__", "") if node.module == "mymodels" else ""
+        if not module.startswith("mymodels.models."):
+            raise CheckpointError(
+                f"{path}:{node.lineno} imports {node.module}, which is not there on other machines: import from "
+                "mymodels.models.modeling_… (or configuration_…, layers), which is copied along"
+            )
+        by_file.setdefault(_MODELS / f"{module.rpartition('.')[2]}.py", []).append(alias)
+    return [Import(node, file, tuple(names)) for file, names in by_file.items()]
 
 
 def _not_flat(path: Path, node: ast.stmt, statement: str) -> CheckpointError:
@@ -167,16 +197,33 @@ def _not_flat(path: Path, node: ast.stmt, statement: str) -> CheckpointError:
 
 def _rewritten(text: str, imports: list[Import]) -> str:
     lines = text.split("\n")  # as Python counts them
-    for node, file in sorted(imports, key=lambda one: (one.node.lineno, one.node.col_offset), reverse=True):
-        line = lines[node.lineno - 1].encode()
-        before, rest = line[: node.col_offset].decode(), line[node.col_offset :].decode()
-        found = re.match(r"from\s+[.\w]+\s+import", rest)
-        if found is None:
-            raise CheckpointError(
-                f"{file.name} is imported in a way that cannot be rewritten: write `from .name import …` in one line"
-            )
-        lines[node.lineno - 1] = f"{before}from .{file.stem} import{rest[found.end() :]}"
+    places: dict[tuple[int, int], list[Import]] = {}
+    for one in imports:
+        places.setdefault((one.node.lineno, one.node.col_offset), []).append(one)
+    for (line, column), found in sorted(places.items(), reverse=True):
+        node, file, names = found[0]
+        start = lines[line - 1].encode()
+        before, rest = start[:column].decode(), start[column:].decode()
+        if not names:
+            heading = re.match(r"from\s+[.\w]+\s+import", rest)
+            if heading is None:
+                raise _not_rewritten(file)
+            lines[line - 1] = f"{before}from .{file.stem} import{rest[heading.end() :]}"
+            continue
+        if before.strip() and len(found) > 1:
+            raise _not_rewritten(file)
+        after = lines[(node.end_lineno or line) - 1].encode()[node.end_col_offset :].decode()
+        statements = [f"from .{f.stem} import {', '.join(map(ast.unparse, aliases))}" for _, f, aliases in found]
+        indent = before if before.strip() == "" else ""
+        new = (before + f"\n{indent}".join(statements) + after).split("\n")
+        lines[line - 1 : node.end_lineno or line] = new
     return "\n".join(lines)
+
+
+def _not_rewritten(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file.name} is imported in a way that cannot be rewritten: write `from .name import …` in one line"
+    )
 
 
 def _with_indirect(name: str, texts: dict[str, str], direct: dict[str, set[str]]) -> str:
@@ -211,10 +258,10 @@ def _a_name(file: str, text: str) -> str:
     raise CheckpointError(f"{file} defines nothing that could be imported: merge it into the file that needs it")
 
 
-def served(texts: dict[str, str], first: Iterable[str] = ()) -> dict[str, str]:
+def served(texts: dict[str, str], first: Iterable[str] = (), *, config_class: str = "") -> dict[str, str]:
     """The `auto_map` of code files: Auto class → `file.Class`.
 
-    A class counts if it is a config or, however indirectly, a `PreTrainedModel`, and is called like one of `first` (the
+    With `config_class`, no model that takes another config, which Auto classes would refuse. A class counts if it is a config or, however indirectly, a `PreTrainedModel`, and is called like one of `first` (the
     classes that are known: `X` of `XForCausalLM` and `XModel`); of several for one Auto class, those in `first` come first.
     """
     wanted = list(first)
@@ -230,6 +277,8 @@ def served(texts: dict[str, str], first: Iterable[str] = ()) -> dict[str, str]:
         auto_class = auto_class_of(name)
         if not auto_class or (stems and _stem(name) not in stems and name not in wanted):
             continue
+        if auto_class != "AutoConfig" and config_class and _config_class(name, classes) not in ("", config_class):
+            continue
         if name in wanted or _is_a(name, "Config" if auto_class == "AutoConfig" else "PreTrainedModel", classes):
             rank = wanted.index(name) if name in wanted else len(wanted)
             if auto_class not in found or rank < found[auto_class][0]:
@@ -241,6 +290,19 @@ def _stem(name: str) -> str:
     """`X` of `XForSomething`, `XModel`, `XConfig`."""
     found = re.match(r"(\w+?)(For[A-Z]\w*|LMHeadModel|PreTrainedModel|Model|Config)$", name)
     return found[1] if found else ""
+
+
+def _config_class(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> str:
+    """The name of a model's `config_class`, its own or inherited; `""` if it is not written here."""
+    if name not in classes or depth == 0:
+        return ""
+    for node in classes[name][1].body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "config_class" for target in targets):
+            value = getattr(node, "value", None)
+            return ast.unparse(value).split(".")[-1] if isinstance(value, (ast.Name, ast.Attribute)) else ""
+    bases = [ast.unparse(base).split(".")[-1] for base in classes[name][1].bases]
+    return next((found for base in bases if (found := _config_class(base, classes, depth - 1))), "")
 
 
 def _is_a(name: str, ending: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> bool:

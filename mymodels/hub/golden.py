@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -81,9 +82,21 @@ def recorded(
         with clean_process(folder, ["record"], release=release, **limits, **job) as run:
             made = run.scratch / GOLDEN
             if any("ended" in event for event in run.events) or not made.is_file():
-                raise CheckpointError(f"{folder}: golden outputs cannot be recorded, {why(run)}")
+                unsuitable = re.match(r"mymodels_clean\.inputs\.Unsuitable: (.*)", str(run.one("last")))
+                if unsuitable:
+                    raise CheckpointError(
+                        f"{folder}: golden outputs cannot be recorded, {unsuitable[1]}: leave them out (golden=False, "
+                        "--no-golden), or record them afterwards by mymodels.hub.record_golden(folder, inputs=…)"
+                    )
+                raise CheckpointError(f"{folder}: golden outputs cannot be recorded, {_without_internals(why(run))}")
             read_golden(made)
             yield made
+
+
+def _without_internals(reason: str) -> str:
+    """A process's last words without its temporary folder and our own modules' names there."""
+    reason = re.sub(r"[^\s'\"]*/mymodels-(clean|golden)-\w+/([^\s'\"]*/)?", "", reason)
+    return re.sub(r"\b(mymodels_clean|transformers_modules)(\.\w+)*\.(?=[A-Z])", "", reason)
 
 
 def read_golden(path: str | os.PathLike) -> Golden:

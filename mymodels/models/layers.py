@@ -132,7 +132,8 @@ class MyPretrainedConfig(PretrainedConfig):
     """Base of both configs: a complete `auto_map`, GPT-2's and BERT's usual fields checked in one place.
 
     `AUTO_MAP` names the class behind every Auto class that the model serves. It goes into each saved `config.json`, so
-    that any of them loads the folder, whichever head was saved.
+    that any of them loads the folder, whichever head was saved. It is not inherited: these classes take the config that
+    declares it, and no other.
     """
 
     AUTO_MAP: ClassVar[dict[str, str]] = {}
@@ -147,14 +148,15 @@ class MyPretrainedConfig(PretrainedConfig):
         # Called after `PretrainedConfig.__init__`, which sets or drops some of these itself, differently by release.
         for name, value in fields.items():
             setattr(self, name, value)
-        self.auto_map = {**self.AUTO_MAP, **(auto_map or {})}
+        self.auto_map = {**vars(type(self)).get("AUTO_MAP", {}), **(auto_map or {})}
         self.check_consistency()
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         # The code is saved beside the config, so a class is named by its file there, not by the repo it came from.
-        auto_map = output.get("auto_map") or {}
-        output["auto_map"] = {k: v.split("--")[-1] if isinstance(v, str) else v for k, v in auto_map.items()}
+        auto_map = output.pop("auto_map", None) or {}
+        if auto_map:
+            output["auto_map"] = {k: v.split("--")[-1] if isinstance(v, str) else v for k, v in auto_map.items()}
         return output
 
     def _require(self, condition: bool, field: str, need: str) -> None:

@@ -6,6 +6,9 @@ import logging
 import math
 import os
 import random
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -24,11 +27,13 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoints import replace_folder, write_manifest
+from ..checkpoints import CheckpointError, replace_folder, write_manifest
 from ..checkpoints.loading import load_in_place
+from ..checkpoints.refusing import first_line
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import save_model_files, torch_save, write_shards
+from ..released import is_installed, own_code, reader
 from .folders import STATE, remove_old_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -186,6 +191,55 @@ def save_training_checkpoint(
         remove_old_checkpoints(folder.parent, folder, best, save_total_limit)
     accelerator.wait_for_everyone()
     return folder
+
+
+@contextlib.contextmanager
+def trial(model: torch.nn.Module, where: str | os.PathLike) -> Iterator[Path]:
+    """A scratch folder in `where` to save a model into before it is trained in vain.
+
+    Raises:
+        ValueError: something in the `with` block failed, in one sentence.
+        OSError: the disk is full or read-only.
+    """
+    where, existed = Path(where), Path(where).exists()
+    where.mkdir(parents=True, exist_ok=True)
+    try:
+        with _without_bars(), tempfile.TemporaryDirectory(dir=where, prefix=".trial-") as scratch:
+            yield Path(scratch)
+    except OSError:
+        raise
+    except Exception as error:
+        reason = first_line(error).replace(f"{scratch}/", "")
+        raise ValueError(f"{type(model).__name__} cannot be saved, so nothing was trained: {reason}") from error
+    finally:
+        if not existed:
+            shutil.rmtree(where, ignore_errors=True)
+
+
+def check_code_of_checkpoint(model: torch.nn.Module, folder: Path) -> None:
+    """Raise a ValueError if a checkpoint was saved from code that is not the model's, so that its weights mean something else."""
+    if not isinstance(model, PreTrainedModel) or not (folder / "config.json").is_file():
+        return
+    if is_installed(type(model)):
+        if reason := own_code(read_json(folder / "config.json"), reader(folder)):
+            raise ValueError(
+                f"{folder} has code of its own ({reason}), and this model is a {type(model).__name__} of mymodels: resume "
+                "with a model of that code"
+            )
+        return
+    file = Path(getattr(sys.modules.get(type(model).__module__), "__file__", None) or os.devnull)
+    saved = folder / file.name
+    if file.is_file() and saved.is_file() and saved.read_bytes() not in (file.read_bytes(), _flat(file)):
+        raise ValueError(f"{saved} is not the code of this {type(model).__name__}, {file}: resume with the same code")
+
+
+def _flat(file: Path) -> bytes:
+    from ..hub.code_files import collect_code
+
+    try:
+        return collect_code([file])[file.name].encode()
+    except CheckpointError:
+        return b""
 
 
 def _load(path: Path) -> Any:

@@ -20,9 +20,10 @@ from transformers import (
 from ..hub.build import check_output_dir
 from ..hub.card import Card
 from .arguments import bf16_is_faster, checked_options, make_arguments
+from .checkpoint import check_code_of_checkpoint
 from .data import Data, load_data
 from .encoding import choose_collator, encode_blocks, encode_classification, longest_input
-from .finished import FineTuned, best_step, end, measure, write_repo
+from .finished import FineTuned, best_step, end, measure, try_to_write_repo, write_repo
 from .folders import list_checkpoints
 from .parameters import add_lora, freeze
 from .reading import need
@@ -175,6 +176,10 @@ def finetune(
         **{name: value for name, value in options.items() if name not in MAY_CHANGE},
     }
     checkpoint = checkpoint_to_resume(where, output_dir, record, resume_from_checkpoint)
+    if isinstance(model, PreTrainedModel) and PartialState().is_main_process:
+        try_to_write_repo(begun.model, where, golden=golden)
+    if checkpoint:
+        check_code_of_checkpoint(begun.model, Path(checkpoint))
 
     if task == "classification":
         examples = encode_classification(loaded, begun.tokenizer, length)

@@ -16,6 +16,9 @@ from ..checkpoints.replacing import replace_file
 from ..checkpoints.writing import save_model_files, save_tokenizer_files
 from ..hub import build_repo
 from ..hub.card import Card
+from ..hub.own_classes import code_of
+from ..released import is_installed
+from .checkpoint import trial
 from .data import Data
 from .folders import list_checkpoints
 from .results import draw_confusion_matrix, draw_loss_curve
@@ -86,6 +89,22 @@ def write_repo(
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=result.checkpoint_dir, prefix=".finished-") as staging:
         _write_repo(result, begun, card, task, Path(staging), max_shard_size, golden)
+
+
+def try_to_write_repo(model: PreTrainedModel, where: Path, *, golden: bool) -> None:
+    """Save a model and build its folder in a scratch folder beside the checkpoints, as will be done after the training.
+
+    Golden outputs are recorded where the model's code is not ours: only running it elsewhere shows whether it does.
+
+    Raises:
+        ValueError: it cannot be saved or built, or does not run elsewhere.
+    """
+    known = is_installed(type(model)) or type(model).__module__.startswith("transformers.")
+    with trial(model, where) as scratch:
+        if not known:
+            code_of(model.config, model)
+        save_model_files(model, scratch / "saved", "2GB")
+        build_repo(scratch / "saved", None, scratch / "built", card="# Trial", golden=golden and not known)
 
 
 def _write_repo(

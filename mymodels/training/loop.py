@@ -12,8 +12,16 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
+from ..checkpoints.writing import save_model_files
 from .batches import FiniteCheck, SeededCollator, Shuffled, check_sizes
-from .checkpoint import Progress, load_training_state, load_weights, save_training_checkpoint
+from .checkpoint import (
+    Progress,
+    check_code_of_checkpoint,
+    load_training_state,
+    load_weights,
+    save_training_checkpoint,
+    trial,
+)
 from .evaluation import count_labels, mean_loss
 from .folders import find_checkpoint
 from .processes import make_accelerator, unwrap
@@ -56,14 +64,18 @@ def train(
     Raises:
         FloatingPointError: a loss or the gradient is NaN or infinite; the message says at which step and for which
             examples. The weights are those of the step before, and the checkpoints stay.
-        ValueError: no examples, a size below 1, or a batch without a label to predict.
+        ValueError: no examples, a size below 1, or a batch without a label to predict; or the model cannot be saved.
     """
     arguments = {name: value for name, value in locals().items() if isinstance(value, (int, float, str))}
     size, accumulate = per_device_train_batch_size, gradient_accumulation_steps
     check_sizes(arguments, dataset=dataset, eval_dataset=eval_dataset)
     accelerator = make_accelerator(mixed_precision)  # an `Accelerator`
     set_seed(seed, device_specific=True)  # each process drops out other units
+    if output_dir is not None and isinstance(model, PreTrainedModel) and accelerator.is_main_process:
+        with trial(model, output_dir) as scratch:
+            save_model_files(model, scratch, "2GB")
     if checkpoint := find_checkpoint(output_dir, resume_from_checkpoint):
+        check_code_of_checkpoint(model, checkpoint)
         load_weights(model, checkpoint)
 
     sampler = Shuffled(dataset, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..checkpoints.opening import locate
 from ..checkpoints.refusing import refusing
 from ..checkpoints.safetensors_files import read_json
+from ..released import own_code, reader
 from ..warmstart import warm_start
 
 HEADS = {"classification": "ForSequenceClassification", "causal": "ForCausalLM", "masked": "ForMaskedLM"}
@@ -119,7 +120,7 @@ def _from_checkpoint(
     path = locate(source, revision=revision)
     hub_id = None if Path(source).expanduser().exists() else str(source)
     raw = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    own = raw.get("model_type") if raw.get("model_type") in _OURS else None
+    own = raw.get("model_type") if raw.get("model_type") in _OURS and not own_code(raw, reader(path)) else None
     to = to or (own if overrides else None)
     if to is not None:
         if to not in _OURS:
@@ -130,19 +131,19 @@ def _from_checkpoint(
             _label(named, labels)
             shown = {name: getattr(named, name) for name in ("id2label", "label2id", "problem_type")}
             overrides = {"class_weights": None} | shown | overrides if to == "mybert" else shown | overrides
-        report = warm_start(
-            to, path, head=HEADS[kind], overrides=overrides, tokenizer=tokenizer, dtype="float32", revision=revision
-        )
+        how: dict[str, Any] = {"overrides": overrides, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
+        report = warm_start(to, path, head=HEADS[kind], dtype="float32", revision=revision, **how)
         assert report.model is not None
         new = [name for row in report.rows if row.status == "new" for name in row.targets]
         cut = tokenizer if tokenizer is not None else report.tokenizer
-        how = f"{type(report.model).__name__}, warm-started from {source}: {_told(new)}"
-        return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, how)
+        told = f"{type(report.model).__name__}, warm-started from {source}: {_told(new)}"
+        return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, told)
     if not raw:
         raise ValueError(f"{path} has no config.json: name the folder of a model, or say --to mygpt2 or --to mybert")
-    config, unknown = AutoConfig.from_pretrained(
-        path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **overrides
-    )
+    with refusing(source):
+        config, unknown = AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **overrides
+        )
     if unknown:
         raise ValueError(
             f"{source} is a {config.model_type}, which has no field {', '.join(unknown)}: switches need --to mygpt2 or mybert"
@@ -167,8 +168,8 @@ def _from_checkpoint(
     base = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
     if base and set(base) <= set(new):
         raise ValueError(f"{source}: no weight has the name of one of {type(model).__name__}: see `mymodels inspect`")
-    how = f"{type(model).__name__} from {source}: {_told(new)}"
-    return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, how)
+    told = f"{type(model).__name__} from {source}: {_told(new)}"
+    return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, told)
 
 
 def _forget(model: PreTrainedModel, inside: str) -> None:

@@ -262,6 +262,11 @@ def kind_of(config: PretrainedConfig) -> str:
         if isinstance(config, config_class):
             return kind
     name = getattr(config, "model_type", type(config).__name__)
+    if name in CONFIGS:
+        raise CheckpointError(
+            f"this {type(config).__name__} is that of a folder with its own copy of the code, which warm_start does not "
+            f"know: take mymodels.{CONFIGS[name].__name__}, or a subclass of it"
+        )
     raise CheckpointError(f"{name!r} is no model of mymodels: warm_start fills {' and '.join(CONFIGS)}")
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from ..checkpoints.opening import locate
 from ..checkpoints.quantised import quantisation
 from ..checkpoints.torch_files import nested_checkpoint
+from ..released import OwnCodeError, check_code, is_installed
 from .beside import config_in_file, config_in_folder
 from .configs import is_another_models, source_config
 from .names import Family, Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
@@ -66,6 +67,7 @@ def open_source(
     allow_pickle: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
 ) -> Source:
     """Open whatever `warm_start` takes as its source; see there.
 
@@ -75,12 +77,14 @@ def open_source(
         like: the target's config, from which is assumed what the source does not say.
         skip, only: which of two tensors of one name counts.
         settled: fields that the source may leave open, see `source_config`.
+        trust_remote_code: read a folder with code of its own as if its weights meant what they mean in its family.
 
     Raises:
-        CheckpointError: it cannot be read, is of another architecture, quantised, an adapter, or has two tensors of one
-            name.
+        CheckpointError: it cannot be read, is of another architecture, quantised, an adapter, a part of a checkpoint,
+            has code of its own, or two tensors of one name.
     """
     folder, raw, where, module = None, _as_dict(config), "the source", None
+    own_code = ""
     beside: dict[str, Any] = {}  # what the source's own file says
     if isinstance(source, torch.nn.Module):
         if type(source).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
@@ -88,6 +92,8 @@ def open_source(
         own = getattr(source, "config", None)
         if isinstance(own, PretrainedConfig):
             raw = raw or {**own.to_dict(), "architectures": [type(source).__name__]}
+        if isinstance(source, PreTrainedModel) and has_own_code(type(source)):
+            own_code = f"a {type(source).__name__}"
         where, module = f"the {type(source).__name__}", source
         source = source.state_dict()
     elif isinstance(source, (str, os.PathLike)):
@@ -111,7 +117,10 @@ def open_source(
         found = source.path if source.path.is_dir() else source.path.parent
         folder = folder or found
         source = source if section is None else source.section(section)
-        raw = raw if "model_type" in raw else _complete(raw, folder)
+        if source.part_of:
+            raise CheckpointError(f"{where}: {source.part_of}")
+        if not raw and (raw := config_in_folder(folder)):
+            own_code = _check_code(raw, folder, where, trust_remote_code)
         if "model_type" not in raw:
             beside, usual = config_in_file(source.extras)
     elif section is not None:
@@ -142,6 +151,9 @@ def open_source(
     assumed += notes
     _tie(source, raw, found_config, named, assumed)
     assumed += _other_heads(named, found_config)
+    if own_code:
+        name = named.family.name
+        assumed.append(f"the source is {own_code}: its weights are read as {name}'s, which its own code may not do")
     stock = Stock(
         module, named.stock, "(c_attn|c_proj|c_fc)\\.weight$" if named.linear else "$^", partial(_read, source)
     )
@@ -165,9 +177,25 @@ def _other_heads(named: "Named", config: PretrainedConfig) -> list[str]:
     return notes
 
 
-def _complete(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The config given, or else the one in the folder."""
-    return raw or config_in_folder(folder)
+def _check_code(raw: Mapping[str, Any], folder: Path, where: str, trusted: bool) -> str:
+    """What a folder's own code makes of it, for the report; empty if it has none."""
+    try:
+        check_code(raw, folder, saved=True)
+    except OwnCodeError as error:
+        name = (raw.get("architectures") or ["model with code of its own"])[0]
+        if trusted:
+            return f"a {name} with code of its own"
+        reason = str(error).replace(str(folder), where).partition(", and mymodels'")[0].partition(": load it by")[0]
+        raise CheckpointError(
+            f"{reason}, so its weights may mean something else here: read that code, then pass trust_remote_code=True "
+            "(--trust-remote-code) if they mean the same"
+        ) from None
+    return ""
+
+
+def has_own_code(cls: type) -> bool:
+    """Whether a model's class is neither ours nor transformers' own."""
+    return not is_installed(cls) and cls.__module__.split(".")[0] != "transformers"
 
 
 def _tie(

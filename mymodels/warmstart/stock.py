@@ -19,6 +19,7 @@ from ..checkpoints import CheckpointError, load_checkpoint_and_dispatch, open_ch
 from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.opening import locate
 from ..models.layers import TRANSFORMERS_VERSION, MyPreTrainedModel
+from ..released import check_code, is_installed
 from .configs import make_config, own_config, translate_config
 from .names import CONFIGS, family_of
 from .planning import make_plan
@@ -71,6 +72,8 @@ def _stock_config(model_class: type[PreTrainedModel], path: Any, kwargs: Mapping
         raw, _ = PretrainedConfig.get_config_dict(path, **how)
     except Exception:  # no such folder, no config, no network: the library's own loading says so best
         return None
+    if isinstance(raw, dict) and raw and is_installed(model_class):
+        check_code(raw, path, kwargs, saved=True)
     target = next((kind for kind, ours in CONFIGS.items() if issubclass(_config_class(model_class), ours)), "")
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     family = family_of(model_type)

@@ -22,7 +22,7 @@ from .configs import fields_of, make_config, own_config
 from .names import CONFIGS, FAMILIES, kind_of
 from .planning import Plan, compiled, make_plan
 from .report import Row, WarmStartReport
-from .sources import Source, open_source
+from .sources import Source, has_own_code, open_source
 from .values import Value
 from .vocabulary import (
     has_tokenizer,
@@ -94,6 +94,7 @@ def warm_start(
     allow_pickle: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
     dtype: str | torch.dtype | None = None,
 ) -> WarmStartReport:
     """Start a MyGPT2 or MyBert, however modified, from the weights of another model.
@@ -132,6 +133,8 @@ def warm_start(
             refused unless every new parameter and unused tensor is named.
         config: the source's config, where no `config.json` stands beside it.
         section, allow_pickle, revision, token: as for `open_checkpoint`.
+        trust_remote_code: read a source folder that has code of its own as if its weights meant what they mean here; none
+            of it is run, and the report does not call the result exact.
         dtype: of a model made from a config; default float32.
 
     Returns:
@@ -163,7 +166,8 @@ def warm_start(
         source = copy.deepcopy(given)  # it is read while it is written
     how: dict[str, Any] = {"config": config, "section": section, "rename": rename, "allow_pickle": allow_pickle}
     how |= {"skip": compiled("skip", skip), "only": compiled("only", only), "settled": overrides}
-    opened = _open_or_nothing(source, model_type, like, word_vectors, **how, revision=revision, token=token)
+    how |= {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    opened = _open_or_nothing(source, model_type, like, word_vectors, **how)
     new_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
     target = given or _make_target(model_type, head, opened, like, overrides or {}, new_tokenizer, kind)
 
@@ -182,6 +186,10 @@ def warm_start(
         vectors=match.vectors,
     )
     report = plan.report()
+    if has_own_code(type(target)):
+        report.notes.append(
+            f"{type(target).__name__} has code of its own, which may compute something else with these weights"
+        )
     report.coverage, report.tokenizer = match.coverage, match.tokenizer
     report.notes += match.notes
     found = report.not_allowed(allow)

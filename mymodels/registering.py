@@ -1,0 +1,207 @@
+"""What `import mymodels` does to the classes of transformers and to our own: done once, from `__init__`.
+
+The models are remote code and know nothing of this. Auto classes learn both families, but for a folder with code of its
+own that code runs, or nothing; `from_pretrained` also takes stock checkpoints; `save_pretrained` also saves the code of
+subclasses.
+"""
+
+import functools
+import json
+import os
+import sys
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from transformers import AutoConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from .models import layers, modeling_mybert, modeling_mygpt2
+from .models.configuration_mybert import MyBertConfig
+from .models.configuration_mygpt2 import MyGPT2Config
+from .released import OwnCodeError, check_code, is_installed
+
+
+class _Loading(NamedTuple):
+    """A config that is being loaded: from where, with which arguments, and for its own sake only."""
+
+    where: Any
+    kwargs: dict[str, Any]
+    config_only: bool
+
+
+_loading: ContextVar[_Loading | None] = ContextVar("loading", default=None)
+_saving: ContextVar[Any] = ContextVar("saving", default=None)  # the model whose config is saved with it
+
+
+def register_auto_classes() -> None:
+    for config, modeling in ((MyGPT2Config, modeling_mygpt2), (MyBertConfig, modeling_mybert)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto_class, reference in config.AUTO_MAP.items():
+            if auto_class != "AutoConfig":
+                model = getattr(modeling, reference.split(".")[1])
+                getattr(transformers, auto_class).register(config, model, exist_ok=True)
+                # where `transformers serve` looks for it; the module may have been made anew while it was imported
+                setattr(sys.modules["transformers"], model.__name__, model)
+
+
+def prefer_code_of_folders() -> None:
+    """Let Auto classes run the code of a folder that has its own, if it is trusted, and else say so.
+
+    transformers 5.5 and newer takes a registered class even if the folder's code is trusted; before, it takes it unasked
+    if the code is not trusted.
+    """
+    original = AutoConfig.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def auto_from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        token = _loading.set(_Loading(pretrained_model_name_or_path, kwargs, False))
+        try:
+            return _forget_its_models(original(cls, pretrained_model_name_or_path, **kwargs))
+        except OwnCodeError as error:
+            if not kwargs.get("trust_remote_code"):
+                raise
+            reference = getattr(error, "reference", None)
+        finally:
+            _loading.reset(token)
+        if reference is None:
+            raise OwnCodeError(
+                f"{pretrained_model_name_or_path}: auto_map names code of its own, but no AutoConfig, so no Auto class "
+                "can load it: add AutoConfig to auto_map in config.json"
+            )
+        kwargs = {**kwargs, "_from_auto": True, "name_or_path": pretrained_model_name_or_path}
+        kwargs.pop("trust_remote_code")
+        code_revision = kwargs.pop("code_revision", None)
+        own: Any = get_class_from_dynamic_module(
+            reference, pretrained_model_name_or_path, code_revision=code_revision, **kwargs
+        )
+        own.register_for_auto_class()
+        return _forget_its_models(own.from_pretrained(pretrained_model_name_or_path, **kwargs))
+
+    AutoConfig.from_pretrained = classmethod(auto_from_pretrained)  # type: ignore[assignment]
+
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        token = _loading.set(_Loading(pretrained_model_name_or_path, kwargs, True))
+        try:
+            return super(layers.MyPretrainedConfig, cls).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        finally:
+            _loading.reset(token)
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        loading = _loading.get()
+        if loading is not None and is_installed(cls):
+            try:
+                check_code(config_dict, loading.where, loading.kwargs, config_only=loading.config_only)
+            except OwnCodeError as error:
+                error.reference = (config_dict.get("auto_map") or {}).get("AutoConfig")  # type: ignore[attr-defined]
+                raise
+        return super(layers.MyPretrainedConfig, cls).from_dict(config_dict, **kwargs)
+
+    def _from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
+        named = (getattr(config, "auto_map", None) or {}).get(cls._auto_class)
+        ours = is_installed(cls) and is_installed(type(config))
+        if ours and named is not None and named.rpartition("--")[2] != config.AUTO_MAP.get(cls._auto_class):
+            raise OwnCodeError(
+                f"the config names {named} for {cls._auto_class}, and {cls.__name__} is not that class: load the "
+                "config by AutoConfig from its folder with trust_remote_code=True, or make the model by its class"
+            )
+        return super(layers.MyPreTrainedModel, cls)._from_config(config, **kwargs)  # type: ignore[misc]
+
+    layers.MyPretrainedConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+    layers.MyPretrainedConfig.from_dict = classmethod(from_dict)  # type: ignore[assignment]
+    layers.MyPreTrainedModel._from_config = classmethod(_from_config)  # type: ignore[assignment]
+
+
+def _forget_its_models(loaded: Any) -> Any:
+    """Take back which model classes transformers noted for the config class of a folder's own code.
+
+    Folders of one name whose config's code is the same share that class; 5.5 and newer would give the second folder the
+    model of the first, whatever code it has.
+    """
+    config = loaded[0] if isinstance(loaded, tuple) else loaded
+    if hasattr(type(config), "AUTO_MAP") and type(config).__module__.startswith("transformers_modules."):
+        for auto_class in config.auto_map or {}:
+            mapping = getattr(getattr(transformers, auto_class, None), "_model_mapping", None)
+            getattr(mapping, "_extra_content", {}).pop(type(config), None)
+    return loaded
+
+
+def _own_config(model_class: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The `config.json` of a folder of this very family: one look spares a cold start the import of all that converts."""
+    try:
+        config = json.loads(Path(path, kwargs.get("subfolder") or "", "config.json").read_bytes())
+        return config if config["model_type"] == model_class.config_class.model_type else None
+    except (OSError, TypeError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def convert_stock_checkpoints() -> None:
+    """Let `from_pretrained` take stock checkpoints too, and refuse code that a class does not stand for."""
+
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        config = _own_config(cls, pretrained_model_name_or_path, kwargs)
+        if config is not None:
+            if is_installed(cls):
+                check_code(config, pretrained_model_name_or_path, kwargs, saved=True)
+            return super(layers.MyPreTrainedModel, cls).from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, *model_args, **kwargs
+            )
+        from .warmstart.stock import from_pretrained as convert
+
+        return convert(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    from_pretrained.__doc__ = layers.MyPreTrainedModel.from_pretrained.__doc__
+    layers.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+def save_code_of_subclasses() -> None:
+    """Let `save_pretrained` save a subclass with its code, flat, as `build_repo` does; what cannot be saved, a warning says."""
+
+    def save_model(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        if is_installed(type(self)) and is_installed(type(self.config)):
+            return super(layers.MyPreTrainedModel, self).save_pretrained(save_directory, *args, **kwargs)
+        token = _saving.set(self)
+        # not transformers' copier, which keeps imports as they are: `save_config` writes the code; 4.x asks for the first,
+        # 5.x for the second
+        self._auto_class, self.is_remote_code = None, lambda: False
+        try:
+            return super(layers.MyPreTrainedModel, self).save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            _saving.reset(token)
+            del self._auto_class, self.is_remote_code
+
+    def save_config(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        model = _saving.get()
+        model = model if getattr(model, "config", None) is self else None
+        before = getattr(self, "auto_map", None)
+        files: dict[str, str] = {}
+        if model is None and is_installed(type(self)):
+            self.auto_map = _of_installed(type(self), before or {})
+        else:
+            from .hub.own_classes import files_and_auto_map
+
+            files, self.auto_map = files_and_auto_map(self, model, save_directory)
+            self._auto_class = None
+        try:
+            if files:
+                os.makedirs(save_directory, exist_ok=True)
+            for name, text in files.items():
+                Path(save_directory, name).write_text(text, encoding="utf-8")
+            return super(layers.MyPretrainedConfig, self).save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.auto_map = before
+            vars(self).pop("_auto_class", None)
+
+    layers.MyPreTrainedModel.save_pretrained = save_model  # type: ignore[method-assign]
+    layers.MyPretrainedConfig.save_pretrained = save_config  # type: ignore[method-assign]
+
+
+def _of_installed(config_class: Any, auto_map: dict[str, Any]) -> dict[str, Any]:
+    """`auto_map` without the classes of another folder that a config was loaded from, whose code is not saved here."""
+    kept = {}
+    for auto, target in auto_map.items():
+        is_ours = auto == "AutoConfig" or auto.startswith("AutoModel")
+        if not is_ours or auto in config_class.AUTO_MAP:
+            kept[auto] = config_class.AUTO_MAP[auto] if is_ours else target
+    return kept
