@@ -302,11 +302,14 @@ def _verify(arguments: argparse.Namespace) -> int:
         releases=arguments.transformers or (),
         execute=not arguments.no_exec,
         quick=arguments.quick,
+        training=not arguments.no_training,
     )
     print(json.dumps(found.to_dict(), indent=2)) if arguments.json else show_verification(found, _console())
     if arguments.write_card and found.passed:
         write_matrix(found, arguments.path)
-    return 0 if found.passed else 1
+    if not found.passed:
+        return 1
+    return 0 if found.complete or arguments.allow_skipped else 3
 
 
 def _push(arguments: argparse.Namespace) -> int:
@@ -506,6 +509,10 @@ def main(argv: list[str] | None = None) -> int:
         "--record", action="store_true", help="first write golden.safetensors, for a folder known to be right"
     )
     verify.add_argument("--quick", action="store_true", help="leave out worker processes, parallel loading and export")
+    verify.add_argument("--no-training", action="store_true", help="leave out the loss, gradients and a training step")
+    verify.add_argument(
+        "--allow-skipped", action="store_true", help="exit with 0 also if something had to be left out, not with 3"
+    )
     verify.add_argument(
         "--write-card", action="store_true", help="if all holds, write the table of releases into the card"
     )
