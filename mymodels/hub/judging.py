@@ -12,6 +12,7 @@ from .weights import Files, compare_weights
 DYNAMIC = {
     "clean process": "run the folder's code by hand to see more: python -I, without mymodels",
     "load": "make from_pretrained(folder, trust_remote_code=True) work with nothing but the folder's files",
+    "auto_map": "let each entry of auto_map name the class that its Auto class is for",
     "weights": "save the model again",
     "buffers": "compute them in forward",
     "tied": "declare the tie",
@@ -19,13 +20,27 @@ DYNAMIC = {
     "forward": "make forward work in eval mode, the same each time: functional dropout needs training=self.training",
     "golden": "find out what changed since it was recorded; if the outputs are right now, record again: --record",
     "generation": "find out what changed since it was recorded; if the tokens are right now, record again: --record",
+    "processor": "make the processor give what forward takes, under the names of its arguments",
+    "tokenizer output": "let forward take what the tokenizer gives, or set model_input_names in tokenizer_config.json",
+    "pipeline": "make pipeline(task, model=folder, trust_remote_code=True) work with nothing but the folder's files",
     "save": "leave save_pretrained to transformers, and import each code file by `from .name import …` at the top",
     "reload": "leave save_pretrained and from_pretrained to transformers",
     "padding": "build the attention mask with transformers.masking_utils, and hand it to every layer",
     "cached generation": "update the cache in every layer, and take positions and mask from its length",
+    "generation config": "mend generation_config.json, or what the class overrides of generate",
+    "beams": "use a cache of transformers (DynamicCache), or reorder your own by beam_idx in _reorder_cache",
+    "static cache": "pass cache_position to Cache.update where there is one, and build the mask with transformers.masking_utils",
+    "inputs_embeds": "do everything after the embedding on inputs_embeds, however they were given",
+    "last position": "make position tables as long as the config says, or lower max_position_embeddings",
     "eager = sdpa": "call the function that ALL_ATTENTION_FUNCTIONS has for the config, with the same mask and scaling",
     "meta": "let neither __init__ nor _init_weights look at the values of a tensor",
     "device map": "use the weights of a submodule by calling it, not by reading its attributes; look at no values in _init_weights",
+    "no split": "name the class of a block in _no_split_modules, as type(module).__name__ gives it",
+    "training loss": "compute it from the logits: for a causal language model labels[:, 1:] against logits[:, :-1], once",
+    "backward": "keep .detach(), .data and no_grad out of forward",
+    "gradient checkpointing": "derive blocks from GradientCheckpointingLayer, and recompute what was computed",
+    "optimizer step": "let the loss fall as the logits get better: look at its sign and at what forward detaches",
+    "resize": "define get/set_input_embeddings and get/set_output_embeddings, and declare the tie",
     "pickle": "define classes and functions at the top level of a module, keep no lambdas or handles in model and config",
     "forked worker": "start no threads and open no files when the model is made",
     "spawned worker": "define classes at the top level of a module, so that another process can import them",
@@ -35,12 +50,23 @@ DYNAMIC = {
 }
 # while one of these fails, what comes after it says nothing of its own
 _ROOTS = ("load", "weights", "buffers", "tied", "forward")
-_INDEPENDENT = {*_ROOTS, "clean process", "tokenizer", "save", "network", "file writes"}
+_INDEPENDENT = {
+    *_ROOTS,
+    "clean process",
+    "auto_map",
+    "tokenizer",
+    "processor",
+    "no split",
+    "save",
+    "network",
+    "file writes",
+}
 _OF_STAGE = {  # which check a stage is about, should it end before it began one
     "outputs": "load",
     "other classes": "load",
     "reload": "reload",
     "placement": "meta",
+    "training": "training loss",
     "workers": "pickle",
     "parallel load": "parallel load",
 }
