@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -272,6 +273,8 @@ def _verify(folder: Path, verify: Callable[[Path], Verification] | None) -> None
     if not found.passed:
         lines = "".join(f"\n  {line}" for line in failures(found))
         raise ValueError(f"{folder} is not pushed, its verification failed ({len(found.failed)} checks):{lines}")
+    for _, check in found.skipped:
+        warnings.warn(f"{folder}: {check.name} was left out of its verification, {check.what}", stacklevel=3)
 
 
 def _look(remote: Remote) -> Any:

@@ -13,8 +13,8 @@ from .checks import Check
 from .judging import DYNAMIC
 from .verifying import Verification
 
-_STYLES = {"ok": "green", "failed": "bold red", "warning": "yellow", "skipped": "dim"}
-_SIGNS = {"ok": "✓", "failed": "✗", "warning": "!", "skipped": "–"}
+_STYLES = {"ok": "green", "failed": "bold red", "warning": "yellow", "skipped": "yellow", "n/a": "dim"}
+_SIGNS = {"ok": "✓", "failed": "✗", "warning": "!", "skipped": "○", "n/a": "–"}
 _START, _END = "<!-- mymodels verify: begin -->", "<!-- mymodels verify: end -->"
 
 
@@ -32,9 +32,21 @@ def show_verification(verification: Verification, console: Console | None = None
             console.print(_table(title, checks))
     if several:
         console.print(_matrix(verification))
-    failed = len(verification.failed)
-    verdict = f"{failed} checks failed" if failed else "every check held"
-    console.print(Text(f"{verification.path}: {verdict}", style="bold red" if failed else "bold green"))
+    style = "bold green" if verification.complete else "bold yellow" if verification.passed else "bold red"
+    console.print(Text(f"{verification.path}: {verdict(verification)}", style=style))
+
+
+def verdict(verification: Verification) -> str:
+    """The last line: what failed, what was left out, or that every check held; and that nothing ran, if so."""
+    failed, skipped = len(verification.failed), verification.skipped
+    left_out = list(dict.fromkeys(f"{c.name} ({c.where})" if c.where else c.name for _, c in skipped))
+    if failed:
+        text = "1 check failed" if failed == 1 else f"{failed} checks failed"
+    elif skipped:
+        text = "what was looked at held"
+    else:
+        text = "every check held" if verification.runs else "every check held that runs nothing: its code was not run"
+    return f"{text}; left out: {', '.join(left_out)}" if skipped else text
 
 
 def _table(title: str, checks: list[Check]) -> Table:
@@ -67,7 +79,7 @@ def matrix(verification: Verification) -> tuple[list[str], list[list[str]]]:
 
 
 def _worst(statuses: list[str]) -> str:
-    return next((status for status in ("failed", "warning", "ok", "skipped") if status in statuses), "")
+    return next((status for status in ("failed", "warning", "skipped", "ok", "n/a") if status in statuses), "")
 
 
 def _matrix(verification: Verification) -> Table:
@@ -102,7 +114,7 @@ def write_matrix(verification: Verification, folder: str | os.PathLike) -> Path:
         "## Verified under these transformers releases",
         "",
         f"{_SIGNS['ok']} holds, {_SIGNS['failed']} fails, {_SIGNS['warning']} see `mymodels verify`, "
-        f"{_SIGNS['skipped']} does not apply.",
+        f"{_SIGNS['skipped']} was left out, {_SIGNS['n/a']} does not apply.",
         "",
         f"| check | {' | '.join(releases)} |",
         f"|---|{'---|' * len(releases)}",

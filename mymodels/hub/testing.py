@@ -6,18 +6,19 @@ from typing import Any
 from .verifying import Verification, verify
 
 
-def check_repo(path: str | os.PathLike, **how: Any) -> Verification:
+def check_repo(path: str | os.PathLike, *, allow_skipped: bool = False, **how: Any) -> Verification:
     """Assert that a Hub repo folder holds what it promises.
 
     Args:
         path: as in `mymodels.hub.verify`.
+        allow_skipped: whether checks may have been left out, such as those of a model whose inputs cannot be made up.
         how: its other arguments, such as `releases="4.57,latest"` or `quick=True`.
 
     Returns:
         What `verify` found, if nothing failed.
 
     Raises:
-        AssertionError: a check failed; one line for each, what is wrong, where, and how to mend it.
+        AssertionError: a check failed, or was left out; one line for each, what is wrong, where, and how to mend it.
 
     Example:
         >>> def test_my_model():
@@ -27,6 +28,9 @@ def check_repo(path: str | os.PathLike, **how: Any) -> Verification:
     verification = verify(path, **how)
     if verification.failed:
         raise AssertionError("\n".join([f"{path} does not hold what it promises:", *failures(verification)]))
+    if verification.skipped and not allow_skipped:
+        lines = [f"{check.name} was left out: {check.what}" for _, check in verification.skipped]
+        raise AssertionError("\n".join([f"{path} was not looked at completely (allow_skipped=True):", *lines]))
     return verification
 
 

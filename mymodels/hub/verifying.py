@@ -18,18 +18,9 @@ from .releases import Release, install, resolve
 from .serving import serving_checks
 from .static import static_checks
 
-FULL = [
-    "outputs",
-    "side effects",
-    "other classes",
-    "reload",
-    "placement",
-    "workers",
-    "parallel load",
-    "facts",
-    "export",
-]
-QUICK = ["outputs", "side effects", "other classes", "reload", "placement", "facts"]
+_ALWAYS = ["outputs", "side effects", "other classes", "reload", "placement", "training"]
+FULL = [*_ALWAYS, "workers", "parallel load", "facts", "export"]
+QUICK = [*_ALWAYS, "facts"]
 
 
 class Verification(NamedTuple):
@@ -60,15 +51,33 @@ class Verification(NamedTuple):
         return [(release, check) for release, check in self.rows if check.status == "failed"]
 
     @property
+    def skipped(self) -> list[tuple[str, Check]]:
+        """The rows that were left out though they should have been looked at.
+
+        What the caller left out (`execute`, `quick`, `training`), what the folder has nothing of (`"n/a"`), and the
+        readiness for serving are not among them.
+        """
+        rows = [("", check) for check in self.static]
+        rows += [(release, check) for release, checks in self.runs.items() for check in checks]
+        return [(release, check) for release, check in rows if check.status == "skipped"]
+
+    @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """Whether nothing failed; see `skipped` for whether everything was looked at."""
         return not self.failed
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing failed and nothing was left out."""
+        return not self.failed and not self.skipped
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
         return {
             "path": self.path,
             "passed": self.passed,
+            "complete": self.complete,
+            "skipped": [{"release": release, **check._asdict()} for release, check in self.skipped],
             "static": [check._asdict() for check in self.static],
             "runs": {release: [check._asdict() for check in checks] for release, checks in self.runs.items()},
             "serving": [check._asdict() for check in self.serving],
@@ -83,6 +92,7 @@ def verify(
     releases: str | Iterable[str] = (),
     execute: bool = True,
     quick: bool = False,
+    training: bool = True,
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -101,6 +111,7 @@ def verify(
             each is installed on first use into `cache_dir`. None: the installed one.
         execute: if false, no code of the folder runs.
         quick: leave out what takes longest: worker processes, loading in parallel, export.
+        training: if false, leave out the stage that trains: loss, gradients, checkpointing, a step, resizing.
         time_limit: seconds for each stage of a clean process.
         memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         cache_dir: where releases are installed, see `releases.install`.
@@ -124,7 +135,11 @@ def verify(
     result = Verification(
         f"{path}{commit}", static_checks(folder, releases=[r.transformers for r in wanted if r] or None), {}, []
     )
-    if not execute or is_adapter(folder):
+    if not execute:
+        return result
+    if is_adapter(folder):
+        what = "an adapter alone has no model to run, so it was read only"
+        result.runs["installed"] = [Check("load", "skipped", what, "adapter_config.json")]
         return result
     try:
         about = describe_folder(folder)
@@ -132,6 +147,7 @@ def verify(
         result.runs["installed"] = [Check("load", "failed", str(error), "config.json", DYNAMIC["load"])]
         return result
     main, stages = about["classes"][0], QUICK if quick else FULL
+    stages = [stage for stage in stages if training or stage != "training"]
     limits: dict[str, Any] = {"time_limit": time_limit, "memory_limit": memory_limit}
     with contextlib.ExitStack() as stack:
         golden, problem = _golden(folder, stack, limits, agree=len(wanted) > 1)
@@ -174,4 +190,4 @@ def _golden(
     if agree:
         with contextlib.suppress(CheckpointError):  # why it does not run, the runs will say
             return stack.enter_context(recorded(folder, **limits)), None
-    return None, Check("golden", "skipped", f"the folder has no {GOLDEN}, `mymodels verify --record` makes one")
+    return None, Check("golden", "n/a", f"the folder has no {GOLDEN}, `mymodels verify --record` makes one")

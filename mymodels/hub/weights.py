@@ -13,6 +13,10 @@ INIT = (
     "let _init_weights touch leaf modules only, by nn.init.* on the parameter itself; no .data writes, and no custom "
     "from_pretrained"
 )
+KEYS = (
+    "rename the keys in the files to those of the model's state_dict, and let from_pretrained be transformers' own; "
+    "load_state_dict(strict=False) passes over every key that does not match"
+)
 TIE = 'declare _tied_weights_keys = {"lm_head.weight": "<embeddings>"} and get/set_output_embeddings, and tie_word_embeddings in the config'
 
 
@@ -94,15 +98,45 @@ def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[st
         what = f"not what is in the files, overwritten or initialised anew after loading: {_names(changed)}"
         problems.append(("failed", what, INIT))
 
-    unfound = [name for name, home in homes.items() if home is None]  # tied to another, or renamed by the library
+    new, more = _unfound(loaded, files, homes, found, main)
+    return problems + more + _left_over(loaded, (missing | new) - untied, files, main)
+
+
+def _unfound(
+    loaded: dict[str, Any], files: Files, homes: dict[str, str | None], found: list[tuple[str, str]], main: bool
+) -> tuple[set[str], list[tuple[str, str, str]]]:
+    """Of the tensors whose name is not in the files: those that nothing shows to come from there, and problems.
+
+    Tied, renamed and split tensors are known by their bytes; what was converted follows the files when the process
+    loads them with other values, and does not follow the seed; see `clean/origins.py`.
+    """
+    tensors, origins = loaded["tensors"], loaded.get("origins") or {}
+    unfound = [name for name, home in homes.items() if home is None]
     known = {files.digest(name) for name in files.checkpoint} if unfound else set()
     known |= {tensors[name]["digest"] for name, _ in found}  # as they are after a cast
     new = [name for name in unfound if tensors[name]["digest"] not in known]
-    if new and set(files.checkpoint) - set(homes.values()) - set(loaded["unexpected"]):
-        what = f"transformers converts tensors of the files on loading, so these cannot be compared: {_names(new)}"
+    follow = set() if "random" not in origins else set(new) - {*origins["random"], *origins["unmoved"]}
+    problems = []
+    if follow:
+        what = f"made from tensors of the files by a conversion, so not compared bit for bit: {_names(list(follow))}"
         problems.append(("warning", what, ""))
-        new = []
-    return problems + _left_over(loaded, (missing | set(new)) - untied, files, main)
+    lost = set(new) - follow - set(origins.get("computed", []))
+    used = {*homes.values(), *loaded["unexpected"]}
+    seen = {tensor.get("digest") for tensor in tensors.values()}
+    accounted = loaded.get("accounted", True)  # by transformers: what is missing and what is unexpected
+    check_unused = not follow and (lost or not accounted)
+    unused = [n for n in files.checkpoint if n not in used and files.digest(n) not in seen] if check_unused else []
+    if lost and not main:  # a new head is as it should be, unless the files have something for it
+        shapes = {tuple(tensors[name]["shape"]) for name in lost}
+        unused = [name for name in unused if tuple(files.checkpoint.info[name].shape) in shapes]
+    if lost and (unused or follow or not accounted) and (main or unused):
+        why = f" (loading again was not tried: {origins['error']})" if "error" in origins else ""
+        example = f", while the files' {_names(unused)} are not used" if unused else ""
+        what = f"nothing shows that these come from the files{why}: {_names(list(lost))}{example}"
+        return set(), [("failed", what, KEYS)]
+    if main and unused and not lost:
+        problems.append(("failed", f"in the files but not in the model: {_names(unused)}", KEYS))
+    return lost, problems
 
 
 def _stored_dtype(files: Files, name: str | None) -> str:

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from .inputs import difference, room, run_model, tokens
-
-EQUAL = 5e-5
+from .comparing import EQUAL, difference, run_model
+from .inputs import room, tokens
 
 
 def sees_later(model: Any) -> str:

@@ -2,24 +2,39 @@
 
 import hashlib
 import inspect
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import transformers
 
 from .stages import sentence
 
 
-def load(job: dict[str, Any], name: str, folder: str | None = None, **how: Any) -> tuple[Any, dict[str, Any]]:
-    """`from_pretrained` of an Auto class (or of one of the library's classes), in the dtype of the file."""
+def load(
+    job: dict[str, Any], name: str, folder: str | None = None, seed: int = 0, **how: Any
+) -> tuple[Any, dict[str, Any]]:
+    """`from_pretrained` of an Auto class (or of one of the library's classes), in the dtype of the file.
+
+    What it initialises at random it draws from `seed`. The account of keys is empty if the class gives none.
+    """
+    seed_all(seed)
     options = {"dtype": "auto", "output_loading_info": True, **how}
     if name.startswith("Auto"):
         options["trust_remote_code"] = True
     loaded = class_of(name).from_pretrained(folder or job["folder"], **options)
     model, loading = loaded if isinstance(loaded, tuple) else (loaded, {})
     return model.eval(), loading
+
+
+def seed_all(seed: int) -> None:
+    """Start every random number generator that model code draws from."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def class_of(name: str) -> Any:
@@ -72,6 +87,7 @@ def describe(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
             "digest": "" if meta else digests[key],
             "parameter": is_parameter,
             "persistent": name in saved,
+            "memory": "" if meta or not tensor.numel() else str(key[0]),
         }
     for path, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -101,8 +117,10 @@ def tie(model: Any) -> dict[str, Any] | None:
 KEPT_WIDE = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 
 
-def loaded_event(model: Any, name: str, loading: dict[str, Any]) -> dict[str, Any]:
+def loaded_event(job: dict[str, Any], model: Any, name: str, loading: dict[str, Any]) -> dict[str, Any]:
     """What `weights.py` needs, outside, to compare a loaded model with its files."""
+    from .origins import origins
+
     keys = {kind: sorted(map(str, loading.get(f"{kind}_keys", []))) for kind in ("missing", "unexpected", "mismatched")}
     tensors = describe(model)
     event = {
@@ -112,6 +130,8 @@ def loaded_event(model: Any, name: str, loading: dict[str, Any]) -> dict[str, An
         "kept_wide": [name for field in KEPT_WIDE for name in getattr(model, field, None) or []],
         "tensors": tensors,
         "tie": tie(model),
+        "accounted": bool(loading),
+        "origins": origins(job, name, model, tensors, set(keys["missing"])),
         **keys,
     }
     unsaved = [n for n, tensor in tensors.items() if not tensor["persistent"] and not tensor["meta"]]
@@ -124,9 +144,19 @@ def loaded_event(model: Any, name: str, loading: dict[str, Any]) -> dict[str, An
     return event
 
 
-def accepts(model: Any, argument: str) -> bool:
-    """Whether the model's `forward` names this argument."""
+def names(model: Any, argument: str) -> bool:
+    """Whether the model's own `forward` names this argument."""
     return argument in inspect.signature(model.forward).parameters
+
+
+def accepts(model: Any, argument: str) -> bool:
+    """Whether the model's `forward` names this argument, or hands its **kwargs to a base model whose forward does."""
+    parameters = inspect.signature(model.forward).parameters
+    if names(model, argument):
+        return True
+    base = getattr(model, "base_model", model)
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return base is not model and hands_on and argument in inspect.signature(base.forward).parameters
 
 
 def forget_code_cache() -> None:

@@ -29,8 +29,8 @@ import numpy
 import torch
 import transformers
 
-from . import golden_outputs
-from .inputs import Unsuitable, make_inputs, run_model
+from .comparing import run_model
+from .inputs import Unsuitable, kept_inputs, make_inputs
 from .loading import load
 
 SEED = 0x5EED_0F_7E57  # one that nobody else sets
@@ -54,7 +54,7 @@ def run(job: dict[str, Any], events: Any) -> None:
         return
     with events.check("side effects", "forward") as check:
         try:
-            inputs = golden_outputs.read_inputs(job) or make_inputs(model)
+            inputs = kept_inputs(job) or make_inputs(model)
         except Unsuitable as error:
             check.skip(str(error))
             return

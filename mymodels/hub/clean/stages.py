@@ -19,6 +19,7 @@ STAGES = {  # name: (module of this folder, function), in the order they run; ea
     "other classes": ("outputs", "run_other_classes"),
     "reload": ("outputs", "run_reload"),
     "placement": ("placement", "run"),
+    "training": ("training", "run"),
     "workers": ("workers", "run"),
     "parallel load": ("workers", "run_parallel"),
     "facts": ("facts", "run"),
@@ -49,6 +50,11 @@ class Outcome:
     def skip(self, why: str) -> None:
         if self.status == "ok":
             self.status, self.what = "skipped", why
+
+    def not_applicable(self, why: str) -> None:
+        """What the check is about, this model has not: nothing is left out."""
+        if self.status == "ok":
+            self.status, self.what = "n/a", why
 
     @property
     def failed(self) -> bool:

@@ -1,13 +1,11 @@
-"""Checks of what comes before the model: the tokenizer, its special ids, its chat template, and processors."""
+"""The check of the tokenizer: its special ids, its chat template, the ids it makes."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from .loading import accepts, text_config
+from .loading import text_config
 
 SENTENCE = "Hello, world! How are you?"
 # upper and lower case, digits, punctuation, spaces, other scripts: another tokenizer cuts at least one of them otherwise
@@ -30,18 +28,17 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": {"text": RECORDED, "ids": [int(i) for i in tokenizer(RECORDED).input_ids]}}
 
 
-def run(job: dict[str, Any], events: Any, model: Any, recorded: dict[str, Any] | None = None) -> None:
-    """All checks of tokenizer and processor, on the loaded model.
+def run(job: dict[str, Any], events: Any, model: Any, recorded: dict[str, Any] | None = None) -> bool:
+    """The check of the tokenizer against the loaded model; whether there is a tokenizer that belongs to it.
 
     Args:
         recorded: the golden file's `made`; its `tokens` are compared with.
     """
-    if job["tokenizer"]:
-        with events.check("tokenizer") as check:
-            check_tokenizer(check, job, model, recorded or {})
-    if any((Path(job["folder"]) / name).is_file() for name in PROCESSOR_FILES):
-        with events.check("processor") as check:
-            check_processor(check, job, model)
+    if not job["tokenizer"]:
+        return False
+    with events.check("tokenizer") as check:
+        check_tokenizer(check, job, model, recorded or {})
+    return not check.failed
 
 
 def check_tokenizer(check: Any, job: dict[str, Any], model: Any, recorded: dict[str, Any]) -> None:
@@ -150,65 +147,3 @@ def wrong_template(tokenizer: Any) -> str:
     first = errors[0]
     line = f" in line {first.lineno}" if getattr(first, "lineno", None) else ""
     return f"the chat template fails on a message of the user{line}: {type(first).__name__}: {str(first)[:150]}"
-
-
-# ---- processors of images and sounds
-
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_LOADERS = {
-    "pixel_values": "AutoImageProcessor",
-    "input_features": "AutoFeatureExtractor",
-    "input_values": "AutoFeatureExtractor",
-}
-
-
-def check_processor(check: Any, job: dict[str, Any], model: Any) -> None:
-    """What the processor makes of an image or a sound, the model takes."""
-    main = getattr(model, "main_input_name", "input_ids")
-    main = next((name for name in _LOADERS if name == main), None) or next(
-        (n for n in _LOADERS if accepts(model, n)), ""
-    )
-    if not main:
-        check.skip("the model takes no images and no sounds")
-        return
-    try:
-        processor = getattr(transformers, _LOADERS[main]).from_pretrained(job["folder"], trust_remote_code=True)
-        inputs = dict(_processed(processor, main, model))
-    except ImportError as error:
-        check.skip(
-            f"the processor needs a package that is not installed here: {str(error).strip().splitlines()[0][:150]}"
-        )
-        return
-    inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and accepts(model, name)}
-    if main not in inputs:
-        check.fail(f"the processor makes no {main}, which the model takes")
-        return
-    made = f"{main} of shape {tuple(inputs[main].shape)}"
-    if getattr(model, "main_input_name", main) != main:
-        check.skip(f"the model takes texts beside the processor's {made}, which was not tried")
-        return
-    if getattr(model.config, "is_encoder_decoder", False):
-        start = getattr(model.config, "decoder_start_token_id", None) or 0
-        inputs["decoder_input_ids"] = torch.tensor([[start]])
-    inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-    try:
-        with torch.inference_mode():
-            model(**inputs)
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
-        reason = str(error).strip().splitlines()
-        check.fail(
-            f"the processor makes {made}, which the model refuses: {reason[0][:200] if reason else type(error).__name__}",
-            "preprocessor_config.json",
-        )
-
-
-def _processed(processor: Any, main: str, model: Any) -> Any:
-    if main == "pixel_values":
-        from PIL import Image
-
-        vision = getattr(model.config, "vision_config", model.config)
-        mode = "L" if getattr(vision, "num_channels", 3) == 1 else "RGB"
-        return processor(images=Image.radial_gradient("L").resize((310, 270)).convert(mode), return_tensors="pt")
-    rate = getattr(processor, "sampling_rate", None) or 16_000
-    sound = torch.linspace(0, 440 * 6.28, int(rate)).sin().numpy()
-    return processor(sound, sampling_rate=rate, return_tensors="pt")

@@ -42,7 +42,7 @@ def config(folder: Folder) -> Iterator[Finding]:
     """There is a config, and it says what model this is."""
     if "config.json" not in folder.files:
         if "adapter_config.json" in folder.files:
-            yield Finding("skipped", "this is an adapter (PEFT), which is loaded onto a model of another repo")
+            yield Finding("n/a", "this is an adapter (PEFT), which is loaded onto a model of another repo")
         else:
             yield Finding("failed", "there is no config.json", "", "save the model with save_pretrained")
         return

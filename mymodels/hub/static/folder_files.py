@@ -336,7 +336,10 @@ def weights(folder: Folder) -> Iterator[Finding]:
 def manifest(folder: Folder) -> Iterator[Finding]:
     """Every file against the manifest: size, SHA-256, and files that it does not list."""
     if MANIFEST not in folder.files or folder.odd:
-        yield Finding("skipped", "there is none" if not folder.odd else "not read, because of the links in the folder")
+        if folder.odd:
+            yield Finding("skipped", "not read, because of the links in the folder")
+        else:
+            yield Finding("n/a", "there is none")
         return
     for file, message in _problems(folder):
         if MANIFEST in message:

@@ -17,7 +17,7 @@ from tiny import MODERN, mybert_config, mygpt2_config, stock_gpt2_config
 from torch import nn
 from transformers import GPT2Model, LlamaConfig, LlamaModel
 
-from mymodels import MyBertModel, MyGPT2ForCausalLM
+from mymodels import MyBertModel, MyGPT2ForCausalLM, cli
 from mymodels.checkpoints import check_checkpoint, write_manifest
 from mymodels.checkpoints.checkpoint import CheckpointError
 from mymodels.hub import Verification, record_golden, verify
@@ -27,7 +27,7 @@ from mymodels.hub.clean_process import CleanRun, clean_process
 from mymodels.hub.golden import read_golden
 from mymodels.hub.judging import DYNAMIC, judge
 from mymodels.hub.releases import RELEASES, install, resolve
-from mymodels.hub.reporting import show_verification, write_matrix
+from mymodels.hub.reporting import show_verification, verdict, write_matrix
 from mymodels.hub.serving import serving_checks
 from mymodels.hub.testing import check_repo
 
@@ -54,6 +54,9 @@ def test_recording_twice_gives_the_same_bytes_and_keeps_the_manifest_true(tmp_pa
     assert set(golden.outputs) == {"AutoModelForCausalLM", "AutoModel"}
     assert golden.outputs["AutoModelForCausalLM"]["logits"].shape == (18 * 97,)  # what is padding is left out
     assert golden.greedy["AutoModelForCausalLM"].shape == (2, 11 + 8)
+    assert golden.configured["AutoModelForCausalLM"].shape[1] <= 11 + 8
+    assert golden.last_inputs["input_ids"].shape == (1, 64)  # up to the last position
+    assert golden.last_outputs["AutoModel"]["last_hidden_state"].shape == (8 * 32,)
     assert golden.made["tolerance"] == 1e-5 and golden.made["dtype"] == "float32" and golden.made["transformers"]
 
 
@@ -247,9 +250,56 @@ def test_tables_and_the_verdict() -> None:
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     show_verification(FOUND, console)
     text = console.export_text()
-    assert "logits [differ]" in text and "look" in text and "1 checks failed" in text and "any of q_proj" in text
+    assert (
+        "logits [differ]" in text
+        and "look" in text
+        and "1 check failed; left out: padding" in text
+        and "any of q_proj" in text
+    )
     assert json.loads(json.dumps(FOUND.to_dict()))["runs"]["4.57.6"][1]["what"] == "logits [differ]"
-    assert not FOUND.passed and [release for release, _ in FOUND.failed] == ["4.57.6"]
+    assert not FOUND.passed and not FOUND.complete and [release for release, _ in FOUND.failed] == ["4.57.6"]
+
+
+def test_the_last_line_and_the_exit_code_say_what_was_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    ran = [
+        Check("forward", "skipped", "no inputs could be made up", "AutoModel"),
+        Check("beams", "n/a"),
+        Check("load", "ok"),
+    ]
+    found = Verification("me/model", [Check("manifest", "n/a")], {"5.23.0": ran}, [Check("ONNX export", "skipped")])
+    assert found.passed and not found.complete and [check.name for _, check in found.skipped] == ["forward"]
+    assert found.to_dict()["skipped"][0]["what"] == "no inputs could be made up" and not found.to_dict()["complete"]
+    assert verdict(found) == "what was looked at held; left out: forward (AutoModel)"
+    whole = found._replace(runs={"5.23.0": ran[1:]})
+    assert whole.complete and verdict(whole) == "every check held"
+    assert "its code was not run" in verdict(found._replace(runs={}))
+    failing = found._replace(runs={"5.23.0": [*ran, Check("golden", "failed")]})
+    for outcome, status, options in ((found, 3, []), (found, 0, ["--allow-skipped"]), (whole, 0, []), (failing, 1, [])):
+        monkeypatch.setattr("mymodels.hub.verify", lambda *args, outcome=outcome, **how: outcome)
+        assert cli.main(["verify", str(tmp_path), *options]) == status
+    assert "left out: forward (AutoModel)" in capsys.readouterr().out
+    monkeypatch.setattr("mymodels.hub.testing.verify", lambda path, **how: found)
+    with pytest.raises(AssertionError, match="forward was left out: no inputs could be made up"):
+        check_repo("me/model")
+    assert check_repo("me/model", allow_skipped=True) is found
+
+
+def test_an_adapter_is_read_only_and_the_verdict_says_so(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    found = verify(tmp_path)
+    assert not found.complete and [check.name for _, check in found.skipped] == ["load"]
+    assert "no model to run" in found.skipped[0][1].what
+
+
+def test_a_golden_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    golden = read_golden(Path(__file__).parents[3] / "hub_repo" / "mygpt2" / "golden.safetensors")
+    assert set(golden.outputs) and set(golden.greedy) == {"AutoModelForCausalLM"}
+    held = {"input.x": torch.ones(1), "output.AutoModel.last_hidden_state": torch.ones(1)}
+    save_file(held, tmp_path / "golden.safetensors", metadata={"golden": '{"tolerance": 1e-5}'})
+    golden = read_golden(tmp_path / "golden.safetensors")
+    assert not golden.last_outputs and not golden.configured and list(golden.inputs) == ["x"]
 
 
 def test_the_matrix_goes_into_the_card_once(tmp_path: Path) -> None:
@@ -260,7 +310,7 @@ def test_the_matrix_goes_into_the_card_once(tmp_path: Path) -> None:
     write_matrix(FOUND, tmp_path)
     first = card.read_text()
     assert first.startswith("# A model\n\nText.\n\n<!-- mymodels verify: begin -->")
-    for line in ("| check | 4.57.6 | 5.23.0 |", "| load | ✓ | ! |", "| golden | ✗ | ✓ |", "| padding | – | – |"):
+    for line in ("| check | 4.57.6 | 5.23.0 |", "| load | ✓ | ! |", "| golden | ✗ | ✓ |", "| padding | – | ○ |"):
         assert line in first.splitlines()
     card.write_text(first + "\nMore.\n")
     write_matrix(FOUND._replace(runs={"5.23.0": FOUND.runs["5.23.0"]}), tmp_path)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mymodels.hub.clean import causality, tokenizers
+from mymodels.hub.clean import causality, processors, tokenizers
 from mymodels.hub.clean.stages import Outcome
 
 WORDS = [
@@ -97,20 +97,24 @@ def test_another_tokenizer_than_the_recorded_one(tmp_path: Path) -> None:
     assert seen.status == "failed" and "not the tokenizer that the golden outputs were recorded with" in seen.what
 
 
-def vit(size: int, channels: int = 3) -> Any:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.ViTConfig(image_size=size, patch_size=8, num_channels=channels, **sizes)
-    return transformers.ViTModel(config).eval()
+def tried(folder: Path, model: Any) -> Outcome:
+    """The outcome of the check of a folder's one processor."""
+    (name,) = processors.processor_names({"folder": str(folder), "companions": []})
+    made = processors.run_processor(getattr(transformers, name).from_pretrained(folder))
+    check = Outcome()
+    processors.check_processed(check, model, made)
+    return check
 
 
 @pytest.mark.parametrize(("size", "status"), [(32, "ok"), (48, "failed")])
 def test_what_the_processor_makes_the_model_takes(tmp_path: Path, size: int, status: str) -> None:
     values = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 32, "width": 32}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    check = Outcome()
-    tokenizers.check_processor(check, {"folder": str(tmp_path)}, vit(size))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(image_size=size, patch_size=8, **sizes)
+    check = tried(tmp_path, transformers.ViTModel(config).eval())
     assert check.status == status, check.what
-    assert status == "ok" or "pixel_values of shape (1, 3, 32, 32), which the model refuses" in check.what
+    assert status == "ok" or "pixel_values of shape (2, 3, 32, 32), which the model refuses" in check.what
 
 
 @pytest.mark.parametrize(("bins", "status"), [(80, "ok"), (40, "failed")])
@@ -121,8 +125,7 @@ def test_sounds_too(tmp_path: Path, bins: int, status: str) -> None:
         vocab_size=97, d_model=16, num_mel_bins=bins, max_source_positions=100, max_target_positions=8,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **sizes,
     )  # fmt: skip
-    check = Outcome()
-    tokenizers.check_processor(check, {"folder": str(tmp_path)}, transformers.WhisperModel(config).eval())
+    check = tried(tmp_path, transformers.WhisperModel(config).eval())
     assert check.status == status, check.what
 
 

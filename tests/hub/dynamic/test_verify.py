@@ -108,11 +108,10 @@ def test_what_was_recorded_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_whose_inputs_cannot_be_made_up_is_checked_as_far_as_that_goes(tmp_path: Path) -> None:
-    verification = verify(stock(tmp_path / "repo", "whisper"))
-    assert not failures(verification)
+def test_sound_is_made_up_and_what_stock_code_cannot_help_is_no_fault(tmp_path: Path) -> None:
+    verification = verify(stock(tmp_path / "repo", "whisper"), quick=True)
+    assert verification.complete, verification.skipped
     (checks,) = verification.runs.values()
-    outcomes = {check.name: check for check in checks}
-    assert outcomes["forward"].status == "skipped" and "takes input_features" in outcomes["forward"].what
-    for name in ("load", "weights", "tied", "save", "reload", "meta", "pickle", "spawned worker", "parallel load"):
-        assert outcomes[name].status == "ok", outcomes[name]
+    outcomes = {check.name: check.status for check in checks}
+    for name in ("forward", "cached generation", "reload", "eager = sdpa", "training loss", "optimizer step"):
+        assert outcomes[name] == "ok", outcomes[name]

@@ -92,11 +92,26 @@ def test_what_differs_is_told(changes: dict, main: bool, check: str, status: str
         assert [name for name, found in checks.items() if found.status == "failed"] == [check]
 
 
-def test_tensors_that_the_library_converts_are_not_called_wrong(files: Files) -> None:
+def test_converted_tensors_are_shown_to_come_from_the_files(files: Files) -> None:
     loaded = event(more={"model.fused": event()["tensors"][NORM] | {"digest": "f"}})
     del loaded["tensors"][NORM]  # it went into the fused one
     (first, *_) = compare_weights(loaded, files, True)
-    assert first.status == "warning" and "converts tensors of the files on loading" in first.what
+    assert first.status == "failed" and "nothing shows that these come from the files: model.fused" in first.what
+    assert f"while the files' {NORM} are not used" in first.what and "strict=False" in first.remedy
+    shown = {"random": [], "unmoved": []}  # loaded again it follows the files, and not the seed
+    (first, *_) = compare_weights(loaded | {"origins": shown}, files, True)
+    assert first.status == "warning" and "a conversion, so not compared bit for bit: model.fused" in first.what
+    for wrong in ({"random": ["model.fused"]}, {"unmoved": ["model.fused"]}, {"error": "too large"}):
+        (first, *_) = compare_weights(loaded | {"origins": wrong if "error" in wrong else shown | wrong}, files, True)
+        assert first.status == "failed" and "nothing shows" in first.what
+
+
+def test_what_a_loader_of_its_own_passes_over_is_told(files: Files) -> None:
+    loaded = event(accounted=False)
+    assert compare_weights(loaded, files, True)[0].status == "ok"
+    del loaded["tensors"][NORM]
+    (first, *_) = compare_weights(loaded, files, True)
+    assert first.status == "failed" and first.what == f"in the files but not in the model: {NORM}"
 
 
 def test_tensors_that_the_library_renames_are_found_by_their_bytes(files: Files) -> None:

@@ -1,0 +1,106 @@
+"""What a model returns, every tensor of it by name, and how two results are compared."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+MAX_VALUES = 200_000
+EQUAL = 5e-5  # two ways to the same numbers in float32, another order of sums
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+MUST_BE_FINITE = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output", "0")
+LEFT_OUT = ("loss", "past_key_values", "cache_params")
+
+
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of an output with its path, such as `hidden_states.0`: of mappings, dataclasses, tuples and lists."""
+    if isinstance(value, torch.Tensor):
+        yield name or "0", torch.view_as_real(value) if value.is_complex() else value
+        return
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = list(zip(value._fields, value))
+    elif isinstance(value, (tuple, list)):
+        items = list(enumerate(value))
+    else:
+        return  # a cache, or nothing
+    for key, inner in items:
+        if str(key) not in LEFT_OUT:
+            yield from flatten(inner, f"{name}.{key}" if name else str(key))
+
+
+@torch.inference_mode()
+def run_model(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every tensor the model returns, wherever it is in the output; the loss and the cache left out.
+
+    Raises:
+        ValueError: there is no floating-point tensor among them.
+    """
+    tensors = {name: tensor.detach().clone() for name, tensor in flatten(model(**inputs))}
+    if not any(tensor.is_floating_point() for tensor in tensors.values()):
+        raise ValueError(f"forward of {type(model).__name__} returns no floating-point tensor")
+    return tensors
+
+
+def row_of(tensor: torch.Tensor, mask: torch.Tensor | None, row: int) -> torch.Tensor:
+    """One row of an output, without padding where the output has tokens (attention weights: on both sides)."""
+    if mask is not None and tensor.shape[:2] == mask.shape:
+        return tensor[row][mask[row].bool()]
+    if mask is not None and tensor.dim() == 4 and tensor.shape[-2:] == mask.shape[1:] * 2:
+        kept = mask[row].bool()
+        return tensor[row][:, kept][:, :, kept]
+    return tensor[row]
+
+
+def shown_outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The outputs where they mean something: not at padding; of very large ones every n-th value."""
+    mask, shown = inputs.get("attention_mask"), {}
+    for name, tensor in run_model(model, inputs).items():
+        rows = [row_of(tensor, mask, row).reshape(-1) for row in range(tensor.shape[0])] if tensor.dim() else [tensor]
+        values = torch.cat([row.reshape(-1) for row in rows]) if rows else tensor.reshape(-1)
+        shown[name] = values[:: -(-values.numel() // MAX_VALUES) or 1].contiguous()
+    return shown
+
+
+def floating(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The outputs that may be compared with a tolerance: an index can jump where two numbers are nearly equal."""
+    return {name: tensor for name, tensor in outputs.items() if tensor.is_floating_point()}
+
+
+def not_finite(outputs: Mapping[str, torch.Tensor]) -> str:
+    """Which output has values that mean nothing, in words, or nothing. Scores may be masked with -inf by design."""
+    for name, tensor in floating(outputs).items():
+        wrong = ~tensor.isfinite() if name in MUST_BE_FINITE else tensor.isnan()
+        if wrong.any():
+            return f"{name} has {int(wrong.sum())} values that are NaN or infinite"
+    return ""
+
+
+def difference(
+    seen: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float | None = None
+) -> str:
+    """What is wrong with `seen`, in words, or nothing.
+
+    Args:
+        tolerance: times the largest expected value or 1; default by dtype. Integers must be equal.
+    """
+    for name, want in expected.items():
+        if name not in seen:
+            return f"there is no output {name!r}, which there was before"
+        got = seen[name]
+        if got.shape != want.shape:
+            return f"{name} has {tuple(got.shape)} values, {tuple(want.shape)} were expected"
+        limit = 0.0
+        if want.is_floating_point():
+            finite = want[want.isfinite()].abs()
+            size = max(1.0, finite.max().item()) if finite.numel() else 1.0
+            limit = (TOLERANCES.get(want.dtype, 1e-5) if tolerance is None else tolerance) * size
+        apart = torch.where(got == want, 0.0, (got.double() - want.double()).abs())  # equal infinities too
+        largest = apart.max().item() if want.numel() else 0.0
+        if not largest <= limit:  # NaN too
+            return f"{name} differs by up to {largest:.3g}, more than {limit:.3g}"
+    return ""

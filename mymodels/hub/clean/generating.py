@@ -1,0 +1,143 @@
+"""Checks of generation: with and without a cache, with beams, with a static cache, by the folder's own config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .causality import sees_later
+from .comparing import EQUAL, difference
+from .inputs import NEW_TOKENS, beside_text, generates, pad_id, room, tokens, two_stacks
+from .stages import sentence
+
+BEAMS = 4
+
+
+@torch.inference_mode()
+def generate(model: Any, inputs: Mapping[str, torch.Tensor], **how: Any) -> Any:
+    """Greedy tokens, always `NEW_TOKENS` of them."""
+    how = {
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        **how,
+    }
+    return model.generate(**_prompt(inputs), pad_token_id=pad_id(model), **how)
+
+
+@torch.inference_mode()
+def generate_as_configured(model: Any, inputs: Mapping[str, torch.Tensor], **how: Any) -> Any:
+    """Tokens as the folder's own generation config wants them (its eos and pad, its beams), without sampling."""
+    own = getattr(model, "generation_config", None)
+    kept = None if own is None else {name: getattr(own, name, None) for name in _SAMPLING}
+    try:
+        if own is not None:
+            for name in _SAMPLING:  # they may be set although nothing is sampled, which newer releases refuse
+                setattr(own, name, None)
+        made = model.generate(**_prompt(inputs), do_sample=False, **{"max_new_tokens": NEW_TOKENS, **how})
+        return made if isinstance(made, torch.Tensor) else made.sequences
+    finally:
+        for name, value in (kept or {}).items():
+            setattr(own, name, value)
+
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def _prompt(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+
+
+def same_steps(seen: Any, expected: Any, first: Any, second: Any) -> str:
+    """Compare logits step by step, up to the first token that differs (a tie may fall either way)."""
+    for step, (got, want) in enumerate(zip(seen, expected)):
+        wrong = difference({"logits": got}, {"logits": want}, EQUAL)
+        if wrong:
+            return f"at token {step + 1}, {wrong}"
+        new = len(expected) - step
+        if not torch.equal(first.sequences[:1, -new], second.sequences[:1, -new]):
+            return ""
+    return ""
+
+
+STEPS = {"return_dict_in_generate": True, "output_logits": True}
+
+
+def check_generation(events: Any, name: str, model: Any, inputs: dict[str, torch.Tensor]) -> bool:
+    """The four checks; whether the tokens with a cache are those without."""
+    with events.check("cached generation", name) as cached:
+        if not generates(model):
+            cached.not_applicable("this model does not generate")
+            return True
+        prompt = inputs
+        if "input_ids" in inputs:  # one row: what padding does to the cache is for the check of padding
+            prompt = {"input_ids": tokens(model, 1, room(model), seed=5), **beside_text(inputs)}
+        plain = generate(model, prompt, use_cache=False, **STEPS)
+        made = generate(model, prompt, use_cache=True, **STEPS)
+        wrong = same_steps([step[:1] for step in made.logits], [step[:1] for step in plain.logits], plain, made)
+        if wrong:
+            cached.fail(sees_later(model) or f"generation with the cache is not generation without it: {wrong}")
+    with events.check("generation config", name) as check:
+        check_configured(check, model, inputs)
+    if not cached.failed:
+        with events.check("beams", name) as check:
+            check_beams(check, model, prompt)
+        with events.check("static cache", name) as check:
+            check_static(check, model, prompt, made)
+    return not cached.failed
+
+
+@torch.inference_mode()
+def check_configured(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """As users call it: nothing overridden but the number of tokens; ends at eos, and fills up with the pad id."""
+    torch.manual_seed(0)
+    made = model.generate(**_prompt(inputs), max_new_tokens=NEW_TOKENS)
+    made = made if isinstance(made, torch.Tensor) else made.sequences
+    size = getattr(getattr(model, "get_output_embeddings", bool)(), "out_features", None)
+    if made.numel() and (made.min() < 0 or (isinstance(size, int) and made.max() >= size)):
+        check.fail(f"generate gives the token {made.max().item()}, the head has {size} of them")
+    own = getattr(model, "generation_config", None)
+    ends = getattr(own, "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else [end for end in ends or [] if isinstance(end, int)]
+    known = "input_ids" in inputs and not two_stacks(model)
+    start = inputs["input_ids"].shape[1] if known else 1
+    for number, row in enumerate(made[:, start:].tolist()):
+        first = next((place for place, token in enumerate(row) if token in ends), None)
+        if first is not None and len(set(row[first + 1 :])) > 1:
+            check.fail(f"generate goes on after the eos token {row[first]} in row {number}")
+
+
+def check_beams(check: Any, model: Any, prompt: dict[str, torch.Tensor]) -> None:
+    """Beams change places from step to step, and the cache has to follow them."""
+    how = {"num_beams": BEAMS, "output_scores": True, "return_dict_in_generate": True}
+    try:
+        plain = generate(model, prompt, use_cache=False, **how)
+    except (NotImplementedError, ValueError) as error:
+        check.not_applicable(f"beams are refused: {sentence(error)}")
+        return
+    made = generate(model, prompt, use_cache=True, **how)
+    if getattr(plain, "sequences_scores", None) is None:
+        check.not_applicable("generate gives no scores of beams")
+        return
+    apart = (plain.sequences_scores.double() - made.sequences_scores.double()).abs().max().item()
+    if not apart <= 1e-3:  # near enough for a tie between two beams to fall either way
+        check.fail(f"{BEAMS} beams with the cache score otherwise than without it, by {apart:.3g}: it is not reordered")
+
+
+def check_static(check: Any, model: Any, prompt: dict[str, torch.Tensor], dynamic: Any) -> None:
+    """A cache of fixed size, as torch.compile and export want it."""
+    declared = bool(getattr(model, "_can_compile_fullgraph", False) or getattr(model, "_supports_static_cache", False))
+    try:
+        made = generate(model, prompt, cache_implementation="static", disable_compile=True, **STEPS)
+    except Exception as error:
+        if declared:
+            raise
+        check.not_applicable(f"the model does not declare _can_compile_fullgraph, and raises {sentence(error)}")
+        return
+    wrong = same_steps([step[:1] for step in made.logits], [step[:1] for step in dynamic.logits], dynamic, made)
+    if wrong and declared:
+        check.fail(f"generation with a static cache is not generation with a dynamic one: {wrong}")
+    elif wrong:
+        check.warn(f"a static cache, which the model does not declare to support, gives other tokens: {wrong}")
