@@ -6,11 +6,13 @@ and transformers only.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules import module as module_globals
 
 # ---- bridge over transformers 4.56 … 5.23: everything that differs between releases is here, and only here ----------
 
@@ -190,6 +192,15 @@ class MyPreTrainedModel(_Bridge):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
+    shifts_labels = False  # whether the output at a token is for the label of the next one
+
+    def _get_name(self) -> str:
+        # transformers' Trainer asks for this name when it smooths labels (`label_smoothing_factor`), and shifts them by
+        # one for the causal models of its own only.
+        return "GPT2LMHeadModel" if self.shifts_labels else super()._get_name()
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     def _init_weights(self, module: nn.Module) -> None:
         # `nn.init` on the parameter itself, leaf modules only: the loader guards exactly these calls, so that they
@@ -223,20 +234,48 @@ class MyPreTrainedModel(_Bridge):
             )
         return bool(output_attentions), bool(output_hidden_states)
 
-    def _runs_packed(self, device: torch.device, lengths: list[int] | None, *outputs_wanted: bool) -> bool:
-        """Whether to run without padding: where values can be read at no cost, and no layer's states are asked for."""
-        implementation = self.config._attn_implementation
-        fast = device.type == "cpu" and implementation == "sdpa"
-        needed = lengths is not None and "flash" in implementation  # which takes no mask that keeps sequences apart
-        return (fast or needed) and readable() and not any(outputs_wanted)
-
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 def readable() -> bool:
-    """Whether values of tensors may be looked at: not while a graph is being captured."""
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Whether values of tensors may be looked at: not while a graph is captured, nor under `torch.func`'s transforms."""
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not _under_transform()
+
+
+# within `vmap`, `grad`, … of torch.func there is a level; in `vmap` a value cannot be read
+_under_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_everywhere() -> bool:
+    """Whether a hook is registered for all modules (`torch.nn.modules.module.register_module_forward_hook`, …)."""
+    return any(getattr(module_globals, f"_global{hooks}", None) for hooks in HOOKS)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook is registered on this module itself, or its `forward` is replaced; accelerate's own do not count.
+
+    accelerate replaces `forward` to move tensors between devices, or to cast the output: whatever the input's shape.
+    """
+    own = vars(module)
+    if any(own.get(hooks) for hooks in HOOKS):
+        return True
+    forward = own.get("forward")
+    if forward is None:
+        return False
+    function = forward.func if isinstance(forward, partial) else getattr(forward, "__func__", forward)
+    if not str(getattr(function, "__module__", "")).startswith("accelerate."):
+        return True
+    hook, before = (
+        own.get("_hf_hook"),
+        own.get("_old_forward"),
+    )  # a hook of the caller's own, a `forward` of his below it
+    replaced_before = before is not None and getattr(before, "__func__", None) is not type(module).forward
+    parts = getattr(hook, "hooks", (hook,))
+    return replaced_before or any(not type(part).__module__.startswith("accelerate.") for part in parts if part)
 
 
 def served_class(config: PretrainedConfig) -> str | None:

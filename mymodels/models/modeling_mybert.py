@@ -25,9 +25,10 @@ from transformers.utils import can_return_tuple, logging
 from .attention import (
     Packing,
     attend_apart,
-    counts_padding,
     eager_attention_forward,
+    find_packing,
     lengths_for_engine,
+    may_skip_padding,
     packed_lengths,
     packed_sequence_ids,
     spread,
@@ -364,9 +365,8 @@ class MyBertModel(MyBertPreTrainedModel):
         if position_ids is not None:
             position_ids = position_ids.expand(rows, -1)
         lengths = None if self.served is not None else packed_lengths(position_ids, attention_mask)
-        packing = None
-        if skip_padding and self._runs_packed(given.device, lengths, output_attentions, output_hidden_states):
-            packing = Packing.find((rows, length), attention_mask, lengths, right_padded=True)
+        wanted = (output_attentions, output_hidden_states)
+        packing = find_packing(self, __name__, given, attention_mask, lengths, wanted, skip_padding, right_padded=True)
         maybe_packed = attention_mask is None and position_ids is not None and (lengths is not None or not readable())
         if position_ids is None:
             check_length(length, self.config.max_position_embeddings)
@@ -476,6 +476,24 @@ def classification_loss(config: MyBertConfig, logits: torch.Tensor, labels: torc
     return losses.sum() / total
 
 
+LOSS_FIELDS = {"label_smoothing": 0, "class_weights": None, "focal_gamma": 0, "multi_sample_dropout": 1}  # off
+
+
+def check_loss_is_ours(config: MyBertConfig) -> None:
+    """Raise a `ValueError` if the config asks for a loss that nobody computes: in training, and no labels given.
+
+    transformers' Trainer keeps labels to itself, and takes another loss, with `label_smoothing_factor` or
+    `compute_loss_func`.
+    """
+    on = [f"{name}={getattr(config, name)}" for name, off in LOSS_FIELDS.items() if getattr(config, name) != off]
+    if on:
+        raise ValueError(
+            f"config.{', config.'.join(on)} would have no effect: they are for the loss that this model computes, but in "
+            "training it was given no labels. The Trainer takes them away for label_smoothing_factor (set "
+            "config.label_smoothing instead) and for compute_loss_func (leave one of the two out)"
+        )
+
+
 class MyBertForSequenceClassification(MyBertPreTrainedModel):
     """MyBert with a classification or regression head on the pooled vector."""
 
@@ -508,7 +526,12 @@ class MyBertForSequenceClassification(MyBertPreTrainedModel):
 
         Returns:
             `logits` `[batch, num_labels]`, with `labels` the mean `loss`.
+
+        Raises:
+            ValueError: in training, no `labels`, although the config has fields for the loss.
         """
+        if labels is None and self.training and torch.is_grad_enabled():
+            check_loss_is_ours(self.config)
         outputs = self.bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -612,13 +635,14 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
 
         Returns `logits` `[batch, length, vocab_size]`, with `labels` the mean cross-entropy in nats as `loss`.
         """
+        skip_padding = may_skip_padding(self, labels, attention_mask, kwargs.pop("skip_padding", None))
         outputs = self.bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            skip_padding=not counts_padding(labels, attention_mask),
+            skip_padding=skip_padding,
             return_dict=True,
             **kwargs,
         )
@@ -659,13 +683,14 @@ class MyBertForTokenClassification(MyBertPreTrainedModel):
 
         Returns `logits` `[batch, length, num_labels]`, with `labels` the mean cross-entropy as `loss`.
         """
+        skip_padding = may_skip_padding(self, labels, attention_mask, kwargs.pop("skip_padding", None))
         outputs = self.bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            skip_padding=not counts_padding(labels, attention_mask),
+            skip_padding=skip_padding,
             return_dict=True,
             **kwargs,
         )

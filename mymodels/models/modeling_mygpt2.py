@@ -26,9 +26,10 @@ from .attention import (
     attend_apart,
     attend_in_blocks,
     attends_in_blocks,
-    counts_padding,
     eager_attention_forward,
+    find_packing,
     lengths_for_engine,
+    may_skip_padding,
     packed_lengths,
     rotary_cos_sin,
     spread,
@@ -310,7 +311,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
-        rows, length = given.shape[:2]
+        length = given.shape[1]
         # in a pipeline the stages after the first get hidden states as `inputs_embeds`, their own layers come later
         own_layers = [index for index, layer in enumerate(self.layers) if not is_elsewhere(layer)]
         later_stage, staged = is_elsewhere(self.layers[0]), len(own_layers) < len(self.layers)
@@ -323,10 +324,10 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             cache_position = torch.arange(length, device=given.device) + past_length
 
         packing = None
-        if skip_padding and past_key_values is None and not use_cache and readable():
+        if past_key_values is None and not use_cache and readable():
             lengths = packed_lengths(position_ids, attention_mask)
-            if self._runs_packed(given.device, lengths, output_attentions, output_hidden_states):
-                packing = Packing.find((rows, length), attention_mask, lengths)
+            wanted = (output_attentions, output_hidden_states)
+            packing = find_packing(self, __name__, given, attention_mask, lengths, wanted, skip_padding)
         limit = self.config.max_position_embeddings
         learned = self.config.position_embedding_type == "learned"
         positions = position_ids
@@ -419,11 +420,14 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": SHARED_OUT_AND_GATHERED}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    shifts_labels = True
 
     def __init__(self, config: MyGPT2Config):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # by name, a subclass called otherwise would have other labels counted
         self.loss_function = causal_lm_loss
         self.model = MyGPT2Model(config)
+        self.model.shifts_labels = True  # PEFT's prefix tuning shows the Trainer this one
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
@@ -463,6 +467,8 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
         """
         # each position predicts the next label
         predicted = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        predicted = kwargs.get("shift_labels", predicted)
+        skip_padding = may_skip_padding(self, predicted, attention_mask, kwargs.pop("skip_padding", None))
         outputs = self.model(
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -471,7 +477,7 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            skip_padding=not counts_padding(predicted, attention_mask),
+            skip_padding=skip_padding,
             return_dict=True,
             **kwargs,
         )
