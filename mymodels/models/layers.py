@@ -4,7 +4,9 @@ This file is copied as it is into Hub repos and runs there without mymodels. It 
 and transformers only.
 """
 
+import copy
 import inspect
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -25,6 +27,7 @@ if TRANSFORMERS_VERSION < (4, 56):
 
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 
 def _bridge_mask(create_mask: Callable) -> Callable:
@@ -39,6 +42,8 @@ def _bridge_mask(create_mask: Callable) -> Callable:
     ):
         kw.update(config=config, attention_mask=attention_mask, past_key_values=past_key_values)
         kw.update(position_ids=position_ids, cache_position=cache_position)
+        if attention_mask is not None and _under_transform():  # where transformers would read whether it masks anything
+            kw.setdefault("and_mask_function", lambda batch, head, query, key: query >= 0)
         kw["inputs_embeds" if "inputs_embeds" in accepted else "input_embeds"] = inputs_embeds
         return create_mask(**{name: value for name, value in kw.items() if name in accepted})
 
@@ -88,6 +93,18 @@ class _TieWeights53(PreTrainedModel):
         super().tie_weights(missing_keys=missing_keys, **kwargs)
 
 
+def make_importable(cls: type) -> None:
+    """Make the file of a class an attribute of its package, as an import does.
+
+    transformers loads remote code past the import system. Without this, dill does not find the class where its name says,
+    and cannot pickle it: `datasets.map` then loses its cache.
+    """
+    package, _, name = cls.__module__.rpartition(".")
+    module, parent = sys.modules.get(cls.__module__), sys.modules.get(package)
+    if module is not None and parent is not None and not hasattr(parent, name):
+        setattr(parent, name, module)
+
+
 def rename_while_loading(class_name: str, pattern: str, name: str) -> None:
     """Let checkpoints' tensors have another name in models of this class: for vLLM, which asks for a release that can."""
     try:
@@ -100,9 +117,12 @@ def rename_while_loading(class_name: str, pattern: str, name: str) -> None:
 
 # names of tensor-parallel styles; the second one is needed to train, and not known before 5.3
 SHARED_OUT_AND_GATHERED = "colwise_gather_output" if TRANSFORMERS_VERSION >= (5, 1) else "colwise_rep"
+SHARED_OUT_BY_ROWS = "embedding_rowwise" if TRANSFORMERS_VERSION >= (5, 1) else None
 WHOLE_BUT_SEES_A_SHARE = "replicated_with_grad_allreduce" if TRANSFORMERS_VERSION >= (5, 3) else None
 
 _Bridge = _TieWeights53 if TRANSFORMERS_VERSION == (5, 3) else PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 # ---- end of the bridge -----------------------------------------------------------------------------------------------
 
@@ -144,6 +164,7 @@ class MyPretrainedConfig(PretrainedConfig):
         # 5.4 and newer make a dataclass of a config, whose `__init__` would take the place of an inherited one
         cls.__init__ = cls.__init__
         super().__init_subclass__(**kwargs)
+        make_importable(cls)
 
     def _finish_init(self, auto_map: dict[str, Any] | None, **fields: Any) -> None:
         # Called after `PretrainedConfig.__init__`, which sets or drops some of these itself, differently by release.
@@ -192,6 +213,11 @@ class MyPreTrainedModel(_Bridge):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        make_importable(cls)
+
     shifts_labels = False  # whether the output at a token is for the label of the next one
 
     def _get_name(self) -> str:
@@ -222,17 +248,30 @@ class MyPreTrainedModel(_Bridge):
                 nn.init.zeros_(module.bias)
 
     def _outputs_wanted(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
-        """Resolve the two flags against the config; refuse attentions that the chosen function cannot return."""
+        """Resolve the two flags against the config; refuse attentions under a function that eager cannot stand in for."""
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs attn_implementation='eager', but this model runs "
-                f"{self.config._attn_implementation!r}: call model.set_attn_implementation('eager') first"
+        implementation = self.config._attn_implementation
+        if output_attentions and implementation != "eager":
+            if implementation not in ("sdpa", "flex_attention") and not implementation.startswith("flash_attention"):
+                raise ValueError(
+                    f"output_attentions=True needs attn_implementation='eager', but this model runs {implementation!r}: "
+                    "call model.set_attn_implementation('eager') first"
+                )
+            logger.warning_once(
+                f"attn_implementation={implementation!r} returns no attentions: calls with output_attentions=True run "
+                "eager attention instead; model.set_attn_implementation('eager') does so for all calls"
             )
         return bool(output_attentions), bool(output_hidden_states)
+
+
+def with_eager_attention(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy for the making of masks as eager attention wants them."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = "eager"
+    return config
 
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
@@ -307,11 +346,20 @@ def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:
     if ids.device.type != "cpu" or ids.numel() == 0 or not readable():
         return
     low, high = (bound.item() for bound in torch.aminmax(ids))
+    if name == "position_ids" and high == ids.shape[-1] - 1:  # made by `generate` perhaps, and not by its caller
+        check_length(high + 1, limit)
     if low < 0 or high >= limit:
+        remedy = "; in generate(), shorten the prompt or max_new_tokens" if name == "position_ids" else ""
         raise ValueError(
             f"{name} contains {low if low < 0 else high}, but this model has {field}={limit}: "
-            f"valid values are 0 to {limit - 1}"
+            f"valid values are 0 to {limit - 1}{remedy}"
         )
+
+
+def check_not_empty(given: torch.Tensor) -> None:
+    """Raise a `ValueError` if an input `[batch, length, …]` has no rows or no tokens."""
+    if readable() and given.numel() == 0:
+        raise ValueError(f"the input is empty, of shape {list(given.shape)}: give at least one row of one token")
 
 
 def check_length(length: int, limit: int) -> None:

@@ -38,14 +38,18 @@ from .configuration_mybert import MyBertConfig
 from .kernels import fast_products, in_cache, make_activation
 from .layers import (
     ALL_ATTENTION_FUNCTIONS,
+    SHARED_OUT_AND_GATHERED,
+    SHARED_OUT_BY_ROWS,
     MyPreTrainedModel,
     check_ids,
     check_length,
+    check_not_empty,
     create_bidirectional_mask,
     is_elsewhere,
     make_classifier,
     readable,
     served_class,
+    with_eager_attention,
 )
 
 logger = logging.get_logger(__name__)
@@ -108,7 +112,9 @@ class MyBertSelfAttention(nn.Module):
         key = self.key(hidden_states).view(heads).transpose(1, 2)
         value = self.value(hidden_states).view(heads).transpose(1, 2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(packing, Packing):
+        if kwargs.get("output_attentions"):
+            attention = eager_attention_forward
+        elif isinstance(packing, Packing):
             attention = partial(attend_apart, attention, packing)
         mixed, weights = attention(
             self,
@@ -343,7 +349,7 @@ class MyBertModel(MyBertPreTrainedModel):
             position_ids: `[batch, length]`. Without `attention_mask`, positions that start over mark sequences packed
                 in one row, which then do not see each other, and are pooled each by itself.
             inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
-            output_attentions, output_hidden_states: also return them; attentions with `eager` only.
+            output_attentions, output_hidden_states: also return them; for attentions, `eager` computes this call.
             skip_padding: where it is faster, compute nothing for padding on the right; its hidden states are then 0.
 
         Returns:
@@ -361,6 +367,7 @@ class MyBertModel(MyBertPreTrainedModel):
         kwargs.pop("use_cache", None)  # asked of every model by generic callers; an encoder has none
 
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
+        check_not_empty(given)
         rows, length = given.shape[:2]
         if position_ids is not None:
             position_ids = position_ids.expand(rows, -1)
@@ -386,12 +393,18 @@ class MyBertModel(MyBertPreTrainedModel):
             if maybe_packed:
                 packed = packed_sequence_ids(position_ids)
                 apart["and_mask_function"] = lambda batch, head, q, kv: packed[batch, q] == packed[batch, kv]
-            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask, **apart)
+            config = with_eager_attention(self.config) if output_attentions else self.config
+            mask = create_bidirectional_mask(config, hidden_states, attention_mask, **apart)
 
         all_hidden_states, all_attentions = [hidden_states], []
         for layer in own_layers:
             hidden_states, weights = layer(
-                hidden_states, attention_mask=mask, position_ids=position_ids, packing=packing, **kwargs
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                packing=packing,
+                output_attentions=output_attentions,
+                **kwargs,
             )
             all_hidden_states.append(hidden_states)
             if not output_hidden_states:  # keep only what the mix will read
@@ -595,6 +608,7 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
     """MyBert with a masked-language-model head."""
 
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    _tp_plan = {"cls.predictions.decoder": SHARED_OUT_AND_GATHERED} if SHARED_OUT_BY_ROWS else {}
     _fsdp_plan = {"cls.predictions.decoder": "keep_full_weight"}
 
     def __init__(self, config: MyBertConfig):

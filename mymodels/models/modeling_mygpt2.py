@@ -44,6 +44,7 @@ from .layers import (
     MyPreTrainedModel,
     check_ids,
     check_length,
+    check_not_empty,
     create_causal_mask,
     create_sliding_window_causal_mask,
     is_elsewhere,
@@ -51,6 +52,7 @@ from .layers import (
     readable,
     rename_while_loading,
     served_class,
+    with_eager_attention,
 )
 from .losses import causal_lm_loss, soft_cap
 
@@ -124,7 +126,9 @@ class MyGPT2Attention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(packing, Packing):
+        if kwargs.get("output_attentions"):
+            attention = eager_attention_forward
+        elif isinstance(packing, Packing):
             attention = partial(attend_apart, attention, packing)
         elif attention_mask is None and attends_in_blocks(self.config, query, self.sliding_window):
             attention = partial(attend_in_blocks, attention)
@@ -293,7 +297,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                 sequences packed in one row, which then do not see each other.
             inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
             use_cache: return `past_key_values` for the next call. Default: `config.use_cache`, but not in training.
-            output_attentions, output_hidden_states: also return them; attentions with `eager` only.
+            output_attentions, output_hidden_states: also return them; for attentions, `eager` computes this call.
             skip_padding: where it is faster (not with a cache), compute nothing for padding; its hidden states are then 0.
 
         Returns:
@@ -311,6 +315,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
+        check_not_empty(given)
         length = given.shape[1]
         # in a pipeline the stages after the first get hidden states as `inputs_embeds`, their own layers come later
         own_layers = [index for index, layer in enumerate(self.layers) if not is_elsewhere(layer)]
@@ -342,7 +347,9 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
 
-        in_blocks = self._layers_in_blocks(given, attention_mask, position_ids, past_key_values, first)
+        in_blocks = set()
+        if not output_attentions:
+            in_blocks = self._layers_in_blocks(given, attention_mask, position_ids, past_key_values, first)
         # Masks before the cache: transformers looks for packed sequences only where there is none.
         masks: Any = attention_mask
         if packing is not None:
@@ -350,7 +357,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         elif not isinstance(masks, dict):
             masks = {
                 layer_type: MASKS[layer_type](
-                    config=self.config,
+                    config=with_eager_attention(self.config) if output_attentions else self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
                     past_key_values=past_key_values,
@@ -391,6 +398,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                 cache_position=cache_position,
                 position_ids=positions,
                 packing=packing,
+                output_attentions=output_attentions,
                 **kwargs,
             )
             if output_attentions:
