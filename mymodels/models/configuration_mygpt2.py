@@ -170,12 +170,15 @@ class MyGPT2Config(MyPretrainedConfig):
             pad_token_id=pad_token_id,
         )
 
-    _derived_layer_types = None  # what `layer_types` is as long as nobody gives it
+    _followed_layer_types = None  # the default by `sliding_window`, which `layer_types` follows while it is the same
+
+    def _default_layer_types(self) -> list[str]:
+        return ["full_attention" if self.sliding_window is None else "sliding_attention"] * self.num_hidden_layers
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        if output.pop("_derived_layer_types", None) == output["layer_types"]:
-            output["layer_types"] = None  # so that it still follows `sliding_window`
+        if output.pop("_followed_layer_types", None) == output["layer_types"]:
+            output["layer_types"] = self._default_layer_types()
         return output
 
     def check_consistency(self) -> None:
@@ -198,15 +201,14 @@ class MyGPT2Config(MyPretrainedConfig):
         # with 1, transformers' cache, which holds the window's earlier tokens, holds all of them: wrong text
         self._require(window is None or window > 1, "sliding_window", "None or 2 tokens at the least")
         self._require(cap is None or cap > 0, "final_logit_softcapping", "None or positive")
-        if self.layer_types is None or self.layer_types == self._derived_layer_types:  # not given: by the window
-            kind = "full_attention" if window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
-            self._derived_layer_types = list(self.layer_types)
+        if self.layer_types is None or self.layer_types == self._followed_layer_types:
+            self.layer_types = self._default_layer_types()
         elif window is not None and set(self.layer_types) == {"full_attention"}:
             logger.warning_once(
                 f"sliding_window={window} has no effect: layer_types names 'full_attention' for every layer. For layers "
                 "that slide, leave layer_types out (None), or name 'sliding_attention'"
             )
+        self._followed_layer_types = self._default_layer_types()
         known = {"full_attention", "sliding_attention"}
         self._require(set(self.layer_types) <= known, "layer_types", f"a list over {sorted(known)}")
         if len(set(self.layer_types)) == 1:  # one kind of layer goes on when num_hidden_layers is changed afterwards

@@ -224,11 +224,14 @@ def test_layers_slide_with_the_window_as_long_as_nobody_says_which(tmp_path: Pat
     later.sliding_window = 4
     model = MyGPT2Model(later)
     assert later.layer_types == SLIDING and [layer.self_attn.sliding_window for layer in model.layers] == [4] * 3
+    again = mygpt2_config()
+    again.sliding_window = 4
+    assert MyGPT2Config.from_dict(again.to_dict()).layer_types == SLIDING
     later.sliding_window = None
     assert MyGPT2Model(later).config.layer_types == FULL
     mygpt2_config().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["layer_types"] is None
-    assert "_derived_layer_types" not in (tmp_path / "config.json").read_text()
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["layer_types"] == FULL and not [name for name in written if name.startswith("_")]
     loaded = MyGPT2Config.from_pretrained(tmp_path, sliding_window=4)
     assert MyGPT2Model(loaded).config.layer_types == SLIDING
 
