@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .kernels import ROW_BY_ROW
-from .layers import hooks_everywhere, is_hooked, readable
+from .layers import hooks_everywhere, is_watched, readable
 
 
 def eager_attention_forward(
@@ -144,9 +144,10 @@ def takes_packed(model: nn.Module, home: str) -> bool:
     if hooks_everywhere():
         return False
     for module in model.modules():
-        kind = type(module)
+        # FSDP makes a class of its own from each it shards
+        kind = next(base for base in type(module).__mro__ if not base.__module__.startswith("torch.distributed."))
         known = kind in ROW_BY_ROW or kind in CONTAINERS or kind.__module__ == home or module is model
-        if not (known or isinstance(module, nn.Identity) or kind.__module__.startswith(ADAPTED)) or is_hooked(module):
+        if not (known or isinstance(module, nn.Identity) or kind.__module__.startswith(ADAPTED)) or is_watched(module):
             return False
     return True
 
@@ -166,7 +167,7 @@ def may_skip_padding(
         return wanted
     if labels is None or counts_padding(labels, attention_mask):
         return False
-    return not hooks_everywhere() and not any(is_hooked(module) for module in model.modules())
+    return not hooks_everywhere() and not any(is_watched(module) for module in model.modules())
 
 
 class Packing:

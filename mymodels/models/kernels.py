@@ -139,7 +139,6 @@ def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
         and weight.is_cpu
         and states.ndim >= 2
         and states.numel() > 0
-        and "forward" not in own  # replaced, by accelerate for one
         and not is_hooked(layer)
         and not hooks_everywhere()
         and not torch.is_autocast_enabled("cpu")
@@ -182,7 +181,7 @@ def in_cache(states: torch.Tensor, widening: Any, *modules: nn.Module) -> tuple[
     for whole in modules:
         for module in whole.modules():
             known = module is whole or type(module) in ROW_BY_ROW
-            if not known or "forward" in vars(module) or is_hooked(module):
+            if not known or is_hooked(module):
                 return (states,)
     return states.flatten(0, 1).split(size)
 
@@ -230,7 +229,7 @@ def is_pure(function: Any) -> bool:
     if type(function) not in ACTIVATIONS:
         return False
     own = vars(function)
-    changed = "forward" in own or own.get("inplace") or is_hooked(function) or hooks_everywhere()
+    changed = own.get("inplace") or is_hooked(function) or hooks_everywhere()
     return not changed and not own["_parameters"] and not own["_modules"]
 
 

@@ -294,24 +294,37 @@ def hooks_everywhere() -> bool:
     return any(getattr(module_globals, f"_global{hooks}", None) for hooks in HOOKS)
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook is registered on this module itself, or its `forward` is replaced; accelerate's own do not count.
+# whose hooks move, gather or cast tensors, whatever their shape; accelerate's replace `forward` for that
+NOT_LOOKING = ("accelerate.", "deepspeed.", "torch.distributed.", "transformers.distributed.")
+NOT_LOOKING += ("transformers.integrations.tensor_parallel",)
 
-    accelerate replaces `forward` to move tensors between devices, or to cast the output: whatever the input's shape.
-    """
+
+def _made_by(function: Any) -> str:
+    function = function.func if isinstance(function, partial) else getattr(function, "__func__", function)
+    return str(getattr(function, "__module__", ""))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling this module does more than its class's `forward`: hooks of its own, a replaced `forward`."""
     own = vars(module)
-    if any(own.get(hooks) for hooks in HOOKS):
-        return True
+    return "forward" in own or any(own.get(hooks) for hooks in HOOKS)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether it `is_hooked` by others than `NOT_LOOKING`, who might see how tokens are laid out."""
+    own = vars(module)
+    for hooks in HOOKS:
+        if own.get(hooks) and not all(_made_by(hook).startswith(NOT_LOOKING) for hook in own[hooks].values()):
+            return True
     forward = own.get("forward")
     if forward is None:
         return False
-    function = forward.func if isinstance(forward, partial) else getattr(forward, "__func__", forward)
-    if not str(getattr(function, "__module__", "")).startswith("accelerate."):
+    if not _made_by(forward).startswith(NOT_LOOKING):
         return True
     hook, before = (
         own.get("_hf_hook"),
         own.get("_old_forward"),
-    )  # a hook of the caller's own, a `forward` of his below it
+    )  # accelerate's: a caller's own may be among them, or below
     replaced_before = before is not None and getattr(before, "__func__", None) is not type(module).forward
     parts = getattr(hook, "hooks", (hook,))
     return replaced_before or any(not type(part).__module__.startswith("accelerate.") for part in parts if part)

@@ -256,8 +256,10 @@ def one_step_done(models) -> Callable[[str], dict]:
 def test_a_hub_folder_with_its_own_code_under_torchrun(name: str, auto_class: str, tmp_path: Path) -> None:
     folder = tmp_path / f"parallel-{name}"
     shutil.copytree(HUB_REPO / name, folder)
-    for file in ("layers", "kernels", f"configuration_{name}", f"modeling_{name}"):
-        shutil.copy(MODELS_FOLDER / f"{file}.py", folder)
+    other = {"mygpt2": "mybert", "mybert": "mygpt2"}[name]
+    for file in MODELS_FOLDER.glob("*.py"):
+        if not file.stem.endswith(other):
+            shutil.copy(file, folder)
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     script = [Path(__file__).with_name("remote_parallel.py"), folder, auto_class, tmp_path / "out"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
