@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .layers import readable
+from .kernels import ROW_BY_ROW
+from .layers import hooks_everywhere, is_watched, readable
 
 
 def eager_attention_forward(
@@ -127,6 +128,48 @@ def spread(pooled: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     return pooled.repeat_interleave(torch.tensor(lengths, device=pooled.device), dim=0)[None]
 
 
+CONTAINERS = {nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.ParameterList, nn.Embedding}
+# libraries whose modules stand for one `nn.Linear`, `nn.Embedding` or head: adapters, quantised matrices
+ADAPTED = ("peft.", "torchao.", "torch.ao.", "bitsandbytes.", "optimum.", "hqq.")
+
+
+def takes_packed(model: nn.Module, home: str) -> bool:
+    """Whether each module of `model` gives the same for tokens laid end to end, and nobody sees how they are laid.
+
+    Not with a hook anywhere, a replaced `forward`, or a module that is not known: it might look at several tokens.
+
+    Args:
+        home: the file, by `__module__`, whose classes are known beside torch's and those of adapters.
+    """
+    if hooks_everywhere():
+        return False
+    for module in model.modules():
+        # FSDP makes a class of its own from each it shards
+        kind = next(base for base in type(module).__mro__ if not base.__module__.startswith("torch.distributed."))
+        known = kind in ROW_BY_ROW or kind in CONTAINERS or kind.__module__ == home or module is model
+        if not (known or isinstance(module, nn.Identity) or kind.__module__.startswith(ADAPTED)) or is_watched(module):
+            return False
+    return True
+
+
+def may_skip_padding(
+    model: nn.Module, labels: torch.Tensor | None, attention_mask: Any, wanted: bool | None = None
+) -> bool:
+    """Whether a head that reads every token may have zeros for the states at padding.
+
+    Only if `labels` are given, none of which counts there: without them it is unknown what becomes of the outputs, which
+    transformers' Trainer for one compares with labels itself (`label_smoothing_factor`).
+
+    Args:
+        wanted: the caller's own choice, which is taken.
+    """
+    if wanted is not None:
+        return wanted
+    if labels is None or counts_padding(labels, attention_mask):
+        return False
+    return not hooks_everywhere() and not any(is_watched(module) for module in model.modules())
+
+
 class Packing:
     """Sequences laid end to end in one row, `[1, tokens]`, without padding, and the way back.
 
@@ -183,6 +226,36 @@ class Packing:
             index, flat = self.index[: self.tokens], flat[: self.tokens]
             flat = flat.new_zeros(self.shape[0] * self.shape[1], flat.shape[-1]).index_copy(0, index, flat)
         return flat.unflatten(0, self.shape)
+
+
+def find_packing(
+    model: PreTrainedModel,
+    home: str,
+    given: torch.Tensor,
+    attention_mask: Any,
+    lengths: list[int] | None,
+    outputs_wanted: tuple[bool, bool],
+    skip_padding: bool,
+    right_padded: bool = False,
+) -> Packing | None:
+    """How to run a batch without padding: where values can be read at no cost, and nobody sees how tokens are laid.
+
+    Args:
+        home: see `takes_packed`.
+        given: `[batch, length, …]`, the input.
+        lengths: of sequences packed in its rows, if they are.
+        outputs_wanted: whether each layer's attentions and states are asked for.
+        skip_padding: False: for rows of `lengths` only, which have no padding.
+    """
+    if lengths is None and not skip_padding:
+        return None
+    implementation = model.config._attn_implementation
+    needed = lengths is not None and "flash" in implementation  # which takes no mask that keeps sequences apart
+    fast = given.device.type == "cpu" and implementation == "sdpa"
+    if not (fast or needed) or not readable() or any(outputs_wanted):
+        return None
+    packing = Packing.find(tuple(given.shape[:2]), attention_mask, lengths, right_padded)
+    return packing if packing is None or needed or takes_packed(model, home) else None
 
 
 def attend_apart(

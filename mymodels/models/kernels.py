@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2CLS, ACT2FN
 
-from .layers import readable
+from .layers import hooks_everywhere, is_hooked, readable
 
 # GPT-2's and the original BERT's GELU by one kernel; transformers writes the same formula out in eight steps
 FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
@@ -121,9 +121,6 @@ FEW_ROW_PRODUCTS, NOTHING = FewRowProducts(), nullcontext()
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def few_rows(states: torch.Tensor) -> bool:
     """Whether this is like a step of generation, where a mode around each call of torch costs more than it gains."""
     return not torch.is_grad_enabled() and states.shape[:-1].numel() <= 64
@@ -142,8 +139,8 @@ def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
         and weight.is_cpu
         and states.ndim >= 2
         and states.numel() > 0
-        and "forward" not in own  # replaced, by accelerate for one
-        and not any(own[hooks] for hooks in HOOKS)
+        and not is_hooked(layer)
+        and not hooks_everywhere()
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -162,7 +159,7 @@ def few_row_products(layer: nn.Module, states: torch.Tensor) -> AbstractContextM
 
 
 ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
-ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout} | ACTIVATIONS
+ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout} | ACTIVATIONS
 
 
 def in_cache(states: torch.Tensor, widening: Any, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -179,14 +176,12 @@ def in_cache(states: torch.Tensor, widening: Any, *modules: nn.Module) -> tuple[
     size = max(64, (1 << 21) // widening.out_features)  # 8 MB in float32
     if states.ndim != 3 or states.shape[:-1].numel() < 2 * size:
         return (states,)
+    if hooks_everywhere():
+        return (states,)
     for whole in modules:
         for module in whole.modules():
-            own = vars(module)
-            if (
-                "forward" in own
-                or any(own[hooks] for hooks in HOOKS)
-                or not (module is whole or type(module) in ROW_BY_ROW)
-            ):
+            known = module is whole or type(module) in ROW_BY_ROW
+            if not known or is_hooked(module):
                 return (states,)
     return states.flatten(0, 1).split(size)
 
@@ -234,7 +229,7 @@ def is_pure(function: Any) -> bool:
     if type(function) not in ACTIVATIONS:
         return False
     own = vars(function)
-    changed = "forward" in own or own.get("inplace") or any(own[hooks] for hooks in HOOKS)
+    changed = own.get("inplace") or is_hooked(function) or hooks_everywhere()
     return not changed and not own["_parameters"] and not own["_modules"]
 
 

@@ -4,13 +4,17 @@ This file is copied as it is into Hub repos and runs there without mymodels. It 
 and transformers only.
 """
 
+import copy
 import inspect
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules import module as module_globals
 
 # ---- bridge over transformers 4.56 … 5.23: everything that differs between releases is here, and only here ----------
 
@@ -23,6 +27,7 @@ if TRANSFORMERS_VERSION < (4, 56):
 
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 
 def _bridge_mask(create_mask: Callable) -> Callable:
@@ -37,6 +42,8 @@ def _bridge_mask(create_mask: Callable) -> Callable:
     ):
         kw.update(config=config, attention_mask=attention_mask, past_key_values=past_key_values)
         kw.update(position_ids=position_ids, cache_position=cache_position)
+        if attention_mask is not None and _under_transform():  # where transformers would read whether it masks anything
+            kw.setdefault("and_mask_function", lambda batch, head, query, key: query >= 0)
         kw["inputs_embeds" if "inputs_embeds" in accepted else "input_embeds"] = inputs_embeds
         return create_mask(**{name: value for name, value in kw.items() if name in accepted})
 
@@ -86,6 +93,18 @@ class _TieWeights53(PreTrainedModel):
         super().tie_weights(missing_keys=missing_keys, **kwargs)
 
 
+def make_importable(cls: type) -> None:
+    """Make the file of a class an attribute of its package, as an import does.
+
+    transformers loads remote code past the import system. Without this, dill does not find the class where its name says,
+    and cannot pickle it: `datasets.map` then loses its cache.
+    """
+    package, _, name = cls.__module__.rpartition(".")
+    module, parent = sys.modules.get(cls.__module__), sys.modules.get(package)
+    if module is not None and parent is not None and not hasattr(parent, name):
+        setattr(parent, name, module)
+
+
 def rename_while_loading(class_name: str, pattern: str, name: str) -> None:
     """Let checkpoints' tensors have another name in models of this class: for vLLM, which asks for a release that can."""
     try:
@@ -98,9 +117,12 @@ def rename_while_loading(class_name: str, pattern: str, name: str) -> None:
 
 # names of tensor-parallel styles; the second one is needed to train, and not known before 5.3
 SHARED_OUT_AND_GATHERED = "colwise_gather_output" if TRANSFORMERS_VERSION >= (5, 1) else "colwise_rep"
+SHARED_OUT_BY_ROWS = "embedding_rowwise" if TRANSFORMERS_VERSION >= (5, 1) else None
 WHOLE_BUT_SEES_A_SHARE = "replicated_with_grad_allreduce" if TRANSFORMERS_VERSION >= (5, 3) else None
 
 _Bridge = _TieWeights53 if TRANSFORMERS_VERSION == (5, 3) else PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 # ---- end of the bridge -----------------------------------------------------------------------------------------------
 
@@ -143,6 +165,7 @@ class MyPretrainedConfig(PretrainedConfig):
         # 5.4 and newer make a dataclass of a config, whose `__init__` would take the place of an inherited one
         cls.__init__ = cls.__init__
         super().__init_subclass__(**kwargs)
+        make_importable(cls)
 
     def _finish_init(self, auto_map: dict[str, Any] | None, **fields: Any) -> None:
         # Called after `PretrainedConfig.__init__`, which sets or drops some of these itself, differently by release.
@@ -193,6 +216,20 @@ class MyPreTrainedModel(_Bridge):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        make_importable(cls)
+
+    shifts_labels = False  # whether the output at a token is for the label of the next one
+
+    def _get_name(self) -> str:
+        # transformers' Trainer asks for this name when it smooths labels (`label_smoothing_factor`), and shifts them by
+        # one for the causal models of its own only.
+        return "GPT2LMHeadModel" if self.shifts_labels else super()._get_name()
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
     def _init_weights(self, module: nn.Module) -> None:
         # `nn.init` on the parameter itself, leaf modules only: the loader guards exactly these calls, so that they
         # never touch a weight that came from a checkpoint.
@@ -213,32 +250,86 @@ class MyPreTrainedModel(_Bridge):
                 nn.init.zeros_(module.bias)
 
     def _outputs_wanted(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
-        """Resolve the two flags against the config; refuse attentions that the chosen function cannot return."""
+        """Resolve the two flags against the config; refuse attentions under a function that eager cannot stand in for."""
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs attn_implementation='eager', but this model runs "
-                f"{self.config._attn_implementation!r}: call model.set_attn_implementation('eager') first"
+        implementation = self.config._attn_implementation
+        if output_attentions and implementation != "eager":
+            if implementation not in ("sdpa", "flex_attention") and not implementation.startswith("flash_attention"):
+                raise ValueError(
+                    f"output_attentions=True needs attn_implementation='eager', but this model runs {implementation!r}: "
+                    "call model.set_attn_implementation('eager') first"
+                )
+            logger.warning_once(
+                f"attn_implementation={implementation!r} returns no attentions: calls with output_attentions=True run "
+                "eager attention instead; model.set_attn_implementation('eager') does so for all calls"
             )
         return bool(output_attentions), bool(output_hidden_states)
 
-    def _runs_packed(self, device: torch.device, lengths: list[int] | None, *outputs_wanted: bool) -> bool:
-        """Whether to run without padding: where values can be read at no cost, and no layer's states are asked for."""
-        implementation = self.config._attn_implementation
-        fast = device.type == "cpu" and implementation == "sdpa"
-        needed = lengths is not None and "flash" in implementation  # which takes no mask that keeps sequences apart
-        return (fast or needed) and readable() and not any(outputs_wanted)
+
+def with_eager_attention(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy for the making of masks as eager attention wants them."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = "eager"
+    return config
 
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 def readable() -> bool:
-    """Whether values of tensors may be looked at: not while a graph is being captured."""
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Whether values of tensors may be looked at: not while a graph is captured, nor under `torch.func`'s transforms."""
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not _under_transform()
+
+
+# within `vmap`, `grad`, … of torch.func there is a level; in `vmap` a value cannot be read
+_under_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_everywhere() -> bool:
+    """Whether a hook is registered for all modules (`torch.nn.modules.module.register_module_forward_hook`, …)."""
+    return any(getattr(module_globals, f"_global{hooks}", None) for hooks in HOOKS)
+
+
+# whose hooks move, gather or cast tensors, whatever their shape; accelerate's replace `forward` for that
+NOT_LOOKING = ("accelerate.", "deepspeed.", "torch.distributed.", "transformers.distributed.")
+NOT_LOOKING += ("transformers.integrations.tensor_parallel",)
+
+
+def _made_by(function: Any) -> str:
+    function = function.func if isinstance(function, partial) else getattr(function, "__func__", function)
+    return str(getattr(function, "__module__", ""))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling this module does more than its class's `forward`: hooks of its own, a replaced `forward`."""
+    own = vars(module)
+    return "forward" in own or any(own.get(hooks) for hooks in HOOKS)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether it `is_hooked` by others than `NOT_LOOKING`, who might see how tokens are laid out."""
+    own = vars(module)
+    for hooks in HOOKS:
+        if own.get(hooks) and not all(_made_by(hook).startswith(NOT_LOOKING) for hook in own[hooks].values()):
+            return True
+    forward = own.get("forward")
+    if forward is None:
+        return False
+    if not _made_by(forward).startswith(NOT_LOOKING):
+        return True
+    hook, before = (
+        own.get("_hf_hook"),
+        own.get("_old_forward"),
+    )  # accelerate's: a caller's own may be among them, or below
+    replaced_before = before is not None and getattr(before, "__func__", None) is not type(module).forward
+    parts = getattr(hook, "hooks", (hook,))
+    return replaced_before or any(not type(part).__module__.startswith("accelerate.") for part in parts if part)
 
 
 def served_class(config: PretrainedConfig) -> str | None:
@@ -270,11 +361,20 @@ def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:
     if ids.device.type != "cpu" or ids.numel() == 0 or not readable():
         return
     low, high = (bound.item() for bound in torch.aminmax(ids))
+    if name == "position_ids" and high == ids.shape[-1] - 1:  # made by `generate` perhaps, and not by its caller
+        check_length(high + 1, limit)
     if low < 0 or high >= limit:
+        remedy = "; in generate(), shorten the prompt or max_new_tokens" if name == "position_ids" else ""
         raise ValueError(
             f"{name} contains {low if low < 0 else high}, but this model has {field}={limit}: "
-            f"valid values are 0 to {limit - 1}"
+            f"valid values are 0 to {limit - 1}{remedy}"
         )
+
+
+def check_not_empty(given: torch.Tensor) -> None:
+    """Raise a `ValueError` if an input `[batch, length, …]` has no rows or no tokens."""
+    if readable() and given.numel() == 0:
+        raise ValueError(f"the input is empty, of shape {list(given.shape)}: give at least one row of one token")
 
 
 def check_length(length: int, limit: int) -> None:

@@ -25,9 +25,10 @@ from transformers.utils import can_return_tuple, logging
 from .attention import (
     Packing,
     attend_apart,
-    counts_padding,
     eager_attention_forward,
+    find_packing,
     lengths_for_engine,
+    may_skip_padding,
     packed_lengths,
     packed_sequence_ids,
     spread,
@@ -37,14 +38,18 @@ from .configuration_mybert import MyBertConfig
 from .kernels import fast_products, in_cache, make_activation
 from .layers import (
     ALL_ATTENTION_FUNCTIONS,
+    SHARED_OUT_AND_GATHERED,
+    SHARED_OUT_BY_ROWS,
     MyPreTrainedModel,
     check_ids,
     check_length,
+    check_not_empty,
     create_bidirectional_mask,
     is_elsewhere,
     make_classifier,
     readable,
     served_class,
+    with_eager_attention,
 )
 
 logger = logging.get_logger(__name__)
@@ -107,7 +112,9 @@ class MyBertSelfAttention(nn.Module):
         key = self.key(hidden_states).view(heads).transpose(1, 2)
         value = self.value(hidden_states).view(heads).transpose(1, 2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(packing, Packing):
+        if kwargs.get("output_attentions"):
+            attention = eager_attention_forward
+        elif isinstance(packing, Packing):
             attention = partial(attend_apart, attention, packing)
         mixed, weights = attention(
             self,
@@ -342,7 +349,7 @@ class MyBertModel(MyBertPreTrainedModel):
             position_ids: `[batch, length]`. Without `attention_mask`, positions that start over mark sequences packed
                 in one row, which then do not see each other, and are pooled each by itself.
             inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
-            output_attentions, output_hidden_states: also return them; attentions with `eager` only.
+            output_attentions, output_hidden_states: also return them; for attentions, `eager` computes this call.
             skip_padding: where it is faster, compute nothing for padding on the right; its hidden states are then 0.
 
         Returns:
@@ -360,13 +367,13 @@ class MyBertModel(MyBertPreTrainedModel):
         kwargs.pop("use_cache", None)  # asked of every model by generic callers; an encoder has none
 
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
+        check_not_empty(given)
         rows, length = given.shape[:2]
         if position_ids is not None:
             position_ids = position_ids.expand(rows, -1)
         lengths = None if self.served is not None else packed_lengths(position_ids, attention_mask)
-        packing = None
-        if skip_padding and self._runs_packed(given.device, lengths, output_attentions, output_hidden_states):
-            packing = Packing.find((rows, length), attention_mask, lengths, right_padded=True)
+        wanted = (output_attentions, output_hidden_states)
+        packing = find_packing(self, __name__, given, attention_mask, lengths, wanted, skip_padding, right_padded=True)
         maybe_packed = attention_mask is None and position_ids is not None and (lengths is not None or not readable())
         if position_ids is None:
             check_length(length, self.config.max_position_embeddings)
@@ -386,12 +393,18 @@ class MyBertModel(MyBertPreTrainedModel):
             if maybe_packed:
                 packed = packed_sequence_ids(position_ids)
                 apart["and_mask_function"] = lambda batch, head, q, kv: packed[batch, q] == packed[batch, kv]
-            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask, **apart)
+            config = with_eager_attention(self.config) if output_attentions else self.config
+            mask = create_bidirectional_mask(config, hidden_states, attention_mask, **apart)
 
         all_hidden_states, all_attentions = [hidden_states], []
         for layer in own_layers:
             hidden_states, weights = layer(
-                hidden_states, attention_mask=mask, position_ids=position_ids, packing=packing, **kwargs
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                packing=packing,
+                output_attentions=output_attentions,
+                **kwargs,
             )
             all_hidden_states.append(hidden_states)
             if not output_hidden_states:  # keep only what the mix will read
@@ -476,6 +489,24 @@ def classification_loss(config: MyBertConfig, logits: torch.Tensor, labels: torc
     return losses.sum() / total
 
 
+LOSS_FIELDS = {"label_smoothing": 0, "class_weights": None, "focal_gamma": 0, "multi_sample_dropout": 1}  # off
+
+
+def check_loss_is_ours(config: MyBertConfig) -> None:
+    """Raise a `ValueError` if the config asks for a loss that nobody computes: in training, and no labels given.
+
+    transformers' Trainer keeps labels to itself, and takes another loss, with `label_smoothing_factor` or
+    `compute_loss_func`.
+    """
+    on = [f"{name}={getattr(config, name)}" for name, off in LOSS_FIELDS.items() if getattr(config, name) != off]
+    if on:
+        raise ValueError(
+            f"config.{', config.'.join(on)} would have no effect: they are for the loss that this model computes, but in "
+            "training it was given no labels. The Trainer takes them away for label_smoothing_factor (set "
+            "config.label_smoothing instead) and for compute_loss_func (leave one of the two out)"
+        )
+
+
 class MyBertForSequenceClassification(MyBertPreTrainedModel):
     """MyBert with a classification or regression head on the pooled vector."""
 
@@ -508,7 +539,12 @@ class MyBertForSequenceClassification(MyBertPreTrainedModel):
 
         Returns:
             `logits` `[batch, num_labels]`, with `labels` the mean `loss`.
+
+        Raises:
+            ValueError: in training, no `labels`, although the config has fields for the loss.
         """
+        if labels is None and self.training and torch.is_grad_enabled():
+            check_loss_is_ours(self.config)
         outputs = self.bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -572,6 +608,7 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
     """MyBert with a masked-language-model head."""
 
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    _tp_plan = {"cls.predictions.decoder": SHARED_OUT_AND_GATHERED} if SHARED_OUT_BY_ROWS else {}
     _fsdp_plan = {"cls.predictions.decoder": "keep_full_weight"}
 
     def __init__(self, config: MyBertConfig):
@@ -612,13 +649,14 @@ class MyBertForMaskedLM(MyBertPreTrainedModel):
 
         Returns `logits` `[batch, length, vocab_size]`, with `labels` the mean cross-entropy in nats as `loss`.
         """
+        skip_padding = may_skip_padding(self, labels, attention_mask, kwargs.pop("skip_padding", None))
         outputs = self.bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            skip_padding=not counts_padding(labels, attention_mask),
+            skip_padding=skip_padding,
             return_dict=True,
             **kwargs,
         )
@@ -659,13 +697,14 @@ class MyBertForTokenClassification(MyBertPreTrainedModel):
 
         Returns `logits` `[batch, length, num_labels]`, with `labels` the mean cross-entropy as `loss`.
         """
+        skip_padding = may_skip_padding(self, labels, attention_mask, kwargs.pop("skip_padding", None))
         outputs = self.bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            skip_padding=not counts_padding(labels, attention_mask),
+            skip_padding=skip_padding,
             return_dict=True,
             **kwargs,
         )

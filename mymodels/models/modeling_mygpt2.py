@@ -26,9 +26,10 @@ from .attention import (
     attend_apart,
     attend_in_blocks,
     attends_in_blocks,
-    counts_padding,
     eager_attention_forward,
+    find_packing,
     lengths_for_engine,
+    may_skip_padding,
     packed_lengths,
     rotary_cos_sin,
     spread,
@@ -43,6 +44,7 @@ from .layers import (
     MyPreTrainedModel,
     check_ids,
     check_length,
+    check_not_empty,
     create_causal_mask,
     create_sliding_window_causal_mask,
     is_elsewhere,
@@ -50,6 +52,7 @@ from .layers import (
     readable,
     rename_while_loading,
     served_class,
+    with_eager_attention,
 )
 from .losses import causal_lm_loss, soft_cap
 
@@ -123,7 +126,9 @@ class MyGPT2Attention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(packing, Packing):
+        if kwargs.get("output_attentions"):
+            attention = eager_attention_forward
+        elif isinstance(packing, Packing):
             attention = partial(attend_apart, attention, packing)
         elif attention_mask is None and attends_in_blocks(self.config, query, self.sliding_window):
             attention = partial(attend_in_blocks, attention)
@@ -292,7 +297,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                 sequences packed in one row, which then do not see each other.
             inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
             use_cache: return `past_key_values` for the next call. Default: `config.use_cache`, but not in training.
-            output_attentions, output_hidden_states: also return them; attentions with `eager` only.
+            output_attentions, output_hidden_states: also return them; for attentions, `eager` computes this call.
             skip_padding: where it is faster (not with a cache), compute nothing for padding; its hidden states are then 0.
 
         Returns:
@@ -310,7 +315,8 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds
-        rows, length = given.shape[:2]
+        check_not_empty(given)
+        length = given.shape[1]
         # in a pipeline the stages after the first get hidden states as `inputs_embeds`, their own layers come later
         own_layers = [index for index, layer in enumerate(self.layers) if not is_elsewhere(layer)]
         later_stage, staged = is_elsewhere(self.layers[0]), len(own_layers) < len(self.layers)
@@ -323,10 +329,10 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             cache_position = torch.arange(length, device=given.device) + past_length
 
         packing = None
-        if skip_padding and past_key_values is None and not use_cache and readable():
+        if past_key_values is None and not use_cache and readable():
             lengths = packed_lengths(position_ids, attention_mask)
-            if self._runs_packed(given.device, lengths, output_attentions, output_hidden_states):
-                packing = Packing.find((rows, length), attention_mask, lengths)
+            wanted = (output_attentions, output_hidden_states)
+            packing = find_packing(self, __name__, given, attention_mask, lengths, wanted, skip_padding)
         limit = self.config.max_position_embeddings
         learned = self.config.position_embedding_type == "learned"
         positions = position_ids
@@ -341,7 +347,9 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
 
-        in_blocks = self._layers_in_blocks(given, attention_mask, position_ids, past_key_values, first)
+        in_blocks = set()
+        if not output_attentions:
+            in_blocks = self._layers_in_blocks(given, attention_mask, position_ids, past_key_values, first)
         # Masks before the cache: transformers looks for packed sequences only where there is none.
         masks: Any = attention_mask
         if packing is not None:
@@ -349,7 +357,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         elif not isinstance(masks, dict):
             masks = {
                 layer_type: MASKS[layer_type](
-                    config=self.config,
+                    config=with_eager_attention(self.config) if output_attentions else self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
                     past_key_values=past_key_values,
@@ -390,6 +398,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                 cache_position=cache_position,
                 position_ids=positions,
                 packing=packing,
+                output_attentions=output_attentions,
                 **kwargs,
             )
             if output_attentions:
@@ -419,11 +428,14 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": SHARED_OUT_AND_GATHERED}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    shifts_labels = True
 
     def __init__(self, config: MyGPT2Config):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # by name, a subclass called otherwise would have other labels counted
         self.loss_function = causal_lm_loss
         self.model = MyGPT2Model(config)
+        self.model.shifts_labels = True  # PEFT's prefix tuning shows the Trainer this one
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
@@ -463,6 +475,8 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
         """
         # each position predicts the next label
         predicted = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        predicted = kwargs.get("shift_labels", predicted)
+        skip_padding = may_skip_padding(self, predicted, attention_mask, kwargs.pop("skip_padding", None))
         outputs = self.model(
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -471,7 +485,7 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            skip_padding=not counts_padding(predicted, attention_mask),
+            skip_padding=skip_padding,
             return_dict=True,
             **kwargs,
         )

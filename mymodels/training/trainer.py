@@ -1,6 +1,7 @@
 """transformers' Trainer with checkpoints that are whole or not there, an exact resume, and a stop at NaN."""
 
 import contextlib
+import inspect
 import json
 import math
 from collections.abc import Iterator, Sized
@@ -17,6 +18,7 @@ from ..checkpoints import replace_folder, write_manifest
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import torch_save
+from ..models.modeling_mybert import LOSS_FIELDS
 from .batches import SeededCollator, bad_number
 from .checkpoint import check_same_run, versions
 from .folders import STATE, find_checkpoint, remove_old_checkpoints
@@ -50,7 +52,31 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._check_label_smoothing()
         self.add_callback(_Watch(self))
+
+    def _check_label_smoothing(self) -> None:
+        """Raise a `ValueError` where `label_smoothing_factor` would be ignored, or replace a loss of the model's own."""
+        factor = self.args.label_smoothing_factor
+        if not factor:
+            return
+        model: Any = self.model
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        given = f"label_smoothing_factor={factor}"
+        if self.compute_loss_func is not None:
+            raise ValueError(f"{given} has no effect beside compute_loss_func or class weights: leave one of them out")
+        if "labels" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"{given} has no effect: {type(model).__name__} takes no labels to smooth")
+        config = getattr(model, "config", None)
+        own_loss = all(hasattr(config, name) for name in LOSS_FIELDS)  # MyBert's, whatever file it was loaded from
+        on = [
+            f"{name}={getattr(config, name)}" for name, off in LOSS_FIELDS.items() if getattr(config, name, off) != off
+        ]
+        if own_loss and on:
+            raise ValueError(
+                f"{given} would replace the loss of this model, which its config asks for by {', '.join(on)}: "
+                "set config.label_smoothing instead"
+            )
 
     def train(self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`.

@@ -117,7 +117,6 @@ GPT2_FAULTS = [
         {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4},
         "layer_types names 2 layers, but num_hidden_layers=3",
     ),
-    ({"layer_types": ["full_attention"] * 3, "sliding_window": 4}, "sliding_window=4, but layer_types has no"),
     ({"layer_types": ["full_attention", "local", "local"]}, "layer_types=.*'local'"),
     ({"layer_types": ["sliding_attention"] * 3}, "but sliding_window=None"),
     ({"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0"),
@@ -175,8 +174,6 @@ def test_inputs_out_of_range(model: type) -> None:
         model(torch.ones(1, 2, dtype=torch.long), position_ids=torch.tensor([[63, 64]]))
     with pytest.raises(ValueError, match=r"exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match=r"output_attentions=True needs attn_implementation='eager'.*'sdpa'"):
-        model(torch.ones(1, 2, dtype=torch.long), output_attentions=True)
 
 
 def test_fewer_layers_of_a_saved_model(tmp_path: Path) -> None:
@@ -214,3 +211,42 @@ def test_a_subclass_inherits_the_constructor(base: type, tmp_path: Path) -> None
     assert own.from_pretrained(tmp_path).num_hidden_layers == 3
     with pytest.raises(ValueError, match="OwnConfig: num_hidden_layers=0"):
         own(num_hidden_layers=0)
+
+
+FULL, SLIDING = ["full_attention"] * 3, ["sliding_attention"] * 3
+
+
+def test_layers_slide_with_the_window_as_long_as_nobody_says_which(tmp_path: Path) -> None:
+    """As in Mistral; also if the window is set afterwards, or on a config that was saved without one."""
+    assert mygpt2_config(sliding_window=4).layer_types == SLIDING
+    later = mygpt2_config()
+    assert later.layer_types == FULL
+    later.sliding_window = 4
+    model = MyGPT2Model(later)
+    assert later.layer_types == SLIDING and [layer.self_attn.sliding_window for layer in model.layers] == [4] * 3
+    again = mygpt2_config()
+    again.sliding_window = 4
+    assert MyGPT2Config.from_dict(again.to_dict()).layer_types == SLIDING
+    later.sliding_window = None
+    assert MyGPT2Model(later).config.layer_types == FULL
+    mygpt2_config().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["layer_types"] == FULL and not [name for name in written if name.startswith("_")]
+    loaded = MyGPT2Config.from_pretrained(tmp_path, sliding_window=4)
+    assert MyGPT2Model(loaded).config.layer_types == SLIDING
+
+
+def test_a_window_has_no_effect_on_layers_that_are_all_full(tmp_path: Path) -> None:
+    config = mygpt2_config(layer_types=FULL, sliding_window=4)
+    model = MyGPT2Model(config).eval()
+    model.save_pretrained(tmp_path)
+    plain = MyGPT2Model(mygpt2_config()).eval()
+    plain.load_state_dict(model.state_dict())
+    ids = torch.randint(2, 97, (2, 12))
+    again = MyGPT2Model.from_pretrained(tmp_path)
+    assert again.config.layer_types == FULL and again.config.sliding_window == 4
+    assert torch.equal(again(ids).last_hidden_state, plain(ids).last_hidden_state)
+    given = mygpt2_config(sliding_window=4)
+    given.layer_types[0] = "full_attention"  # an entry of one's own makes the list one's own
+    assert MyGPT2Model(given).config.layer_types == ["full_attention", *SLIDING[1:]]
+    assert mygpt2_config(**given.to_dict()).layer_types == given.layer_types

@@ -86,7 +86,7 @@ GPT2_BIASES = """
     model.layers.*.mlp.up_proj.bias
 """
 BERT_HALVED = """
-    bert.encoder.layer.*.attention.self.query.weight bert.encoder.layer.*.attention.self.query.bias
+    bert.embeddings.word_embeddings.weight bert.encoder.layer.*.attention.self.query.weight bert.encoder.layer.*.attention.self.query.bias
     bert.encoder.layer.*.attention.self.key.weight bert.encoder.layer.*.attention.self.key.bias
     bert.encoder.layer.*.attention.self.value.weight bert.encoder.layer.*.attention.self.value.bias
     bert.encoder.layer.*.attention.output.dense.weight bert.encoder.layer.*.intermediate.dense.weight

@@ -134,3 +134,32 @@ def test_older_releases_find_the_texts_that_let_them_switch_attention(name: str)
     code = (Path(mymodels.__file__).parent / "models" / name).read_text()
     for text in ("eager_attention_forward", "[self.config._attn_implementation]", ".get_interface("):
         assert text in code
+
+
+DILLED = """
+import sys
+sys.modules["mymodels"] = None
+import dill, transformers
+from datasets.fingerprint import Hasher
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+again = dill.loads(dill.dumps(model))
+assert type(again) is type(model) and len(again.state_dict()) == len(model.state_dict())
+for recurse in (False, True):
+    assert dill.loads(dill.dumps(type(model), recurse=recurse)) is type(model)
+assert Hasher.hash(model) == Hasher.hash(model)
+print(Hasher.hash(type(model)), Hasher.hash(model.config), Hasher.hash(model.model))
+"""
+
+
+def test_a_remote_model_can_be_dilled_and_hashed_for_a_cache(tmp_path: Path) -> None:
+    """`datasets.map` looks for what it has already computed by a hash of what the function holds."""
+    MyGPT2ForCausalLM(mygpt2_config()).save_pretrained(tmp_path / "dilled")
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    found = []
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", DILLED, tmp_path / "dilled"]
+        run = subprocess.run(command, capture_output=True, text=True, env={**environment, "PYTHONHASHSEED": seed})
+        assert run.returncode == 0, run.stderr[-2000:]
+        found.append(run.stdout.splitlines()[-1])
+    assert found[0] == found[1]

@@ -1,0 +1,192 @@
+"""Whoever looks into the models sees each row of the batch as in stock: hooks of every kind, replaced modules."""
+
+from collections.abc import Callable
+
+import accelerate
+import pytest
+import torch
+from tiny import batch, gpt2_pair, largest_difference, mybert_config, stock_bert_config
+from torch import nn
+from torch.nn.modules import module as every_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertForSequenceClassification
+
+from mymodels import MyBertForSequenceClassification
+
+
+def bert_pair() -> tuple[nn.Module, nn.Module]:
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    stock = BertForSequenceClassification(stock_bert_config(**no_dropout)).eval()
+    mine = MyBertForSequenceClassification(mybert_config(**no_dropout)).eval()
+    mine.load_state_dict(stock.state_dict())
+    return stock, mine
+
+
+def decoder_pair() -> tuple[nn.Module, nn.Module]:
+    return gpt2_pair(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+# the pair, padding, and the paths of the same module in both
+FAMILIES = {
+    "mygpt2": (decoder_pair, "left", "transformer.h.1.mlp", "model.layers.1.mlp"),
+    "mybert": (bert_pair, "right", "bert.encoder.layer.1.intermediate", "bert.encoder.layer.1.intermediate"),
+}
+
+
+def first_zeroed(output: torch.Tensor) -> torch.Tensor:
+    return torch.cat((torch.zeros_like(output[:, :1]), output[:, 1:]), dim=1)
+
+
+class Watch:
+    """Registers one kind of hook, which zeroes the first position of each row, or notes what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def forward_hook(self, module: nn.Module) -> Callable:
+        return module.register_forward_hook(lambda m, args, output: first_zeroed(output)).remove
+
+    def forward_pre_hook(self, module: nn.Module) -> Callable:
+        return module.register_forward_pre_hook(lambda m, args: (first_zeroed(args[0]),)).remove
+
+    def backward_hook(self, module: nn.Module) -> Callable:
+        return module.register_full_backward_hook(lambda m, given, got: self.seen.append(got[0])).remove
+
+    def backward_pre_hook(self, module: nn.Module) -> Callable:
+        return module.register_full_backward_pre_hook(lambda m, got: self.seen.append(got[0])).remove
+
+    def global_hook(self, module: nn.Module) -> Callable:
+        hook = every_module.register_module_forward_hook(
+            lambda m, args, output: first_zeroed(output) if m is module else None
+        )
+        return hook.remove
+
+    def global_pre_hook(self, module: nn.Module) -> Callable:
+        hook = every_module.register_module_forward_pre_hook(
+            lambda m, args: (first_zeroed(args[0]),) if m is module else None
+        )
+        return hook.remove
+
+    def global_backward_hook(self, module: nn.Module) -> Callable:
+        hook = every_module.register_module_full_backward_hook(
+            lambda m, given, got: self.seen.append(got[0]) if m is module else None
+        )
+        return hook.remove
+
+    def replaced_forward(self, module: nn.Module) -> Callable:
+        plain = module.forward
+        module.forward = lambda states: first_zeroed(plain(states))  # type: ignore[method-assign]
+        return lambda: vars(module).pop("forward")
+
+    def accelerate_hook_of_ones_own(self, module: nn.Module) -> Callable:
+        class Zeroing(accelerate.hooks.ModelHook):
+            def post_forward(self, module, output):
+                return first_zeroed(output)
+
+        accelerate.hooks.add_hook_to_module(module, Zeroing())
+        return lambda: accelerate.hooks.remove_hook_from_module(module)
+
+
+class Zeroing(nn.Module):
+    """A module around another one, as libraries for interpretability build them."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return first_zeroed(self.inner(states))
+
+
+KINDS = [name for name in vars(Watch) if not name.startswith("_")]
+
+
+def run(model: nn.Module, inputs: dict, path: str, kind: str, train: bool) -> list[torch.Tensor]:
+    watch = Watch()
+    if kind == "replaced_module":
+        inner = model.get_submodule(path)
+        model.set_submodule(path, Zeroing(inner))
+        remove: Callable = lambda: model.set_submodule(path, inner)  # noqa: E731
+    else:
+        remove = getattr(watch, kind)(model.get_submodule(path))
+    with torch.set_grad_enabled(train):
+        output = model.train(train)(**inputs)
+        results = [output.logits, output.loss]
+        if train:
+            model.zero_grad()
+            output.loss.backward()
+            results += [output.logits.detach(), model.get_input_embeddings().weight.grad.clone()]
+    remove()
+    return results + watch.seen
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "replaced_module"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_see_the_rows_that_stock_shows(family: str, kind: str) -> None:
+    pair, side, *paths = FAMILIES[family]
+    inputs = batch(side, rows=4)
+    if family == "mybert":
+        inputs["labels"] = torch.tensor([0, 1, 1, 0])
+    else:
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        inputs["use_cache"] = False
+    models = pair()
+    # what is right at padding too, where gradients are 0 in stock and in mine
+    for train in (False, True):
+        stock, mine = (run(model, inputs, path, kind, train) for model, path in zip(models, paths))
+        assert len(stock) == len(mine)
+        for theirs, found in zip(stock, mine):
+            assert theirs.shape == found.shape
+            assert largest_difference(theirs, found) <= 1e-5
+
+
+class RowsOfProducts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if "_linear_pointwise" in function.name() or "addmm" in function.name():
+            self.rows.add(output.shape[:-1].numel())
+        return output
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_device_map_is_not_a_hook(family: str) -> None:
+    """accelerate replaces every `forward` to move tensors; padding is skipped all the same, and values stay."""
+    pair, side, *_ = FAMILIES[family]
+    stock, mine = pair()
+    inputs = batch(side, rows=4)
+    del stock
+    base = mine.base_model
+    with torch.no_grad():
+        expected = base(**inputs, output_hidden_states=True)[0]  # padded
+        parts = {name: "cpu" for name, module in base.named_modules() if not list(module.children())}
+        base = accelerate.dispatch_model(base, parts, main_device="cpu", force_hooks=True)
+        assert any("_hf_hook" in vars(module) for module in base.modules())
+        kept = inputs["attention_mask"].bool()
+        options = {"use_cache": False} if family == "mygpt2" else {}
+        with RowsOfProducts() as seen:
+            found = base(**inputs, **options)[0]
+    assert kept.numel() not in seen.rows
+    assert largest_difference(found[kept], expected[kept]) <= 1e-5
+
+
+def test_a_recorder_of_transformers_sees_the_rows() -> None:
+    """`_can_record_outputs` in a subclass: transformers replaces or hooks `forward` to collect what modules give."""
+    generic = pytest.importorskip("transformers.utils.output_capturing")
+    from mymodels.models.modeling_mybert import MyBertLayer, MyBertModel
+
+    class Recorded(MyBertModel):
+        _can_record_outputs = {"recorded": generic.OutputRecorder(MyBertLayer, index=0)}
+
+    model, inputs = Recorded(mybert_config()).eval(), batch("right", rows=4)
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True).hidden_states
+        seen: list[torch.Tensor] = []
+        generic.maybe_install_capturing_hooks(model)
+        model.encoder.layer[1].register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        model(**inputs)
+    assert any(layer._forward_hooks for layer in model.encoder.layer)
+    assert largest_difference(seen[0], expected[2]) <= 1e-5
