@@ -9,11 +9,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint, replace_folder, write_manifest
-from ..checkpoints.inspecting import printable
 from ..checkpoints.integrity import MANIFEST, read_manifest
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import inside, read_json
 from ..checkpoints.writing import even_out_tokenizer, parse_size, save_model_files, save_tokenizer_files, write_shards
+from ..messages import printable
 from ..models import configuration_mybert, configuration_mygpt2
 from .card import Card, card_of_folder
 from .code_files import collect_code, file_of, served
