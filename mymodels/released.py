@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from .messages import first_line
 from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
 
@@ -97,7 +98,7 @@ def own_code(config: Mapping[str, Any], read: Read, *, config_only: bool = False
             read_there = partial(read, repo=repo)
             files = reached([name for name in names if read_there(f"{name}.py") is not None], read_there)
         except OSError as error:
-            return f"its code cannot be read: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+            return f"its code cannot be read: {first_line(error)}"
         there = {name: content for name, content in files.items() if content is not None}
         if there and len(there) < len(files):
             return f"{min(files.keys() - there.keys())} is missing"

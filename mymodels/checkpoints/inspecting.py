@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from ..messages import one_line, printable
 from .checkpoint import Checkpoint, widened
 from .opening import locate, open_checkpoint
 from .plain_pickle import Unopened
@@ -166,8 +167,7 @@ def _short(value: Any, width: int = 40) -> str:
         return f"tensor {tuple(value.shape)}"
     if isinstance(value, (Mapping, list, tuple)) and len(value) > 4:
         return f"{type(value).__name__} of {len(value)}"
-    text = " ".join(str(value).split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return one_line(value, width)
 
 
 def _duplicates(checkpoint: Checkpoint) -> list[list[str]]:
@@ -398,11 +398,6 @@ def _table(title: str | None, *columns: tuple[str, Any]) -> Table:
 
 def _add(table: Table, *cells: str) -> None:
     table.add_row(*(Text(printable(cell), style="red" if cell == "missing" else "") for cell in cells))
-
-
-def printable(text: str) -> str:
-    """`text` with control characters, which could steer a terminal, written out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _share(count: int, total: int) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..messages import first_line
 from .checkpoint import Checkpoint, CheckpointError, unreadable
 from .foreign import open_gguf, open_npz, open_onnx, open_tensorflow
 from .kinds import kind_of
@@ -125,9 +126,8 @@ def locate(
     try:
         return Path(snapshot_download(str(path), revision=revision, token=token, ignore_patterns=ignore, **download))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
-            f"there is no file or folder {path}, and no Hub repo could be fetched: {reason}"
+            f"there is no file or folder {path}, and no Hub repo could be fetched: {first_line(error, 600)}"
         ) from error
 
 

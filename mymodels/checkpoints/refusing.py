@@ -5,6 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..messages import first_line
 
 
 @contextlib.contextmanager
@@ -48,6 +52,29 @@ def refuse_mismatched(info: Mapping[str, Any], source: Any) -> None:
     raise ValueError(f"{source}: {name}{said}{more}: config.json or the weights are another model's")
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text that says something, or its name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Around `from_pretrained`: transformers logs errors alone, no table of new weights; the caller reports these."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Any, remedy: str) -> None:
+    """Give the tokenizer a token to pad with: the end of text, if it has none, as GPT-2's.
+
+    Raises:
+        ValueError: the model has fewer embeddings than the tokenizer tokens (`remedy` says what to do), or no token can pad.
+    """
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} has embeddings for {rows}: {remedy}"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {source} has no token to pad with: set its pad_token and save it")
+        tokenizer.pad_token = tokenizer.eos_token

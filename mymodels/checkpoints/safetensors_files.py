@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
+from ..messages import shorten
 from .checkpoint import DTYPES, Checkpoint, CheckpointError, TensorInfo, unreadable
 
 MAX_JSON_BYTES = 100_000_000  # the safetensors library's own limit for a header
@@ -93,26 +94,26 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has the dtype {_brief(dtype)}, not one of {', '.join(DTYPES)}"
+                f"{path}: tensor {name!r} has the dtype {shorten(repr(dtype), 100)}, not one of {', '.join(DTYPES)}"
             )
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
             raise CheckpointError(
-                f"{path}: tensor {name!r} has the shape {_brief(shape)}, not a list of sizes; {ADVICE}"
+                f"{path}: tensor {name!r} has the shape {shorten(repr(shape), 100)}, not a list of sizes; {ADVICE}"
             )
         if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
             raise CheckpointError(
-                f"{path}: tensor {name!r} has the offsets {_brief(offsets)}, not [begin, end]; {ADVICE}"
+                f"{path}: tensor {name!r} has the offsets {shorten(repr(offsets), 100)}, not [begin, end]; {ADVICE}"
             )
         if dtype == "F4":  # torch counts bytes, two numbers each
             if not shape or shape[-1] % 2:
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} of 4-bit numbers has an odd shape {_brief(shape)}; {ADVICE}"
+                    f"{path}: tensor {name!r} of 4-bit numbers has an odd shape {shorten(repr(shape), 100)}; {ADVICE}"
                 )
             shape = [*shape[:-1], shape[-1] // 2]
         info[name] = TensorInfo(tuple(shape), DTYPES[dtype], path.name)
         if offsets[1] - offsets[0] != info[name].nbytes:
             raise CheckpointError(
-                f"{path}: tensor {name!r} of shape {_brief(shape)} and dtype {dtype} needs {info[name].nbytes:,} bytes, its "
+                f"{path}: tensor {name!r} of shape {shorten(repr(shape), 100)} and dtype {dtype} needs {info[name].nbytes:,} bytes, its "
                 f"offsets {offsets} hold {offsets[1] - offsets[0]:,}; {ADVICE}"
             )
         spans.append((offsets[0], offsets[1], name))
@@ -171,11 +172,6 @@ def _tied_names(info: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
-
-
 def inside(folder: Path, name: Any, where: Path) -> Path:
     """The file `name` of `folder`, if it stays in there; in the Hub's cache, links to its `blobs` do.
 
@@ -183,13 +179,13 @@ def inside(folder: Path, name: Any, where: Path) -> Path:
         CheckpointError: `name` is absolute, or climbs out by `..` or by a link.
     """
     if not isinstance(name, str) or not name or _CONTROL.search(name) or "\\" in name:
-        raise CheckpointError(f"{where}: {_brief(name)} is no file name; {ADVICE}")
+        raise CheckpointError(f"{where}: {shorten(repr(name), 100)} is no file name; {ADVICE}")
     try:
         root, path = folder.resolve(), (folder / name).resolve()
         path.exists()
     except (OSError, RuntimeError) as error:  # too long, or a link to itself
         raise CheckpointError(
-            f"{where}: {_brief(name)} cannot be a file name ({type(error).__name__}); {ADVICE}"
+            f"{where}: {shorten(repr(name), 100)} cannot be a file name ({type(error).__name__}); {ADVICE}"
         ) from error
     allowed = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
     if os.path.isabs(name) or ".." in Path(name).parts or not any(path.is_relative_to(home) for home in allowed):

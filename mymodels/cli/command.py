@@ -8,6 +8,7 @@ import sys
 
 import mymodels
 
+from ..messages import printable
 from . import build, check, convert, demo, export, finetune, inspect, lock, predict, push, verify, warm_start
 from .options import Parser
 
@@ -78,8 +79,6 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _fail(verb: str, error: Exception) -> int:
-    from ..checkpoints.inspecting import printable
-
     text = str(error) or f"it stopped with {type(error).__name__}"
     if isinstance(error, OSError) and error.strerror and error.filename:  # without Python's "[Errno 2]"
         text = f"{error.filename}: {error.strerror}"

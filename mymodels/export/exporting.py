@@ -11,14 +11,14 @@ import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.opening import locate
-from ..checkpoints.refusing import refuse_mismatched, refusing
+from ..checkpoints.refusing import refuse_mismatched, refusing, without_load_report
 from ..checkpoints.replacing import replace_folder
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.writing import save_tokenizer_files
+from ..messages import first_line
 from . import onnx_files, parity, programs
 from .graphs import TASKS, Graph, task_of
 from .readme import snippet, write_readme
@@ -172,8 +172,7 @@ def _said(model: PreTrainedModel, to: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {lines[0][:300]}") from error
+        raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {first_line(error)}") from error
 
 
 def _next(bar: tqdm, stage: str) -> None:
@@ -193,19 +192,14 @@ def _load(
     if task is None:
         said = f"is a {architecture}" if architecture else "does not say which class it holds"
         raise ValueError(f"{path} {said}: say task=, one of {', '.join(TASKS)}")
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # new weights are told here, in one sentence
-    try:
-        with refusing(path):
-            model, info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
-                path,
-                dtype=dtype or "auto",
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-            )
-    finally:
-        logging.set_verbosity(before)
+    with without_load_report(), refusing(path):
+        model, info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
     refuse_mismatched(info, path)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(

@@ -13,11 +13,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint, replace_folder, write_manifest
-from ..checkpoints.inspecting import printable
 from ..checkpoints.integrity import MANIFEST, read_manifest
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import inside, read_json
 from ..checkpoints.writing import even_out_tokenizer, parse_size, save_model_files, save_tokenizer_files, write_shards
+from ..messages import printable
 from ..models import configuration_mybert, configuration_mygpt2
 from ..released import OwnCodeError, check_code, own_code, reader
 from .card import Card, card_of_folder

@@ -24,11 +24,13 @@ from safetensors.torch import load_file
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.opening import weight_files
 from ..checkpoints.safetensors_files import inside, read_json
+from ..messages import one_line
 
 SCRIPT = Path(__file__).parent / "clean" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
 _STARTING = 120.0  # seconds, for a machine that is busy: Python and the libraries
 _A_DAY = 86_400.0
+LONGEST = 1000  # characters of one message; a folder may have anything to say
 _COPIED = 10_000_000  # bytes; larger files are linked
 _KEPT = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
 
@@ -169,18 +171,14 @@ def load_in_clean_process(
         return report, load_file(run.scratch / "outputs.safetensors")
 
 
-def plain(text: str) -> str:
-    """Text of the folder's own making, harmless to a terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", str(text))[:1000]
-
-
 def why(run: CleanRun) -> str:
     """Why a run did not get to its end, in words."""
     for event in reversed(run.events):
         if "ended" in event:
             place = f" ({event['where']})" if event["where"] else ""
-            return plain(f"it {event['how']}: {event['last']}{place}" if event["last"] else f"it {event['how']}{place}")
-    return plain(run.failure) or "it reported nothing"
+            said = f"it {event['how']}: {event['last']}{place}" if event["last"] else f"it {event['how']}{place}"
+            return one_line(said, LONGEST)
+    return one_line(run.failure, LONGEST) or "it reported nothing"
 
 
 def _copy(source: Path, parent: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.integrity import MANIFEST, read_manifest
+from ..messages import printable
 
 # kind → patterns for a file's own name, in any subfolder; what none of them fits is not pushed
 KINDS = {
@@ -120,7 +121,7 @@ def scan(folder: Path, allow: Iterable[str] = ()) -> dict[str, LocalFile]:
     names, refused = [], []
     for name, is_regular in _walk(folder):
         reason = _refusal(name, tuple(allow)) if is_regular else "a link or no regular file"
-        refused.append(f"{shown(name)} ({reason})") if reason else names.append(name)
+        refused.append(f"{printable(name)} ({reason})") if reason else names.append(name)
     if refused:
         more = f" and {len(refused) - 20} more" if len(refused) > 20 else ""
         raise ValueError(
@@ -143,11 +144,13 @@ def check_manifest(folder: Path, files: dict[str, LocalFile]) -> None:
     listed = read_manifest(folder)
     for name in sorted(set(listed) | set(files) - {MANIFEST, ".gitattributes"}):
         if name not in files:
-            problem = f"lists {shown(name)}, which is missing"
+            problem = f"lists {printable(name)}, which is missing"
         elif name not in listed:
-            problem = f"does not list {shown(name)}"
+            problem = f"does not list {printable(name)}"
         elif listed[name] != (files[name].size, files[name].sha256):
-            problem = f"records another {shown(name)}, of {listed[name][0]:,} bytes and SHA-256 {listed[name][1][:16]}…"
+            problem = (
+                f"records another {printable(name)}, of {listed[name][0]:,} bytes and SHA-256 {listed[name][1][:16]}…"
+            )
         else:
             continue
         raise ValueError(
@@ -166,7 +169,7 @@ def check_no_secret_inside(files: dict[str, LocalFile], secrets: list[str]) -> N
         if file.size <= _TEXT_BYTES:
             content = file.path.read_bytes()
             if any(secret.encode() in content for secret in secrets):
-                raise ValueError(f"{shown(name)} contains your Hub token: remove it there, and make a new token")
+                raise ValueError(f"{printable(name)} contains your Hub token: remove it there, and make a new token")
 
 
 def hash_file(path: Path) -> LocalFile:
@@ -178,11 +181,6 @@ def hash_file(path: Path) -> LocalFile:
             digest.update(chunk)
             blob.update(chunk)
     return LocalFile(path, size, digest.hexdigest(), blob.hexdigest())
-
-
-def shown(name: str) -> str:
-    """A file's name for messages: control characters escaped."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, bool]]:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.checkpoint import CheckpointError
+from ..messages import one_line
 from .checks import STATUSES, Check
-from .clean_process import CleanRun, plain, why
+from .clean_process import LONGEST, CleanRun, why
 from .explain_errors import explain
 from .weights import Files, compare_weights
 
@@ -87,7 +88,7 @@ def judge(run: CleanRun, folder: Path, main: str) -> list[Check]:
     try:
         checks = _outcomes(run) + _weights(run, folder, main)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # the folder's own code can write events too
-        what = f"its report makes no sense ({type(error).__name__}: {plain(str(error))[:100]})"
+        what = f"its report makes no sense ({type(error).__name__}: {one_line(error, 100)})"
         return [
             Check("clean process", "failed", what, "", "do not trust this folder's code: it meddled with the report")
         ]
@@ -97,7 +98,9 @@ def judge(run: CleanRun, folder: Path, main: str) -> list[Check]:
         checks.append(_failed("clean process", "it reported nothing", ""))
     order = list(DYNAMIC)
     checks = [c._replace(what=explain(c.what, folder)) if c.status == "failed" else c for c in checks]
-    checks = [check._replace(what=plain(check.what), where=plain(check.where)) for check in checks]
+    checks = [
+        check._replace(what=one_line(check.what, LONGEST), where=one_line(check.where, LONGEST)) for check in checks
+    ]
     return sorted(_without_consequences(checks), key=lambda check: order.index(check.name))
 
 

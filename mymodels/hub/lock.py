@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from ..checkpoints import replace_file
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import inside, parse_json, read_json
-from .contents import shown
+from ..messages import printable
 from .remote import REPO_ID, Remote
 
 LOCK_NAME = "mymodels.lock"
@@ -69,7 +69,7 @@ def write_lock(
             lock = Lock(repo_id, commit, _hashes(_read_code(Path(folder))))
     else:
         raise ValueError(
-            f"{shown(str(source))} is no folder and no commit: write user/name@SHA with all 40 digits of the commit "
+            f"{printable(str(source))} is no folder and no commit: write user/name@SHA with all 40 digits of the commit "
             "that was reviewed, as a branch or tag may move"
         )
     if not lock.files:
@@ -148,7 +148,7 @@ def load(
     if not is_local:
         repo_id = str(path_or_repo_id)
         if locked.repo_id not in (None, repo_id):
-            raise LockError(f"the lock {lock} is for {locked.repo_id}, not for {shown(repo_id)}: lock that one too")
+            raise LockError(f"the lock {lock} is for {locked.repo_id}, not for {printable(repo_id)}: lock that one too")
         folder = Remote(repo_id, token=token).ask(lambda: locate(repo_id, revision=revision, token=token))
     copy = _checked_copy(folder, locked, Path(lock))
     loaded = loader.from_pretrained(copy, **{"trust_remote_code": True, **kwargs})
@@ -192,7 +192,7 @@ def _checked_copy(folder: Path, locked: Lock, lock: Path) -> Path:
         else:
             continue
         raise LockError(
-            f"{folder / shown(name)} {problem}; nothing was loaded: get the version that {lock} locks, or review this "
+            f"{folder / printable(name)} {problem}; nothing was loaded: get the version that {lock} locks, or review this "
             "one and lock it"
         )
     holder = tempfile.TemporaryDirectory(prefix="mymodels-locked-", ignore_cleanup_errors=True)
@@ -235,7 +235,7 @@ def _read_code(folder: Path, files: list[str] | None = None) -> dict[str, bytes]
             elsewhere = "the repo of its base model"
         if elsewhere:
             raise LockError(
-                f"{path} takes code from {shown(elsewhere)}, which a lock of this folder does not "
+                f"{path} takes code from {printable(elsewhere)}, which a lock of this folder does not "
                 "cover: copy that code into the folder"
             )
     return code

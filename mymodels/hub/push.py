@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..checkpoints.safetensors_files import read_json
+from ..messages import printable
 from .contents import (
     LOADED,
     PICKLES,
@@ -25,7 +26,6 @@ from .contents import (
     hash_file,
     kind_of,
     scan,
-    shown,
 )
 from .remote import REPO_ID, SENTENCES, HubError, Remote, status_of
 from .testing import failures
@@ -168,11 +168,11 @@ def compare(files: dict[str, LocalFile], tree: dict[str, Any]) -> list[FileState
 
 def show_files(states: list[FileState], repo_id: str, console: Console) -> None:
     """The comparison as a table, and in one line how much will be sent."""
-    table = Table("file", "size", "on the Hub", title=f"push to {shown(repo_id)}", title_justify="left", box=None)
+    table = Table("file", "size", "on the Hub", title=f"push to {printable(repo_id)}", title_justify="left", box=None)
     table.columns[1].justify = "right"
     styles = {NEW: "green", CHANGED: "yellow", REMOVED: "red"}
     for name, size, state in states:
-        table.add_row(Text(shown(name)), f"{size:,}", Text(state, style=styles.get(state, "dim")))
+        table.add_row(Text(printable(name)), f"{size:,}", Text(state, style=styles.get(state, "dim")))
     console.print(table)
     sent = [state.size for state in states if state.state in (NEW, CHANGED)]
     console.print(Text(f"{len(sent)} files to send, {sum(sent):,} bytes" if sent else "no file to send"))
@@ -214,9 +214,9 @@ def read_again(remote: Remote, commit: str, files: dict[str, LocalFile]) -> None
             if problems[name] or file.size > _READ_AGAIN:
                 continue
             problems[name] = _difference_of_content(remote, commit, name, file, scratch)
-    found = [f"{shown(name)} {problem}" for name, problem in problems.items() if problem]
+    found = [f"{printable(name)} {problem}" for name, problem in problems.items() if problem]
     leftover = [name for name in tree if name not in files and _is_loaded(name)]
-    found += [f"{shown(name)} was to be removed" for name in leftover]
+    found += [f"{printable(name)} was to be removed" for name in leftover]
     if found:
         raise HubError(
             f"{remote.repo_id} does not hold at {commit} what was pushed: {'; '.join(found)}: do not use this commit, "
@@ -228,7 +228,7 @@ def _difference_of_content(remote: Remote, commit: str, name: str, file: LocalFi
     try:
         copy = remote.ask(
             lambda: remote.api.hf_hub_download(remote.repo_id, name, revision=commit, cache_dir=scratch),
-            what=f"reading {shown(name)} again",
+            what=f"reading {printable(name)} again",
         )
     except HubError as error:
         return f"could not be read again ({error})"
@@ -258,7 +258,7 @@ def _is_loaded(name: str) -> bool:
 def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, tag: str | None) -> str:
     named = re.fullmatch(REPO_ID, repo_id, re.ASCII) and "/" in repo_id
     if not named or re.search(r"--|\.\.|\.git$", repo_id):
-        raise ValueError(f"{shown(repo_id)} is no name of a Hub repo: write it as user/name")
+        raise ValueError(f"{printable(repo_id)} is no name of a Hub repo: write it as user/name")
     if revision is not None and _COMMIT.fullmatch(revision):
         raise ValueError(f"a push makes a new commit and cannot go to {revision}: name a branch")
     if create_pr and revision not in (None, "main"):

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from huggingface_hub import HfApi, get_token
 
+from ..messages import one_line
+
 REPO_ID = r"\w[\w.-]*(?:/\w[\w.-]*)?"
 ATTEMPTS = 5
 LONGEST_WAIT = 60.0  # seconds; what a server asks for in Retry-After is kept up to this
@@ -108,7 +110,7 @@ class Remote:
         """One sentence on an exception: what is wrong and what to do, and what the server said to it."""
         status = status_of(error)
         said = getattr(error, "server_message", None) or ("" if status else str(error)) or type(error).__name__
-        detail = self.scrub("".join(c if c.isprintable() else " " for c in " ".join(said.split())))[:300]
+        detail = one_line(self.scrub(said), 300)
         if status is None and type(error).__module__.split(".")[0] in _HTTP_LIBRARIES:
             return (
                 f"the connection to {self.api.endpoint} for {self.repo_id} failed or broke off: check it and try again; what "

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.opening import locate
+from ..messages import one_line
 from .checks import Check
-from .clean_process import TIME_LIMIT, clean_process, describe_folder, plain
+from .clean_process import LONGEST, TIME_LIMIT, clean_process, describe_folder
 from .explain_errors import point_to_cause
 from .golden import GOLDEN, read_golden, recorded
 from .judging import DYNAMIC, judge
@@ -165,7 +166,9 @@ def verify(
                 result.runs[under] = point_to_cause(checks, result.static)
                 how = {"classes": about["classes"], "custom_code": bool(about["auto_map"])}
                 serving = serving_checks(run.one("facts"), export=run.one("export"), **how)
-                result.serving[:] = [check._replace(what=plain(check.what)) for check in serving]  # of the newest
+                result.serving[:] = [
+                    check._replace(what=one_line(check.what, LONGEST)) for check in serving
+                ]  # of the newest
     return result
 
 

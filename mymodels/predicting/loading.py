@@ -1,19 +1,25 @@
 """The model, its tokenizer, and what it is asked for, from a folder or the Hub."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..checkpoints.opening import locate
-from ..checkpoints.refusing import asks_for_trust, code_of_its_own, refuse_mismatched, refusing
+from ..checkpoints.refusing import (
+    asks_for_trust,
+    code_of_its_own,
+    fit_tokenizer,
+    refuse_mismatched,
+    refusing,
+    without_load_report,
+)
 from ..checkpoints.safetensors_files import read_json
+from ..messages import first_line
 from ..training.encoding import longest_input
 from .tasks import TASKS, Embedding, Task
 
@@ -49,7 +55,9 @@ def load_task(
     chosen = _choose(task, read_json(path / "config.json"), source)
     model, notes = _load_model(chosen, path, source, trust_remote_code, dtype)
     cutter = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
-    _agree(model, cutter, source)
+    fit_tokenizer(model, cutter, source, "pass the right one by --tokenizer")
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = cutter.pad_token_id
     longest = longest_input(model, cutter, None)
     if chosen is TASKS["text-generation"]:
         longest -= max_new_tokens
@@ -69,8 +77,7 @@ def _device(wanted: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # a build without CUDA fails an assertion
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"device={str(device)!r} cannot be used here: {reason}") from error
+        raise ValueError(f"device={str(device)!r} cannot be used here: {first_line(error)}") from error
 
 
 def _choose(task: str | None, config: Mapping[str, Any], source: Any) -> type[Task]:
@@ -93,7 +100,7 @@ def _load_model(
     task: type[Task], path: Path, source: Any, trust_remote_code: bool, dtype: str | torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     try:
-        with _quiet(), refusing(source):
+        with without_load_report(), refusing(source):
             model, info = getattr(transformers, task.auto_class).from_pretrained(
                 path,
                 dtype=dtype,
@@ -124,32 +131,6 @@ def _load_tokenizer(path: Any, source: Any, trust_remote_code: bool) -> PreTrain
     except Exception as error:  # of many kinds, by what is missing
         if asks_for_trust(error):
             raise code_of_its_own(source) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} has no tokenizer that can be loaded ({reason}): pass --tokenizer PATH") from error
-
-
-def _agree(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Any) -> None:
-    """A token to pad with, known to both, and a row for every token."""
-    rows = next(model.get_input_embeddings().parameters()).shape[0]
-    if len(tokenizer) > rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} has embeddings for {rows}: pass the right "
-            "one by --tokenizer"
-        )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer of {source} has no token to pad with: set its pad_token and save it")
-        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 has no other
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own report of new weights: they are refused in one line."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+            f"{path} has no tokenizer that can be loaded ({first_line(error)}): pass --tokenizer PATH"
+        ) from error

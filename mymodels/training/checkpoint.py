@@ -29,10 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 from ..checkpoints import CheckpointError, replace_folder, write_manifest
 from ..checkpoints.loading import load_in_place
-from ..checkpoints.refusing import first_line
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import save_model_files, torch_save, write_shards
+from ..messages import first_line
 from ..released import is_installed, own_code, reader
 from .folders import STATE, remove_old_checkpoints
 

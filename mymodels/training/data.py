@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..messages import shorten
 from .reading import DataError, need, read_files, read_splits
 
 _TEXT_NAMES = ("text", "sentence", "content", "document")
@@ -176,7 +177,7 @@ def _label_names(rows: Any, where: str, column: str) -> list[str | None]:
             value = int(value)  # a column of whole numbers with gaps is read so
         if isinstance(value, (float, list, dict)) and value == value:
             raise DataError(
-                f"{where} row {row}, column {column!r}: the label is {_cut(value)}, but classification needs one name or "
+                f"{where} row {row}, column {column!r}: the label is {shorten(repr(value), 40)}, but classification needs one name or "
                 "whole number per text: name another --label-column"
             )
         if class_names is not None and value is not None:
@@ -193,7 +194,7 @@ def _check_texts(rows: Any, where: str, column: str) -> None:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         what = "the text is empty: fill it in, or remove such rows"
         if text is not None and text == text and not isinstance(text, str):
-            what = f"{_cut(text)} is no text: name the column with the texts by --text-column"
+            what = f"{shorten(repr(text), 40)} is no text: name the column with the texts by --text-column"
         raise DataError(f"{where} row {row}{more}, column {column!r}: {what}")
 
 
@@ -273,8 +274,3 @@ def _one_of_each(giving: Any, taking: Any) -> tuple[Any, Any]:
 def _some(names: Iterable[str], most: int = 12) -> str:
     names = list(map(str, names))
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _cut(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "…"

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..messages import first_line
 from .sample_text import load_sample_text, passages
 
 SAMPLE = "sample_text"  # as `data`: what ships with the package
@@ -147,5 +148,4 @@ def _reason(error: BaseException) -> str:
     """The first line of what lies at the bottom of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    return first_line(error)

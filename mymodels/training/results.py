@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from ..messages import shorten
 from .reading import need
 
 _INK, _BLUE, _ORANGE, _GRID = "#333333", "#0072b2", "#d55e00", "#d9d9d9"  # Okabe and Ito's, apart for every eye
@@ -91,7 +92,7 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
     count = len(names)
     side = max(3.2, 0.36 * count + 1.0)
     longest = max(map(len, names))
-    shown = [name if len(name) <= 24 else name[:23] + "…" for name in names]
+    shown = [shorten(name, 24) for name in names]
     figure, axes = _figure(side + 0.08 * min(longest, 24) + 0.9, side + (0.08 * min(longest, 24) if count > 4 else 0.3))
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)

@@ -1,8 +1,7 @@
 """The model and the tokenizer that a fine-tuning starts from, whatever they are given as."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..checkpoints.opening import locate
-from ..checkpoints.refusing import refusing
+from ..checkpoints.refusing import fit_tokenizer, refusing, without_load_report
 from ..checkpoints.safetensors_files import read_json
+from ..messages import first_line
 from ..released import own_code, reader
 from ..warmstart import warm_start
 
@@ -86,7 +85,7 @@ def start(
             if not (overrides or {}).get("class_weights") and getattr(found.model.config, "class_weights", None):
                 found.model.config.class_weights = None
             found.how += f", but with a new head, as its labels were {', '.join(known[:6])}{', …' * (len(known) > 6)}"
-    _agree(found)
+    _fit_tokenizer(found)
     return found
 
 
@@ -154,7 +153,7 @@ def _from_checkpoint(
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
     auto_class = getattr(transformers, f"AutoModel{HEADS[kind]}")
-    with _quiet(), refusing(source):
+    with without_load_report(), refusing(source):
         model, info = auto_class.from_pretrained(
             path,
             config=config,
@@ -211,23 +210,16 @@ def _tokenizer(given: Any, trust_remote_code: bool, source: Any = "the model") -
         return AutoTokenizer.from_pretrained(given, trust_remote_code=trust_remote_code)
     except Exception as error:  # of many kinds, by what is missing
         where = source if given is None or isinstance(given, Path) else given
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{where} has no tokenizer that can be loaded ({reason}): pass --tokenizer PATH") from error
+        raise ValueError(
+            f"{where} has no tokenizer that can be loaded ({first_line(error)}): pass --tokenizer PATH"
+        ) from error
 
 
-def _agree(found: Start) -> None:
+def _fit_tokenizer(found: Start) -> None:
     """Make model and tokenizer agree: a token to pad with, on the right, and a row for every token."""
     model, tokenizer = found.model, found.tokenizer
-    rows = next(model.get_input_embeddings().parameters()).shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} has embeddings for {rows}: take the "
-            "model's own, or warm-start one with --to and --tokenizer"
-        )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has no token to pad with: set tokenizer.pad_token")
-        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 has no other
+    remedy = "take the model's own, or warm-start one with --to and --tokenizer"
+    fit_tokenizer(model, tokenizer, "the model", remedy)
     if found.kind == "masked" and tokenizer.mask_token is None:
         raise ValueError(
             "the tokenizer has no mask token, which a masked language model is trained with: choose another"
@@ -247,14 +239,3 @@ def _told(new: Sequence[str]) -> str:
 
 def _wanted(task: str) -> str:
     return HEADS["classification"] if task == "classification" else f"{HEADS['causal']} or {HEADS['masked']}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own report of new weights: it is told in one line."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

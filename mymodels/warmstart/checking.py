@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints import CheckpointError
+from ..messages import first_line
 from .reference import make_reference
 from .sources import Source
 
@@ -105,8 +106,7 @@ class Checker:
         ) as error:  # someone's forward
             if inputs is not None:
                 raise CheckpointError(f"source and target could not be run on these inputs: {error}") from error
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            return Check(what=f"running them failed ({reason[0][:200]})"), None
+            return Check(what=f"running them failed ({first_line(error, 200)})"), None
         return check, where
 
     def _compare(

@@ -16,9 +16,10 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from ..checkpoints import CheckpointError, replace_file, replace_folder, write_manifest
-from ..checkpoints.inspecting import printable, ranges
+from ..checkpoints.inspecting import ranges
 from ..checkpoints.integrity import is_weight_file
 from ..checkpoints.writing import parse_size, save_model_files, save_tokenizer_files
+from ..messages import printable
 from .checking import Check, Checker
 
 REPORT_NAME = "warm_start.json"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoints import CheckpointError
+from ..messages import first_line
 from .change import TokenVectors
 
 _ROLES = (
@@ -45,9 +46,8 @@ def load_tokenizer(source: str | os.PathLike | PreTrainedTokenizerBase) -> PreTr
         bare = _bare_tokenizer(Path(source)) if Path(source).is_dir() else None
         return AutoTokenizer.from_pretrained(source) if bare is None else bare
     except Exception as error:  # transformers raises many kinds
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"no tokenizer could be loaded from {source} ({reason}): name a folder that has one"
+            f"no tokenizer could be loaded from {source} ({first_line(error)}): name a folder that has one"
         ) from error
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from ...checkpoints.inspecting import printable
+from ...messages import first_line, printable
 from ..checks import Check
 from . import (
     attention,
@@ -71,8 +71,8 @@ def _outcomes(check: Callable[[Folder], Iterator[Finding]], content: Folder) -> 
         for finding in islice(check(content), 50 * MAX_FINDINGS):
             found[finding] = None
     except Exception as error:  # whatever a hostile folder provokes is a finding, not a crash
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-        what = f"this check could not be finished: {type(error).__name__} {reason}".strip()
+        kind, reason = type(error).__name__, first_line(error)
+        what = f"this check could not be finished: {kind if reason == kind else f'{kind} {reason}'}"
         found[Finding("failed", what, "", "look at the folder by hand, and report this")] = None
     ordered = sorted(found, key=lambda finding: finding.status != "failed")
     if len(ordered) > MAX_FINDINGS:
