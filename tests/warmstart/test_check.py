@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from tiny import batch, largest_difference, mygpt2_config, stock_gpt2_config
-from warmstart.stock import randomised, roberta, stock_model
+from warmstart.random_stock_models import randomised, roberta, stock_model
 
 from mymodels import MyGPT2ForCausalLM, cli, warm_start
 from mymodels.checkpoints import CheckpointError

@@ -14,7 +14,7 @@ import torch
 import transformers
 from tiny import largest_difference, mygpt2_config
 from warmstart.nanogpt import NanoGPT
-from warmstart.stock import difference, distilbert, randomised, roberta, stock_model
+from warmstart.random_stock_models import difference, distilbert, randomised, roberta, stock_model
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM, cli, warm_start
 from mymodels.checkpoints import CheckpointError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hub.repos import LFS_POINTER, make_multi_file, make_with_tokenizer
+from hub.healthy_folders import LFS_POINTER, make_multi_file, make_with_tokenizer
 
 from mymodels.hub.checks import Check
 from mymodels.hub.clean.stages import sentence

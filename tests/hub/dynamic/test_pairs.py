@@ -8,7 +8,7 @@ import pytest
 import transformers
 from many import run_many
 from pairs import PAIRS
-from repos import tiny_repo
+from repos_to_verify import tiny_repo
 
 from mymodels.hub.checks import Check
 

@@ -21,7 +21,7 @@ from edits import (
     replace,
     write,
 )
-from hub.repos import LFS_POINTER
+from hub.healthy_folders import LFS_POINTER
 
 LABELS = ["no", "yes", "maybe"]
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
