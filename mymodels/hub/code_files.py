@@ -178,7 +178,8 @@ def _of_our_models(path: Path, node: ast.ImportFrom) -> list[Import]:
 
     by_file: dict[Path, list[ast.alias]] = {}
     for alias in node.names:
-        module = getattr(vars(mymodels).get(alias.name), "__module__", "") if node.module == "mymodels" else ""
+        found = getattr(mymodels, alias.name, None) if node.module == "mymodels" else None
+        module = getattr(found, "__module__", "")
         if not module.startswith("mymodels.models."):
             raise CheckpointError(
                 f"{path}:{node.lineno} imports {node.module}, which is not there on other machines: import from "

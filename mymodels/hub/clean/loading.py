@@ -15,13 +15,14 @@ from .stages import sentence
 
 
 def load(
-    job: dict[str, Any], name: str, folder: str | None = None, seed: int = 0, **how: Any
+    job: dict[str, Any], name: str, folder: str | None = None, seed: int | None = 0, **how: Any
 ) -> tuple[Any, dict[str, Any]]:
     """`from_pretrained` of an Auto class (or of one of the library's classes), in the dtype of the file.
 
-    What it initialises at random it draws from `seed`. The account of keys is empty if the class gives none.
+    What it initialises at random it draws from `seed`; None leaves the generators as they are. The account of keys is empty if the class gives none.
     """
-    seed_all(seed)
+    if seed is not None:
+        seed_all(seed)
     options = {"dtype": "auto", "output_loading_info": True, **how}
     if name.startswith("Auto"):
         options["trust_remote_code"] = True

@@ -47,7 +47,7 @@ def run(job: dict[str, Any], events: Any) -> None:
     with events.check("side effects", "import and load") as check:
         seeds, before, foreign = seed_all(), snapshot(), foreign_objects()
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            model, _ = load(job, name)
+            model, _ = load(job, name, seed=None)
         found = changes(before, snapshot()) + reseeded(seeds) + replaced(foreign)
         report(check, found, printed.getvalue(), "importing the code and loading the model")
     if check.failed:

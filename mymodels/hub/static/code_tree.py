@@ -192,9 +192,10 @@ def guarded(tree: ast.AST, guards: Callable[[ast.AST], bool] | None = None) -> s
 
 
 _RELEASE_TEST = re.compile(
-    r"\b(signature|getfullargspec|__version__|parse_version|find_spec)\b|\bversion\.parse|\bVersion\("
-    r"|\bhasattr\((?!self\b|config\b|module\b)|is_\w+_(available|version|or_later|or_equal|or_higher)\w*\("
+    r"signature|getfullargspec|__version__|parse_version|find_spec|Version|"
+    r"is_\w+_(available|version|or_later|or_equal|or_higher)\w*"
 )
+_OWN = {"self", "config", "module"}  # whether these have an attribute says nothing of a release
 
 
 def bridged(file: CodeFile) -> set[int]:
@@ -226,7 +227,10 @@ def bridged(file: CodeFile) -> set[int]:
 def _asks_release(node: ast.AST, names: set[str]) -> bool:
     words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
     words |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-    return bool(words & names) or bool(_RELEASE_TEST.search(ast.unparse(node)))
+    if words & names or {"version", "parse"} <= words or any(map(_RELEASE_TEST.fullmatch, words)):
+        return True
+    asked = [n.args[0] for n in calls(node) if isinstance(n.func, ast.Name) and n.func.id == "hasattr" and n.args]
+    return any(not (isinstance(one, ast.Name) and one.id in _OWN) for one in asked)
 
 
 _CAUGHT = {"TypeError", "AttributeError", "ImportError", "ModuleNotFoundError", "Exception", "RuntimeError", "KeyError"}
