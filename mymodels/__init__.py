@@ -106,7 +106,7 @@ def __getattr__(name: str) -> Any:
 def _register_all() -> None:
     """All that importing the package does, once."""
     from . import registering
-    from .adapters import register_with_peft
+    from .peft_targets import register_with_peft
 
     registering.register_auto_classes()
     registering.prefer_code_of_folders()

@@ -147,7 +147,7 @@ def convert_stock_checkpoints() -> None:
             return super(layers.MyPreTrainedModel, cls).from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *model_args, **kwargs
             )
-        from .warmstart.stock import from_pretrained as convert
+        from .warmstart.pretrained import from_pretrained as convert
 
         return convert(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 

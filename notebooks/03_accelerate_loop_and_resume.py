@@ -343,7 +343,7 @@ content = bytearray(damaged.read_bytes())
 content[len(content) // 2] ^= 1  # one bit
 damaged.write_bytes(content)
 
-from mymodels.training.folders import find_checkpoint
+from mymodels.training.checkpoint_dirs import find_checkpoint
 
 logging.getLogger().setLevel(logging.INFO)
 print("it would go on from", find_checkpoint(run, True))

@@ -1,10 +1,10 @@
 """Weights on disk: any format opened lazily; sharded safetensors written so that no interruption breaks them."""
 
+from .atomic_write import replace_file, replace_folder
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .dispatch import load_checkpoint_and_dispatch, load_state_dict
 from .integrity import check_checkpoint, write_manifest
-from .loading import load_checkpoint_and_dispatch, load_state_dict
 from .opening import open_checkpoint
-from .replacing import replace_file, replace_folder
 from .writing import save_checkpoint, save_torch_file
 
 __all__ = [

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from .atomic_write import replace_file, replace_folder
 from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .integrity import write_manifest
 from .opening import locate, open_checkpoint, weight_files
 from .quantised import quantisation
-from .replacing import replace_file, replace_folder
 from .safetensors_files import inside, read_json
 from .torch_files import OPTIMIZER
 from .writing import parse_size, separate, storable, torch_save, write_shards

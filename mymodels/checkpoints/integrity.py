@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .atomic_write import replace_file
 from .checkpoint import Checkpoint, CheckpointError, is_zip, widened
 from .opening import is_with_its_set, locate, open_checkpoint, open_file, weight_files
-from .replacing import replace_file
 from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
 
 MANIFEST = "manifest.json"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import first_line
+from .atomic_write import repair
 from .checkpoint import Checkpoint, CheckpointError, unreadable
-from .foreign import open_gguf, open_npz, open_onnx, open_tensorflow
 from .kinds import kind_of
-from .replacing import repair
 from .safetensors_files import open_index, open_safetensors, read_json
+from .third_party_formats import open_gguf, open_npz, open_onnx, open_tensorflow
 from .torch_archives import open_distributed, open_exported, open_torchscript
 from .torch_files import open_pickle, open_torch_file
 

@@ -17,8 +17,8 @@ import torch
 
 from . import plain_pickle
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo, is_zip, plain_tensor, unreadable, view_of
-from .foreign import array_dtype, to_torch
 from .plain_pickle import PLAIN_TYPES, Unopened, UnopenedTensor, find_unopened
+from .third_party_formats import array_dtype, to_torch
 
 HOW_TO_SAVE = (
     "A pickled module loads only where its code lies as it did when it was saved; where it still does, save it as "

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .atomic_write import replace_file, replace_folder
 from .checkpoint import (
     DTYPE_NAMES,
     Checkpoint,
@@ -25,7 +26,6 @@ from .checkpoint import (
     widened,
 )
 from .integrity import is_weight_file, write_manifest
-from .replacing import replace_file, replace_folder
 from .safetensors_files import read_json
 
 _PATTERNS = {"safetensors": "model{suffix}.safetensors", "bin": "pytorch_model{suffix}.bin"}

@@ -12,10 +12,10 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints.atomic_write import replace_folder
 from ..checkpoints.checkpoint import resolve_dtype
+from ..checkpoints.load_errors import refuse_mismatched, refusing, without_load_report
 from ..checkpoints.opening import locate
-from ..checkpoints.refusing import refuse_mismatched, refusing, without_load_report
-from ..checkpoints.replacing import replace_folder
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.writing import save_tokenizer_files
 from ..messages import first_line

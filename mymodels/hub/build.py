@@ -22,9 +22,9 @@ from ..models import configuration_mybert, configuration_mygpt2
 from ..released import OwnCodeError, check_code, own_code, reader
 from .card import Card, card_of_folder
 from .code_files import collect_code, served
-from .contents import kind_of
 from .golden import record_golden
 from .own_classes import CodeNotSaved, code_of
+from .push_files import kind_of
 
 CONFIG_NAME, CARD_NAME = "config.json", "README.md"
 _OURS = {"mygpt2": configuration_mygpt2, "mybert": configuration_mybert}

@@ -1,6 +1,6 @@
 """Run a folder's code as a stranger would: in a new process without mymodels, with an empty cache, offline, in limits.
 
-`clean/run.py` is what runs there. Its job goes in as JSON, its results come out as a file of events, and nothing it
+`isolated/run.py` is what runs there. Its job goes in as JSON, its results come out as a file of events, and nothing it
 does, crashing and hanging included, raises here.
 """
 
@@ -26,7 +26,7 @@ from ..checkpoints.opening import weight_files
 from ..checkpoints.safetensors_files import inside, read_json
 from ..messages import one_line
 
-SCRIPT = Path(__file__).parent / "clean" / "run.py"
+SCRIPT = Path(__file__).parent / "isolated" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
 _STARTING = 120.0  # seconds, for a machine that is busy: Python and the libraries
 _A_DAY = 86_400.0
@@ -66,7 +66,7 @@ def clean_process(
     golden: Path | None = None,
     **job: Any,
 ) -> Iterator[CleanRun]:
-    """Run stages of `clean/stages.py` on a folder.
+    """Run stages of `isolated/stages.py` on a folder.
 
     Args:
         path: the folder; the process gets a copy, in which files over 10 MB are links.

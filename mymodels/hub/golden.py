@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ..checkpoints.atomic_write import replace_file
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.integrity import update_manifest
-from ..checkpoints.replacing import replace_file
 from ..checkpoints.safetensors_files import read_header
-from .clean.golden_outputs import Golden
-from .clean.golden_outputs import read as _read
 from .clean_process import TIME_LIMIT, clean_process, why
+from .isolated.golden_outputs import Golden
+from .isolated.golden_outputs import read as _read
 
 GOLDEN = "golden.safetensors"
 

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ..checkpoints.safetensors_files import read_json
 from ..messages import printable
-from .contents import (
+from .push_files import (
     LOADED,
     PICKLES,
     LocalFile,
@@ -89,7 +89,7 @@ def push(
     every file's hash is compared with the folder's, files of up to 10 MB are downloaded for it.
 
     Args:
-        path: a folder as `build_repo` writes it; only known kinds of files, see `mymodels.hub.contents`.
+        path: a folder as `build_repo` writes it; only known kinds of files, see `mymodels.hub.push_files`.
         private: True makes a private repo and refuses a public one, False the opposite; None takes it as it is, and
             makes a private one if there is none.
         revision: a branch, made if need be; default `main`.

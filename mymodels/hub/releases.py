@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoints.replacing import replace_folder
+from ..checkpoints.atomic_write import replace_folder
 
 # minor: its last release, and the huggingface_hub and tokenizers that it takes
 RELEASES = {

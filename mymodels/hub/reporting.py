@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoints.atomic_write import replace_file
 from ..checkpoints.integrity import update_manifest
-from ..checkpoints.replacing import replace_file
 from .checks import Check
-from .judging import DYNAMIC
+from .results_to_checks import DYNAMIC
 from .verifying import Verification
 
 _STYLES = {"ok": "green", "failed": "bold red", "warning": "yellow", "skipped": "yellow", "n/a": "dim"}

@@ -12,11 +12,11 @@ from ..checkpoints.opening import locate
 from ..messages import one_line
 from .checks import Check
 from .clean_process import LONGEST, TIME_LIMIT, clean_process, describe_folder
+from .engine_readiness import serving_checks
 from .explain_errors import point_to_cause
 from .golden import GOLDEN, read_golden, recorded
-from .judging import DYNAMIC, judge
 from .releases import Release, install, resolve
-from .serving import serving_checks
+from .results_to_checks import DYNAMIC, judge
 from .static import static_checks
 
 _ALWAYS = ["outputs", "side effects", "other classes", "reload", "placement", "training"]

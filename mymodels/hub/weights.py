@@ -5,7 +5,7 @@ from typing import Any
 
 from ..checkpoints import Checkpoint
 from .checks import Check
-from .clean.loading import digest
+from .isolated.load_repo import digest
 
 _SHOWN = 3
 SET_DTYPE = 'save the weights in the dtype that "dtype" in config.json names, or change it there'
@@ -42,7 +42,7 @@ def compare_weights(loaded: dict[str, Any], files: Files, main: bool) -> list[Ch
     """Compare what one class loaded with the files.
 
     Args:
-        loaded: the event that the clean process reported, see `clean/loading.py`.
+        loaded: the event that the clean process reported, see `isolated/load_repo.py`.
         files: the folder's checkpoint.
         main: whether it is the class of `architectures`, which must find every tensor and use every one.
 
@@ -108,7 +108,7 @@ def _unfound(
     """Of the tensors whose name is not in the files: those that nothing shows to come from there, and problems.
 
     Tied, renamed and split tensors are known by their bytes; what was converted follows the files when the process
-    loads them with other values, and does not follow the seed; see `clean/origins.py`.
+    loads them with other values, and does not follow the seed; see `isolated/origins.py`.
     """
     tensors, origins = loaded["tensors"], loaded.get("origins") or {}
     unfound = [name for name, home in homes.items() if home is None]

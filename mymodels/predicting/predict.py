@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from .lines import Line, read_lines
-from .loading import load_task
+from .jsonl import Line, read_lines
+from .load_task import load_task
 from .tasks import Task
 
 

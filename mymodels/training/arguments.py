@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from ..models.layers import TRANSFORMERS_VERSION
-from .reading import need
+from .datasets_io import need
 
 # where they differ from transformers.TrainingArguments
 DEFAULTS: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import shorten
-from .reading import DataError, need, read_files, read_splits
+from .datasets_io import DataError, need, read_files, read_splits
 
 _TEXT_NAMES = ("text", "sentence", "content", "document")
 _LABEL_NAMES = ("label", "labels", "class", "category")

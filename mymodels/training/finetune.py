@@ -20,16 +20,16 @@ from transformers import (
 from ..hub.build import check_output_dir
 from ..hub.card import Card
 from .arguments import bf16_is_faster, checked_options, make_arguments
-from .checkpoint import check_code_of_checkpoint
+from .checkpoint_dirs import list_checkpoints
 from .data import Data, load_data
-from .encoding import choose_collator, encode_blocks, encode_classification, longest_input
-from .finished import FineTuned, best_step, end, measure, try_to_write_repo, write_repo
-from .folders import list_checkpoints
+from .datasets_io import need
+from .load_base import Start, known_labels, start
+from .output import FineTuned, best_step, end, measure, try_to_write_repo, write_repo
 from .parameters import add_lora, freeze
-from .reading import need
-from .results import class_table, confusion_matrix, metric_table
-from .runs import ADAPTER, MAY_CHANGE, begin, checkpoint_to_resume, fingerprint, vocabulary
-from .starting import Start, known_labels, start
+from .plots import class_table, confusion_matrix, metric_table
+from .preprocessing import choose_collator, encode_blocks, encode_classification, longest_input
+from .run_record import ADAPTER, MAY_CHANGE, begin, checkpoint_to_resume, fingerprint, vocabulary
+from .training_state import check_code_of_checkpoint
 from .tuner import FineTuner, Progress, apply_class_weights, class_weights_of, compute_metrics
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint
-from ..checkpoints.loading import load_in_place, without_wrapper
+from ..checkpoints.dispatch import load_in_place, without_wrapper
 from ..checkpoints.torch_files import unread
 
 _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")

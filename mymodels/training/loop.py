@@ -13,8 +13,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from ..checkpoints.writing import save_model_files
-from .batches import FiniteCheck, SeededCollator, Shuffled, check_sizes
-from .checkpoint import (
+from .checkpoint_dirs import find_checkpoint
+from .evaluation import count_labels, mean_loss
+from .processes import make_accelerator, unwrap
+from .sampling import FiniteCheck, SeededCollator, Shuffled, check_sizes
+from .training_state import (
     Progress,
     check_code_of_checkpoint,
     load_training_state,
@@ -22,9 +25,6 @@ from .checkpoint import (
     save_training_checkpoint,
     trial,
 )
-from .evaluation import count_labels, mean_loss
-from .folders import find_checkpoint
-from .processes import make_accelerator, unwrap
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

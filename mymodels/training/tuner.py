@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, ProgressCallback
 
 from .data import Data
 from .parameters import decayed_groups
-from .results import classification_metrics
+from .plots import classification_metrics
 from .trainer import Trainer
 
 

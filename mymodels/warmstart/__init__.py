@@ -2,6 +2,6 @@
 
 from .checking import Check
 from .report import Row, WarmStartReport
-from .warming import NotAllowedError, warm_start
+from .warm_start_model import NotAllowedError, warm_start
 
 __all__ = ["Check", "NotAllowedError", "Row", "WarmStartReport", "warm_start"]

@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo
-from .change import Change
-from .names import PREFIXES, is_chosen, kind_of
+from .conversion import Change
+from .key_mapping import PREFIXES, is_chosen, kind_of
+from .lazy_tensor import Value, Why, constant, is_finite, worst
 from .report import Row, WarmStartReport
 from .sources import Source
 from .transforms import TRANSFORMS, tie, unequal_settings
-from .values import Value, Why, constant, is_finite, worst
 
 _HEADS = re.compile(r"^(lm_head|score|classifier|qa_outputs|cls)\.")
 

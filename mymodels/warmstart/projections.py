@@ -7,8 +7,8 @@ import torch
 from transformers import PretrainedConfig
 
 from ..checkpoints import CheckpointError
-from .change import LAYER_NAME, Change, same
-from .values import Value, constant
+from .conversion import LAYER_NAME, Change, same
+from .lazy_tensor import Value, constant
 
 _MLP_IN = {"mygpt2": ("mlp.up_proj", "mlp.gate_proj"), "mybert": ("intermediate.dense",)}
 _MLP_OUT = {"mygpt2": "mlp.down_proj", "mybert": "output.dense"}

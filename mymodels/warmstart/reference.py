@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..checkpoints import CheckpointError
 from ..models import modeling_mybert, modeling_mygpt2
-from .names import CONFIGS, position_offset
+from .key_mapping import CONFIGS, position_offset
 from .sources import Source
 
 # what our classes' names end with → what transformers calls the same head

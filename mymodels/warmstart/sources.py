@@ -18,9 +18,9 @@ from ..checkpoints.torch_files import nested_checkpoint
 from ..released import OwnCodeError, check_code, is_installed
 from .beside import config_in_file, config_in_folder
 from .configs import is_another_models, source_config
-from .names import Family, Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
+from .key_mapping import Family, Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
+from .lazy_tensor import Value, Why, constant
 from .refusing import refuse_adapter
-from .values import Value, Why, constant
 
 HEADS = {
     "mygpt2": ("lm_head.weight", "model.embed_tokens.weight"),

@@ -9,10 +9,10 @@ from operator import index
 import torch
 
 from ..checkpoints import CheckpointError
-from .change import LAYER, LAYER_NAME, Change, same
+from .conversion import LAYER, LAYER_NAME, Change, same
+from .lazy_tensor import Value, Why, constant
 from .projections import attention, mlp
 from .sources import HEADS
-from .values import Value, Why, constant
 
 _POSITIONS = {"mygpt2": "model.embed_positions.weight", "mybert": "bert.embeddings.position_embeddings.weight"}
 _BY_TOKEN = {

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoints import CheckpointError
 from ..messages import first_line
-from .change import TokenVectors
+from .conversion import TokenVectors
 
 _ROLES = (
     "bos_token_id",

@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from mymodels.checkpoints import CheckpointError, check_checkpoint, open_checkpoint, save_checkpoint, save_torch_file
-from mymodels.checkpoints import replacing as replacing_module
-from mymodels.checkpoints.replacing import repair, replace_file, replace_folder
+from mymodels.checkpoints import atomic_write as replacing_module
+from mymodels.checkpoints.atomic_write import repair, replace_file, replace_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 

@@ -16,7 +16,7 @@ from mymodels.checkpoints import (
     open_checkpoint,
     save_checkpoint,
 )
-from mymodels.checkpoints.loading import resolve_device_map
+from mymodels.checkpoints.dispatch import resolve_device_map
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from mymodels import (
     cli,
 )
 from mymodels.predicting import predict
-from mymodels.predicting.lines import read_lines
+from mymodels.predicting.jsonl import read_lines
 from mymodels.training.sample_text import load_sample_text
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
 
@@ -295,7 +295,7 @@ def test_no_line_is_read_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_line_without_end_is_not_read_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mymodels.predicting.lines.LONGEST", 64)
+    monkeypatch.setattr("mymodels.predicting.jsonl.LONGEST", 64)
     long = b'{"text": "' + b"a" * 500 + b'"}\n'
     first, second, third = read_lines(io.BytesIO(b'{"text": "a"}\n' + long + b'{"text": "b"}\n'))
     assert (first.text, third.text, third.number) == ("a", "b", 3)

@@ -10,7 +10,7 @@ import pandas
 import pytest
 
 from mymodels.training.data import load_data
-from mymodels.training.reading import DataError
+from mymodels.training.datasets_io import DataError
 
 ROWS = [(f"text number {i}, with a comma", "good" if i % 3 else "bad") for i in range(30)]
 

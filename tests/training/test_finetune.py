@@ -25,10 +25,10 @@ from transformers import (
 
 from mymodels import MyBertForSequenceClassification, MyGPT2ForCausalLM, cli, finetune
 from mymodels.training.arguments import checked_options, make_arguments
+from mymodels.training.load_base import start as start_model
 from mymodels.training.parameters import add_lora, decayed_groups, freeze
-from mymodels.training.results import class_table, draw_confusion_matrix, draw_loss_curve
-from mymodels.training.runs import begin, checkpoint_to_resume
-from mymodels.training.starting import start as start_model
+from mymodels.training.plots import class_table, draw_confusion_matrix, draw_loss_curve
+from mymodels.training.run_record import begin, checkpoint_to_resume
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
 from mymodels.training.tuner import FineTuner, apply_class_weights
 

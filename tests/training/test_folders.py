@@ -12,7 +12,7 @@ from killable_runs import examples, model, pad
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from mymodels.checkpoints import CheckpointError
-from mymodels.training import folders
+from mymodels.training import checkpoint_dirs
 from mymodels.training.loop import train
 from mymodels.training.trainer import Trainer
 
@@ -48,7 +48,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, file, tmp_path, caplog) -> Non
     damage(tmp_path / "checkpoint-8" / file)
     (tmp_path / "checkpoint-6" / file).unlink()
     assert run(tmp_path, resume_from_checkpoint=True) == whole
-    said = [record.getMessage() for record in caplog.records if record.name == folders.__name__]
+    said = [record.getMessage() for record in caplog.records if record.name == checkpoint_dirs.__name__]
     assert len(said) == 2 and file in said[0] and file in said[1]
     assert said[0].startswith(f"{tmp_path / 'checkpoint-8'} is damaged and passed over: ")
     damage(tmp_path / "checkpoint-4" / file)
@@ -65,7 +65,7 @@ def test_nothing_to_resume_from(run, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint folder .*checkpoint-3"):
         run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     run(tmp_path)
-    for folder in folders.list_checkpoints(tmp_path):
+    for folder in checkpoint_dirs.list_checkpoints(tmp_path):
         (folder / "trainer_state.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no whole checkpoint: .*checkpoint-2 has no trainer_state\.json"):
         run(tmp_path, resume_from_checkpoint=True)
@@ -74,7 +74,7 @@ def test_nothing_to_resume_from(run, tmp_path) -> None:
 @either
 def test_a_full_disk_stops_the_run_and_keeps_what_there_was(run, tmp_path, monkeypatch) -> None:
     whole = run(tmp_path / "whole")
-    import mymodels.checkpoints.replacing as replacing
+    import mymodels.checkpoints.atomic_write as replacing
 
     sync, calls = replacing._sync, []
 
@@ -106,8 +106,8 @@ def test_a_bad_loss_names_the_examples_and_keeps_the_checkpoints(run, tmp_path) 
     named = [int(i) for i in re.findall(r"\d+", found.split("dataset[i] for i in ")[1].split(";")[0])]
     assert 13 in named and len(named) in (5, 6)
     assert all(tensor.isfinite().all() for tensor in spoiled.state_dict().values())
-    for folder in folders.list_checkpoints(tmp_path):
-        assert folders.check_training_checkpoint(folder) is None
+    for folder in checkpoint_dirs.list_checkpoints(tmp_path):
+        assert checkpoint_dirs.check_training_checkpoint(folder) is None
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path) -> None:
@@ -127,7 +127,7 @@ def test_a_folder_that_vanished_comes_back(run, tmp_path) -> None:
     trained = model()
     trained.register_forward_pre_hook(lambda *_: shutil.rmtree(out, ignore_errors=True) if next(calls) == 4 else None)
     run(out, trained=trained)
-    assert [path.name for path in folders.list_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
+    assert [path.name for path in checkpoint_dirs.list_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
 
 
 @either
@@ -181,7 +181,7 @@ def test_changed_arguments_are_taken_and_told(tmp_path, caplog, monkeypatch) -> 
 def test_a_checkpoint_of_the_model_alone_is_no_whole_one(tmp_path, caplog) -> None:
     by_trainer(tmp_path, max_steps=2)
     by_trainer(tmp_path, max_steps=4, save_only_model=True, resume_from_checkpoint=True)
-    assert folders.newest_checkpoint(tmp_path).name == "checkpoint-2"
+    assert checkpoint_dirs.newest_checkpoint(tmp_path).name == "checkpoint-2"
     assert "checkpoint-4 has no state of an optimizer: with save_only_model=True" in caplog.text
     with pytest.raises(CheckpointError, match="save_only_model=True"):
         by_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -231,4 +231,4 @@ def test_stock_trainers_checkpoints_are_taken(tmp_path) -> None:
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-9")
     damage(tmp_path / "checkpoint-9" / "trainer_state.json")
     (tmp_path / "checkpoint-9" / "model.safetensors").write_bytes(b"{}")
-    assert folders.newest_checkpoint(tmp_path).name == "checkpoint-4"
+    assert checkpoint_dirs.newest_checkpoint(tmp_path).name == "checkpoint-4"

@@ -11,11 +11,11 @@ from killable_runs import pack, pad
 from tiny import gpt2_pair, mygpt2_config
 
 from mymodels import MyGPT2ForCausalLM
-from mymodels.training.checkpoint import Progress
 from mymodels.training.evaluation import evaluate, mean_loss
 from mymodels.training.loop import parameter_groups, train
 from mymodels.training.sample_text import load_sample_text
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
+from mymodels.training.training_state import Progress
 
 
 def dataset() -> list[dict[str, torch.Tensor]]:

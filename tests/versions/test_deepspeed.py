@@ -10,7 +10,7 @@ import torch
 
 import mymodels
 from mymodels import open_checkpoint
-from mymodels.checkpoints.replacing import replace_folder
+from mymodels.checkpoints.atomic_write import replace_folder
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["deepspeed==0.19.8", "hjson==3.1.0", "einops==0.8.2", "py-cpuinfo==9.0.0", "msgpack==1.2.4"]

@@ -16,7 +16,7 @@ from warmstart.random_stock_models import stock_model
 
 from mymodels import MyGPT2ForCausalLM, cli, warm_start
 from mymodels.checkpoints import CheckpointError
-from mymodels.warmstart import warming
+from mymodels.warmstart import warm_start_model
 
 
 @pytest.fixture
@@ -147,8 +147,8 @@ def test_impossible_wishes(folder: Path) -> None:
 
 
 def test_more_than_memory_is_refused_before_allocation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warming, "get_max_memory", lambda: {"cpu": 100_000})
-    monkeypatch.setattr(warming, "load_checkpoint_and_dispatch", lambda *_: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(warm_start_model, "get_max_memory", lambda: {"cpu": 100_000})
+    monkeypatch.setattr(warm_start_model, "load_checkpoint_and_dispatch", lambda *_: pytest.fail("loaded all the same"))
     with pytest.raises(CheckpointError, match=r"0\.0 GB of memory are needed, 0\.0 GB are free: choose fewer layers"):
         warm_start("mygpt2", folder)
 
@@ -171,7 +171,7 @@ def sparse_gpt2(folder: Path, vocab_size: int) -> Path:
 
 
 def test_a_large_source_is_counted_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warming, "get_max_memory", lambda: {"cpu": 4e9})
+    monkeypatch.setattr(warm_start_model, "get_max_memory", lambda: {"cpu": 4e9})
     with pytest.raises(CheckpointError, match=r"1\d\.\d GB of memory are needed, 4\.0 GB are free"):
         warm_start("mygpt2", sparse_gpt2(tmp_path, 50_000))
 

@@ -154,10 +154,11 @@ class TestSwitches:
 
     @pytest.fixture
     def said(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        from mymodels.warmstart import stock
+
+        from mymodels.warmstart import pretrained
 
         said: list[str] = []
-        monkeypatch.setattr(stock.logger, "warning", said.append)
+        monkeypatch.setattr(pretrained.logger, "warning", said.append)
         return said
 
     def test_nothing_is_said_when_all_fits(self, tmp_path: Path, said: list[str]) -> None:
@@ -225,7 +226,7 @@ def test_stays_with_the_library_where_it_must(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_ours_needs_nothing_that_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mymodels.warmstart import stock as converting
+    from mymodels.warmstart import pretrained as converting
 
     theirs, mine = stock_model("GPT2LMHeadModel"), MyGPT2ForCausalLM(mygpt2_config()).eval()
     mine.save_pretrained(tmp_path)

@@ -21,7 +21,7 @@ from mymodels import (
 )
 from mymodels.checkpoints import Checkpoint, CheckpointError
 from mymodels.warmstart import NotAllowedError
-from mymodels.warmstart.warming import empty_model
+from mymodels.warmstart.warm_start_model import empty_model
 
 
 def how_of(report, name: str) -> str:
@@ -102,7 +102,7 @@ class TestExact:
     def test_a_reinterpreting_switch_in_from_pretrained_is_said(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from mymodels.warmstart import stock as module
+        from mymodels.warmstart import pretrained as module
 
         said: list[str] = []
         monkeypatch.setattr(module.logger, "warning", said.append)

@@ -7,32 +7,41 @@ from pathlib import Path
 from ...messages import first_line, printable
 from ..checks import Check
 from . import (
-    attention,
-    auto_classes,
-    code_imports,
-    config_files,
-    devices,
-    folder_files,
-    generation,
-    init_code,
-    labels,
-    model_code,
-    requirements,
-    secrets,
-    side_effects,
-    tokenizer_files,
-    trust,
+    check_attention,
+    check_auto_classes,
+    check_config,
+    check_devices,
+    check_files,
+    check_generation,
+    check_imports,
+    check_init,
+    check_labels,
+    check_model,
+    check_requirements,
+    check_secrets,
+    check_side_effects,
+    check_tokenizer,
+    check_trust,
 )
-from .folder import Finding, Folder, read_folder
-from .releases import find_releases
+from .api_availability import find_releases
+from .repo_snapshot import Finding, Folder, read_folder
 
 MAX_FINDINGS = 20  # of one check: a hostile folder must not drown the table
 
 CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
     name: check
     for module in (
-        *(folder_files, requirements, secrets, config_files, tokenizer_files, generation, labels, auto_classes),
-        *(code_imports, model_code, init_code, attention, devices, trust, side_effects),
+        *(
+            check_files,
+            check_requirements,
+            check_secrets,
+            check_config,
+            check_tokenizer,
+            check_generation,
+            check_labels,
+            check_auto_classes,
+        ),
+        *(check_imports, check_model, check_init, check_attention, check_devices, check_trust, check_side_effects),
     )
     for name, check in module.CHECKS.items()
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .folder import MAX_CONFIG_BYTES, CodeFile, Folder
+from .repo_snapshot import MAX_CONFIG_BYTES, CodeFile, Folder
 
 MAX_CLASSES = 1000
 _Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from .folder import CodeFile, Folder
+from .repo_snapshot import CodeFile, Folder
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 MAX_DEPTH, MAX_VALUES, MAX_TEXT = 12, 12, 2000

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .code_tree import reachable
-from .folder import CodeFile, Folder
 from .meanings import Meanings, canonical, meanings
+from .repo_snapshot import CodeFile, Folder
 
 AT_IMPORT, MAIN = "", "__main__"
 _Function = ast.FunctionDef | ast.AsyncFunctionDef

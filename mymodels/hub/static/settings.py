@@ -3,9 +3,9 @@
 import ast
 from typing import Any
 
+from .check_config import all_code, target
 from .code_tree import constant
-from .config_files import all_code, target
-from .folder import Folder
+from .repo_snapshot import Folder
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 

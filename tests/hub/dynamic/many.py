@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mymodels.hub.checks import Check
 from mymodels.hub.clean_process import CleanRun, describe_folder
-from mymodels.hub.judging import judge
+from mymodels.hub.results_to_checks import judge
 
-CLEAN = Path(__file__).parents[3] / "mymodels" / "hub" / "clean"
+CLEAN = Path(__file__).parents[3] / "mymodels" / "hub" / "isolated"
 SCRIPT = """
 import importlib, importlib.util, json, sys
 from pathlib import Path

@@ -14,9 +14,9 @@ import transformers
 from hub.healthy_folders import LFS_POINTER, make_multi_file, make_with_tokenizer
 
 from mymodels.hub.checks import Check
-from mymodels.hub.clean.stages import sentence
 from mymodels.hub.explain_errors import explain, point_to_cause
-from mymodels.hub.judging import DYNAMIC
+from mymodels.hub.isolated.stages import sentence
+from mymodels.hub.results_to_checks import DYNAMIC
 
 MODELING = "modeling_tinymany.py"
 

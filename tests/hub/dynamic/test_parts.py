@@ -22,13 +22,13 @@ from mymodels.checkpoints import check_checkpoint, write_manifest
 from mymodels.checkpoints.checkpoint import CheckpointError
 from mymodels.hub import Verification, record_golden, verify
 from mymodels.hub.checks import Check
-from mymodels.hub.clean import facts, side_effects
 from mymodels.hub.clean_process import CleanRun, clean_process
+from mymodels.hub.engine_readiness import serving_checks
 from mymodels.hub.golden import read_golden
-from mymodels.hub.judging import DYNAMIC, judge
+from mymodels.hub.isolated import facts, side_effects
 from mymodels.hub.releases import RELEASES, install, resolve
 from mymodels.hub.reporting import show_verification, verdict, write_matrix
-from mymodels.hub.serving import serving_checks
+from mymodels.hub.results_to_checks import DYNAMIC, judge
 from mymodels.hub.testing import check_repo
 
 

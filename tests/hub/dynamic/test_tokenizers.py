@@ -9,8 +9,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mymodels.hub.clean import causality, processors, tokenizers
-from mymodels.hub.clean.stages import Outcome
+from mymodels.hub.isolated import causality, processors, tokenizers
+from mymodels.hub.isolated.stages import Outcome
 
 WORDS = [
     "<pad>",
@@ -144,7 +144,7 @@ def test_a_token_that_sees_the_next_one_is_named() -> None:
 
 
 def test_what_peft_takes_has_a_name() -> None:
-    from mymodels.hub.clean.facts import _is_head, targets
+    from mymodels.hub.isolated.facts import _is_head, targets
 
     assert targets(["model.layers.0.mlp.0", "model.layers.0.mlp.2", "a.q_proj"]) == ["mlp.0", "mlp.2", "q_proj"]
     model = bert().base_model

@@ -7,7 +7,7 @@ import torch
 from repos_to_verify import tiny_repo, weights
 
 from mymodels.checkpoints import open_checkpoint
-from mymodels.hub.clean.loading import digest
+from mymodels.hub.isolated.load_repo import digest
 from mymodels.hub.weights import Files, compare_weights
 
 

@@ -164,7 +164,7 @@ def test_more_classes_than_any_model_has_is_a_failure(healthy: Path, tmp_path: P
 
 
 def test_too_many_files_are_not_looked_at(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mymodels.hub.static.folder.MAX_FILES", 5)
+    monkeypatch.setattr("mymodels.hub.static.repo_snapshot.MAX_FILES", 5)
     found = [found for found in check(healthy) if found.name == "file sizes"]
     assert [one.status for one in found] == ["failed"] and "more than" in found[0].what
 

@@ -24,7 +24,7 @@ from versions.test_versions import CACHE, RELEASES
 from mymodels.hub import verify
 from mymodels.hub.releases import install
 from mymodels.hub.static import CHECKS, static_checks
-from mymodels.hub.static.releases import Span, find_releases, lacking
+from mymodels.hub.static.api_availability import Span, find_releases, lacking
 from mymodels.hub.static.symbols import GONE
 
 FAULTS = FILES + CONFIGS + IMPORTS + MODELS + READING + TRUST + SIDE_EFFECTS

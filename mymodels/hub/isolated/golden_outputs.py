@@ -1,0 +1,167 @@
+"""Golden outputs: what a model made of known inputs when it was known to be right, kept beside its weights."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from . import tokenizers
+from .comparing import TOLERANCES, difference, not_finite, run_model, shown_outputs
+from .generating import generate, generate_as_configured
+from .inputs import NEW_TOKENS, beside_text, generates, kept_inputs, last_positions, make_inputs, read_tensors
+from .load_repo import load
+from .processors import processed_inputs
+
+LAST, LAST_VALUES = 8, 20_000
+
+
+class Golden(NamedTuple):
+    """The content of a `golden.safetensors`.
+
+    Attributes:
+        inputs: argument of `forward` → tensor.
+        outputs: class → name of the output → its values where they are no padding, flat.
+        greedy: class → the tokens it generates, the prompt first; always `made["max_new_tokens"]` of them.
+        configured: class → the tokens it generates by the folder's own generation config, without sampling.
+        last_inputs, last_outputs: likewise at the last positions that the config promises. Files of earlier
+            versions have neither these nor `configured`, and fewer outputs.
+        made: `tolerance` (times the largest expected value or 1), `dtype`, `max_new_tokens`, and versions.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, dict[str, torch.Tensor]]
+    greedy: dict[str, torch.Tensor]
+    configured: dict[str, torch.Tensor]
+    last_inputs: dict[str, torch.Tensor]
+    last_outputs: dict[str, dict[str, torch.Tensor]]
+    made: dict[str, Any]
+
+
+def read(path: str | Path) -> Golden:
+    """Read a golden file.
+
+    Raises:
+        ValueError: it is a safetensors file, but not of this kind.
+    """
+    golden = Golden({}, {}, {}, {}, {}, {}, {})
+    plain = {
+        "input": golden.inputs,
+        "greedy": golden.greedy,
+        "configured": golden.configured,
+        "last_input": golden.last_inputs,
+    }
+    by_class = {"output": golden.outputs, "last_output": golden.last_outputs}
+    with safe_open(path, framework="pt") as file:
+        try:
+            golden.made.update(json.loads((file.metadata() or {})["golden"]))
+            golden.made["tolerance"] = float(golden.made["tolerance"])
+            for key in sorted(file.keys()):
+                kind, name, *rest = key.split(".", 2)
+                if kind in by_class:
+                    by_class[kind].setdefault(name, {})[rest[0]] = file.get_tensor(key)
+                else:
+                    plain[kind][name] = file.get_tensor(key)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"it has not the tensors and metadata of a golden file ({error})") from error
+    if not golden.inputs or not golden.outputs:
+        raise ValueError("it has no inputs, or no outputs")
+    return golden
+
+
+def run(job: dict[str, Any], events: Any) -> None:
+    """Record the golden outputs of every class that finds all its weights in the folder."""
+    import transformers
+
+    inputs: dict[str, torch.Tensor] = read_inputs(job)
+    tensors, last, made = {}, {}, {}
+    for number, name in enumerate(job["classes"]):
+        model, loading = load(job, name)
+        if loading.get("missing_keys") or loading.get("mismatched_keys"):
+            if number == 0:
+                missing = sorted([*loading["missing_keys"], *map(str, loading["mismatched_keys"])])
+                raise RuntimeError(f"{name} does not find its weight {missing[0]} in the folder")
+            continue
+        if number == 0:
+            own = bool(inputs)
+            inputs = inputs or make_inputs(model, processed_inputs(job))
+            last = {} if own else last_positions(model)
+            last = {**beside_text(inputs), **last} if last else {}
+            made = {"dtype": str(model.dtype).removeprefix("torch."), "tolerance": TOLERANCES.get(model.dtype, 1e-5)}
+        outputs = shown_outputs(model, inputs)
+        if wrong := not_finite(outputs):
+            raise RuntimeError(f"the outputs of {name} are not finite: {wrong}")
+        tensors.update({f"output.{name}.{key}": tensor for key, tensor in outputs.items()})
+        if last:
+            tensors.update({f"last_output.{name}.{key}": tensor for key, tensor in outputs_at(model, last).items()})
+        if number == 0 and generates(model):
+            tensors[f"greedy.{name}"] = generate(model, inputs)
+            tensors[f"configured.{name}"] = generate_as_configured(model, inputs)
+    tensors.update({f"last_input.{name}": tensor for name, tensor in last.items()})
+    tensors.update({f"input.{name}": tensor for name, tensor in inputs.items()})
+    made.update(
+        **tokenizers.record(job),
+        max_new_tokens=NEW_TOKENS,
+        torch=torch.__version__.split("+")[0],
+        transformers=transformers.__version__,
+    )
+    # one entry only: safetensors writes several in an order that changes from run to run
+    save_file(
+        tensors, Path(job["scratch"], "golden.safetensors"), metadata={"golden": json.dumps(made, sort_keys=True)}
+    )
+
+
+def read_inputs(job: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The inputs the caller gave, or those of the golden file, or those an earlier stage made, or none."""
+    if job.get("inputs"):
+        return read_tensors(job["inputs"])
+    return read(job["golden"]).inputs if job["golden"] else kept_inputs(job)
+
+
+def outputs_at(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The outputs of the last tokens, flat; of an output without tokens all."""
+    shown = {}
+    for name, tensor in run_model(model, inputs).items():
+        if tensor.shape[:2] == inputs["input_ids"].shape:
+            tensor = tensor[:, -LAST:]
+        values = tensor.reshape(-1)
+        shown[name] = values[:: -(-values.numel() // LAST_VALUES) or 1].contiguous()
+    return shown
+
+
+def compare(model: Any, name: str, golden: Golden) -> str:
+    """What the model makes of the golden inputs that it should not, in words; nothing if all is as recorded."""
+    tolerance = golden.made["tolerance"]
+    wrong = difference(shown_outputs(model, golden.inputs), golden.outputs[name], tolerance)
+    if wrong or name not in golden.last_outputs:
+        return wrong
+    wrong = difference(outputs_at(model, golden.last_inputs), golden.last_outputs[name], tolerance)
+    return f"at the last positions that the config promises, {wrong}" if wrong else ""
+
+
+def compare_tokens(model: Any, name: str, golden: Golden) -> str:
+    """Where generation leaves the recorded tokens, in words; nothing if it does not."""
+    count = int(golden.made["max_new_tokens"])
+    if name in golden.greedy:
+        got = generate(model, golden.inputs, max_new_tokens=count, min_new_tokens=count)
+        if wrong := _other_tokens(got, golden.greedy[name]):
+            return f"generation {wrong}"
+    if name in golden.configured:
+        got = generate_as_configured(model, golden.inputs, max_new_tokens=count)
+        if wrong := _other_tokens(got, golden.configured[name]):
+            return f"generation by the folder's own generation config {wrong}"
+    return ""
+
+
+def _other_tokens(got: torch.Tensor, want: torch.Tensor) -> str:
+    if got.shape != want.shape:
+        return f"gives {tuple(got.shape)} tokens, {tuple(want.shape)} were recorded"
+    if torch.equal(got, want):
+        return ""
+    row, column = (got != want).nonzero()[0].tolist()
+    return (
+        f"differs from the recorded tokens in row {row} at position {column}: "
+        f"{got[row, column].item()} instead of {want[row, column].item()}"
+    )

@@ -1,0 +1,323 @@
+"""Inputs that fit a model, chosen from its config: text past its window, pictures, sound, series."""
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .comparing import run_model
+from .load_repo import accepts, text_config
+from .stages import sentence
+
+LENGTH, NEW_TOKENS = 11, 8
+LONGEST = 2560  # tokens
+WORK = 2e11  # multiply-adds of one forward that a check may cost
+_LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length")
+_WINDOW = re.compile(r"window|attention_chunk_size|local_(attention|span|context)")
+_PICTURES, _SOUNDS = ("pixel_values",), ("input_features", "input_values")
+
+
+class Unsuitable(Exception):
+    """The model takes something else than what can be made up from its config."""
+
+
+# ---- what the config says of text
+
+
+def vocabulary(model: Any) -> list[int]:
+    """Token ids that are not special, or all if that leaves too few."""
+    config = text_config(model.config)
+    size = getattr(config, "vocab_size", None)
+    if not isinstance(size, int) or size < 2:
+        size = getattr(_embeddings(model), "num_embeddings", None)
+    if not isinstance(size, int) or size < 2:
+        raise Unsuitable("the config has no vocab_size, so no token ids can be made up for it")
+    special: set[Any] = set()
+    for name in dir(config):
+        if name.endswith("_token_id"):
+            value = getattr(config, name, None)
+            special.update(value if isinstance(value, (list, tuple)) else [value])
+    usable = [token for token in range(min(size, 50_000)) if token not in special]
+    return usable if len(usable) > 1 else list(range(size))
+
+
+def _embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def tokens(model: Any, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """The same pseudo-random token ids on every machine."""
+    ids, state, values = vocabulary(model), seed + 1, []
+    for _ in range(rows * length):
+        state = state * 6364136223846793005 + 1442695040888963407 & (2**64 - 1)
+        values.append(ids[(state >> 33) % len(ids)])
+    return torch.tensor(values).reshape(rows, length)
+
+
+def limit(model: Any) -> int:
+    """How many positions the config promises, 0 if it does not say.
+
+    A table of positions with a padding index (as RoBERTa's) starts counting behind that index.
+    """
+    config = text_config(model.config)
+    value = next((v for v in (getattr(config, name, None) for name in _LIMITS) if isinstance(v, int) and v > 0), 0)
+    for module in model.modules():
+        table = isinstance(module, torch.nn.Embedding) and module.num_embeddings == value
+        if table and module.padding_idx is not None and module is not _embeddings(model):
+            return value - module.padding_idx - 1
+    return value
+
+
+def window(model: Any) -> int:
+    """The largest attention window that the config names and uses, 0 if there is none."""
+    config = text_config(model.config)
+    kinds = getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        return 0
+    if isinstance(kinds, (list, tuple)) and kinds and all(kind == "full_attention" for kind in kinds):
+        return 0
+    found = [0]
+    for name, value in config.to_dict().items():
+        if _WINDOW.search(name) and not name.startswith(("max_window", "use_")):
+            for size in value if isinstance(value, (list, tuple)) else [value]:
+                found += [size] if isinstance(size, int) and not isinstance(size, bool) else []
+    return max(found)
+
+
+def affordable(model: Any) -> int:
+    """How many tokens one forward may have, so that a check of a large model ends in time and memory."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return max(LENGTH, min(LONGEST, int(WORK / max(size, 1))))
+
+
+def room(model: Any) -> int:
+    """How many tokens of input reach past the window, and leave room for padding and for what is generated."""
+    most, wanted = limit(model) or 1_000_000, LENGTH
+    if window(model):
+        wanted = min(window(model) + LENGTH, affordable(model))
+    return max(2, min(wanted, most - NEW_TOKENS - 3))
+
+
+def pad_id(model: Any) -> int:
+    value = getattr(text_config(model.config), "pad_token_id", None)
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def generates(model: Any) -> bool:
+    return bool(getattr(model, "can_generate", bool)())
+
+
+def two_stacks(model: Any) -> bool:
+    """Whether there is an encoder and a decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def one_row_only(model: Any) -> bool:
+    """Whether the model finds the end of a row by its padding, and its config names none."""
+    return "Classif" in type(model).__name__ and getattr(text_config(model.config), "pad_token_id", None) is None
+
+
+def side_of(model: Any) -> str:
+    return "left" if generates(model) and not two_stacks(model) else "right"
+
+
+def pad(model: Any, ids: torch.Tensor, side: str, padding: list[int]) -> dict[str, torch.Tensor]:
+    """The rows of `ids` with their first (or last) `padding` tokens replaced by padding."""
+    ids, mask = ids.clone(), torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        cut = slice(0, count) if side == "left" else slice(ids.shape[1] - count, None)
+        ids[row, cut], mask[row, cut] = pad_id(model), 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+_TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+def beside_text(inputs: Mapping[str, torch.Tensor], rows: int = 1) -> dict[str, torch.Tensor]:
+    """What the inputs have besides text, such as a picture or a decoder's tokens: the first row, so many times."""
+    return {n: x[:1].repeat(rows, *[1] * (x.dim() - 1)) for n, x in inputs.items() if n not in _TEXT}
+
+
+def last_positions(model: Any) -> dict[str, torch.Tensor]:
+    """Inputs that reach the last position the config promises: a row that long, or a few tokens placed there.
+
+    Empty if the config promises none, or the row would be too long and `forward` takes no positions.
+    """
+    most = limit(model)
+    if not most or getattr(model, "main_input_name", "input_ids") != "input_ids" or not accepts(model, "input_ids"):
+        return {}
+    inputs = {}
+    if most <= affordable(model):
+        inputs["input_ids"] = tokens(model, 1, most, seed=11)
+    elif accepts(model, "position_ids") and not two_stacks(model):
+        inputs["input_ids"] = tokens(model, 1, NEW_TOKENS, seed=11)
+        inputs["position_ids"] = torch.arange(most - NEW_TOKENS, most)[None]
+    else:
+        return {}
+    if accepts(model, "attention_mask"):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if two_stacks(model):
+        inputs["decoder_input_ids"] = tokens(model, 1, 5, seed=7)
+    return inputs
+
+
+# ---- inputs of every kind
+
+
+def make_inputs(model: Any, processed: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """A batch of two; of text two rows, the second padded: on the left for decoders, else on the right.
+
+    Args:
+        processed: what the folder's own processor makes of a picture or a sound.
+
+    Raises:
+        Unsuitable: none of the inputs that were tried suits the model.
+        Exception: whatever `forward` raises on inputs that are as the config says, or on all that were tried alike.
+    """
+    raised: list[Exception] = []
+    for inputs, sure in _candidates(model, dict(processed or {})):
+        if sure:
+            return inputs
+        try:
+            run_model(model, inputs)
+            return inputs
+        except Exception as error:
+            raised.append(error)
+    takes = getattr(model, "main_input_name", "input_ids")
+    if len(raised) > 1 and len({sentence(error) for error in raised}) == 1:
+        raise raised[0]  # whatever it is given
+    why = f", of {len(raised)} that were tried the first gives {sentence(raised[0])}" if raised else ""
+    raise Unsuitable(f"no inputs could be made up for a model that takes {takes}{why}")
+
+
+def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+    """Inputs to try, and whether the config (or the processor) says that they suit."""
+    main = getattr(model, "main_input_name", "input_ids")
+    other = [name for name in (*_PICTURES, *_SOUNDS) if accepts(model, name)]
+    known = {name: value for name, value in processed.items() if accepts(model, name)}
+    if known and main in known:
+        yield known, False  # if it does not fit, the check of the processor tells it
+    if main == "input_ids" and (accepts(model, main) or not required(model)):
+        text = _text(model)
+        if not other and set(required(model)) <= set(text):
+            yield text, True
+        yield text, False
+        for name in other:
+            for shape in shapes(model, name):
+                yield {**text, name: wave(shape), **known}, False
+    elif main in (*_PICTURES, *_SOUNDS):
+        exact = isinstance(getattr(model.config, "image_size", None), int) and main in _PICTURES
+        for shape in shapes(model, main):
+            yield _with_decoder(model, {main: wave(shape)}), exact and not two_stacks(model)
+    else:
+        yield from ((inputs, False) for inputs in _unknown(model, main))
+
+
+def required(model: Any) -> list[str]:
+    """The arguments without which `forward` cannot be called."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _text(model: Any) -> dict[str, torch.Tensor]:
+    length = room(model)
+    inputs = {"input_ids": tokens(model, 1 if one_row_only(model) else 2, length)}
+    if accepts(model, "attention_mask") and not one_row_only(model):
+        inputs = pad(model, inputs["input_ids"], side_of(model), [0, min(4, length - 1)])
+    if two_stacks(model):
+        inputs["decoder_input_ids"] = tokens(model, inputs["input_ids"].shape[0], max(1, min(length, LENGTH) // 2), 7)
+    return inputs
+
+
+def _with_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if two_stacks(model) and accepts(model, "decoder_input_ids"):
+        inputs["decoder_input_ids"] = tokens(model, 2, 5, seed=7)
+    return inputs
+
+
+def wave(shape: tuple[int, ...]) -> torch.Tensor:
+    """Numbers between -1 and 1, no two neighbours alike, the same on every machine."""
+    return (torch.arange(math.prod(shape), dtype=torch.float64) * 0.6180339887 % 2 - 1).float().reshape(shape)
+
+
+def shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
+    """Shapes that a picture or a sound may have, those that the config speaks of first."""
+    config = model.config
+    parts = [config, *(getattr(config, part, None) for part in ("vision_config", "audio_config", "backbone_config"))]
+
+    def of(*names: str) -> Iterator[Any]:
+        for part in parts:
+            for attribute in names:
+                if getattr(part, attribute, None) is not None:
+                    yield getattr(part, attribute)
+
+    if name in _PICTURES:
+        channels = next((n for n in of("num_channels", "in_channels", "in_chans") if isinstance(n, int)), 3)
+        for size in [*of("image_size", "img_size", "input_size"), 224, 64, 32]:
+            sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+            if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+                yield (2, channels, *sides)
+    elif name == "input_features":
+        bins = next(of("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"), 80)
+        frames = next(of("max_source_positions"), 0)
+        yield from ((2, bins, 2 * frames),) if frames else ()
+        yield from ((2, 128, bins), (2, bins, 128), (2, 3000, bins), (2, bins, 3000))
+    else:
+        bins, frames = next(of("num_mel_bins"), 0), next(of("max_length"), 0)
+        yield from ((2, frames, bins),) if bins and frames else ()
+        yield from ((2, 4000), (2, 1, 4000), (2, 16000))
+
+
+def _unknown(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Guesses for a `forward` whose arguments have names of their own: numbers and tokens of a few shapes."""
+    names = [name for name in dict.fromkeys([*required(model), main]) if accepts(model, name)]
+    if not names:
+        return
+    sizes = model.config.to_dict()
+    width = [
+        sizes[n] for n in ("num_input_channels", "input_size", "input_dim", "hidden_size") if _is_size(sizes.get(n))
+    ]
+    length = [sizes[n] for n in ("context_length", "seq_len", "max_position_embeddings") if _is_size(sizes.get(n))]
+    for steps in (*length[:1], LENGTH):
+        for shape in (*((2, steps, channels) for channels in width[:2]), (2, steps), (2, steps, 1)):
+            yield {name: wave(shape) for name in names}
+    try:
+        ids = tokens(model, 2, room(model))
+    except Unsuitable:
+        ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 16
+    yield dict.fromkeys(names, ids)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 4096
+
+
+# ---- the same inputs for every stage
+
+
+def keep_inputs(job: dict[str, Any], inputs: Mapping[str, torch.Tensor]) -> None:
+    """Keep the inputs of the class of `architectures` for the stages that compare their outputs with its."""
+    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, _kept(job))
+
+
+def kept_inputs(job: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What `keep_inputs` kept, or nothing."""
+    return read_tensors(_kept(job)) if _kept(job).is_file() else {}
+
+
+def _kept(job: dict[str, Any]) -> Path:
+    return Path(job["scratch"], "inputs.safetensors")
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping

@@ -1,0 +1,340 @@
+"""Stages on loaded models: outputs against golden ones and against each other, saving and reloading."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import golden_outputs, tokenizers
+from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, shown_outputs
+from .generating import STEPS, check_generation, generate, same_steps
+from .inputs import (
+    Unsuitable,
+    affordable,
+    beside_text,
+    generates,
+    keep_inputs,
+    last_positions,
+    limit,
+    make_inputs,
+    one_row_only,
+    pad,
+    room,
+    side_of,
+    tokens,
+    two_stacks,
+    window,
+)
+from .load_repo import accepts, class_of, describe, load, loaded_event, names
+from .processors import PROCESSORS, check_pipelines, check_processors, check_tokenizer_output, processed_inputs
+from .stages import sentence
+
+
+def run(job: dict[str, Any], events: Any) -> None:
+    """Everything on the class of `architectures`: the one whose weights the folder holds."""
+    name, scratch = job["classes"][0], Path(job["scratch"])
+    with events.check("load", name) as check:
+        model, loading = load(job, name)
+        event = loaded_event(job, model, name, loading)
+        events.write(**event)
+        (scratch / "loaded").touch()
+    if check.failed:
+        return
+    with events.check("auto_map", name) as check:
+        check_entry(check, job, name, model)
+    if check.failed:
+        return
+    golden = golden_outputs.read(job["golden"]) if job["golden"] else None
+    tokenizer = tokenizers.run(job, events, model, golden.made if golden else None)
+    inputs: dict[str, torch.Tensor] = golden.inputs if golden else {}
+    with events.check("forward", name) as check:
+        try:
+            inputs = inputs or make_inputs(model, processed_inputs(job))
+            keep_inputs(job, inputs)
+            check_forward(check, model, inputs, event["tensors"])
+            check_head(check, name, model, run_model(model, inputs))
+        except Unsuitable as error:
+            check.skip(f"{error}; record golden outputs for inputs of your own")
+    if check.failed:
+        return
+    if golden and name in golden.outputs:
+        with events.check("golden", name) as check:
+            check.fail_if(golden_outputs.compare(model, name, golden))
+        if name in golden.greedy:
+            with events.check("generation", name) as check:
+                check.fail_if(golden_outputs.compare_tokens(model, name, golden))
+    if inputs:
+        save_file(shown_outputs(model, inputs), scratch / "outputs.safetensors")
+    (scratch / "tensors.json").write_text(json.dumps(event["tensors"]))  # before forward, which may add buffers
+    with events.check("save") as check:
+        check_save(check, job, model)
+    if not check.failed:
+        (scratch / "saved-ok").touch()
+    check_processors(job, events, model)
+    if not inputs:
+        return
+    if tokenizer:
+        with events.check("tokenizer output", name) as check:
+            check_tokenizer_output(check, job, model)
+        if not check.failed:
+            check_pipelines(job, events, name, model)
+    model.float()  # from here on two ways are compared that round differently
+    same_cached = check_generation(events, name, model, inputs)
+    with events.check("padding", name) as check:
+        check_padding(check, model, inputs, with_generation=generates(model) and same_cached)
+    if check.failed:  # what padding does has been told: not again as a difference between two ways to attend
+        inputs = {name: torch.ones_like(x) if name == "attention_mask" else x for name, x in inputs.items()}
+    with events.check("inputs_embeds", name) as check:
+        check_inputs_embeds(check, model, inputs)
+    with events.check("last position", name) as check:
+        check_last_position(check, model, inputs)
+    with events.check("eager = sdpa", name) as check:
+        check_attention(check, job, name, model, inputs)
+
+
+def run_other_classes(job: dict[str, Any], events: Any) -> None:
+    """Load through every other Auto class; outputs against golden ones where those were recorded."""
+    for name in job["companions"]:  # what is no processor: those are tried where there is a model
+        if name not in PROCESSORS:
+            with events.check("load", name):
+                class_of(name).from_pretrained(job["folder"], trust_remote_code=True)
+    golden = golden_outputs.read(job["golden"]) if job["golden"] else None
+    for name in job["classes"][1:]:
+        with events.check("load", name) as check:
+            model, loading = load(job, name)
+            events.write(**loaded_event(job, model, name, loading))
+        if check.failed:
+            continue
+        with events.check("auto_map", name) as check:
+            check_entry(check, job, name, model)
+        if check.failed:
+            continue
+        if golden and name in golden.outputs:
+            with events.check("golden", name) as check:
+                check.fail_if(golden_outputs.compare(model, name, golden))
+        else:
+            with events.check("forward", name) as check:
+                try:
+                    inputs = golden_outputs.read_inputs(job) or make_inputs(model, processed_inputs(job))
+                    check_head(check, name, model, run_model(model, inputs))
+                except Unsuitable as error:
+                    check.skip(str(error))
+
+
+DIMENSIONS = {  # Auto class: dimensions of its logits
+    "AutoModelForCausalLM": 3,
+    "AutoModelForMaskedLM": 3,
+    "AutoModelForTokenClassification": 3,
+    "AutoModelForSequenceClassification": 2,
+    "AutoModelForImageClassification": 2,
+}
+
+
+def check_entry(check: Any, job: dict[str, Any], name: str, model: Any) -> None:
+    """The class that an entry of auto_map leads to is of the kind that the entry says."""
+    if name not in job["auto_map"]:
+        check.not_applicable("a class of transformers")
+        return
+    inner = [module for module in model.modules() if module is not model]
+    for other, place in job["auto_map"].items():
+        klass = place.rpartition(".")[2]
+        if name == "AutoModel" and other.startswith("AutoModelFor") and any(_is(module, klass) for module in inner):
+            what = f"auto_map exchanges AutoModel and {other}: AutoModel leads to {type(model).__name__}"
+            check.fail(f"{what}, a model with a head around the {klass} of {other}", "config.json")
+        elif other == "AutoModel" and name.startswith("AutoModelFor") and _is(model, klass):
+            check.warn(f"{name} and AutoModel lead to the same class, {klass}")
+
+
+def _is(module: Any, klass: str) -> bool:
+    return type(module).__name__ == klass
+
+
+def check_head(check: Any, name: str, model: Any, outputs: dict[str, torch.Tensor]) -> None:
+    """The logits have the dimensions of the task that the Auto class names."""
+    want, logits = DIMENSIONS.get(name), outputs.get("logits")
+    if want and logits is not None and logits.dim() != want:
+        what = f"{name} leads to {type(model).__name__}, whose logits have {logits.dim()} dimensions, not {want}"
+        check.fail(f"{what}: is this entry of auto_map another's?", "config.json")
+
+
+def run_reload(job: dict[str, Any], events: Any) -> None:
+    """What `save_pretrained` wrote, loaded by a process that never saw the first folder."""
+    scratch = Path(job["scratch"])
+    if not (scratch / "saved-ok").exists():
+        return
+    name = job["classes"][0]
+    with events.check("reload", name) as check:
+        model, _ = load(job, name, folder=job["saved"])
+        before, after = json.loads((scratch / "tensors.json").read_text()), describe(model)
+        changed = sorted(n for n in before if before[n].get("digest") != after.get(n, {}).get("digest"))
+        if changed:
+            check.fail(f"{len(changed)} tensors are not what was saved, the first is {changed[0]}")
+        elif (scratch / "outputs.safetensors").exists():
+            inputs = golden_outputs.read_inputs(job)
+            check.fail_if(difference(shown_outputs(model, inputs), load_file(scratch / "outputs.safetensors")))
+
+
+def check_forward(check: Any, model: Any, inputs: dict[str, torch.Tensor], before: dict[str, Any]) -> None:
+    """It runs, finite, and twice the same: dropout that ignores `training` shows here; the weights stay as they are."""
+    first = shown_outputs(model, inputs)
+    check.fail_if(not_finite(first))
+    again = difference(shown_outputs(model, inputs), first)
+    if again:
+        check.fail(f"two runs on the same inputs in eval mode are not the same: {again}")
+    after = describe(model)
+    changed = [n for n, t in before.items() if t["persistent"] and t["digest"] != after.get(n, {}).get("digest")]
+    if changed:
+        check.fail(f"forward changes what was loaded: {changed[0]} is another tensor after it", changed[0])
+
+
+def _needed(*names: str) -> list[Any]:
+    """The modules of the folder that these modules take anything from, and they themselves: not the tokenizer's."""
+    found: dict[str, Any] = {}
+    queue = list(names)
+    while queue:
+        name = queue.pop()
+        if name in found or not name.startswith("transformers_modules.") or name not in sys.modules:
+            continue
+        found[name] = sys.modules[name]
+        for value in list(vars(found[name]).values()):
+            home = value.__name__ if isinstance(value, type(sys)) else getattr(value, "__module__", None)
+            queue += [home] if isinstance(home, str) else []
+    return list(found.values())
+
+
+def check_save(check: Any, job: dict[str, Any], model: Any) -> None:
+    model.save_pretrained(job["saved"])
+    source, saved = Path(job["folder"]), Path(job["saved"])
+    modules = _needed(type(model).__module__, type(model.config).__module__)
+    used = {Path(getattr(module, "__file__", None) or "__init__.py").name for module in modules} - {"__init__.py"}
+    for file in sorted(used):
+        if not (saved / file).is_file():
+            check.fail(f"save_pretrained does not write {file}, which the model's code needs", file)
+        elif (source / file).is_file() and (saved / file).read_bytes() != (source / file).read_bytes():
+            check.fail(f"save_pretrained writes another {file} than the one that was loaded", file)
+    if job["auto_map"] and not check.failed:
+        written = json.loads((saved / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+        lost = sorted(set(job["auto_map"]) - set(written))
+        if job["classes"][0] in lost:
+            check.fail(
+                f"the config that save_pretrained writes has no auto_map entry for {', '.join(lost)}", "config.json"
+            )
+        elif lost:
+            check.warn(f"the auto_map that save_pretrained writes lacks {', '.join(lost)}")
+
+
+def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, with_generation: bool) -> None:
+    """A row alone, and the same row padded beside a longer one, give the same outputs and tokens."""
+    if "input_ids" not in inputs or not accepts(model, "attention_mask"):
+        check.not_applicable("forward takes no input_ids with an attention_mask")
+        return
+    if one_row_only(model):
+        check.not_applicable("the config names no pad_token_id, so this model takes one row at a time")
+        return
+    count, extra = room(model), 3
+    ids = tokens(model, 2, count + extra, seed=3)
+    rest, pair = beside_text(inputs), beside_text(inputs, rows=2)
+    for side in _sides(model, ids[:1], rest):
+        kept = ids[:1, extra:] if side == "left" else ids[:1, :count]
+        row = {"input_ids": kept, "attention_mask": torch.ones_like(kept), **rest}
+        padded = {**pad(model, ids, side, [extra, 0]), **pair}
+        if side == "left" and accepts(model, "position_ids"):
+            padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        elif side == "left" and not generates(model):
+            continue
+        alone, beside = run_model(model, row), run_model(model, padded)
+        seen, want = _of_row(beside, padded["attention_mask"]), _of_row(alone, row["attention_mask"])
+        for key in [k for k in want if k not in MUST_BE_FINITE and (k not in seen or seen[k].shape != want[k].shape)]:
+            del want[key]  # no row for each input, such as similarities between rows
+        wrong = difference(seen, want, EQUAL)
+        if wrong:
+            check.fail(f"padding on the {side} changes the outputs of the other tokens: {wrong}")
+        if side == side_of(model) and with_generation:
+            prompts = {name: padded[name] for name in ("input_ids", "attention_mask")}
+            alone, beside = generate(model, row, **STEPS), generate(model, prompts, **STEPS)
+            wrong = same_steps([step[:1] for step in beside.logits], alone.logits, alone, beside)
+            if wrong and accepts(model, "position_ids") and not names(model, "position_ids"):
+                why = "forward does not name position_ids, so generate passes none to the base model"
+                check.warn(f"{why}, and padding on the {side} changes what is generated: {wrong}")
+            elif wrong:
+                check.fail(f"padding on the {side} changes what is generated: {wrong}")
+
+
+def _of_row(outputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the first row gives, of the outputs that have as many rows as there are inputs."""
+    rows = {n: t for n, t in floating(outputs).items() if t.dim() and t.shape[0] == len(mask)}
+    return {name: row_of(tensor, mask, 0) for name, tensor in rows.items()}
+
+
+def _sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> list[str]:
+    """Right for all; left too for a model in which no token sees a later one."""
+    if rest or two_stacks(model):
+        return ["right"]
+    changed = ids.clone()
+    changed[0, -1] = changed[0, 0]
+    causal = False
+    for name, tensor in floating(run_model(model, {"input_ids": ids})).items():
+        if name in ("logits", "last_hidden_state", "0") and tensor.shape[:2] == ids.shape:
+            other = run_model(model, {"input_ids": changed})[name]
+            causal = not difference({name: other[:, :-1]}, {name: tensor[:, :-1]}, EQUAL)
+    return ["right", "left"] if causal else ["right"]
+
+
+def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Embeddings handed over give what their ids give."""
+    if "input_ids" not in inputs or not accepts(model, "inputs_embeds"):
+        check.not_applicable("forward takes no input_ids with inputs_embeds as another way")
+        return
+    ids = {"input_ids": tokens(model, 1, room(model), seed=3)}
+    rest = beside_text(inputs)
+    with torch.inference_mode():
+        embedded = model.get_input_embeddings()(ids["input_ids"])
+    try:
+        seen = run_model(model, {"inputs_embeds": embedded, **rest})
+    except NotImplementedError as error:
+        check.not_applicable(f"the model refuses inputs_embeds: {sentence(error)}")
+        return
+    wrong = difference(floating(seen), floating(run_model(model, {**ids, **rest})), EQUAL)
+    if wrong:
+        check.fail(f"inputs_embeds of the same tokens give other outputs than input_ids: {wrong}")
+
+
+def check_last_position(check: Any, model: Any, others: dict[str, torch.Tensor]) -> None:
+    """The config's last position can be reached, and so can the end of its window."""
+    inputs, most = last_positions(model), limit(model)
+    if window(model) >= affordable(model):
+        check.skip(f"the window of {window(model)} tokens was not passed: a row that long is too large for a check")
+    if not inputs:
+        if most and getattr(model, "main_input_name", "") == "input_ids" and accepts(model, "input_ids"):
+            check.skip(f"a row of the {most} tokens that the config promises is too long for a check")
+        else:
+            check.not_applicable("the config promises no number of positions")
+        return
+    try:
+        outputs = run_model(model, {**beside_text(others), **inputs})
+    except Exception as error:
+        raise RuntimeError(
+            f"the config promises {most} positions, but up to the last of them forward raises {sentence(error)}"
+        ) from error
+    check.fail_if(not_finite(outputs))
+
+
+def check_attention(check: Any, job: dict[str, Any], name: str, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    own = getattr(model.config, "_attn_implementation", None)
+    if own not in ("sdpa", "eager") or (own == "eager" and not getattr(model, "_supports_sdpa", False)):
+        check.not_applicable(f"this model declares only {own or 'its own'} attention (_supports_sdpa is not set)")
+        return
+    other = "eager" if own == "sdpa" else "sdpa"
+    second, _ = load(job, name, attn_implementation=other, dtype=torch.float32)
+    if second.config._attn_implementation != other:
+        check.fail(
+            f"attn_implementation={other!r} is ignored, the model stays with {second.config._attn_implementation}"
+        )
+    seen, want = floating(shown_outputs(second, inputs)), floating(shown_outputs(model, inputs))
+    common = [key for key in want if key in seen or "attentions" not in key]  # which sdpa does not give
+    wrong = difference(seen, {key: want[key] for key in common}, EQUAL)
+    if wrong:
+        check.fail(f"{other} attention gives other outputs than {own}: {wrong}")

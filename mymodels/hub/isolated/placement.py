@@ -1,0 +1,90 @@
+"""Stage: build the model on the meta device, and load it with a part of it kept on the disk."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .comparing import difference, shown_outputs
+from .golden_outputs import read_inputs
+from .load_repo import build, config_of, load
+
+
+def run(job: dict[str, Any], events: Any) -> None:
+    name = job["classes"][0]
+    with events.check("meta", name) as check:
+        with torch.device("meta"):
+            skeleton = build(name, config_of(job))
+        real = [n for n, parameter in skeleton.named_parameters() if not parameter.is_meta]
+        own = [n for n in real if not _of_the_library(skeleton, n)]
+        if own:
+            check.fail(f"{len(own)} parameters have data under torch.device('meta'), the first is {own[0]}")
+        elif real:
+            check.warn(
+                f"{real[0]} has data under torch.device('meta'), which is in the library's code, not the folder's"
+            )
+    if check.failed:
+        return
+    with events.check("no split", name) as check:
+        check_no_split(check, job, skeleton)
+    expected = Path(job["scratch"], "outputs.safetensors")
+    with events.check("device map", name) as check:
+        if not expected.exists():
+            check.skip("there are no outputs to compare with, because forward was not run")
+            return
+        device_map = half_on_disk(skeleton)
+        if "disk" not in device_map.values():
+            check.not_applicable("the model has no list of blocks to split")
+            return
+        model, _ = load(job, name, device_map=device_map, offload_folder=f"{job['scratch']}/offload")
+        seen = shown_outputs(model, read_inputs(job))
+        check.fail_if(difference(seen, load_file(expected)))
+
+
+def _of_the_library(model: torch.nn.Module, name: str) -> bool:
+    """Whether the class that makes a parameter is one of transformers or torch."""
+    path, _, attribute = name.rpartition(".")
+    for klass in type(model.get_submodule(path)).__mro__:
+        try:
+            makes = attribute in inspect.getsource(klass.__dict__["__init__"])
+        except (KeyError, OSError, TypeError):
+            continue
+        if makes:
+            return klass.__module__.split(".")[0] in ("transformers", "torch")
+    return False
+
+
+def check_no_split(check: Any, job: dict[str, Any], skeleton: torch.nn.Module) -> None:
+    """`_no_split_modules` names classes of modules that a device map keeps together: some of them are there."""
+    wanted = getattr(skeleton, "_no_split_modules", None)
+    wanted = [wanted] if isinstance(wanted, str) else sorted(map(str, wanted or []))
+    there = {type(module).__name__ for module in skeleton.modules()}
+    if wanted and not there & set(wanted):
+        what = f"_no_split_modules names {', '.join(wanted)}, and no module of the model is of such a class"
+        check.fail(what) if job["auto_map"] else check.warn(what)
+    elif not wanted:
+        check.not_applicable("the class names no _no_split_modules")
+
+
+def half_on_disk(skeleton: torch.nn.Module) -> dict[str, str]:
+    """A device map with the later half of the blocks on the disk; what is tied stays together."""
+    on_disk: set[str] = set()
+    for path, module in skeleton.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and not any(f"{path}.".startswith(f"{done}.") for done in on_disk):
+            on_disk.update(f"{path}.{number}" for number in range(len(module) // 2, len(module)))
+    device_map: dict[str, str] = {}
+
+    def cover(path: str, module: torch.nn.Module) -> None:
+        inner = f"{path}." if path else ""
+        if path in on_disk or not any(name.startswith(inner) for name in on_disk):
+            device_map[path] = "disk" if path in on_disk else "cpu"
+            return
+        for name, child in module.named_children():
+            cover(f"{inner}{name}", child)
+        for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            device_map[f"{inner}{name}"] = "cpu"
+
+    cover("", skeleton)
+    return device_map

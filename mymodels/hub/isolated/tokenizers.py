@@ -1,0 +1,149 @@
+"""The check of the tokenizer: its special ids, its chat template, the ids it makes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+
+from .load_repo import text_config
+
+SENTENCE = "Hello, world! How are you?"
+# upper and lower case, digits, punctuation, spaces, other scripts: another tokenizer cuts at least one of them otherwise
+RECORDED = "Hello, World! It's 2024: naïve café №7,  twoSpaces — 東京 привет\tEnd."
+NEEDLE, LATER = "needle", "haystack"
+
+
+def load_tokenizer(job: dict[str, Any]) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(job["folder"], trust_remote_code=True)
+
+
+def record(job: dict[str, Any]) -> dict[str, Any]:
+    """A text and the ids that the tokenizer makes of it, to go into the golden file; nothing without a tokenizer."""
+    if not job["tokenizer"]:
+        return {}
+    try:
+        tokenizer = load_tokenizer(job)
+    except ImportError:  # it needs a package that is not installed here
+        return {}
+    return {"tokens": {"text": RECORDED, "ids": [int(i) for i in tokenizer(RECORDED).input_ids]}}
+
+
+def run(job: dict[str, Any], events: Any, model: Any, recorded: dict[str, Any] | None = None) -> bool:
+    """The check of the tokenizer against the loaded model; whether there is a tokenizer that belongs to it.
+
+    Args:
+        recorded: the golden file's `made`; its `tokens` are compared with.
+    """
+    if not job["tokenizer"]:
+        return False
+    with events.check("tokenizer") as check:
+        check_tokenizer(check, job, model, recorded or {})
+    return not check.failed
+
+
+def check_tokenizer(check: Any, job: dict[str, Any], model: Any, recorded: dict[str, Any]) -> None:
+    """It belongs to the model: as many tokens as the embeddings have rows, the same ids, the recorded ids."""
+    tokenizer = load_tokenizer(job)
+    ids = tokenizer(SENTENCE).input_ids
+    size = rows(model)
+    if not ids:
+        check.fail("the tokenizer makes no tokens of a plain English sentence")
+    elif size is not None and max(*ids, len(tokenizer) - 1) >= size:
+        check.fail(f"the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {size}")
+    if wrong := _not_as_recorded(tokenizer, recorded):
+        check.fail(wrong)
+    for serious, wrong in wrong_ids(model, tokenizer):
+        check.fail(wrong) if serious else check.warn(wrong)
+    if getattr(tokenizer, "chat_template", None):
+        check.fail_if(wrong_template(tokenizer))
+
+
+def rows(model: Any) -> int | None:
+    """How many tokens the input embeddings know, or else the config's `vocab_size`."""
+    try:
+        weight = model.get_input_embeddings().weight
+        if weight.dim() == 2:
+            return int(weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        pass
+    size = getattr(text_config(model.config), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _not_as_recorded(tokenizer: Any, recorded: dict[str, Any]) -> str:
+    tokens = recorded.get("tokens")
+    if not isinstance(tokens, dict):
+        return ""
+    want, got = list(tokens["ids"]), [int(i) for i in tokenizer(tokens["text"]).input_ids]
+    if got == want:
+        return ""
+    place = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), min(len(got), len(want)))
+    return (
+        f"this is not the tokenizer that the golden outputs were recorded with: of the same text it makes {len(got)} "
+        f"tokens instead of {len(want)}, the first other one at position {place}"
+    )
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+
+
+def wrong_ids(model: Any, tokenizer: Any) -> Iterator[tuple[bool, str]]:
+    """Special ids of the config that are other tokens of the tokenizer: whether it is a fault, and what is wrong."""
+    config, generation = text_config(model.config), getattr(model, "generation_config", None)
+    generates = bool(getattr(model, "can_generate", bool)())
+    for kind in ("eos", "pad", "bos"):
+        own = getattr(tokenizer, f"{kind}_token_id", None)
+        named = _ids(getattr(config, f"{kind}_token_id", None))
+        more = _ids(getattr(generation, f"{kind}_token_id", None)) if generates else []
+        if own is None or not (named or more) or own in [*named, *more]:
+            continue
+        theirs = (named or more)[0]
+        file = "config.json" if named else "generation_config.json"
+        serious = generates if kind != "pad" else bool(named)  # generation alone pads what the mask hides
+        yield (
+            serious,
+            f"{kind}_token_id in {file} is {theirs} ({_token(tokenizer, theirs)}), but the {kind} token of the tokenizer "
+            f"is {own} ({_token(tokenizer, own)})",
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        start = _ids(getattr(generation, "decoder_start_token_id", None)) or _ids(
+            getattr(config, "decoder_start_token_id", None)
+        )
+        special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+        if start and special and start[0] not in special:
+            what = f"decoder_start_token_id is {start[0]} ({_token(tokenizer, start[0])}), which is no special token of the tokenizer"
+            yield True, what
+
+
+def _token(tokenizer: Any, number: int) -> str:
+    try:
+        return repr(tokenizer.convert_ids_to_tokens(number))[:40]
+    except Exception:  # beyond the vocabulary
+        return "no token"
+
+
+def wrong_template(tokenizer: Any) -> str:
+    """What is wrong with the chat template, in words: it raises, or leaves out what the messages say."""
+    import jinja2
+
+    errors: list[Any] = []
+    shown: list[list[bool]] = []
+    for wrap in (str, lambda text: [{"type": "text", "text": text}]):
+        for roles in (["user"], ["user", "assistant", "user"], ["system", "user"]):
+            words = [NEEDLE, "between", LATER][: len(roles)] if len(roles) != 2 else ["between", NEEDLE]
+            chat = [{"role": role, "content": wrap(word)} for role, word in zip(roles, words)]
+            try:
+                text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+                errors.append(error)
+                continue
+            shown.append([word in text for role, word in zip(roles, words) if role == "user"])
+    if any(all(seen) for seen in shown):
+        return ""
+    if shown:
+        return "the chat template leaves out what the user says: the prompt is the same whatever the message"
+    first = errors[0]
+    line = f" in line {first.lineno}" if getattr(first, "lineno", None) else ""
+    return f"the chat template fails on a message of the user{line}: {type(first).__name__}: {str(first)[:150]}"

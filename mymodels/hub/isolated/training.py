@@ -1,0 +1,309 @@
+"""Stage: a few steps of training, each compared with what it should be, on copies of the class of `architectures`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from .causality import sees_later
+from .comparing import EQUAL, difference, flatten, floating, run_model
+from .golden_outputs import read_inputs
+from .inputs import two_stacks
+from .load_repo import accepts, load, seed_all, text_config
+
+LARGEST = 3e9  # bytes of weights: their gradients and AdamW's moments take four times as much in float32
+RATES = (1e-3, 1e-4, 1e-5, 1e-6)
+IGNORED = -100
+
+
+def run(job: dict[str, Any], events: Any) -> None:
+    name = job["classes"][0]
+    inputs = read_inputs(job)
+    with events.check("training loss", name) as check:
+        if not inputs:
+            check.skip("there are no inputs to train on, because forward was not run")
+            return
+        if job["weights_size"] > LARGEST:
+            check.skip("the weights are too large to be trained here")
+            return
+        model, _ = load(job, name, dtype=torch.float32)
+        labels = make_labels(name, model, inputs)
+        check_loss(check, model, inputs, labels)
+    if check.failed:
+        return
+    batch = {**inputs, **labels}
+    with events.check("backward", name) as check:
+        check_backward(check, model, batch)
+    if check.failed:
+        return
+    with events.check("gradient checkpointing", name) as check:
+        check_checkpointing(check, model, batch)
+    with events.check("optimizer step", name) as check:
+        check_step(check, model, batch)
+    with events.check("resize", name) as check:
+        check_resize(check, model, inputs)
+
+
+# ---- the loss
+
+
+def make_labels(name: str, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Labels for the head of a class, -100 at padding; none if it has no loss that is known by its class."""
+    kind, ids = f"{name} {type(model).__name__}", inputs.get("input_ids")
+    if accepts(model, "start_positions") and ids is not None:
+        last = ids.shape[1] - 1
+        return {"start_positions": torch.full((len(ids),), last - 1), "end_positions": torch.full((len(ids),), last)}
+    if not accepts(model, "labels"):
+        return {}
+    count = getattr(model.config, "num_labels", 2)
+    if "SequenceClassification" in kind or "ImageClassification" in kind or "AudioClassification" in kind:
+        rows = len(next(iter(inputs.values())))
+        problem = getattr(model.config, "problem_type", None)
+        if problem == "multi_label_classification":
+            return {"labels": (torch.arange(rows * count) % 2).float().reshape(rows, count)}
+        if count == 1 or problem == "regression":
+            return {"labels": torch.linspace(-1, 1, rows * count).reshape(rows, *([count] if count > 1 else []))}
+        return {"labels": torch.arange(rows) % count}
+    decoded = inputs.get("decoder_input_ids")
+    if decoded is not None:
+        return {"labels": decoded.flip(1)}
+    if ids is None:
+        return {}
+    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    if "TokenClassification" in kind:
+        return {"labels": torch.where(mask, torch.arange(ids.numel()).reshape(ids.shape) * 7 % 3 % count, IGNORED)}
+    if any(part in kind for part in ("CausalLM", "MaskedLM", "LMHead", "ConditionalGeneration")):
+        return {"labels": torch.where(mask, ids, IGNORED)}
+    return {}
+
+
+def check_loss(check: Any, model: Any, inputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> None:
+    """The loss is there, and is the cross-entropy of the logits with the labels where they belong."""
+    if not labels:
+        check.not_applicable("forward takes no labels of a kind that is known by the class")
+        return
+    output = call(model, {**inputs, **labels})
+    loss = _field(output, "loss")
+    if loss is None:
+        check.fail(f"the loss is None though {' and '.join(labels)} were given")
+        return
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.isfinite().all():
+        check.fail(f"the loss is not one finite number, but {_shown(loss)}")
+        return
+    logits, given = _field(output, "logits"), labels.get("labels")
+    if not isinstance(logits, torch.Tensor) or given is None or logits.dim() != 3 or given.dim() != 2:
+        return
+    if logits.shape[:2] != given.shape:
+        return
+    shifts = {shift: _cross_entropy(logits, given, shift) for shift in (-1, 0, 1, 2)}
+    causal = not two_stacks(model) and _causal_head(model)
+    if causal is None:
+        return
+    right = 1 if causal else 0
+    found = next((shift for shift in (right, *shifts) if _near(loss.item(), shifts[shift])), None)
+    if found is None and any(_near(-loss.item(), value) for value in shifts.values()):
+        check.fail("the loss is the cross-entropy with the wrong sign: training raises it")
+    elif found is None:
+        check.warn("the loss is one of the model's own, not the cross-entropy of its logits: it was not recomputed")
+    elif found != right:
+        check.fail(WRONG_SHIFT[causal].get(found, f"the labels are shifted by {found}, not by {right}"))
+
+
+WRONG_SHIFT = {
+    True: {
+        0: "the labels are not shifted: the loss compares each token's logits with that token, and teaches to copy",
+        2: "the labels are shifted twice: the loss compares each token's logits with the token after the next",
+        -1: "the labels are shifted the wrong way: the loss compares each token's logits with the token before",
+    },
+    False: {1: "the labels are shifted, as only those of a causal language model are"},
+}
+
+
+def _causal_head(model: Any) -> bool | None:
+    """Whether each token's logits are for the next one: a language model in which no token sees a later one."""
+    kind = type(model).__name__
+    if "TokenClassification" in kind or "MaskedLM" in kind:
+        return False
+    if not ("CausalLM" in kind or "LMHead" in kind or getattr(model, "can_generate", bool)()):
+        return None
+    return bool(getattr(text_config(model.config), "is_decoder", False) or not sees_later(model))
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, shift: int) -> float:
+    length = labels.shape[1]
+    if length <= abs(shift):
+        return float("nan")
+    at, to = slice(max(0, -shift), length - max(0, shift)), slice(max(0, shift), length - max(0, -shift))
+    return cross_entropy(logits[:, at].flatten(0, 1).float(), labels[:, to].flatten(), ignore_index=IGNORED).item()
+
+
+def _near(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-3 * max(1.0, abs(other))
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _field(output: Any, name: str) -> Any:
+    if isinstance(output, dict) or hasattr(output, "keys"):
+        return output.get(name) if hasattr(output, "get") else None
+    if isinstance(output, (tuple, list)):  # the order that transformers wants
+        return output[{"loss": 0, "logits": 1}[name]] if len(output) > 1 else None
+    return getattr(output, name, None)
+
+
+def call(model: Any, batch: dict[str, torch.Tensor], seed: int = 0) -> Any:
+    seed_all(seed)
+    return model(**batch)
+
+
+def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss; of a model without labels the mean square of all that it returns."""
+    output = call(model, batch)
+    loss = _field(output, "loss") if set(batch) & {"labels", "start_positions"} else None
+    if isinstance(loss, torch.Tensor):
+        return loss
+    return torch.stack([t.float().square().mean() for _, t in flatten(output) if t.is_floating_point()]).sum()
+
+
+# ---- gradients
+
+
+def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step; the model has none afterwards."""
+    model.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        loss = loss_of(model, batch)
+        if not loss.requires_grad:
+            raise RuntimeError("the loss has no gradient: something in forward detaches it, or all is frozen")
+        loss.backward()
+    found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return loss.item(), found
+
+
+def check_backward(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """A step in train mode raises nothing, and what the loss depends on has a gradient."""
+    model.train()
+    _, found = gradients(model, batch)
+    model.eval()
+    _, still = gradients(model, batch)
+    for name, gradient in found.items():
+        if not gradient.isfinite().all():
+            check.fail(f"the gradient of {name} is not finite", name)
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    without = [n for n, p in model.named_parameters() if n not in found and n not in still and p.requires_grad]
+    lost = [name for name in without if _matters(model, batch, name)]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        check.fail(f"{lost[0]}{more} changes the loss, but gets no gradient: it is never trained", lost[0])
+    elif without:
+        check.warn(f"{len(without)} parameters take no part in the loss and get no gradient, the first is {without[0]}")
+    learned = [name for name in frozen if _matters(model, batch, name)]
+    if learned and not check.failed:
+        check.warn(f"{len(frozen)} parameters are frozen (requires_grad=False), the first is {learned[0]}")
+
+
+@torch.no_grad()
+def _matters(model: Any, batch: dict[str, torch.Tensor], name: str) -> bool:
+    """Whether the loss is another one when a parameter is."""
+    parameter, before = model.get_parameter(name), loss_of(model, batch).item()
+    kept = parameter.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    after = loss_of(model, batch).item()
+    parameter.copy_(kept)
+    return before != after
+
+
+def check_checkpointing(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Gradient checkpointing computes the same loss and gradients."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        check.not_applicable("the class does not set supports_gradient_checkpointing")
+        return
+    model.train()
+    loss, want = gradients(model, batch)
+    again = gradients(model, batch)[0]
+    if again != loss:
+        check.not_applicable("training draws random numbers that no seed fixes, so two steps cannot be compared")
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing") and not module.gradient_checkpointing:
+                check.fail(f"gradient_checkpointing_enable leaves {type(module).__name__} without it")
+        other_loss, seen = gradients(model, batch)
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+    if set(seen) != set(want):
+        lost = sorted(set(want) ^ set(seen))
+        check.fail(f"with gradient checkpointing other parameters get a gradient, such as {lost[0]}", lost[0])
+        return
+    for name, gradient in {"the loss": torch.tensor(loss), **want}.items():
+        other = torch.tensor(other_loss) if name == "the loss" else seen[name]
+        if not (other - gradient).abs().max().item() <= 1e-4 * max(gradient.abs().max().item(), 1e-3):
+            check.fail(f"gradient checkpointing changes {name}", name if name in want else "")
+            return
+
+
+def check_step(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """One step of AdamW on one batch lowers its loss, at one rate or another."""
+    model.eval()  # without dropout: before and after are the same function
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = gradients(model, batch)[0]
+    lowest = before
+    for rate in RATES:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, foreach=False)
+        with torch.enable_grad():
+            loss_of(model, batch).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            lowest = min(lowest, loss_of(model, batch).item())
+            for name, parameter in model.named_parameters():
+                parameter.copy_(kept[name])
+        if lowest < before:
+            return
+    check.fail(f"a step of AdamW does not lower the loss of {before:.4g} on its own batch, at any rate tried")
+
+
+# ---- the vocabulary
+
+
+def check_resize(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """More tokens leave the outputs of the old ones as they are, and head and tie go along."""
+    try:
+        old, head = model.get_input_embeddings(), getattr(model, "get_output_embeddings", bool)()
+    except NotImplementedError:
+        old = head = None
+    if not isinstance(old, nn.Embedding) or "input_ids" not in inputs:
+        check.not_applicable("the model has no table of token embeddings")
+        return
+    count, tied = old.num_embeddings, getattr(head, "weight", None) is old.weight
+    before = floating(run_model(model, inputs))
+    model.resize_token_embeddings(count + 8, mean_resizing=False)
+    new = model.get_input_embeddings()
+    if new.weight.shape[0] != count + 8:
+        check.fail(f"resize_token_embeddings({count + 8}) leaves {new.weight.shape[0]} embeddings")
+        return
+    if tied and model.get_output_embeddings().weight is not new.weight:
+        check.fail("resize_token_embeddings parts the head from the embeddings that it was tied to")
+    after = floating(run_model(model, inputs))
+    seen = {}
+    for name, tensor in before.items():
+        if name not in after:
+            check.fail(f"after resize_token_embeddings there is no output {name!r}")
+            return
+        of_tokens = "logits" in name and tensor.shape[-1] == count
+        if of_tokens and after[name].shape[-1] != count + 8:
+            what = f"after resize_token_embeddings({count + 8}) {name} has {after[name].shape[-1]} values a token"
+            check.fail(f"{what}: the head is left behind (is it get_output_embeddings?)")
+            return
+        seen[name] = after[name][..., :count] if of_tokens else after[name]
+    wrong = difference(seen, before, EQUAL)
+    if wrong:
+        check.fail(f"resize_token_embeddings changes the outputs of the tokens that were there: {wrong}")

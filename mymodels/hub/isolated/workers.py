@@ -1,0 +1,114 @@
+"""Stages: the model in worker processes, forked and spawned; and several processes loading at once."""
+
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .comparing import difference, shown_outputs
+from .golden_outputs import read_inputs
+from .load_repo import build, config_of, forget_code_cache, load
+from .stages import sentence
+
+PROCESSES = 8
+ATTEMPTS = 3
+
+
+class Outputs(Dataset):
+    """A dataset whose one item is what the model makes of the inputs, wherever it is asked."""
+
+    def __init__(self, model: Any, inputs: dict[str, torch.Tensor]):
+        self.model, self.inputs = model, inputs
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return shown_outputs(self.model, self.inputs) if self.inputs else {"config": torch.ones(1)}
+
+
+def run(job: dict[str, Any], events: Any) -> None:
+    name = job["classes"][0]
+    model, _ = load(job, name)
+    inputs = read_inputs(job)  # nothing, if none could be made
+    items = Outputs(model, inputs)
+    with events.check("pickle", name) as check:
+        if parametrized := _parametrized(model):
+            what = f"torch pickles no parametrised modules such as {parametrized}: share the state_dict instead"
+            check.not_applicable(what)
+        elif type(pickle.loads(pickle.dumps(model.config))) is not type(model.config):
+            check.fail("the config comes out of a pickle as another class")
+        else:
+            copy = Outputs(pickle.loads(pickle.dumps(model)), inputs)
+            check.fail_if(difference(copy[0], items[0]))
+    if check.failed:
+        return
+    for method in job["worker_methods"]:
+        if method == "spawn" and parametrized:
+            continue
+        with events.check(f"{method}ed worker", name) as check:
+            loader = DataLoader(items, batch_size=None, num_workers=1, multiprocessing_context=method)
+            check.fail_if(difference(next(iter(loader)), items[0]))
+
+
+def _parametrized(model: torch.nn.Module) -> str:
+    """The first module with a parametrisation, such as weight norm; empty if there is none."""
+    found = (path for path, module in model.named_modules() if hasattr(module, "parametrizations"))
+    return next(found, "")
+
+
+def run_parallel(job: dict[str, Any], events: Any) -> None:
+    """As when a training starts on eight devices of a machine that never loaded this code.
+
+    transformers copies code files in place, so that a process now and then reads half of one: that is no fault of the
+    folder, and only one that fails each time is called one.
+    """
+    name = job["classes"][0]
+    with events.check("parallel load", name) as check:
+        said: list[str] = []
+        while len(said) < ATTEMPTS and (failed := _load_at_once(job, name)):
+            first = failed[0].read_text() if failed[0].exists() else "it crashed"
+            said.append(f"{len(failed)} of {PROCESSES} processes that load at once fail, the first with {first}")
+        if len(said) == ATTEMPTS:
+            check.fail(said[-1])
+        elif said:
+            check.warn(f"not each time, which is transformers' own race over code files, but once {said[-1]}")
+
+
+def _load_at_once(job: dict[str, Any], name: str) -> list[Path]:
+    """Load in many processes on a cold cache of code; what those said that failed."""
+    forget_code_cache()
+    start, go = os.pipe()
+    processes = {}
+    for number in range(PROCESSES):
+        said = Path(job["scratch"], f"parallel-{number}")
+        said.unlink(missing_ok=True)
+        process = os.fork()
+        if process == 0:
+            _wait_and_load(job, name, start, go, said)
+        processes[process] = said
+    os.close(start)
+    time.sleep(0.05)
+    os.close(go)  # all at once
+    return [said for process, said in processes.items() if os.waitpid(process, 0)[1] != 0]
+
+
+def _wait_and_load(job: dict[str, Any], name: str, start: int, go: int, said: Path) -> None:
+    code = 1
+    try:
+        os.close(go)
+        os.read(start, 1)
+        if job["weights_size"] * PROCESSES < 2**31:
+            load(job, name)
+        else:  # the race is over the code; the weights are read only
+            with torch.device("meta"):
+                build(name, config_of(job))
+        code = 0
+    except BaseException as error:
+        said.write_text(sentence(error))
+    finally:
+        os._exit(code)

@@ -1,0 +1,228 @@
+"""Checks of how weights start: `_init_weights`, buffers, and what `__init__` does while there is no data."""
+
+import ast
+import re
+from collections.abc import Iterator
+
+from .api_availability import Span, judge
+from .check_model import FROM_5, live_code
+from .code_tree import Code, Klass, attributes, calls, constant, depth, is_self
+from .repo_snapshot import Finding, Folder
+
+_INIT_MODULES = re.compile(r"(torch\.nn\.init|transformers\.initialization|nn\.init|init)(\.|$)")
+_WALKS = ("named_parameters", "parameters", "modules", "named_modules", "apply")
+_SINGLE = re.compile(r"(LSTM|GRU|RNN|MultiheadAttention)")
+# `_initialize_weights` of 5.3 and newer leaves alone the modules of custom code whose tensors were all loaded
+UNPROTECTED = Span((5, 0), (5, 2))
+
+
+def init_weights(folder: Folder) -> Iterator[Finding]:
+    """`_init_weights` starts the leaf it is given, through `nn.init` alone, so that loaded weights stay."""
+    code = live_code(folder)
+    unsaved = {name for klass in code.classes for name, _ in _unsaved_buffers(klass)}
+    for klass in code.classes:
+        method = klass.method("_init_weights")
+        if method is None:
+            continue
+        guards = _guards(method)
+        single = bool(_SINGLE.search(ast.unparse(method)))
+        tensors = _tensors(method)
+        for node in ast.walk(method):
+            for finding in _faults(klass, node, unsaved, tensors, single) if id(node) not in guards else ():
+                if finding.status != "failed":
+                    yield finding
+                    continue
+                # the loader does not protect a module with a buffer that is in no file
+                span = FROM_5 if unsaved and _of_a_child(node) else UNPROTECTED
+                status = judge(span, folder.releases)
+                yield finding._replace(status=status, what=f"{finding.what}: weights are lost {span}")
+
+
+def _faults(klass: Klass, node: ast.AST, unsaved: set[str], tensors: set[str], single: bool) -> Iterator[Finding]:
+    where = klass.file.at(node)
+    if isinstance(node, ast.Attribute) and node.attr == "data" and not is_self(node):
+        yield _past_guard(f"writes {ast.unparse(node)}", where)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        yield from _call_faults(klass, node, node.func, unsaved, tensors, single)
+    elif isinstance(node, ast.Call) and klass.file.dotted(node.func).startswith("torch.nn.init."):
+        what = f"_init_weights calls {ast.unparse(node.func)} by a name of its own, which the loader cannot guard"
+        yield Finding("failed", what, where, f"write nn.init.{ast.unparse(node.func)}")
+    elif isinstance(node, (ast.Assign, ast.AugAssign)):
+        for goal in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(goal, ast.Subscript) and re.search(r"\.(weight|bias)\b(?!\.data)", ast.unparse(goal)):
+                yield _past_guard(f"writes {ast.unparse(goal)}", where)
+
+
+def _of_a_child(node: ast.AST) -> bool:
+    """Whether a write goes to a module below the one that is given, or to whatever a loop comes by."""
+    inner = [n for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+    looped = any(n.attr == "data" and isinstance(n.value, ast.Name) for n in inner)
+    return looped or any(n.attr in ("weight", "bias") and depth(n) >= 3 for n in inner)
+
+
+def _call_faults(
+    klass: Klass, call: ast.Call, func: ast.Attribute, unsaved: set[str], tensors: set[str], single: bool
+) -> Iterator[Finding]:
+    where, text = klass.file.at(call), ast.unparse(func)
+    mark = "mark the leaf in __init__, and read the mark here"
+    first = call.args[0] if call.args else None
+    if _INIT_MODULES.match(klass.file.dotted(func).rpartition(".")[0]):
+        if isinstance(first, ast.Subscript) and isinstance(first.value, ast.Attribute):
+            what = f"_init_weights writes a part, {ast.unparse(first)}, which has lost the mark that it was loaded"
+            yield Finding("failed", what, where, "ask getattr(weight, '_is_hf_initialized', False) first")
+        elif isinstance(first, ast.Attribute) and first.attr != "data" and depth(first) >= 3:
+            what = f"_init_weights starts {ast.unparse(first)} from its parent, which newer releases skip"
+            yield Finding("warning", what, where, mark)
+    elif re.search(r"[a-z]_$", func.attr) and func.attr != "requires_grad_" and ".data" not in text:
+        kept = isinstance(func.value, ast.Attribute) and func.value.attr not in unsaved
+        if kept or (isinstance(func.value, ast.Name) and func.value.id in tensors):
+            yield _past_guard(f"calls {text}", where)
+    elif func.attr in _WALKS and not single and not _alone(call):
+        what = f"_init_weights goes through {text}() of a parent, which newer releases skip"
+        yield Finding("warning", what, where, mark)
+
+
+def _past_guard(does: str, where: str) -> Finding:
+    what = f"_init_weights {does}, past the guard that keeps loaded weights"
+    return Finding("failed", what, where, "use nn.init on the parameter itself; the loader guards exactly these calls")
+
+
+def _guards(method: ast.AST) -> set[int]:
+    """The `id` of what is done only if the tensor was not loaded."""
+    found: set[int] = set()
+    for node in ast.walk(method):
+        if isinstance(node, ast.If) and "_is_hf_initialized" in ast.unparse(node.test):
+            found |= {id(inner) for inner in ast.walk(node)}
+    return found
+
+
+def _tensors(method: ast.AST) -> set[str]:
+    """The variables that hold parameters: from a loop over them, or taken off a module."""
+    found: set[str] = set()
+    for node in ast.walk(method):
+        if isinstance(node, ast.For) and "parameters()" in ast.unparse(node.iter):
+            found |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.Assign) and re.search(r"\.(weight|bias)$", ast.unparse(node.value)):
+            found |= {goal.id for goal in node.targets if isinstance(goal, ast.Name)}
+    return found
+
+
+def _alone(call: ast.Call) -> bool:
+    return any(k.arg == "recurse" and isinstance(k.value, ast.Constant) and not k.value.value for k in call.keywords)
+
+
+def _unsaved_buffers(klass: Klass) -> Iterator[tuple[str, ast.Call]]:
+    for call in calls(klass.node):
+        if is_self(call.func, "register_buffer") and _is_false(call, "persistent", 2):
+            yield str(constant(call.args[0]) if call.args else None), call
+
+
+def buffers(folder: Folder) -> Iterator[Finding]:
+    """Buffers that are in no file are computed again after loading, which leaves them as garbage otherwise."""
+    code = live_code(folder)
+    refilled = _refilled(code)
+    starts = [ast.unparse(m) for k in code.classes for m in [k.method("_init_weights")] if m is not None]
+    by_parent = not starts or any("super()._init_weights" in text for text in starts)
+    for klass in code.classes if folder.code else ():
+        rotary = "RotaryEmbedding" in klass.name and "original_inv_freq" in ast.unparse(klass.node)
+        if not code.is_module(klass) or (rotary and by_parent) or any(klass.name in text for text in starts):
+            continue  # transformers 5 itself refills what looks like its own rotary embedding
+        for name, call in _unsaved_buffers(klass):
+            if name not in refilled:
+                what = f"the buffer {name} of {klass.name} is in no file, and nothing computes it again after loading"
+                remedy = "compute it in forward, refill it in _init_weights, or keep it in the file (persistent=True)"
+                yield Finding(judge(FROM_5, folder.releases), what, klass.file.at(call), remedy)
+
+
+def _refilled(code: Code) -> set[str]:
+    """The attributes that are set anew, not from their old value, where loading or a forward pass comes by."""
+    found: set[str] = set()
+    for klass in code.classes:
+        for method in klass.methods():
+            if method.name not in ("_init_weights", "reset_parameters", "forward"):
+                continue
+            for node in ast.walk(method):
+                if isinstance(node, ast.Assign):
+                    goals, value = node.targets, ast.unparse(node.value)
+                    found |= {g.attr for g in goals if isinstance(g, ast.Attribute) and f".{g.attr}" not in value}
+                elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                    if node.func.attr == "register_buffer" and node.args:
+                        found.add(str(constant(node.args[0])))
+                    elif node.func.attr in ("copy_", "constant_", "zeros_", "ones_"):
+                        found |= {a.attr for part in [node.func.value, *node.args[:1]] for a in attributes(part)}
+    return found
+
+
+def _is_false(call: ast.Call, name: str, position: int) -> bool:
+    value = next((k.value for k in call.keywords if k.arg == name), None)
+    if value is None and len(call.args) > position:
+        value = call.args[position]
+    return isinstance(value, ast.Constant) and value.value is False
+
+
+_FACTORIES = {
+    *("tensor", "arange", "linspace", "logspace", "zeros", "ones", "full", "empty", "eye", "rand", "randn", "randint"),
+    *("randperm", "tril", "triu", "outer", "cat", "stack", "pow", "exp", "as_tensor", "from_numpy", "zeros_like"),
+    *("ones_like", "full_like", "hann_window", "hamming_window", "meshgrid"),
+}
+_READS = {"item", "tolist", "numpy"}
+
+
+def init_data(folder: Folder) -> Iterator[Finding]:
+    """`__init__` makes no tensor that is neither parameter nor buffer, and reads no value: there is none yet."""
+    code = live_code(folder)
+    for klass in code.classes:
+        init = klass.method("__init__") if code.is_module(klass) else None
+        if init is None:
+            continue
+        sources = _loop_sources(init)
+        for node in ast.walk(init):
+            text, where = ast.unparse(node) if isinstance(node, (ast.Call, ast.Assign)) else "", klass.file.at(node)
+            if not text or "cpu" in text:
+                continue  # made on the CPU on purpose: it has data
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _READS:
+                source = sources.get(ast.unparse(node.func.value), text)
+                if not node.args and "cpu" not in source and _is_tensor(klass, node.func.value, source):
+                    # newer releases make what linspace returns on the CPU
+                    span = Span((5, 0), (5, 9)) if "torch.linspace" in source else FROM_5
+                    what = f"{klass.name}.__init__ calls .{node.func.attr}(), but it runs without data (on meta)"
+                    yield Finding(judge(span, folder.releases), what, where, "compute the number with Python or math")
+            elif isinstance(node, ast.Assign) and any(is_self(g) for g in node.targets) and _factory(klass, node.value):
+                what = f"{ast.unparse(node.targets[0])} of {klass.name} is a plain tensor: it stays on meta"
+                remedy = "compute it in forward, or register it as a buffer that is saved"
+                yield Finding(judge(FROM_5, folder.releases), what, where, remedy)
+
+
+def _factory(klass: Klass, node: ast.AST) -> bool:
+    """Whether an expression ends in a tensor made by torch: `torch.arange(8)`, `torch.ones(2).tril()`, `1 / torch…`."""
+    if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Attribute):
+            if node.func.attr in _READS:
+                return False
+            dotted = klass.file.dotted(node.func)
+            return (
+                dotted.startswith("torch.") and dotted.count(".") == 1 and node.func.attr in _FACTORIES
+            ) or _factory(klass, node.func.value)
+        return False
+    if isinstance(node, ast.BinOp):
+        return _factory(klass, node.left) or _factory(klass, node.right)
+    if isinstance(node, ast.UnaryOp):
+        return _factory(klass, node.operand)
+    return isinstance(node, ast.Subscript) and _factory(klass, node.value)
+
+
+def _loop_sources(init: ast.AST) -> dict[str, str]:
+    """What each loop variable goes through, as text."""
+    loops = [node for node in ast.walk(init) if isinstance(node, (ast.comprehension, ast.For))]
+    return {ast.unparse(loop.target): ast.unparse(loop.iter) for loop in loops}
+
+
+def _is_tensor(klass: Klass, node: ast.AST, source: str) -> bool:
+    """Whether `.item()` and the like are called on a tensor: anything but what is plainly NumPy's or a config's."""
+    if re.search(r"\b(np|numpy|torch\.(Float|Long)?Tensor)\b", source):
+        return False  # `torch.Tensor(…)`, unlike `torch.tensor(…)`, is on the CPU whatever the default device
+    names = {klass.file.dotted(n).split(".")[0] for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
+    return "config" not in names or "torch" in names
+
+
+CHECKS = {"init weights": init_weights, "buffers": buffers, "data in __init__": init_data}

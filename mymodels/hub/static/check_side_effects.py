@@ -1,0 +1,376 @@
+"""Code that changes the process it is loaded into: settings of torch, seeds, the environment, other people's classes.
+
+A model is loaded into a process that does other things too. What it changes there when it is imported, made or called
+changes these as well, and nobody looks for the reason in a model's file. Read here; `isolated/side_effects.py` compares.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from .code_tree import constant
+from .meanings import words
+from .reading import MAIN, Reader, readers
+from .repo_snapshot import Finding, Folder
+
+# full name of what is called → what that changes, and what to do instead
+_CALLS: list[tuple[str, str, str]] = [
+    (
+        r"torch\.(random\.)?(manual_seed|seed|set_rng_state)|torch\.(cuda|mps|xpu)\.(random\.)?(manual_seed|seed|set_rng_state)(_all)?|"
+        r"numpy\.random\.(seed|set_state)|random\.(seed|setstate)|transformers\.(\w+\.)*(set_seed|enable_full_determinism)|"
+        r"accelerate\.(\w+\.)*set_seed|(pytorch_)?lightning\.(\w+\.)*seed_everything|torch\.default_generator\.(manual_seed|seed|set_state)",
+        "sets the random seed of the whole process",
+        "leave seeds to the caller, or draw from a torch.Generator of your own",
+    ),
+    (
+        r"torch\.(set_default_dtype|set_default_tensor_type|set_default_device)",
+        "changes the default dtype or device of the whole process",
+        "pass dtype= and device= where tensors are made",
+    ),
+    (
+        r"torch\.(autograd\.(grad_mode\.)?)?(set_grad_enabled|set_detect_anomaly)|torch\._C\._set_grad_enabled|"
+        r"torch\.(autograd\.grad_mode\.)?(no_grad|inference_mode|enable_grad)(\(\))?\.__enter__",
+        "switches gradients on or off for the whole process",
+        "use `with torch.no_grad():` around what needs it",
+    ),
+    (
+        r"torch\.(set_num_threads|set_num_interop_threads)|(mkl|numexpr)\.set_num_threads",
+        "sets the number of threads of the whole process",
+        "leave it to the caller",
+    ),
+    (
+        r"torch\.(use_deterministic_algorithms|set_deterministic_debug_mode|set_float32_matmul_precision|set_flush_denormal|"
+        r"set_printoptions|set_warn_always|set_autocast\w*|set_vital)|numpy\.(seterr|setbufsize|set_printoptions|seterrcall)|"
+        r"torch\.backends\.(\w+\.)*(enable_\w+|set_\w+|allow_\w+|fp32_\w+)|torch\._C\.(_jit_set_\w+|_set_\w+|_jit_override\w+)|"
+        r"torch\.jit\.(set_fusion_strategy|enable_onednn_fusion)|torch\.cuda\.(set_device|set_per_process_memory_fraction|"
+        r"memory\.\w*set\w*)|torch\.multiprocessing\.set_\w+|torch\._dynamo\.(reset|config\.\w+)|torch\._logging\.set_logs|"
+        r"decimal\.(setcontext)|tensorflow\.(config\.\w+\.set_\w+|random\.set_seed)",
+        "changes a setting of torch or NumPy for the whole process",
+        "leave it to the caller",
+    ),
+    (
+        r"os\.(putenv|unsetenv)|os\.environ\.(update|setdefault|pop|popitem|clear|__setitem__|__delitem__)",
+        "changes environment variables",
+        "leave them to the caller",
+    ),
+    (
+        r"os\.(chdir|fchdir|umask|nice|setpgid|setsid|setpriority)|resource\.setrlimit|locale\.setlocale|time\.tzset|"
+        r"socket\.setdefaulttimeout|multiprocessing\.set_\w+|sys\.set\w+|gc\.(disable|freeze|set_threshold)|"
+        r"asyncio\.set_event_loop\w*|faulthandler\.\w+|tracemalloc\.start",
+        "changes the state of the process",
+        "leave it to the caller",
+    ),
+    (
+        r"warnings\.(filterwarnings|simplefilter|resetwarnings)",
+        "changes which warnings the whole process shows",
+        "use `with warnings.catch_warnings():` around what warns",
+    ),
+    (
+        r"logging\.(basicConfig|disable|captureWarnings|setLoggerClass|addLevelName|config\.\w+)|logging\.root\.\w+|"
+        r"transformers\.(\w+\.)*logging\.(set_verbosity\w*|disable_\w+|enable_\w+|add_handler|remove_handler)|"
+        r"datasets\.(\w+\.)*(set_verbosity\w*|disable_\w+)|absl\.logging\.set_\w+|loguru\.logger\.(add|remove|disable)",
+        "changes the logging of the whole process",
+        "use logging.get_logger(__name__), and leave levels to the caller",
+    ),
+    (
+        r"sys\.(path|meta_path|path_hooks|modules|argv)\.(append|insert|extend|remove|pop|clear|update|setdefault|__setitem__)|"
+        r"site\.addsitedir",
+        "changes what the whole process imports",
+        "import siblings by `from .name import …`",
+    ),
+    (
+        r"signal\.(signal|alarm|setitimer|pthread_sigmask|set_wakeup_fd|siginterrupt)|atexit\.(un)?register|os\.register_at_fork|"
+        r"threading\.(settrace|setprofile|excepthook|stack_size)|weakref\.finalize",
+        "registers code that runs at a signal, a fork or the end of the process",
+        "do not: a model has no need of it",
+    ),
+    (
+        r"threading\.(Thread|Timer)|_thread\.start_new(_thread)?|concurrent\.futures\.(thread\.)?ThreadPoolExecutor|"
+        r"multiprocessing\.(pool\.)?(ThreadPool|Manager|dummy\.Pool)|queue\.Queue\.start|asyncio\.(run|new_event_loop|get_event_loop)",
+        "starts threads",
+        "do not: a model has no need of them",
+    ),
+]
+_EFFECTS = [(re.compile(rf"({pattern})$"), does, remedy) for pattern, does, remedy in _CALLS]
+_SCOPED = re.compile(  # as a context manager each undoes itself
+    r"torch\.(autograd\.(grad_mode\.)?)?(set_grad_enabled|set_detect_anomaly|set_default_device)$|concurrent\.futures\.|multiprocessing\."
+)
+_GUARDS = re.compile(r"warnings\.catch_warnings$|torch\.(random\.)?fork_rng$|torch\.\w+\.\w+\.flags$|\.fork_rng$")
+_WORK = re.compile(
+    r"transformers\.(Trainer|Seq2SeqTrainer|pipeline)$|accelerate\.Accelerator$|torch\.(autograd\.backward|distributed\.init_process_group)$|"
+    r"time\.sleep$|builtins\.(input|exit|quit|breakpoint)$|sys\.exit$|torch\.optim\.\w+$|datasets\.load_dataset$"
+)
+_WORK_METHODS = {
+    "backward",
+    "step",
+    "train_batch",
+    "fit",
+    "from_pretrained",
+    "zero_grad",
+    "save_pretrained",
+    "push_to_hub",
+}
+_RANDOM = re.compile(
+    r"torch\.(rand|randn|randint|randperm|normal|multinomial|bernoulli)(_like)?$|(numpy\.random|random)\.(?!(seed|setstate|set_state|"
+    r"Random|SystemRandom|default_rng|Generator|RandomState|SeedSequence|getstate|get_state)$)[a-z]\w*$|torch\.nn\.init\.\w+_$"
+)
+_LAYER = re.compile(
+    r"torch\.nn\.(Linear|Bilinear|Conv\w+|Embedding(Bag)?|LSTM|GRU|RNN|\w+Cell|MultiheadAttention|Transformer\w*)$"
+)
+_REGISTRIES = re.compile(
+    r"(ALL_\w*FUNCTIONS|ACT2FN|ACT2CLS|ROPE_\w+FUNCTIONS|\w*_MAPPING|\w*_REGISTRY|AttentionInterface|AttentionMaskInterface)$"
+)
+_STOCK_KEYS = words(
+    "eager sdpa flash_attention_2 flash_attention_3 flex_attention paged_attention sdpa_paged eager_paged default linear dynamic "
+    "yarn longrope llama3 proportional gelu relu silu swish tanh sigmoid gelu_new gelu_fast quick_gelu gelu_pytorch_tanh "
+    "gelu_python mish relu2 relu6 leaky_relu laplace"
+)
+
+
+def side_effects(folder: Folder) -> Iterator[Finding]:
+    """Everything that changes the process: when the code is imported, when a model is made, and when it is called."""
+    own = {node.name for reader in readers(folder) for node, _ in reader.nodes if isinstance(node, ast.ClassDef)}
+    for reader in readers(folder):
+        if reader.live:
+            yield from _settings(reader)
+            yield from _assignments(reader)
+            yield from _work(reader, own)
+
+
+def _finding(reader: Reader, node: ast.AST, inside: str, does: str, remedy: str, status: str = "") -> Finding:
+    what = f"{reader.file.name} {does}, {reader.moment(inside)}"
+    return Finding(status or _status(reader, inside), what, reader.file.at(node), remedy)
+
+
+def _status(reader: Reader, inside: str) -> str:
+    """What runs when the code is imported or a model is made or called is a failure; what some function may do, is not."""
+    used = reader.runs_at_import(inside) or inside in _USED or inside in reader.used
+    return "failed" if used and inside != MAIN else "warning"
+
+
+_USED = {
+    "forward",
+    "__init__",
+    "__call__",
+    "post_init",
+    "_init_weights",
+    "__post_init__",
+    "from_pretrained",
+    "_from_config",
+}
+
+
+def _settings(reader: Reader) -> Iterator[Finding]:
+    for call, names, inside in reader.calls:
+        effect = next(((name, e) for name in sorted(names) for e in _EFFECTS if e[0].match(name)), None)
+        if isinstance(call, ast.Call) and effect and not _undone(reader, call, effect[0]):
+            name, (_, does, remedy) = effect
+            yield _finding(reader, call, inside, f"{does}, by {name}", remedy)
+        elif isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+            yield from _methods(reader, call, inside)
+    for node, inside in reader.nodes:  # a decorator is called too: @torch.set_grad_enabled is none, @atexit.register is
+        for decorator in getattr(node, "decorator_list", []):
+            for name in reader.meanings.names(decorator) if not isinstance(decorator, ast.Call) else ():
+                for pattern, does, remedy in _EFFECTS:
+                    if pattern.match(name) and not _SCOPED.match(name):
+                        yield _finding(reader, decorator, inside, f"{does}, by {name}", remedy)
+
+
+def _methods(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
+    """Calls of methods of something that is itself called: `torch.no_grad().__enter__()`, `getLogger().setLevel()`."""
+    assert isinstance(call.func, ast.Attribute)
+    of, method = call.func.value, call.func.attr
+    sources = [of, *reader.meanings.values.get(of.id, ())[:4]] if isinstance(of, ast.Name) else [of]
+    for source in sources:
+        if not isinstance(source, ast.Call):
+            continue
+        made = reader.meanings.names(source.func)
+        if method == "__enter__" and any(
+            re.match(r"torch\.(\w+\.)*(no_grad|inference_mode|set_grad_enabled)$", n) for n in made
+        ):
+            remedy = "use `with torch.no_grad():` around what needs it"
+            yield _finding(
+                reader, call, inside, "switches gradients on or off for the whole process, by __enter__", remedy
+            )
+        elif method in ("setLevel", "addHandler", "removeHandler", "addFilter") and any(
+            re.match(r"logging\.getLogger$|transformers\.(\w+\.)*get_logger$", name) for name in made
+        ):
+            given = source.args[0] if source.args else None
+            if given is None or isinstance(constant(given), str):
+                remedy = "leave the levels of other loggers to the caller"
+                yield _finding(reader, call, inside, f"changes another logger, by {method}", remedy)
+
+
+def _undone(reader: Reader, call: ast.Call, name: str) -> bool:
+    """Whether a `with` around the call takes its effect back, or the call is itself the context manager."""
+    node: ast.AST | None = call
+    while node is not None:
+        parent = reader.parent(node)
+        if isinstance(parent, ast.withitem) and node is call and _SCOPED.match(name):
+            return True
+        if isinstance(parent, (ast.With, ast.AsyncWith)) and not isinstance(node, ast.withitem):
+            for item in parent.items:
+                guard = item.context_expr
+                for made in reader.meanings.names(guard.func if isinstance(guard, ast.Call) else guard):
+                    if _GUARDS.search(made):
+                        return True
+        if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node in parent.decorator_list:
+            return node is call and bool(_SCOPED.match(name))
+        node = parent if not isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+    return False
+
+
+def _assignments(reader: Reader) -> Iterator[Finding]:
+    """What is assigned to, or deleted from, things that are not the folder's own."""
+    for node, inside in reader.nodes:
+        targets: list[ast.expr] = []
+        if isinstance(node, (ast.Assign, ast.Delete)):
+            targets = [t for target in node.targets for t in getattr(target, "elts", [target])]
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target] if node.value is not None else []
+        for target in targets:
+            if isinstance(target, (ast.Attribute, ast.Subscript)):
+                key = reader.meanings.text(target.slice) if isinstance(target, ast.Subscript) else target.attr
+                yield from _changed(reader, node, inside, target.value, key, isinstance(target, ast.Subscript))
+        if isinstance(node, ast.Call):
+            names = reader.meanings.names(node.func)
+            method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            if names & {"builtins.setattr", "builtins.delattr", "unittest.mock.patch.object"} and len(node.args) > 1:
+                yield from _changed(reader, node, inside, node.args[0], reader.meanings.text(node.args[1]), False)
+            elif method in ("register", "update", "pop", "clear", "setdefault", "__setitem__") and isinstance(
+                node.func, ast.Attribute
+            ):
+                yield from _registered(reader, node, inside, node.func.value)
+
+
+def _changed(
+    reader: Reader, node: ast.AST, inside: str, of: ast.expr, key: str | None, entry: bool
+) -> Iterator[Finding]:
+    own = reader.file.names | {}
+    for name in sorted(reader.meanings.names(of)):
+        shown = f"{name}.{key or '…'}"
+        if name.startswith(("globals()", "builtins.super", ".")) or (
+            name.partition(".")[0] == "builtins" and name != "builtins"
+        ):
+            continue
+        if name == "os.environ":
+            yield _finding(
+                reader,
+                node,
+                inside,
+                f"changes environment variables, by os.environ[{key!r}]",
+                "leave them to the caller",
+            )
+        elif name.startswith(("torch.backends", "torch._dynamo", "torch._inductor", "torch._functorch")):
+            yield _finding(
+                reader,
+                node,
+                inside,
+                f"changes a setting of torch for the whole process, {shown}",
+                "leave it to the caller",
+            )
+        elif name in ("sys.modules", "sys.path") or (name == "sys" and key in ("path", "modules", "meta_path", "argv")):
+            remedy = "import siblings by `from .name import …`"
+            yield _finding(reader, node, inside, f"changes what the whole process imports, {shown}", remedy)
+        elif entry:
+            if _is_stock_entry(name, key):
+                remedy = "register it under a name of its own, and name that in the config"
+                yield _finding(
+                    reader, node, inside, f"replaces {key!r} in {name}, for every model of the process", remedy
+                )
+        elif _is_foreign(name) and (not isinstance(of, ast.Name) or of.id in own or _is_class(name)):
+            remedy = "derive a class of your own instead of changing another's"
+            yield _finding(
+                reader, node, inside, f"changes {shown}, which is not its own, for the whole process", remedy
+            )
+
+
+def _is_foreign(name: str) -> bool:
+    """A module or class of another package; what a call returned or what an instance holds is not meant."""
+    return bool(re.match(r"[A-Za-z_]\w*(\.\w+)*$", name)) and not name.startswith("builtins.")
+
+
+def _is_class(name: str) -> bool:
+    return name.rpartition(".")[2][:1].isupper()
+
+
+def _is_stock_entry(name: str, key: str | None) -> bool:
+    if name == "transformers.models" or not _REGISTRIES.search(name):
+        return False
+    return key is None or key in _STOCK_KEYS or key in _model_types()
+
+
+@lru_cache(maxsize=1)
+def _model_types() -> frozenset[str]:
+    """The names of the families that the installed transformers has."""
+    from importlib.util import find_spec
+
+    spec = find_spec("transformers")
+    models = Path(spec.origin).parent / "models" if spec is not None and spec.origin else None
+    return frozenset(path.name for path in models.iterdir() if path.is_dir()) if models is not None else frozenset()
+
+
+def _registered(reader: Reader, call: ast.Call, inside: str, of: ast.expr) -> Iterator[Finding]:
+    """`ALL_ATTENTION_FUNCTIONS.register("sdpa", …)`, `ACT2FN.update({"gelu": …})`, `AutoConfig.register("bert", …)`."""
+    assert isinstance(call.func, ast.Attribute)
+    for name in sorted(reader.meanings.names(of)):
+        first = call.args[0] if call.args else None
+        keys = (
+            [reader.meanings.text(key) for key in first.keys]
+            if isinstance(first, ast.Dict)
+            else [reader.meanings.text(first)]
+        )
+        auto = re.search(r"transformers\.(\w+\.)*Auto(Config|Model\w*|Tokenizer)$", name)
+        if auto and not any(key in _model_types() for key in keys):
+            continue
+        for key in keys:
+            if key is not None and (auto or _is_stock_entry(name, key)):
+                remedy = "register it under a name of its own, and name that in the config"
+                what = f"replaces {key!r} in {name}, for every model of the process"
+                yield _finding(reader, call, inside, what, remedy)
+                break
+
+
+def _work(reader: Reader, own: set[str]) -> Iterator[Finding]:
+    """What a file does as soon as it is imported, beside defining things."""
+    remedy = "leave nothing at the top of the file but definitions"
+    for node, inside in reader.nodes:
+        if not reader.runs_at_import(inside):
+            continue
+        if isinstance(node, ast.While) and isinstance(node.test, ast.Constant) and node.test.value:
+            yield _finding(reader, node, inside, "loops without an end in sight", remedy)
+        if not isinstance(node, ast.Call):
+            continue
+        names, method = reader.meanings.names(node.func), getattr(node.func, "attr", "")
+        name = min((n for n in names if _WORK.match(n)), default="")
+        made = isinstance(node.func, ast.Name) and node.func.id in own and _is_model(reader, node.func.id)
+        layer = min((n for n in names if _LAYER.match(n)), default="")
+        drawn = min((n for n in names if _RANDOM.match(n)), default="")
+        if (
+            name
+            or made
+            or layer
+            or (method in _WORK_METHODS and not any(n.startswith(("itertools", "time")) for n in names))
+        ):
+            yield _finding(reader, node, inside, f"does work: {ast.unparse(node.func)[:60]}()", remedy)
+        elif drawn:
+            yield _finding(reader, node, inside, f"draws random numbers, by {drawn}", remedy)
+        elif names & {"builtins.print"}:
+            yield _finding(reader, node, inside, "prints", "use logging.get_logger(__name__)", "warning")
+        elif names & {"builtins.open", "io.open", "json.load", "torch.load"} and "builtins.open" in names:
+            yield _finding(
+                reader, node, inside, "opens a file", "open it where a model is made, from its folder", "warning"
+            )
+
+
+def _is_model(reader: Reader, name: str) -> bool:
+    for node, _ in reader.nodes:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            bases = {reader.file.dotted(base).rpartition(".")[2] for base in node.bases}
+            return any(re.search(r"(Module|Model|For[A-Z]\w+)$", base) for base in bases)
+    return re.search(r"(Model|For[A-Z]\w+)$", name) is not None
+
+
+CHECKS = {"side effects": side_effects}

@@ -1,0 +1,136 @@
+"""The model, its tokenizer, and what it is asked for, from a folder or the Hub."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoints.load_errors import (
+    asks_for_trust,
+    code_of_its_own,
+    fit_tokenizer,
+    refuse_mismatched,
+    refusing,
+    without_load_report,
+)
+from ..checkpoints.opening import locate
+from ..checkpoints.safetensors_files import read_json
+from ..messages import first_line
+from ..training.preprocessing import longest_input
+from .tasks import TASKS, Embedding, Task
+
+
+def load_task(
+    source: str | os.PathLike,
+    task: str | None = None,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_length: int | None = None,
+    max_new_tokens: int = 50,
+    top_k: int | None = None,
+) -> tuple[Task, list[str]]:
+    """A model ready to answer, and what a user should know about it, a sentence each; arguments as of `predict`.
+
+    Raises:
+        ValueError: the task is none, or its weights are not there; the folder brings code that is not trusted; model and
+            tokenizer do not fit each other.
+        OSError: there is no such folder or Hub repo.
+    """
+    device = _device(device)
+    path = locate(source, revision=revision)
+    if not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        remedy = (
+            "merge the adapter into its model first (merge_and_unload)" if adapter else "name the folder of a model"
+        )
+        raise ValueError(f"{path} has no config.json: {remedy}")
+    chosen = _choose(task, read_json(path / "config.json"), source)
+    model, notes = _load_model(chosen, path, source, trust_remote_code, dtype)
+    cutter = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
+    fit_tokenizer(model, cutter, source, "pass the right one by --tokenizer")
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = cutter.pad_token_id
+    longest = longest_input(model, cutter, None)
+    if chosen is TASKS["text-generation"]:
+        longest -= max_new_tokens
+        if longest < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a text: lower it")
+    if max_length is not None and not 0 < max_length <= longest:
+        raise ValueError(f"max_length={max_length}, but here it may be 1 to {longest}")
+    options = {"max_length": max_length or longest, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    ready = chosen(model.to(device).eval(), cutter, **options)  # type: ignore[arg-type]
+    if isinstance(ready, Embedding):
+        ready.pooled = not notes
+    return ready, notes
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA fails an assertion
+        raise ValueError(f"device={str(device)!r} cannot be used here: {first_line(error)}") from error
+
+
+def _choose(task: str | None, config: Mapping[str, Any], source: Any) -> type[Task]:
+    """The task of that name, or the one that the folder's class is for."""
+    if task is not None:
+        if task not in TASKS:
+            raise ValueError(f"task={task!r}: choose one of {', '.join(TASKS)}")
+        return TASKS[task]
+    name = next(iter(config.get("architectures") or []), "")
+    for kind in sorted(TASKS.values(), key=lambda kind: kind is Embedding):  # …LMHeadModel ends in Model too
+        if name.endswith(kind.heads):
+            return kind
+    raise ValueError(
+        f"{source} is a {name or 'model of unnamed class'}, which says nothing about texts by itself: choose --task, such as "
+        "feature-extraction"
+    )
+
+
+def _load_model(
+    task: type[Task], path: Path, source: Any, trust_remote_code: bool, dtype: str | torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    try:
+        with without_load_report(), refusing(source):
+            model, info = getattr(transformers, task.auto_class).from_pretrained(
+                path,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(f"{source} has no {task.auto_class}: choose another --task") from error
+        raise
+    refuse_mismatched(info, source)
+    missing = sorted(info["missing_keys"])
+    if task is Embedding and missing and all("pooler." in name for name in missing):
+        return model, ["it has no weights for the pooling: embeddings are the mean of the hidden states"]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{source} has no weights for {', '.join(missing[:3])}{more}, so {type(model).__name__} would answer at random: "
+            "choose another --task"
+        )
+    return model, []
+
+
+def _load_tokenizer(path: Any, source: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of many kinds, by what is missing
+        if asks_for_trust(error):
+            raise code_of_its_own(source) from error
+        raise ValueError(
+            f"{path} has no tokenizer that can be loaded ({first_line(error)}): pass --tokenizer PATH"
+        ) from error

@@ -1,0 +1,241 @@
+"""The model and the tokenizer that a fine-tuning starts from, whatever they are given as."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoints.load_errors import fit_tokenizer, refusing, without_load_report
+from ..checkpoints.opening import locate
+from ..checkpoints.safetensors_files import read_json
+from ..messages import first_line
+from ..released import own_code, reader
+from ..warmstart import warm_start
+
+HEADS = {"classification": "ForSequenceClassification", "causal": "ForCausalLM", "masked": "ForMaskedLM"}
+_OURS = {"mygpt2": "causal", "mybert": "masked"}
+
+
+@dataclass
+class Start:
+    """What is fine-tuned.
+
+    Attributes:
+        kind: a key of `HEADS`.
+        new: names of the parameters that come from no checkpoint, and of a classifier's head.
+        hub_id: of the model, if it came from the Hub.
+        how: a sentence.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    kind: str
+    new: list[str] = field(default_factory=list)
+    hub_id: str | None = None
+    how: str = ""
+
+
+def known_labels(model: PreTrainedModel | str | os.PathLike, revision: str | None = None) -> list[str]:
+    """The labels of a classifier, by number; none of a model whose labels nobody has named."""
+    if isinstance(model, PreTrainedModel):
+        found: Mapping[Any, str] = model.config.id2label or {}
+    else:
+        path = locate(model, revision=revision)
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        found = config.get("id2label") or {} if "ForSequenceClassification" in str(config.get("architectures")) else {}
+    names = [str(found[number]) for number in sorted(found, key=int)]
+    return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def start(
+    model: PreTrainedModel | str | os.PathLike,
+    task: str,
+    *,
+    labels: Sequence[str] | None = None,
+    to: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Start:
+    """Load what `finetune` was given; its arguments. The weights are float32, so that small steps count.
+
+    Raises:
+        ValueError: the model has no such head, or another number of labels, or no tokenizer.
+        OSError: there is no such folder or Hub repo.
+    """
+    known = known_labels(model, revision) if task == "classification" else []
+    if isinstance(model, PreTrainedModel):
+        if to or overrides:
+            raise ValueError("a model in memory is trained as it is: leave out to= and overrides=")
+        found = _in_memory(model, task, labels, tokenizer)
+    else:
+        found = _from_checkpoint(model, task, labels, to, dict(overrides or {}), tokenizer, revision, trust_remote_code)
+    if task == "classification":
+        inside = f"{found.model.base_model_prefix}."
+        head = [name for name, _ in found.model.named_parameters() if not name.startswith(inside)]
+        found.new = list(dict.fromkeys([*found.new, *head]))
+        if labels is not None and known and len(known) == len(labels) and list(labels) != known:
+            _forget(found.model, inside)
+            if not (overrides or {}).get("class_weights") and getattr(found.model.config, "class_weights", None):
+                found.model.config.class_weights = None
+            found.how += f", but with a new head, as its labels were {', '.join(known[:6])}{', …' * (len(known) > 6)}"
+    _fit_tokenizer(found)
+    return found
+
+
+def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, tokenizer: Any) -> Start:
+    name = type(model).__name__
+    kind = next((kind for kind, head in HEADS.items() if name.endswith(head)), "causal" if "LMHead" in name else "")
+    if not kind or (kind == "classification") != (task == "classification"):
+        raise ValueError(f"{name} is no model for --task {task}: give one that ends in {_wanted(task)}")
+    if labels is not None:
+        if model.config.num_labels != len(labels):
+            raise ValueError(
+                f"{name} has num_labels={model.config.num_labels}, but the data have {len(labels)} labels: make it with "
+                f"num_labels={len(labels)}"
+            )
+        _label(model.config, labels)
+    if tokenizer is None:
+        raise ValueError("a model in memory does not say how to cut texts into tokens: pass tokenizer=")
+    return Start(model.float(), _tokenizer(tokenizer, False), kind, how=f"{name} in memory")
+
+
+def _from_checkpoint(
+    source: str | os.PathLike,
+    task: str,
+    labels: Sequence[str] | None,
+    to: str | None,
+    overrides: dict[str, Any],
+    tokenizer: Any,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Start:
+    path = locate(source, revision=revision)
+    hub_id = None if Path(source).expanduser().exists() else str(source)
+    raw = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    own = raw.get("model_type") if raw.get("model_type") in _OURS and not own_code(raw, reader(path)) else None
+    to = to or (own if overrides else None)
+    if to is not None:
+        if to not in _OURS:
+            raise ValueError(f"to={to!r}: mymodels has {' and '.join(_OURS)}")
+        kind = "classification" if task == "classification" else _OURS[to]
+        if labels is not None:
+            named = PretrainedConfig()
+            _label(named, labels)
+            shown = {name: getattr(named, name) for name in ("id2label", "label2id", "problem_type")}
+            overrides = {"class_weights": None} | shown | overrides if to == "mybert" else shown | overrides
+        how: dict[str, Any] = {"overrides": overrides, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
+        report = warm_start(to, path, head=HEADS[kind], dtype="float32", revision=revision, **how)
+        assert report.model is not None
+        new = [name for row in report.rows if row.status == "new" for name in row.targets]
+        cut = tokenizer if tokenizer is not None else report.tokenizer
+        told = f"{type(report.model).__name__}, warm-started from {source}: {_told(new)}"
+        return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, told)
+    if not raw:
+        raise ValueError(f"{path} has no config.json: name the folder of a model, or say --to mygpt2 or --to mybert")
+    with refusing(source):
+        config, unknown = AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **overrides
+        )
+    if unknown:
+        raise ValueError(
+            f"{source} is a {config.model_type}, which has no field {', '.join(unknown)}: switches need --to mygpt2 or mybert"
+        )
+    kind = "classification" if task == "classification" else _language_model(config, raw)
+    if labels is not None:
+        _label(config, labels)
+        if len(getattr(config, "class_weights", None) or labels) != len(labels):
+            config.class_weights = None
+    auto_class = getattr(transformers, f"AutoModel{HEADS[kind]}")
+    with without_load_report(), refusing(source):
+        model, info = auto_class.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # a head for other labels
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+    new = sorted({*info["missing_keys"], *mismatched} & dict(model.named_parameters()).keys())
+    base = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
+    if base and set(base) <= set(new):
+        raise ValueError(f"{source}: no weight has the name of one of {type(model).__name__}: see `mymodels inspect`")
+    told = f"{type(model).__name__} from {source}: {_told(new)}"
+    return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, told)
+
+
+def _forget(model: PreTrainedModel, inside: str) -> None:
+    """Draw anew what gives the logits, as if there had been another number of labels."""
+    for name, module in model.named_modules():
+        last = isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
+        if last and not name.startswith(inside):
+            torch.nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+
+
+def _label(config: PretrainedConfig, labels: Sequence[str]) -> None:
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+
+
+def _language_model(config: PretrainedConfig, raw: Mapping[str, Any]) -> str:
+    """`"masked"` for an encoder, `"causal"` for a decoder."""
+    served = {
+        kind: type(config) in getattr(transformers, f"MODEL_FOR_{name}_MAPPING")
+        or f"AutoModel{HEADS[kind]}" in (raw.get("auto_map") or {})
+        for kind, name in (("masked", "MASKED_LM"), ("causal", "CAUSAL_LM"))
+    }
+    if served["masked"] and not getattr(config, "is_decoder", False):
+        return "masked"
+    if served["causal"]:
+        return "causal"
+    raise ValueError(f"{config.model_type} models have no language-model head: choose another model or --task")
+
+
+def _tokenizer(given: Any, trust_remote_code: bool, source: Any = "the model") -> PreTrainedTokenizerBase:
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    try:
+        if given is None:
+            raise OSError("none is there")
+        return AutoTokenizer.from_pretrained(given, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of many kinds, by what is missing
+        where = source if given is None or isinstance(given, Path) else given
+        raise ValueError(
+            f"{where} has no tokenizer that can be loaded ({first_line(error)}): pass --tokenizer PATH"
+        ) from error
+
+
+def _fit_tokenizer(found: Start) -> None:
+    """Make model and tokenizer agree: a token to pad with, on the right, and a row for every token."""
+    model, tokenizer = found.model, found.tokenizer
+    remedy = "take the model's own, or warm-start one with --to and --tokenizer"
+    fit_tokenizer(model, tokenizer, "the model", remedy)
+    if found.kind == "masked" and tokenizer.mask_token is None:
+        raise ValueError(
+            "the tokenizer has no mask token, which a masked language model is trained with: choose another"
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if found.kind == "classification":
+        tokenizer.padding_side = "right"  # positions count from the first token, at inference as in training
+
+
+def _told(new: Sequence[str]) -> str:
+    if not new:
+        return "every weight loaded"
+    return f"new are {', '.join(new[:6])}" + (f" and {len(new) - 6} more" if len(new) > 6 else "")
+
+
+def _wanted(task: str) -> str:
+    return HEADS["classification"] if task == "classification" else f"{HEADS['causal']} or {HEADS['masked']}"

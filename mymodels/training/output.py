@@ -1,0 +1,158 @@
+"""A finished fine-tuning: measured, and written as a Hub repo folder with pictures and card."""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from ..checkpoints.atomic_write import replace_file
+from ..checkpoints.writing import save_model_files, save_tokenizer_files
+from ..hub import build_repo
+from ..hub.card import Card
+from ..hub.own_classes import code_of
+from ..released import is_installed
+from .checkpoint_dirs import list_checkpoints
+from .data import Data
+from .load_base import Start
+from .plots import draw_confusion_matrix, draw_loss_curve
+from .run_record import METRICS
+from .training_state import trial
+from .tuner import is_metric
+
+
+@dataclass
+class FineTuned:
+    """What `finetune` made.
+
+    Attributes:
+        path: the Hub repo folder.
+        model, tokenizer: what is in it.
+        metrics: `"validation"`, and `"test"` if there is a test split → metric → value.
+        history: the Trainer's log: losses, learning rates and metrics by step.
+        best_step: the step whose weights were kept; None if nothing chose.
+        data: texts and labels as they were split.
+        logits: of a classifier, for the validation texts in their order, `[texts, labels]`.
+        confusion_matrix: `[true, predicted]` counts on the validation texts.
+        checkpoint_dir: what else the training left.
+    """
+
+    path: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    metrics: dict[str, dict[str, float]]
+    history: list[dict[str, Any]]
+    best_step: int | None
+    data: Data
+    checkpoint_dir: Path
+    logits: np.ndarray | None = None
+    confusion_matrix: np.ndarray | None = None
+
+
+def measure(
+    trainer: Trainer, examples: Mapping[str, Any], task: str
+) -> tuple[dict[str, dict[str, float]], np.ndarray | None]:
+    """Metrics on validation and test data, and a classifier's validation logits."""
+    found: dict[str, dict[str, float]] = {}
+    logits = None
+    for split in ("validation", "test"):
+        if split not in examples:
+            continue
+        predicted = trainer.predict(examples[split], metric_key_prefix="test")
+        values: Mapping[str, float] = predicted.metrics or {}
+        if split == "validation" and task == "classification":
+            logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+        metrics = {name.removeprefix("test_"): float(value) for name, value in values.items() if is_metric(name)}
+        if task == "lm":
+            metrics["perplexity"] = math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf
+        found[split] = metrics
+    return found, logits
+
+
+def best_step(trainer: Trainer) -> int | None:
+    """The step whose weights the Trainer has loaded at the end."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return int(best.rsplit("-", 1)[-1]) if best else None
+
+
+def write_repo(
+    result: FineTuned, begun: Start, card: Card, task: str, *, max_shard_size: int | str, golden: bool
+) -> None:
+    """The Hub repo folder, from a folder with model, tokenizer and pictures."""
+    for left in result.checkpoint_dir.glob(".finished-????????"):  # by a run that was killed here
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=result.checkpoint_dir, prefix=".finished-") as staging:
+        _write_repo(result, begun, card, task, Path(staging), max_shard_size, golden)
+
+
+def try_to_write_repo(model: PreTrainedModel, where: Path, *, golden: bool) -> None:
+    """Save a model and build its folder in a scratch folder beside the checkpoints, as will be done after the training.
+
+    Golden outputs are recorded where the model's code is not ours: only running it elsewhere shows whether it does.
+
+    Raises:
+        ValueError: it cannot be saved or built, or does not run elsewhere.
+    """
+    known = is_installed(type(model)) or type(model).__module__.startswith("transformers.")
+    with trial(model, where) as scratch:
+        if not known:
+            code_of(model.config, model)
+        save_model_files(model, scratch / "saved", "2GB")
+        build_repo(scratch / "saved", None, scratch / "built", card="# Trial", golden=golden and not known)
+
+
+def _write_repo(
+    result: FineTuned, begun: Start, card: Card, task: str, finished: Path, max_shard_size: int | str, golden: bool
+) -> None:
+    save_model_files(result.model, finished, max_shard_size)
+    save_tokenizer_files(result.tokenizer, finished)
+    pictures = {"loss_curve.png": "Loss on the training and the validation data"}
+    draw_loss_curve(result.history, finished / "loss_curve.png", result.best_step)
+    if result.confusion_matrix is not None and result.data.labels is not None:
+        pictures["confusion_matrix.png"] = "Confusion matrix on the validation data"
+        draw_confusion_matrix(result.confusion_matrix, result.data.labels, finished / "confusion_matrix.png")
+    said = _card(result, begun, card, task, pictures)
+    build_repo(finished, None, result.path, card=said, max_shard_size=max_shard_size, golden=golden)
+
+
+def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapping[str, str]) -> Card:
+    """The user's card, with what the training knows where it says nothing."""
+    data, empty = result.data, Card()
+    split = "test" if "test" in result.metrics else "validation"
+    names = {"f1_macro": "f1 (macro)", "loss": "loss (nats per token)" if task == "lm" else "loss"}
+    last = sorted(result.metrics[split].items(), key=lambda item: item[0] == "loss")  # what people ask for first
+    measured = {names.get(name, name): value for name, value in last}
+    chosen = (
+        f", which also chose the weights (step {result.best_step})"
+        if result.best_step and split == "validation"
+        else ""
+    )
+    rows = getattr(data, split)
+    told: dict[str, Any] = {
+        "metrics": measured,
+        "dataset": f"{len(rows):,} {split} rows of {data.name}{chosen}",
+        "training_data": f"{len(data.train):,} rows of {data.name}"
+        + (f", with the labels {', '.join(data.labels)}." if data.labels and len(data.labels) <= 30 else "."),
+        "base_model": begun.hub_id,
+        "datasets": [data.hub_id] if data.hub_id else [],
+        "pictures": pictures,
+    }
+    return replace(card, **{name: value for name, value in told.items() if getattr(card, name) == getattr(empty, name)})
+
+
+def end(result: FineTuned, keep_checkpoints: bool) -> None:
+    """Write `metrics.json`, which says that the training is finished, and remove the checkpoints."""
+    told = {name: getattr(result, name) for name in ("metrics", "history", "best_step")}
+    told["labels"] = result.data.labels
+    told["confusion_matrix"] = None if result.confusion_matrix is None else result.confusion_matrix.tolist()
+    with replace_file(result.checkpoint_dir / METRICS) as file:
+        file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    if not keep_checkpoints:
+        for old in list_checkpoints(result.checkpoint_dir):
+            shutil.rmtree(old)

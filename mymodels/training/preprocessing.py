@@ -1,0 +1,151 @@
+"""Texts as a model takes them, and how they are put together into batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
+
+from .data import Data
+from .datasets_io import DataError
+
+_BLOCK = 1024  # the longest block of a language model that is made without being asked for
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
+    """The longest example, in tokens.
+
+    Raises:
+        ValueError: `max_length` is more than the model or its tokenizer takes.
+    """
+    config = model.config
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    if getattr(config, "position_embedding_type", "learned") not in ("learned", "absolute"):
+        limits[1] = None  # no table that could end
+    limit = min((n for n in limits if n is not None and n < 10**9), default=_BLOCK)
+    if max_length is not None and not 2 < max_length <= limit:
+        raise ValueError(f"max_length={max_length}, but this model takes 3 to {limit} tokens")
+    return max_length or limit
+
+
+def encode_classification(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+    """Split → examples of `input_ids`, `labels` and what else the tokenizer makes, not padded yet."""
+    cut = 0
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        nonlocal cut
+        encoded = tokenizer(rows["text"], truncation=True, max_length=max_length)
+        full = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
+        if full:  # as long as can be: cut, or just so long
+            longer = tokenizer([rows["text"][i] for i in full], verbose=False)["input_ids"]
+            cut += sum(len(ids) > max_length for ids in longer)
+        return {**encoded, "labels": rows["label"]}
+
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    found = {
+        split: rows.map(
+            encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"encoding {split}"
+        )
+        for split, rows in splits.items()
+        if rows is not None
+    }
+    if cut:
+        total = sum(len(rows) for rows in found.values())
+        data.notes.append(f"{cut} of {total} texts are longer than max_length={max_length} tokens and are cut there")
+    return found
+
+
+def encode_blocks(
+    data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, *, masked: bool, seed: int
+) -> dict[str, Any]:
+    """Split → blocks of `max_length` tokens: the texts one after another, each ending with the end token (BERT: in its
+    special tokens); the rest that fills no block is left out. Of a masked model, the validation blocks are masked here, once.
+    """
+    block = min(max_length, _BLOCK)
+    end = [] if masked or data.is_running_text or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    between = "\n\n" if data.is_running_text else ""
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        texts = [text + between for text in rows["text"]]
+        if masked:
+            return dict(
+                tokenizer(
+                    texts,
+                    return_special_tokens_mask=True,
+                    return_token_type_ids=False,
+                    return_attention_mask=False,
+                    verbose=False,
+                )
+            )
+        return {
+            "input_ids": [ids + end for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        }
+
+    def join(rows: dict[str, list]) -> dict[str, list]:
+        joined = {name: [item for row in column for item in row] for name, column in rows.items()}
+        count = len(joined["input_ids"]) // block
+        blocks = {name: [items[i * block : (i + 1) * block] for i in range(count)] for name, items in joined.items()}
+        if masked:
+            return blocks
+        # nothing predicts a block's first token; left in, the Trainer would count it in the loss's denominator
+        labels = [[-100, *ids[1:]] for ids in blocks["input_ids"]]
+        return blocks | {"attention_mask": [[1] * block] * count, "labels": labels}
+
+    found = {}
+    for split, rows in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        if rows is None:
+            continue
+        ids = rows.map(
+            encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"encoding {split}"
+        )
+        blocks = ids.map(
+            join,
+            batched=True,
+            batch_size=10_000,
+            remove_columns=ids.column_names,
+            load_from_cache_file=False,
+            desc="cutting blocks",
+        )
+        if not len(blocks):
+            tokens = sum(map(len, ids["input_ids"]))
+            raise DataError(
+                f"{data.name}, {split}: {tokens} tokens do not fill one block of {block}: set a shorter max_length, or add text"
+            )
+        found[split] = blocks
+    if masked:
+        for split in found.keys() - {"train"}:
+            set_seed(seed)  # the same places are hidden at every evaluation
+            found[split] = found[split].map(
+                lambda rows: _masked_once(rows, tokenizer),
+                batched=True,
+                remove_columns=["special_tokens_mask"],
+                load_from_cache_file=False,
+                desc="masking",
+            )
+    return found
+
+
+def _masked_once(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    examples = [{name: column[i] for name, column in rows.items()} for i in range(len(rows["input_ids"]))]
+    batch = DataCollatorForLanguageModeling(tokenizer)(examples)
+    return {name: batch[name].tolist() for name in ("input_ids", "labels")}
+
+
+def choose_collator(kind: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """What makes a batch of examples: padded texts, blocks of one length, or blocks with places hidden.
+
+    Args:
+        kind: `"classification"`, `"causal"` or `"masked"`.
+    """
+    if kind == "classification":
+        return DataCollatorWithPadding(tokenizer)
+    if kind == "causal":
+        return default_data_collator
+    mask = DataCollatorForLanguageModeling(tokenizer)
+    return lambda examples: default_data_collator(examples) if "labels" in examples[0] else mask(examples)
