@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from .adapters import register_with_peft
-from .models import layers, modeling_mybert, modeling_mygpt2
+from .models import base, modeling_mybert, modeling_mygpt2
 from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
 from .models.modeling_mybert import (
@@ -121,15 +121,15 @@ def _convert_stock_checkpoints() -> None:
 
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("subfolder") and _is_saved_by(cls, pretrained_model_name_or_path):
-            return super(layers.MyPreTrainedModel, cls).from_pretrained(  # type: ignore[misc]
+            return super(base.MyPreTrainedModel, cls).from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *model_args, **kwargs
             )
         from .warmstart.stock import from_pretrained as convert
 
         return convert(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
-    from_pretrained.__doc__ = layers.MyPreTrainedModel.from_pretrained.__doc__
-    layers.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    from_pretrained.__doc__ = base.MyPreTrainedModel.from_pretrained.__doc__
+    base.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 _register()
