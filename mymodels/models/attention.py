@@ -178,6 +178,18 @@ def attend_in_blocks(
     return mixed.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :length], None
 
 
+def positions_in_cache(
+    layers: list[Any], inputs_embeds: torch.Tensor, past_key_values: Any, given: torch.Tensor | None
+) -> torch.Tensor:
+    """`[length]`: where the keys of the input go, behind what the cache of these layers holds; as given, if it is."""
+    if given is not None:
+        return given
+    past = 0
+    if past_key_values is not None:
+        past = past_key_values.get_seq_length(layers[0].self_attn.layer_idx if layers else 0)
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past
+
+
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 

@@ -132,6 +132,14 @@ class MyPreTrainedModel(BridgedModel):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
+    def _cache_wanted(self, use_cache: bool | None, past_key_values: Any) -> tuple[bool, Any]:
+        """Resolve `use_cache` against the config; no cache at all in a training step that computes layers twice."""
+        if self.gradient_checkpointing and self.training:
+            return False, None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return bool(use_cache), past_key_values
+
     def _outputs_wanted(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
         """Resolve the two flags against the config; refuse attentions under a function that eager cannot stand in for."""
         if output_attentions is None:
@@ -153,6 +161,15 @@ class MyPreTrainedModel(BridgedModel):
 
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+
+
+def make_norm(kind: str, width: int, epsilon: float) -> nn.Module:
+    return NORMS[kind](width, eps=epsilon)
+
+
+def own_layers(layers: Any, depth: int | None = None) -> list[Any]:
+    """Those of the first `depth` layers that run here: not the placeholders for other stages of a pipeline."""
+    return [layer for layer in layers[:depth] if not is_elsewhere(layer)]
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .cpu_kernels import linear_by_onednn
+from .cpu_kernels import linear_by_onednn, make_activation
 from .losses import check_loss_is_ours, classification_loss
 from .padding import may_skip_padding, packed_lengths, unpacked
 from .vllm_adapter import FirstTokenLinear, served_class
@@ -27,6 +27,39 @@ def make_classifier(config: PretrainedConfig, bias: bool = True) -> nn.Linear:
     """A linear layer from the hidden states to the labels; under vLLM one that takes its pooled vectors."""
     head = nn.Linear if served_class(config) is None else FirstTokenLinear
     return head(config.hidden_size, config.num_labels, bias=bias)
+
+
+class MyBertPredictionHeadTransform(nn.Module):
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform_act_fn = make_activation(config.hidden_act)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
+
+
+class MyBertLMPredictionHead(nn.Module):
+    """The bias stands beside the tied matrix, not in it: one parameter, under the name stock checkpoints use."""
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        self.transform = MyBertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform(hidden_states)) + self.bias
+
+
+class MyBertOnlyMLMHead(nn.Module):
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        self.predictions = MyBertLMPredictionHead(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.predictions(hidden_states)
 
 
 class EncoderHead:

@@ -16,14 +16,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.utils import can_return_tuple
 
 from .attention import ALL_ATTENTION_FUNCTIONS, bidirectional_mask, eager_attention_forward
-from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_elsewhere
+from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_elsewhere, own_layers
 from .compat import SHARED_OUT_AND_GATHERED, SHARED_OUT_BY_ROWS
 from .configuration_mybert import MyBertConfig
 from .cpu_kernels import in_cache, linear_by_onednn, make_activation
-from .heads import PooledHead, SpanHead, TokenHead, make_classifier
+from .heads import MyBertLMPredictionHead, MyBertOnlyMLMHead, PooledHead, SpanHead, TokenHead, make_classifier
 from .losses import classification_loss  # noqa: F401  what siblings need is imported here too, for releases up to 5.6
 from .padding import lengths_in_rows, sequence_ids_in_rows, skips_padding
-from .pooling import POOLINGS, pool
+from .pooling import POOLINGS, MyBertLayerMix, pool
 from .tokenwise import is_tokenwise  # noqa: F401
 from .vllm_adapter import adapt_encoder, served_class
 
@@ -154,18 +154,6 @@ class MyBertEncoder(nn.Module):
         self.layer = nn.ModuleList(MyBertLayer(config, i) for i in range(config.num_hidden_layers))
 
 
-class MyBertLayerMix(nn.Module):
-    """Softmax-weighted mean of layers (ELMo's scalar mix, arXiv 1802.05365, without its overall scale)."""
-
-    def __init__(self, num_layers: int):
-        super().__init__()
-        self.weights = nn.Parameter(torch.zeros(num_layers))
-
-    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
-        shares = self.weights.softmax(dim=0)
-        return sum(share * layer for share, layer in zip(shares, layers))
-
-
 OLD_POSITION_IDS = r"embeddings\.position_ids$"  # in older stock checkpoints: a table of 0, 1, 2, …
 
 
@@ -204,10 +192,6 @@ class MyBertModel(MyBertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value
 
-    def own_layers(self) -> list[nn.Module]:
-        """The layers that run: those of this stage of a pipeline."""
-        return [layer for layer in self.encoder.layer if not is_elsewhere(layer)]
-
     def mix(self, layers: list[torch.Tensor]) -> torch.Tensor:
         """The last layer's states, or the mix of the last `config.layer_mix`."""
         if self.layer_mix is None or is_elsewhere(self.layer_mix):
@@ -215,7 +199,7 @@ class MyBertModel(MyBertPreTrainedModel):
         if self.config.layer_mix > len(layers):
             raise ValueError(
                 f"layer_mix={self.config.layer_mix} reads layers of an earlier pipeline stage, and this one has only "
-                f"{len(self.own_layers())}: use fewer stages"
+                f"{len(own_layers(self.encoder.layer))}: use fewer stages"
             )
         return self.layer_mix(layers[-self.config.layer_mix :])
 
@@ -256,16 +240,8 @@ class MyBertModel(MyBertPreTrainedModel):
         """
         check_inputs(input_ids, inputs_embeds)
         kwargs.pop("use_cache", None)  # asked of every model by generic callers; an encoder has none
-        outputs = self.encode(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            **kwargs,
-        )
+        kwargs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        outputs = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         if self.pooler is not None and self.served is None:
             states = outputs.last_hidden_state
             lengths = lengths_in_rows(states, position_ids, attention_mask)
@@ -275,17 +251,16 @@ class MyBertModel(MyBertPreTrainedModel):
     @skips_padding(right_padded=True)
     def encode(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: Any,
         attention_mask: Any,
-        token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
+        token_type_ids: Any,
+        position_ids: Any,
+        inputs_embeds: Any,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Run embeddings, layers and their mix. Arguments and outputs as for `forward`, without pooling."""
-        output_attentions, output_hidden_states = self._outputs_wanted(output_attentions, output_hidden_states)
+        wanted = (kwargs.pop("output_attentions", None), kwargs.pop("output_hidden_states", None))
+        output_attentions, output_hidden_states = self._outputs_wanted(*wanted)
         given: Any = input_ids if inputs_embeds is None else inputs_embeds
         sequence_ids = sequence_ids_in_rows(given, position_ids, attention_mask, read=self.served is None)
         if position_ids is None:
@@ -297,7 +272,7 @@ class MyBertModel(MyBertPreTrainedModel):
         mask = bidirectional_mask(self.config, hidden_states, attention_mask, sequence_ids, output_attentions)
 
         all_hidden_states, all_attentions = [hidden_states], []
-        for layer in self.own_layers():
+        for layer in own_layers(self.encoder.layer):
             hidden_states, weights = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -331,39 +306,6 @@ class MyBertForSequenceClassification(PooledHead, MyBertPreTrainedModel):
 
 def make_classifier_dropout(config: MyBertConfig) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
-
-
-class MyBertPredictionHeadTransform(nn.Module):
-    def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act_fn = make_activation(config.hidden_act)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
-
-
-class MyBertLMPredictionHead(nn.Module):
-    """The bias stands beside the tied matrix, not in it: one parameter, under the name stock checkpoints use."""
-
-    def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.transform = MyBertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.transform(hidden_states)) + self.bias
-
-
-class MyBertOnlyMLMHead(nn.Module):
-    def __init__(self, config: MyBertConfig):
-        super().__init__()
-        self.predictions = MyBertLMPredictionHead(config)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.predictions(hidden_states)
 
 
 class MyBertForMaskedLM(TokenHead, MyBertPreTrainedModel):

@@ -21,9 +21,10 @@ from .attention import (
     eager_attention_forward,
     masks_by_layer_type,
     norm_heads,
+    positions_in_cache,
     rotary_cos_sin,
 )
-from .base import NORMS, MyPreTrainedModel, check_ids, check_inputs, check_length, is_elsewhere
+from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_elsewhere, make_norm, own_layers
 from .compat import SHARED_OUT_AND_GATHERED
 from .configuration_mygpt2 import MyGPT2Config
 from .cpu_kernels import dense_mlp, gated_mlp, linear_by_onednn, make_activation, trained_as
@@ -32,10 +33,6 @@ from .losses import causal_lm_loss, next_labels, soft_cap
 from .padding import may_skip_padding, skips_padding
 from .tokenwise import is_tokenwise  # noqa: F401  a file that others need has to be imported here, for older releases
 from .vllm_adapter import adapt_decoder
-
-
-def make_norm(config: MyGPT2Config, width: int) -> nn.Module:
-    return NORMS[config.norm_type](width, eps=config.layer_norm_epsilon)
 
 
 # `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
@@ -67,8 +64,8 @@ class MyGPT2Attention(nn.Module):
         self.o_proj.is_residual_projection = True
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = make_norm(config, config.head_dim)
-            self.k_norm = make_norm(config, config.head_dim)
+            self.q_norm = make_norm(config.norm_type, config.head_dim, config.layer_norm_epsilon)
+            self.k_norm = make_norm(config.norm_type, config.head_dim, config.layer_norm_epsilon)
 
     def forward(
         self,
@@ -92,7 +89,7 @@ class MyGPT2Attention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout, window = self.attention_dropout if self.training else 0.0, self.sliding_window
         mixed, weights = attention(
             self,
             query,
@@ -101,7 +98,7 @@ class MyGPT2Attention(nn.Module):
             attention_mask,
             dropout=dropout,
             scaling=self.scaling,
-            sliding_window=self.sliding_window,
+            sliding_window=window,
             **kwargs,
         )  # [B, T, H, D]
         return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
@@ -141,9 +138,9 @@ class MyGPT2Block(GradientCheckpointingLayer):
     def __init__(self, config: MyGPT2Config, layer_idx: int):
         super().__init__()
         self.layer_type = config.layer_types[layer_idx]
-        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.input_layernorm = make_norm(config.norm_type, config.hidden_size, config.layer_norm_epsilon)
         self.self_attn = MyGPT2Attention(config, layer_idx)
-        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.post_attention_layernorm = make_norm(config.norm_type, config.hidden_size, config.layer_norm_epsilon)
         self.mlp = MLPS[config.mlp_type](config)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -172,7 +169,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.layers = nn.ModuleList(MyGPT2Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = make_norm(config, config.hidden_size)
+        self.norm = make_norm(config.norm_type, config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         adapt_decoder(self)
         self.post_init()
@@ -185,10 +182,6 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
 
     def get_decoder(self) -> nn.Module:
         return self
-
-    def own_layers(self) -> list[MyGPT2Block]:
-        """The blocks that run: those of this stage of a pipeline, as deep as the config says (less for an early exit)."""
-        return [layer for layer in self.layers[: self.config.num_hidden_layers] if not is_elsewhere(layer)]
 
     def embed(
         self, inputs_embeds: torch.Tensor, token_type_ids: torch.Tensor | None, position_ids: torch.Tensor
@@ -245,22 +238,17 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         """
         check_inputs(input_ids, inputs_embeds)
         output_attentions, output_hidden_states = self._outputs_wanted(output_attentions, output_hidden_states)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
+        use_cache, past_key_values = self._cache_wanted(use_cache, past_key_values)
         if inputs_embeds is None:
             check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
 
-        layers, length = self.own_layers(), inputs_embeds.shape[1]
-        cache_position = kwargs.pop("cache_position", None)  # by name in the signature, 5.4 and newer would warn
-        if cache_position is None:
-            first = layers[0].self_attn.layer_idx if layers else 0
-            past = 0 if past_key_values is None else past_key_values.get_seq_length(first)
-            cache_position = torch.arange(length, device=inputs_embeds.device) + past
+        # the depth by the config: assisted decoding with an early exit lowers it for a while
+        layers = own_layers(self.layers, self.config.num_hidden_layers)
+        # `cache_position` by name in the signature, 5.4 and newer would warn
+        cache_position = positions_in_cache(layers, inputs_embeds, past_key_values, kwargs.pop("cache_position", None))
         if position_ids is None and self.config.position_embedding_type == "learned":
-            check_length(length, self.config.max_position_embeddings)
+            check_length(inputs_embeds.shape[1], self.config.max_position_embeddings)
         positions = cache_position[None] if position_ids is None else position_ids
         masks = masks_by_layer_type(
             self.config,

@@ -212,11 +212,13 @@ def skips_padding(forward: Callable | None = None, *, right_padded: bool = False
     """
     if forward is None:
         return partial(skips_padding, right_padded=right_padded)
-    names = list(inspect.signature(forward).parameters)[1:]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
     @functools.wraps(forward)
     def packed(self: PreTrainedModel, *args: Any, skip_padding: bool = True, **kwargs: Any) -> Any:
-        given = dict(zip(names, args)) | kwargs
+        given = defaults | dict(zip(names, args)) | kwargs
         packing = _find_packing(self, given, skip_padding, right_padded)
         if packing is None:
             return forward(self, **given)
@@ -242,7 +244,7 @@ def _find_packing(model: Any, given: dict[str, Any], skip_padding: bool, right_p
     flash = "flash" in implementation
     if not flash and (states.device.type != "cpu" or implementation != "sdpa"):
         return None
-    if _uses_cache(model, given):
+    if "use_cache" in given and any(model._cache_wanted(given["use_cache"], given.get("past_key_values"))):
         return None
     if position_ids is None and states.shape[1] > _position_limit(config):
         return None
@@ -254,18 +256,6 @@ def _find_packing(model: Any, given: dict[str, Any], skip_padding: bool, right_p
         return None
     packing = Packing.find(tuple(states.shape[:2]), attention_mask, lengths, right_padded)
     return packing if packing is None or needed or takes_packed(model) else None
-
-
-def _uses_cache(model: PreTrainedModel, given: dict[str, Any]) -> bool:
-    """Whether keys and values are kept or read; in a checkpointed training step they are not."""
-    if "layer_types" not in vars(model.config):  # an encoder
-        return False
-    if model.gradient_checkpointing and model.training:
-        return False
-    use_cache = given.get("use_cache")
-    if use_cache is None:
-        use_cache = model.config.use_cache and not model.training
-    return bool(use_cache) or given.get("past_key_values") is not None
 
 
 def _position_limit(config: Any) -> float:

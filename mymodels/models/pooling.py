@@ -1,4 +1,4 @@
-"""One vector per sequence: the poolings of MyBert.
+"""What MyBert makes of its layers: a mix of them, and one vector per sequence.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -9,6 +9,18 @@ from transformers import PretrainedConfig
 
 from .padding import unpacked
 from .vllm_adapter import served_class
+
+
+class MyBertLayerMix(nn.Module):
+    """Softmax-weighted mean of layers (ELMo's scalar mix, arXiv 1802.05365, without its overall scale)."""
+
+    def __init__(self, num_layers: int):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(num_layers))
+
+    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        shares = self.weights.softmax(dim=0)
+        return sum(share * layer for share, layer in zip(shares, layers))
 
 
 class MyBertPooler(nn.Module):
