@@ -66,6 +66,15 @@ def rotary_cos_sin(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def rotary_of(
+    config: PretrainedConfig, position_ids: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`rotary_cos_sin` for this config; None if it has no rotary positions."""
+    if config.position_embedding_type != "rope":
+        return None
+    return rotary_cos_sin(position_ids, config.head_dim, config.rope_theta, dtype)
+
+
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn queries or keys `[batch, heads, length, head_dim]` by their positions; half i pairs with half i + d/2."""
     first, second = states.chunk(2, dim=-1)

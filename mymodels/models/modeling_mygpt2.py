@@ -22,7 +22,7 @@ from .attention import (
     masks_by_layer_type,
     norm_heads,
     positions_in_cache,
-    rotary_cos_sin,
+    rotary_of,
 )
 from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_elsewhere, make_norm, own_layers
 from .compat import SHARED_OUT_AND_GATHERED
@@ -89,17 +89,9 @@ class MyGPT2Attention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout, window = self.attention_dropout if self.training else 0.0, self.sliding_window
+        rate, window = self.attention_dropout if self.training else 0.0, self.sliding_window
         mixed, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            sliding_window=window,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=rate, scaling=self.scaling, sliding_window=window, **kwargs
         )  # [B, T, H, D]
         return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
@@ -236,22 +228,23 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         Raises:
             ValueError: none or both of `input_ids` and `inputs_embeds` given; a token or position out of range.
         """
+        config = self.config
         check_inputs(input_ids, inputs_embeds)
         output_attentions, output_hidden_states = self._outputs_wanted(output_attentions, output_hidden_states)
         use_cache, past_key_values = self._cache_wanted(use_cache, past_key_values)
         if inputs_embeds is None:
-            check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+            check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
 
         # the depth by the config: assisted decoding with an early exit lowers it for a while
-        layers = own_layers(self.layers, self.config.num_hidden_layers)
+        layers = own_layers(self.layers, config.num_hidden_layers)
         # `cache_position` by name in the signature, 5.4 and newer would warn
         cache_position = positions_in_cache(layers, inputs_embeds, past_key_values, kwargs.pop("cache_position", None))
-        if position_ids is None and self.config.position_embedding_type == "learned":
-            check_length(inputs_embeds.shape[1], self.config.max_position_embeddings)
+        if position_ids is None and config.position_embedding_type == "learned":
+            check_length(inputs_embeds.shape[1], config.max_position_embeddings)
         positions = cache_position[None] if position_ids is None else position_ids
         masks = masks_by_layer_type(
-            self.config,
+            config,
             layers,
             inputs_embeds,
             attention_mask,
@@ -261,26 +254,20 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             output_attentions,
         )
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = DynamicCache(config=config)
 
-        hidden_states, rotary = self.embed(inputs_embeds, token_type_ids, positions), None
-        if self.config.position_embedding_type == "rope":
-            rotary = rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta, hidden_states.dtype)
+        hidden_states = self.embed(inputs_embeds, token_type_ids, positions)
+        kwargs["rotary"] = rotary_of(config, positions, hidden_states.dtype)
+        kwargs |= {"cache_position": cache_position, "position_ids": positions, "output_attentions": output_attentions}
         all_hidden_states, all_attentions = [], []
         for layer in layers:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             hidden_states, weights = layer(
-                hidden_states,
-                rotary=rotary,
-                attention_mask=masks[layer.layer_type],
-                past_key_values=past_key_values,
-                cache_position=cache_position,
-                position_ids=positions,
-                output_attentions=output_attentions,
-                **kwargs,
+                hidden_states, attention_mask=masks[layer.layer_type], past_key_values=past_key_values, **kwargs
             )
-            all_attentions.append(weights)
+            if output_attentions:
+                all_attentions.append(weights)
         hidden_states = self.norm(hidden_states)
 
         return BaseModelOutputWithPast(
