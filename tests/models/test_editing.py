@@ -40,7 +40,7 @@ GPT2_EDITS = {
     ),
 }
 BERT_EDITS = {
-    "activation": ("self.intermediate_act_fn(self.dense(hidden_states))", "torch.relu(self.dense(hidden_states))"),
+    "activation": ("self.intermediate_act_fn(self.dense(hidden_states))", "torch.tanh(self.dense(hidden_states))"),
     "formula": (
         "self.output(self.intermediate(attended), attended)",
         "self.output(self.intermediate(attended) * 0.5, attended)",
