@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .models import layers, modeling_mybert, modeling_mygpt2
+from .models import base, modeling_mybert, modeling_mygpt2
 from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
 from .released import OwnCodeError, check_code, is_installed
@@ -84,7 +84,7 @@ def prefer_code_of_folders() -> None:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         token = _loading.set(_Loading(pretrained_model_name_or_path, kwargs, True))
         try:
-            return super(layers.MyPretrainedConfig, cls).from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super(base.MyPretrainedConfig, cls).from_pretrained(pretrained_model_name_or_path, **kwargs)
         finally:
             _loading.reset(token)
 
@@ -96,7 +96,7 @@ def prefer_code_of_folders() -> None:
             except OwnCodeError as error:
                 error.reference = (config_dict.get("auto_map") or {}).get("AutoConfig")  # type: ignore[attr-defined]
                 raise
-        return super(layers.MyPretrainedConfig, cls).from_dict(config_dict, **kwargs)
+        return super(base.MyPretrainedConfig, cls).from_dict(config_dict, **kwargs)
 
     def _from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
         named = (getattr(config, "auto_map", None) or {}).get(cls._auto_class)
@@ -106,11 +106,11 @@ def prefer_code_of_folders() -> None:
                 f"the config names {named} for {cls._auto_class}, and {cls.__name__} is not that class: load the "
                 "config by AutoConfig from its folder with trust_remote_code=True, or make the model by its class"
             )
-        return super(layers.MyPreTrainedModel, cls)._from_config(config, **kwargs)  # type: ignore[misc]
+        return super(base.MyPreTrainedModel, cls)._from_config(config, **kwargs)  # type: ignore[misc]
 
-    layers.MyPretrainedConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
-    layers.MyPretrainedConfig.from_dict = classmethod(from_dict)  # type: ignore[assignment]
-    layers.MyPreTrainedModel._from_config = classmethod(_from_config)  # type: ignore[assignment]
+    base.MyPretrainedConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+    base.MyPretrainedConfig.from_dict = classmethod(from_dict)  # type: ignore[assignment]
+    base.MyPreTrainedModel._from_config = classmethod(_from_config)  # type: ignore[assignment]
 
 
 def _forget_its_models(loaded: Any) -> Any:
@@ -144,15 +144,15 @@ def convert_stock_checkpoints() -> None:
         if config is not None:
             if is_installed(cls):
                 check_code(config, pretrained_model_name_or_path, kwargs, saved=True)
-            return super(layers.MyPreTrainedModel, cls).from_pretrained(  # type: ignore[misc]
+            return super(base.MyPreTrainedModel, cls).from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *model_args, **kwargs
             )
         from .warmstart.pretrained import from_pretrained as convert
 
         return convert(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
-    from_pretrained.__doc__ = layers.MyPreTrainedModel.from_pretrained.__doc__
-    layers.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    from_pretrained.__doc__ = base.MyPreTrainedModel.from_pretrained.__doc__
+    base.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 def save_code_of_subclasses() -> None:
@@ -160,13 +160,13 @@ def save_code_of_subclasses() -> None:
 
     def save_model(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         if is_installed(type(self)) and is_installed(type(self.config)):
-            return super(layers.MyPreTrainedModel, self).save_pretrained(save_directory, *args, **kwargs)
+            return super(base.MyPreTrainedModel, self).save_pretrained(save_directory, *args, **kwargs)
         token = _saving.set(self)
         # not transformers' copier, which keeps imports as they are: `save_config` writes the code; 4.x asks for the first,
         # 5.x for the second
         self._auto_class, self.is_remote_code = None, lambda: False
         try:
-            return super(layers.MyPreTrainedModel, self).save_pretrained(save_directory, *args, **kwargs)
+            return super(base.MyPreTrainedModel, self).save_pretrained(save_directory, *args, **kwargs)
         finally:
             _saving.reset(token)
             del self._auto_class, self.is_remote_code
@@ -188,13 +188,13 @@ def save_code_of_subclasses() -> None:
                 os.makedirs(save_directory, exist_ok=True)
             for name, text in files.items():
                 Path(save_directory, name).write_text(text, encoding="utf-8")
-            return super(layers.MyPretrainedConfig, self).save_pretrained(save_directory, *args, **kwargs)
+            return super(base.MyPretrainedConfig, self).save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.auto_map = before
             vars(self).pop("_auto_class", None)
 
-    layers.MyPreTrainedModel.save_pretrained = save_model  # type: ignore[method-assign]
-    layers.MyPretrainedConfig.save_pretrained = save_config  # type: ignore[method-assign]
+    base.MyPreTrainedModel.save_pretrained = save_model  # type: ignore[method-assign]
+    base.MyPretrainedConfig.save_pretrained = save_config  # type: ignore[method-assign]
 
 
 def _of_installed(config_class: Any, auto_map: dict[str, Any]) -> dict[str, Any]:

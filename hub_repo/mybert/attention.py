@@ -1,17 +1,24 @@
-"""Attention, and sequences without padding: what both models share of it.
+"""Attention: written out, in sliding windows, on packed sequences; rotary positions; masks.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
+import copy
 from collections.abc import Callable
-from itertools import groupby
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
-from .layers import readable
+from .compat import (
+    TRANSFORMERS_ATTENTION,
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    readable,
+)
 
 
 def eager_attention_forward(
@@ -59,6 +66,15 @@ def rotary_cos_sin(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def rotary_of(
+    config: PretrainedConfig, position_ids: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`rotary_cos_sin` for this config; None if it has no rotary positions."""
+    if config.position_embedding_type != "rope":
+        return None
+    return rotary_cos_sin(position_ids, config.head_dim, config.rope_theta, dtype)
+
+
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn queries or keys `[batch, heads, length, head_dim]` by their positions; half i pairs with half i + d/2."""
     first, second = states.chunk(2, dim=-1)
@@ -66,128 +82,47 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return (states * cos[:, None] + turned * sin[:, None]).to(states.dtype)  # autocast: states may be narrower
 
 
-def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
-    """Number the sequences packed in each row: a new one starts wherever positions do not go on by one.
+def norm_heads(norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Normalise each head; under autocast the projections are narrower than the norm's weight."""
+    return norm(states.to(norm.weight.dtype)).to(states.dtype)
 
-    `[[0, 1, 2, 0, 1]]` → `[[0, 0, 0, 1, 1]]`.
+
+class ALL_ATTENTION_FUNCTIONS:
+    """transformers' attention functions, each called through `attend`."""
+
+    @staticmethod
+    def get_interface(name: str, default: Callable) -> Callable:
+        function = TRANSFORMERS_ATTENTION.get_interface(name, default)
+        return function if name == "vllm" else partial(attend, function)
+
+
+def attend(
+    function: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packing: Any = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Call an attention `function` in its fastest form: sequence by sequence, in blocks, or as it is.
+
+    With `output_attentions`, `eager_attention_forward` is called in its place. Shapes as there.
     """
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return nn.functional.pad(starts, (1, 0)).cumsum(-1)
-
-
-def packed_lengths(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> list[int] | None:
-    """Lengths of the sequences packed in rows of `position_ids` `[batch, length]`, row by row.
-
-    None if each row is one sequence, if a mask says what sees what, or in a graph that is exported.
-    """
-    if position_ids is None or attention_mask is not None or EXPORTING() or torch.jit.is_tracing():
-        return None
-    return _read_lengths(position_ids)
-
-
-@torch.compiler.disable  # a compiled model stops here to look, rather than take packed sequences for one
-def _read_lengths(position_ids: torch.Tensor) -> list[int] | None:
-    ids = packed_sequence_ids(position_ids)
-    if not ids[:, -1:].any():
-        return None
-    return [length for row in ids for length in row.bincount().tolist()]
-
-
-EXPORTING = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the first: torch 2.7 and newer
-
-
-def counts_padding(labels: torch.Tensor | None, attention_mask: Any) -> bool:
-    """Whether some label other than -100 is for an output at padding, so that padding has to be computed too."""
-    if labels is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != labels.shape:
-        return False
-    return readable() and bool(((labels != -100) & (attention_mask == 0)).any())
-
-
-def unpacked(packed: torch.Tensor, lengths: list[int], padding_value: float = 0) -> torch.Tensor:
-    """Sequences of `lengths` out of packed rows `[batch, length, …]`, each in a row of its own, padded on the right."""
-    return nn.utils.rnn.pad_sequence(packed.flatten(0, 1).split(lengths), True, padding_value)
-
-
-def lengths_for_engine(position_ids: torch.Tensor) -> list[int]:
-    """Lengths of the sequences in the one row that vLLM runs.
-
-    Raises:
-        ValueError: in a compiled graph, where they cannot be read, and where padding may follow.
-    """
-    if not readable():
-        raise ValueError("this pooling needs vLLM's eager mode: add --enforce-eager, or enforce_eager=True for LLM")
-    return packed_lengths(position_ids, None) or [position_ids.shape[1]]
-
-
-def spread(pooled: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """A vector per sequence, `[sequences, width]`, at each of its tokens, `[1, tokens, width]`.
-
-    An engine that pools by a rule of its own, first token, last token or mean, then comes to that vector.
-    """
-    return pooled.repeat_interleave(torch.tensor(lengths, device=pooled.device), dim=0)[None]
-
-
-class Packing:
-    """Sequences laid end to end in one row, `[1, tokens]`, without padding, and the way back.
-
-    Nothing is computed for padding, and each sequence attends to itself alone, without a mask.
-
-    Args:
-        lengths: tokens of each sequence, in their order in the row.
-        shape: `(batch, length)` of what they come from.
-        index: `[tokens]`, where each token stands in the flattened `[batch * length]`; None: in this very order.
-    """
-
-    def __init__(self, lengths: list[int], shape: tuple[int, int], index: torch.Tensor | None = None):
-        self.shape, self.index, self.tokens = shape, index, sum(lengths)
-        self.groups = [(length, len(list(same))) for length, same in groupby(lengths)]  # neighbours of one length
-
-    @classmethod
-    def find(
-        cls, shape: tuple[int, int], attention_mask: Any, lengths: list[int] | None, right_padded: bool = False
-    ) -> "Packing | None":
-        """What a batch of `shape` holds, longest sequence first, or packed rows of sequences of `lengths`.
-
-        None where nothing is gained or the mask says more than where padding is: no padding, or some amid the tokens.
-        """
-        if lengths is not None:
-            return cls(lengths, shape)
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != shape or attention_mask.all():
-            return None
-        mask = attention_mask.bool()
-        runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
-        if (runs != 1).any() or (right_padded and not mask[:, 0].all()):
-            return None
-        ordered, order = mask.sum(dim=1).sort(descending=True, stable=True)
-        rows, columns = mask[order].nonzero(as_tuple=True)
-        index, lengths = order[rows] * shape[1] + columns, ordered.tolist()
-        # oneDNN compiles kernels for each number of rows and keeps them, in the end half a gigabyte. So that numbers
-        # recur, some tokens (at most 1 in 16) are there twice: as one more sequence, which `put` leaves out.
-        step = 1 if torch.is_grad_enabled() else max(1, (1 << len(index).bit_length()) // 32)
-        rest = -len(index) % step
-        packing = cls(lengths + [rest] * (rest > 0), shape, torch.cat((index, index[:rest])))
-        packing.tokens = len(index)
-        return packing
-
-    def take(self, padded: torch.Tensor | None) -> torch.Tensor | None:
-        """`[batch, length, …]` → `[1, tokens, …]`; a batch of one row counts for all, None stays None."""
-        if padded is None:
-            return None
-        flat = padded.expand(self.shape[0], *padded.shape[1:]).flatten(0, 1)
-        return (flat if self.index is None else flat[self.index])[None]
-
-    def put(self, packed: torch.Tensor) -> torch.Tensor:
-        """`[1, tokens, width]` → `[batch, length, width]`, with zeros for padding."""
-        flat = packed[0]
-        if self.index is not None:
-            index, flat = self.index[: self.tokens], flat[: self.tokens]
-            flat = flat.new_zeros(self.shape[0] * self.shape[1], flat.shape[-1]).index_copy(0, index, flat)
-        return flat.unflatten(0, self.shape)
+    if output_attentions:
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if packing is not None:
+        return attend_apart(function, packing, module, query, key, value, None, **kwargs)
+    if attention_mask is None and attends_in_blocks(module.config, query, kwargs.get("sliding_window")):
+        return attend_in_blocks(function, module, query, key, value, None, **kwargs)
+    return function(module, query, key, value, attention_mask, **kwargs)
 
 
 def attend_apart(
     function: Callable,
-    packing: Packing,
+    packing: Any,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -195,7 +130,7 @@ def attend_apart(
     attention_mask: None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention `function` on a batch of one row, sequence by sequence, those of one length together.
+    """Call an attention `function` on a `Packing` of one row, sequence by sequence, those of one length together.
 
     Shapes as in `eager_attention_forward`.
     """
@@ -230,7 +165,7 @@ def attend_in_blocks(
     sliding_window: int,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention `function` on the last `sliding_window` tokens of each, in time that grows with the length and not with its square.
+    """Sliding-window attention in O(length × window), by an attention `function`.
 
     A block of queries sees its own keys and the `sliding_window - 1` before them. Shapes as in `eager_attention_forward`.
     """
@@ -250,3 +185,110 @@ def attend_in_blocks(
     kwargs["sliding_window"] = sliding_window
     mixed, _ = function(module, *parts, seen.flatten(0, 1)[:, None], **kwargs)  # [B × blocks, size, H, D]
     return mixed.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :length], None
+
+
+def positions_in_cache(
+    layers: list[Any], inputs_embeds: torch.Tensor, past_key_values: Any, given: torch.Tensor | None
+) -> torch.Tensor:
+    """`[length]`: where the keys of the input go, behind what the cache of these layers holds; as given, if it is."""
+    if given is not None:
+        return given
+    past = 0
+    if past_key_values is not None:
+        past = past_key_values.get_seq_length(layers[0].self_attn.layer_idx if layers else 0)
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past
+
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+def masks_by_layer_type(
+    config: PretrainedConfig,
+    layers: list[Any],
+    inputs_embeds: torch.Tensor,
+    attention_mask: Any,
+    past_key_values: Any,
+    position_ids: torch.Tensor | None,
+    cache_position: torch.Tensor,
+    output_attentions: bool = False,
+) -> dict[str, torch.Tensor | None]:
+    """A causal mask for each layer type, None where its attention needs none; a dict that is given is taken as it is.
+
+    Called before a cache is made: transformers looks for packed sequences only where there is none.
+
+    Args:
+        layers: those that run here, which under pipeline parallelism are not all.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    first = layers[0].self_attn.layer_idx if layers else 0
+    in_blocks = set()
+    if not output_attentions:
+        in_blocks = _types_in_blocks(config, inputs_embeds, attention_mask, past_key_values, position_ids, first)
+    of_type: dict[str, int] = {}  # in a pipeline: the layer whose cache says how much there is
+    if len(layers) < config.num_hidden_layers:
+        of_type = {layer.layer_type: layer.self_attn.layer_idx for layer in reversed(layers)}
+    given = {
+        "config": with_eager_attention(config) if output_attentions else config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+        "cache_position": cache_position,
+    }
+    masks = dict.fromkeys(in_blocks)
+    for kind in set(config.layer_types) - in_blocks:
+        masks[kind] = MASKS[kind](**given, layer_idx=of_type.get(kind))
+    return masks
+
+
+def _types_in_blocks(
+    config: PretrainedConfig,
+    states: torch.Tensor,
+    attention_mask: Any,
+    past_key_values: Any,
+    position_ids: torch.Tensor | None,
+    layer_idx: int,
+) -> set[str]:
+    """The layer types that run in blocks without a mask: with a window, on rows without padding and nothing cached."""
+    if not attends_in_blocks(config, states[:, None], config.sliding_window):
+        return set()
+    if past_key_values is not None and (
+        type(past_key_values) is not DynamicCache or past_key_values.get_seq_length(layer_idx) > 0
+    ):
+        return set()
+    if attention_mask is None:
+        one_sequence = position_ids is None or past_key_values is not None  # else rows may be packed
+    else:
+        one_sequence = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        one_sequence = one_sequence and bool(attention_mask.all())
+    return {"sliding_attention"} & set(config.layer_types) if one_sequence else set()
+
+
+def bidirectional_mask(
+    config: PretrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Any,
+    sequence_ids: torch.Tensor | None,
+    output_attentions: bool = False,
+) -> torch.Tensor | None:
+    """The mask of an encoder; None where its attention needs none.
+
+    Args:
+        attention_mask: as given to the model; a dict, by layer type, is taken as it is.
+        sequence_ids: `[batch, length]`, numbers of the sequences packed in each row, which do not see each other.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask["full_attention"]
+    apart = {}
+    if sequence_ids is not None:
+        apart["and_mask_function"] = lambda batch, head, q, kv: sequence_ids[batch, q] == sequence_ids[batch, kv]
+    config = with_eager_attention(config) if output_attentions else config
+    return create_bidirectional_mask(config, inputs_embeds, attention_mask, **apart)
+
+
+def with_eager_attention(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of the config, for masks in the form that eager attention takes."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = "eager"
+    return config

@@ -1,10 +1,11 @@
-"""Configuration of MyBert. Copied as it is into Hub repos: imports transformers and its sibling `layers` only."""
+"""Configuration of MyBert. Copied as it is into Hub repos: imports transformers and its siblings `base` and `compat` only."""
 
 from typing import Any
 
 from transformers.activations import ACT2FN
 
-from .layers import MyPretrainedConfig, Plan
+from .base import MyPretrainedConfig, Plan
+from .compat import SHARED_OUT_BY_ROWS
 
 
 class MyBertConfig(MyPretrainedConfig):
@@ -49,7 +50,8 @@ class MyBertConfig(MyPretrainedConfig):
         "AutoModelForQuestionAnswering": "modeling_mybert.MyBertForQuestionAnswering",
     }
     CHOICES = {"pooling": ("pooler", "cls", "mean", "max", "attention")}
-    # How tensor parallelism shares out the projections: by outputs (`colwise`) or by inputs (`rowwise`).
+    # How tensor parallelism shares out the projections: by outputs (`colwise`) or by inputs (`rowwise`),
+    # and the token embeddings, by tokens.
     base_model_tp_plan = {
         "encoder.layer.*.attention.self.query": "colwise",
         "encoder.layer.*.attention.self.key": "colwise",
@@ -57,6 +59,7 @@ class MyBertConfig(MyPretrainedConfig):
         "encoder.layer.*.attention.output.dense": "rowwise",
         "encoder.layer.*.intermediate.dense": "colwise",
         "encoder.layer.*.output.dense": "rowwise",
+        **({"embeddings.word_embeddings": SHARED_OUT_BY_ROWS} if SHARED_OUT_BY_ROWS else {}),
     }
     # what FSDP2 gathers together, and whether it frees it again after use
     base_model_fsdp_plan = {

@@ -1,10 +1,14 @@
-"""Configuration of MyGPT2. Copied as it is into Hub repos: imports transformers and its sibling `layers` only."""
+"""Configuration of MyGPT2. Copied as it is into Hub repos: imports transformers and its siblings `base` and `compat` only."""
 
 from typing import Any
 
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
-from .layers import NORMS, WHOLE_BUT_SEES_A_SHARE, MyPretrainedConfig, Plan
+from .base import NORMS, MyPretrainedConfig, Plan
+from .compat import WHOLE_BUT_SEES_A_SHARE
+
+logger = logging.get_logger(__name__)
 
 
 class MyGPT2Config(MyPretrainedConfig):
@@ -34,7 +38,7 @@ class MyGPT2Config(MyPretrainedConfig):
         attention_bias, mlp_bias: biases in the attention and MLP projections.
         sliding_window: how many tokens a `sliding_attention` layer sees, itself included (arXiv 2004.05150).
         layer_types: per layer `full_attention` or `sliding_attention`. Default: all sliding if `sliding_window` is
-            set, else all full.
+            set, else all full. Where all are full, `sliding_window` has no effect.
         final_logit_softcapping: `c` in `c * tanh(logits / c)` (Gemma 2, arXiv 2408.00118).
         tie_word_embeddings: the head shares the token embeddings' weight.
         lm_head_bias: a bias per token in the language-model head.
@@ -152,7 +156,6 @@ class MyGPT2Config(MyPretrainedConfig):
 
         super().__init__(**kwargs)  # GPT-2's old names among them reach the fields above through `attribute_map`
 
-        layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
         heads = self.num_attention_heads
         self._finish_init(
             auto_map,
@@ -160,13 +163,24 @@ class MyGPT2Config(MyPretrainedConfig):
             # max(): zero heads is for `check_consistency` to report
             head_dim=self.hidden_size // max(heads, 1) if head_dim is None else head_dim,
             intermediate_size=4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size,
-            layer_types=[layer_type] * self.num_hidden_layers if layer_types is None else list(layer_types),
+            layer_types=None if layer_types is None else list(layer_types),
             tie_word_embeddings=tie_word_embeddings,
             use_cache=use_cache,
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
         )
+
+    _followed_layer_types = None  # the default by `sliding_window`, which `layer_types` follows while it is the same
+
+    def _default_layer_types(self) -> list[str]:
+        return ["full_attention" if self.sliding_window is None else "sliding_attention"] * self.num_hidden_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if output.pop("_followed_layer_types", None) == output["layer_types"]:
+            output["layer_types"] = self._default_layer_types()
+        return output
 
     def check_consistency(self) -> None:
         super().check_consistency()
@@ -188,6 +202,14 @@ class MyGPT2Config(MyPretrainedConfig):
         # with 1, transformers' cache, which holds the window's earlier tokens, holds all of them: wrong text
         self._require(window is None or window > 1, "sliding_window", "None or 2 tokens at the least")
         self._require(cap is None or cap > 0, "final_logit_softcapping", "None or positive")
+        if self.layer_types is None or self.layer_types == self._followed_layer_types:
+            self.layer_types = self._default_layer_types()
+        elif window is not None and set(self.layer_types) == {"full_attention"}:
+            logger.warning_once(
+                f"sliding_window={window} has no effect: layer_types names 'full_attention' for every layer. For layers "
+                "that slide, leave layer_types out (None), or name 'sliding_attention'"
+            )
+        self._followed_layer_types = self._default_layer_types()
         known = {"full_attention", "sliding_attention"}
         self._require(set(self.layer_types) <= known, "layer_types", f"a list over {sorted(known)}")
         if len(set(self.layer_types)) == 1:  # one kind of layer goes on when num_hidden_layers is changed afterwards
@@ -196,11 +218,6 @@ class MyGPT2Config(MyPretrainedConfig):
             raise ValueError(
                 f"{type(self).__name__}: layer_types names {len(self.layer_types)} layers, but "
                 f"num_hidden_layers={self.num_hidden_layers}: give one entry per layer"
-            )
-        if window is not None and "sliding_attention" not in self.layer_types:
-            raise ValueError(
-                f"{type(self).__name__}: sliding_window={window}, but layer_types has no 'sliding_attention' layer: "
-                "set layer_types too"
             )
         if window is None and "sliding_attention" in self.layer_types:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The loss of language models, without a second matrix of the logits' size, or any that is kept.
+"""Losses: cross-entropy that stores no copy of the logits; classification with smoothing, class weights and focus.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
-from .kernels import ONE_DNN, differentiated, is_plain, one_dnn, recordable
+from .cpu_kernels import ONE_DNN, differentiated, is_plain, one_dnn, recordable
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -105,6 +106,13 @@ def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def next_labels(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:
+    """The label that each position predicts, `[batch, length]`: the next one; `shift_labels` are such already."""
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
@@ -143,3 +151,57 @@ def causal_lm_loss(
     if num_items_in_batch is None:
         return total / counted.sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+
+def classification_loss(config: PretrainedConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean loss of `logits` `[B, L]`, by `config.problem_type`, with the config's smoothing, weights and focus.
+
+    With these switches off it is the loss of every stock sequence classifier.
+    """
+    if config.problem_type is None:  # inferred once and kept, as stock models do: pipelines read it
+        if config.num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.long, torch.int):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+    labels = labels.to(logits.device)
+    logits = logits.float()
+    if config.problem_type == "regression":
+        return nn.functional.mse_loss(logits.view(-1), labels.view(-1).float())
+
+    weights = None if config.class_weights is None else logits.new_tensor(config.class_weights)
+    if config.problem_type == "multi_label_classification":
+        targets = labels.float() * (1 - config.label_smoothing) + config.label_smoothing / 2
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+        total: int | torch.Tensor = losses.numel()
+        truth = torch.where(labels > 0.5, logits, -logits).sigmoid()  # probability given to what is true
+    else:
+        labels = labels.view(-1).long()
+        losses = nn.functional.cross_entropy(
+            logits, labels, weight=weights, label_smoothing=config.label_smoothing, reduction="none"
+        )
+        counted, label_or_0 = labels != -100, labels.clamp(min=0)
+        total = (counted if weights is None else counted * weights[label_or_0]).sum()
+        truth = logits.softmax(dim=-1).gather(1, label_or_0[:, None])[:, 0]
+    if config.focal_gamma:
+        losses = losses * (1 - truth) ** config.focal_gamma
+    return losses.sum() / total
+
+
+LOSS_FIELDS = {"label_smoothing": 0, "class_weights": None, "focal_gamma": 0, "multi_sample_dropout": 1}  # off
+
+
+def check_loss_is_ours(config: PretrainedConfig) -> None:
+    """Raise a `ValueError` if the config asks for a loss that nobody computes: in training, and no labels given.
+
+    transformers' Trainer keeps labels to itself, and takes another loss, with `label_smoothing_factor` or
+    `compute_loss_func`.
+    """
+    on = [f"{name}={getattr(config, name)}" for name, off in LOSS_FIELDS.items() if getattr(config, name) != off]
+    if on:
+        raise ValueError(
+            f"config.{', config.'.join(on)} would have no effect: they are for the loss that this model computes, but in "
+            "training it was given no labels. The Trainer takes them away for label_smoothing_factor (set "
+            "config.label_smoothing instead) and for compute_loss_func (leave one of the two out)"
+        )

@@ -183,7 +183,7 @@ def _of_our_models(path: Path, node: ast.ImportFrom) -> list[Import]:
         if not module.startswith("mymodels.models."):
             raise CheckpointError(
                 f"{path}:{node.lineno} imports {node.module}, which is not there on other machines: import from "
-                "mymodels.models.modeling_… (or configuration_…, layers), which is copied along"
+                "mymodels.models.modeling_… (or configuration_…, base), which is copied along"
             )
         by_file.setdefault(_MODELS / f"{module.rpartition('.')[2]}.py", []).append(alias)
     return [Import(node, file, tuple(names)) for file, names in by_file.items()]

@@ -1,10 +1,11 @@
-"""Configuration of MyBert. Copied as it is into Hub repos: imports transformers and its sibling `layers` only."""
+"""Configuration of MyBert. Copied as it is into Hub repos: imports transformers and its siblings `base` and `compat` only."""
 
 from typing import Any
 
 from transformers.activations import ACT2FN
 
-from .layers import SHARED_OUT_BY_ROWS, MyPretrainedConfig, Plan
+from .base import MyPretrainedConfig, Plan
+from .compat import SHARED_OUT_BY_ROWS
 
 
 class MyBertConfig(MyPretrainedConfig):

@@ -1,11 +1,12 @@
-"""Configuration of MyGPT2. Copied as it is into Hub repos: imports transformers and its sibling `layers` only."""
+"""Configuration of MyGPT2. Copied as it is into Hub repos: imports transformers and its siblings `base` and `compat` only."""
 
 from typing import Any
 
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from .layers import NORMS, WHOLE_BUT_SEES_A_SHARE, MyPretrainedConfig, Plan
+from .base import NORMS, MyPretrainedConfig, Plan
+from .compat import WHOLE_BUT_SEES_A_SHARE
 
 logger = logging.get_logger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from ..models.layers import TRANSFORMERS_VERSION
+from ..models.compat import TRANSFORMERS_VERSION
 from .datasets_io import need
 
 # where they differ from transformers.TrainingArguments

@@ -18,7 +18,7 @@ from ..checkpoints import replace_folder, write_manifest
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import torch_save
-from ..models.modeling_mybert import LOSS_FIELDS
+from ..models.losses import LOSS_FIELDS
 from .checkpoint_dirs import STATE, find_checkpoint, remove_old_checkpoints
 from .sampling import SeededCollator, bad_number
 from .training_state import check_same_run, versions

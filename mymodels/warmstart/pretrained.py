@@ -18,7 +18,8 @@ from transformers.utils import logging
 from ..checkpoints import CheckpointError, load_checkpoint_and_dispatch, open_checkpoint
 from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.opening import locate
-from ..models.layers import TRANSFORMERS_VERSION, MyPreTrainedModel
+from ..models.base import MyPreTrainedModel
+from ..models.compat import TRANSFORMERS_VERSION
 from ..released import check_code, is_installed
 from .configs import make_config, own_config, translate_config
 from .key_mapping import CONFIGS, family_of

@@ -168,9 +168,14 @@ def test_a_subclass_of_ours_travels_with_what_it_builds_on(tmp_path: Path, monke
         "modeling_mygpt2.py",
         "configuration_mygpt2.py",
         "attention.py",
-        "kernels.py",
-        "layers.py",
+        "base.py",
+        "compat.py",
+        "cpu_kernels.py",
+        "heads.py",
         "losses.py",
+        "padding.py",
+        "tokenwise.py",
+        "vllm_adapter.py",
     }
     ids = [[2, 3, 4]]
     expected = model(torch.tensor(ids)).logits
@@ -228,7 +233,8 @@ def test_what_a_trainer_left(tmp_path: Path) -> None:
         "trainer_state.json",
         "checkpoint-10",
     }
-    code = {"modeling_mygpt2.py", "configuration_mygpt2.py", "attention.py", "kernels.py", "layers.py", "losses.py"}
+    code = {"modeling_mygpt2.py", "configuration_mygpt2.py", "attention.py", "base.py", "compat.py", "cpu_kernels.py"}
+    code |= {"heads.py", "losses.py", "padding.py", "tokenwise.py", "vllm_adapter.py"}
     assert {path.name for path in folder.glob("*.py")} == code
     card = (folder / "README.md").read_text()
     assert "| accuracy | 0.7500 |" in card and "| loss | 1.5000 |" in card and "runtime" not in card

@@ -37,7 +37,7 @@ def test_read_only(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
     monkeypatch.setattr("mymodels.hub.record_golden", lambda *args, **how: pytest.fail("it was run"))
     assert cli.main(["verify", str(folder), "--no-exec"]) == 0
     assert "every check held" in capsys.readouterr().out
-    (folder / "layers.py").unlink()
+    (folder / "base.py").unlink()
     assert cli.main(["verify", str(folder), "--no-exec", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["passed"] and "relative imports" in {c["name"] for c in found["static"] if c["status"] == "failed"}
@@ -66,9 +66,9 @@ def test_record_then_card(folder: Path, capsys: pytest.CaptureFixture, monkeypat
 
 
 def test_a_changed_file_is_not_signed_by_what_writes_another(folder: Path) -> None:
-    (folder / "layers.py").write_text((folder / "layers.py").read_text() + "\n# changed\n")
+    (folder / "base.py").write_text((folder / "base.py").read_text() + "\n# changed\n")
     cli.main(["verify", str(folder), "--record", "--quick", "--json"])
-    assert [problem.file for problem in check_checkpoint(folder, full=True)] == ["layers.py"]
+    assert [problem.file for problem in check_checkpoint(folder, full=True)] == ["base.py"]
 
 
 def test_names_cannot_steer_the_terminal(folder: Path, capsys: pytest.CaptureFixture) -> None:

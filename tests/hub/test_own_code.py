@@ -190,9 +190,9 @@ def test_what_counts_as_ours(ours: Path, tmp_path: Path) -> None:
     own = {
         **{
             file: lambda folder, file=file: (folder / file).write_text((folder / file).read_text() + "\n# mine\n")
-            for file in ("layers.py", "attention.py", "configuration_mygpt2.py")
+            for file in ("base.py", "attention.py", "configuration_mygpt2.py")
         },
-        "a file is missing": lambda folder: (folder / "layers.py").unlink(),
+        "a file is missing": lambda folder: (folder / "base.py").unlink(),
         "an entry more": set_config(auto_map={**auto_map, "AutoModelForTokenClassification": "mine.Mine"}),
         "exchanged": set_config(auto_map={**auto_map, "AutoModel": auto_map["AutoModelForCausalLM"]}),
         "another module": set_config(auto_map={**auto_map, "AutoModelForCausalLM": "mine.Mine"}),

@@ -247,7 +247,7 @@ def test_a_passed_verification_leaves_no_remark(hub, send, folder) -> None:
         ("notes.txt", "no kind of file that belongs to a model"),
         ("data.parquet", "no kind of file that belongs to a model"),
         ("explore.ipynb", "left over from work"),
-        (".ipynb_checkpoints/layers.py", "left over from work"),
+        (".ipynb_checkpoints/base.py", "left over from work"),
         ("__pycache__/layers.cpython-311.pyc", "left over from work"),
         ("checkpoint-500/model.safetensors", "left over from work"),
         ("model\x1b[31m.safetensors", "a name with control characters"),
@@ -492,11 +492,11 @@ def test_corruption_on_the_hub_is_found_by_reading_again(hub, send, waits, monke
             content = found.lfs[files[large].sha256]
             found.lfs[files[large].sha256] = content[:-1] + bytes([content[-1] ^ 1])
         elif damage == "missing":
-            del files["layers.py"]
+            del files["base.py"]
         elif damage == "size":
-            files["layers.py"].size -= 1
+            files["base.py"].size -= 1
         else:
-            name = large if damage == "large listing" else "layers.py"
+            name = large if damage == "large listing" else "base.py"
             files[name].oid = "0" * 40
             files[name].sha256 = "0" * 64 if files[name].sha256 else ""
         return answer
@@ -504,10 +504,10 @@ def test_corruption_on_the_hub_is_found_by_reading_again(hub, send, waits, monke
     monkeypatch.setattr(hub.RequestHandlerClass, "commit", corrupt)
     what = {
         "content": "config.json comes back with",
-        "missing": "layers.py is missing",
-        "size": "layers.py has .* bytes",
+        "missing": "base.py is missing",
+        "size": "base.py has .* bytes",
     }
-    what |= {"large content": "model-00001.* comes back with", "listing": "layers.py has the git hash 0000"}
+    what |= {"large content": "model-00001.* comes back with", "listing": "base.py has the git hash 0000"}
     what |= {"large listing": "model-00001.* has the SHA-256 0000"}
     with pytest.raises(HubError, match=f"does not hold at .* what was pushed: {what[damage]}.*do not use this commit"):
         send()

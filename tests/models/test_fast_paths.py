@@ -8,9 +8,9 @@ from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
-from mymodels.models.attention import Packing
-from mymodels.models.kernels import ONE_DNN, fast_products, make_activation, product_of
+from mymodels.models.cpu_kernels import ONE_DNN, OneDnnLinear, make_activation, product_of
 from mymodels.models.losses import causal_lm_loss, soft_cap
+from mymodels.models.padding import Packing
 
 needs_one_dnn = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
 
@@ -45,7 +45,7 @@ def test_linear_and_its_gradients(shape: tuple[int, ...], bias: bool) -> None:
         return [output, *first, *second]
 
     expected = results()
-    with fast_products(states):
+    with OneDnnLinear():
         assert one_dnn_products(lambda: layer(states)) == 1
         for mine, theirs in zip(results(), expected):
             assert largest_difference(mine, theirs) <= 1e-5
@@ -271,7 +271,7 @@ def test_a_part_may_be_compiled_by_itself() -> None:
 def test_a_bias_may_be_left_out() -> None:
     """As PEFT's LoHa does, which makes its matrices on the way."""
     states, weight = torch.randn(3, 5), torch.randn(4, 5, requires_grad=True)
-    with fast_products(states):
+    with OneDnnLinear():
         torch.nn.functional.linear(states, weight).sum().backward()
     assert torch.allclose(weight.grad, states.sum(0).expand(4, 5), atol=1e-6)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from mymodels import MyBertForMaskedLM, MyBertForSequenceClassification, MyBertForTokenClassification, MyBertModel
-from mymodels.models.modeling_mybert import classification_loss
+from mymodels.models.losses import classification_loss
 
 POOLINGS = ["pooler", "cls", "mean", "max", "attention"]
 

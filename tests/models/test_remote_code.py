@@ -75,9 +75,14 @@ AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=Tru
         "configuration_mygpt2.py",
         "modeling_mygpt2.py",
         "attention.py",
-        "kernels.py",
-        "layers.py",
+        "base.py",
+        "compat.py",
+        "cpu_kernels.py",
+        "heads.py",
         "losses.py",
+        "padding.py",
+        "tokenwise.py",
+        "vllm_adapter.py",
     ):
         assert (again / name).read_bytes() == (MODELS_FOLDER / name).read_bytes()
     saved = json.loads((again / "config.json").read_text())
@@ -98,8 +103,8 @@ def test_inside_the_package_no_trust_is_needed_and_its_own_classes_are_used(tmp_
 
 def test_a_clean_process_that_fails_says_why(tmp_path: Path) -> None:
     _, folder = gpt2_repo(tmp_path / "repo")
-    (folder / "layers.py").unlink()
-    with pytest.raises(RuntimeError, match=r"(?s)did not load in a clean process.*layers\.py"):
+    (folder / "heads.py").unlink()
+    with pytest.raises(RuntimeError, match=r"(?s)did not load in a clean process.*heads\.py"):
         load_in_clean_process(folder, ["AutoModel"], texts=TEXTS)
 
 
@@ -120,8 +125,8 @@ def test_the_rule_of_the_models_room(path: Path) -> None:
 
 def test_too_old_a_transformers_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "transformers.py").write_text('__version__ = "4.55.4"')
-    shutil.copy(MODELS_FOLDER / "layers.py", tmp_path)
-    process = subprocess.run([sys.executable, "-c", "import layers"], capture_output=True, text=True, cwd=tmp_path)
+    shutil.copy(MODELS_FOLDER / "compat.py", tmp_path)
+    process = subprocess.run([sys.executable, "-c", "import compat"], capture_output=True, text=True, cwd=tmp_path)
     assert process.stderr.strip().splitlines()[-1] == (
         "ImportError: this model needs transformers 4.56 or newer (tested from 4.56 to 5.23), but transformers 4.55.4 "
         "is installed: run `pip install --upgrade transformers`"

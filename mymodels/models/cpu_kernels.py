@@ -1,19 +1,23 @@
-"""Faster forms of what torch and transformers compute: activations, matrix products on the CPU.
+"""Faster forms, on the CPU, of what torch computes: products in float32, activations, an MLP that keeps less.
 
-Same numbers, up to rounding; each falls away by itself where it does not apply. This file is copied as it is into Hub
-repos and runs there without mymodels.
+Same numbers up to rounding. Each steps aside where it does not apply, or where a formula was edited. This file is copied
+as it is into Hub repos and runs there without mymodels.
 """
 
+import functools
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers.activations import ACT2CLS, ACT2FN
+from transformers.activations import ACT2FN
 
-from .layers import hooks_everywhere, is_hooked, readable
+from .base import hooks_everywhere, is_hooked
+from .compat import readable
+from .tokenwise import ACTIVATIONS, TOKENWISE, is_tokenwise
 
 # GPT-2's and the original BERT's GELU by one kernel; transformers writes the same formula out in eight steps
 FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
@@ -78,47 +82,61 @@ def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
     return recordable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
 
 
-class FastProducts(TorchFunctionMode):
-    """Within it, every `nn.Linear` in float32 on the CPU multiplies by oneDNN, whosever module it is.
-
-    torch itself asks MKL, which leaves half of the vector units of a processor idle that is not Intel's (torch 2.13).
-    `torch.backends.mkldnn.flags(enabled=False)` turns it off; under compilation, tracing and autocast it is off.
-    """
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is nn.functional.linear and not kwargs and _serves(*args):
-            return _OneDnnLinear.apply(*args, *[None] * (3 - len(args)))  # the bias may be left out
-        return function(*args, **(kwargs or {}))
-
-
-def fast_products(states: torch.Tensor) -> AbstractContextManager:
-    """The context for layers that work on `states`: `FastProducts` where it may be, else one that does nothing."""
-    fast = states.device.type == "cpu" and states.dtype is torch.float32 and recordable() and ONE_DNN
-    fast = fast and not few_rows(states)
-    fast = fast and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
-    return FastProducts() if fast else nullcontext()
-
-
-class FewRowProducts(TorchFunctionMode):
-    """`FastProducts` for a step of generation, where no graph is recorded: fewer checks, and small weights go to torch."""
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is nn.functional.linear and not kwargs and len(args) == 3 and _large(args[1]):
-            states, weight, bias = args
-            if type(states) is torch.Tensor and states.dtype is torch.float32 and states.ndim > 1:
-                if bias is None or states.numel() != weight.shape[1]:
-                    return one_dnn(states, weight, bias)
-                return one_dnn(states, weight).add_(bias)  # one row: its own kernel with a bias is slower
-        return function(*args, **kwargs) if kwargs else function(*args)
-
-
 def _large(weight: Any) -> bool:
     """Whether oneDNN gains more than its own start takes; and not quantised, distributed, pruned, …"""
     return type(weight) is nn.Parameter and weight.numel() >= 1 << 17 and weight.dtype is torch.float32
 
 
-FEW_ROW_PRODUCTS, NOTHING = FewRowProducts(), nullcontext()
+class OneDnnLinear(TorchFunctionMode):
+    """Within it, `nn.functional.linear` in float32 on the CPU is computed by oneDNN, whatever module calls it.
+
+    torch itself asks MKL, which leaves half of the vector units of a processor idle that is not Intel's (torch 2.13).
+    """
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is not nn.functional.linear or kwargs:
+            return function(*args, **kwargs) if kwargs else function(*args)
+        states, weight, bias = args if len(args) == 3 else (*args, None)
+        if not few_rows(states):
+            return _OneDnnLinear.apply(states, weight, bias) if _serves(states, weight, bias) else function(*args)
+        # a step of generation: no graph, fewer checks, small weights go to torch
+        if not _large(weight) or type(states) is not torch.Tensor or states.dtype is not torch.float32:
+            return function(*args)
+        if states.ndim < 2 or states.numel() == 0 or not states.is_cpu:
+            return function(*args)
+        if bias is None or states.numel() != weight.shape[1]:
+            return one_dnn(states, weight, bias)
+        return one_dnn(states, weight).add_(bias)  # one row: its own kernel with a bias is slower
+
+
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_MODE, _STATE = OneDnnLinear(), threading.local()
+
+
+def linear_by_onednn(forward: Callable) -> Callable:
+    """Decorate a `forward`: `OneDnnLinear` for all it calls, once around the outermost that is decorated.
+
+    `torch.backends.mkldnn.flags(enabled=False)` turns it off; it is off under compilation, tracing and autocast.
+    """
+
+    @functools.wraps(forward)
+    def fast(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        wanted = ONE_DNN and recordable() and not getattr(_STATE, "active", False) and torch.backends.mkldnn.enabled
+        if not wanted or torch.is_autocast_enabled("cpu") or not _on_cpu(args, kwargs):
+            return forward(self, *args, **kwargs)
+        _STATE.active = True
+        try:
+            with _MODE:
+                return forward(self, *args, **kwargs)
+        finally:
+            _STATE.active = False
+
+    return fast
+
+
+def _on_cpu(args: tuple, kwargs: dict) -> bool:
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+    return first is not None and first.device.type == "cpu"
 
 
 def few_rows(states: torch.Tensor) -> bool:
@@ -145,45 +163,39 @@ def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
     )
 
 
-def few_row_products(layer: nn.Module, states: torch.Tensor) -> AbstractContextManager:
-    """The context for a few `nn.Linear`s, of `layer`'s size, on `states`: around these alone a mode pays with few rows.
+def in_cache(method: Callable) -> Callable:
+    """Decorate a method on states `[batch, length, width]`, of a module with an MLP's `intermediate` and `output`.
 
-    Serving engines look for plain calls such as `self.q_proj(hidden_states)` in the source, hence a context.
+    In inference on the CPU it gets parts of the rows of which the MLP makes tensors that stay in the caches: only if
+    each token is computed by itself, and no hook would see parts. Tensors of more than 32 MB are also taken from the
+    operating system anew each time (by glibc), which costs a fifth of a layer's time.
     """
-    if type(states) is not torch.Tensor or not ONE_DNN or not states.is_cpu or states.numel() == 0:
-        return NOTHING
-    if not _large(getattr(layer, "weight", None)) or not recordable() or not few_rows(states):
-        return NOTHING
-    fast = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
-    return FEW_ROW_PRODUCTS if fast else NOTHING
+
+    @functools.wraps(method)
+    def in_parts(self: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        if type(states) is not torch.Tensor or torch.is_grad_enabled() or not states.is_cpu or not readable():
+            return method(self, states)
+        widening = getattr(self.intermediate, "dense", None)
+        if type(widening) is not nn.Linear:  # a serving engine's, a quantised one, …
+            return method(self, states)
+        size = max(64, (1 << 21) // widening.out_features)  # 8 MB in float32
+        if states.ndim != 3 or states.shape[:-1].numel() < 2 * size or not _may_split(self, method):
+            return method(self, states)
+        parts = states.flatten(0, 1).split(size)
+        return torch.cat([method(self, part) for part in parts]).view_as(states)
+
+    return in_parts
 
 
-ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
-ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout} | ACTIVATIONS
-
-
-def in_cache(states: torch.Tensor, widening: Any, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
-    """`states`, or parts of their rows `[tokens, width]` of which `modules` make tensors that stay in the caches.
-
-    Only in inference on the CPU, if nothing in the modules was replaced by what might look at several rows at once, and
-    if no hook would see parts. Tensors of more than 32 MB are also taken from the operating system anew each time (by
-    glibc), which costs a fifth of a layer's time.
-    """
-    if type(states) is not torch.Tensor or torch.is_grad_enabled() or not states.is_cpu or not readable():
-        return (states,)
-    if type(widening) is not nn.Linear:  # a serving engine's, a quantised one, …
-        return (states,)
-    size = max(64, (1 << 21) // widening.out_features)  # 8 MB in float32
-    if states.ndim != 3 or states.shape[:-1].numel() < 2 * size:
-        return (states,)
-    if hooks_everywhere():
-        return (states,)
-    for whole in modules:
-        for module in whole.modules():
-            known = module is whole or type(module) in ROW_BY_ROW
+def _may_split(layer: Any, method: Callable) -> bool:
+    if hooks_everywhere() or not is_tokenwise(method, type(layer)):
+        return False
+    for part in (layer.intermediate, layer.output):
+        for module in part.modules():
+            known = type(module) in TOKENWISE or (module is part and is_tokenwise(type(part).forward, type(part)))
             if not known or is_hooked(module):
-                return (states,)
-    return states.flatten(0, 1).split(size)
+                return False
+    return True
 
 
 class _ProductOf(torch.autograd.Function):
@@ -234,10 +246,7 @@ def is_pure(function: Any) -> bool:
 
 
 def keeps_less(mlp: Any, states: Any) -> bool:
-    """Whether `product_of` serves for its `act_fn` and `down_proj` in training; False for whatever traces a model.
-
-    It takes `mlp` as a whole, since vLLM wants to find `self.act_fn` once in `forward`.
-    """
+    """Whether `product_of` serves for its `act_fn` and `down_proj` in training; False for whatever traces a model."""
     if type(states) is not torch.Tensor or not torch.is_grad_enabled() or states.dtype is not torch.float32:
         return False
     return ONE_DNN and bool(torch.backends.mkldnn.enabled) and is_plain(mlp.down_proj, states) and is_pure(mlp.act_fn)
@@ -249,3 +258,50 @@ def product_of(function: Callable, layer: Any, *inputs: torch.Tensor) -> torch.T
     `function`, of `inputs` alone, is the same each time and leaves them as they are.
     """
     return _ProductOf.apply(layer.weight, layer.bias, function, *inputs)
+
+
+def dense_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+def gated_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _train_dense(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    return product_of(mlp.act_fn, mlp.down_proj, mlp.up_proj(x))
+
+
+def _train_gated(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    return product_of(lambda gate, up: mlp.act_fn(gate) * up, mlp.down_proj, mlp.gate_proj(x), mlp.up_proj(x))
+
+
+_IN_TRAINING = {dense_mlp: _train_dense, gated_mlp: _train_gated}
+
+
+def trained_as(formula: Callable) -> Callable:
+    """Decorate an MLP's `forward` that is written as `formula`: in float32 training on the CPU it then keeps less.
+
+    A `forward` whose code is another is left as it is: someone has edited the model.
+    """
+    train = _IN_TRAINING[formula]
+
+    def decorate(forward: Callable) -> Callable:
+        if not _same_code(forward, formula):
+            return forward
+
+        @functools.wraps(forward)
+        def chosen(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            return train(self, x) if keeps_less(self, x) else forward(self, x)
+
+        return chosen
+
+    return decorate
+
+
+def _same_code(function: Any, formula: Any) -> bool:
+    if not isinstance(function, FunctionType):
+        return False
+    one, other = function.__code__, formula.__code__
+    parts = ("co_code", "co_names", "co_consts", "co_varnames", "co_freevars", "co_argcount", "co_flags")
+    return all(getattr(one, part) == getattr(other, part) for part in parts) and function.__defaults__ is None

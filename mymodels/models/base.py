@@ -1,0 +1,224 @@
+"""Base classes of configs and models, and the checks of what is given to a model.
+
+This file is copied as it is into Hub repos and runs there without mymodels.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_globals
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+from .compat import BridgedModel, make_importable, readable
+
+logger = logging.get_logger(__name__)
+
+
+class Plan:
+    """A parallel plan that depends on a config's switches: read like an attribute, never saved with the config.
+
+    One that is set on a config, by its `config.json` for example, goes before it.
+    """
+
+    def __init__(self, make: Callable[[Any], dict[str, Any]]):
+        self.make, self.__doc__ = make, make.__doc__
+
+    def __get__(self, config: Any, owner: Any = None) -> Any:
+        return self if config is None else self.make(config)
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether pipeline parallelism has put a placeholder here (a kind of `Identity`): the module is on another stage."""
+    return isinstance(module, nn.Identity) and type(module) is not nn.Identity
+
+
+class MyPretrainedConfig(PretrainedConfig):
+    """Base of both configs: a complete `auto_map`, GPT-2's and BERT's usual fields checked in one place.
+
+    `AUTO_MAP` names the class behind every Auto class that the model serves. It goes into each saved `config.json`, so
+    that any of them loads the folder, whichever head was saved. It is not inherited: these classes take the config that
+    declares it, and no other.
+    """
+
+    AUTO_MAP: ClassVar[dict[str, str]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}  # field: its allowed values
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # 5.4 and newer make a dataclass of a config, whose `__init__` would take the place of an inherited one
+        cls.__init__ = cls.__init__
+        super().__init_subclass__(**kwargs)
+        make_importable(cls)
+
+    def _finish_init(self, auto_map: dict[str, Any] | None, **fields: Any) -> None:
+        # Called after `PretrainedConfig.__init__`, which sets or drops some of these itself, differently by release.
+        for name, value in fields.items():
+            setattr(self, name, value)
+        self.auto_map = {**vars(type(self)).get("AUTO_MAP", {}), **(auto_map or {})}
+        self.check_consistency()
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        # The code is saved beside the config, so a class is named by its file there, not by the repo it came from.
+        auto_map = output.pop("auto_map", None) or {}
+        if auto_map:
+            output["auto_map"] = {k: v.split("--")[-1] if isinstance(v, str) else v for k, v in auto_map.items()}
+        return output
+
+    def _require(self, condition: bool, field: str, need: str) -> None:
+        if not condition:
+            raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r}, but it must be {need}")
+
+    def _require_whole_heads(self, *fields: str) -> None:
+        # set by `from_pretrained`; None: the plan of this config, a dict: the caller's own
+        distributed = getattr(self, "distributed_config", None)
+        size = getattr(distributed, "tp_size", None) or 1
+        if not isinstance(getattr(distributed, "tp_plan", None), dict):
+            for field in fields:
+                need = f"a multiple of tp_size={size}: each of these processes takes whole heads"
+                self._require(getattr(self, field) % size == 0, field, need)
+
+    def check_consistency(self) -> None:
+        """Raise a `ValueError` that names the first field whose value is impossible, with the value and the remedy."""
+        for field, choices in self.CHOICES.items():
+            self._require(getattr(self, field) in choices, field, f"one of {', '.join(map(repr, choices))}")
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            value = getattr(self, field)
+            self._require(isinstance(value, int) and value > 0, field, "a positive integer")
+        self._require(self.max_position_embeddings > 0, "max_position_embeddings", "a positive integer")
+
+
+class MyPreTrainedModel(BridgedModel):
+    """Base of every model here: what it supports, and how its weights start."""
+
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        make_importable(cls)
+
+    shifts_labels = False  # whether the output at a token is for the label of the next one
+
+    def _get_name(self) -> str:
+        # transformers' Trainer asks for this name when it smooths labels (`label_smoothing_factor`), and shifts them by
+        # one for the causal models of its own only.
+        return "GPT2LMHeadModel" if self.shifts_labels else super()._get_name()
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # `nn.init` on the parameter itself, leaf modules only: the loader guards exactly these calls, so that they
+        # never touch a weight that came from a checkpoint.
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            std = self.config.initializer_range
+            if getattr(module, "is_residual_projection", False):
+                # GPT-2 report, section 2.3: 1/√N for the N projections that write to the residual stream
+                std /= (2 * self.config.num_hidden_layers) ** 0.5
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+            padding_idx = getattr(module, "padding_idx", None)
+            if padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                nn.init.zeros_(module.weight[padding_idx])
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def _cache_wanted(self, use_cache: bool | None, past_key_values: Any) -> tuple[bool, Any]:
+        """Resolve `use_cache` against the config; no cache at all in a training step that computes layers twice."""
+        if self.gradient_checkpointing and self.training:
+            return False, None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return bool(use_cache), past_key_values
+
+    def _outputs_wanted(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
+        """Resolve the two flags against the config; refuse attentions under a function that eager cannot stand in for."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        implementation = self.config._attn_implementation
+        if output_attentions and implementation != "eager":
+            if implementation not in ("sdpa", "flex_attention") and not implementation.startswith("flash_attention"):
+                raise ValueError(
+                    f"output_attentions=True needs attn_implementation='eager', but this model runs {implementation!r}: "
+                    "call model.set_attn_implementation('eager') first"
+                )
+            logger.warning_once(
+                f"attn_implementation={implementation!r} returns no attentions: calls with output_attentions=True run "
+                "eager attention instead; model.set_attn_implementation('eager') does so for all calls"
+            )
+        return bool(output_attentions), bool(output_hidden_states)
+
+
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+
+
+def make_norm(kind: str, width: int, epsilon: float) -> nn.Module:
+    return NORMS[kind](width, eps=epsilon)
+
+
+def own_layers(layers: Any, depth: int | None = None) -> list[Any]:
+    """Those of the first `depth` layers that run here: not the placeholders for other stages of a pipeline."""
+    return [layer for layer in layers[:depth] if not is_elsewhere(layer)]
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_everywhere() -> bool:
+    """Whether a hook is registered for all modules (`torch.nn.modules.module.register_module_forward_hook`, …)."""
+    return any(getattr(module_globals, f"_global{hooks}", None) for hooks in HOOKS)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling this module does more than its class's `forward`: hooks of its own, a replaced `forward`."""
+    own = vars(module)
+    return "forward" in own or any(own.get(hooks) for hooks in HOOKS)
+
+
+def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:
+    """Raise a `ValueError` if `ids` leave `[0, limit)`, where `limit` is the config's `field`.
+
+    On the CPU and outside compilation only: elsewhere reading a value would stall the device or break the graph.
+    """
+    if ids.device.type != "cpu" or ids.numel() == 0 or not readable():
+        return
+    low, high = (bound.item() for bound in torch.aminmax(ids))
+    if name == "position_ids" and high == ids.shape[-1] - 1:  # made by `generate` perhaps, and not by its caller
+        check_length(high + 1, limit)
+    if low < 0 or high >= limit:
+        remedy = "; in generate(), shorten the prompt or max_new_tokens" if name == "position_ids" else ""
+        raise ValueError(
+            f"{name} contains {low if low < 0 else high}, but this model has {field}={limit}: "
+            f"valid values are 0 to {limit - 1}{remedy}"
+        )
+
+
+def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    """Raise a `ValueError` unless exactly one is given, with at least one row of one token."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    given: Any = input_ids if inputs_embeds is None else inputs_embeds
+    if readable() and given.numel() == 0:
+        raise ValueError(f"the input is empty, of shape {list(given.shape)}: give at least one row of one token")
+
+
+def check_length(length: int, limit: int) -> None:
+    """Raise a `ValueError` if an input of `length` tokens does not fit into a learned table of `limit` positions."""
+    if not torch.compiler.is_compiling() and length > limit:
+        raise ValueError(
+            f"the input is {length} tokens long, but this model's learned position table ends at "
+            f"max_position_embeddings={limit}: shorten the input (truncation=True, max_length={limit} in the tokenizer)"
+        )
