@@ -25,11 +25,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ATTENTION_FU
 
 def readable() -> bool:
     """Whether values of tensors may be looked at: not while a graph is captured, nor under `torch.func`'s transforms."""
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not _under_transform()
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not under_transform()
 
 
-# within `vmap`, `grad`, … of torch.func there is a level; in `vmap` a value cannot be read
-_under_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+def under_transform() -> bool:
+    """Whether this runs within `vmap`, `grad`, … of torch.func, where a value cannot be read."""
+    return not torch.compiler.is_compiling() and _interpreter() is not None
+
+
+_interpreter = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 
 
 # not `is_compiling`, where a graph may break to look at a value; the first: torch 2.7 and newer
@@ -48,7 +52,7 @@ def _bridge_mask(create_mask: Callable) -> Callable:
     ):
         kw.update(config=config, attention_mask=attention_mask, past_key_values=past_key_values)
         kw.update(position_ids=position_ids, cache_position=cache_position)
-        if attention_mask is not None and _under_transform():  # where transformers would read whether it masks anything
+        if attention_mask is not None and under_transform():  # where transformers would read whether it masks anything
             kw.setdefault("and_mask_function", lambda batch, head, query, key: query >= 0)
         kw["inputs_embeds" if "inputs_embeds" in accepted else "input_embeds"] = inputs_embeds
         return create_mask(**{name: value for name, value in kw.items() if name in accepted})
