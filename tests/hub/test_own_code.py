@@ -41,8 +41,8 @@ def negated(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = folder / "modeling_mygpt2.py"
     text = code.read_text()
     begin = text.index("class MyGPT2ForCausalLM")
-    assert "logits = self.lm_head(" in text[begin:]
-    code.write_text(text[:begin] + text[begin:].replace("logits = self.lm_head(", "logits = -self.lm_head(", 1))
+    assert "logits = soft_cap(" in text[begin:]
+    code.write_text(text[:begin] + text[begin:].replace("logits = soft_cap(", "logits = -soft_cap(", 1))
     return folder
 
 
