@@ -105,6 +105,7 @@ class MyPreTrainedModel(BridgedModel):
         super().__init_subclass__(**kwargs)
         make_importable(cls)
 
+    adapt_outputs: Callable | None = None  # under vLLM alone, see vllm_adapter.py
     shifts_labels = False  # whether the output at a token is for the label of the next one
 
     def _get_name(self) -> str:

@@ -25,7 +25,7 @@ from .losses import classification_loss  # noqa: F401  what siblings need is imp
 from .padding import lengths_in_rows, sequence_ids_in_rows, skips_padding
 from .pooling import POOLINGS, MyBertLayerMix, pool
 from .tokenwise import is_tokenwise  # noqa: F401
-from .vllm_adapter import adapt_encoder, served_class
+from .vllm_adapter import adapt_encoder, pools_for_vllm, served_class
 
 
 class MyBertEmbeddings(nn.Module):
@@ -204,6 +204,7 @@ class MyBertModel(MyBertPreTrainedModel):
         return self.layer_mix(layers[-self.config.layer_mix :])
 
     @can_return_tuple
+    @pools_for_vllm
     @linear_by_onednn
     def forward(
         self,

@@ -32,7 +32,7 @@ from .heads import LastTokenHead, make_classifier
 from .losses import causal_lm_loss, next_labels, soft_cap
 from .padding import may_skip_padding, skips_padding
 from .tokenwise import is_tokenwise  # noqa: F401  a file that others need has to be imported here, for older releases
-from .vllm_adapter import adapt_decoder
+from .vllm_adapter import adapt_decoder, pools_for_vllm
 
 
 # `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
@@ -191,6 +191,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         return self.dropout(hidden_states)
 
     @can_return_tuple
+    @pools_for_vllm
     @skips_padding
     @linear_by_onednn
     def forward(

@@ -4,7 +4,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -23,6 +23,22 @@ def served_class(config: PretrainedConfig) -> str | None:
     if config._attn_implementation != "vllm":
         return None
     return config.architectures[0] if config.architectures else ""
+
+
+def pools_for_vllm(forward: Callable) -> Callable:
+    """Around a stack's `forward`: change its outputs by `self.adapt_outputs`, which is None but under vLLM.
+
+    No forward hook could: vLLM calls `forward` itself.
+    """
+
+    @wraps(forward)
+    def adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = forward(self, *args, **kwargs)
+        if self.adapt_outputs is not None:
+            outputs.last_hidden_state = self.adapt_outputs(self, outputs.last_hidden_state, kwargs["position_ids"])
+        return outputs
+
+    return adapted
 
 
 class FirstTokenLinear(nn.Linear):
@@ -44,13 +60,13 @@ def adapt_decoder(model: PreTrainedModel) -> None:
         )
         return
     rename_while_loading(served, r"^score\.", "classifier.")  # vLLM's own name of any such head
-    model.register_forward_hook(_last_state_everywhere, with_kwargs=True)
+    model.adapt_outputs = _last_state_everywhere
 
 
-def _last_state_everywhere(model: Any, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
-    lengths = lengths_of_row(kwargs["position_ids"])
-    ends = torch.tensor(lengths, device=outputs[0].device).cumsum(0) - 1
-    return _with_states(outputs, spread(outputs[0][0, ends], lengths))
+def _last_state_everywhere(model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    lengths = lengths_of_row(position_ids)
+    ends = torch.tensor(lengths, device=hidden_states.device).cumsum(0) - 1
+    return spread(hidden_states[0, ends], lengths)
 
 
 def adapt_encoder(model: Any, pool: Callable) -> None:
@@ -72,26 +88,18 @@ def adapt_encoder(model: Any, pool: Callable) -> None:
         )
         return
     if model.pooler is not None:
-        model.register_forward_hook(partial(_pooled_everywhere, pool), with_kwargs=True)
+        model.adapt_outputs = partial(_pooled_everywhere, pool)
 
 
-def _pooled_everywhere(pool: Callable, model: Any, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
-    hidden_states, position_ids = outputs[0], kwargs["position_ids"].view(1, -1)
+def _pooled_everywhere(
+    pool: Callable, model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    position_ids = position_ids.view(1, -1)
     if model.config.pooling in ("pooler", "cls"):
         first = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids[0]
-        states = model.pooler(hidden_states[0, first.clamp(min=0)][:, None], None)[None]
-    else:
-        lengths = lengths_of_row(position_ids)
-        states = spread(pool(model.pooler, model.config, hidden_states, None, lengths), lengths)
-    return _with_states(outputs, states)
-
-
-def _with_states(outputs: Any, states: torch.Tensor) -> Any:
-    """The outputs, a tuple or as `ModelOutput`, with other hidden states."""
-    if isinstance(outputs, tuple):
-        return (states, *outputs[1:])
-    outputs.last_hidden_state = states
-    return outputs
+        return model.pooler(hidden_states[0, first.clamp(min=0)][:, None], None)[None]
+    lengths = lengths_of_row(position_ids)
+    return spread(pool(model.pooler, model.config, hidden_states, None, lengths), lengths)
 
 
 def lengths_of_row(position_ids: torch.Tensor) -> list[int]:
