@@ -181,7 +181,7 @@ def save_code_of_subclasses() -> None:
         else:
             from .hub.own_classes import files_and_auto_map
 
-            files, self.auto_map = files_and_auto_map(self, model, save_directory)
+            files, self.auto_map = files_and_auto_map(self, model)
             self._auto_class = None
             if not files and type(model).__name__ in names_of_ours():  # by its full name, or it would be loaded as ours
                 self.architectures = [f"{type(model).__module__}.{type(model).__qualname__}"]

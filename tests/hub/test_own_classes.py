@@ -302,7 +302,9 @@ def test_a_file_that_auto_map_cannot_name(tmp_path: Path) -> None:
     module = sys.modules["kind_o"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        with pytest.warns(CodeNotSaved, match=r"my-model\.v2\.py: auto_map can name no file with such a name: rename it"):
+        with pytest.warns(
+            CodeNotSaved, match=r"my-model\.v2\.py: auto_map can name no file with such a name: rename it"
+        ):
             module.Scaled(mygpt2_config()).save_pretrained(tmp_path / "own")
     finally:
         del sys.modules["kind_o"]
