@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from .models import base, modeling_mybert, modeling_mygpt2
 from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
-from .released import OwnCodeError, check_code, is_installed
+from .released import OwnCodeError, check_code, is_installed, names_of_ours
 
 
 class _Loading(NamedTuple):
@@ -174,15 +174,17 @@ def save_code_of_subclasses() -> None:
     def save_config(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         model = _saving.get()
         model = model if getattr(model, "config", None) is self else None
-        before = getattr(self, "auto_map", None)
+        before, architectures = getattr(self, "auto_map", None), self.architectures
         files: dict[str, str] = {}
         if model is None and is_installed(type(self)):
             self.auto_map = _of_installed(type(self), before or {})
         else:
             from .hub.own_classes import files_and_auto_map
 
-            files, self.auto_map = files_and_auto_map(self, model, save_directory)
+            files, self.auto_map = files_and_auto_map(self, model)
             self._auto_class = None
+            if not files and type(model).__name__ in names_of_ours():  # by its full name, or it would be loaded as ours
+                self.architectures = [f"{type(model).__module__}.{type(model).__qualname__}"]
         try:
             if files:
                 os.makedirs(save_directory, exist_ok=True)
@@ -190,7 +192,7 @@ def save_code_of_subclasses() -> None:
                 Path(save_directory, name).write_text(text, encoding="utf-8")
             return super(base.MyPretrainedConfig, self).save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.auto_map = before
+            self.auto_map, self.architectures = before, architectures
             vars(self).pop("_auto_class", None)
 
     base.MyPreTrainedModel.save_pretrained = save_model  # type: ignore[method-assign]

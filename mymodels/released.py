@@ -36,6 +36,11 @@ def is_installed(cls: type) -> bool:
     return cls.__module__.startswith(f"{__package__}.models.")
 
 
+def names_of_ours() -> set[str]:
+    """The names of the classes that our own `auto_map`s name."""
+    return {target.rpartition(".")[2] for config in CONFIGS.values() for target in config.AUTO_MAP.values()}
+
+
 def digest(files: Mapping[str, bytes]) -> str:
     """Of code files, by name and content."""
     listed = (f"{name}\0{hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(files.items()))

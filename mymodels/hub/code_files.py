@@ -87,6 +87,10 @@ def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict
             )
         if path.name in texts:
             continue
+        if not path.stem.isidentifier():
+            raise CheckpointError(
+                f"{path}: auto_map can name no file with such a name: rename it, to letters, digits and underscores"
+            )
         try:
             text = path.read_text(encoding="utf-8")
             tree = ast.parse(text)

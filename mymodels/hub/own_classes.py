@@ -1,7 +1,6 @@
 """The code files and the `auto_map` of a model in memory, whatever classes it is made of."""
 
 import copy
-import os
 import sys
 import warnings
 from typing import Any, NamedTuple
@@ -67,9 +66,7 @@ def code_of(config: PretrainedConfig, model: PreTrainedModel | None = None) -> C
     return Code(files, dict(sorted(auto_map.items())))
 
 
-def files_and_auto_map(
-    config: Any, model: PreTrainedModel | None, folder: str | os.PathLike
-) -> tuple[dict[str, str], dict[str, Any]]:
+def files_and_auto_map(config: Any, model: PreTrainedModel | None) -> tuple[dict[str, str], dict[str, Any]]:
     """For `save_pretrained`: `code_of`, and what `auto_map` names beside models; what cannot be saved, a warning says."""
     named = getattr(config, "auto_map", None) or {}
     others = {
@@ -80,7 +77,7 @@ def files_and_auto_map(
     except CheckpointError as error:
         name = type(config if model is None else model).__name__
         warnings.warn(
-            f"{folder} was saved without the code of {name}, so it loads only where that is imported ({error}); "
+            f"{name} was saved without its code, so it loads only where that is imported ({error}); "
             "mymodels.build_repo writes a folder with code once this is mended",
             CodeNotSaved,
             stacklevel=5,

@@ -19,6 +19,11 @@ def count_labels(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tens
         first = next(iter(batch.values()))
         return torch.tensor(len(first), device=first.device)
     plain = extract_model_from_parallel(model)
+    if not hasattr(plain, "config"):
+        raise ValueError(
+            f"{type(plain).__name__} is no transformers model, so nothing says which of the labels its loss is the mean of: "
+            "derive it from PreTrainedModel"
+        )
     # transformers takes a causal language model's loss for a class whose name says nothing, such as GPT2LMHeadModel
     shifted = LOSS_MAPPING.get(getattr(plain, "loss_type", None) or "ForCausalLM") is ForCausalLMLoss
     if shifted and batch["labels"].ndim > 1 and not getattr(plain.config, "is_encoder_decoder", False):

@@ -42,6 +42,7 @@ class Start:
 
 def known_labels(model: PreTrainedModel | str | os.PathLike, revision: str | None = None) -> list[str]:
     """The labels of a classifier, by number; none of a model whose labels nobody has named."""
+    _check_kind_of_model(model)
     if isinstance(model, PreTrainedModel):
         found: Mapping[Any, str] = model.config.id2label or {}
     else:
@@ -50,6 +51,14 @@ def known_labels(model: PreTrainedModel | str | os.PathLike, revision: str | Non
         found = config.get("id2label") or {} if "ForSequenceClassification" in str(config.get("architectures")) else {}
     names = [str(found[number]) for number in sorted(found, key=int)]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def _check_kind_of_model(model: Any) -> None:
+    if not isinstance(model, (PreTrainedModel, str, os.PathLike)):
+        raise ValueError(
+            f"finetune takes a transformers model or the name of one, and {type(model).__name__} is neither: a model of "
+            "your own derives from PreTrainedModel"
+        )
 
 
 def start(
@@ -69,6 +78,7 @@ def start(
         ValueError: the model has no such head, or another number of labels, or no tokenizer.
         OSError: there is no such folder or Hub repo.
     """
+    _check_kind_of_model(model)
     known = known_labels(model, revision) if task == "classification" else []
     if isinstance(model, PreTrainedModel):
         if to or overrides:
@@ -91,7 +101,7 @@ def start(
 
 def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, tokenizer: Any) -> Start:
     name = type(model).__name__
-    kind = next((kind for kind, head in HEADS.items() if name.endswith(head)), "causal" if "LMHead" in name else "")
+    kind = next(filter(None, map(_kind, type(model).__mro__)), "")  # a subclass may be called anything
     if not kind or (kind == "classification") != (task == "classification"):
         raise ValueError(f"{name} is no model for --task {task}: give one that ends in {_wanted(task)}")
     if labels is not None:
@@ -104,6 +114,12 @@ def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, 
     if tokenizer is None:
         raise ValueError("a model in memory does not say how to cut texts into tokens: pass tokenizer=")
     return Start(model.float(), _tokenizer(tokenizer, False), kind, how=f"{name} in memory")
+
+
+def _kind(cls: type) -> str:
+    """The kind of head that a class has by its name; `""`: none that is trained here."""
+    name = cls.__name__
+    return next((kind for kind, head in HEADS.items() if name.endswith(head)), "causal" if "LMHead" in name else "")
 
 
 def _from_checkpoint(

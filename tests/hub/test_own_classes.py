@@ -1,6 +1,6 @@
 """A subclass, wherever it is written, is saved by `save_pretrained` with its code, and answers as itself where mymodels is not."""
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -278,3 +278,34 @@ def test_what_cannot_be_saved_with_its_code(imported, tmp_path: Path, monkeypatc
             way.from_pretrained(tmp_path / "0")
     with pytest.raises(CheckpointError, match=r"was saved from the class Local, whose code is not in it"):
         build_repo(tmp_path / "0", None, tmp_path / "out", golden=False)
+
+
+def test_a_class_called_like_ours_is_not_loaded_as_ours(imported, tmp_path: Path) -> None:
+    """Saved without its code, it is named in full; beside our class of that name it answers as itself or not at all."""
+    named = MODEL_ONLY.replace("class Scaled(MyGPT2ForCausalLM)", "class MyGPT2ForCausalLM(mymodels.MyGPT2ForCausalLM)")
+    model = imported({"kind_n": f"import mymodels\n{named}"}).MyGPT2ForCausalLM(mygpt2_config()).eval()
+    with pytest.warns(CodeNotSaved, match=r"`import mymodels` cannot be made flat"):
+        model.save_pretrained(tmp_path / "own")
+    assert model.config.architectures == ["MyGPT2ForCausalLM"]
+    for way in (MyGPT2ForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=r"was saved from the class kind_n\.MyGPT2ForCausalLM, whose code is not"):
+            way.from_pretrained(tmp_path / "own")
+    with torch.no_grad():
+        again = type(model).from_pretrained(tmp_path / "own")(torch.tensor(IDS)).logits
+    assert again.equal(model(torch.tensor(IDS)).logits)
+
+
+def test_a_file_that_auto_map_cannot_name(tmp_path: Path) -> None:
+    file = tmp_path / "my-model.v2.py"
+    file.write_text(SHORT + MODEL_ONLY)
+    spec = importlib.util.spec_from_file_location("kind_o", file)
+    module = sys.modules["kind_o"] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        with pytest.warns(
+            CodeNotSaved, match=r"my-model\.v2\.py: auto_map can name no file with such a name: rename it"
+        ):
+            module.Scaled(mygpt2_config()).save_pretrained(tmp_path / "own")
+    finally:
+        del sys.modules["kind_o"]
+    assert "auto_map" not in json.loads((tmp_path / "own" / "config.json").read_text())

@@ -18,6 +18,7 @@ from mymodels.export.exporting import _load as load_for_export
 from mymodels.hub import write_lock
 from mymodels.hub.clean_process import CleanRun
 from mymodels.released import released
+from mymodels.training.load_base import start
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 HUB_REPO = Path(__file__).parents[2] / "hub_repo"
@@ -271,3 +272,29 @@ def test_training_begins_with_a_save(tmp_path: Path) -> None:
     ):
         finetune(inside, text, tmp_path / "tuned", task="lm", tokenizer=tokenizer, max_length=8)
     assert not list(tmp_path.glob("tuned*"))
+
+
+def test_a_model_in_memory_may_be_called_anything(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """What is trained is the head that its class derives from; a module that is no model of transformers is refused."""
+    tokenizer = train_gpt2_tokenizer(["the cat sat on the mat"], vocab_size=290, model_max_length=64)
+    model = type("Own", (MyGPT2ForCausalLM,), {})(mygpt2_config(vocab_size=len(tokenizer)))
+    assert start(model, "lm", tokenizer=tokenizer).kind == "causal"
+    with pytest.raises(ValueError, match=r"^Own is no model for --task classification"):
+        start(model, "classification", tokenizer=tokenizer)
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+    for task in ("lm", "classification"):
+        with pytest.raises(ValueError, match=r"^finetune takes a transformers model or the name of one, and Plain is"):
+            finetune(Plain(), "sample_text", tmp_path / "tuned", task=task, tokenizer=tokenizer)
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+    with pytest.raises(ValueError, match=r"^Plain is no transformers model, so nothing says which of the labels"):
+        train(Plain(), rows, max_steps=1)
+
+    recwarn.clear()
+    train(model, rows, output_dir=str(tmp_path / "run"), max_steps=2, save_steps=1, per_device_train_batch_size=2)
+    told = {str(one.message) for one in recwarn if "without its code" in str(one.message)}
+    assert len(told) == 1 and "trial" not in told.pop()  # the same at each save, so that Python shows it once
