@@ -14,7 +14,7 @@ from .atomic_write import replace_file, replace_folder
 from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .integrity import write_manifest
 from .opening import locate, open_checkpoint, weight_files
-from .quantised import quantisation
+from .quantised import config_beside, quantisation
 from .safetensors_files import inside, read_json
 from .torch_files import OPTIMIZER
 from .writing import parse_size, separate, storable, torch_save, write_shards
@@ -108,8 +108,7 @@ def _refuse(where: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> N
         raise CheckpointError(f"{where} holds {OPTIMIZER}: there are no weights to convert, copy it as it is")
     if checkpoint.part_of:
         raise CheckpointError(checkpoint.part_of)
-    config = (where if where.is_dir() else where.parent) / "config.json"
-    how = quantisation(checkpoint, read_json(config) if config.is_file() else None) if dtype is not None else None
+    how = quantisation(checkpoint, config_beside(checkpoint)) if dtype is not None else None
     if how and checkpoint.format.split()[0] != "GGUF":
         raise CheckpointError(
             f"{where} is quantised, {how}: another dtype would make its numbers wrong; convert it without a dtype, or "

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .opening import open_checkpoint
-from .quantised import quantisation
+from .quantised import config_beside, quantisation
 
 Device = int | str | torch.device
 
@@ -32,9 +32,11 @@ def load_state_dict(
         dtype: what floating-point tensors are converted to, or its name; None and `"auto"` keep them.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or this machine has no such device.
+        CheckpointError: the checkpoint cannot be read, is only a part of a model, or this machine has no such device.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    if checkpoint.part_of:
+        raise CheckpointError(checkpoint.part_of)
     place, dtype = _available(device, ""), resolve_dtype(dtype)
     state_dict: dict[str, torch.Tensor] = {}
     stored = [name for name in checkpoint if name not in checkpoint.aliases]
@@ -196,7 +198,14 @@ def without_wrappers(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpo
         return checkpoint
     aliases = {without_wrapper(alias): without_wrapper(name) for alias, name in checkpoint.aliases.items()}
     info = {name: checkpoint.info[full] for name, full in names.items()}
-    return Checkpoint(checkpoint.path, checkpoint.format, info, lambda name: checkpoint[names[name]], aliases=aliases)
+    return Checkpoint(
+        checkpoint.path,
+        checkpoint.format,
+        info,
+        lambda name: checkpoint[names[name]],
+        aliases=aliases,
+        part_of=checkpoint.part_of,
+    )
 
 
 def resolve_device_map(
@@ -262,11 +271,8 @@ def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> dict[s
         )
     if source.part_of:
         raise CheckpointError(source.part_of)
-    if (how := quantisation(source)) and not quantisation(wanted):
-        raise CheckpointError(
-            f"{source.path} is quantised, {how}: its numbers are not weights without their scales; load it with "
-            f"from_pretrained and the quantiser's package, or dequantise it first"
-        )
+    if not quantisation(wanted):
+        _refuse_quantised(source)
     for name in source:
         if name in wanted and name not in shapes and _kind(wanted[name].dtype) != _kind(source.info[name].dtype):
             raise CheckpointError(
@@ -296,6 +302,20 @@ def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> dict[s
         )
         warnings.warn(f"{source.path} was loaded in part, the other tensors keep their values: {shown}", stacklevel=3)
     return {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": shapes}
+
+
+def _refuse_quantised(source: Checkpoint) -> None:
+    """Raise for quantised weights, shown by the tensors or by the config beside them."""
+    if source.format.startswith("GGUF"):  # read dequantised
+        return
+    config = config_beside(source)
+    stored, told = quantisation(source), quantisation(source, config)
+    if stored or told:
+        remedy = "" if stored else ", or take quantization_config out of config.json if its weights are plain numbers"
+        raise CheckpointError(
+            f"{source.path} is quantised, {stored or told}: its numbers are not weights without their scales; load it with "
+            f"from_pretrained and the quantiser's package, or dequantise it first{remedy}"
+        )
 
 
 def _kind(dtype: torch.dtype) -> str:

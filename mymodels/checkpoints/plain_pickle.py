@@ -185,6 +185,14 @@ def _wrapper(cls: Any, *args: Any) -> Unopened:
     return made
 
 
+def _frombuffer(data: Any, dtype: np.dtype, shape: tuple[int, ...], order: str, axes: Any = None) -> np.ndarray:
+    """How protocol 5 makes numpy's arrays; of a copy, as torch wants memory that may be written."""
+    array = np.frombuffer(bytearray(data), dtype)
+    if order == "K" and axes is not None:
+        return array.reshape(shape).transpose(axes)
+    return array.reshape(shape, order=order)  # type: ignore[call-overload]
+
+
 _BUILTINS: dict[str, Any] = {
     f"builtins.{made.__name__}": made
     for made in (
@@ -231,6 +239,7 @@ def _known() -> dict[str, Any]:
     else:
         kinds = [kind for kind in vars(ml_dtypes).values() if isinstance(kind, type) and issubclass(kind, np.generic)]
         known |= {f"ml_dtypes.{kind.__name__}": kind for kind in kinds}
+    known |= {f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")}
     return known | {
         "_codecs.encode": _encode,
         "collections.defaultdict": _defaultdict,

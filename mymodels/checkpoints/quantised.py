@@ -3,11 +3,13 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint import Checkpoint
+from .safetensors_files import read_json
 
 # `quant_method` of transformers' configs, and others' → the name that people use
 _METHODS = {
@@ -84,6 +86,13 @@ def quantisation(
         if any(stored <= names for names in stored_in.values()):
             return phrase
     return _by_dtypes(tensors) if isinstance(tensors, Mapping) else None
+
+
+def config_beside(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The `config.json` beside a checkpoint's files; {} if there is none, or the checkpoint is in memory."""
+    where = Path(checkpoint.path)
+    path = (where if where.is_dir() else where.parent) / "config.json"
+    return read_json(path) if where.exists() and path.is_file() else {}
 
 
 def _by_config(config: Mapping[str, Any]) -> str | None:

@@ -331,6 +331,8 @@ def holds_tensors(unopened: Unopened) -> bool:
     """Whether an object that was not opened has tensors in it, so that weights may be missed; a tensor itself has not."""
     if isinstance(unopened, UnopenedTensor):
         return False  # named when it is met among a model's tensors
+    if unopened.qualified.startswith("numpy.random."):
+        return False  # a generator's state
     for one in find_unopened(unopened):
         for part in one.contents():
             values = [part, *(value for _, value in _leaves(part))]

@@ -87,10 +87,11 @@ class Checker:
             the check, and where the difference begins: 0 for the embeddings, `i` for layer `i - 1`, None if that was
             not found.
         """
+        given = None if inputs is None else [self._given(inputs)]
         try:
             outputs = _comparable(model, new)
             reference = make_reference(self.source, type(model), head=outputs[0] != "last_hidden_state")
-            batches = self._batches(model, reference) if inputs is None else [self._given(inputs)]
+            batches = self._batches(model, reference) if given is None else given
             check, where = self._compare(reference, model, batches, outputs, torch.float32, made_up=inputs is None)
             if exact and not check.agrees:  # is it float32's rounding?
                 check, where = self._compare(reference, model, batches, outputs, torch.float64, made_up=inputs is None)
@@ -181,9 +182,12 @@ class Checker:
         return ours.double(), theirs.double()
 
     def _given(self, inputs: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        batch = {name: torch.as_tensor(value) for name, value in dict(inputs).items() if name != "labels"}
-        if "input_ids" not in batch:
+        if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
             raise CheckpointError("inputs= needs input_ids, such as a tokenizer returns with return_tensors='pt'")
+        batch = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "labels"}
+        if batch["input_ids"].dim() != 2 or not batch["input_ids"].numel():
+            shape = tuple(batch["input_ids"].shape)
+            raise CheckpointError(f"the input_ids of inputs= are [batch, tokens], but these have the shape {shape}")
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         if self.token_rows is None:
             return batch, batch

@@ -118,7 +118,9 @@ def source_config(
     except CheckpointError:
         raise
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}: its config and tensors do not agree ({error}): correct config.json") from error
+        raise CheckpointError(
+            f"{where}: mymodels cannot build what its config and tensors say ({error}): correct config.json if it is wrong"
+        ) from error
 
 
 def _source_config(

@@ -18,12 +18,14 @@ from transformers.utils import logging
 from ..checkpoints import CheckpointError, load_checkpoint_and_dispatch, open_checkpoint
 from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.opening import locate
+from ..checkpoints.safetensors_files import read_json
 from ..models.base import MyPreTrainedModel
 from ..models.compat import TRANSFORMERS_VERSION
 from ..released import check_code, is_installed
 from .configs import make_config, own_config, translate_config
 from .key_mapping import CONFIGS, family_of
 from .planning import make_plan
+from .refusing import refuse_adapter
 from .report import WarmStartReport
 from .sources import open_source
 from .warm_start_model import check_memory, empty_model
@@ -78,6 +80,11 @@ def _stock_config(model_class: type[PreTrainedModel], path: Any, kwargs: Mapping
     target = next((kind for kind, ours in CONFIGS.items() if issubclass(_config_class(model_class), ours)), "")
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     family = family_of(model_type)
+    if not raw and (Path(path) / "adapter_config.json").is_file():  # the library loads its base model first
+        base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
+        if base and _stock_config(model_class, base, {**kwargs, "subfolder": None, "revision": None}) is not None:
+            refuse_adapter(str(path), (), Path(path))
+        return None
     if not raw and kwargs.get("config") is None and Path(path).is_dir():  # the library would make a random model
         raise CheckpointError(
             f"{path} has no config.json: pass config=, or use mymodels.warm_start, which takes bare weights"
@@ -189,10 +196,12 @@ def _say(report: WarmStartReport, model_class: type[PreTrainedModel]) -> None:
         console.print(report.tables(only=("new", "unused"))[0] if lost else "")
         for note in report.notes:
             console.print(f"note: {note}")
-    head = f"{model_class.__name__}.from_pretrained({report.source!r}): {sum(len(row.targets) for row in lost)} parameters start anew, "
-    head += f"{sum(row.status == 'unused' for row in lost)} tensors of the checkpoint have no place.\n"
-    tail = "mymodels.warm_start (mymodels warm-start) fits such a checkpoint to this architecture."
-    logger.warning(head + capture.get() + tail)
+    head, tail = f"{model_class.__name__}.from_pretrained({report.source!r}): ", ""
+    if lost:
+        head += f"{sum(len(row.targets) for row in lost)} parameters start anew, "
+        head += f"{sum(row.status == 'unused' for row in lost)} tensors of the checkpoint have no place.\n"
+        tail = "mymodels.warm_start (mymodels warm-start) fits such a checkpoint to this architecture."
+    logger.warning(head + capture.get().lstrip("\n") + tail)
 
 
 def _loading_info(report: WarmStartReport) -> dict[str, Any]:

@@ -108,6 +108,30 @@ def test_every_protocol_and_what_lies_beside(protocol: int, zipped: bool, tmp_pa
     assert "Colour('red')" in shown["colour"]
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_every_protocol(protocol: int, tmp_path: Path) -> None:
+    arrays = {
+        "weight": np.arange(6.0, dtype=np.float32).reshape(2, 3),
+        "fortran": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+        "turned": np.arange(24).reshape(2, 3, 4).transpose(2, 0, 1),
+    }
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(arrays, protocol=protocol))
+    paths = [tmp_path / "a.pkl"]
+    if protocol > 1:
+        paths.append(tmp_path / "a.pt")
+        torch.save({"model": arrays}, paths[-1], pickle_protocol=protocol)
+    for path in paths:
+        opened = open_checkpoint(path)
+        assert set(opened) == set(arrays)
+        assert all(np.array_equal(opened[name].numpy(), array) for name, array in arrays.items())
+
+
+def test_a_generator_of_numpy_beside(tmp_path: Path) -> None:
+    torch.save({"model": WEIGHTS, "rng": np.random.default_rng(1)}, tmp_path / "x.pt")
+    opened = open_checkpoint(tmp_path / "x.pt")
+    assert set(opened) == set(WEIGHTS) and "PCG64" in repr(opened.extras["rng"])
+
+
 def test_protocol_0_is_named(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "x.pt", pickle_protocol=0)
     torch.save(WEIGHTS, tmp_path / "y.pt", pickle_protocol=0, _use_new_zipfile_serialization=False)

@@ -18,12 +18,14 @@ from mymodels.checkpoints import (
     CheckpointError,
     check_checkpoint,
     load_checkpoint_and_dispatch,
+    load_state_dict,
     open_checkpoint,
     save_checkpoint,
 )
 from mymodels.checkpoints.converting import convert_checkpoint
 from mymodels.checkpoints.inspecting import compare_checkpoints, inspect_checkpoint
 from mymodels.cli import main
+from mymodels.training.importing import import_checkpoint
 
 WEIGHTS = {"a.w": torch.randn(3, 4), "a.b": torch.randn(4)}
 
@@ -230,6 +232,35 @@ def test_names_of_wrappers_and_nothing_loaded(tmp_path: Path) -> None:
     torch.save({f"other.{name}": value for name, value in stored.items()}, tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match="none of its 4 tensors"):
         load_checkpoint_and_dispatch(part, tmp_path / "none.pt", strict=False)
+
+
+def test_a_part_behind_wrappers_is_a_part(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({f"module.0.{name}": value.clone() for name, value in model[0].state_dict().items()}, path)
+    for load in (
+        lambda: load_checkpoint_and_dispatch(model, path, strict=False),
+        lambda: import_checkpoint(path, model, strict=False),
+        lambda: load_state_dict(path),
+    ):
+        with pytest.raises(CheckpointError, match="one of 2 shards"):
+            load()
+
+
+def test_quantised_by_the_config_alone(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    before = model.weight.clone()
+    weights = {"weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "bias": torch.ones(4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert load_checkpoint_and_dispatch(nn.Linear(4, 4), tmp_path, dtype="float32").weight.sum() == 16
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        for load in (load_checkpoint_and_dispatch, lambda model, path: import_checkpoint(path, model)):
+            with pytest.raises(
+                CheckpointError, match=r"is quantised, float8 with scales: .*quantization_config out of"
+            ):
+                load(model, path)
+    assert torch.equal(model.weight, before)
 
 
 def test_the_account_of_what_was_not_loaded(tmp_path: Path) -> None:

@@ -62,6 +62,15 @@ def test_what_is_measured_is_what_a_run_gives() -> None:
     assert f"Checked: {check}" in " ".join(str(report).split())
     with pytest.raises(CheckpointError, match=r"could not be run on these inputs: .*vocab_size=97"):
         report.check({"input_ids": torch.full((1, 3), 500)})
+    for wrong, words in (
+        (inputs["input_ids"], "needs input_ids"),
+        ("hello", "needs input_ids"),
+        ({"inputs_embeds": torch.zeros(1, 2, 32)}, "needs input_ids"),
+        ({"input_ids": torch.arange(3)}, r"shape \(3,\)"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"shape \(1, 0\)"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            report.check(wrong)
 
 
 def test_tokens_of_another_tokenizer_are_compared_with_their_own_rows(tmp_path: Path) -> None:

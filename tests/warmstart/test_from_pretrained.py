@@ -184,6 +184,16 @@ class TestSwitches:
         assert "transformer.ln_f.bias" in loading["unexpected_keys"]
         assert torch.equal(mine.model.embed_tokens.weight, stock.transformer.wte.weight)
 
+    def test_a_note_alone_comes_without_a_count_of_nothing(self, tmp_path: Path, said: list[str]) -> None:
+        stock = stock_model("GPT2LMHeadModel")
+        tensors = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+        tensors["lm_head.weight"] += 1
+        write(stock, tmp_path, "bin")
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        MyGPT2ForCausalLM.from_pretrained(tmp_path)
+        assert len(said) == 1 and "both are stored with different values" in said[0]
+        assert "0 parameters" not in said[0] and "warm_start" not in said[0]
+
     def test_a_config_says_the_switches_too(self, tmp_path: Path, said: list[str]) -> None:
         folder = write(stock_model("GPT2LMHeadModel"), tmp_path, "safetensors")
         config = mygpt2_config(position_embedding_type="rope")
@@ -246,3 +256,23 @@ def test_roberta_and_distilbert_too(tmp_path: Path) -> None:
     mine = MyBertForMaskedLM.from_pretrained(write(stock, tmp_path / "roberta", "safetensors"))
     inputs = {"input_ids": torch.randint(2, 97, (3, 11)), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
     assert difference(mine, stock, inputs=inputs) <= 1e-5
+
+
+def test_adapters(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    write(stock_model("GPT2LMHeadModel"), tmp_path / "stock", "safetensors")
+    mine = MyGPT2ForCausalLM.from_pretrained(tmp_path / "stock")
+    mine.save_pretrained(tmp_path / "mine")
+    lora = peft.LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(MyGPT2ForCausalLM.from_pretrained(tmp_path / "mine"), lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = MyGPT2ForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    inputs = batch("right")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, adapted(**inputs).logits)
+        assert not torch.equal(again(**inputs).logits, mine(**inputs).logits)
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "stock")  # its names are GPT-2's
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"is an adapter of PEFT for .*stock"):
+        MyGPT2ForCausalLM.from_pretrained(tmp_path / "adapter")

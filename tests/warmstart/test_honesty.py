@@ -304,8 +304,8 @@ class TestSources:
             (None, {"rename": {"(": ""}}, "is no regular expression"),
             (None, {"overrides": {"num_key_value_heads": True}}, "num_key_value_heads=True should be like 12"),
             (None, {"overrides": {"n_layer": "abc"}}, "num_hidden_layers"),
-            (None, {"config": {"n_head": "4"}}, "its config and tensors do not agree"),
-            (None, {"config": {"n_head": 0}}, "its config and tensors do not agree|num_attention_heads"),
+            (None, {"config": {"n_head": "4"}}, "mymodels cannot build what its config and tensors say"),
+            (None, {"config": {"n_head": 0}}, "mymodels cannot build what its config and tensors say|num_attention_heads"),
         ],
     )  # fmt: skip
     def test_one_sentence(self, source, how: dict, sentence: str) -> None:
