@@ -301,7 +301,8 @@ def _modules_as_values(reader: Reader) -> Iterator[Finding]:
     for node, names, inside in reader.uses:
         parent = reader.parent(node)
         if "builtins.getattr" in names and isinstance(parent, ast.Call) and node in parent.args:
-            given = {name.partition(".")[0] for argument in parent.args for name in _within(reader, argument)}
+            others = [argument for argument in parent.args if argument is not node]
+            given = {name.partition(".")[0] for argument in others for name in _within(reader, argument)}
             if given & {*_LIBRARIES}:
                 what = f"{reader.file.name} hands getattr on together with a module, {reader.moment(inside)}"
                 yield Finding(reader.status(inside), what, reader.file.at(node), "write out what it takes")

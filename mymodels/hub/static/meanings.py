@@ -228,10 +228,10 @@ class Meanings:
             if isinstance(left, (str, bytes)) and type(left) is type(right) and len(left) < MAX_TEXT:
                 return left + right  # type: ignore[operator]
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
-            left, right = self.text(node.left, depth + 1), getattr(node.right, "elts", [node.right])
-            given = [self._constant(part, depth + 1) for part in right]
-            if left is not None and len(left) < MAX_TEXT and None not in given and not re.search(r"%\S*[\d*]", left):
-                return _percent(left, given)
+            pattern, parts_of = self.text(node.left, depth + 1), getattr(node.right, "elts", [node.right])
+            given = [self._constant(part, depth + 1) for part in parts_of]
+            plain = pattern is not None and len(pattern) < MAX_TEXT and not re.search(r"%\S*[\d*]", pattern)
+            return _percent(pattern, given) if pattern is not None and plain and None not in given else None
         if isinstance(node, ast.JoinedStr):
             parts = [p.value if isinstance(p, ast.FormattedValue) else p for p in node.values]
             return _joined("", [self.text(part, depth + 1) for part in parts])
