@@ -179,8 +179,12 @@ def run_reload(job: dict[str, Any], events: Any) -> None:
 
 def check_forward(check: Any, model: Any, inputs: dict[str, torch.Tensor], before: dict[str, Any]) -> None:
     """It runs, finite, and twice the same: dropout that ignores `training` shows here; the weights stay as they are."""
+    given = {name: tensor.clone() for name, tensor in inputs.items()}
     first = shown_outputs(model, inputs)
     check.fail_if(not_finite(first))
+    for name, tensor in given.items():
+        if not torch.equal(inputs[name], tensor):
+            check.fail(f"forward writes into {name}, which is the caller's: work on a copy")
     again = difference(shown_outputs(model, inputs), first)
     if again:
         check.fail(f"two runs on the same inputs in eval mode are not the same: {again}")

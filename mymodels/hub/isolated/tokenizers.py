@@ -1,5 +1,8 @@
 """The check of the tokenizer: its special ids, its chat template, the ids it makes."""
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +28,10 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
         tokenizer = load_tokenizer(job)
     except ImportError:  # it needs a package that is not installed here
         return {}
-    return {"tokens": {"text": RECORDED, "ids": [int(i) for i in tokenizer(RECORDED).input_ids]}}
+    tokens: dict[str, Any] = {"text": RECORDED, "ids": [int(i) for i in tokenizer(RECORDED).input_ids]}
+    with contextlib.suppress(Exception):  # a tokenizer of its own need not list its tokens
+        tokens |= {"size": len(tokenizer), "vocabulary": _digest(tokenizer, len(tokenizer))}
+    return {"tokens": tokens}
 
 
 def run(job: dict[str, Any], events: Any, model: Any, recorded: dict[str, Any] | None = None) -> bool:
@@ -76,11 +82,26 @@ def _not_as_recorded(tokenizer: Any, recorded: dict[str, Any]) -> str:
         return ""
     want, got = list(tokens["ids"]), [int(i) for i in tokenizer(tokens["text"]).input_ids]
     if got == want:
-        return ""
+        return _other_vocabulary(tokenizer, tokens)
     place = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), min(len(got), len(want)))
     return (
         f"this is not the tokenizer that the golden outputs were recorded with: of the same text it makes {len(got)} "
         f"tokens instead of {len(want)}, the first other one at position {place}"
+    )
+
+
+def _digest(tokenizer: Any, size: int) -> str:
+    """SHA-256 of the tokens with ids below `size`: tokens added later do not change it."""
+    held = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i < size)
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
+
+def _other_vocabulary(tokenizer: Any, tokens: dict[str, Any]) -> str:
+    if "vocabulary" not in tokens or _digest(tokenizer, int(tokens["size"])) == tokens["vocabulary"]:
+        return ""
+    return (
+        f"this is not the tokenizer that the golden outputs were recorded with: the {tokens['size']} tokens it had then "
+        "have other ids now"
     )
 
 
@@ -130,6 +151,7 @@ def wrong_template(tokenizer: Any) -> str:
 
     errors: list[Any] = []
     shown: list[list[bool]] = []
+    last: list[bool] = []  # of a chat of several messages: whether the last one is in the prompt
     for wrap in (str, lambda text: [{"type": "text", "text": text}]):
         for roles in (["user"], ["user", "assistant", "user"], ["system", "user"]):
             words = [NEEDLE, "between", LATER][: len(roles)] if len(roles) != 2 else ["between", NEEDLE]
@@ -139,7 +161,11 @@ def wrong_template(tokenizer: Any) -> str:
             except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
                 errors.append(error)
                 continue
+            if len(roles) == 3:
+                last.append(LATER in text)
             shown.append([word in text for role, word in zip(roles, words) if role == "user"])
+    if last and not any(last) and any(map(any, shown)):
+        return "the chat template leaves out what the user says last: of a chat, the prompt has only the beginning"
     if any(all(seen) for seen in shown):
         return ""
     if shown:

@@ -11,6 +11,7 @@ from .comparing import EQUAL, difference, flatten, floating, run_model
 from .golden_outputs import read_inputs
 from .inputs import two_stacks
 from .load_repo import accepts, load, seed_all, text_config
+from .stages import sentence
 
 LARGEST = 3e9  # bytes of weights: their gradients and AdamW's moments take four times as much in float32
 RATES = (1e-3, 1e-4, 1e-5, 1e-6)
@@ -42,7 +43,7 @@ def run(job: dict[str, Any], events: Any) -> None:
     with events.check("optimizer step", name) as check:
         check_step(check, model, batch)
     with events.check("resize", name) as check:
-        check_resize(check, model, inputs)
+        check_resize(check, model, inputs, labels)
 
 
 # ---- the loss
@@ -104,6 +105,8 @@ def check_loss(check: Any, model: Any, inputs: dict[str, torch.Tensor], labels: 
     found = next((shift for shift in (right, *shifts) if _near(loss.item(), shifts[shift])), None)
     if found is None and any(_near(-loss.item(), value) for value in shifts.values()):
         check.fail("the loss is the cross-entropy with the wrong sign: training raises it")
+    elif found is None and (wrong := _wrong_loss(loss.item(), model, logits, given, right)):
+        check.fail(wrong)
     elif found is None:
         check.warn("the loss is one of the model's own, not the cross-entropy of its logits: it was not recomputed")
     elif found != right:
@@ -118,6 +121,19 @@ WRONG_SHIFT = {
     },
     False: {1: "the labels are shifted, as only those of a causal language model are"},
 }
+
+
+def _wrong_loss(loss: float, model: Any, logits: torch.Tensor, labels: torch.Tensor, shift: int) -> str:
+    """What was done wrong to make this loss, in words; empty if it is none of the mistakes that are known."""
+    if _near(loss, _cross_entropy(logits.softmax(-1), labels, shift)):
+        return "the loss is the cross-entropy of the softmax of the logits: cross_entropy takes the logits themselves"
+    config = text_config(model.config)
+    special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos")]
+    for token in sorted({0, *(i for i in special if isinstance(i, int) and 0 <= i < logits.shape[-1])}):
+        filled = labels.masked_fill(labels == IGNORED, token)
+        if (labels == IGNORED).any() and _near(loss, _cross_entropy(logits, filled, shift)):
+            return f"labels of -100 are not ignored, but count as token {token}: the model is trained on padding"
+    return ""
 
 
 def _causal_head(model: Any) -> bool | None:
@@ -274,8 +290,10 @@ def check_step(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> None:
 # ---- the vocabulary
 
 
-def check_resize(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """More tokens leave the outputs of the old ones as they are, and head and tie go along."""
+def check_resize(
+    check: Any, model: Any, inputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor] | None = None
+) -> None:
+    """More tokens leave the outputs of the old ones as they are, head and tie go along, and there is still a loss."""
     try:
         old, head = model.get_input_embeddings(), getattr(model, "get_output_embeddings", bool)()
     except NotImplementedError:
@@ -307,3 +325,8 @@ def check_resize(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> Non
     wrong = difference(seen, before, EQUAL)
     if wrong:
         check.fail(f"resize_token_embeddings changes the outputs of the tokens that were there: {wrong}")
+    if labels and not check.failed:
+        try:
+            loss_of(model, {**inputs, **labels})
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise RuntimeError(f"after resize_token_embeddings the loss raises {sentence(error)}") from error

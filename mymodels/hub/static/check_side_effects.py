@@ -56,7 +56,7 @@ _CALLS: list[tuple[str, str, str]] = [
         "leave them to the caller",
     ),
     (
-        r"os\.(chdir|fchdir|umask|nice|setpgid|setsid|setpriority)|resource\.setrlimit|locale\.setlocale|time\.tzset|"
+        r"contextlib\.chdir|os\.(chdir|fchdir|umask|nice|setpgid|setsid|setpriority)|resource\.setrlimit|locale\.setlocale|time\.tzset|"
         r"socket\.setdefaulttimeout|multiprocessing\.set_\w+|sys\.set\w+|gc\.(disable|freeze|set_threshold)|"
         r"asyncio\.set_event_loop\w*|faulthandler\.\w+|tracemalloc\.start",
         "changes the state of the process",
@@ -87,6 +87,12 @@ _CALLS: list[tuple[str, str, str]] = [
         "do not: a model has no need of it",
     ),
     (
+        r"torch\.nn\.modules\.module\.register_module_\w+|torch\.nn\.modules\.lazy\.register_\w+|"
+        r"torch\.optim\.optimizer\.register_optimizer_\w+",
+        "hooks every module or optimizer of the whole process",
+        "register hooks on the modules of this model",
+    ),
+    (
         r"threading\.(Thread|Timer)|_thread\.start_new(_thread)?|concurrent\.futures\.(thread\.)?ThreadPoolExecutor|"
         r"multiprocessing\.(pool\.)?(ThreadPool|Manager|dummy\.Pool)|queue\.Queue\.start|asyncio\.(run|new_event_loop|get_event_loop)",
         "starts threads",
@@ -95,9 +101,10 @@ _CALLS: list[tuple[str, str, str]] = [
 ]
 _EFFECTS = [(re.compile(rf"({pattern})$"), does, remedy) for pattern, does, remedy in _CALLS]
 _SCOPED = re.compile(  # as a context manager each undoes itself
-    r"torch\.(autograd\.(grad_mode\.)?)?(set_grad_enabled|set_detect_anomaly|set_default_device)$|concurrent\.futures\.|multiprocessing\."
+    r"torch\.(autograd\.(grad_mode\.)?)?(set_grad_enabled|set_detect_anomaly|set_default_device)$|contextlib\.chdir$|concurrent\.futures\.|multiprocessing\."
 )
 _GUARDS = re.compile(r"warnings\.catch_warnings$|torch\.(random\.)?fork_rng$|torch\.\w+\.\w+\.flags$|\.fork_rng$")
+_MODES = re.compile(r"torch\.(\w+\.)*(device|autocast|set_default_device|\w+Mode|sdpa_kernel)$|contextlib\.chdir$")
 _WORK = re.compile(
     r"transformers\.(Trainer|Seq2SeqTrainer|pipeline)$|accelerate\.Accelerator$|torch\.(autograd\.backward|distributed\.init_process_group)$|"
     r"time\.sleep$|builtins\.(input|exit|quit|breakpoint)$|sys\.exit$|torch\.optim\.\w+$|datasets\.load_dataset$"
@@ -120,7 +127,8 @@ _LAYER = re.compile(
     r"torch\.nn\.(Linear|Bilinear|Conv\w+|Embedding(Bag)?|LSTM|GRU|RNN|\w+Cell|MultiheadAttention|Transformer\w*)$"
 )
 _REGISTRIES = re.compile(
-    r"(ALL_\w*FUNCTIONS|ACT2FN|ACT2CLS|ROPE_\w+FUNCTIONS|\w*_MAPPING|\w*_REGISTRY|AttentionInterface|AttentionMaskInterface)$"
+    r"(ALL_\w*FUNCTIONS|ACT2FN|ACT2CLS|ROPE_\w+FUNCTIONS|\w*_MAPPING|\w*_REGISTRY|AttentionInterface|AttentionMaskInterface)"
+    r"(\._(extra_content|mapping|model_mapping|config_mapping|global_mapping))?$"
 )
 _STOCK_KEYS = words(
     "eager sdpa flash_attention_2 flash_attention_3 flex_attention paged_attention sdpa_paged eager_paged default linear dynamic "
@@ -150,6 +158,13 @@ def _status(reader: Reader, inside: str) -> str:
     return "failed" if used and inside != MAIN else "warning"
 
 
+_SETTERS = {
+    "builtins.setattr",
+    "builtins.delattr",
+    "builtins.type.__setattr__",
+    "builtins.type.__delattr__",
+    "unittest.mock.patch.object",
+}
 _USED = {
     "forward",
     "__init__",
@@ -159,11 +174,23 @@ _USED = {
     "__post_init__",
     "from_pretrained",
     "_from_config",
+    "generate",
+    "prepare_inputs_for_generation",
+    "_prepare_cache_for_generation",
+    "_reorder_cache",
+    "tie_weights",
+    "preprocess",
+    "_forward",
+    "postprocess",
+    "_tokenize",
 }
 
 
 def _settings(reader: Reader) -> Iterator[Finding]:
     for call, names, inside in reader.calls:
+        if isinstance(call, ast.Call) and (name := _replaced_kernel(reader, call, names)):
+            does = f"replaces an operator of torch for the whole process, by {name}"
+            yield _finding(reader, call, inside, does, "define an operator under a namespace of its own")
         effect = next(((name, e) for name in sorted(names) for e in _EFFECTS if e[0].match(name)), None)
         if isinstance(call, ast.Call) and effect and not _undone(reader, call, effect[0]):
             name, (_, does, remedy) = effect
@@ -178,6 +205,14 @@ def _settings(reader: Reader) -> Iterator[Finding]:
                         yield _finding(reader, decorator, inside, f"{does}, by {name}", remedy)
 
 
+def _replaced_kernel(reader: Reader, call: ast.Call, names: frozenset[str]) -> str:
+    """The function of torch.library that is called to implement one of torch's own operators; empty if none is."""
+    first = reader.meanings.text(call.args[0]) if call.args else None
+    if first is None or not re.match(r"(aten|prim|prims|quantized)(::|$)", first):
+        return ""
+    return next((n for n in sorted(names) if re.match(r"torch\.library\.(impl|Library|register_\w+)$", n)), "")
+
+
 def _methods(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
     """Calls of methods of something that is itself called: `torch.no_grad().__enter__()`, `getLogger().setLevel()`."""
     assert isinstance(call.func, ast.Attribute)
@@ -187,7 +222,10 @@ def _methods(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
         if not isinstance(source, ast.Call):
             continue
         made = reader.meanings.names(source.func)
-        if method == "__enter__" and any(
+        if method == "__enter__" and (mode := next((n for n in sorted(made) if _MODES.match(n)), "")):
+            does = f"switches {mode} on for the whole process, by __enter__"
+            yield _finding(reader, call, inside, does, f"use `with {mode}(…):` around what needs it")
+        elif method == "__enter__" and any(
             re.match(r"torch\.(\w+\.)*(no_grad|inference_mode|set_grad_enabled)$", n) for n in made
         ):
             remedy = "use `with torch.no_grad():` around what needs it"
@@ -237,7 +275,7 @@ def _assignments(reader: Reader) -> Iterator[Finding]:
         if isinstance(node, ast.Call):
             names = reader.meanings.names(node.func)
             method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-            if names & {"builtins.setattr", "builtins.delattr", "unittest.mock.patch.object"} and len(node.args) > 1:
+            if names & _SETTERS and len(node.args) > 1:
                 yield from _changed(reader, node, inside, node.args[0], reader.meanings.text(node.args[1]), False)
             elif method in ("register", "update", "pop", "clear", "setdefault", "__setitem__") and isinstance(
                 node.func, ast.Attribute
@@ -323,6 +361,7 @@ def _registered(reader: Reader, call: ast.Call, inside: str, of: ast.expr) -> It
             else [reader.meanings.text(first)]
         )
         auto = re.search(r"transformers\.(\w+\.)*Auto(Config|Model\w*|Tokenizer)$", name)
+        keys += [_family(known) for known in sorted(reader.meanings.names(first))] if auto and first is not None else []
         if auto and not any(key in _model_types() for key in keys):
             continue
         for key in keys:
@@ -331,6 +370,14 @@ def _registered(reader: Reader, call: ast.Call, inside: str, of: ast.expr) -> It
                 what = f"replaces {key!r} in {name}, for every model of the process"
                 yield _finding(reader, call, inside, what, remedy)
                 break
+
+
+def _family(config_class: str) -> str | None:
+    """The family whose config class a full name is: `transformers.GPT2Config` → `gpt2`."""
+    found = re.match(r"transformers\.(?:models\.(\w+)\.)?(?:\w+\.)*(\w+)Config$", config_class)
+    if found is None:
+        return None
+    return found[1] or next((f for f in _model_types() if f.replace("_", "") == found[2].lower()), None)
 
 
 def _work(reader: Reader, own: set[str]) -> Iterator[Finding]:

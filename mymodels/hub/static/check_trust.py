@@ -36,6 +36,14 @@ _PROCESS_METHODS = {
     "posix_spawn",
 }
 _NETWORK_METHODS = {"urlopen", "urlretrieve"}
+_SENDING_METHODS = {
+    "push_to_hub",
+    "upload_file",
+    "upload_folder",
+    "upload_large_folder",
+    "create_repo",
+    "create_commit",
+}
 _HUB_METHODS = {"hf_hub_download", "snapshot_download"}
 _DECODERS = re.compile(
     r"(base64\.\w*decode\w*|binascii\.(unhexlify|a2b_\w+)|zlib\.decompress\w*|codecs\.decode|lzma\.\w+|"
@@ -43,9 +51,10 @@ _DECODERS = re.compile(
 )
 _SECRET_NAMES = re.compile(
     r"HF_TOKEN|HUGGING_?FACE\w*TOKEN|HUGGINGFACEHUB|OPENAI_API|ANTHROPIC_API|AWS_(SECRET|ACCESS|SESSION)|GITHUB_TOKEN|"
-    r"WANDB_API|GOOGLE_APPLICATION_CREDENTIALS|\.ssh(/|$)|\.aws/|\.netrc|id_rsa|id_ed25519|/etc/(passwd|shadow)|"
+    r"WANDB_API|GOOGLE_APPLICATION_CREDENTIALS|\.ssh(/|$)|\.(aws|gnupg|kube)(/|$)|\.netrc|id_rsa|id_ed25519|/etc/(passwd|shadow)|"
     r"\.git-credentials|\.kube/config|\.docker/config|huggingface/token|/proc/self|\.bash_history"
 )
+_LIBRARIES = ("torch", "transformers", "numpy", "os", "sys", "builtins")
 _ENCODED = re.compile(r"[A-Za-z0-9+/=_-]{400,}|(?:\\x[0-9a-fA-F]{2}){60,}|[0-9a-fA-F]{400,}")
 _OF_HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
 
@@ -94,11 +103,21 @@ def network(folder: Folder) -> Iterator[Finding]:
             elif asks:
                 what = f"{reader.file.name} talks to the Hub, by {asks}, {when}"
                 yield Finding("warning", what, at, "read what it downloads or sends")
+            elif method in _SENDING_METHODS and _sends(reader, call, inside):
+                what = f"{reader.file.name} sends to the Hub, by {method}, {when}"
+                yield Finding(reader.status(inside), what, at, "leave it to the caller what is uploaded, and where")
             elif method in _NETWORK_METHODS and not names:
                 what = f"{reader.file.name} reaches the network, by {method}, {when}"
                 yield Finding(
                     reader.status(inside), what, at, "do not load it unless you know what it fetches or sends"
                 )
+
+
+def _sends(reader: Reader, call: ast.Call, inside: str) -> bool:
+    """Whether a call uploads by itself, and is not the method of that name handing on what its caller asked for."""
+    assert isinstance(call.func, ast.Attribute)
+    own = {node.name for node, _ in reader.nodes if isinstance(node, ast.FunctionDef)}
+    return inside != call.func.attr and not _is_super(call.func.value) and call.func.attr not in own
 
 
 def _literal_repo(reader: Reader, call: ast.Call) -> str:
@@ -163,6 +182,13 @@ def _loading_calls(reader: Reader, call: ast.Call, names: frozenset[str]) -> Ite
         shown = brief(text) if text else "what a variable names"
         if names & {"importlib.import_module"} or not text:
             yield f"imports {shown}", "write the import out", "warning" if plain else "failed"
+    elif names & {"inspect.getmembers", "inspect.getmembers_static"} and call.args:
+        if any(name.partition(".")[0] in _LIBRARIES for name in reader.meanings.names(call.args[0])):
+            yield (
+                f"takes all that {ast.unparse(call.args[0])[:40]} holds, by inspect.getmembers",
+                "write it out",
+                "failed",
+            )
     elif names & {"builtins.globals", "builtins.vars", "builtins.locals"}:
         yield from _tables(reader, call, names)
     elif names & {"operator.methodcaller", "operator.attrgetter"} and call.args:
@@ -171,11 +197,28 @@ def _loading_calls(reader: Reader, call: ast.Call, names: frozenset[str]) -> Ite
             yield f"takes {brief(text) if text else 'what a variable names'} by {min(names)}", "write it out", "failed"
     of_transformers = any(name.startswith("transformers.") for name in names)
     loads = of_transformers or method.endswith(("from_pretrained", "from_config"))
-    if loads and constant(keywords.get("trust_remote_code")) is True:
+    if loads and _trusts(reader, call, keywords):
         remedy = "do not load it unless you trust that code too"
         yield "loads other code with trust_remote_code=True", remedy, "failed"
     if names & {"builtins.getattr"} and len(call.args) > 1 and reader.meanings.text(call.args[1]) is None:
         yield from _unknown_attribute(reader, call)
+
+
+def _trusts(reader: Reader, call: ast.Call, keywords: dict[str | None, ast.expr]) -> bool:
+    """Whether a call trusts remote code by itself: not by a variable, with which its caller decides."""
+    given = [keywords["trust_remote_code"]] if "trust_remote_code" in keywords else []
+    for table in (keyword.value for keyword in call.keywords if keyword.arg is None):
+        values = [table, *reader.meanings.values.get(getattr(table, "id", ""), ())[:4]]
+        for value in values:
+            if isinstance(value, ast.Dict):
+                given += [v for k, v in zip(value.keys, value.values) if reader.meanings.text(k) == "trust_remote_code"]
+    for value in given:
+        if isinstance(value, ast.Constant):
+            if value.value:
+                return True
+        elif not any(isinstance(n, ast.Name) and n.id not in ("bool", "int", "all", "any") for n in ast.walk(value)):
+            return True
+    return False
 
 
 def _tables(reader: Reader, call: ast.Call, names: frozenset[str]) -> Iterator[tuple[str, str, str]]:
@@ -239,9 +282,10 @@ def _is_pieced(reader: Reader, node: ast.AST, depth: int = 0) -> bool:
                 "b64decode",
                 "translate",
                 "swapcase",
+                "format",
             ):
                 return True
-        elif (isinstance(inner, ast.BinOp) and isinstance(inner.op, (ast.Add, ast.BitXor))) or (
+        elif (isinstance(inner, ast.BinOp) and isinstance(inner.op, (ast.Add, ast.Mod, ast.BitXor))) or (
             isinstance(inner, ast.Slice) and inner.step is not None
         ):
             return True
@@ -256,6 +300,12 @@ def _modules_as_values(reader: Reader) -> Iterator[Finding]:
     """A module of the machine that is passed around: what is taken from it then, nobody can read."""
     for node, names, inside in reader.uses:
         parent = reader.parent(node)
+        if "builtins.getattr" in names and isinstance(parent, ast.Call) and node in parent.args:
+            others = [argument for argument in parent.args if argument is not node]
+            given = {name.partition(".")[0] for argument in others for name in _within(reader, argument)}
+            if given & {*_LIBRARIES}:
+                what = f"{reader.file.name} hands getattr on together with a module, {reader.moment(inside)}"
+                yield Finding(reader.status(inside), what, reader.file.at(node), "write out what it takes")
         if isinstance(node, (ast.Import, ast.ImportFrom)) or isinstance(parent, ast.Attribute):
             continue
         module, table = min(names & HANDLED, default=""), min(filter(_is_table, names), default="")
@@ -268,6 +318,12 @@ def _modules_as_values(reader: Reader) -> Iterator[Finding]:
         remedy = "do not load it: plain code writes out what it takes from a module"
         what = f"{reader.file.name} {does}, {reader.moment(inside)}"
         yield Finding(reader.status(inside), what, reader.file.at(node), remedy)
+
+
+def _within(reader: Reader, node: ast.AST) -> Iterator[str]:
+    """The modules that an argument is or, as a list, holds."""
+    for inner in getattr(node, "elts", [node]):
+        yield from (name for name in reader.meanings.names(inner) if name.rpartition(".")[2].islower())
 
 
 def _is_table(name: str) -> bool:
@@ -367,7 +423,8 @@ def file_access(folder: Folder) -> Iterator[Finding]:
             writes = opens and mode is not None and re.search(r"[wax+]", reader.meanings.text(mode) or "")
             if not (writes or _FILES.match(name) or attribute in _FILE_METHODS or attribute == "tofile"):
                 continue
-            status = reader.status(inside) if reader.runs_at_import(inside) else "warning"
+            used = reader.runs_at_import(inside) or inside in ("forward", "_init_weights", "generate")
+            status = reader.status(inside) if used else "warning"
             what = f"{reader.file.name} writes or removes files, by {name.removeprefix('builtins.') or attribute}, {reader.moment(inside)}"
             yield Finding(status, what, reader.file.at(call), "read what it writes, and where")
 

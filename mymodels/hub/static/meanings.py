@@ -8,6 +8,7 @@ import ast
 import base64
 import builtins
 import codecs
+import re
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -226,6 +227,11 @@ class Meanings:
             left, right = self._constant(node.left, depth + 1), self._constant(node.right, depth + 1)
             if isinstance(left, (str, bytes)) and type(left) is type(right) and len(left) < MAX_TEXT:
                 return left + right  # type: ignore[operator]
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+            pattern, parts_of = self.text(node.left, depth + 1), getattr(node.right, "elts", [node.right])
+            given = [self._constant(part, depth + 1) for part in parts_of]
+            plain = pattern is not None and len(pattern) < MAX_TEXT and not re.search(r"%\S*[\d*]", pattern)
+            return _percent(pattern, given) if pattern is not None and plain and None not in given else None
         if isinstance(node, ast.JoinedStr):
             parts = [p.value if isinstance(p, ast.FormattedValue) else p for p in node.values]
             return _joined("", [self.text(part, depth + 1) for part in parts])
@@ -265,6 +271,8 @@ class Meanings:
                 return None
             if node.func.attr == "join" and node.args:
                 return self._join(text, node.args[0], depth)
+            if node.func.attr == "format" and None not in given and re.fullmatch(r"([^{}]|\{\d?\})*", text):
+                return text.format(*given)
             if node.func.attr in _CHANGES and None not in given and len(text) < MAX_TEXT:
                 return getattr(text, node.func.attr)(*given)
         except (ValueError, TypeError, IndexError, OverflowError):
@@ -428,3 +436,10 @@ def _is_module(dotted: str) -> bool:
     for part in rest[:-1]:
         places = [place / part for place in places if (place / part).is_dir()]
     return any((p / rest[-1]).is_dir() or any(p.glob(f"{rest[-1]}.*")) for p in places)
+
+
+def _percent(text: str, given: list) -> str | None:
+    try:
+        return text % tuple(given)
+    except (TypeError, ValueError):
+        return None

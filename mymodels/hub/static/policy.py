@@ -26,12 +26,13 @@ NETWORK = re.compile(
     r"wsgiref|torch\.hub|torch\.utils\.model_zoo|torch\.distributed\.rpc|webbrowser|wget|gdown|kagglehub|modelscope\.hub|"
     r"pooch|fsspec|s3fs|gcsfs|smart_open|cloudpathlib|google\.cloud|azure|playwright|selenium|scapy|openai|anthropic|"
     r"nltk\.download(er)?|spacy\.cli|datasets\.load_dataset|(tensorflow\.)?keras\.utils\.get_file|numpy\.(lib\.\w+\.)?DataSource|"
-    r"kernels\.(get_kernel|install_kernel)|transformers\.utils(\.hub)?\.http_get)(\.|$)"
+    r"huggingface_hub\.(\w+\.)*(upload_\w+|create_(repo|commit|branch|tag)|delete_\w+|push_to_hub\w*)$|"
+    r"torch\.distributed\.(\w+\.)*(TCPStore|rendezvous)$|kernels\.(get_kernel|install_kernel)|transformers\.utils(\.hub)?\.http_get)(\.|$)"
 )
 # what asks the Hub for files: judged at the call, by the repo that it names
 HUB = re.compile(
-    r"(huggingface_hub\.(\w+\.)*(\w*download\w*|upload_\w+|HfApi|HfFileSystem|create_\w+|delete_\w+|login|get_token|"
-    r"whoami|InferenceClient|ModelHubMixin|list_\w+|push_to_hub\w*|save_pretrained_\w+|get_session)|"
+    r"(huggingface_hub\.(\w+\.)*(\w*download\w*|HfApi|HfFileSystem|login|"
+    r"whoami|InferenceClient|ModelHubMixin|list_\w+|save_pretrained_\w+|get_session)|"
     r"transformers\.(\w+\.)*(cached_files?|get_file_from_repo|has_file|get_from_cache|hf_bucket_url|download_url|"
     r"push_to_hub|list_repo_\w+|hf_hub_download|snapshot_download|get_checkpoint_shard_files|pipeline|load_tool))$"
 )
@@ -52,12 +53,16 @@ DYNAMIC = re.compile(
     r"torch\._C\._(import|dlopen|load)\w*$|torch\.(_inductor\.(codecache|aoti_load_package|package)|_export\.aot_load)(\.|$)|"
     r"torch\.cuda\._compile_kernel$|numpy\.(ctypeslib\.(load_library|ctypes_load_library)|f2py|distutils)(\.|$)|"
     r"cupy\.(\w+\.)*(RawKernel|RawModule|ElementwiseKernel)$|pycuda(\.|$)|(cffi|cppyy|weave|pyximport|cython)(\.|$)|"
+    r"timeit\.(timeit|repeat|main|Timer)(\.|$)|(cProfile|profile)\.(runctx|run|(Profile\.)run(ctx)?)$|doctest\.\w+|"
+    r"trace\.Trace(\.|$)|torch\.fx\.(\w+\.)*_?exec_with_source$|torch\.storage\._load_from_bytes$|"
+    r"(string|_string)\.(Formatter\.get_field|formatter_field_name_split)$|typing\.(_eval_type|ForwardRef\._evaluate)$|"
     r"(sympy\.(sympify|parsing)|numexpr\.evaluate|asteval|simpleeval)(\.|$)|"
     r"transformers\.dynamic_module_utils(\.|$)|transformers\.(agents|tools)(\.|$)|transformers\.(\w+\.)*"
     r"(get_class_from_dynamic_module|get_imported_module|custom_object_save)$|"
     r"(setuptools|pkg_resources|distutils|site|sitecustomize|usercustomize)(\.|$)|numpy\.(\w+\.)*loads$"
 )
 SECRETS = re.compile(
+    r"huggingface_hub\.(\w+\.)*(HfFolder|get_token|get_token_to_send|_get_token\w*)(\.|$)|"
     r"(keyring|secretstorage|browser_cookie3|pynput|pyperclip|mss|winreg|win32\w*|pwd|spwd|getpass|netrc)(\.|$)|"
     r"(os|posix)\.environb$"
 )

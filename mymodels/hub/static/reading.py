@@ -78,6 +78,8 @@ class Reader:
         for node, inside in self.nodes:
             functions = [node.func] if isinstance(node, ast.Call) else getattr(node, "decorator_list", [])
             for function in functions:
+                if isinstance(node, ast.Call) and isinstance(function, ast.Lambda):
+                    called.setdefault(inside, set()).add("lambda")
                 name = _own_name(getattr(function, "func", function))
                 called.setdefault(inside, set()).update(defined.get(name, ()))
         return called

@@ -142,6 +142,7 @@ ROUNDS = """    def save_pretrained(self, folder, **how):
         super().save_pretrained(folder, state_dict=held, **how)
 
     def get_output_embeddings"""
+SEEN = "        seen = past_key_values.get_seq_length() if past_key_values is not None else 0\n"
 OUTPUTS = {
     "buffer made in forward, and weights rounded on saving": Pair(
         edit(("        seen = past_key_values", LAZY + "        seen = past_key_values")),
@@ -166,6 +167,12 @@ OUTPUTS = {
         "golden",
         r"heads\.1\.value differs",
         golden=True,
+    ),
+    "writes into what it is given": Pair(
+        edit((SEEN, SEEN + "        input_ids = None if input_ids is None else input_ids.clone()\n")),
+        edit(("input_ids.clone()", "input_ids.fill_(5)")),
+        "forward",
+        "forward writes into input_ids",
     ),
     "an index": Pair(
         extra("choice", "output.logits[:, -1].argmax(-1)"),
@@ -222,7 +229,6 @@ STRICT = edit(
     )
 )
 WITH_CACHE = edit(("past_key_values = DynamicCache(config=self.config)", "past_key_values = TinyCache()"), after=CACHE)
-SEEN = "        seen = past_key_values.get_seq_length() if past_key_values is not None else 0\n"
 GENERATION = {
     "wrong past the window": Pair(
         [config(local_window=24)],
@@ -484,6 +490,23 @@ TRAINING = {
         ),
         "optimizer step",
         "does not lower the loss",
+    ),
+    "padding trained on": training(
+        edit(("labels[:, 1:].flatten())", "labels[:, 1:].flatten().clamp(min=0))")),
+        "training loss",
+        "-100 are not ignored, but count as token 0",
+    ),
+    "softmax twice": training(
+        edit(("cross_entropy(logits[:, :-1]", "cross_entropy(logits.softmax(-1)[:, :-1]")),
+        "training loss",
+        "of the softmax of the logits",
+    ),
+    "loss of a fixed vocabulary": training(
+        edit(
+            ("logits[:, :-1].flatten(0, 1), labels", "logits[:, :-1].reshape(-1, SIZE), labels"), before="SIZE = 97\n"
+        ),
+        "resize",
+        "after resize_token_embeddings the loss raises",
     ),
     "wrong sign": training(
         edit(("            loss = nn.functional", "            loss = -nn.functional")),

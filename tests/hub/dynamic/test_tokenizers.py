@@ -72,6 +72,13 @@ def outcome(folder: Path, model: Any, tokenizer: Any, recorded: dict | None = No
         (gpt2, {"chat_template": "Hello{% for m in messages %}{{ m.role }}{% endfor %}"}, "failed", "leaves out what"),
         (gpt2, {"chat_template": "{{ messages[0].content[0].text.nothing.more }}"}, "failed", "fails on a message"),
         (gpt2, {"chat_template": "{{ messages[-1].content }}"}, "ok", ""),
+        (gpt2, {"chat_template": "{{ messages[0].content }}"}, "failed", "leaves out what the user says last"),
+        (
+            gpt2,
+            {"chat_template": "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE},
+            "ok",
+            "",
+        ),
         (
             gpt2,
             {"chat_template": "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE},
@@ -155,3 +162,15 @@ def test_what_peft_takes_has_a_name() -> None:
     assert _is_head(language, "lm_head", language.lm_head) and not _is_head(
         language, "transformer.h.0", torch.nn.Linear(1, 1)
     )
+
+
+def test_a_vocabulary_of_other_ids_is_found_where_no_recorded_text_shows_it(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "first")
+    recorded = tokenizers.record({"folder": str(tmp_path / "first"), "tokenizer": True})
+    assert outcome(tmp_path / "same", gpt2(), make_tokenizer(), recorded).status == "ok"
+    assert outcome(tmp_path / "longer", gpt2(), make_tokenizer([*WORDS, "more"]), recorded).status == "ok"
+    exchanged = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
+    check = outcome(tmp_path / "exchanged", gpt2(), make_tokenizer(exchanged), recorded)
+    assert check.status == "failed" and "have other ids now" in check.what
+    older = {"tokens": {name: recorded["tokens"][name] for name in ("text", "ids")}}
+    assert outcome(tmp_path / "older", gpt2(), make_tokenizer(exchanged), older).status == "ok"

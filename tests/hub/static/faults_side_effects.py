@@ -1,6 +1,6 @@
 """Code that changes the process it is loaded into, each with a twin that does not."""
 
-from edits import MODELING, Fault, append, both, in_forward, module
+from edits import MODELING, Fault, append, both, in_forward, module, replace
 
 _IMPORT, _FORWARD = "as soon as it is imported", "in forward"
 
@@ -76,11 +76,39 @@ SIDE_EFFECTS = [
     _at_import("signal", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_DFL)", "at a signal"),
     _at_import("atexit", "import atexit\natexit.register(print)", "atexit.register"),
     _at_import("atexit by a decorator", "import atexit\n\n\n@atexit.register\ndef end(): ...", "atexit.register"),
+    _at_import("dtype in a lambda", "(lambda: torch.set_default_dtype(torch.float16))()", "in lambda, which runs"),
+    _at_import("method set by type", "type.__setattr__(nn.Linear, 'forward', print)", "torch.nn.Linear.forward"),
+    _at_import("directory entered", "import contextlib\ncontextlib.chdir('/').__enter__()", "contextlib.chdir"),
+    _at_import("device entered", 'torch.device("cpu").__enter__()', "switches torch.device on"),
+    _at_import(
+        "class of transformers registered anew",
+        "from transformers import AutoModel, GPT2Config\nAutoModel.register(GPT2Config, TinymanyConfig, exist_ok=True)",
+        "replaces 'gpt2'",
+    ),
+    _at_import(
+        "table of families by its inside",
+        "from transformers import CONFIG_MAPPING\nCONFIG_MAPPING._extra_content['gpt2'] = TinymanyConfig",
+        "replaces 'gpt2'",
+    ),
+    _at_import("operator replaced", "torch.library.impl('aten::add.Tensor', 'CPU')(print)", "replaces an operator"),
+    _at_import("hook on every module", "nn.modules.module.register_module_forward_hook(print)", "hooks every module"),
     _at_import("recursion limit", "import sys\nsys.setrecursionlimit(10000)", "state of the process"),
     _in_forward("seed in forward", "torch.manual_seed(0)", f"torch.manual_seed, {_FORWARD}"),
     _in_forward("gradients off in forward", "torch.set_grad_enabled(False)", "switches gradients"),
     _in_forward("environment in forward", 'os.environ["A"] = "b"', "environment variables"),
     _in_forward("class of torch changed in forward", "nn.Linear.x = 1", "torch.nn.Linear.x"),
+    Fault(
+        "seed in generate",
+        replace(
+            MODELING,
+            "    def get_output_embeddings",
+            "    def generate(self, *args, **kwargs):\n        torch.manual_seed(0)\n"
+            "        return super().generate(*args, **kwargs)\n\n    def get_output_embeddings",
+        ),
+        "side effects",
+        MODELING,
+        "torch.manual_seed, in generate",
+    ),
     Fault(
         "seed in what forward calls",
         both(in_forward("reset()"), append(MODELING, "\n\ndef reset():\n    torch.manual_seed(0)\n")),
@@ -107,6 +135,16 @@ TWINS = {
         'from transformers import AutoConfig\nAutoConfig.register("tinymany", TinymanyConfig, exist_ok=True)'
     ),
     "attributes of an instance": in_forward("self.config.extra = 1"),
+    "lambda that is not called": module("SET = lambda: None"),
+    "directory inside a with": both(
+        module("import contextlib"), in_forward("with contextlib.chdir('.'):\n            pass")
+    ),
+    "device inside a with": in_forward("with torch.device('cpu'):\n            pass"),
+    "class registered for its own config": append(
+        MODELING, "\n\nfrom transformers import AutoModel\nAutoModel.register(TinymanyConfig, TinymanyModel)\n"
+    ),
+    "operator of its own": module("torch.library.define('tinymany::twice', '(Tensor x) -> Tensor')"),
+    "hook on its own module": in_forward("self.norm.register_forward_hook(lambda *_: None).remove()"),
     "flags read": module("TF32 = torch.backends.cuda.matmul.allow_tf32"),
     "lock": module("import threading\nLOCK = threading.Lock()"),
     "training code in a function": module("def train(loss):\n    loss.backward()"),
