@@ -106,7 +106,7 @@ class WarmStartReport:
         if self.model is None or self.checker is None:
             self.checked = Check(what="this report has no source and model to run")
             return self.checked
-        exact = self.is_exact
+        exact = all(row.kind == "exact" for row in self.rows)
         new = {name for row in self.rows if row.kind == "new" for name in row.targets}
         self.checked, where = self.checker.run(self.model, new, inputs, exact=exact)
         if exact and self.checked.ran and not self.checked.agrees:

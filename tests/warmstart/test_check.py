@@ -37,13 +37,13 @@ def test_a_difference_that_no_row_shows_is_found_and_placed() -> None:
     source = like_stock(OtherLayer)
     report = warm_start("mygpt2", source)
     assert not report.is_exact and not report.checked.agrees and report.checked.difference > 1e-3
-    assert "the steps are not exact, from layer 1 on" in report.notes[0] and "logits" in report.notes[0]
+    assert "the steps are not exact, from layer 1 on" in report.notes[-1] and "logits" in report.notes[-1]
     marked = {name for row in report.rows if row.kind != "exact" for name in row.targets}
     assert marked and all(name.startswith("model.layers.1.") for name in marked)
     assert "Every step is exact" not in str(report) and report.to_dict()["exact"] is False
 
     report = warm_start("mygpt2", like_stock(Scaled))
-    assert not report.is_exact and "after the layers" in report.notes[0]
+    assert not report.is_exact and "after the layers" in report.notes[-1]
     assert [row.targets for row in report.rows if row.kind != "exact"] == [
         ("model.embed_tokens.weight", "lm_head.weight")
     ]
