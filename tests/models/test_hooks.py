@@ -140,6 +140,27 @@ def test_hooks_see_the_rows_that_stock_shows(family: str, kind: str) -> None:
             assert largest_difference(theirs, found) <= 1e-5
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_a_hook_on_bert_s_encoder_changes_what_follows(train: bool) -> None:
+    """The stack of layers is a module of its own in stock BERT, whose output is steered or patched as a whole."""
+
+    def zero_first(module, args, output):
+        output.last_hidden_state = first_zeroed(output.last_hidden_state)
+        return output
+
+    inputs = batch("right", rows=4) | {"labels": torch.tensor([0, 1, 1, 0])}
+    results = []
+    for model in bert_pair():
+        plain = model.train(train)(**inputs).logits
+        model.bert.encoder.register_forward_hook(zero_first)
+        output = model(**inputs)
+        output.loss.backward()
+        assert largest_difference(plain, output.logits) > 1e-4
+        results.append((output.logits, output.loss, model.get_input_embeddings().weight.grad))
+    for theirs, mine in zip(*results):
+        assert largest_difference(theirs, mine) <= 1e-5
+
+
 class RowsOfProducts(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
