@@ -175,6 +175,11 @@ def own_layers(layers: Any, depth: int | None = None) -> list[Any]:
     return [layer for layer in layers[:depth] if not is_elsewhere(layer)]
 
 
+def keep_last(count: int, states: list[torch.Tensor], state: torch.Tensor) -> list[torch.Tensor]:
+    """`state` behind `states`, and of these the last `count`; 0: all of them."""
+    return [*states, state][-count:]
+
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -7,16 +7,17 @@ Modules and parameters have stock BERT's own names, so that a stock checkpoint l
 Shapes in comments: B batch, T tokens, H heads, D head width, C hidden_size, L labels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
 from .attention import ALL_ATTENTION_FUNCTIONS, bidirectional_mask, eager_attention_forward
-from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_elsewhere, own_layers
+from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_elsewhere, keep_last, own_layers
 from .compat import SHARED_OUT_AND_GATHERED, SHARED_OUT_BY_ROWS
 from .configuration_mybert import MyBertConfig
 from .cpu_kernels import in_cache, linear_by_onednn, make_activation
@@ -147,11 +148,21 @@ class MyBertLayer(GradientCheckpointingLayer):
 
 
 class MyBertEncoder(nn.Module):
-    """Holds the layers under stock BERT's name; `MyBertModel` runs them."""
-
     def __init__(self, config: MyBertConfig):
         super().__init__()
+        self.kept = config.layer_mix or 1  # states that the mix reads
         self.layer = nn.ModuleList(MyBertLayer(config, i) for i in range(config.num_hidden_layers))
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool, output_hidden_states: bool, **kwargs: Any
+    ) -> BaseModelOutput:
+        all_hidden_states, all_attentions = [hidden_states], []
+        for layer in own_layers(self.layer):
+            hidden_states, weights = layer(hidden_states, output_attentions=output_attentions, **kwargs)
+            all_hidden_states = keep_last(0 if output_hidden_states else self.kept, all_hidden_states, hidden_states)
+            if output_attentions:
+                all_attentions.append(weights)
+        return BaseModelOutput(hidden_states, tuple(all_hidden_states), tuple(all_attentions))
 
 
 OLD_POSITION_IDS = r"embeddings\.position_ids$"  # in older stock checkpoints: a table of 0, 1, 2, …
@@ -192,7 +203,7 @@ class MyBertModel(MyBertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value
 
-    def mix(self, layers: list[torch.Tensor]) -> torch.Tensor:
+    def mix(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
         """The last layer's states, or the mix of the last `config.layer_mix`."""
         if self.layer_mix is None or is_elsewhere(self.layer_mix):
             return layers[-1]
@@ -272,24 +283,13 @@ class MyBertModel(MyBertPreTrainedModel):
             hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = bidirectional_mask(self.config, hidden_states, attention_mask, sequence_ids, output_attentions)
 
-        all_hidden_states, all_attentions = [hidden_states], []
-        for layer in own_layers(self.encoder.layer):
-            hidden_states, weights = layer(
-                hidden_states,
-                attention_mask=mask,
-                position_ids=position_ids,
-                output_attentions=output_attentions,
-                **kwargs,
-            )
-            all_hidden_states.append(hidden_states)
-            if not output_hidden_states:  # keep only what the mix will read
-                del all_hidden_states[: -(self.config.layer_mix or 1)]
-            if output_attentions:
-                all_attentions.append(weights)
+        kwargs |= {"attention_mask": mask, "position_ids": position_ids}
+        encoded = self.encoder(hidden_states, output_attentions, output_hidden_states, **kwargs)
+        states = (*encoded.hidden_states[:-1], encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
-            last_hidden_state=self.mix(all_hidden_states),
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
+            last_hidden_state=self.mix(states),
+            hidden_states=states if output_hidden_states else None,
+            attentions=encoded.attentions if output_attentions else None,
         )
 
 

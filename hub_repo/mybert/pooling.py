@@ -3,6 +3,8 @@
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig
@@ -18,7 +20,7 @@ class MyBertLayerMix(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(num_layers))
 
-    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
         shares = self.weights.softmax(dim=0)
         return sum(share * layer for share, layer in zip(shares, layers))
 

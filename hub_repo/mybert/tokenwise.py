@@ -21,6 +21,7 @@ ADAPTED = ("peft.", "torchao.", "torch.ao.", "bitsandbytes.", "optimum.", "hqq."
 
 # what a `forward` may call beside modules; attention is told where sequences end
 FUNCTIONS = {"apply_rotary", "norm_heads", "attention", "check_ids", "get_interface", "update", "zeros_like"}
+FUNCTIONS |= {"own_layers", "layer", "keep_last", "append", "tuple", "BaseModelOutput"}  # of a stack of layers
 FUNCTIONS |= {
     "gelu",
     "relu",
@@ -44,6 +45,8 @@ NODES += (
     ast.BinOp,
     ast.UnaryOp,
     ast.Tuple,
+    ast.List,
+    ast.For,
     ast.Dict,
     ast.Starred,
     ast.keyword,
