@@ -194,6 +194,19 @@ def test_a_device_map_is_not_a_hook(family: str) -> None:
     assert largest_difference(found[kept], expected[kept]) <= 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_is_no_hook_that_looks(family: str) -> None:
+    """transformers hooks the embeddings for it; padding is skipped all the same."""
+    pair, side, *_ = FAMILIES[family]
+    base, inputs = pair()[1].base_model, batch(side, rows=4)
+    kept = inputs["attention_mask"].bool()
+    options = {"use_cache": False} if family == "mygpt2" else {}
+    base.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with RowsOfProducts() as seen:
+        base(**inputs, **options)
+    assert kept.numel() not in seen.rows
+
+
 def test_a_recorder_of_transformers_sees_the_rows() -> None:
     """`_can_record_outputs` in a subclass: transformers replaces or hooks `forward` to collect what modules give."""
     generic = pytest.importorskip("transformers.utils.output_capturing")
