@@ -156,9 +156,10 @@ class Packing:
         return flat.unflatten(0, self.shape)
 
 
-# whose hooks move, gather or cast tensors, whatever their shape; accelerate's replace `forward` for that
+# whose hooks move, gather or cast tensors, or ask for their gradient (with gradient checkpointing), whatever their
+# shape; accelerate's replace `forward` for that
 NOT_LOOKING = ("accelerate.", "deepspeed.", "torch.distributed.", "transformers.distributed.")
-NOT_LOOKING += ("transformers.integrations.tensor_parallel",)
+NOT_LOOKING += ("transformers.integrations.tensor_parallel", "transformers.modeling_utils")
 
 
 def _made_by(function: Any) -> str:

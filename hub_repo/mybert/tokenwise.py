@@ -115,7 +115,7 @@ def _may_call(node: ast.Call, kind: type) -> bool:
     if not isinstance(function, ast.Attribute):
         return False
     if isinstance(function.value, ast.Name) and function.value.id == "self":  # a module, or a method
-        method = inspect.getattr_static(kind, function.attr, None)
+        method = next((vars(base)[function.attr] for base in kind.__mro__ if function.attr in vars(base)), None)
         return method is None or (inspect.isfunction(method) and is_tokenwise(method, kind))
     if isinstance(function.value, ast.Attribute) and getattr(function.value.value, "id", None) == "self":
         return True  # of a parameter, which has no tokens, or of a module

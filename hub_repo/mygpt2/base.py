@@ -185,7 +185,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def hooks_everywhere() -> bool:
     """Whether a hook is registered for all modules (`torch.nn.modules.module.register_module_forward_hook`, …)."""
-    return any(getattr(module_globals, f"_global{hooks}", None) for hooks in HOOKS)
+    return bool(
+        module_globals._global_forward_hooks
+        or module_globals._global_forward_pre_hooks
+        or module_globals._global_backward_hooks
+        or module_globals._global_backward_pre_hooks
+    )
 
 
 def is_hooked(module: nn.Module) -> bool:
