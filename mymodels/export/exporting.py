@@ -211,7 +211,7 @@ def _load(
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """None if the folder has none."""
-    if not any(path.glob("*token*")) and not any(path.glob("vocab*")):
+    if all(file.suffix == ".py" for file in [*path.glob("*token*"), *path.glob("vocab*")]):
         return None
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 

@@ -69,7 +69,7 @@ def test_auto_classes(ours: Path, negated: Path, tmp_path: Path) -> None:
         )
     shutil.copytree(negated, tmp_path / "negated")  # of the same name, and with the same code of the config
     code = tmp_path / "negated" / "modeling_mygpt2.py"
-    code.write_text(code.read_text().replace("logits = -self.lm_head(", "logits = 2 * self.lm_head("))
+    code.write_text(code.read_text().replace("logits = -soft_cap(", "logits = 2 * soft_cap("))
     with torch.no_grad():
         doubled = AutoModelForCausalLM.from_pretrained(code.parent, trust_remote_code=True).eval()
         assert doubled(IDS).logits.equal(-2 * expected)
