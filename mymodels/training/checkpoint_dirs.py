@@ -83,7 +83,7 @@ def find_checkpoint(
 
 def _find(output_dir: str | os.PathLike | None, resume: bool | str | os.PathLike | None) -> Path | None:
     if output_dir is not None and resume is not True:
-        _try_to_write(Path(output_dir))
+        try_to_write(Path(output_dir))
     if not resume:
         earlier = list_checkpoints(output_dir) if output_dir is not None else []
         if earlier:
@@ -113,7 +113,7 @@ def newest_checkpoint(output_dir: Path) -> Path:
     """
     if not output_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {output_dir} to resume from: start without resume_from_checkpoint")
-    _try_to_write(output_dir)
+    try_to_write(output_dir)
     _repair(output_dir)
     problem = ""
     for folder in reversed(list_checkpoints(output_dir)):
@@ -135,7 +135,8 @@ def _repair(output_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _try_to_write(output_dir: Path) -> None:
+def try_to_write(output_dir: Path) -> None:
+    """Make the folder if need be; raise an OSError in a sentence if it cannot be written to."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()

@@ -71,11 +71,10 @@ def train(
     check_sizes(arguments, dataset=dataset, eval_dataset=eval_dataset)
     accelerator = make_accelerator(mixed_precision)  # an `Accelerator`
     set_seed(seed, device_specific=True)  # each process drops out other units
-    checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
     if output_dir is not None and isinstance(model, PreTrainedModel) and accelerator.is_main_process:
         with trial(model, output_dir) as scratch:
             save_model_files(model, scratch, "2GB")
-    if checkpoint:
+    if checkpoint := find_checkpoint(output_dir, resume_from_checkpoint):
         check_code_of_checkpoint(model, checkpoint)
         load_weights(model, checkpoint)
 

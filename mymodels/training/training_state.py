@@ -34,7 +34,7 @@ from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import save_model_files, torch_save, write_shards
 from ..messages import first_line
 from ..released import is_installed, own_code, reader
-from .checkpoint_dirs import STATE, remove_old_checkpoints
+from .checkpoint_dirs import STATE, remove_old_checkpoints, try_to_write
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def trial(model: torch.nn.Module, where: str | os.PathLike) -> Iterator[Path]:
         OSError: the disk is full or read-only.
     """
     where, existed = Path(where), Path(where).exists()
-    where.mkdir(parents=True, exist_ok=True)
+    try_to_write(where)
     try:
         with _without_bars(), tempfile.TemporaryDirectory(dir=where, prefix=".trial-") as scratch:
             yield Path(scratch)

@@ -59,7 +59,7 @@ def test_the_folder_stands_by_itself(tmp_path: Path, capsys: pytest.CaptureFixtu
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         *("README.md", "config.json", "generation_config.json", "model_torchscript.pt"),
-        *("tokenizer.json", "tokenizer_config.json", "configuration_mygpt2.py", "base.py"),
+        *("tokenizer.json", "tokenizer_config.json", "configuration_mygpt2.py", "base.py", "compat.py"),
     }
     assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_mygpt2.MyGPT2Config"  # a runtime reads the config, and there is no model to load
