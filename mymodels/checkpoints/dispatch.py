@@ -95,7 +95,7 @@ def load_checkpoint_and_dispatch(
         CheckpointError: names, shapes or kinds of numbers do not fit, nothing at all would be loaded, the checkpoint is
             quantised, this machine has no such device, or no folder for `"disk"` is given; the model is not changed.
 
-    Example:
+    Examples:
         >>> with accelerate.init_empty_weights():
         ...     model = MyGPT2ForCausalLM(config)
         >>> model = load_checkpoint_and_dispatch(model, "old/model.onnx", device_map="auto")

@@ -76,7 +76,7 @@ def open_checkpoint(
         CheckpointError: the file is of none of these formats, damaged, or not whole.
         FileNotFoundError: there is no such file, folder or repo.
 
-    Example:
+    Examples:
         >>> checkpoint = open_checkpoint("gpt2/pytorch_model.bin")
         >>> checkpoint.info["wte.weight"].shape
         (50257, 768)

@@ -82,7 +82,7 @@ def export_model(
         ValueError: unknown kind or task, a head without weights, a missing package, a model that has no such form.
         OSError: there is no such model, or `out` cannot be written.
 
-    Example:
+    Examples:
         >>> export_model("hub_repo/mygpt2", "onnx", "mygpt2-onnx").differences["logits"] < 1e-4
         True
     """

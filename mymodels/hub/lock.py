@@ -129,7 +129,7 @@ def load(
         LockError: a code file differs from the lock, is not in it, or is missing; nothing was executed.
         HubError: the repo could not be fetched.
 
-    Example:
+    Examples:
         >>> model = load("me/my-model", lock="mymodels.lock", auto_class="AutoModelForCausalLM")
     """
     loader = getattr(transformers, auto_class, None) if re.fullmatch(r"Auto\w+", auto_class) else None

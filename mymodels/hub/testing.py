@@ -20,7 +20,7 @@ def check_repo(path: str | os.PathLike, *, allow_skipped: bool = False, **how: A
     Raises:
         AssertionError: a check failed, or was left out; one line for each, what is wrong, where, and how to mend it.
 
-    Example:
+    Examples:
         >>> def test_my_model():
         ...     check_repo("exported/my-model", quick=True)
     """

@@ -125,7 +125,7 @@ def verify(
         ValueError: a release is not supported.
         RuntimeError: a release cannot be installed.
 
-    Example:
+    Examples:
         >>> verification = verify("hub_repo/mygpt2", releases="4.57,5.0,latest")
         >>> verification.passed
         True

@@ -109,7 +109,7 @@ def finetune(
         ValueError: data, model and options do not go together; the sentence says what to change. Nothing was trained.
         FileExistsError: `output_dir` or `checkpoint_dir` holds something that would be lost.
 
-    Example:
+    Examples:
         >>> tuned = finetune("bert-base-uncased", "reviews.csv", "my-bert", to="mybert", overrides={"pooling": "mean"})
         >>> tuned.metrics["validation"]["accuracy"]
     """

@@ -59,7 +59,7 @@ def import_checkpoint(
         CheckpointError: names, shapes, groups or kinds do not fit, or something asked for is not there; the message says
             which.
 
-    Example:
+    Examples:
         >>> rest = import_checkpoint("old.pt", model, optimizer)
         >>> rest["epoch"]
         7

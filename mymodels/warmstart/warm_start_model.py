@@ -145,7 +145,7 @@ def warm_start(
             values, or needs more memory than there is; a field or option is impossible. The model is unchanged.
         NotAllowedError: `strict` objects, or less than a tenth of the source loads. The model is unchanged.
 
-    Example:
+    Examples:
         >>> report = warm_start("mygpt2", "gpt2", overrides={"num_key_value_heads": 4, "norm_type": "rmsnorm"})
         >>> print(report)
         >>> report.save_pretrained("my-gpt2")

@@ -1,0 +1,73 @@
+"""What README and docs/ show: read here, run in `test_snippets_run.py` (slow)."""
+
+import ast
+import re
+import shlex
+
+import pytest
+from docs.pages import PAGES, ROOT, blocks_of, shell_commands
+
+import mymodels
+from mymodels.cli.command import make_parser
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+ENGLISH, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
+
+
+def test_every_block_names_its_language() -> None:
+    assert [block.place for block in BLOCKS if block.language not in ("python", "bash", "text")] == []
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash"], ids=lambda block: block.place)
+def test_every_command_is_one_that_the_parser_takes(block) -> None:
+    _, verbs = make_parser()
+    for command in shell_commands(block.code):
+        words = shlex.split(re.split(r"[<>|]", command.rpartition("| ")[2])[0])
+        if words[:1] != ["mymodels"] or "VERB" in words:
+            continue
+        verbs[words[1]].parse_args(words[2:])  # raises SystemExit for an option that is not there
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=lambda block: block.place)
+def test_every_import_from_mymodels_is_there(block) -> None:
+    for node in ast.walk(ast.parse(block.code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "mymodels":
+            assert [alias.name for alias in node.names if alias.name not in mymodels.__all__] == []
+
+
+def _targets(page) -> set[str]:
+    return {
+        link.partition("#")[0]
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+        if not link.startswith(("http", "#"))
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file(page) -> None:
+    made = {"figures", "cli.md"}  # by docs/hooks.py
+    missing = [
+        target for target in _targets(page) if not made & set(target.split("/")) and not (page.parent / target).exists()
+    ]
+    assert missing == []
+
+
+def _figures(text: str) -> list[str]:
+    """Every number in prose and tables, in order of size: two languages may order a sentence differently."""
+    prose = re.sub(r"^```.*?^```$|^#.*$|<!--.*?-->|`[^`]*`|\([^)\s]*\)", "", text, flags=re.M | re.S)
+    return sorted(re.findall(r"\d+(?:\.\d+)?", prose))
+
+
+def test_the_chinese_readme_is_in_step() -> None:
+    english, chinese = ENGLISH.read_text(), CHINESE.read_text()
+    levels = [re.findall(r"^(#+) ", text, re.M) for text in (english, chinese)]
+    assert levels[0] == levels[1]
+    codes = [[(b.language, b.code, b.reason) for b in blocks_of(page)] for page in (ENGLISH, CHINESE)]
+    assert codes[0] == codes[1]
+    assert _targets(ENGLISH) - {"README.zh-CN.md"} == _targets(CHINESE) - {"README.md"}
+    assert _figures(english) == _figures(chinese)
+    assert set(re.findall(r"`[^`\n]+`", english)) == set(re.findall(r"`[^`\n]+`", chinese))
+
+
+def test_the_readme_is_short() -> None:
+    assert len(ENGLISH.read_text().splitlines()) <= 150
