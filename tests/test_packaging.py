@@ -1,15 +1,22 @@
 """What pip is told: pins that every Python we name can have, and a wheel that holds every folder."""
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+import mymodels
+from mymodels.extras import install_command
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -36,16 +43,58 @@ def test_each_pin_is_for_pythons_that_its_package_is_for() -> None:
     assert checked > 10 and not wrong, wrong
 
 
-def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_file_of_the_package(dist: Path) -> None:
     """And the command's entry and the mark of types; nothing of the tests or the shipped folders."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("mymodels", "mymodels_command.py", "pyproject.toml", "README.md", "LICENSE", "tests"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
-    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = dist.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     files = (path for path in (ROOT / "mymodels").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     assert held == {str(path.relative_to(ROOT)) for path in files} | {"mymodels_command.py"}
     assert "mymodels/py.typed" in held
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory) -> Path:
+    """The wheel and the source distribution, built from what is in the repository."""
+    source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("mymodels", "mymodels_command.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "tests"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
+    code = f"from setuptools import build_meta as b; b.build_wheel({str(made)!r}); b.build_sdist({str(made)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    return made
+
+
+def test_the_source_distribution_holds_the_package_and_no_tests(dist: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"mymodels/py.typed", "mymodels_command.py", "LICENSE", "README.md"} <= names
+    assert not [name for name in names if name.startswith("tests")]
+
+
+def test_the_installed_wheel_gives_the_command_and_the_data(dist: Path, tmp_path: Path) -> None:
+    """In a folder of its own, with this environment's other packages."""
+    (wheel,) = dist.glob("*.whl")
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile"]
+    subprocess.run([*install, "--target", target, wheel], check=True)
+    env = {"PYTHONPATH": str(target), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, target / "bin" / "mymodels", "--version"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, f"mymodels {mymodels.__version__}\n"), done
+    for file in ("py.typed", "released_code.txt", "training/sample_text/PROVENANCE.md"):
+        assert (target / "mymodels" / file).is_file()
+
+
+def test_the_command_for_an_extra_names_its_packages() -> None:
+    extras = set(re.findall(r'^([\w-]+) = \["', PYPROJECT, re.M))
+    assert {"onnx", "tf", "gguf", "finetune", "lora", "tensorboard"} <= extras
+    for extra in ("onnx", "tf", "gguf", "finetune", "lora", "tensorboard"):
+        words = shlex.split(install_command(extra))
+        listed = re.findall(r'"([^"]+)"', re.search(rf"^{extra} = \[(.*)\]", PYPROJECT, re.M)[1])
+        assert words[:2] == ["pip", "install"]
+        assert set(map(Requirement, words[2:])) == set(map(Requirement, listed))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..extras import install_command
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .safetensors_files import inside
 
@@ -18,7 +19,7 @@ def _library(module: str, extra: str, path: Path, what: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise CheckpointError(f"{path} is {what}; reading it needs pip install 'mymodels[{extra}]'") from error
+        raise CheckpointError(f"{path} is {what}; to read it, run {install_command(extra)}") from error
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:

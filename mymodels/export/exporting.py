@@ -18,6 +18,7 @@ from ..checkpoints.load_errors import refuse_mismatched, refusing, without_load_
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.writing import save_tokenizer_files
+from ..extras import install_command
 from ..messages import first_line
 from . import onnx_files, parity, programs
 from .graphs import TASKS, Graph, task_of
@@ -161,7 +162,7 @@ def _check_options(to: str, task: str | None, int8: bool, opset: int | None, tex
         raise ValueError("texts are what int8 is measured on: leave them out, or say int8 too")
     for module in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
         if find_spec(module) is None:
-            raise ValueError(f"this needs the package {module}: run pip install 'mymodels[onnx]'")
+            raise ValueError(f"this needs the package {module}: run {install_command('onnx')}")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..extras import install_command
 from ..messages import first_line
 from .sample_text import load_sample_text, passages
 
@@ -39,9 +40,7 @@ def need(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ValueError(
-            f"this needs the package {module.split('.')[0]}: run pip install 'mymodels[{extra}]'"
-        ) from error
+        raise ValueError(f"this needs the package {module.split('.')[0]}: run {install_command(extra)}") from error
 
 
 def read_splits(data: Any, config: str | None, datasets: Any) -> tuple[dict[str, tuple[Any, str]], str, str | None]:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from mymodels import MyGPT2ForCausalLM
 from mymodels.checkpoints import CheckpointError, open_checkpoint, save_checkpoint
+from mymodels.extras import install_command
 
 
 @pytest.mark.parametrize("shard_size", ["2GB", 200])
@@ -93,4 +94,4 @@ def test_missing_extra_is_named(module, extra, name, content, tmp_path: Path, mo
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path / name)
-    assert f"pip install 'mymodels[{extra}]'" in one_sentence(caught.value, str(tmp_path / name.removesuffix(".index")))
+    assert install_command(extra) in one_sentence(caught.value, str(tmp_path / name.removesuffix(".index")))
