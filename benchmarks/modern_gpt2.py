@@ -4,7 +4,7 @@
 
 The rival is transformers' own `GPT2LMHeadModel`, as large as MyGPT2 to 3 %, trained on the same batches in the same
 order with the same optimizer and schedule. Text: Jane Austen's novels, from Debian's `r-cran-janeaustenr` (needs
-apt-get and `pip install 'mymodels[bench]'`). Four novels are trained on; each shape's learning rate is chosen on
+apt-get and `pip install -e '.[bench]'`). Four novels are trained on; each shape's learning rate is chosen on
 *Northanger Abbey*, from the same candidates, by runs of half the tokens; *Persuasion* is for the numbers reported.
 
 The runs of a seed take turns every few steps, so that whatever else the machine does hits all alike; the time compared
@@ -77,7 +77,7 @@ def novels() -> dict[str, str]:
     try:
         import pyreadr
     except ImportError:
-        raise SystemExit("reading the novels needs pyreadr: run `pip install 'mymodels[bench]'`") from None
+        raise SystemExit("reading the novels needs pyreadr: run `pip install -e '.[bench]'`") from None
     texts = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["dpkg-deb", "--extract", str(next(home.glob("*.deb"))), folder], check=True)
