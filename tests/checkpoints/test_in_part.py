@@ -1,6 +1,7 @@
 """A part is not taken for the whole, nothing is left out without a word, and advice works for the very file."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -410,6 +411,8 @@ def test_the_newest_of_a_trainers_folder_is_meant(tmp_path: Path) -> None:
 
 
 def test_check_takes_the_option_it_advises(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
+    torch.save(
+        {"model": nn.Linear(2, 2), "seed": divmod, "path": shutil.which}, tmp_path / "m.pt"
+    )  # a function of Python's
     assert main(["check", str(tmp_path / "m.pt")]) == 1 and "--allow-pickle" in capsys.readouterr().out
     assert main(["check", "--full", "--allow-pickle", str(tmp_path / "m.pt")]) == 0
