@@ -23,7 +23,7 @@ FORMATS = ("safetensors", "bin", "pt")
 # Files of a folder that are weights of some format; the rest (config, tokenizer, code, card) is taken along.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|pt2|h5|msgpack|ot|onnx|gguf|npz|tflite|distcp)$|\.index\.json$|\.ckpt|^manifest\.json$|"
-    r"^checkpoint$|^saved_model\.pb$|\.data-\d+-of-\d+$|\.index$|^\."
+    r"^checkpoint$|^latest(_universal)?$|^zero_to_fp32\.py$|^saved_model\.pb$|\.data-\d+-of-\d+$|\.index$|^\."
 )
 
 

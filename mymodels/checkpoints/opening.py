@@ -11,6 +11,7 @@ from typing import Any
 from ..messages import first_line
 from .atomic_write import repair
 from .checkpoint import Checkpoint, CheckpointError, unreadable
+from .deepspeed_folders import find_deepspeed, open_deepspeed
 from .kinds import kind_of
 from .safetensors_files import open_index, open_safetensors, read_json
 from .third_party_formats import open_gguf, open_npz, open_onnx, open_tensorflow
@@ -57,7 +58,7 @@ def open_checkpoint(
     """Open any checkpoint as a lazy mapping of name → tensor. What it is, its content decides, not its name.
 
     Read are: safetensors; sharded safetensors or `.bin` with their index; whatever `torch.save` wrote (state dicts,
-    training checkpoints however nested); TorchScript; `torch.export`; `torch.distributed.checkpoint` folders; ONNX
+    training checkpoints however nested, whole modules, whose code is not run); DeepSpeed's ZeRO folders; TorchScript; `torch.export`; `torch.distributed.checkpoint` folders; ONNX
     (extra `onnx`); TensorFlow checkpoints and SavedModels (extra `tf`); `.npz`; pickles of arrays; GGUF (extra `gguf`).
     Objects of other classes beside the weights are not made; see `Checkpoint.extras`.
 
@@ -178,7 +179,7 @@ def _left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
         and name.name != "golden.safetensors"
         and not any(re.match(r"\.|checkpoint-\d+$", part) for part in name.parts)
         and (folder / name).is_file()
-        and checkpoint.format != "torch.distributed.checkpoint"
+        and not checkpoint.format.startswith(("torch.distributed.checkpoint", "DeepSpeed"))
     ]
 
 
@@ -235,6 +236,8 @@ def _below(path: Path, part: Checkpoint, name: str) -> str:
 
 def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     files = weight_files(folder)
+    if all(file.suffix == ".pt" for file in files) and (save := find_deepspeed(folder)):
+        return _guarded(open_deepspeed, save, "the folder")
     if not files:
         inner = [path.parent for path in sorted(folder.glob("*/manifest.json")) if weight_files(path.parent)]
         if inner and not any(re.fullmatch(r"checkpoint-\d+", path.name) for path in inner):  # as `convert` writes them

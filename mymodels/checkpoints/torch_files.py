@@ -150,15 +150,19 @@ def unread(extras: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any = None) -> Checkpoint:
     """A `Checkpoint` over a nested object; `read` gets the key of a `Leaf`."""
+    _refuse_partitions(path, node)
     own = _is_optimizer(node)
     parts = Parts({}, {}) if own else take_apart(node)
     if not parts.models:  # such as an optimizer's own file
         leaves = {name: value for name, value in _leaves(node) if _is_tensor(value)}
         parts = Parts({"": leaves} if leaves else {}, {k: v for k, v in _entries(node) if not _is_tensor(v)})
         format = f"{format}: {OPTIMIZER}" if own or any(_is_optimizer(v) for _, v in _entries(node)) else format
+    if not parts.models and OPTIMIZER in format:
+        raise CheckpointError(
+            f"{path} holds {OPTIMIZER}, and it is without tensors, as before the first step: there is nothing to read in it"
+        )
     if not parts.models:
         raise CheckpointError(f"{path} holds no tensors, only {_kind(node)}: it is no checkpoint of weights")
-    _refuse_partitions(path, node)
     if classes := list(dict.fromkeys(_module_classes(node))):
         format = f"{format}: modules pickled whole ({', '.join(classes)}), whose code was not run"
     found, sections = _flat(parts)
@@ -218,13 +222,19 @@ def _is_optimizer(node: Any) -> bool:
 
 
 def _refuse_partitions(path: Path, node: Any) -> None:
-    """Raise for DeepSpeed's ZeRO-3 files, in which a model's tensors are empty."""
+    """Raise for the files of one of DeepSpeed's ranks: with ZeRO-3 a model's tensors are empty in them."""
+    optimizer = node.get("optimizer_state_dict") if isinstance(node, Mapping) else None
+    if isinstance(optimizer, Mapping) and {"zero_stage", "partition_count"} <= optimizer.keys():
+        raise CheckpointError(
+            f"{path} is one rank's part of an optimizer's state and weights by DeepSpeed's ZeRO: name the folder, which is "
+            f"put together"
+        )
     module = node.get("module") if isinstance(node, Mapping) and "param_shapes" in node else None
     empty = [name for name, value in _leaves(module) if isinstance(value, torch.Tensor) and not value.numel()]
     if empty:
         raise CheckpointError(
-            f"{path} is of DeepSpeed's ZeRO-3: {len(empty)} tensors such as {empty[0]!r} are empty here, their values lie "
-            f"in the ranks' *_optim_states.pt: join them with the zero_to_fp32.py that DeepSpeed wrote into the folder above"
+            f"{path} is one rank's file of DeepSpeed's ZeRO-3: {len(empty)} tensors such as {empty[0]!r} are empty here, their "
+            f"values lie in the ranks' *_optim_states.pt: name the folder, which is put together"
         )
 
 

@@ -230,6 +230,15 @@ def test_a_bare_optimizer_is_no_model(tmp_path: Path) -> None:
         assert torch.equal(opened["state.0.exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
 
+def test_a_fresh_optimizer_is_named(tmp_path: Path) -> None:
+    """Its file has no tensors before the first step, and always for plain SGD."""
+    state = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), 0.1).state_dict()
+    for saved in (state, {"optimizer": state, "epoch": 0}):
+        torch.save(saved, tmp_path / "optimizer.pt")
+        message = refusal(tmp_path / "optimizer.pt")
+        assert "an optimizer's state" in message and "dict" not in message
+
+
 def test_a_pickle_cannot_ask_for_memory(tmp_path: Path) -> None:
     for call in ((bytearray, 10**15), (bytes, 10**15), (list, range(10**15))):
         torch.save({"m": WEIGHTS, "x": Runs(*call)}, tmp_path / "x.pt", pickle_protocol=4)
