@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -46,15 +46,17 @@ def find_deepspeed(folder: Path) -> Path | None:
         tag = note.read_text(encoding="utf-8", errors="replace").strip()
         inner = inside(folder, tag, note)
         if (inner / "zero").is_dir():
-            return _refuse_universal(inner)
+            _refuse_universal(inner)
         if inner.is_dir() and any(inner.glob("*_states.pt")):
             return inner
         if (folder / "zero_to_fp32.py").is_file():
             raise CheckpointError(f"{note} names {tag!r}, which is not in {folder}: copy that folder too")
-    return _refuse_universal(folder) if (folder / "zero").is_dir() and any(folder.glob("zero/*/fp32.pt")) else None
+    if any(folder.glob("zero/*/fp32.pt")):
+        _refuse_universal(folder)
+    return None
 
 
-def _refuse_universal(folder: Path) -> None:
+def _refuse_universal(folder: Path) -> NoReturn:
     raise CheckpointError(
         f"{folder} is a checkpoint in DeepSpeed's universal layout, which is not read: name the folder it was made from, or "
         "load it with DeepSpeed (load_universal_checkpoint) and save it"

@@ -15,6 +15,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from ..messages import one_line, printable
+from .adapters import adapter_config, describe_adapter
 from .checkpoint import Checkpoint, widened
 from .opening import locate, open_checkpoint
 from .plain_pickle import Unopened
@@ -67,7 +68,8 @@ def inspect_checkpoint(
     Returns:
         `path`, `format`, `parameters`, `bytes`, `dtypes` (name → parameters), `modules` (name → parameters), `tensors`
         (name → shape, dtype, file), `tied` (name → the name stored), `duplicates` (lists of names with equal bytes),
-        `sections` (name → number of tensors), `extras` (name → description), `quantisation` (how, or None), `part_of` (why
+        `sections` (name → number of tensors), `extras` (name → description), `quantisation` (how, or None), `adapter` (of
+        which base, or None), `part_of` (why
         this is only a part of a model, or ""), `left_out` (files of weights in the folder that were not opened); of a folder also `files` (name → size,
         purpose) and `auto_map` (class → file, whether it exists).
 
@@ -98,6 +100,7 @@ def inspect_checkpoint(
         },
         "quantisation": quantisation(opened, config)
         or (opened.extras.get("quantisation") and "GGUF, read dequantised"),
+        "adapter": describe_adapter(adapter_config(beside)),
         "part_of": opened.part_of,
         "left_out": opened.left_out,
         "tied": opened.aliases,
@@ -302,7 +305,11 @@ def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: 
     console.print(
         Text(f"{data['parameters']:,} parameters in {len(data['tensors'])} tensors, {_size(data['bytes'])}, {dtypes}")
     )
-    for what, text in (("quantised", data["quantisation"]), ("only a part", data["part_of"])):
+    for what, text in (
+        ("quantised", data["quantisation"]),
+        ("adapter", data["adapter"]),
+        ("only a part", data["part_of"]),
+    ):
         if text:
             console.print(Text(printable(f"{what}: {text}")))
     if data["left_out"]:

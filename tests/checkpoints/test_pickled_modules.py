@@ -161,17 +161,30 @@ class Net:
 def call(*args): pathlib.Path(__file__).with_name("it_ran").touch()
 """
 GLOBALS = st.sampled_from(
-    ["canary Net", "canary call", "os system", "builtins eval", "builtins getattr", "torch._utils _rebuild_tensor_v2"]
-    + [
-        "torch._utils _rebuild_parameter",
-        "collections OrderedDict",
-        "torch Size",
-        "builtins dict",
-        "builtins bytearray",
-    ]
-    + ["torch.nn.modules.linear Linear", "torch._tensor _rebuild_from_type_v2", "numpy.core.multiarray _reconstruct"]
-    + ["copyreg _reconstructor", "torch FloatStorage", "torch.storage _load_from_bytes", "functools partial"]
-    + ["torch.serialization load", "torch.hub load", "builtins __import__", "types FunctionType"]
+    """
+    canary Net
+    canary call
+    os system
+    builtins eval
+    builtins getattr
+    torch._utils _rebuild_tensor_v2
+    torch._utils _rebuild_parameter
+    collections OrderedDict
+    torch Size
+    builtins dict
+    builtins bytearray
+    torch.nn.modules.linear Linear
+    torch._tensor _rebuild_from_type_v2
+    numpy.core.multiarray _reconstruct
+    copyreg _reconstructor
+    torch FloatStorage
+    torch.storage _load_from_bytes
+    functools partial
+    torch.serialization load
+    torch.hub load
+    builtins __import__
+    types FunctionType
+    """.strip().splitlines()
 )
 
 
