@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -379,10 +378,7 @@ def test_difference_of_quantised_and_of_prefixed(tmp_path: Path, capsys: pytest.
 
 
 def test_formats_that_are_not_read_are_not_damaged(tmp_path: Path) -> None:
-    flax = b"\x82\xa1a\xc7\x10\x01" + bytes(16) + b"\xa1b\x01"
     files = {
-        "flax_model.msgpack": (flax, "from_flax"),
-        "tf_model.h5": (b"\x89HDF\r\n\x1a\n" + bytes(600), "from_tf"),
         "array.npy": (b"\x93NUMPY\x01\x00" + bytes(100), "savez"),
         "model.ckpt.data-00000-of-00001": (bytes(range(1, 200)), ".index"),
         "model.ckpt.meta": (b"\n\x05hello" * 20, ".index"),
@@ -391,16 +387,6 @@ def test_formats_that_are_not_read_are_not_damaged(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         message = refusal(tmp_path / name)
         assert advice in message and "damaged" not in message, name
-    for name in ("flax_model.msgpack", "tf_model.h5"):
-        folder = tmp_path / name.split(".")[0]
-        folder.mkdir()
-        (folder / name).write_bytes(files[name][0])
-        (folder / "config.json").write_text("{}")
-        assert files[name][1] in refusal(folder) and name in refusal(folder)
-    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
-        for name in ("metadata.json", "config.json", "model.weights.h5"):
-            archive.writestr(name, b"{}")
-    assert "model.export" in refusal(tmp_path / "m.keras") and "unpack" not in refusal(tmp_path / "m.keras")
 
 
 def test_the_newest_of_a_trainers_folder_is_meant(tmp_path: Path) -> None:
