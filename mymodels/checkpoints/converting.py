@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from .adapters import CONFIG as ADAPTER_CONFIG
+from .adapters import adapter_config, merged_config
+from .adapters import merge_adapter as merge
 from .atomic_write import replace_file, replace_folder
 from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .integrity import write_manifest
@@ -23,7 +26,7 @@ FORMATS = ("safetensors", "bin", "pt")
 # Files of a folder that are weights of some format; the rest (config, tokenizer, code, card) is taken along.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|pt2|h5|msgpack|ot|onnx|gguf|npz|tflite|distcp)$|\.index\.json$|\.ckpt|^manifest\.json$|"
-    r"^checkpoint$|^saved_model\.pb$|\.data-\d+-of-\d+$|\.index$|^\."
+    r"^checkpoint$|^latest(_universal)?$|^zero_to_fp32\.py$|^saved_model\.pb$|\.data-\d+-of-\d+$|\.index$|^\."
 )
 
 
@@ -37,6 +40,7 @@ def convert_checkpoint(
     section: str | None = None,
     allow_pickle: bool = False,
     revision: str | None = None,
+    merge_adapter: str | os.PathLike | None = None,
 ) -> Checkpoint:
     """Write the weights of `source`, of any format that is read, to `destination` as one of three.
 
@@ -52,6 +56,8 @@ def convert_checkpoint(
         max_shard_size: bytes, or text such as `"500MB"`; a `.pt` file is never split.
         dtype: what floating-point tensors are converted to.
         format: `"safetensors"`, `"bin"` or `"pt"`.
+        merge_adapter: of a LoRA adapter's folder, the base model (a folder, file or Hub repo) that its weights are
+            merged into, as PEFT's `merge_and_unload` does; the base's other files are taken along.
 
     Returns:
         the source, opened.
@@ -67,6 +73,20 @@ def convert_checkpoint(
         raise CheckpointError(f"the format {format!r} is not written: choose one of {', '.join(FORMATS)}")
     where = locate(source, revision=revision)
     checkpoint = open_checkpoint(where, section=section, allow_pickle=allow_pickle)
+    base: Checkpoint | None = None
+    adapter = where
+    if merge_adapter is not None:
+        config = adapter_config(where if where.is_dir() else where.parent)
+        if not config:
+            raise CheckpointError(
+                f"{where} has no {ADAPTER_CONFIG}, so it is no adapter to merge: name an adapter's folder"
+            )
+        where = locate(merge_adapter)
+        base = open_checkpoint(where, allow_pickle=allow_pickle)
+        if how := quantisation(base, config_beside(base)):
+            raise CheckpointError(f"{where} is quantised, {how}: merge into the base that is not")
+        _refuse(where, base, dtype)
+        checkpoint = merge(checkpoint, config, base)
     _refuse(where, checkpoint, dtype)
     if format == "pt":
         if os.path.lexists(destination):
@@ -77,11 +97,13 @@ def convert_checkpoint(
         return checkpoint
     folders = _folder_names(checkpoint)
     files = {Path(info.file).name for info in checkpoint.info.values()}
-    adapter = all(re.match(r"adapter_model\.", file) for file in files)  # PEFT looks for this name, and knows no shards
-    named: dict[str, Any] = {"stem": "adapter_model", "max_shard_size": sys.maxsize} if adapter else {}
+    alone = all(re.match(r"adapter_model\.", file) for file in files)  # PEFT looks for this name, and knows no shards
+    named: dict[str, Any] = {"stem": "adapter_model", "max_shard_size": sys.maxsize} if alone else {}
     with replace_folder(destination, overwrite=False) as folder:
         if where.is_dir():
             _copy_others(where, folder, dtype)
+        if base is not None:
+            _finish_merge(adapter, folder, base, checkpoint)
         for name, inner in folders.items():
             (folder / inner).mkdir(parents=True, exist_ok=True)
             part = checkpoint.section(name)
@@ -114,6 +136,19 @@ def _refuse(where: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> N
             f"{where} is quantised, {how}: another dtype would make its numbers wrong; convert it without a dtype, or "
             f"dequantise it with the quantiser's package first"
         )
+
+
+def _finish_merge(adapter: Path, folder: Path, base: Checkpoint, merged: Checkpoint) -> None:
+    """The tokenizer that was saved with the adapter, and a config that says what the merged weights are."""
+    for file in sorted(adapter.iterdir()) if adapter.is_dir() else ():
+        if file.is_file() and re.match(
+            r"(tokenizer|vocab|merges|spiece|special_tokens|added_tokens|chat_template)", file.name
+        ):
+            shutil.copyfile(inside(adapter, file.name, adapter), folder / file.name)
+    path = folder / "config.json"
+    if path.is_file():
+        config = merged_config(read_json(path), base, merged)
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _modules(where: Path) -> list[str]:

@@ -15,10 +15,12 @@ from rich.text import Text
 from tqdm import tqdm
 
 from ..messages import one_line, printable
+from .adapters import adapter_config, describe_adapter
 from .checkpoint import Checkpoint, widened
 from .opening import locate, open_checkpoint
 from .plain_pickle import Unopened
 from .quantised import quantisation
+from .quantised_sizes import packed_weights
 from .safetensors_files import read_json
 from .torch_files import Leaf, unread
 
@@ -67,7 +69,10 @@ def inspect_checkpoint(
     Returns:
         `path`, `format`, `parameters`, `bytes`, `dtypes` (name → parameters), `modules` (name → parameters), `tensors`
         (name → shape, dtype, file), `tied` (name → the name stored), `duplicates` (lists of names with equal bytes),
-        `sections` (name → number of tensors), `extras` (name → description), `quantisation` (how, or None), `part_of` (why
+        `sections` (name → number of tensors), `extras` (name → description), `quantisation` (how, or None),
+        `quantised_modules` (name → parameters, of GPTQ, AWQ and bitsandbytes; `parameters` counts these unpacked, and not
+        their scales), `adapter` (of
+        which base, or None), `part_of` (why
         this is only a part of a model, or ""), `left_out` (files of weights in the folder that were not opened); of a folder also `files` (name → size,
         purpose) and `auto_map` (class → file, whether it exists).
 
@@ -82,13 +87,17 @@ def inspect_checkpoint(
     stored = {name: info for name, info in opened.info.items() if name not in opened.aliases}
     dtypes: Counter[str] = Counter()
     modules: Counter[str] = Counter()
+    packed = packed_weights(opened, config)
     for name, info in stored.items():
         dtypes[info.dtype_name] += info.numel
-        modules[_module(name)] += info.numel
+        if packed is None or name not in packed.beside | packed.packed:
+            modules[_module(name)] += info.numel
+    for module, count in packed.modules.items() if packed else ():
+        modules[_module(f"{module}.weight")] += count
     return {
         "path": str(path),
         "format": opened.format,
-        "parameters": sum(info.numel for info in stored.values()),
+        "parameters": sum(modules.values()),
         "bytes": sum(info.nbytes for info in stored.values()),
         "dtypes": dict(dtypes.most_common()),
         "modules": dict(modules),
@@ -98,6 +107,8 @@ def inspect_checkpoint(
         },
         "quantisation": quantisation(opened, config)
         or (opened.extras.get("quantisation") and "GGUF, read dequantised"),
+        "quantised_modules": packed.modules if packed else {},
+        "adapter": describe_adapter(adapter_config(beside)),
         "part_of": opened.part_of,
         "left_out": opened.left_out,
         "tied": opened.aliases,
@@ -297,14 +308,25 @@ def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: bool = False) -> None:
     """Print what `inspect_checkpoint` found; layers of one shape share a row unless `every_tensor`."""
-    dtypes = ", ".join(f"{name} {_share(count, data['parameters'])}" for name, count in data["dtypes"].items())
+    dtypes = ", ".join(
+        f"{name} {_share(count, sum(data['dtypes'].values()))}" for name, count in data["dtypes"].items()
+    )
     console.print(Text(f"{data['path']}: {data['format']}", style="bold"))
     console.print(
         Text(f"{data['parameters']:,} parameters in {len(data['tensors'])} tensors, {_size(data['bytes'])}, {dtypes}")
     )
-    for what, text in (("quantised", data["quantisation"]), ("only a part", data["part_of"])):
+    for what, text in (
+        ("quantised", data["quantisation"]),
+        ("adapter", data["adapter"]),
+        ("only a part", data["part_of"]),
+    ):
         if text:
             console.print(Text(printable(f"{what}: {text}")))
+    if packed := data["quantised_modules"]:
+        share = _share(sum(packed.values()), data["parameters"])
+        first = ", ".join(list(packed)[:3]) + (", …" if len(packed) > 3 else "")
+        text = f"{sum(packed.values()):,} of the parameters ({share}) are quantised, in {len(packed)} modules: {first}"
+        console.print(Text(printable(f"{text}; they are counted unpacked, without scales and zeros")))
     if data["left_out"]:
         console.print(Text(printable(f"not opened, name the file to see it: {', '.join(data['left_out'])}")))
     if len(data["sections"]) > 1 or "(top)" not in data["sections"]:

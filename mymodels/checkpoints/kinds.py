@@ -37,19 +37,13 @@ def kind_of(path: Path) -> str:
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
         return "a web page, not the file: the download failed; fetch it again"
     if head.startswith(b"\x89HDF"):
-        return (
-            "an HDF5 file of TensorFlow or Keras, which is not read: load it with transformers 4 (from_tf=True) and "
-            "save_pretrained, or with Keras and model.export(folder), which writes a SavedModel"
-        )
+        return "HDF5"
     if head.startswith(b"\x93NUMPY"):
         return (
             "one NumPy array without a name, not a state dict: save the arrays under names, numpy.savez(file, **arrays)"
         )
     if path.suffix == ".msgpack" or re.match(rb"(\xde..|\xdf....|[\x81-\x8f])[\xa1-\xbf\xd9]", head, re.DOTALL):
-        return (
-            "a msgpack file of Flax, which is not read: load it with transformers 4 and Flax (from_flax=True), and "
-            "save_pretrained"
-        )
+        return "Flax"
     if path.name == "checkpoint" and head.startswith(b"model_checkpoint_path"):
         return "TensorFlow's note of its newest checkpoint, which is not here: copy its .index and .data files too"
     if re.search(r"\.data-\d+-of-\d+$", path.name):
@@ -100,9 +94,7 @@ def _kind_of_zip(path: Path) -> str:
     if "data.pkl" in inner:
         return "PyTorch"
     if "model.weights.h5" in names:
-        return (
-            "a Keras archive, which is not read: load it with Keras and model.export(folder), which writes a SavedModel"
-        )
+        return "HDF5"
     return "a zip archive of something else: unpack it and name the file inside"
 
 

@@ -11,8 +11,11 @@ from typing import Any
 from ..messages import first_line
 from .atomic_write import repair
 from .checkpoint import Checkpoint, CheckpointError, unreadable
+from .deepspeed_folders import find_deepspeed, open_deepspeed
+from .flax_files import open_flax
+from .keras_files import open_keras
 from .kinds import kind_of
-from .safetensors_files import open_index, open_safetensors, read_json
+from .safetensors_files import inside, open_index, open_safetensors, read_json
 from .third_party_formats import open_gguf, open_npz, open_onnx, open_tensorflow
 from .torch_archives import open_distributed, open_exported, open_torchscript
 from .torch_files import open_pickle, open_torch_file
@@ -40,6 +43,13 @@ _WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first wh
     "*.gguf",
     "*.onnx",
     "*.npz",
+    "tf_model.h5",
+    "tf_model.h5.index.json",
+    "flax_model.msgpack",
+    "flax_model.msgpack.index.json",
+    "*.keras",
+    "*.h5",
+    "*.msgpack",
 )
 _BESIDE = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|golden)")
 _ANY_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|pt2|tar|h5|keras|msgpack|ot|onnx|gguf|npz|tflite|pkl)$|\.ckpt$")
@@ -57,7 +67,7 @@ def open_checkpoint(
     """Open any checkpoint as a lazy mapping of name → tensor. What it is, its content decides, not its name.
 
     Read are: safetensors; sharded safetensors or `.bin` with their index; whatever `torch.save` wrote (state dicts,
-    training checkpoints however nested); TorchScript; `torch.export`; `torch.distributed.checkpoint` folders; ONNX
+    training checkpoints however nested, whole modules, whose code is not run); DeepSpeed's ZeRO folders; TorchScript; `torch.export`; `torch.distributed.checkpoint` folders; ONNX
     (extra `onnx`); TensorFlow checkpoints and SavedModels (extra `tf`); `.npz`; pickles of arrays; GGUF (extra `gguf`).
     Objects of other classes beside the weights are not made; see `Checkpoint.extras`.
 
@@ -106,12 +116,17 @@ def locate(
 
     Raises:
         FileNotFoundError: there is neither.
+        CheckpointError: it lies on this machine, where there are no revisions, and one is asked for.
     """
     found = Path(path).expanduser()
     if not found.exists():
         with contextlib.suppress(OSError):
             repair(found)  # a writer that was killed may have set it aside
     if found.exists() or found.with_name(found.name + ".index").is_file():
+        if revision is not None:
+            raise CheckpointError(
+                f"{path} lies on this machine, and --revision {revision} (revision=) is a version of a Hub repo: leave it out"
+            )
         return found
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or found.suffix in (".pt", ".pth", ".bin", ".safetensors"):
         raise FileNotFoundError(f"there is no file or folder {path}")
@@ -178,7 +193,7 @@ def _left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
         and name.name != "golden.safetensors"
         and not any(re.match(r"\.|checkpoint-\d+$", part) for part in name.parts)
         and (folder / name).is_file()
-        and checkpoint.format != "torch.distributed.checkpoint"
+        and not checkpoint.format.startswith(("torch.distributed.checkpoint", "DeepSpeed"))
     ]
 
 
@@ -235,6 +250,8 @@ def _below(path: Path, part: Checkpoint, name: str) -> str:
 
 def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     files = weight_files(folder)
+    if all(file.suffix == ".pt" for file in files) and (save := find_deepspeed(folder)):
+        return _guarded(open_deepspeed, save, "the folder")
     if not files:
         inner = [path.parent for path in sorted(folder.glob("*/manifest.json")) if weight_files(path.parent)]
         if inner and not any(re.fullmatch(r"checkpoint-\d+", path.name) for path in inner):  # as `convert` writes them
@@ -291,6 +308,8 @@ def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
         path = beside
     kind = kind_of(path)
     if kind == "index":
+        if _index_files(path) and all(re.search(r"\.(h5|msgpack)$", file) for file in _index_files(path)):
+            return _guarded(_open_shards, path, "the checkpoint")
         opener = partial(open_file, allow_pickle=allow_pickle)
         sharded = partial(open_index, path, opener, _index_format(path))
         return sharded() if allow_pickle else _open_whole(path.parent, sharded)
@@ -312,6 +331,8 @@ _OPENERS: dict[str, Callable[[Path], Checkpoint]] = {
     "NumPy": open_npz,
     "GGUF": open_gguf,
     "ONNX": open_onnx,
+    "HDF5": open_keras,
+    "Flax": open_flax,
 }
 
 
@@ -338,7 +359,31 @@ def _tf_prefix(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".index" else path  # TensorFlow 1 also wrote a single file
 
 
-def _index_format(path: Path) -> str:
+def _index_files(path: Path) -> list[str]:
+    """The files that an index names, each once."""
     weight_map = read_json(path).get("weight_map")
-    files = weight_map.values() if isinstance(weight_map, dict) else ()
-    return "sharded safetensors" if all(str(file).endswith(".safetensors") for file in files) else "sharded PyTorch"
+    return list(dict.fromkeys(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+
+
+def _index_format(path: Path) -> str:
+    safe = all(file.endswith(".safetensors") for file in _index_files(path))
+    return "sharded safetensors" if safe else "sharded PyTorch"
+
+
+def _open_shards(index: Path) -> Checkpoint:
+    """Shards of TensorFlow or Flax; their index has the names of that framework, so that only the files are compared."""
+    parts: dict[str, Checkpoint] = {}
+    for name in _index_files(index):
+        if not inside(index.parent, name, index).is_file():
+            raise CheckpointError(f"{index.parent / name} is missing; {index.name} names it: copy or download it again")
+        parts[name] = open_file(index.parent / name)
+    homes = {name: part for part in parts.values() for name in part}
+    listed = len(read_json(index)["weight_map"])
+    if len(homes) != sum(map(len, parts.values())) or len(homes) != listed:
+        raise CheckpointError(
+            f"{index}: it lists {listed} tensors, its files have {len(homes)}: copy or download all again"
+        )
+    first = next(iter(parts.values()))
+    info = {name: part.info[name] for name, part in homes.items()}
+    extras = {**first.extras, "layout": f"torch's names; kernels were transposed from [in, out], in {len(parts)} files"}
+    return Checkpoint(index, f"sharded {first.format}", info, lambda name: homes[name][name], extras=extras)

@@ -42,7 +42,7 @@ PLAIN_TYPES: list[Any] = [
 ]
 
 
-_FIELDS = (argparse.Namespace, types.SimpleNamespace)
+FIELDS = (argparse.Namespace, types.SimpleNamespace)
 _LENGTH = struct.Struct("<Q")
 
 
@@ -51,18 +51,22 @@ _PROGRAMS = set(sys.stdlib_module_names)
 _RUNS = {"eval", "exec", "execfile", "compile", "open", "file", "input", "breakpoint", "apply", "reload", "__import__"}
 _RUNS |= {"setattr", "delattr", "globals", "locals", "vars", "memoryview"}
 _DATA = {
-    "functools",
-    "operator",
-    "collections",
-    "datetime",
-    "enum",
-    "fractions",
-    "ipaddress",
-    "logging",
-    "random",
-    "re",
-    "uuid",
-    "zoneinfo",
+    *(
+        "abc",
+        "array",
+        "bisect",
+        "calendar",
+        "cmath",
+        "collections",
+        "contextlib",
+        "copy",
+        "copyreg",
+        "dataclasses",
+        "datetime",
+        "decimal",
+    ),
+    *("enum", "fractions", "functools", "heapq", "ipaddress", "itertools", "logging", "math", "numbers", "operator"),
+    *("queue", "random", "re", "statistics", "string", "time", "types", "typing", "uuid", "zoneinfo"),
 }
 
 
@@ -80,6 +84,7 @@ class Unopened:
     """
 
     qualified = "?"
+    dump_patches = False  # which torch's reader of the older file format looks up on a module's class
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.args = (*args, *kwargs.values())
@@ -102,10 +107,37 @@ class Unopened:
         self.elements.extend(values)
 
     def __repr__(self) -> str:
+        return self._written(0)
+
+    def _written(self, depth: int) -> str:
+        """Its class and the first things in it; it may hold itself, and tensors that are still on disk."""
         states = self.state if isinstance(self.state, tuple) else (self.state,)  # a tuple where there are slots
         fields = [field for state in states if isinstance(state, dict) for field in state.items()]
-        shown = [repr(value) for value in (*self.args, *self.elements)] + [f"{key}={value!r}" for key, value in fields]
-        return f"{self.qualified}({', '.join(shown)})"
+        if depth > 2:
+            return f"{self.qualified}(…)"
+        parts = [_written(value, depth) for value in (*self.args, *self.elements)[:_SHOWN]]
+        parts += [f"{key}={_written(value, depth)}" for key, value in fields[:_SHOWN]]
+        more = ["…"] if max(len(self.args) + len(self.elements), len(fields)) > _SHOWN else []
+        return f"{self.qualified}({', '.join(parts + more)})"
+
+
+_SHOWN = 12  # so many of an object's attributes are written out
+
+
+def _written(value: Any, depth: int) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"tensor {tuple(value.shape)}"
+    if isinstance(value, Unopened):
+        return value._written(depth + 1)
+    if isinstance(value, (dict, list, tuple, set, collections.deque)) and (len(value) > _SHOWN or depth > 1):
+        return f"{type(value).__name__} of {len(value)}"
+    if isinstance(value, dict):
+        inner = [f"{_written(key, depth + 1)}: {_written(item, depth + 1)}" for key, item in value.items()]
+        return f"{{{', '.join(inner)}}}"
+    if isinstance(value, (list, tuple)):
+        inner = [_written(item, depth + 1) for item in value]
+        return f"[{', '.join(inner)}]" if isinstance(value, list) else f"({', '.join(inner)}{',' * (len(inner) == 1)})"
+    return repr(value)
 
 
 class UnopenedTensor(Unopened):
@@ -118,7 +150,7 @@ def find_unopened(node: Any) -> Iterator[Unopened]:
     waiting = [node]
     while waiting:
         value = waiting.pop()
-        if id(value) in seen or not isinstance(value, (dict, list, tuple, set, collections.deque, Unopened, *_FIELDS)):
+        if id(value) in seen or not isinstance(value, (dict, list, tuple, set, collections.deque, Unopened, *FIELDS)):
             continue
         seen.add(id(value))
         if isinstance(value, Unopened):
@@ -127,7 +159,7 @@ def find_unopened(node: Any) -> Iterator[Unopened]:
         elif isinstance(value, dict):
             waiting += [*value.keys(), *value.values()]
         else:
-            waiting += vars(value).values() if isinstance(value, _FIELDS) else value
+            waiting += vars(value).values() if isinstance(value, FIELDS) else value
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -152,10 +184,17 @@ def _reconstructor(cls: Any, base: Any, state: Any) -> Any:
 
 
 def _getattr(owner: Any, name: str) -> Any:
-    """How protocol 2 finds a class within a class."""
-    if not (isinstance(owner, type) and issubclass(owner, Unopened)):
+    """How pickle writes a method of an object, and protocol 2 a class within a class."""
+    if not isinstance(name, str) or not (
+        isinstance(owner, Unopened) or (isinstance(owner, type) and issubclass(owner, Unopened))
+    ):
         raise AsksForCode("builtins.getattr")
-    return type(name, (Unopened,), {"qualified": f"{owner.qualified}.{name}", "__module__": owner.__module__})
+    return _stranger(f"{owner.qualified}.{name}")
+
+
+def _stranger(qualified: str) -> type["Unopened"]:
+    """A class that stands for the one of this name; it lies in no module of the user's, where torch may look for it."""
+    return type(qualified.rpartition(".")[2], (Unopened,), {"qualified": qualified})
 
 
 def _newobj(cls: Any, *args: Any) -> Any:
@@ -283,7 +322,7 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             return self.known[full]
         if name in _RUNS if module == "builtins" else module.split(".")[0] in _PROGRAMS - _DATA:
             raise AsksForCode(full)
-        return self.strangers.setdefault(full, type(name, (Unopened,), {"qualified": full, "__module__": module}))
+        return self.strangers.setdefault(full, _stranger(full))
 
     def get_extension(self, code: int) -> None:
         raise pickle.UnpicklingError("it names a class by a number of this program's registry")
@@ -344,7 +383,7 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8  # type: ignore[assignment]
 
 
-_BUILT = (torch.Tensor, dict, np.ndarray, np.dtype, *_FIELDS)
+_BUILT = (torch.Tensor, dict, np.ndarray, np.dtype, *FIELDS)
 
 
 def load(file: Any, **options: Any) -> Any:

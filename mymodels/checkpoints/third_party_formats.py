@@ -15,14 +15,14 @@ from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .safetensors_files import inside
 
 
-def _library(module: str, extra: str, path: Path, what: str) -> Any:
+def import_library(module: str, extra: str, path: Path, what: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
         raise CheckpointError(f"{path} is {what}; to read it, run {install_command(extra)}") from error
 
 
-def _torch_dtype(name: str) -> torch.dtype | None:
+def torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype that NumPy or ml_dtypes calls `name`, if there is one."""
     dtype = getattr(torch, {"bool_": "bool"}.get(name, name), None)
     return dtype if isinstance(dtype, torch.dtype) and not re.fullmatch(r"u?int[1-7]", name) else None
@@ -30,7 +30,7 @@ def _torch_dtype(name: str) -> torch.dtype | None:
 
 def array_dtype(dtype: np.dtype) -> torch.dtype | None:
     """The torch dtype of an array of numbers; NumPy files keep bfloat16 as two bytes without a type."""
-    return torch.bfloat16 if _is_bare(dtype) and dtype.itemsize == 2 else _torch_dtype(dtype.name)
+    return torch.bfloat16 if _is_bare(dtype) and dtype.itemsize == 2 else torch_dtype(dtype.name)
 
 
 def _is_bare(dtype: np.dtype) -> bool:
@@ -95,7 +95,7 @@ def open_onnx(path: Path) -> Checkpoint:
 
     So are constants of the graph that are arrays of floating-point numbers: exporters fold weights into them.
     """
-    onnx = _library("onnx", "onnx", path, "an ONNX model")
+    onnx = import_library("onnx", "onnx", path, "an ONNX model")
     model = onnx.load(path, load_external_data=False)
     helper = onnx.helper
     initializers: dict[str, Any] = {}
@@ -117,7 +117,7 @@ def open_onnx(path: Path) -> Checkpoint:
                     constants += 1
     info, strings = {}, {}
     for name, entry in sparse.items():
-        dtype = _torch_dtype(helper.tensor_dtype_to_np_dtype(entry.values.data_type).name)
+        dtype = torch_dtype(helper.tensor_dtype_to_np_dtype(entry.values.data_type).name)
         if dtype is None or entry.values.data_location == onnx.TensorProto.EXTERNAL:
             raise CheckpointError(f"{path}: the sparse initialiser {name!r} cannot be read: store it dense")
         info[name] = TensorInfo(tuple(entry.dims), dtype, path.name)
@@ -125,7 +125,7 @@ def open_onnx(path: Path) -> Checkpoint:
         if tensor.data_type == onnx.TensorProto.STRING:
             strings[name] = list(tensor.string_data)
             continue
-        dtype = _torch_dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type).name)
+        dtype = torch_dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type).name)
         if dtype is None:
             kind = onnx.TensorProto.DataType.Name(tensor.data_type)
             raise CheckpointError(f"{path}: initialiser {name!r} has the type {kind}, which torch has not")
@@ -163,12 +163,12 @@ def open_onnx(path: Path) -> Checkpoint:
 
 def open_tensorflow(prefix: Path) -> Checkpoint:
     """A TensorFlow checkpoint by its prefix (`model.ckpt` of `model.ckpt.index`, `variables/variables`)."""
-    tensorflow = _library("tensorflow", "tf", prefix, "a TensorFlow checkpoint")
+    tensorflow = import_library("tensorflow", "tf", prefix, "a TensorFlow checkpoint")
     reader = tensorflow.train.load_checkpoint(str(prefix))
     shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     info, others = {}, {}
     for name in sorted(shapes):
-        dtype = _torch_dtype(dtypes[name].base_dtype.name)
+        dtype = torch_dtype(dtypes[name].base_dtype.name)
         if dtype is None:  # texts, such as the object graph
             others[name] = f"{dtypes[name].name} {shapes[name]}"
         else:
@@ -209,7 +209,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _open_one_gguf(path: Path) -> Checkpoint:
-    gguf = _library("gguf", "gguf", path, "a GGUF file")
+    gguf = import_library("gguf", "gguf", path, "a GGUF file")
     reader = gguf.GGUFReader(path)
     kinds = gguf.GGMLQuantizationType
     plain = {kinds[name]: dtype for name, dtype in _GGUF_DTYPES.items()}

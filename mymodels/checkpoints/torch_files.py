@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..messages import first_line
 from . import plain_pickle
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo, is_zip, plain_tensor, unreadable, view_of
+from .pickled_modules import ModuleState, NeedsItsCode, with_state_dicts
 from .plain_pickle import PLAIN_TYPES, Unopened, UnopenedTensor, find_unopened
 from .third_party_formats import array_dtype, to_torch
 
@@ -148,15 +150,21 @@ def unread(extras: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any = None) -> Checkpoint:
     """A `Checkpoint` over a nested object; `read` gets the key of a `Leaf`."""
+    _refuse_partitions(path, node)
     own = _is_optimizer(node)
     parts = Parts({}, {}) if own else take_apart(node)
     if not parts.models:  # such as an optimizer's own file
         leaves = {name: value for name, value in _leaves(node) if _is_tensor(value)}
         parts = Parts({"": leaves} if leaves else {}, {k: v for k, v in _entries(node) if not _is_tensor(v)})
         format = f"{format}: {OPTIMIZER}" if own or any(_is_optimizer(v) for _, v in _entries(node)) else format
+    if not parts.models and OPTIMIZER in format:
+        raise CheckpointError(
+            f"{path} holds {OPTIMIZER}, and it is without tensors, as before the first step: there is nothing to read in it"
+        )
     if not parts.models:
         raise CheckpointError(f"{path} holds no tensors, only {_kind(node)}: it is no checkpoint of weights")
-    _refuse_partitions(path, node)
+    if classes := list(dict.fromkeys(_module_classes(node))):
+        format = f"{format}: modules pickled whole ({', '.join(classes)}), whose code was not run"
     found, sections = _flat(parts)
     names = Counter(name for name, value in _leaves(node) if _is_tensor(value))
     if names and names.most_common(1)[0][1] > 1:
@@ -197,8 +205,16 @@ def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any =
     return Checkpoint(path, format, info, get, sections=sections, extras=extras, aliases=aliases)
 
 
+def _module_classes(node: Any) -> Iterator[str]:
+    if isinstance(node, ModuleState):
+        yield node.qualified.rpartition(".")[2]
+    else:
+        for _, value in _entries(node):
+            yield from _module_classes(value)
+
+
 def _kind(node: Any) -> str:
-    return node.qualified if isinstance(node, Unopened) else type(node).__name__
+    return node.qualified if isinstance(node, (Unopened, ModuleState)) else type(node).__name__
 
 
 def _is_optimizer(node: Any) -> bool:
@@ -206,13 +222,19 @@ def _is_optimizer(node: Any) -> bool:
 
 
 def _refuse_partitions(path: Path, node: Any) -> None:
-    """Raise for DeepSpeed's ZeRO-3 files, in which a model's tensors are empty."""
+    """Raise for the files of one of DeepSpeed's ranks: with ZeRO-3 a model's tensors are empty in them."""
+    optimizer = node.get("optimizer_state_dict") if isinstance(node, Mapping) else None
+    if isinstance(optimizer, Mapping) and {"zero_stage", "partition_count"} <= optimizer.keys():
+        raise CheckpointError(
+            f"{path} is one rank's part of an optimizer's state and weights by DeepSpeed's ZeRO: name the folder, which is "
+            f"put together"
+        )
     module = node.get("module") if isinstance(node, Mapping) and "param_shapes" in node else None
     empty = [name for name, value in _leaves(module) if isinstance(value, torch.Tensor) and not value.numel()]
     if empty:
         raise CheckpointError(
-            f"{path} is of DeepSpeed's ZeRO-3: {len(empty)} tensors such as {empty[0]!r} are empty here, their values lie "
-            f"in the ranks' *_optim_states.pt: join them with the zero_to_fp32.py that DeepSpeed wrote into the folder above"
+            f"{path} is one rank's file of DeepSpeed's ZeRO-3: {len(empty)} tensors such as {empty[0]!r} are empty here, their "
+            f"values lie in the ranks' *_optim_states.pt: name the folder, which is put together"
         )
 
 
@@ -271,10 +293,15 @@ def load_plain(file: Any, path: Path | None = None) -> Any:
 def _asks_for(where: Any, wanted: list[str]) -> str:
     shown = ", ".join(wanted[:8]) + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else "")
     return (
-        f"{where} is a pickle that asks for {shown}, which is more than plain tensors and would run code; it was "
-        f"not opened. {HOW_TO_SAVE}. If you trust the file, --allow-pickle (allow_pickle=True) runs its code in "
-        f"another process, with your rights, and takes out the tensors."
+        f"{where} is a pickle that asks for {shown}, which is more than tensors and modules, whose code is not needed; it "
+        f"was not opened. {HOW_TO_SAVE}. {_ALLOW}"
     )
+
+
+_ALLOW = (
+    "If you trust the file, --allow-pickle (allow_pickle=True) runs its code in another process, with your rights, and "
+    "takes out the tensors"
+)
 
 
 def load_data(file: Any, path: Path | None = None) -> Any:
@@ -290,21 +317,19 @@ def load_data(file: Any, path: Path | None = None) -> Any:
         except CheckpointError as error:
             refused = error
         try:
-            node = _load_inert(file)
+            node = with_state_dicts(_load_inert(file))
+        except NeedsItsCode as error:
+            raise NotPlain(f"{path or file}: {error}. {_ALLOW}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{path or file}: {error}") from None
         except plain_pickle.AsksForCode as error:
-            raise (
-                refused if isinstance(refused, NotPlain) else NotPlain(_asks_for(path or file, [str(error)]))
-            ) from None
+            raise NotPlain(_asks_for(path or file, [str(error)])) from None
         except Exception:  # it is damaged for this reader too
             raise refused from None
-    within = next((one for one in _outside_of_beside(node) if holds_tensors(one)), None)
-    if within is None:
-        return node
-    if isinstance(refused, NotPlain):
-        raise refused
-    raise NotPlain(_asks_for(path or file, sorted({one.qualified for one in find_unopened(node)})))
+    within = sorted({one.qualified for one in _outside_of_beside(node) if holds_tensors(one)})
+    if within:
+        raise NotPlain(_asks_for(path or file, within))
+    return node
 
 
 def _load_inert(file: Any) -> Any:
@@ -384,21 +409,36 @@ def _unpickle_elsewhere(path: Path) -> Checkpoint:
 
 
 def open_pickle(path: Path) -> Checkpoint:
-    """A bare pickle of arrays or tensors, as `pickle.dump` writes it; none of its code is run."""
+    """A bare pickle of arrays, tensors or modules, as `pickle.dump` writes it; none of its code is run."""
     try:
-        with path.open("rb") as file:
-            node = plain_pickle.load(file, encoding="latin1")  # of Python 2, as detectron2's
-    except Exception as error:
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")
+            node = with_state_dicts(plain_pickle.load(file, encoding="latin1"))  # of Python 2, as detectron2's
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except (NeedsItsCode, plain_pickle.AsksForCode) as error:
+        what = (
+            f"asks for {error}"
+            if isinstance(error, plain_pickle.AsksForCode)
+            else f"cannot be read without its code ({error})"
+        )
+        raise CheckpointError(f"{path} is a bare pickle, not made by torch.save, and {what}: {_LOAD_THERE}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a damaged pickle gives to a reader
         raise CheckpointError(
-            f"{path} is a bare pickle, not made by torch.save, and holds more than plain data ({error}): load it where it "
-            f"was made, and save its weights with torch.save"
+            f"{path} is a bare pickle, not made by torch.save, that is damaged or holds more than plain data "
+            f"({first_line(error)}): {_LOAD_THERE}"
         ) from error
-    if any(holds_tensors(one) for one in _outside_of_beside(node)) or isinstance(node, Unopened):
-        wanted = ", ".join(sorted({one.qualified for one in find_unopened(node)})[:8])
+    within = sorted({one.qualified for one in _outside_of_beside(node) if holds_tensors(one)})
+    if within or isinstance(node, Unopened):
         raise CheckpointError(
-            f"{path} is a bare pickle, not made by torch.save, and asks for {wanted}, whose code would be run: load it "
-            f"where it was made, and save its weights with torch.save"
+            f"{path} is a bare pickle, not made by torch.save, and asks for {', '.join(within[:8]) or _kind(node)}, whose "
+            f"code would be run: {_LOAD_THERE}"
         )
     if not any(_is_tensor(value) for _, value in _leaves([node])):
         raise CheckpointError(f"{path} is a bare pickle without arrays or tensors ({_kind(node)}): it holds no weights")
     return nested_checkpoint(path, "pickle", node, path.name)
+
+
+_LOAD_THERE = "load it where it was made, and save its weights with torch.save"

@@ -22,6 +22,9 @@ def add_parser(verbs: Any) -> None:
         "--format", choices=["safetensors", "bin", "pt"], default="safetensors", help="default: %(default)s"
     )
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
+    parser.add_argument(
+        "--merge-adapter", metavar="BASE", help="merge the LoRA adapter SRC into this base model's weights"
+    )
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of floating-point tensors; default: as they are")
 
 
@@ -32,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.source,
         arguments.destination,
         dtype=dtype_of(arguments),
-        **picked(arguments, "max_shard_size", "format", "section", "allow_pickle", "revision"),
+        **picked(arguments, "max_shard_size", "format", "section", "allow_pickle", "revision", "merge_adapter"),
     )
     print(f"{arguments.destination}: {len(source)} tensors from {source.format}, written as {arguments.format}")
     if left := [*source.extras, *source.left_out]:

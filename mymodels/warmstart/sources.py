@@ -118,7 +118,7 @@ def open_source(
         folder = folder or found
         source = source if section is None else source.section(section)
         if source.part_of:
-            raise CheckpointError(f"{where}: {source.part_of}")
+            raise CheckpointError(source.part_of)  # which names the file
         if not raw and (raw := config_in_folder(folder)):
             own_code = _check_code(raw, folder, where, trust_remote_code)
         if "model_type" not in raw:

@@ -1,10 +1,10 @@
 """A part is not taken for the whole, nothing is left out without a word, and advice works for the very file."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -95,7 +95,7 @@ def test_zero_3(tmp_path: Path) -> None:
     empty = {"h.w": torch.empty(0), "h.b": torch.empty(0)}
     saved = {"module": empty, "param_shapes": [{"h.w": torch.Size([3, 4])}], "ds_version": "0.16"}
     torch.save(saved, tmp_path / "mp_rank_00_model_states.pt")
-    assert "zero_to_fp32.py" in refusal(tmp_path / "mp_rank_00_model_states.pt")
+    assert "name the folder" in refusal(tmp_path / "mp_rank_00_model_states.pt")
 
 
 def test_wrapper_tensors_are_not_read_as_each_other(tmp_path: Path) -> None:
@@ -378,10 +378,7 @@ def test_difference_of_quantised_and_of_prefixed(tmp_path: Path, capsys: pytest.
 
 
 def test_formats_that_are_not_read_are_not_damaged(tmp_path: Path) -> None:
-    flax = b"\x82\xa1a\xc7\x10\x01" + bytes(16) + b"\xa1b\x01"
     files = {
-        "flax_model.msgpack": (flax, "from_flax"),
-        "tf_model.h5": (b"\x89HDF\r\n\x1a\n" + bytes(600), "from_tf"),
         "array.npy": (b"\x93NUMPY\x01\x00" + bytes(100), "savez"),
         "model.ckpt.data-00000-of-00001": (bytes(range(1, 200)), ".index"),
         "model.ckpt.meta": (b"\n\x05hello" * 20, ".index"),
@@ -390,16 +387,6 @@ def test_formats_that_are_not_read_are_not_damaged(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         message = refusal(tmp_path / name)
         assert advice in message and "damaged" not in message, name
-    for name in ("flax_model.msgpack", "tf_model.h5"):
-        folder = tmp_path / name.split(".")[0]
-        folder.mkdir()
-        (folder / name).write_bytes(files[name][0])
-        (folder / "config.json").write_text("{}")
-        assert files[name][1] in refusal(folder) and name in refusal(folder)
-    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
-        for name in ("metadata.json", "config.json", "model.weights.h5"):
-            archive.writestr(name, b"{}")
-    assert "model.export" in refusal(tmp_path / "m.keras") and "unpack" not in refusal(tmp_path / "m.keras")
 
 
 def test_the_newest_of_a_trainers_folder_is_meant(tmp_path: Path) -> None:
@@ -410,6 +397,8 @@ def test_the_newest_of_a_trainers_folder_is_meant(tmp_path: Path) -> None:
 
 
 def test_check_takes_the_option_it_advises(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
+    torch.save(
+        {"model": nn.Linear(2, 2), "seed": divmod, "path": shutil.which}, tmp_path / "m.pt"
+    )  # a function of Python's
     assert main(["check", str(tmp_path / "m.pt")]) == 1 and "--allow-pickle" in capsys.readouterr().out
     assert main(["check", "--full", "--allow-pickle", str(tmp_path / "m.pt")]) == 0

@@ -81,7 +81,6 @@ def test_wrong_file_is_one_sentence(name: str, tmp_path: Path) -> None:
         ("empty.bin", "empty"),
         ("pointer.safetensors", "git lfs pull"),
         ("page.bin", "web page"),
-        ("keras.h5", "HDF5"),
         ("packed.pt", "unpack"),
         ("cut.pt", "truncated"),
         ("bare.pkl", "bare pickle"),
@@ -179,3 +178,11 @@ def test_zip_over_several_disks(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             open_checkpoint(tmp_path / "model.pt")
         one_sentence(caught.value, "model.pt")
+
+
+def test_a_revision_of_what_lies_here_is_refused(tmp_path: Path) -> None:
+    torch.save(state_dict(), tmp_path / "model.pt")
+    for path in (tmp_path, tmp_path / "model.pt"):
+        with pytest.raises(CheckpointError, match="--revision v1") as caught:
+            open_checkpoint(path, revision="v1")
+        one_sentence(caught.value, str(path))

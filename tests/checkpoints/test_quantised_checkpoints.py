@@ -1,13 +1,17 @@
 """Quantised checkpoints are recognised by what their writers store, plain ones are not taken for them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from mymodels.checkpoints import open_checkpoint
+from mymodels.checkpoints.inspecting import inspect_checkpoint
 from mymodels.checkpoints.quantised import quantisation
+from mymodels.cli import main
 
 E4M3 = torch.float8_e4m3fn
 
@@ -91,3 +95,66 @@ def test_what_quanto_writes(bits: str, tmp_path: Path) -> None:
     quanto.freeze(model)
     torch.save(model.state_dict(), tmp_path / "q.pt")
     assert quantisation(open_checkpoint(tmp_path / "q.pt")) == "quanto"
+
+
+def gptq(inputs: int, outputs: int, bits: int) -> dict[str, torch.Tensor]:
+    groups = inputs // 32
+    return {
+        "qweight": torch.zeros(inputs * bits // 32, outputs, dtype=I32),
+        "qzeros": torch.zeros(groups, outputs * bits // 32, dtype=I32),
+        "scales": torch.ones(groups, outputs, dtype=torch.float16),
+        "g_idx": torch.arange(inputs, dtype=I32) // 32,
+        "bias": torch.zeros(outputs, dtype=torch.float16),
+    }
+
+
+def awq(inputs: int, outputs: int) -> dict[str, torch.Tensor]:
+    return {
+        "qweight": torch.zeros(inputs, outputs // 8, dtype=I32),
+        "qzeros": torch.zeros(inputs // 32, outputs // 8, dtype=I32),
+        "scales": torch.ones(inputs // 32, outputs, dtype=torch.float16),
+    }
+
+
+def nf4(inputs: int, outputs: int) -> dict[str, torch.Tensor]:
+    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [outputs, inputs]}).encode()
+    return {
+        "weight": torch.zeros((inputs * outputs + 1) // 2, 1, dtype=U8),
+        "weight.absmax": torch.zeros(inputs * outputs // 64, dtype=U8),
+        "weight.quant_map": torch.zeros(16),
+        "weight.nested_absmax": torch.zeros(1),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state), dtype=U8),
+    }
+
+
+def int8(inputs: int, outputs: int) -> dict[str, torch.Tensor]:
+    return {
+        "weight": torch.zeros(outputs, inputs, dtype=I8),
+        "SCB": torch.zeros(outputs),
+        "weight_format": torch.tensor(0, dtype=U8),
+    }
+
+
+@pytest.mark.parametrize(
+    ("stored", "real"),
+    [
+        (gptq(64, 96, 4), 64 * 96 + 96),
+        (gptq(64, 96, 3), 64 * 96 + 96),
+        (gptq(64, 96, 8), 64 * 96 + 96),
+        (gptq(64, 96, 2), 64 * 96 + 96),
+        ({name: one for name, one in gptq(64, 96, 8).items() if name != "g_idx"}, 64 * 96 + 96),
+        (awq(64, 96), 64 * 96),
+        (nf4(64, 96), 64 * 96),
+        (int8(64, 96), 64 * 96),
+    ],
+)
+def test_real_parameters_are_counted(stored: dict[str, torch.Tensor], real: int, tmp_path: Path, capsys) -> None:
+    tensors = {f"model.layers.0.mlp.up_proj.{name}": tensor for name, tensor in stored.items()} | {
+        "wte.weight": torch.zeros(5, 3)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    shown = inspect_checkpoint(tmp_path)
+    assert shown["parameters"] == real + 15 == sum(shown["modules"].values())
+    assert shown["quantised_modules"] == {"model.layers.0.mlp.up_proj": 64 * 96} and shown["quantisation"]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "6,144 of the parameters" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -129,16 +130,30 @@ def test_nothing_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     for file in (tmp_path / "repo").glob("*.py"):
         file.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n" + file.read_text())
     torch.save(model, tmp_path / "whole.pt")
+    model.attribute = Touch(tmp_path / "executed")
+    torch.save(model, tmp_path / "worse.pt")
     assert said(capsys, "inspect", tmp_path / "repo")[0] == 0
-    code, _, err = said(capsys, "inspect", tmp_path / "whole.pt")
-    assert code == 1 and err.count("\n") == 1 and "modeling_mygpt2.MyGPT2ForCausalLM" in err and "--allow-pickle" in err
+    code, out, _ = said(capsys, "inspect", tmp_path / "whole.pt")
+    assert code == 0 and "MyGPT2ForCausalLM" in out
+    code, _, err = said(capsys, "inspect", tmp_path / "worse.pt")
+    assert code == 1 and err.count("\n") == 1 and f"{os.system.__module__}.system" in err and "--allow-pickle" in err
     assert "model.save_pretrained(folder)" in err and not (tmp_path / "executed").exists()
 
 
-def test_a_whole_module_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+class Touch:
+    """Its pickle makes a file when it is opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_whole_module(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = MyGPT2ForCausalLM(mygpt2_config())
     torch.save(model, tmp_path / "whole.pt")
-    code, _, _ = said(capsys, "convert", tmp_path / "whole.pt", tmp_path / "out", "--allow-pickle")
+    code, _, _ = said(capsys, "convert", tmp_path / "whole.pt", tmp_path / "out")
     written = open_checkpoint(tmp_path / "out")
     assert code == 0 and written.aliases
     assert all(torch.equal(written[name], tensor) for name, tensor in model.state_dict().items())

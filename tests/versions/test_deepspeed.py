@@ -48,3 +48,25 @@ def test_zero_3_trains_and_goes_on_like_one_process(deepspeed: Path, tmp_path: P
     assert one.info == two.info
     for name in [name for name in one if not name.endswith("k_proj.bias")]:  # its gradient is rounding around 0
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 3), (3, 2), (3, 3)])
+def test_zero_folders_are_put_together_as_deepspeed_does(
+    stage: int, ranks: int, deepspeed: Path, tmp_path: Path
+) -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "checkpoints"))
+    from zero_folders import write_zero
+
+    write_zero(tmp_path, stage, ranks)
+    script = (
+        "import sys, torch; from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as read;"
+        "torch.save({name: value.clone() for name, value in read(sys.argv[1]).items()}, sys.argv[2])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(deepspeed), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, tmp_path, tmp_path / "truth.bin"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    truth, opened = torch.load(tmp_path / "truth.bin"), open_checkpoint(tmp_path)
+    assert set(opened) == set(truth)
+    for name, tensor in truth.items():
+        assert opened[name].dtype == tensor.dtype and torch.equal(opened[name], tensor), name
