@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.safetensors_files import read_json
-from .code_files import auto_class_of
+from .auto_class_names import auto_class_of
 
 PIPELINE_TAGS = {
     "AutoModelForCausalLM": "text-generation",
