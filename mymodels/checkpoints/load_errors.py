@@ -26,6 +26,9 @@ def refusing(source: Any) -> Iterator[None]:
         raise ValueError(f"{source} needs a package that is not here: {first_line(error)}") from error
     except ValueError as error:
         raise (code_of_its_own(source) if asks_for_trust(error) else ValueError(first_line(error))) from error
+    except (RuntimeError, TypeError, AttributeError, LookupError, NameError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{source} cannot be loaded, its class or its config fails with {reason}") from error
 
 
 def asks_for_trust(error: Exception) -> bool:
@@ -63,14 +66,21 @@ def without_load_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def _embedded_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has embeddings for; None if it does not show them and its config does not say."""
+    with contextlib.suppress(NotImplementedError, AttributeError, StopIteration):  # a class of one's own need not say
+        return next(model.get_input_embeddings().parameters()).shape[0]
+    return getattr(model.config, "vocab_size", None)
+
+
 def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Any, remedy: str) -> None:
     """Give the tokenizer a token to pad with: the end of text, if it has none, as GPT-2's.
 
     Raises:
         ValueError: the model has fewer embeddings than the tokenizer tokens (`remedy` says what to do), or no token can pad.
     """
-    rows = next(model.get_input_embeddings().parameters()).shape[0]
-    if len(tokenizer) > rows:
+    rows = _embedded_tokens(model)
+    if rows is not None and len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} has embeddings for {rows}: {remedy}"
         )

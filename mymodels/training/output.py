@@ -69,7 +69,7 @@ def measure(
         if split == "validation" and task == "classification":
             logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
         metrics = {name.removeprefix("test_"): float(value) for name, value in values.items() if is_metric(name)}
-        if task == "lm":
+        if task != "classification":
             metrics["perplexity"] = math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf
         found[split] = metrics
     return found, logits
@@ -125,7 +125,7 @@ def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapp
     """The user's card, with what the training knows where it says nothing."""
     data, empty = result.data, Card()
     split = "test" if "test" in result.metrics else "validation"
-    names = {"f1_macro": "f1 (macro)", "loss": "loss (nats per token)" if task == "lm" else "loss"}
+    names = {"f1_macro": "f1 (macro)", "loss": "loss" if task == "classification" else "loss (nats per token)"}
     last = sorted(result.metrics[split].items(), key=lambda item: item[0] == "loss")  # what people ask for first
     measured = {names.get(name, name): value for name, value in last}
     chosen = (
