@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -40,6 +41,30 @@ def code_of_its_own(source: Any) -> ValueError:
         f"{source} brings code of its own, which would be run: read it, then pass --trust-remote-code "
         "(trust_remote_code=True)"
     )
+
+
+def refuse_plain_module(model: Any, verb: str) -> None:
+    """Raises:
+    ValueError: `model` is a module that is no transformers model, which has no config, no tokenizer and no Auto class.
+    """
+    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{verb} takes a transformers model, and {type(model).__name__} is a plain nn.Module: `mymodels adopt` makes one of it"
+        )
+
+
+def refuse_other_class(model: PreTrainedModel, auto_map: Any, auto_class: str, source: Any) -> None:
+    """Refuse a class of transformers that stands in for a folder's own code, which has none for this Auto class.
+
+    Raises:
+        ValueError: the folder's `auto_map` names models of its own, but `model` is transformers' own class.
+    """
+    own = {auto: target for auto, target in auto_map.items() if str(auto).startswith("AutoModel")} if auto_map else {}
+    if own and type(model).__module__.startswith("transformers.models."):
+        raise ValueError(
+            f"{source} has code of its own, for {', '.join(sorted(own))}, and none for {auto_class}: transformers' "
+            f"{type(model).__name__} would take its place, so choose another --task"
+        )
 
 
 def refuse_mismatched(info: Mapping[str, Any], source: Any) -> None:

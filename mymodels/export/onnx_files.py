@@ -59,7 +59,10 @@ def _trace(graph: Graph, opset: int) -> Any:
     example = graph.example()
     length = "total_sequence_length" if graph.past else "sequence_length"
     shapes: dict[str, Any] = {name: {0: "batch_size", 1: "sequence_length"} for name in graph.inputs}
-    shapes["attention_mask"] = {0: "batch_size", 1: length}
+    if "attention_mask" in graph.inputs:
+        shapes["attention_mask"] = {0: "batch_size", 1: length}
+    if "decoder_input_ids" in graph.inputs:
+        shapes["decoder_input_ids"] = {0: "batch_size", 1: "decoder_sequence_length"}
     if graph.past:
         shapes["past_key_values"] = [{0: "batch_size", 2: "past_sequence_length"}] * len(graph.past)
     with quiet():

@@ -34,10 +34,11 @@ def export_program(graph: Graph) -> ExportedProgram:
     learned = getattr(config, "position_embedding_type", "learned") in ("learned", "absolute")
     limit = getattr(config, "max_position_embeddings", None) if learned else None
     batch, length = Dim("batch_size", min=1), Dim("sequence_length", min=1, max=limit)
+    shapes = {name: {0: batch, 1: length} for name in graph.inputs}
+    if "decoder_input_ids" in shapes:
+        shapes["decoder_input_ids"] = {0: batch, 1: Dim("decoder_sequence_length", min=1, max=limit)}
     with quiet(), torch.no_grad():
-        program = torch.export.export(
-            graph, (), graph.example(), dynamic_shapes={name: {0: batch, 1: length} for name in graph.inputs}
-        )
+        program = torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names folders of this machine
     return program

@@ -15,6 +15,8 @@ from ..checkpoints.load_errors import (
     code_of_its_own,
     fit_tokenizer,
     refuse_mismatched,
+    refuse_other_class,
+    refuse_plain_module,
     refusing,
     without_load_report,
 )
@@ -47,6 +49,7 @@ def load_task(
         OSError: there is no such folder or Hub repo.
     """
     device = _device(device)
+    refuse_plain_module(source, "predict")
     if isinstance(source, PreTrainedModel):
         chosen, model, notes = _in_memory(source, task), source, []
         source, path = type(source).__name__, None
@@ -145,6 +148,7 @@ def _load_model(
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"{source} has no {task.auto_class}: choose another --task") from error
         raise
+    refuse_other_class(model, read_json(path / "config.json").get("auto_map"), task.auto_class, source)
     refuse_mismatched(info, source)
     missing = sorted(info["missing_keys"])
     if task is Embedding and missing and all("pooler." in name for name in missing):

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.load_errors import fit_tokenizer, refusing, without_load_report
+from ..checkpoints.load_errors import fit_tokenizer, refuse_other_class, refusing, without_load_report
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..forward_calls import check_loss, logits_of
@@ -196,6 +196,7 @@ def _from_checkpoint(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+    refuse_other_class(model, raw.get("auto_map"), auto_class.__name__, source)
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
     new = sorted({*info["missing_keys"], *mismatched} & dict(model.named_parameters()).keys())
     base = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
