@@ -138,7 +138,7 @@ def export_model(
                 model.set_attn_implementation("eager")  # in plain operations, which every runtime knows
             file = WRITERS[to](graph, folder, **options)
         _next(bar, "comparing")
-        parity.run_elsewhere(to, file, graph, cases)
+        parity.run_in_new_process(to, file, graph, cases)
         quality, differences = None, {}
         limit = parity.TOLERANCES[model.dtype] if tolerance is None else tolerance
         if int8:

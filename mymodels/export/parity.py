@@ -134,7 +134,7 @@ def compute_expected(model: PreTrainedModel, graph: Graph, cases: Sequence[Case]
             case.expected |= dict(zip(graph.present, states))
 
 
-def run_elsewhere(kind: str, file: Path, graph: Graph, cases: Sequence[Case]) -> None:
+def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case]) -> None:
     """Fill in what the exported `file` gives in a fresh process, which must not need mymodels or transformers.
 
     Raises:

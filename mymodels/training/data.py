@@ -122,6 +122,7 @@ def _pairs(splits: dict[str, tuple[Any, str]], text_column: str | None, target_c
             target = _existing(rows, where, target_column, "--target-column")
         else:
             named = [name for name in _TARGET_NAMES if name in names and name != text_column]
+            named = named[:1] if named[:1] == ["target"] else [n for n in named if n not in _LABEL_NAMES] or named
             others = [name for name in names if "string" in str(rows.features[name]) and name != text_column]
             others = others if text_column is not None and len(others) == 1 else []
             if len(named or others) != 1:

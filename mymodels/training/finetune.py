@@ -204,7 +204,7 @@ def finetune(
     if lora_r is not None:
         trained = add_lora(begun.model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, new=begun.new)
     arguments = make_arguments(where, options, len(examples["train"]), warmup_ratio, bf16)
-    _tell(console, begun, loaded, examples, trained, arguments, checkpoint)
+    _print_plan(console, begun, loaded, examples, trained, arguments, checkpoint)
     trainer = FineTuner(
         model=trained,
         args=arguments,
@@ -227,8 +227,8 @@ def finetune(
             metrics, logits = measure(trainer, examples, task)
     except KeyboardInterrupt:
         there = list_checkpoints(where)
-        told = f"{there[-1]}: the same command with --resume goes on from there" if there else "no checkpoint yet"
-        console.print(f"\nstopped; {told}", highlight=False, soft_wrap=True)
+        remedy = f"{there[-1]}: the same command with --resume goes on from there" if there else "no checkpoint yet"
+        console.print(f"\nstopped; {remedy}", highlight=False, soft_wrap=True)
         raise
 
     if task == "seq2seq":
@@ -265,7 +265,7 @@ def finetune(
     return result
 
 
-def _tell(
+def _print_plan(
     console: Console,
     begun: Start,
     data: Data,
@@ -274,7 +274,7 @@ def _tell(
     arguments: TrainingArguments,
     checkpoint: str | None,
 ) -> None:
-    """What is about to happen."""
+    """Print what is trained, on what, and from where."""
     console.print(begun.how, highlight=False, soft_wrap=True)
     for note in data.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)

@@ -102,7 +102,7 @@ def start(
         head = [name for name, _ in found.model.named_parameters() if not name.startswith(inside)]
         found.new = list(dict.fromkeys([*found.new, *head]))
         if labels is not None and known and len(known) == len(labels) and list(labels) != known:
-            _forget(found.model, inside)
+            _reinitialize_head(found.model, inside)
             if not (overrides or {}).get("class_weights") and getattr(found.model.config, "class_weights", None):
                 found.model.config.class_weights = None
             found.how += f", but with a new head, as its labels were {', '.join(known[:6])}{', …' * (len(known) > 6)}"
@@ -162,15 +162,17 @@ def _from_checkpoint(
         if labels is not None:
             named = PretrainedConfig()
             _label(named, labels)
-            shown = {name: getattr(named, name) for name in ("id2label", "label2id", "problem_type")}
-            overrides = {"class_weights": None} | shown | overrides if to == "mybert" else shown | overrides
+            label_fields = {name: getattr(named, name) for name in ("id2label", "label2id", "problem_type")}
+            overrides = (
+                {"class_weights": None} | label_fields | overrides if to == "mybert" else label_fields | overrides
+            )
         how: dict[str, Any] = {"overrides": overrides, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
         report = warm_start(to, path, head=HEADS[kind], dtype="float32", revision=revision, **how)
         assert report.model is not None
         new = [name for row in report.rows if row.status == "new" for name in row.targets]
         cut = tokenizer if tokenizer is not None else report.tokenizer
-        told = f"{type(report.model).__name__}, warm-started from {source}: {_told(new)}"
-        return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, told)
+        how_loaded = f"{type(report.model).__name__}, warm-started from {source}: {_list_new(new)}"
+        return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, how_loaded)
     if not raw:
         raise ValueError(f"{path} has no config.json: name the folder of a model, or say --to mygpt2 or --to mybert")
     with refusing(source):
@@ -202,8 +204,8 @@ def _from_checkpoint(
     base = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
     if base and set(base) <= set(new):
         raise ValueError(f"{source}: no weight has the name of one of {type(model).__name__}: see `mymodels inspect`")
-    told = f"{type(model).__name__} from {source}: {_told(new)}"
-    return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, told)
+    how_loaded = f"{type(model).__name__} from {source}: {_list_new(new)}"
+    return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, how_loaded)
 
 
 @contextlib.contextmanager
@@ -220,8 +222,8 @@ def _naming_the_head(source: Any, config: PretrainedConfig, task: str) -> Iterat
         ) from None
 
 
-def _forget(model: PreTrainedModel, inside: str) -> None:
-    """Draw anew what gives the logits, as if there had been another number of labels."""
+def _reinitialize_head(model: PreTrainedModel, inside: str) -> None:
+    """Initialise the layer that gives the logits again, as it is done for another number of labels."""
     for name, module in model.named_modules():
         last = isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
         if last and not name.startswith(inside):
@@ -300,7 +302,7 @@ def check_task(begun: Start, data: Data, batch: Mapping[str, Any]) -> None:
         )
 
 
-def _told(new: Sequence[str]) -> str:
+def _list_new(new: Sequence[str]) -> str:
     if not new:
         return "every weight loaded"
     return f"new are {', '.join(new[:6])}" + (f" and {len(new) - 6} more" if len(new) > 6 else "")

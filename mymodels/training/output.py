@@ -117,8 +117,8 @@ def _write_repo(
     if result.confusion_matrix is not None and result.data.labels is not None:
         pictures["confusion_matrix.png"] = "Confusion matrix on the validation data"
         draw_confusion_matrix(result.confusion_matrix, result.data.labels, finished / "confusion_matrix.png")
-    said = _card(result, begun, card, task, pictures)
-    build_repo(finished, None, result.path, card=said, max_shard_size=max_shard_size, golden=golden)
+    full_card = _card(result, begun, card, task, pictures)
+    build_repo(finished, None, result.path, card=full_card, max_shard_size=max_shard_size, golden=golden)
 
 
 def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapping[str, str]) -> Card:
@@ -134,7 +134,7 @@ def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapp
         else ""
     )
     rows = getattr(data, split)
-    told: dict[str, Any] = {
+    known: dict[str, Any] = {
         "metrics": measured,
         "dataset": f"{len(rows):,} {split} rows of {data.name}{chosen}",
         "training_data": f"{len(data.train):,} rows of {data.name}"
@@ -143,16 +143,18 @@ def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapp
         "datasets": [data.hub_id] if data.hub_id else [],
         "pictures": pictures,
     }
-    return replace(card, **{name: value for name, value in told.items() if getattr(card, name) == getattr(empty, name)})
+    return replace(
+        card, **{name: value for name, value in known.items() if getattr(card, name) == getattr(empty, name)}
+    )
 
 
 def end(result: FineTuned, keep_checkpoints: bool) -> None:
     """Write `metrics.json`, which says that the training is finished, and remove the checkpoints."""
-    told = {name: getattr(result, name) for name in ("metrics", "history", "best_step")}
-    told["labels"] = result.data.labels
-    told["confusion_matrix"] = None if result.confusion_matrix is None else result.confusion_matrix.tolist()
+    record = {name: getattr(result, name) for name in ("metrics", "history", "best_step")}
+    record["labels"] = result.data.labels
+    record["confusion_matrix"] = None if result.confusion_matrix is None else result.confusion_matrix.tolist()
     with replace_file(result.checkpoint_dir / METRICS) as file:
-        file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not keep_checkpoints:
         for old in list_checkpoints(result.checkpoint_dir):
             shutil.rmtree(old)

@@ -1,4 +1,4 @@
-"""Training checkpoints: all that a run needs to go on exactly where it was, in one folder, whole or not there at all."""
+"""Training checkpoints: all that a run needs to go on exactly where it was, in one folder that is complete or absent."""
 
 import contextlib
 import json
@@ -121,12 +121,12 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
     """Keep transformers' bars out of the one of training."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             transformers_logging.enable_progress_bar()
 
 
