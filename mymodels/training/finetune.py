@@ -183,8 +183,7 @@ def finetune(
     }
     checkpoint = checkpoint_to_resume(where, output_dir, record, resume_from_checkpoint)
     known = is_known(begun.model)
-    own_code = not known or bool(getattr(begun.model.config, "auto_map", None))
-    if (isinstance(model, PreTrainedModel) or own_code) and PartialState().is_main_process:
+    if (isinstance(model, PreTrainedModel) or not known) and PartialState().is_main_process:
         try_to_write_repo(begun.model, where, golden=golden)
     if checkpoint:
         check_code_of_checkpoint(begun.model, Path(checkpoint))

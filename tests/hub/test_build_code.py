@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mymodels import build_repo, cli
 from mymodels.checkpoints import CheckpointError
 from mymodels.hub.auto_class_names import _for_endings, auto_class_of
+from mymodels.hub.static import static_checks
 
 CODE = Path(__file__).parents[1] / "own_models"
 LOAD = """
@@ -54,6 +55,7 @@ def test_every_ending_of_transformers_own_classes_leads_to_an_auto_class_that_ha
         assert auto_class_of(name, arguments) == auto_class, (name, arguments)
 
 
+@pytest.mark.slow
 def test_weights_and_a_code_file_become_a_folder_that_auto_classes_load(tmp_path: Path, capfd) -> None:
     ids = torch.arange(2, 14).reshape(2, 6)
     given = {
@@ -126,3 +128,14 @@ def test_what_is_missing_or_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match="a model in memory knows its code"):
         build_repo(make("moe_gpt2"), None, tmp_path / "out", card="# x", code=code)
+
+
+def test_the_card_promises_no_pipeline_that_the_folder_cannot_serve(tmp_path: Path) -> None:
+    save_without_code("tiny_cnn", tmp_path / "cnn")
+    build = {"code": CODE / "tiny_cnn.py", "golden": False}
+    folder = build_repo(tmp_path / "cnn", None, tmp_path / "repo", **build)
+    assert "pipeline_tag" not in (folder / "README.md").read_text()
+    assert not [check for check in static_checks(folder) if check.status == "failed"]
+    (tmp_path / "cnn" / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
+    folder = build_repo(tmp_path / "cnn", None, tmp_path / "repo", **build)
+    assert "pipeline_tag: image-classification" in (folder / "README.md").read_text()

@@ -83,6 +83,7 @@ def answers(folder, own: Path, tmp_path: Path, **options) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_class_with_a_tuple_and_no_kwargs_is_tuned_saved_and_answers(own: Path, tmp_path: Path) -> None:
     tuned = finetune(own / "conv_bert", own / "data.csv", tmp_path / "out", trust_remote_code=True, **QUICK)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -141,6 +142,7 @@ def test_seq2seq_is_what_the_stock_trainer_does(own: Path, tmp_path: Path) -> No
         assert answer["generated"] == tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_own_decoders_and_encoder_decoders_are_tuned_and_answer(own: Path, tmp_path: Path) -> None:
     for name, task, answer in (("moe_gpt2", "lm", "continuation"), ("small_t5", "seq2seq", "generated")):
         out = tmp_path / f"{name}-out"
