@@ -244,7 +244,9 @@ def _copy(model: PreTrainedModel, task: str | None, dtype: torch.dtype | None) -
             f"{name} does not say what it is for, and models of text are exported: say task=, one of {', '.join(TASKS)}"
         )
     copied = copy.deepcopy(model).cpu()
-    return copied if dtype is None else copied.to(dtype=dtype), task
+    if dtype is not None:
+        copied.to(dtype=dtype)  # type: ignore[call-arg]
+    return copied, task
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

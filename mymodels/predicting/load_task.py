@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.load_errors import (
     asks_for_trust,
     code_of_its_own,
@@ -50,11 +51,13 @@ def load_task(
     """
     device = _device(device)
     refuse_plain_module(source, "predict")
+    path: Path | None = None
+    notes: list[str] = []
     if isinstance(source, PreTrainedModel):
-        chosen, model, notes = _in_memory(source, task), source, []
-        source, path = type(source).__name__, None
-        if dtype != "auto":
-            model = model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        chosen, model = _in_memory(source, task), source
+        source = type(model).__name__
+        if (wanted := resolve_dtype(dtype)) is not None:
+            model.to(dtype=wanted)  # type: ignore[call-arg]
     else:
         path = locate(source, revision=revision)
         chosen, model, notes = _from_folder(path, task, source, trust_remote_code, dtype)

@@ -240,7 +240,8 @@ class Span(Task):
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
         outputs = as_mapping(self.run(batch))
         tensors = [value for value in outputs.values() if isinstance(value, torch.Tensor) and value.ndim == 2]
-        ends = [outputs.get("start_logits"), outputs.get("end_logits")] if "start_logits" in outputs else tensors[:2]
+        named: list[Any] = [outputs.get("start_logits"), outputs.get("end_logits")]
+        ends: list[torch.Tensor] = named if "start_logits" in outputs else tensors[:2]
         if len(ends) != 2 or any(end is None or end.shape != batch["input_ids"].shape for end in ends):
             raise ValueError(
                 f"{type(self.model).__name__}.forward gives no start_logits and end_logits: choose another --task"
