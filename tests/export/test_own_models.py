@@ -18,7 +18,9 @@ def tiny_bart() -> BartForConditionalGeneration:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
     special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
-    return BartForConditionalGeneration(BartConfig(vocab_size=97, init_std=0.2, **sizes, **heads, **special)).eval()
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=97, init_std=0.2, forced_eos_token_id=None, **sizes, **heads, **special)
+    ).eval()
 
 
 def test_a_graph_takes_and_gives_what_the_model_does() -> None:
