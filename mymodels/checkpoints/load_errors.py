@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -26,6 +27,9 @@ def refusing(source: Any) -> Iterator[None]:
         raise ValueError(f"{source} needs a package that is not here: {first_line(error)}") from error
     except ValueError as error:
         raise (code_of_its_own(source) if asks_for_trust(error) else ValueError(first_line(error))) from error
+    except (RuntimeError, TypeError, AttributeError, LookupError, NameError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{source} cannot be loaded, its class or its config fails with {reason}") from error
 
 
 def asks_for_trust(error: Exception) -> bool:
@@ -37,6 +41,30 @@ def code_of_its_own(source: Any) -> ValueError:
         f"{source} brings code of its own, which would be run: read it, then pass --trust-remote-code "
         "(trust_remote_code=True)"
     )
+
+
+def refuse_plain_module(model: Any, verb: str) -> None:
+    """Raises:
+    ValueError: `model` is a module that is no transformers model, which has no config, no tokenizer and no Auto class.
+    """
+    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{verb} takes a transformers model, and {type(model).__name__} is a plain nn.Module: `mymodels adopt` makes one of it"
+        )
+
+
+def refuse_other_class(model: PreTrainedModel, auto_map: Any, auto_class: str, source: Any) -> None:
+    """Refuse a class of transformers that stands in for a folder's own code, which has none for this Auto class.
+
+    Raises:
+        ValueError: the folder's `auto_map` names models of its own, but `model` is transformers' own class.
+    """
+    own = {auto: target for auto, target in auto_map.items() if str(auto).startswith("AutoModel")} if auto_map else {}
+    if own and type(model).__module__.startswith("transformers.models."):
+        raise ValueError(
+            f"{source} has code of its own, for {', '.join(sorted(own))}, and none for {auto_class}: transformers' "
+            f"{type(model).__name__} would take its place, so choose another --task"
+        )
 
 
 def refuse_mismatched(info: Mapping[str, Any], source: Any) -> None:
@@ -63,14 +91,21 @@ def without_load_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def _embedded_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has embeddings for; None if it does not show them and its config does not say."""
+    with contextlib.suppress(NotImplementedError, AttributeError, StopIteration):  # a class of one's own need not say
+        return next(model.get_input_embeddings().parameters()).shape[0]
+    return getattr(model.config, "vocab_size", None)
+
+
 def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Any, remedy: str) -> None:
     """Give the tokenizer a token to pad with: the end of text, if it has none, as GPT-2's.
 
     Raises:
         ValueError: the model has fewer embeddings than the tokenizer tokens (`remedy` says what to do), or no token can pad.
     """
-    rows = next(model.get_input_embeddings().parameters()).shape[0]
-    if len(tokenizer) > rows:
+    rows = _embedded_tokens(model)
+    if rows is not None and len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} has embeddings for {rows}: {remedy}"
         )

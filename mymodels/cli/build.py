@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_card_options, add_verb, card_fields, metric, read_text
+from .options import FAILED, add_card_options, add_verb, card_fields, metric, pair, read_text
 
 
 def add_parser(verbs: Any) -> None:
@@ -16,9 +16,24 @@ def add_parser(verbs: Any) -> None:
         example="mymodels build hub_repo/mygpt2 --out my-gpt2 --license mit --metric perplexity=21.4",
         exit_codes={0: "the folder is complete", 1: FAILED},
     )
-    parser.add_argument("source", metavar="SOURCE", help="a folder with config and weights, or a Hub repo")
+    parser.add_argument("source", metavar="SOURCE", help="a folder or file of weights with a config, or a Hub repo")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new, empty, or an older Hub repo folder"
+    )
+    parser.add_argument(
+        "--code",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="the model's classes, for weights saved without; default: the code that lies in the folder",
+    )
+    parser.add_argument(
+        "--auto-class",
+        action="append",
+        default=[],
+        metavar="AUTO=CLASS",
+        help="such as AutoModel=MyNet, for a class whose name does not say which Auto class it is for",
     )
     parser.add_argument(
         "--card", type=Path, metavar="FILE", help="a complete README.md; default: the source's, or a new one"
@@ -32,6 +47,12 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--tags", action="append", default=[], metavar="TAG", help="for the card")
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="arguments of forward to record outputs of (.safetensors, .npz or JSON); default: made up from the config",
+    )
     parser.add_argument("--no-golden", action="store_true", help="run nothing; without golden.safetensors")
 
 
@@ -50,6 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
         card=card,
         max_shard_size=arguments.max_shard_size,
         golden=not arguments.no_golden,
+        inputs=arguments.inputs,
+        code=arguments.code,
+        auto_classes=dict(pair(text, "AUTO=CLASS") for text in arguments.auto_class),
     )
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0

@@ -42,7 +42,10 @@ def add_parser(verbs: Any) -> None:
 
 # option of `mymodels finetune`, named as in Python → type (None: a flag, Ellipsis: a flag with --no-) and help
 _OPTIONS: dict[str, tuple[Any, str]] = {
-    "task": (str, "classification (default), or lm: the next token for a decoder, hidden ones for an encoder"),
+    "task": (
+        str,
+        "classification (default); lm: the next token, or hidden ones for an encoder; seq2seq: a target per text",
+    ),
     "to": (str, "warm-start a mybert or mygpt2 from --model"),
     "tokenizer": (str, "default: the model's"),
     "revision": (str, "branch, tag or commit of the model's Hub repo"),
@@ -51,6 +54,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "test": (str, "a file, measured once at the end"),
     "text_column": (str, "default: guessed where there is no doubt"),
     "label_column": (str, "the same"),
+    "target_column": (str, "the same, of the texts to make for --task seq2seq"),
     "data_config": (str, "configuration of a Hub data set"),
     "max_length": (int, "tokens of the longest example, or of a block; default: what the model takes"),
     "num_train_epochs": (float, "default: 3"),
@@ -70,7 +74,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "lora_alpha": (int, "default: twice the rank"),
     "lora_target_modules": (str, "ends of the matrices' names, with commas between; default: all in the layers"),
     "eval_steps": (int, "measure and checkpoint each so many steps; default: each epoch, or a tenth of --max-steps"),
-    "metric_for_best_model": (str, "accuracy (default), f1_macro or loss; perplexity for lm"),
+    "metric_for_best_model": (str, "accuracy (default), f1_macro or loss; perplexity for lm and seq2seq"),
     "early_stopping_patience": (int, "stop after so many evaluations without a better one"),
     "bf16": (..., "compute in bfloat16, or not; default: if this machine does it by hardware"),
     "seed": (int, "default: 42"),

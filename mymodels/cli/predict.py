@@ -24,7 +24,15 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("model", metavar="PATH|REPO_ID", help="any that transformers' Auto classes load")
     parser.add_argument("--input", type=Path, metavar="FILE", help="default: standard input")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
-    tasks = ["text-classification", "token-classification", "feature-extraction", "text-generation", "loss"]
+    tasks = [
+        "text-classification",
+        "token-classification",
+        "question-answering",
+        "feature-extraction",
+        "text-generation",
+        "text2text-generation",
+        "loss",
+    ]
     parser.add_argument("--task", choices=tasks, help="default: what the model was saved for")
     parser.add_argument(
         "--column", default="text", metavar="NAME", help="the field with the text; default: %(default)s"

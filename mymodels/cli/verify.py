@@ -31,6 +31,12 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--record", action="store_true", help="first write golden.safetensors, for a folder known to be right"
     )
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="arguments of forward (.safetensors, .npz or JSON), where they cannot be made up, as for pictures and sound",
+    )
     parser.add_argument("--quick", action="store_true", help="leave out worker processes, parallel loading and export")
     parser.add_argument("--no-training", action="store_true", help="leave out the loss, gradients and a training step")
     parser.add_argument(
@@ -51,8 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{option.replace('_', '-')} is for a folder on this machine, and runs it: leave out --no-exec"
             )
+    if arguments.inputs and arguments.no_exec:
+        raise ValueError("--inputs are for running the model: leave out --no-exec")
     if arguments.record:
-        print(f"recorded {record_golden(arguments.path)}", file=sys.stderr)
+        print(f"recorded {record_golden(arguments.path, inputs=arguments.inputs)}", file=sys.stderr)
     found = verify(
         arguments.path,
         revision=arguments.revision,
@@ -60,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         execute=not arguments.no_exec,
         quick=arguments.quick,
         training=not arguments.no_training,
+        inputs=arguments.inputs,
     )
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))

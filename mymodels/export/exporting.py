@@ -1,6 +1,7 @@
 """Export: load a model, write its graph with all that belongs to it, compare, and only then put the folder in place."""
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -14,7 +15,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.atomic_write import replace_folder
 from ..checkpoints.checkpoint import resolve_dtype
-from ..checkpoints.load_errors import refuse_mismatched, refusing, without_load_report
+from ..checkpoints.load_errors import (
+    refuse_mismatched,
+    refuse_other_class,
+    refuse_plain_module,
+    refusing,
+    without_load_report,
+)
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.writing import save_tokenizer_files
@@ -35,7 +42,7 @@ WRITERS: dict[str, Callable[..., Path]] = {
 
 
 def export_model(
-    pretrained_model_name_or_path: str | os.PathLike,
+    pretrained_model_name_or_path: PreTrainedModel | str | os.PathLike,
     to: str,
     out: str | os.PathLike | None = None,
     *,
@@ -57,10 +64,12 @@ def export_model(
 
     A language model's ONNX graph takes and gives keys and values (`past_key_values.N.key`, `present.N.key`, …, those of
     a sliding window whole: the mask is the window), so that one graph serves the prompt, with a past of length 0, and
-    each step after it. The other kinds have no cache.
+    each step after it. The other kinds have no cache, nor has the graph of a model without keys and values. An
+    encoder-decoder is one graph of both: a step of its generation computes all tokens anew.
 
     Args:
-        pretrained_model_name_or_path: a folder or Hub repo that an Auto class loads; ours need no `trust_remote_code`.
+        pretrained_model_name_or_path: a folder or Hub repo that an Auto class loads; ours need no `trust_remote_code`. Or a
+            model in memory, which is copied; the exported folder then has no tokenizer.
         to: `"onnx"`, `"pt2"` (`torch.export`), `"aoti"` (AOTInductor) or `"torchscript"` (legacy).
         out: the folder; must not exist, or be empty. Default: `NAME-onnx` and the like, here.
         task: a key of `graphs.TASKS`; default: by the class in the config's `architectures`.
@@ -89,25 +98,35 @@ def export_model(
     """
     _check_options(to, task, int8, opset, texts)
     wanted = resolve_dtype(dtype)
-    path = locate(pretrained_model_name_or_path, revision=revision)
-    name = Path(pretrained_model_name_or_path).expanduser().resolve().name
+    refuse_plain_module(pretrained_model_name_or_path, "export")
+    path, given_model = None, None
+    if isinstance(pretrained_model_name_or_path, PreTrainedModel):
+        given_model = pretrained_model_name_or_path
+        name = type(given_model).__name__.lower()
+    else:
+        path = locate(pretrained_model_name_or_path, revision=revision)
+        name = Path(pretrained_model_name_or_path).expanduser().resolve().name
     target = Path(out) if out is not None else Path(f"{name}-{to}{'-int8' if int8 else ''}")
     with (
         replace_folder(target, overwrite=False) as folder,
         tqdm(total=4, desc="loading", disable=None, bar_format="{desc}: {bar} {n}/{total} {elapsed}") as bar,
     ):
-        model, task = _load(path, task, wanted, trust_remote_code)
+        if given_model is None:
+            assert path is not None
+            model, task = _load(path, task, wanted, trust_remote_code)
+        else:
+            model, task = _copy(given_model, task, wanted)
         if to == "onnx" and model.dtype in (torch.bfloat16, torch.float64):
             raise ValueError("ONNX Runtime has no CPU kernels for bfloat16 and few for float64: use float32 or float16")
         if int8 and model.dtype is not torch.float32:
             raise ValueError("int8 starts from float32 weights: leave out dtype")
-        tokenizer = _tokenizer(path, trust_remote_code)
+        tokenizer = None if path is None else _tokenizer(path, trust_remote_code)
         _save_companions(model, tokenizer, folder)
-        with _said(model, to):
+        with _in_one_sentence(model, to):
             graph = Graph(model, task, cache=to == "onnx" and task == "text-generation")
         cases = _cases(graph, tokenizer, texts) if int8 else parity.make_cases(graph)
         _next(bar, "running torch")
-        with _said(model, to):
+        with _in_one_sentence(model, to):
             parity.compute_expected(model, graph, cases)
         _next(bar, "tracing")
         options: dict[str, Any] = {}
@@ -115,12 +134,12 @@ def export_model(
             opset = opset or onnx_files.DEFAULT_OPSET
             options = {"opset": opset, "int8": int8, "external_data_above": external_data_above}
             options["metadata"] = {"task": task, "model_type": str(model.config.model_type)}
-        with _said(model, to):
+        with _in_one_sentence(model, to):
             if to == "onnx":
                 model.set_attn_implementation("eager")  # in plain operations, which every runtime knows
             file = WRITERS[to](graph, folder, **options)
         _next(bar, "comparing")
-        parity.run_elsewhere(to, file, graph, cases)
+        parity.run_in_new_process(to, file, graph, cases)
         quality, differences = None, {}
         limit = parity.TOLERANCES[model.dtype] if tolerance is None else tolerance
         if int8:
@@ -144,7 +163,12 @@ def export_model(
             opset=opset if to == "onnx" else None,
         )
         has_tokenizer = (folder / "tokenizer.json").is_file()
-        given: dict[str, Any] = {"outputs": exported.outputs, "dtype": exported.dtype, "tokenizer": has_tokenizer}
+        given: dict[str, Any] = {
+            "inputs": exported.inputs,
+            "outputs": exported.outputs,
+            "dtype": exported.dtype,
+            "tokenizer": has_tokenizer,
+        }
         code = snippet(to, task, file.name, model.config, **given)
         write_readme(folder, name, to, task, exported.compared, code)
         _next(bar, "done")
@@ -166,7 +190,7 @@ def _check_options(to: str, task: str | None, int8: bool, opset: int | None, tex
 
 
 @contextlib.contextmanager
-def _said(model: PreTrainedModel, to: str) -> Iterator[None]:
+def _in_one_sentence(model: PreTrainedModel, to: str) -> Iterator[None]:
     """Errors of many kinds, from deep inside torch, in one sentence; those of the disk pass."""
     try:
         yield
@@ -189,10 +213,10 @@ def _load(
     if raw is None:
         raise ValueError(f"{path} has no config.json: name the folder of a model")
     architecture = str((raw.get("architectures") or [""])[0])
-    task = task or task_of(architecture)
+    task = task or task_of(architecture, raw.get("auto_map"))
     if task is None:
-        said = f"is a {architecture}" if architecture else "does not say which class it holds"
-        raise ValueError(f"{path} {said}: say task=, one of {', '.join(TASKS)}")
+        what = f"is a {architecture}" if architecture else "does not say which class it holds"
+        raise ValueError(f"{path} {what}, and models of text are exported: say task=, one of {', '.join(TASKS)}")
     with without_load_report(), refusing(path):
         model, info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
             path,
@@ -201,6 +225,7 @@ def _load(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
+    refuse_other_class(model, raw.get("auto_map"), TASKS[task].auto_class, path)
     refuse_mismatched(info, path)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -208,6 +233,21 @@ def _load(
             f"its class is {architecture or 'not said'}"
         )
     return model, task
+
+
+def _copy(model: PreTrainedModel, task: str | None, dtype: torch.dtype | None) -> tuple[PreTrainedModel, str]:
+    """A copy of a model in memory, because its way to attend is changed for the graph, and its task."""
+    name = type(model).__name__
+    auto_class = getattr(type(model), "_auto_class", None)
+    task = task or task_of(name, {auto_class: name} if auto_class else None)
+    if task is None:
+        raise ValueError(
+            f"{name} does not say what it is for, and models of text are exported: say task=, one of {', '.join(TASKS)}"
+        )
+    copied = copy.deepcopy(model).cpu()
+    if dtype is not None:
+        copied.to(dtype=dtype)  # type: ignore[call-arg]
+    return copied, task
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

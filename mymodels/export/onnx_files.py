@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .graphs import Graph
-from .programs import quiet
+from .programs import without_tracing_logs
 
 FILE, DATA_FILE = "model.onnx", "model.onnx_data"
 DEFAULT_OPSET = 20  # the first with Gelu; onnxruntime 1.18 and newer
@@ -45,7 +45,7 @@ def write_onnx(
         raise ValueError(f"torch cannot write opset {opset} for it, but {written}: say that or a newer one, or none")
     model.producer_name = "mymodels"
     onnx.helper.set_model_props(model, {**(metadata or {}), "opset": str(opset)})
-    _forget_sources(model.graph)
+    _remove_source_lines(model.graph)
     weights = sum(tensor.ByteSize() for tensor in model.graph.initializer)
     if weights > external_data_above:
         onnx.save_model(model, target, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
@@ -59,10 +59,13 @@ def _trace(graph: Graph, opset: int) -> Any:
     example = graph.example()
     length = "total_sequence_length" if graph.past else "sequence_length"
     shapes: dict[str, Any] = {name: {0: "batch_size", 1: "sequence_length"} for name in graph.inputs}
-    shapes["attention_mask"] = {0: "batch_size", 1: length}
+    if "attention_mask" in graph.inputs:
+        shapes["attention_mask"] = {0: "batch_size", 1: length}
+    if "decoder_input_ids" in graph.inputs:
+        shapes["decoder_input_ids"] = {0: "batch_size", 1: "decoder_sequence_length"}
     if graph.past:
         shapes["past_key_values"] = [{0: "batch_size", 2: "past_sequence_length"}] * len(graph.past)
-    with quiet():
+    with without_tracing_logs():
         with torch.no_grad():
             outputs = list(graph(**example))
         program = torch.onnx.export(
@@ -78,14 +81,14 @@ def _trace(graph: Graph, opset: int) -> Any:
     return program
 
 
-def _forget_sources(graph: Any) -> None:
+def _remove_source_lines(graph: Any) -> None:
     """Without the lines of source that each node came from: they name folders of this machine."""
     for node in graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                _forget_sources(attribute.g)
+                _remove_source_lines(attribute.g)
     for value in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del value.metadata_props[:]
 

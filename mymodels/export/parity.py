@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .graphs import TASKS, Graph
+from .graphs import TASKS, Graph, call, named_outputs
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,16 +40,30 @@ class Case:
 
     @property
     def mask(self) -> torch.Tensor:
-        return self.inputs["attention_mask"].bool()
+        """`[batch, length]`, which of the outputs' tokens are no padding; of an encoder-decoder those of the decoder."""
+        if "decoder_input_ids" in self.inputs:
+            return torch.ones_like(self.inputs["decoder_input_ids"], dtype=torch.bool)
+        if "attention_mask" in self.inputs:
+            return self.inputs["attention_mask"].bool()
+        return torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.mask.shape[0], self.mask.shape[1]
+        rows, length = self.inputs["attention_mask" if "attention_mask" in self.inputs else "input_ids"].shape
+        return rows, length
 
 
 def make_cases(graph: Graph) -> list[Case]:
-    """Batches of random tokens, each unlike the one that the graph was traced with, padded as the task has it."""
-    config = graph.model.config
+    """Batches of random tokens, each unlike the one that the graph was traced with, padded as the task has it.
+
+    Raises:
+        ValueError: the config does not say how many tokens there are.
+    """
+    config: Any = graph.model.config
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise ValueError(
+            f"the config of {type(graph.model).__name__} has no vocab_size, so no tokens can be compared on"
+        )
     limit = getattr(config, "max_position_embeddings", None) or 64
     window = getattr(config, "sliding_window", None) or 0
     longest = max(32, window + 4 if window < 1024 else 0)  # some tokens fall out of the window
@@ -59,7 +74,7 @@ def make_cases(graph: Graph) -> list[Case]:
             padding = "right"
         length = min(longest if length == 32 else length, limit - 2)  # RoBERTa's positions start at 2
         mask = torch.ones(rows, length, dtype=torch.long)
-        for row in range(1, rows if padding else 0):
+        for row in range(1, rows if padding and "attention_mask" in graph.inputs else 0):
             hidden = slice(None, row) if padding == "left" else slice(-row, None)
             mask[row, hidden] = 0
         ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
@@ -91,7 +106,11 @@ def _case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: torch.
     if padding is not None:  # some models tell padding by the token
         other = (padding + 1) % config.vocab_size
         ids = torch.where((ids == padding) & (mask == 1), other, ids).masked_fill(mask == 0, padding)
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs = {"input_ids": ids} | ({"attention_mask": mask} if "attention_mask" in graph.inputs else {})
+    if "decoder_input_ids" in graph.inputs:
+        start = getattr(config, "decoder_start_token_id", None) or 0
+        begun = torch.full_like(ids[:, :1], start)
+        inputs["decoder_input_ids"] = torch.cat((begun, ids[:, : length // 2]), dim=1)
     if "token_type_ids" in graph.inputs:
         kinds = torch.zeros_like(ids)
         if generator is not None:
@@ -108,16 +127,14 @@ def _case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: torch.
 def compute_expected(model: PreTrainedModel, graph: Graph, cases: Sequence[Case]) -> None:
     """What the model itself gives, each batch in one call and by its fastest way."""
     for case in cases:
-        cacheless = {"use_cache": False} if graph.task == "text-generation" else {}
-        outputs = model(**case.inputs, **cacheless, return_dict=True)
-        case.expected = {name: outputs[name] for name in TASKS[graph.task].outputs if outputs.get(name) is not None}
+        case.expected = named_outputs(graph.task, call(model, graph.task, case.inputs))
         if graph.past:
             cache = model(**case.inputs, use_cache=True, past_key_values=DynamicCache()).past_key_values
             states = [part for layer in cache.layers for part in (layer.keys, layer.values)]
             case.expected |= dict(zip(graph.present, states))
 
 
-def run_elsewhere(kind: str, file: Path, graph: Graph, cases: Sequence[Case]) -> None:
+def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case]) -> None:
     """Fill in what the exported `file` gives in a fresh process, which must not need mymodels or transformers.
 
     Raises:
@@ -130,6 +147,7 @@ def run_elsewhere(kind: str, file: Path, graph: Graph, cases: Sequence[Case]) ->
             start, end = end, end + piece
             for name, value in case.inputs.items():
                 part = value[:, :end] if name == "attention_mask" else value[:, start:end]
+                part = part if graph.past else value
                 calls[f"{number}/{step}/{name}"] = part.clone(memory_format=torch.contiguous_format)
     with tempfile.TemporaryDirectory(prefix="mymodels-parity-") as folder:
         inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")

@@ -16,8 +16,8 @@ FILES = {"pt2": "model.pt2", "aoti": "model_aoti.pt2", "torchscript": "model_tor
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what tracing has to say about torch's own insides."""
+def without_tracing_logs() -> Iterator[None]:
+    """Silence warnings and logs of tracing, which are about torch's own internals."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -34,10 +34,11 @@ def export_program(graph: Graph) -> ExportedProgram:
     learned = getattr(config, "position_embedding_type", "learned") in ("learned", "absolute")
     limit = getattr(config, "max_position_embeddings", None) if learned else None
     batch, length = Dim("batch_size", min=1), Dim("sequence_length", min=1, max=limit)
-    with quiet(), torch.no_grad():
-        program = torch.export.export(
-            graph, (), graph.example(), dynamic_shapes={name: {0: batch, 1: length} for name in graph.inputs}
-        )
+    shapes = {name: {0: batch, 1: length} for name in graph.inputs}
+    if "decoder_input_ids" in shapes:
+        shapes["decoder_input_ids"] = {0: batch, 1: Dim("decoder_sequence_length", min=1, max=limit)}
+    with without_tracing_logs(), torch.no_grad():
+        program = torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names folders of this machine
     return program
@@ -59,13 +60,13 @@ def write_aoti(graph: Graph, folder: Path) -> Path:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
-        with quiet():
+        with without_tracing_logs():
             get_cpp_compiler()
     except Exception as error:  # torch's own InvalidCxxCompiler, not to be found under one name in every release
         raise ValueError("AOTInductor compiles C++: install g++ or clang++, or set CXX to a compiler") from error
     target = folder / FILES["aoti"]
     program = export_program(graph)
-    with quiet(), torch.no_grad():
+    with without_tracing_logs(), torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=str(target))
     return target
 
@@ -74,7 +75,7 @@ def write_torchscript(graph: Graph, folder: Path) -> Path:
     """`model_torchscript.pt`: `torch.jit.load(file)`. Legacy: PyTorch keeps it, and advises `torch.export` instead."""
     target = folder / FILES["torchscript"]
     example: dict[str, Any] = graph.example()
-    with quiet(), torch.no_grad():
+    with without_tracing_logs(), torch.no_grad():
         # strict=False: a dict comes out
         traced = torch.jit.trace(graph, example_kwarg_inputs=example, strict=False, check_trace=False)
         torch.jit.save(traced, target)

@@ -47,22 +47,48 @@ for _ in range(20):
 
 _GENERATE_ANEW = """\
 for _ in range(20):
-    feed = {{"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}}
+    feed = {{{feed}}}
     logits = {run}
     ids = np.concatenate((ids, logits[:, -1:].argmax(-1)), axis=1)
     if ids[0, -1] in {ends}:
         break"""
 
 
+_TEXT_TO_TEXT = """\
+decoder_ids = np.array([[{start}]])
+for _ in range(20):
+    feed = {{{feed}, "decoder_input_ids": decoder_ids}}
+    logits = {run}
+    decoder_ids = np.concatenate((decoder_ids, logits[:, -1:].argmax(-1)), axis=1)
+    if decoder_ids[0, -1] in {ends}:
+        break"""
+
+# input of a graph without a cache → what it is fed with
+_FEED = {
+    "input_ids": "ids",
+    "attention_mask": "np.ones_like(ids)",
+    "token_type_ids": "np.zeros_like(ids)",
+    "position_ids": "np.arange(ids.shape[1])[None]",
+}
+
+
 def snippet(
-    kind: str, task: str, file: str, config: PretrainedConfig, *, outputs: list[str], dtype: str, tokenizer: bool
+    kind: str,
+    task: str,
+    file: str,
+    config: PretrainedConfig,
+    *,
+    inputs: list[str],
+    outputs: list[str],
+    dtype: str,
+    tokenizer: bool,
 ) -> str:
     """Python that loads `file` from the current folder and runs it with its runtime, numpy and tokenizers alone.
 
     Args:
         kind, task: as for `export_model`.
         file: name of the graph.
-        outputs: names of the graph's; of a language model with a cache not looked at.
+        inputs, outputs: names of the graph's; of a language model with a cache the outputs are not looked at.
         dtype: of a cache, as numpy names it.
         tokenizer: whether a `tokenizer.json` is there; else token numbers stand in the text's place.
     """
@@ -72,17 +98,29 @@ def snippet(
     else:
         lines += [""]
     lines.append(_LOAD[kind].format(file=file))
-    if task == "text-generation":
+    fed = ", ".join(f'"{name}": {_FEED[name]}' for name in inputs if name in _FEED)
+    if task in ("text-generation", "text2text-generation"):
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         code = (
             'ids = np.array([tokenizer.encode("Once upon a time").ids])' if tokenizer else "ids = np.array([[5, 6, 7]])"
         )
         run = _RUN.get(kind, _RUN_TORCH).format(name="logits")
-        body = _GENERATE if kind == "onnx" else _GENERATE_ANEW
-        lines += [code, body.format(dtype=dtype, ends=[end for end in ends if end is not None], run=run)]
-        lines.append("print(tokenizer.decode(ids[0].tolist()))" if tokenizer else "print(ids)")
+        body = _GENERATE if any(name.startswith("past") for name in inputs) else _GENERATE_ANEW
+        ids = "ids"
+        if task == "text2text-generation":
+            body, ids = _TEXT_TO_TEXT, "decoder_ids"
+        start = getattr(config, "decoder_start_token_id", None) or 0
+        how = {
+            "dtype": dtype,
+            "ends": [end for end in ends if end is not None],
+            "run": run,
+            "feed": fed,
+            "start": start,
+        }
+        lines += [code, body.format(**how)]
+        lines.append(f"print(tokenizer.decode({ids}[0].tolist()))" if tokenizer else f"print({ids})")
         return "\n".join(lines)
-    segments = bool(getattr(config, "type_vocab_size", 0))
+    segments, masked = "token_type_ids" in inputs, "attention_mask" in inputs
     if tokenizer:
         padding = getattr(config, "pad_token_id", None) or 0
         lines += [
@@ -90,14 +128,13 @@ def snippet(
             'rows = tokenizer.encode_batch(["The cat sat on the mat.", "It was late."])',
             "feed = {",
             '    "input_ids": np.array([row.ids for row in rows]),',
-            '    "attention_mask": np.array([row.attention_mask for row in rows]),',
+            *(['    "attention_mask": np.array([row.attention_mask for row in rows]),'] if masked else []),
             *(['    "token_type_ids": np.array([row.type_ids for row in rows]),'] if segments else []),
             "}",
         ]
     else:
         lines.append("ids = np.array([[5, 6, 7], [8, 9, 10]])")
-        kinds = ', "token_type_ids": np.zeros_like(ids)' if segments else ""
-        lines.append(f'feed = {{"input_ids": ids, "attention_mask": np.ones_like(ids){kinds}}}')
+        lines.append(f"feed = {{{fed}}}")
     for name in outputs:
         lines.append(f"{name} = {_RUN.get(kind, _RUN_TORCH).format(name=name)}")
     labels = [str(label) for _, label in sorted((config.id2label or {}).items())]

@@ -54,13 +54,16 @@ class Exported:
         return f"Its outputs differ from torch's by at most {worst:.1e}, of the largest value where that exceeds 1."
 
     def _runs_with(self) -> str:
-        said = RUNS_WITH[self.kind].replace("`", "")
+        text = RUNS_WITH[self.kind].replace("`", "")
         if self.task == "text-generation":
-            cached = "keys and values are kept, one graph for the prompt and each step after it"
-            said += f"; {cached if self.kind == 'onnx' else 'no cache: a step computes all tokens anew'}"
+            cached = any(name.startswith("past") for name in self.inputs)
+            kept = "keys and values are kept, one graph for the prompt and each step after it"
+            text += f"; {kept if cached else 'no cache: a step computes all tokens anew'}"
+        if self.task == "text2text-generation":
+            text += "; one graph of encoder and decoder, no cache: a step computes all tokens anew"
         if self.kind == "torchscript":
-            said += f"; fixed by the trace: {self.dtype}, the CPU; inputs are not checked"
-        return said
+            text += f"; fixed by the trace: {self.dtype}, the CPU; inputs are not checked"
+        return text
 
     def show(self, console: Console | None = None) -> None:
         """Print a small table."""

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from ..checkpoints.writing import even_out_tokenizer, parse_size, save_model_fil
 from ..messages import printable
 from ..models import configuration_mybert, configuration_mygpt2
 from ..released import OwnCodeError, check_code, own_code, reader
+from .build_code import NamedCode, check_code_arguments, check_parts, code_in_folder, named_code
 from .card import Card, card_of_folder
 from .code_files import collect_code, served
+from .given_inputs import Inputs, read_inputs
 from .golden import record_golden
 from .own_classes import CodeNotSaved, code_of
 from .push_files import kind_of
@@ -45,6 +47,9 @@ def build_repo(
     card: str | Card | None = None,
     max_shard_size: int | str = "2GB",
     golden: bool = True,
+    inputs: Inputs | None = None,
+    code: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    auto_classes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a folder that `AutoModel.from_pretrained(output_dir, trust_remote_code=True)` loads anywhere.
 
@@ -53,14 +58,19 @@ def build_repo(
 
     Args:
         source: a model, or a folder (or Hub repo) with a config and weights of any format, such as what fine-tuning
-            left; nothing of a folder is executed but for `golden`. Code files are copied flat, imports rewritten, and
-            `auto_map` names every Auto class that they serve.
+            left, or a file of weights with `config.json` beside it; nothing of a folder is executed but for `golden`.
+            Code files are copied flat, imports rewritten, and `auto_map` names every Auto class that they serve.
         tokenizer: saved so that every supported transformers release can load it; None takes a source folder's own.
         output_dir: created, or replaced if it is empty or an older Hub repo folder: one whose manifest lists all its files.
         card: content of `README.md`, or what it is made from. Default: the source folder's own, or one made from what
             the folder says.
         max_shard_size: as in `save_pretrained`: bytes, or a string like `"500MB"`.
         golden: record `golden.safetensors` by running the models in a clean process.
+        inputs: what golden outputs are recorded of, see `given_inputs.read_inputs`. Default: made up from the config.
+        code: `.py` files with the classes of the model, for weights that were saved without; default: those that the
+            folder's `auto_map` names, or that lie in the folder and define the class in its `architectures`.
+        auto_classes: Auto class → class of the code, such as `{"AutoModel": "MyNet"}`, for a class whose name does not
+            end in `ForCausalLM`, `ForImageClassification` or the like.
 
     Returns:
         `output_dir` as a `Path`.
@@ -69,15 +79,25 @@ def build_repo(
         FileExistsError: `output_dir` holds something that would be lost.
         CheckpointError: the weights cannot be read, the code cannot be made flat, or the models do not run.
     """
+    named = [Path(code)] if isinstance(code, (str, os.PathLike)) else [Path(file) for file in code or []]
+    if isinstance(source, PreTrainedModel) and (named or auto_classes):
+        raise CheckpointError("a model in memory knows its code: leave out code= and auto_classes=")
+    check_code_arguments(named, auto_classes or {})
     where = None if isinstance(source, PreTrainedModel) else locate(source)
     output_dir, size = check_output_dir(output_dir, where), parse_size(max_shard_size)
     if isinstance(source, PreTrainedModel) and card is None:
         raise CheckpointError("a model in memory does not say what it is: pass card=, see mymodels.hub.card.Card")
+    if inputs is not None:
+        if not golden:
+            raise CheckpointError(
+                "inputs are what golden outputs are recorded of: leave out --no-golden (golden=False)"
+            )
+        inputs = read_inputs(inputs)  # before anything is written
     with replace_folder(output_dir, finish=write_manifest) as folder, _named(folder, output_dir):
         if isinstance(source, PreTrainedModel):
             _from_model(source, folder, size)
         elif where is not None:
-            _from_folder(where, folder, size)
+            _from_files(where, folder, size, named, auto_classes or {})
         if tokenizer is not None:
             save_tokenizer_files(tokenizer, folder)
         if card is not None or not (folder / CARD_NAME).is_file():
@@ -89,7 +109,7 @@ def build_repo(
             )
             (folder / CARD_NAME).write_text(text, encoding="utf-8")
         if golden:
-            record_golden(folder)
+            record_golden(folder, inputs=inputs)
     return output_dir
 
 
@@ -98,9 +118,9 @@ def _named(folder: Path, output_dir: Path) -> Iterator[None]:
     """Within it, errors name the folder that is built, not the temporary one."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         text = str(error).replace(str(folder), str(output_dir))
-        raise (error if text == str(error) else CheckpointError(text)) from None
+        raise (error if text == str(error) else type(error)(text)) from None
 
 
 def check_output_dir(output_dir: str | os.PathLike, source: Path | None = None) -> Path:
@@ -138,22 +158,31 @@ def _from_model(model: PreTrainedModel, folder: Path, max_shard_size: int) -> No
     _write_code(folder, code.files, code.auto_map)
 
 
-def _from_folder(where: Path, folder: Path, max_shard_size: int) -> None:
-    if not (where / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{where} has no {CONFIG_NAME}, so nobody could load it: save the model with its config")
+def _from_files(
+    source: Path, folder: Path, max_shard_size: int, named: Sequence[Path], auto_classes: Mapping[str, str]
+) -> None:
+    """Fill `folder` from a folder or a file of weights; see `build_repo`."""
+    where = source if source.is_dir() else source.parent
+    check_parts(source, where)
     config = read_json(where / CONFIG_NAME)
-    checkpoint = open_checkpoint(where)
+    checkpoint = open_checkpoint(source)
     if len(checkpoint.sections) > 1:
         raise CheckpointError(
             f"{where} holds several models ({', '.join(checkpoint.sections)}): `mymodels convert` one first"
         )
     stored = {name: checkpoint.info[name] for name in sorted(checkpoint) if name not in checkpoint.aliases}
     tensors = Checkpoint(checkpoint.path, checkpoint.format, stored, checkpoint.__getitem__)
-    for name in files_taken(where):
+    for name in files_taken(where) if source.is_dir() else _beside(source):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(where, name, where), folder / name)
     even_out_tokenizer(folder)
+    code = None
+    if code_files := [*named] or code_in_folder(where, config, asked=bool(auto_classes)):
+        code = named_code(code_files, config, auto_classes, within=None if named else where)
     write_shards(tensors, folder, max_shard_size=max_shard_size)
+    if code is not None:
+        _write_named_code(folder, code, config, where)
+        return
     entries: list[Path] = []
     targets = [target for file in _WITH_CODE for target in _targets(where / file)]
     first = [name for _, name in targets]
@@ -172,9 +201,26 @@ def _from_folder(where: Path, folder: Path, max_shard_size: int) -> None:
         names = target if isinstance(target, list) else [target]
         if all(name is None or str(name).split(".")[0] in own for name in names):
             known[auto_class] = target
-    named = str(known.get("AutoConfig", "")).rpartition(".")[2]
-    found = served(files, [*first, *config.get("architectures", [])], config_class=named)
+    config_class = str(known.get("AutoConfig", "")).rpartition(".")[2]
+    found = served(files, [*first, *config.get("architectures", [])], config_class=config_class)
     _write_code(folder, files, {**found, **known})
+
+
+def _beside(file: Path) -> list[str]:
+    """What is taken from beside a file of weights: config and tokenizer."""
+    return [name for name in files_taken(file.parent) if "/" not in name and kind_of(name) in ("config", "tokenizer")]
+
+
+def _write_named_code(folder: Path, code: NamedCode, config: Mapping[str, Any], where: Path) -> None:
+    """Code files named by the user or found in the folder, those of its tokenizer, and the config that names their classes."""
+    others = {auto: target for auto, target in (config.get("auto_map") or {}).items() if not auto.startswith("Auto")}
+    path = folder / CONFIG_NAME
+    changed = {**read_json(path), "architectures": [code.architecture]}
+    if code.model_type:
+        changed["model_type"] = code.model_type
+    path.write_text(json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    extra = [inside(where, f"{module}.py", where) for file in _WITH_CODE[1:] for module, _ in _targets(where / file)]
+    _write_code(folder, {**collect_code(extra, within=where), **code.files}, {**others, **code.auto_map})
 
 
 def _check_saved_class(config: Mapping[str, Any], where: Path) -> None:

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.safetensors_files import read_json
-from .code_files import auto_class_of
+from .auto_class_names import auto_class_of
 
 PIPELINE_TAGS = {
     "AutoModelForCausalLM": "text-generation",
@@ -23,8 +23,22 @@ PIPELINE_TAGS = {
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModelForObjectDetection": "object-detection",
     "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForVideoClassification": "video-classification",
+    "AutoModelForTimeSeriesPrediction": "time-series-forecasting",
     "AutoModel": "feature-extraction",
 }
+_NEEDS_PROCESSOR = (
+    "image",
+    "audio",
+    "video",
+    "automatic-speech",
+    "object",
+)  # pipelines for these load one from the folder
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _UNSAID = "Its author has not said."
 
 
@@ -79,6 +93,7 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
         training = described if training == _UNSAID else training
     title, repo_id, task = card.name or name, card.repo_id or name, PIPELINE_TAGS.get(auto_class, "feature-extraction")
     custom = bool(config.get("auto_map"))
+    has_processor = any((folder / name).is_file() for name in _PROCESSORS)
     where = card.dataset or (
         "the evaluation data of its training" if not card.metrics else "data its author has not named"
     )
@@ -86,7 +101,7 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
         language=card.language if card.language is None or isinstance(card.language, str) else list(card.language),
         license=card.license,
         library_name="transformers",
-        pipeline_tag=task,
+        pipeline_tag=None if task.startswith(_NEEDS_PROCESSOR) and not has_processor else task,
         tags=[*dict.fromkeys([str(config.get("model_type")), *(["custom_code"] if custom else []), *card.tags])],
         base_model=card.base_model,
         datasets=list(card.datasets) or None,

@@ -5,31 +5,23 @@ and absolute imports of one's own package then fail elsewhere. Here such imports
 """
 
 import ast
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import transformers
+from transformers import PreTrainedModel
 
 from ..checkpoints import CheckpointError
 from ..checkpoints.safetensors_files import inside
+from .auto_class_names import auto_class_of
 
 _MODELS = Path(__file__).parent.parent / "models"  # copied along wherever they are imported
-_HEADS = {  # how a class's name ends → the Auto class it is for, the longest first
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMultipleChoice": "AutoModelForMultipleChoice",
-    "ForPreTraining": "AutoModelForPreTraining",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "PreTrainedModel": "",
-    "Config": "AutoConfig",
-    "Model": "AutoModel",
-}
 
 
 class Import(NamedTuple):
@@ -38,11 +30,6 @@ class Import(NamedTuple):
     node: ast.ImportFrom
     file: Path
     names: tuple[ast.alias, ...] = ()  # of several files, those that are taken from this one
-
-
-def auto_class_of(class_name: str) -> str:
-    """The Auto class that a class is for, by how its name ends; `""` if it is for none."""
-    return next((auto for ending, auto in _HEADS.items() if class_name.endswith(ending)), "")
 
 
 def file_of(cls: type) -> Path | None:
@@ -266,8 +253,9 @@ def _a_name(file: str, text: str) -> str:
 def served(texts: dict[str, str], first: Iterable[str] = (), *, config_class: str = "") -> dict[str, str]:
     """The `auto_map` of code files: Auto class → `file.Class`.
 
-    With `config_class`, no model that takes another config, which Auto classes would refuse. A class counts if it is a config or, however indirectly, a `PreTrainedModel`, and is called like one of `first` (the
-    classes that are known: `X` of `XForCausalLM` and `XModel`); of several for one Auto class, those in `first` come first.
+    A class counts if it is a config or, however indirectly, a `PreTrainedModel`, and is called like one of `first` (the
+    classes that are known: `X` of `XForCausalLM` and `XModel`); of several for one Auto class, those in `first` come
+    first. With `config_class`, models that take another config are left out, because Auto classes would refuse them.
     """
     wanted = list(first)
     stems = {stem for name in wanted if (stem := _stem(name))}
@@ -279,12 +267,12 @@ def served(texts: dict[str, str], first: Iterable[str] = (), *, config_class: st
     }
     found: dict[str, tuple[int, str]] = {}
     for name, (file, _) in classes.items():
-        auto_class = auto_class_of(name)
+        auto_class = auto_class_of(name, forward_arguments(name, classes))
         if not auto_class or (stems and _stem(name) not in stems and name not in wanted):
             continue
-        if auto_class != "AutoConfig" and config_class and _config_class(name, classes) not in ("", config_class):
+        if auto_class != "AutoConfig" and config_class and config_class_of(name, classes) not in ("", config_class):
             continue
-        if name in wanted or _is_a(name, "Config" if auto_class == "AutoConfig" else "PreTrainedModel", classes):
+        if name in wanted or is_a(name, "Config" if auto_class == "AutoConfig" else "PreTrainedModel", classes):
             rank = wanted.index(name) if name in wanted else len(wanted)
             if auto_class not in found or rank < found[auto_class][0]:
                 found[auto_class] = rank, f"{file.removesuffix('.py')}.{name}"
@@ -297,22 +285,40 @@ def _stem(name: str) -> str:
     return found[1] if found else ""
 
 
-def _config_class(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> str:
-    """The name of a model's `config_class`, its own or inherited; `""` if it is not written here."""
+def stock_model(name: str) -> type[PreTrainedModel] | None:
+    """transformers' own model class of this name, if there is one."""
+    found = getattr(transformers, name, None) if name.isidentifier() and name[:1].isupper() else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def forward_arguments(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> list[str]:
+    """The arguments of a class's `forward`, its own or inherited from what is written here or is transformers' own."""
     if name not in classes or depth == 0:
-        return ""
+        stock: Any = stock_model(name)
+        return list(inspect.signature(stock.forward).parameters)[1:] if stock else []
+    for node in classes[name][1].body:
+        if isinstance(node, ast.FunctionDef) and node.name == "forward":
+            return [argument.arg for argument in (*node.args.args[1:], *node.args.kwonlyargs)]
+    bases = [ast.unparse(base).split(".")[-1] for base in classes[name][1].bases]
+    return next((found for base in bases if (found := forward_arguments(base, classes, depth - 1))), [])
+
+
+def config_class_of(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> str:
+    """The name of a model's `config_class`, its own or inherited, also from transformers; `""` if none is known."""
+    if name not in classes or depth == 0:
+        return getattr(getattr(stock_model(name), "config_class", None), "__name__", "")
     for node in classes[name][1].body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == "config_class" for target in targets):
             value = getattr(node, "value", None)
             return ast.unparse(value).split(".")[-1] if isinstance(value, (ast.Name, ast.Attribute)) else ""
     bases = [ast.unparse(base).split(".")[-1] for base in classes[name][1].bases]
-    return next((found for base in bases if (found := _config_class(base, classes, depth - 1))), "")
+    return next((found for base in bases if (found := config_class_of(base, classes, depth - 1))), "")
 
 
-def _is_a(name: str, ending: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> bool:
-    """Whether a class has, among its ancestors as far as they are written here, one whose name ends so."""
+def is_a(name: str, ending: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> bool:
+    """Whether a class has an ancestor whose name ends so, or for `PreTrainedModel` a model class of transformers."""
     if name not in classes or depth == 0:
-        return name.endswith(ending)
+        return name.endswith(ending) or (ending == "PreTrainedModel" and stock_model(name) is not None)
     bases = [ast.unparse(base).split(".")[-1] for base in classes[name][1].bases]
-    return any(_is_a(base, ending, classes, depth - 1) for base in bases)
+    return any(is_a(base, ending, classes, depth - 1) for base in bases)

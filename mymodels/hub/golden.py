@@ -5,18 +5,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import save_file
 
 from ..checkpoints.atomic_write import replace_file
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.integrity import update_manifest
 from ..checkpoints.safetensors_files import read_header
 from .clean_process import TIME_LIMIT, clean_process, why
+from .given_inputs import Inputs, write_inputs
 from .isolated.golden_outputs import Golden
 from .isolated.golden_outputs import read as _read
 
@@ -26,7 +24,7 @@ GOLDEN = "golden.safetensors"
 def record_golden(
     folder: str | os.PathLike,
     *,
-    inputs: Mapping[str, torch.Tensor] | None = None,
+    inputs: Inputs | None = None,
     release: Path | None = None,
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
@@ -39,7 +37,8 @@ def record_golden(
 
     Args:
         folder: a Hub repo folder on this machine; its code is run.
-        inputs: arguments of `forward` by name; default: made-up tokens, a row of them padded.
+        inputs: arguments of `forward` by name, or a file of them, see `given_inputs.read_inputs`; default: made up from
+            the config, of text two rows, one of them padded.
         release: a folder with another transformers release, see `releases.install`.
         time_limit, memory_limit: as in `clean_process`.
 
@@ -67,7 +66,7 @@ def record_golden(
 def recorded(
     folder: Path,
     *,
-    inputs: Mapping[str, torch.Tensor] | None = None,
+    inputs: Inputs | None = None,
     release: Path | None = None,
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
@@ -77,16 +76,18 @@ def recorded(
     with tempfile.TemporaryDirectory(prefix="mymodels-golden-") as own:
         job: dict[str, Any] = {}
         if inputs is not None:
-            job["inputs"] = str(Path(own, "inputs.safetensors"))
-            save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, job["inputs"])
+            job["inputs"] = write_inputs(inputs, Path(own))
         with clean_process(folder, ["record"], release=release, **limits, **job) as run:
             made = run.scratch / GOLDEN
             if any("ended" in event for event in run.events) or not made.is_file():
-                unsuitable = re.match(r"mymodels_clean\.inputs\.Unsuitable: (.*)", str(run.one("last")))
+                last = str(run.one("last"))
+                if wrong := re.match(r"mymodels_clean\.inputs\.(?:WrongInputs|FailedOnInputs): (.*)", last):
+                    raise CheckpointError(f"{folder}: golden outputs cannot be recorded, {wrong[1]}")
+                unsuitable = re.match(r"mymodels_clean\.inputs\.Unsuitable: (.*)", last)
                 if unsuitable:
                     raise CheckpointError(
                         f"{folder}: golden outputs cannot be recorded, {unsuitable[1]}: leave them out (golden=False, "
-                        "--no-golden), or record them afterwards by mymodels.hub.record_golden(folder, inputs=…)"
+                        "--no-golden), or give inputs by --inputs FILE (inputs=)"
                     )
                 raise CheckpointError(f"{folder}: golden outputs cannot be recorded, {_without_internals(why(run))}")
             read_golden(made)

@@ -1,6 +1,7 @@
 """The code files and the `auto_map` of a model in memory, whatever classes it is made of."""
 
 import copy
+import inspect
 import sys
 import warnings
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import CheckpointError
 from ..released import is_installed
-from .code_files import auto_class_of, collect_code, file_of, served
+from .auto_class_names import auto_class_of
+from .code_files import collect_code, file_of, served
 
 _MADE_BY = {"torch", "accelerate", "transformers"}  # wrap a model's class in one of their own, as FSDP2 does
 
@@ -133,7 +135,7 @@ def _serves(cls: type, config_class: type, files: dict[str, str]) -> bool:
 def _auto_class(cls: Any) -> str:
     """The Auto class of a model class: as registered, by the name of its head, as of the class it is derived from."""
     registered = vars(cls).get("_auto_class")
-    named = auto_class_of(cls.__name__)
+    named = auto_class_of(cls.__name__, inspect.signature(cls.forward).parameters)
     return registered or (named if named != "AutoModel" else "") or cls._auto_class or named
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from .checks import Check
 from .clean_process import LONGEST, TIME_LIMIT, clean_process, describe_folder
 from .engine_readiness import serving_checks
 from .explain_errors import point_to_cause
+from .given_inputs import Inputs, write_inputs
 from .golden import GOLDEN, read_golden, recorded
 from .releases import Release, install, resolve
 from .results_to_checks import DYNAMIC, judge
@@ -97,6 +99,7 @@ def verify(
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
     cache_dir: str | os.PathLike | None = None,
+    inputs: Inputs | None = None,
 ) -> Verification:
     """Check a Hub repo folder, with custom code or without: statically, then by running it in clean processes.
 
@@ -116,13 +119,15 @@ def verify(
         time_limit: seconds for each stage of a clean process.
         memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         cache_dir: where releases are installed, see `releases.install`.
+        inputs: arguments of `forward` to run the model on, for models whose inputs cannot be made up; a file or a
+            mapping, see `given_inputs.read_inputs`. Golden outputs are compared on the inputs they were recorded with.
 
     Returns:
         A `Verification`; whatever is wrong with the folder is in there, and raises nothing.
 
     Raises:
         FileNotFoundError: there is no such folder or repo.
-        ValueError: a release is not supported.
+        ValueError: a release is not supported, or `inputs` cannot be read or are not what `forward` takes.
         RuntimeError: a release cannot be installed.
 
     Examples:
@@ -151,12 +156,17 @@ def verify(
     stages = [stage for stage in stages if training or stage != "training"]
     limits: dict[str, Any] = {"time_limit": time_limit, "memory_limit": memory_limit}
     with contextlib.ExitStack() as stack:
+        if inputs is not None:
+            own = stack.enter_context(tempfile.TemporaryDirectory(prefix="mymodels-inputs-"))
+            limits["inputs"] = write_inputs(inputs, Path(own))
         golden, problem = _golden(folder, stack, limits, agree=len(wanted) > 1)
         for release in wanted:
             other = release if release and release.transformers != version("transformers") else None
             place = install(other, cache_dir) if other else None
             methods = ["fork", "spawn"]
             with clean_process(folder, stages, release=place, golden=golden, worker_methods=methods, **limits) as run:
+                if inputs is not None and (wrong := run.one("wrong_inputs")):
+                    raise ValueError(one_line(wrong, LONGEST))
                 versions = run.one("versions")
                 installed = versions.get("transformers") if isinstance(versions, dict) else None
                 checks = judge(run, folder, main)

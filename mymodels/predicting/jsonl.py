@@ -1,4 +1,4 @@
-"""Texts out of lines, JSON or plain; what is wrong with a line is told in a sentence and stops nothing."""
+"""Texts out of lines, JSON or plain; a bad line is reported in a sentence and skipped."""
 
 import json
 from collections.abc import Iterator

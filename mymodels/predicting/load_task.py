@@ -1,5 +1,6 @@
 """The model, its tokenizer, and what it is asked for, from a folder or the Hub."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,26 +10,30 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.load_errors import (
     asks_for_trust,
     code_of_its_own,
     fit_tokenizer,
     refuse_mismatched,
+    refuse_other_class,
+    refuse_plain_module,
     refusing,
     without_load_report,
 )
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
+from ..hub.auto_class_names import auto_class_of
 from ..messages import first_line
 from ..training.preprocessing import longest_input
 from .tasks import TASKS, Embedding, Task
 
 
 def load_task(
-    source: str | os.PathLike,
+    source: PreTrainedModel | str | os.PathLike,
     task: str | None = None,
     *,
-    tokenizer: str | os.PathLike | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
@@ -45,15 +50,23 @@ def load_task(
         OSError: there is no such folder or Hub repo.
     """
     device = _device(device)
-    path = locate(source, revision=revision)
-    if not (path / "config.json").is_file():
-        adapter = (path / "adapter_config.json").is_file()
-        remedy = (
-            "merge the adapter into its model first (merge_and_unload)" if adapter else "name the folder of a model"
+    refuse_plain_module(source, "predict")
+    path: Path | None = None
+    notes: list[str] = []
+    if isinstance(source, PreTrainedModel):
+        chosen, model = _in_memory(source, task), source
+        source = type(model).__name__
+        if (wanted := resolve_dtype(dtype)) is not None:
+            model.to(dtype=wanted)  # type: ignore[call-arg]
+    else:
+        path = locate(source, revision=revision)
+        chosen, model, notes = _from_folder(path, task, source, trust_remote_code, dtype)
+    if chosen in (TASKS["text-generation"], TASKS["text2text-generation"]) and not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} has no generate: derive its class from GenerationMixin, or choose another --task"
         )
-        raise ValueError(f"{path} has no config.json: {remedy}")
-    chosen = _choose(task, read_json(path / "config.json"), source)
-    model, notes = _load_model(chosen, path, source, trust_remote_code, dtype)
+    if path is None and tokenizer is None:
+        raise ValueError("a model in memory does not say how to cut texts into tokens: pass tokenizer=")
     cutter = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
     fit_tokenizer(model, cutter, source, "pass the right one by --tokenizer")
     if getattr(model.config, "pad_token_id", None) is None:
@@ -72,6 +85,28 @@ def load_task(
     return ready, notes
 
 
+def _from_folder(
+    path: Path, task: str | None, source: Any, trust_remote_code: bool, dtype: str | torch.dtype
+) -> tuple[type[Task], PreTrainedModel, list[str]]:
+    """The task, the model, and notes."""
+    if not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        remedy = (
+            "merge the adapter into its model first (merge_and_unload)" if adapter else "name the folder of a model"
+        )
+        raise ValueError(f"{path} has no config.json: {remedy}")
+    chosen = _choose(task, read_json(path / "config.json"), source)
+    return chosen, *_load_model(chosen, path, source, trust_remote_code, dtype)
+
+
+def _in_memory(model: PreTrainedModel, task: str | None) -> type[Task]:
+    name = type(model).__name__
+    auto_class = getattr(type(model), "_auto_class", None) or auto_class_of(
+        name, inspect.signature(model.forward).parameters
+    )
+    return _choose(task, {"architectures": [name], "auto_map": {auto_class: name}}, name)
+
+
 def _device(wanted: str | torch.device | None) -> torch.device:
     device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -87,6 +122,10 @@ def _choose(task: str | None, config: Mapping[str, Any], source: Any) -> type[Ta
             raise ValueError(f"task={task!r}: choose one of {', '.join(TASKS)}")
         return TASKS[task]
     name = next(iter(config.get("architectures") or []), "")
+    for auto_class, target in (config.get("auto_map") or {}).items():  # says more than the name of a class
+        kinds = [kind for kind in TASKS.values() if kind.auto_class == auto_class]
+        if kinds and isinstance(target, str) and target.rpartition(".")[2] == name:
+            return kinds[0]
     for kind in sorted(TASKS.values(), key=lambda kind: kind is Embedding):  # …LMHeadModel ends in Model too
         if name.endswith(kind.heads):
             return kind
@@ -112,6 +151,7 @@ def _load_model(
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"{source} has no {task.auto_class}: choose another --task") from error
         raise
+    refuse_other_class(model, read_json(path / "config.json").get("auto_map"), task.auto_class, source)
     refuse_mismatched(info, source)
     missing = sorted(info["missing_keys"])
     if task is Embedding and missing and all("pooler." in name for name in missing):
@@ -126,6 +166,8 @@ def _load_model(
 
 
 def _load_tokenizer(path: Any, source: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if isinstance(path, PreTrainedTokenizerBase):
+        return path
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of many kinds, by what is missing

@@ -6,16 +6,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..messages import first_line
 from .jsonl import Line, read_lines
 from .load_task import load_task
-from .tasks import Task
+from .tasks import Span, Task
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Counts:
 
 
 def predict(
-    model: str | os.PathLike,
+    model: PreTrainedModel | str | os.PathLike,
     input: str | os.PathLike | BinaryIO,
     output: str | os.PathLike | BinaryIO,
     *,
@@ -43,7 +45,7 @@ def predict(
     max_new_tokens: int = 50,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
-    tokenizer: str | os.PathLike | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     report: Callable[[str], None] | None = None,
@@ -55,18 +57,18 @@ def predict(
     text at a time, up to rounding.
 
     Args:
-        model: a folder or Hub repo that transformers' Auto classes load.
+        model: a folder or Hub repo that transformers' Auto classes load, or a model in memory (then with `tokenizer`).
         input, output: files, or open binary ones. A file is written under a name that ends in `.partial`, which it
             loses when all is done; a pipe or device is written to as it is.
-        task: `text-classification`, `token-classification`, `feature-extraction`, `text-generation` or `loss`. Default:
-            what the saved class is for.
+        task: `text-classification`, `token-classification`, `question-answering`, `feature-extraction`,
+            `text-generation`, `text2text-generation` (encoder-decoders) or `loss`. Default: what the class is for.
         column, pair_column: the fields with the text, and with the second one of a pair (default: `text_pair`, if there).
         text: lines are texts, not JSON.
         batch_size: texts that are computed together.
         window: batches that are read ahead and sorted by length, so that little is padded; 1 answers after each batch.
         top_k: also give the scores of so many labels, 0 for all.
         max_length: tokens that texts are cut to. Default: what the model takes.
-        max_new_tokens: of `text-generation`.
+        max_new_tokens: of `text-generation` and `text2text-generation`.
         device: default: `cuda` where there is one.
         dtype: of the weights. Default: as they are saved.
         tokenizer: default: the model's.
@@ -110,14 +112,16 @@ def predict(
         bar = stack.enter_context(tqdm(desc="predicting", disable=None, **unit))
         say = report or (lambda sentence: bar.write(sentence, file=sys.stderr))
         for note in notes:
-            say(f"{os.fspath(model)}: {note}")
+            say(f"{type(model).__name__ if isinstance(model, PreTrainedModel) else os.fspath(model)}: {note}")
         counts = Counts()
 
         def usable() -> Iterator[Line]:
             for line in read_lines(source, column=column, pair_column=pair_column, plain=text):
                 bar.update(1 if size is None else line.size)
-                if line.pair is not None and not asked.takes_pairs:
+                if line.problem is None and line.pair is not None and not asked.takes_pairs:
                     line.problem = f"it has a second text, and {type(asked).__name__} takes one"
+                if line.problem is None and line.pair is None and isinstance(asked, Span):
+                    line.problem = "it has no context: give it as text_pair, or name its field by --pair-column"
                 if line.problem is None:
                     yield line
                 else:
@@ -179,13 +183,33 @@ def answer(
                 skip(line, "the tokenizer finds no token in it")
         found: dict[int, bytes] = {}
         order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in _batches(order, lengths, batch_size, mixed=task.pads):
             rows = {name: [column[i] for i in chosen] for name, column in encoded.items()}
             texts = [(some[i].text, some[i].pair) for i in chosen]
-            for i, given in zip(chosen, task(rows, texts)):
+            for i, given in zip(chosen, _answered(task, rows, texts, [some[i].number for i in chosen])):
                 found[i] = _line(some[i], given)
         yield [found[i] for i in sorted(found)]
+
+
+def _batches(order: list[int], lengths: list[int], batch_size: int, *, mixed: bool) -> Iterator[list[int]]:
+    """`order` cut into batches; unless `mixed`, each of texts of one length, so that none is padded."""
+    groups = [order] if mixed else [list(group) for _, group in groupby(order, key=lambda i: lengths[i])]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def _answered(task: Task, rows: dict[str, Any], texts: Any, numbers: list[int]) -> list[dict[str, Any]]:
+    """The task's answers; what a model's own code raises is one sentence."""
+    try:
+        return task(rows, texts)
+    except (ValueError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{type(task.model).__name__} fails on line{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)[:5]))}"
+            f"{', …' * (len(numbers) > 5)}: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def _line(line: Line, given: dict[str, Any]) -> bytes:

@@ -8,6 +8,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..forward_calls import accepted, as_mapping, logits_of, takes
+
 Texts = Sequence[tuple[str, str | None]]  # each with the second one of its pair
 Answer = dict[str, Any]
 
@@ -73,9 +75,41 @@ class Task(ABC):
         }
         return self.answers({name: tensor.to(self.model.device) for name, tensor in batch.items()}, encoded, texts)
 
+    @property
+    def pads(self) -> bool:
+        """Whether texts of several lengths may be in one batch: the model is told by a mask what is padding."""
+        return takes(self.model, "attention_mask")
+
+    def run(self, batch: dict[str, torch.Tensor], **options: Any) -> Any:
+        """The model's outputs for the part of a batch, and of options, that its `forward` takes."""
+        return self.model(**accepted(self.model, {**batch, **options}))
+
+    def logits(self, batch: dict[str, torch.Tensor], dimensions: int, **options: Any) -> torch.Tensor:
+        """The logits of a batch, float32.
+
+        Raises:
+            ValueError: the model gives none, or of another number of dimensions.
+        """
+        logits = logits_of(self.run(batch, **options))
+        if logits is None or logits.ndim != dimensions:
+            shape = "none" if logits is None else f"some of the shape {list(logits.shape)}"
+            raise ValueError(
+                f"{type(self.model).__name__}.forward gives no logits of {dimensions} dimensions, but {shape}: choose "
+                "another --task"
+            )
+        return logits
+
     @abstractmethod
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
         """One to each text, of a batch that is on the model's device."""
+
+    def generate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tokens of a greedy generation."""
+        batch.pop("token_type_ids", None)
+        if not self.pads:
+            batch.pop("attention_mask", None)
+        options = {"max_new_tokens": self.max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
+        return self.model.generate(**batch, do_sample=False, **options)  # type: ignore[operator]
 
     def label(self, number: int) -> str:
         return self.model.config.id2label[number]  # type: ignore[index]
@@ -92,7 +126,7 @@ class Classification(Task):
     heads = ("ForSequenceClassification",)
 
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
-        logits, config = self.model(**batch).logits.float().cpu(), self.model.config
+        logits, config = self.logits(batch, 2).float().cpu(), self.model.config
         if config.problem_type == "regression":
             return [{"score": row[0]} if len(row) == 1 else {"scores": row} for row in logits.tolist()]
         several = config.problem_type == "multi_label_classification" or config.num_labels == 1
@@ -115,7 +149,7 @@ class TokenClassification(Task):
     needs_offsets = True
 
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
-        best = self.model(**batch).logits.float().softmax(dim=-1).cpu().max(dim=-1)
+        best = self.logits(batch, 3).float().softmax(dim=-1).cpu().max(dim=-1)
         found = []
         for i, (text, _) in enumerate(texts):
             places = encoded["offset_mapping"][i]
@@ -136,11 +170,16 @@ class Embedding(Task):
     pooled = True  # whether the weights of the pooling are the checkpoint's
 
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
-        outputs = self.model(**batch)
-        vectors = getattr(outputs, "pooler_output", None) if self.pooled else None
+        outputs = as_mapping(self.run(batch))
+        vectors = outputs.get("pooler_output") if self.pooled else None
         if vectors is None:
+            states = outputs.get("last_hidden_state", logits_of(outputs))
+            if states is None or states.ndim != 3 or states.shape[:2] != batch["attention_mask"].shape:
+                raise ValueError(
+                    f"{type(self.model).__name__}.forward gives no hidden state for each token: choose another --task"
+                )
             share = batch["attention_mask"][..., None].float()
-            vectors = (outputs.last_hidden_state.float() * share).sum(dim=1) / share.sum(dim=1)
+            vectors = (states.float() * share).sum(dim=1) / share.sum(dim=1)
         return [{"embedding": vector} for vector in vectors.float().tolist()]
 
 
@@ -157,11 +196,66 @@ class Generation(Task):
         return super().encode(texts)
 
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
-        batch.pop("token_type_ids", None)
-        options = {"max_new_tokens": self.max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
-        tokens = self.model.generate(**batch, do_sample=False, **options)  # type: ignore[operator]
-        tokens = tokens[:, batch["input_ids"].shape[1] :]
+        tokens = self.generate(batch)[:, batch["input_ids"].shape[1] :]
         return [{"continuation": text} for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+class TextToText(Task):
+    """`generated`: what an encoder-decoder makes of the text, greedily, by the folder's other generation settings."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    heads = ("ForConditionalGeneration", "ForSeq2SeqLM")
+    takes_pairs = False
+
+    def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
+        tokens = self.generate(batch)
+        return [{"generated": text} for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+class Span(Task):
+    """`answer` to the question `text` in the context `text_pair`: with `start` and `end` there in characters, and `score`.
+
+    The span of at most `LONGEST` tokens whose start and end are most probable together, by a softmax over the tokens of
+    the context that fit into the model; what does not fit is cut, and counted as such.
+    """
+
+    auto_class = "AutoModelForQuestionAnswering"
+    heads = ("ForQuestionAnswering",)
+    LONGEST = 30
+
+    def encode(self, texts: Texts) -> dict[str, Any]:
+        rows = []
+        for question, context in texts:
+            if context is None:
+                raise ValueError(
+                    "a question needs its context: give it as text_pair, or name its field by --pair-column"
+                )
+            options = {"truncation": "only_second", "max_length": self.max_length, "return_offsets_mapping": True}
+            row = self.tokenizer(question, context, **options)
+            rows.append({**row, "in_context": [part == 1 for part in row.sequence_ids(0)]})
+            if len(row["input_ids"]) >= self.max_length:
+                self.cut += len(self.tokenizer(question, context, verbose=False)["input_ids"]) > self.max_length
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
+        outputs = as_mapping(self.run(batch))
+        tensors = [value for value in outputs.values() if isinstance(value, torch.Tensor) and value.ndim == 2]
+        named: list[Any] = [outputs.get("start_logits"), outputs.get("end_logits")]
+        ends: list[torch.Tensor] = named if "start_logits" in outputs else tensors[:2]
+        if len(ends) != 2 or any(end is None or end.shape != batch["input_ids"].shape for end in ends):
+            raise ValueError(
+                f"{type(self.model).__name__}.forward gives no start_logits and end_logits: choose another --task"
+            )
+        found: list[Answer] = []
+        for i, (_, context) in enumerate(texts):
+            hidden = ~torch.tensor(encoded["in_context"][i])
+            starts, stops = (end[i, : len(hidden)].float().cpu().masked_fill(hidden, -torch.inf) for end in ends)
+            scores = (starts.softmax(0)[:, None] * stops.softmax(0)[None]).triu().tril(self.LONGEST - 1)
+            first, last = divmod(int(scores.argmax()), len(hidden))
+            start, end = encoded["offset_mapping"][i][first][0], encoded["offset_mapping"][i][last][1]
+            score = float(scores[first, last])
+            found.append({"answer": str(context)[start:end], "start": start, "end": end, "score": score})
+        return found
 
 
 class Loss(Task):
@@ -172,7 +266,7 @@ class Loss(Task):
 
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
         batch.pop("token_type_ids", None)
-        logits = self.model(**batch, use_cache=False).logits[:, :-1]
+        logits = self.logits(batch, 3, use_cache=False)[:, :-1]
         counted = batch["attention_mask"][:, 1:].bool()
         losses = torch.zeros(counted.shape, device=counted.device)
         for row, into, ids, is_token in zip(
@@ -191,5 +285,7 @@ TASKS: dict[str, type[Task]] = {
     "token-classification": TokenClassification,
     "feature-extraction": Embedding,
     "text-generation": Generation,
+    "text2text-generation": TextToText,
+    "question-answering": Span,
     "loss": Loss,
 }

@@ -54,7 +54,7 @@ def checked_options(task: str, given: Mapping[str, Any], lora: bool) -> dict[str
         raise ValueError(f"metric_for_best_model={best!r} is none of {', '.join(possible)}")
     if best.endswith("perplexity"):  # what has the least loss has the least of it
         options["metric_for_best_model"] = "loss"
-    if task == "lm":
+    if task != "classification":
         options["prediction_loss_only"] = True
     steps = int(options.get("max_steps", -1))
     if "eval_steps" in given or (steps > 0 and "eval_strategy" not in given):

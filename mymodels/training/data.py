@@ -12,12 +12,14 @@ from ..messages import shorten
 from .datasets_io import DataError, need, read_files, read_splits
 
 _TEXT_NAMES = ("text", "sentence", "content", "document")
+_SOURCE_NAMES = (*_TEXT_NAMES, "source", "input", "article", "question", "prompt")
+_TARGET_NAMES = ("target", "summary", "output", "answer", "translation", "response", "label", "labels")
 _LABEL_NAMES = ("label", "labels", "class", "category")
 
 
 @dataclass
 class Data:
-    """What is trained and measured on: `datasets.Dataset`s with a column `text`, and for classification `label` (numbers).
+    """What is trained and measured on: `datasets.Dataset`s with a column `text`, and `label` (numbers) or `target` (texts).
 
     Attributes:
         test: measured once, at the end; None if there is none.
@@ -46,6 +48,7 @@ def load_data(
     test: str | os.PathLike | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    target_column: str | None = None,
     data_config: str | None = None,
     known_labels: Sequence[str] = (),
     seed: int = 0,
@@ -55,11 +58,11 @@ def load_data(
     Args:
         data: a CSV, TSV, JSON, JSONL, Parquet or text file; a folder with files `train.…`, and if you like
             `validation.…` and `test.…`; the id of a Hub data set; `"sample_text"`; or a `datasets.Dataset` or `DatasetDict`.
-        task: `"classification"` or `"lm"`.
+        task: `"classification"`, `"lm"` or `"seq2seq"`.
         validation: a file, or the share of the training rows to hold out (default 0.1 where `data` has no validation
             split): drawn by `seed`, with the labels' shares; of running text its end.
         test: a file.
-        text_column, label_column: default: guessed where there is no doubt.
+        text_column, label_column, target_column: default: guessed where there is no doubt.
         data_config: of a Hub data set with several configurations, the one that is meant.
         known_labels: the labels of the model, whose order is kept if the data have the same ones.
 
@@ -76,6 +79,10 @@ def load_data(
         if running:
             raise DataError(f"{splits['train'][1]} is a text file, which has no labels: use CSV, JSONL or Parquet")
         loaded = _classified(splits, text_column, label_column, known_labels, datasets)
+    elif task == "seq2seq":
+        if running:
+            raise DataError(f"{splits['train'][1]} is a text file, which has no targets: use CSV, JSONL or Parquet")
+        loaded = _pairs(splits, text_column, target_column)
     else:
         loaded = _texts(splits, text_column)
     train, held_out = loaded.train, loaded.validation
@@ -102,6 +109,40 @@ def _texts(splits: dict[str, tuple[Any, str]], text_column: str | None) -> Data:
         column = _text_column(rows, where, text_column)
         rows = rows.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
         _check_texts(rows, where, column)
+        found[split] = rows
+    return Data(found["train"], found.get("validation"), found.get("test"))
+
+
+def _pairs(splits: dict[str, tuple[Any, str]], text_column: str | None, target_column: str | None) -> Data:
+    """For an encoder-decoder: a text and the text to make of it."""
+    found: dict[str, Any] = {}
+    for split, (rows, where) in splits.items():
+        names = rows.column_names
+        if target_column is not None:
+            target = _existing(rows, where, target_column, "--target-column")
+        else:
+            named = [name for name in _TARGET_NAMES if name in names and name != text_column]
+            named = named[:1] if named[:1] == ["target"] else [n for n in named if n not in _LABEL_NAMES] or named
+            others = [name for name in names if "string" in str(rows.features[name]) and name != text_column]
+            others = others if text_column is not None and len(others) == 1 else []
+            if len(named or others) != 1:
+                raise DataError(
+                    f"{where} has the columns {_some(names)}: name the one with the targets by --target-column"
+                )
+            target = (named or others)[0]
+        if text_column is not None:
+            source = _existing(rows, where, text_column, "--text-column")
+        else:
+            texts = [name for name in _SOURCE_NAMES if name in names and name != target]
+            rest = [name for name in names if "string" in str(rows.features[name]) and name != target]
+            if not texts and len(rest) != 1:
+                raise DataError(f"{where} has the columns {_some(names)}: name the one with the texts by --text-column")
+            source = (texts or rest)[0]
+        if source == target:
+            raise DataError(f"{where}, column {source!r} is named as text and as target: name two columns")
+        _check_texts(rows, where, source)
+        _check_texts(rows, where, target, "--target-column")
+        rows = need("datasets", "finetune").Dataset.from_dict({"text": rows[source][:], "target": rows[target][:]})
         found[split] = rows
     return Data(found["train"], found.get("validation"), found.get("test"))
 
@@ -187,14 +228,14 @@ def _label_names(rows: Any, where: str, column: str) -> list[str | None]:
     return names
 
 
-def _check_texts(rows: Any, where: str, column: str) -> None:
+def _check_texts(rows: Any, where: str, column: str, option: str = "--text-column") -> None:
     bad = [(row, text) for row, text in enumerate(rows[column], 1) if not isinstance(text, str) or not text.strip()]
     if bad:
         row, text = bad[0]
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         what = "the text is empty: fill it in, or remove such rows"
         if text is not None and text == text and not isinstance(text, str):
-            what = f"{shorten(repr(text), 40)} is no text: name the column with the texts by --text-column"
+            what = f"{shorten(repr(text), 40)} is no text: name the column with the texts by {option}"
         raise DataError(f"{where} row {row}{more}, column {column!r}: {what}")
 
 

@@ -1,4 +1,4 @@
-"""Rows from files, folders and Hub data sets, through the `datasets` library, whatever is wrong with them told in a sentence."""
+"""Rows from files, folders and Hub data sets, through the `datasets` library, with an error in one sentence for what cannot be read."""
 
 import re
 from collections.abc import Iterable

@@ -9,26 +9,39 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from ..forward_calls import accepted, loss_of
+
 
 def count_labels(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """How many labels the model's loss of `batch` is the mean of, `[]`: those not -100, and predicted.
 
-    Nothing predicts the first of a row in a causal language model. Without `labels` (answers to questions), its rows.
+    Nothing predicts the first of a row in a causal language model. Without `labels` (answers to questions), its rows. Of
+    a module that is no transformers model, all labels but -100 count.
     """
-    if "labels" not in batch:
-        first = next(iter(batch.values()))
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor):
+        first = next(value for value in batch.values() if isinstance(value, torch.Tensor))
         return torch.tensor(len(first), device=first.device)
     plain = extract_model_from_parallel(model)
-    if not hasattr(plain, "config"):
-        raise ValueError(
-            f"{type(plain).__name__} is no transformers model, so nothing says which of the labels its loss is the mean of: "
-            "derive it from PreTrainedModel"
-        )
+    if not isinstance(plain, PreTrainedModel):
+        return (labels != -100).sum()
     # transformers takes a causal language model's loss for a class whose name says nothing, such as GPT2LMHeadModel
     shifted = LOSS_MAPPING.get(getattr(plain, "loss_type", None) or "ForCausalLM") is ForCausalLMLoss
-    if shifted and batch["labels"].ndim > 1 and not getattr(plain.config, "is_encoder_decoder", False):
-        return (batch["labels"][..., 1:] != -100).sum()
-    return (batch["labels"] != -100).sum()
+    if shifted and labels.ndim > 1 and not getattr(plain.config, "is_encoder_decoder", False):
+        return (labels[..., 1:] != -100).sum()
+    return (labels != -100).sum()
+
+
+def required_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The loss of a batch, in whatever form the model returns it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    loss = loss_of(model(**accepted(model, batch)))
+    if loss is None:
+        raise ValueError(f"{type(extract_model_from_parallel(model)).__name__} returns no loss for {', '.join(batch)}")
+    return loss
 
 
 @torch.no_grad()  # not inference_mode, whose tensors a sharded model could not train on
@@ -43,7 +56,7 @@ def mean_loss(model: torch.nn.Module, dataset: Sequence[Any], data_collator: Cal
     # a loader draws from its generator, and training's random numbers are not to depend on evaluations
     for batch in DataLoader(dataset, batch_size, collate_fn=data_collator, generator=torch.Generator()):  # type: ignore[arg-type]
         moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        loss, count = model(**moved).loss.item(), count_labels(model, batch).item()
+        loss, count = required_loss(model, moved).item(), count_labels(model, batch).item()
         total += loss * count if count else 0.0
         weight += count
     model.train(mode)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from transformers import (
     set_seed,
 )
 
+from ..forward_calls import fitting_collator, is_known, uniform_outputs
 from ..hub.build import check_output_dir
 from ..hub.card import Card
 from .arguments import bf16_is_faster, checked_options, make_arguments
 from .checkpoint_dirs import list_checkpoints
 from .data import Data, load_data
 from .datasets_io import need
-from .load_base import Start, known_labels, start
+from .generated import measure_texts
+from .load_base import KINDS, Start, check_task, known_labels, start
 from .output import FineTuned, best_step, end, measure, try_to_write_repo, write_repo
 from .parameters import add_lora, freeze
 from .plots import class_table, confusion_matrix, metric_table
-from .preprocessing import choose_collator, encode_blocks, encode_classification, longest_input
+from .preprocessing import choose_collator, encode_blocks, encode_classification, encode_pairs, longest_input
 from .run_record import ADAPTER, MAY_CHANGE, begin, checkpoint_to_resume, fingerprint, vocabulary
 from .training_state import check_code_of_checkpoint
 from .tuner import FineTuner, Progress, apply_class_weights, class_weights_of, compute_metrics
@@ -48,6 +51,7 @@ def finetune(
     test: str | os.PathLike | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    target_column: str | None = None,
     data_config: str | None = None,
     max_length: int | None = None,
     class_weights: str | Sequence[float] | None = None,
@@ -77,9 +81,10 @@ def finetune(
 
     Args:
         model: a folder or Hub id of a mymodels or any other model, or a model in memory (then with `tokenizer`).
-        data, validation, test, text_column, label_column, data_config: see `mymodels.training.data.load_data`.
+        data, validation, test, text_column, label_column, target_column, data_config: see `mymodels.training.data.load_data`.
         output_dir: the new folder; an older Hub repo folder there is replaced.
-        task: `"classification"`, or `"lm"`: the next token for a decoder, hidden ones for an encoder.
+        task: `"classification"`; `"lm"`: the next token for a decoder, hidden ones for an encoder; or `"seq2seq"`: an
+            encoder-decoder makes the target of the text.
         to, overrides: warm-start a `"mybert"` or `"mygpt2"` with these config fields from `model`; see `warm_start`.
         tokenizer: default: the model's.
         max_length: tokens of the longest example, the rest of it is cut; for `"lm"` of every block. Default: what the
@@ -113,8 +118,8 @@ def finetune(
         >>> tuned = finetune("bert-base-uncased", "reviews.csv", "my-bert", to="mybert", overrides={"pooling": "mean"})
         >>> tuned.metrics["validation"]["accuracy"]
     """
-    if task not in ("classification", "lm"):
-        raise ValueError(f"task={task!r} is none of 'classification', 'lm'")
+    if task not in KINDS:
+        raise ValueError(f"task={task!r} is none of {', '.join(map(repr, KINDS))}")
     for module in ("datasets", "sklearn", "matplotlib"):
         need(module, "finetune")
     output_dir = check_output_dir(output_dir)
@@ -134,6 +139,7 @@ def finetune(
         test=test,
         text_column=text_column,
         label_column=label_column,
+        target_column=target_column,
         data_config=data_config,
         known_labels=known_labels(model, revision) if task == "classification" else (),
         seed=seed,
@@ -176,25 +182,32 @@ def finetune(
         **{name: value for name, value in options.items() if name not in MAY_CHANGE},
     }
     checkpoint = checkpoint_to_resume(where, output_dir, record, resume_from_checkpoint)
-    if isinstance(model, PreTrainedModel) and PartialState().is_main_process:
+    known = is_known(begun.model)
+    if (isinstance(model, PreTrainedModel) or not known) and PartialState().is_main_process:
         try_to_write_repo(begun.model, where, golden=golden)
     if checkpoint:
         check_code_of_checkpoint(begun.model, Path(checkpoint))
 
     if task == "classification":
         examples = encode_classification(loaded, begun.tokenizer, length)
+    elif task == "seq2seq":
+        examples = encode_pairs(loaded, begun.tokenizer, length)
     else:
         examples = encode_blocks(loaded, begun.tokenizer, length, masked=begun.kind == "masked", seed=seed)
+    collator = choose_collator(begun.kind, begun.tokenizer, begun.model)
+    if not known:
+        collator = fitting_collator(begun.model, collator)
+        check_task(begun, loaded, collator([examples["train"][i] for i in range(min(2, len(examples["train"])))]))
     trained: Any = begun.model
     use_cache = getattr(begun.model.config, "use_cache", None)
     if lora_r is not None:
         trained = add_lora(begun.model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, new=begun.new)
     arguments = make_arguments(where, options, len(examples["train"]), warmup_ratio, bf16)
-    _tell(console, begun, loaded, examples, trained, arguments, checkpoint)
+    _print_plan(console, begun, loaded, examples, trained, arguments, checkpoint)
     trainer = FineTuner(
         model=trained,
         args=arguments,
-        data_collator=choose_collator(begun.kind, begun.tokenizer),
+        data_collator=collator,
         train_dataset=examples["train"],
         eval_dataset=examples["validation"],
         processing_class=begun.tokenizer,
@@ -208,14 +221,17 @@ def finetune(
     if trainer.is_world_process_zero():
         begin(where, record)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with nullcontext() if known else uniform_outputs(trained):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            metrics, logits = measure(trainer, examples, task)
     except KeyboardInterrupt:
         there = list_checkpoints(where)
-        told = f"{there[-1]}: the same command with --resume goes on from there" if there else "no checkpoint yet"
-        console.print(f"\nstopped; {told}", highlight=False, soft_wrap=True)
+        remedy = f"{there[-1]}: the same command with --resume goes on from there" if there else "no checkpoint yet"
+        console.print(f"\nstopped; {remedy}", highlight=False, soft_wrap=True)
         raise
 
-    metrics, logits = measure(trainer, examples, task)
+    if task == "seq2seq":
+        measure_texts(metrics, begun, loaded, length)
     matrix = None if logits is None else confusion_matrix(logits, np.asarray(loaded.validation["label"]))
     final: Any = begun.model
     if lora_r is not None:
@@ -248,7 +264,7 @@ def finetune(
     return result
 
 
-def _tell(
+def _print_plan(
     console: Console,
     begun: Start,
     data: Data,
@@ -257,13 +273,13 @@ def _tell(
     arguments: TrainingArguments,
     checkpoint: str | None,
 ) -> None:
-    """What is about to happen."""
+    """Print what is trained, on what, and from where."""
     console.print(begun.how, highlight=False, soft_wrap=True)
     for note in data.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     count = sum(parameter.numel() for parameter in trained.parameters())
     learning = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-    kind = "texts" if data.labels else "blocks"
+    kind = "texts" if data.labels else "pairs" if begun.kind == "seq2seq" else "blocks"
     sizes = ", ".join(f"{len(rows):,} {kind} for {split}" for split, rows in examples.items())
     labels = f", {len(data.labels)} labels" if data.labels else ""
     console.print(

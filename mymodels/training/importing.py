@@ -64,16 +64,16 @@ def import_checkpoint(
         >>> rest["epoch"]
         7
     """
-    whole = open_checkpoint(path, allow_pickle=allow_pickle)
-    if section is None and len(whole.sections) > 1:
-        raise CheckpointError(f"{path} holds several models: choose section={' or '.join(map(repr, whole.sections))}")
-    checkpoint = whole if section is None else whole.section(section)
-    ours = section if section is not None else next(iter(whole.sections))
+    opened = open_checkpoint(path, allow_pickle=allow_pickle)
+    if section is None and len(opened.sections) > 1:
+        raise CheckpointError(f"{path} holds several models: choose section={' or '.join(map(repr, opened.sections))}")
+    checkpoint = opened if section is None else opened.section(section)
+    ours = section if section is not None else next(iter(opened.sections))
     taken, states = [], []
     for kind, wanted in (("optim", optimizer), ("sched", scheduler)):
         if wanted is not None:
-            key = _find(whole, kind, ours)
-            state = copy.deepcopy(_single(whole.extras[key]))  # not the file's memory
+            key = _find(opened, kind, ours)
+            state = copy.deepcopy(_single(opened.extras[key]))  # not the file's memory
             if wanted is optimizer:
                 state = _fitted(f"{path}: {key}", state, model, optimizer)
             else:
@@ -93,7 +93,7 @@ def import_checkpoint(
         for wanted, before in undo:
             wanted.load_state_dict(before)
         raise
-    rest = {name: whole.extras[name] for name in whole.extras if name not in taken}
+    rest = {name: opened.extras[name] for name in opened.extras if name not in taken}
     return rest if strict else rest | {"loading_info": account}
 
 

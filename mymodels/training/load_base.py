@@ -1,7 +1,9 @@
 """The model and the tokenizer that a fine-tuning starts from, whatever they are given as."""
 
+import contextlib
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,23 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.load_errors import fit_tokenizer, refusing, without_load_report
+from ..checkpoints.load_errors import fit_tokenizer, refuse_other_class, refusing, without_load_report
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
+from ..forward_calls import check_loss, logits_of
+from ..hub.auto_class_names import auto_class_of
 from ..messages import first_line
 from ..released import own_code, reader
 from ..warmstart import warm_start
+from .data import Data
 
-HEADS = {"classification": "ForSequenceClassification", "causal": "ForCausalLM", "masked": "ForMaskedLM"}
+HEADS = {
+    "classification": "ForSequenceClassification",
+    "causal": "ForCausalLM",
+    "masked": "ForMaskedLM",
+    "seq2seq": "ForSeq2SeqLM",
+}
+KINDS = {"classification": ("classification",), "lm": ("causal", "masked"), "seq2seq": ("seq2seq",)}  # by task
 _OURS = {"mygpt2": "causal", "mybert": "masked"}
 
 
@@ -91,7 +102,7 @@ def start(
         head = [name for name, _ in found.model.named_parameters() if not name.startswith(inside)]
         found.new = list(dict.fromkeys([*found.new, *head]))
         if labels is not None and known and len(known) == len(labels) and list(labels) != known:
-            _forget(found.model, inside)
+            _reinitialize_head(found.model, inside)
             if not (overrides or {}).get("class_weights") and getattr(found.model.config, "class_weights", None):
                 found.model.config.class_weights = None
             found.how += f", but with a new head, as its labels were {', '.join(known[:6])}{', …' * (len(known) > 6)}"
@@ -102,8 +113,12 @@ def start(
 def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, tokenizer: Any) -> Start:
     name = type(model).__name__
     kind = next(filter(None, map(_kind, type(model).__mro__)), "")  # a subclass may be called anything
-    if not kind or (kind == "classification") != (task == "classification"):
-        raise ValueError(f"{name} is no model for --task {task}: give one that ends in {_wanted(task)}")
+    if kind not in KINDS[task]:
+        wanted = " or ".join(f"AutoModel{HEADS[kind]}" for kind in KINDS[task])
+        raise ValueError(
+            f"{name} is no model for --task {task} by its name: give one that ends in {_wanted(task)}, or call "
+            f"{name}.register_for_auto_class with {wanted}"
+        )
     if labels is not None:
         if model.config.num_labels != len(labels):
             raise ValueError(
@@ -117,9 +132,10 @@ def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, 
 
 
 def _kind(cls: type) -> str:
-    """The kind of head that a class has by its name; `""`: none that is trained here."""
-    name = cls.__name__
-    return next((kind for kind, head in HEADS.items() if name.endswith(head)), "causal" if "LMHead" in name else "")
+    """The kind of head that a class has, by the Auto class it is registered for or by its name; `""`: none trained here."""
+    by_name = auto_class_of(cls.__name__, inspect.signature(cls.forward).parameters) if hasattr(cls, "forward") else ""
+    auto_class = vars(cls).get("_auto_class") or by_name
+    return next((kind for kind, head in HEADS.items() if auto_class == f"AutoModel{head}"), "")
 
 
 def _from_checkpoint(
@@ -140,19 +156,23 @@ def _from_checkpoint(
     if to is not None:
         if to not in _OURS:
             raise ValueError(f"to={to!r}: mymodels has {' and '.join(_OURS)}")
+        if task == "seq2seq":
+            raise ValueError(f"to={to!r} is no encoder-decoder: leave out to= for --task seq2seq")
         kind = "classification" if task == "classification" else _OURS[to]
         if labels is not None:
             named = PretrainedConfig()
             _label(named, labels)
-            shown = {name: getattr(named, name) for name in ("id2label", "label2id", "problem_type")}
-            overrides = {"class_weights": None} | shown | overrides if to == "mybert" else shown | overrides
+            label_fields = {name: getattr(named, name) for name in ("id2label", "label2id", "problem_type")}
+            overrides = (
+                {"class_weights": None} | label_fields | overrides if to == "mybert" else label_fields | overrides
+            )
         how: dict[str, Any] = {"overrides": overrides, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
         report = warm_start(to, path, head=HEADS[kind], dtype="float32", revision=revision, **how)
         assert report.model is not None
         new = [name for row in report.rows if row.status == "new" for name in row.targets]
         cut = tokenizer if tokenizer is not None else report.tokenizer
-        told = f"{type(report.model).__name__}, warm-started from {source}: {_told(new)}"
-        return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, told)
+        how_loaded = f"{type(report.model).__name__}, warm-started from {source}: {_list_new(new)}"
+        return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, how_loaded)
     if not raw:
         raise ValueError(f"{path} has no config.json: name the folder of a model, or say --to mygpt2 or --to mybert")
     with refusing(source):
@@ -163,13 +183,13 @@ def _from_checkpoint(
         raise ValueError(
             f"{source} is a {config.model_type}, which has no field {', '.join(unknown)}: switches need --to mygpt2 or mybert"
         )
-    kind = "classification" if task == "classification" else _language_model(config, raw)
+    kind = task if task != "lm" else _language_model(config, raw)
     if labels is not None:
         _label(config, labels)
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
     auto_class = getattr(transformers, f"AutoModel{HEADS[kind]}")
-    with without_load_report(), refusing(source):
+    with without_load_report(), refusing(source), _naming_the_head(source, config, task):
         model, info = auto_class.from_pretrained(
             path,
             config=config,
@@ -178,17 +198,32 @@ def _from_checkpoint(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+    refuse_other_class(model, raw.get("auto_map"), auto_class.__name__, source)
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
     new = sorted({*info["missing_keys"], *mismatched} & dict(model.named_parameters()).keys())
     base = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
     if base and set(base) <= set(new):
         raise ValueError(f"{source}: no weight has the name of one of {type(model).__name__}: see `mymodels inspect`")
-    told = f"{type(model).__name__} from {source}: {_told(new)}"
-    return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, told)
+    how_loaded = f"{type(model).__name__} from {source}: {_list_new(new)}"
+    return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, how_loaded)
 
 
-def _forget(model: PreTrainedModel, inside: str) -> None:
-    """Draw anew what gives the logits, as if there had been another number of labels."""
+@contextlib.contextmanager
+def _naming_the_head(source: Any, config: PretrainedConfig, task: str) -> Iterator[None]:
+    """Around `from_pretrained` of an Auto class: a model without such a head is refused in one sentence."""
+    try:
+        yield
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} is a {config.model_type}, which has no class for AutoModel{_wanted(task).split(' ')[0]}: choose "
+            "another --task, or add the class to auto_map in its config.json"
+        ) from None
+
+
+def _reinitialize_head(model: PreTrainedModel, inside: str) -> None:
+    """Initialise the layer that gives the logits again, as it is done for another number of labels."""
     for name, module in model.named_modules():
         last = isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
         if last and not name.startswith(inside):
@@ -247,11 +282,33 @@ def _fit_tokenizer(found: Start) -> None:
         tokenizer.padding_side = "right"  # positions count from the first token, at inference as in training
 
 
-def _told(new: Sequence[str]) -> str:
+def check_task(begun: Start, data: Data, batch: Mapping[str, Any]) -> None:
+    """Run a batch through a model of a class that is not known here, before it is trained.
+
+    Raises:
+        ValueError: `forward` fails, gives no loss, or logits of another shape than the task's.
+    """
+    outputs = check_loss(begun.model, batch)
+    logits, name = logits_of(outputs), type(begun.model).__name__
+    if data.labels is not None and (logits is None or logits.shape != (len(batch["labels"]), len(data.labels))):
+        shape = "none" if logits is None else str(list(logits.shape))
+        raise ValueError(
+            f"{name}.forward gives logits of the shape {shape}, but {len(data.labels)} labels need "
+            f"[batch, {len(data.labels)}]: make its head with config.num_labels"
+        )
+    if "attention_mask" not in batch and begun.kind in ("classification", "seq2seq"):
+        data.notes.append(
+            f"{name}.forward takes no attention_mask, so padding counts as text unless it looks for it itself"
+        )
+
+
+def _list_new(new: Sequence[str]) -> str:
     if not new:
         return "every weight loaded"
     return f"new are {', '.join(new[:6])}" + (f" and {len(new) - 6} more" if len(new) > 6 else "")
 
 
 def _wanted(task: str) -> str:
-    return HEADS["classification"] if task == "classification" else f"{HEADS['causal']} or {HEADS['masked']}"
+    return " or ".join(HEADS[kind] for kind in KINDS[task]) + (
+        " or ForConditionalGeneration" if task == "seq2seq" else ""
+    )

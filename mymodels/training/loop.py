@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
-from ..checkpoints.writing import save_model_files
+from ..forward_calls import accepted, check_loss
 from .checkpoint_dirs import find_checkpoint
-from .evaluation import count_labels, mean_loss
+from .evaluation import count_labels, mean_loss, required_loss
 from .processes import make_accelerator, unwrap
 from .sampling import FiniteCheck, SeededCollator, Shuffled, check_sizes
 from .training_state import (
@@ -23,6 +23,7 @@ from .training_state import (
     load_training_state,
     load_weights,
     save_training_checkpoint,
+    save_weights,
     trial,
 )
 
@@ -38,7 +39,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 # fmt: off
 def train(
-    model: PreTrainedModel, dataset: Sequence[Any], *, eval_dataset: Sequence[Any] | None = None,
+    model: torch.nn.Module, dataset: Sequence[Any], *, eval_dataset: Sequence[Any] | None = None,
     data_collator: Callable[[list], dict[str, torch.Tensor]] = default_collate, output_dir: str | None = None,
     num_train_epochs: int = 1, max_steps: int = -1, per_device_train_batch_size: int = 16,
     gradient_accumulation_steps: int = 1, learning_rate: float = 1e-3, weight_decay: float = 0.1,
@@ -50,6 +51,8 @@ def train(
     """Train `model` in place with AdamW; the arguments have the names and meanings of transformers' `TrainingArguments`.
 
     Args:
+        model: a transformers model, or any module whose `forward` returns its loss: as `loss` of a mapping or a
+            dataclass, or as the only number of a tuple. Checkpoints of a plain module hold its weights without a config.
         dataset: examples that `data_collator` makes the model's keyword arguments of, `labels` among them.
         eval_dataset: its loss is taken before each save, and the checkpoint with the lowest one stays.
         output_dir: gets a folder `checkpoint-STEP` every `save_steps` and at the end; None saves nothing.
@@ -64,16 +67,17 @@ def train(
     Raises:
         FloatingPointError: a loss or the gradient is NaN or infinite; the message says at which step and for which
             examples. The weights are those of the step before, and the checkpoints stay.
-        ValueError: no examples, a size below 1, or a batch without a label to predict; or the model cannot be saved.
+        ValueError: no examples, a size below 1, or a batch without a label to predict; the model cannot be saved, or gives no loss.
     """
     arguments = {name: value for name, value in locals().items() if isinstance(value, (int, float, str))}
     size, accumulate = per_device_train_batch_size, gradient_accumulation_steps
     check_sizes(arguments, dataset=dataset, eval_dataset=eval_dataset)
     accelerator = make_accelerator(mixed_precision)  # an `Accelerator`
+    check_loss(model, accepted(model, SeededCollator(data_collator, seed)([dataset[i] for i in range(min(2, len(dataset)))])))
     set_seed(seed, device_specific=True)  # each process drops out other units
-    if output_dir is not None and isinstance(model, PreTrainedModel) and accelerator.is_main_process:
+    if output_dir is not None and accelerator.is_main_process:
         with trial(model, output_dir) as scratch:
-            save_model_files(model, scratch, "2GB")
+            save_weights(model, scratch, "2GB")
     if checkpoint := find_checkpoint(output_dir, resume_from_checkpoint):
         check_code_of_checkpoint(model, checkpoint)
         load_weights(model, checkpoint)
@@ -107,7 +111,7 @@ def train(
             shares, losses = counts / every_count.sum() * accelerator.num_processes, []  # each label weighs alike
             for batch, share in zip(group, shares):  # gradients add up, and with the last one are averaged over processes
                 with nullcontext() if batch is group[-1] else accelerator.no_sync(model):
-                    loss = model(**batch).loss
+                    loss = required_loss(model, batch)
                     accelerator.backward(loss * share)
                 losses.append(loss.detach())
             every_loss = accelerator.gather(torch.stack(losses))

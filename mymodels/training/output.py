@@ -69,7 +69,7 @@ def measure(
         if split == "validation" and task == "classification":
             logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
         metrics = {name.removeprefix("test_"): float(value) for name, value in values.items() if is_metric(name)}
-        if task == "lm":
+        if task != "classification":
             metrics["perplexity"] = math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf
         found[split] = metrics
     return found, logits
@@ -117,15 +117,15 @@ def _write_repo(
     if result.confusion_matrix is not None and result.data.labels is not None:
         pictures["confusion_matrix.png"] = "Confusion matrix on the validation data"
         draw_confusion_matrix(result.confusion_matrix, result.data.labels, finished / "confusion_matrix.png")
-    said = _card(result, begun, card, task, pictures)
-    build_repo(finished, None, result.path, card=said, max_shard_size=max_shard_size, golden=golden)
+    full_card = _card(result, begun, card, task, pictures)
+    build_repo(finished, None, result.path, card=full_card, max_shard_size=max_shard_size, golden=golden)
 
 
 def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapping[str, str]) -> Card:
     """The user's card, with what the training knows where it says nothing."""
     data, empty = result.data, Card()
     split = "test" if "test" in result.metrics else "validation"
-    names = {"f1_macro": "f1 (macro)", "loss": "loss (nats per token)" if task == "lm" else "loss"}
+    names = {"f1_macro": "f1 (macro)", "loss": "loss" if task == "classification" else "loss (nats per token)"}
     last = sorted(result.metrics[split].items(), key=lambda item: item[0] == "loss")  # what people ask for first
     measured = {names.get(name, name): value for name, value in last}
     chosen = (
@@ -134,7 +134,7 @@ def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapp
         else ""
     )
     rows = getattr(data, split)
-    told: dict[str, Any] = {
+    known: dict[str, Any] = {
         "metrics": measured,
         "dataset": f"{len(rows):,} {split} rows of {data.name}{chosen}",
         "training_data": f"{len(data.train):,} rows of {data.name}"
@@ -143,16 +143,18 @@ def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapp
         "datasets": [data.hub_id] if data.hub_id else [],
         "pictures": pictures,
     }
-    return replace(card, **{name: value for name, value in told.items() if getattr(card, name) == getattr(empty, name)})
+    return replace(
+        card, **{name: value for name, value in known.items() if getattr(card, name) == getattr(empty, name)}
+    )
 
 
 def end(result: FineTuned, keep_checkpoints: bool) -> None:
     """Write `metrics.json`, which says that the training is finished, and remove the checkpoints."""
-    told = {name: getattr(result, name) for name in ("metrics", "history", "best_step")}
-    told["labels"] = result.data.labels
-    told["confusion_matrix"] = None if result.confusion_matrix is None else result.confusion_matrix.tolist()
+    record = {name: getattr(result, name) for name in ("metrics", "history", "best_step")}
+    record["labels"] = result.data.labels
+    record["confusion_matrix"] = None if result.confusion_matrix is None else result.confusion_matrix.tolist()
     with replace_file(result.checkpoint_dir / METRICS) as file:
-        file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not keep_checkpoints:
         for old in list_checkpoints(result.checkpoint_dir):
             shutil.rmtree(old)

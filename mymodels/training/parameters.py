@@ -87,7 +87,7 @@ def add_lora(
         r: rank of the adapters.
         alpha: their scale is `alpha / r`. Default: `2 * r`.
         target_modules: ends of the names of the matrices that get one. Default: every matrix of every layer.
-        new: parameters that come from no checkpoint; their modules are trained whole.
+        new: parameters that come from no checkpoint; their modules are trained fully.
 
     Returns:
         the `PeftModel`; its `merge_and_unload()` gives the model back, adapters added in.
@@ -106,12 +106,12 @@ def add_lora(
             )
     else:
         targets = [name for name in matrices if _LAYER.search(f"{name}.")]
-    whole = sorted({name.rpartition(".")[0] for name in new} - set(targets))
+    fully_trained = sorted({name.rpartition(".")[0] for name in new} - set(targets))
     config = peft.LoraConfig(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,
         target_modules=targets,
-        modules_to_save=whole or None,
+        modules_to_save=fully_trained or None,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
     )
     return peft.get_peft_model(model, config)

@@ -92,7 +92,7 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
     count = len(names)
     side = max(3.2, 0.36 * count + 1.0)
     longest = max(map(len, names))
-    shown = [shorten(name, 24) for name in names]
+    ticks = [shorten(name, 24) for name in names]
     figure, axes = _figure(side + 0.08 * min(longest, 24) + 0.9, side + (0.08 * min(longest, 24) if count > 4 else 0.3))
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -102,8 +102,8 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
             color = "white" if share[row, column] > 0.55 else _INK
             axes.text(column, row, f"{matrix[row, column]}", ha="center", va="center", color=color, fontsize=size)
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if count > 4 or longest > 12 else {}
-    axes.set_xticks(range(count), shown, fontsize=size, **turned)
-    axes.set_yticks(range(count), shown, fontsize=size)
+    axes.set_xticks(range(count), ticks, fontsize=size, **turned)
+    axes.set_yticks(range(count), ticks, fontsize=size)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_xticks(np.arange(-0.5, count), minor=True)
     axes.set_yticks(np.arange(-0.5, count), minor=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import (
     DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,6 +59,39 @@ def encode_classification(data: Data, tokenizer: PreTrainedTokenizerBase, max_le
     if cut:
         total = sum(len(rows) for rows in found.values())
         data.notes.append(f"{cut} of {total} texts are longer than max_length={max_length} tokens and are cut there")
+    return found
+
+
+def encode_pairs(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+    """Split → examples of `input_ids` and `attention_mask` of the text and `labels` of the target, not padded yet."""
+    cut = {"text": 0, "target": 0}
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        options = {"truncation": True, "max_length": max_length, "return_token_type_ids": False}
+        encoded = tokenizer(rows["text"], **options)
+        targets = tokenizer(text_target=rows["target"], **options)["input_ids"]
+        for name, found in (("text", encoded["input_ids"]), ("target", targets)):
+            full = [row for row, ids in zip(rows[name], found) if len(ids) >= max_length]
+            given = {"text" if name == "text" else "text_target": full}
+            cut[name] += (
+                sum(len(ids) > max_length for ids in tokenizer(**given, verbose=False)["input_ids"]) if full else 0
+            )
+        return {**encoded, "labels": targets}
+
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    found = {
+        split: rows.map(
+            encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"encoding {split}"
+        )
+        for split, rows in splits.items()
+        if rows is not None
+    }
+    total = sum(len(rows) for rows in found.values())
+    for name, count in cut.items():
+        if count:
+            data.notes.append(
+                f"{count} of {total} {name}s are longer than max_length={max_length} tokens and are cut there"
+            )
     return found
 
 
@@ -137,14 +171,18 @@ def _masked_once(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> d
     return {name: batch[name].tolist() for name in ("input_ids", "labels")}
 
 
-def choose_collator(kind: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """What makes a batch of examples: padded texts, blocks of one length, or blocks with places hidden.
+def choose_collator(
+    kind: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """What makes a batch of examples: padded texts (with padded targets), blocks of one length, or blocks with places hidden.
 
     Args:
-        kind: `"classification"`, `"causal"` or `"masked"`.
+        kind: `"classification"`, `"seq2seq"`, `"causal"` or `"masked"`.
     """
     if kind == "classification":
         return DataCollatorWithPadding(tokenizer)
+    if kind == "seq2seq":  # pads the labels with -100, and lets the model make decoder_input_ids of them
+        return DataCollatorForSeq2Seq(tokenizer, model=model)
     if kind == "causal":
         return default_data_collator
     mask = DataCollatorForLanguageModeling(tokenizer)

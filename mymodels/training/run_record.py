@@ -63,10 +63,10 @@ def checkpoint_to_resume(
     if (folder / RECORD).is_file():
         before = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         now = json.loads(json.dumps(record, default=str))
-        told = [(name, f"{name} was {before.get(name)}, now {now.get(name)}") for name in {**now, **before}]
+        changes = [(name, f"{name} was {before.get(name)}, now {now.get(name)}") for name in {**now, **before}]
         differ = [
             sentence if len(sentence) <= 80 else f"{name} differs"
-            for name, sentence in told
+            for name, sentence in changes
             if before.get(name) != now.get(name)
         ]
         if differ:

@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints that are whole or not there, an exact resume, and a stop at NaN."""
+"""transformers' Trainer with atomic checkpoints, exact resume, and a stop at NaN."""
 
 import contextlib
 import inspect
@@ -29,9 +29,9 @@ RUN = "run.json"
 class Trainer(transformers.Trainer):
     """`transformers.Trainer`, its arguments and methods, with these differences:
 
-    - A folder `checkpoint-N` appears whole, with a `manifest.json` of hashes, or not at all: a kill or a full disk while
+    - A folder `checkpoint-N` appears complete, with a `manifest.json` of hashes, or not at all: a kill or a full disk while
       it is written leaves the ones before. Only then are old ones removed.
-    - `train(resume_from_checkpoint=True)` takes the newest whole checkpoint, and says which damaged ones it passes over.
+    - `train(resume_from_checkpoint=True)` takes the newest complete checkpoint, and warns of damaged ones that it skips.
       It refuses to go on with data of another size, another seed, or other numbers of examples per step.
     - A run that is not to be resumed needs an `output_dir` without checkpoints, for it would mix with another (with
       `save_strategy="no"` any will do). This also holds for a second `train()` of the same trainer.

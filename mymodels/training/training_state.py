@@ -1,4 +1,4 @@
-"""Training checkpoints: all that a run needs to go on exactly where it was, in one folder, whole or not there at all."""
+"""Training checkpoints: all that a run needs to go on exactly where it was, in one folder that is complete or absent."""
 
 import contextlib
 import json
@@ -121,12 +121,12 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
     """Keep transformers' bars out of the one of training."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             transformers_logging.enable_progress_bar()
 
 
@@ -179,10 +179,7 @@ def save_training_checkpoint(
         }
         with _without_bars(), replace_folder(folder, finish=write_manifest) as new:
             plain = accelerator.unwrap_model(model)
-            if isinstance(plain, PreTrainedModel):
-                save_model_files(plain, new, max_shard_size, weights)
-            else:
-                write_shards(weights, new, max_shard_size=max_shard_size)
+            save_weights(plain, new, max_shard_size, weights)
             torch_save(optimizer_state, new / OPTIMIZER)
             torch_save({"scheduler": scheduler.state_dict(), "scaler": scaler}, new / SCHEDULER)
             torch_save({"processes": random_states, "sampler": progress.sampler, "losses": losses}, new / RANDOM)
@@ -191,6 +188,20 @@ def save_training_checkpoint(
         remove_old_checkpoints(folder.parent, folder, best, save_total_limit)
     accelerator.wait_for_everyone()
     return folder
+
+
+def save_weights(
+    model: torch.nn.Module, folder: Path, max_shard_size: int | str, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """A model as it is: a transformers model with config and code, of any other module the weights alone.
+
+    Raises:
+        CheckpointError: something in the state dict is no tensor.
+    """
+    if isinstance(model, PreTrainedModel):
+        save_model_files(model, folder, max_shard_size, weights)
+    else:
+        write_shards(model.state_dict() if weights is None else weights, folder, max_shard_size=max_shard_size)
 
 
 @contextlib.contextmanager

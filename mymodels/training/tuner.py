@@ -43,8 +43,8 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}", refresh=False)
         if "eval_loss" in logs:
             shown = {name.removeprefix("eval_"): logs[name] for name in logs if is_metric(name)}
-            told = ", ".join(f"{name} {float(value):.4f}" for name, value in shown.items())
-            self.training_bar.write(f"step {state.global_step}: validation {told}")
+            values = ", ".join(f"{name} {float(value):.4f}" for name, value in shown.items())
+            self.training_bar.write(f"step {state.global_step}: validation {values}")
 
 
 def is_metric(name: str) -> bool:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from exports import COMBINED, mybert, mygpt2
 from tiny import MODERN, SWITCHES, stock_bert_config, stock_gpt2_config
-from transformers import AutoTokenizer, BertForMaskedLM, GPT2LMHeadModel, PreTrainedModel, T5Config
+from transformers import AutoTokenizer, BertForMaskedLM, GPT2LMHeadModel, PreTrainedModel, T5Config, ViTConfig
 from transformers import T5ForConditionalGeneration as T5
+from transformers import ViTForImageClassification as ViT
 
 from mymodels import cli, export_model
 from mymodels.export import ParityError, exporting, parity, programs
@@ -170,8 +171,12 @@ def test_other_models_and_missing_packages(tmp_path: Path, monkeypatch: pytest.M
         export_model(tmp_path / "nothing", "pt2", tmp_path / "out")
     small = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     folder = saved(T5(T5Config(**small, decoder_start_token_id=0)), tmp_path / "t5")
-    with pytest.raises(ValueError, match="is a T5ForConditionalGeneration: say task=, one of text-generation"):
-        export_model(folder, "pt2", tmp_path / "out")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    pictures = saved(ViT(ViTConfig(**sizes, image_size=8, patch_size=4)), tmp_path / "vit")
+    with pytest.raises(
+        ValueError, match="is a ViTForImageClassification, and models of text are exported: say task=, one"
+    ):
+        export_model(pictures, "pt2", tmp_path / "out")
     with pytest.raises(ValueError, match="T5Model cannot be exported to torchscript: You must specify"):
         export_model(folder, "torchscript", tmp_path / "out", task="feature-extraction")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -27,6 +27,14 @@ class Unsuitable(Exception):
     """The model takes something else than what can be made up from its config."""
 
 
+class WrongInputs(Exception):
+    """The caller's inputs are not the arguments of `forward`."""
+
+
+class FailedOnInputs(Exception):
+    """`forward` cannot compute with the caller's inputs."""
+
+
 # ---- what the config says of text
 
 
@@ -299,6 +307,44 @@ def _unknown(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 4096
+
+
+# ---- inputs that the caller gave
+
+
+def taken(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs that this class takes: a folder's other classes need not take all that its main class does."""
+    return (
+        {name: tensor for name, tensor in inputs.items() if accepts(model, name)} if _is_strict(model) else {**inputs}
+    )
+
+
+def _is_strict(model: Any) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def check_given(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Refuse inputs of the caller's that `forward` cannot be called with, in one sentence.
+
+    Raises:
+        WrongInputs: an argument is not known or missing.
+        FailedOnInputs: `forward` fails on these values.
+    """
+    takes = list(inspect.signature(model.forward).parameters)
+    unknown = [name for name in inputs if _is_strict(model) and name not in takes]
+    if unknown:
+        raise WrongInputs(
+            f"the given inputs have {unknown[0]!r}, which forward of {type(model).__name__} does not take: it takes "
+            f"{', '.join(takes)}"
+        )
+    if missing := [name for name in required(model) if name not in inputs]:
+        raise WrongInputs(f"forward of {type(model).__name__} needs {missing[0]!r}, which the given inputs do not have")
+    try:
+        run_model(model, inputs)
+    except Exception as error:
+        shapes_given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+        raise FailedOnInputs(f"forward fails on the given inputs ({shapes_given}): {sentence(error)}") from error
 
 
 # ---- the same inputs for every stage

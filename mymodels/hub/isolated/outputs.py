@@ -12,7 +12,9 @@ from . import golden_outputs, tokenizers
 from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, shown_outputs
 from .generating import STEPS, check_generation, generate, same_steps
 from .inputs import (
+    FailedOnInputs,
     Unsuitable,
+    WrongInputs,
     affordable,
     beside_text,
     generates,
@@ -24,6 +26,7 @@ from .inputs import (
     pad,
     room,
     side_of,
+    taken,
     tokens,
     two_stacks,
     window,
@@ -49,15 +52,20 @@ def run(job: dict[str, Any], events: Any) -> None:
         return
     golden = golden_outputs.read(job["golden"]) if job["golden"] else None
     tokenizer = tokenizers.run(job, events, model, golden.made if golden else None)
-    inputs: dict[str, torch.Tensor] = golden.inputs if golden else {}
+    inputs: dict[str, torch.Tensor] = {}
     with events.check("forward", name) as check:
         try:
-            inputs = inputs or make_inputs(model, processed_inputs(job))
+            inputs = golden_outputs.choose_inputs(job, model)
             keep_inputs(job, inputs)
             check_forward(check, model, inputs, event["tensors"])
             check_head(check, name, model, run_model(model, inputs))
         except Unsuitable as error:
-            check.skip(f"{error}; record golden outputs for inputs of your own")
+            check.skip(f"{error}; give some by --inputs FILE")
+        except WrongInputs as error:
+            events.write(wrong_inputs=str(error))
+            check.fail(str(error))
+        except FailedOnInputs as error:
+            check.fail(str(error))
     if check.failed:
         return
     if golden and name in golden.outputs:
@@ -119,7 +127,7 @@ def run_other_classes(job: dict[str, Any], events: Any) -> None:
             with events.check("forward", name) as check:
                 try:
                     inputs = golden_outputs.read_inputs(job) or make_inputs(model, processed_inputs(job))
-                    check_head(check, name, model, run_model(model, inputs))
+                    check_head(check, name, model, run_model(model, taken(model, inputs)))
                 except Unsuitable as error:
                     check.skip(str(error))
 

@@ -1,0 +1,80 @@
+"""Which Auto class a model class is for, by how its name ends: read from transformers' own tables."""
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from functools import cache
+
+import transformers
+
+_ENDINGS = {  # those that are no `For…`; of the first nothing can be said
+    "PreTrainedModel": "",
+    "Config": "AutoConfig",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "Model": "AutoModel",
+}
+_SOUNDS, _PICTURES = {"input_features", "input_values"}, {"pixel_values", "pixel_values_videos"}
+_SOUND_NAMES = re.compile("Speech|Audio|CTC|Wave|Spectrogram|RNNT|TDT")
+_PICTURE_NAMES = re.compile("Image|Visual|Vision|Video|Document|Object|Segmentation|Depth")
+_VAGUE = {
+    "AutoModel",
+    "AutoModelForPreTraining",
+    "AutoModelForMultimodalLM",
+}  # list classes of other Auto classes again
+
+
+@cache
+def _for_endings() -> dict[str, Counter[str]]:
+    """Ending such as `ForConditionalGeneration` → how many of transformers' classes that end so each Auto class has."""
+    found: dict[str, Counter[str]] = {}
+    for auto_class in dir(transformers):
+        if not auto_class.startswith("AutoModelFor"):
+            continue
+        mapping = getattr(getattr(transformers, auto_class), "_model_mapping", None)
+        for names in getattr(mapping, "_model_mapping", {}).values():
+            for name in names if isinstance(names, (tuple, list)) else [names]:
+                if ending := _for_ending(name):
+                    found.setdefault(ending, Counter())[auto_class] += 1
+    return found
+
+
+def _for_ending(class_name: str) -> str:
+    """`ForSomething` at the end of a class's name, or nothing."""
+    found = re.search(r"For[A-Z](?:(?!For[A-Z])\w)*$", class_name)
+    return found[0] if found else ""
+
+
+def auto_class_of(class_name: str, arguments: Collection[str] = ()) -> str:
+    """The Auto class that a class is for, by how its name ends; `""` if that says none.
+
+    Args:
+        arguments: of its `forward`. They decide where several Auto classes have such names:
+            `ForConditionalGeneration` is `AutoModelForSpeechSeq2Seq` with `input_features`,
+            `AutoModelForImageTextToText` with `pixel_values`, else `AutoModelForSeq2SeqLM`.
+
+    Example:
+        >>> auto_class_of("MyNetForImageClassification")
+        'AutoModelForImageClassification'
+    """
+    ending = _for_ending(class_name)
+    if not ending:
+        return next((auto for end, auto in _ENDINGS.items() if class_name.endswith(end)), "")
+    counts = _for_endings().get(ending, Counter())
+    same = f"AutoModel{ending}"
+    if hasattr(transformers, same) and same not in counts:
+        return same
+    candidates = [name for name, _ in counts.most_common() if name not in _VAGUE] or list(counts)
+    sound = [name for name in candidates if _SOUND_NAMES.search(name)]
+    picture = [name for name in candidates if _PICTURE_NAMES.search(name)]
+    if _SOUNDS & set(arguments):
+        preferred = sound
+    elif _PICTURES & set(arguments):
+        preferred = [same] if same in picture else picture
+    else:
+        preferred = [same] if same in candidates else [n for n in candidates if n not in sound and n not in picture]
+    return next(iter([*preferred, *candidates]), "")
+
+
+def known_auto_classes() -> list[str]:
+    """Every Auto class of models that the installed transformers has."""
+    return sorted(name for name in dir(transformers) if re.fullmatch(r"AutoModel(For\w+)?", name))
