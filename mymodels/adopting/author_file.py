@@ -194,25 +194,25 @@ def _faults(file: AuthorFile) -> Iterator[tuple[int, str]]:
     skipped = _main_blocks(file.tree)
     texts = {id(node.value) for node in ast.walk(file.tree) if isinstance(node, ast.Expr)}  # docstrings
     compared = {id(part) for node in ast.walk(file.tree) if isinstance(node, ast.Compare) for part in ast.walk(node)}
-    for node in _walk(file.tree, skipped):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts | compared:
-            if _ABSOLUTE.match(node.value):
-                yield node.lineno, f"the absolute path {node.value!r} exists on one machine only: make it an argument"
-            elif re.fullmatch(r"cuda(:\d+)?", node.value):
+    for part in _walk(file.tree, skipped):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and id(part) not in texts | compared:
+            if _ABSOLUTE.match(part.value):
+                yield part.lineno, f"the absolute path {part.value!r} exists on one machine only: make it an argument"
+            elif re.fullmatch(r"cuda(:\d+)?", part.value):
                 yield (
-                    node.lineno,
-                    f"the device {node.value!r} is not there on every machine: use the device of an input, as in x.device",
+                    part.lineno,
+                    f"the device {part.value!r} is not there on every machine: use the device of an input, as in x.device",
                 )
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+        elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and part.func.attr == "cuda":
             yield (
-                node.lineno,
-                f"`{_short(node)}` needs a CUDA device: leave it out, or use .to(x.device) with an input x",
+                part.lineno,
+                f"`{_short(part)}` needs a CUDA device: leave it out, or use .to(x.device) with an input x",
             )
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) in (
+        elif isinstance(part, ast.Attribute) and ast.unparse(part) in (
             "torch.cuda.FloatTensor",
             "torch.cuda.LongTensor",
         ):
-            yield node.lineno, f"`{ast.unparse(node)}` needs a CUDA device: use torch.zeros(…, device=x.device)"
+            yield part.lineno, f"`{ast.unparse(part)}` needs a CUDA device: use torch.zeros(…, device=x.device)"
 
 
 def _outside_main(tree: ast.Module) -> Iterator[ast.stmt]:
@@ -244,7 +244,7 @@ def _main_blocks(tree: ast.Module) -> list[ast.AST]:
 
 
 def _walk(tree: ast.AST, skipped: list[ast.AST]) -> Iterator[ast.AST]:
-    queue = [tree]
+    queue: list[ast.AST] = [tree]
     while queue:
         node = queue.pop(0)
         if node not in skipped:

@@ -5,8 +5,8 @@ import importlib
 import io
 import sys
 import traceback
-from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,18 +58,11 @@ def import_class(path: Path, name: str) -> type:
         raise CheckpointError(f"{path}{line_in(error, path)} cannot be imported: {in_words(error)}") from None
 
 
-def quiet() -> Any:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Within it, what the author's code prints goes nowhere."""
-
-    class Both:
-        def __enter__(self) -> None:
-            self.out, self.err = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
-            self.out.__enter__(), self.err.__enter__()
-
-        def __exit__(self, *raised: Any) -> None:
-            self.err.__exit__(*raised), self.out.__exit__(*raised)
-
-    return Both()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 def in_words(error: BaseException) -> str:

@@ -93,7 +93,7 @@ def read_constructor(
     config_class: type[PretrainedConfig] | None = None
     config_values: dict[str, Any] = {}
     try:
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
     except (TypeError, ValueError):
         parameters = []
     for number, parameter in enumerate(parameters):
@@ -192,8 +192,8 @@ def _is_config(cls: Any) -> bool:
 
 def _object(parameter: inspect.Parameter, taken: Any, cls: type, file: AuthorFile) -> tuple[dict[str, Any], str, str]:
     """What an argument that is an object is made of: field → default, its kind, the name of its dataclass."""
-    if dataclasses.is_dataclass(taken):
-        return _dataclass_fields(taken), "dataclass", taken.__name__
+    if isinstance(taken, type) and dataclasses.is_dataclass(taken):
+        return _dataclass_fields(taken), "dataclass", str(getattr(taken, "__name__", ""))
     if taken in (int, float, str, bool, list, tuple):
         return {}, "", ""
     module = inspect.getmodule(cls)
@@ -249,8 +249,8 @@ def _field(argument: str, value: Any, default: Any) -> Field:
     if default is inspect.Parameter.empty or not _is_plain(default):
         default = value
     is_tuple = isinstance(default, tuple) or isinstance(value, tuple)
-    plain = [list(v) if isinstance(v, tuple) else v for v in (value, default)]
-    return Field(_config_name(argument), argument, *plain, is_tuple)
+    value, default = (list(v) if isinstance(v, tuple) else v for v in (value, default))
+    return Field(_config_name(argument), argument, value, default, is_tuple)
 
 
 def _config_name(argument: str) -> str:

@@ -52,7 +52,7 @@ class Call(NamedTuple):
     main: str
 
     def run(self, module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
-        given = {}
+        given: dict[str, Any] = {}
         for name, role in self.arguments.items():
             if isinstance(role, list):
                 given[name] = {key: inputs[key] for key in role if key in inputs}

@@ -128,7 +128,8 @@ class ModelBattery:
     def test_save_and_load(self, model: PreTrainedModel, given: dict[str, torch.Tensor], tmp_path: Path) -> None:
         """What is saved is loaded, every tensor, with the same outputs and ties."""
         model.save_pretrained(tmp_path)
-        loaded, account = self.model_class.from_pretrained(tmp_path, output_loading_info=True)
+        made: Any = self.model_class.from_pretrained(tmp_path, output_loading_info=True)
+        loaded, account = made
         wrong = {kind: keys for kind, keys in account.items() if keys}
         assert not wrong, wrong
         after = loaded.state_dict()

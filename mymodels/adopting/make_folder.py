@@ -1,5 +1,6 @@
 """`adopt`: from the author's class and weights to a verified Hub repo folder."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -141,8 +142,15 @@ def adopt(
             raise (error if text == str(error) else CheckpointError(text)) from None
         with replace_folder(output_dir, finish=write_manifest) as final:
             shutil.copytree(folder, final, dirs_exist_ok=True)
-    names = ("model", "auto_class", "derived", "missing", "changed")
-    return Adopted(output_dir, *(found[name] for name in names), verification)
+    return Adopted(
+        folder=output_dir,
+        model=found["model"],
+        auto_class=found["auto_class"],
+        derived=found["derived"],
+        missing=found["missing"],
+        changed=found["changed"],
+        verification=verification,
+    )
 
 
 def _job(source: Any, scratch: Path, weights: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +193,8 @@ def _file_of(cls: type) -> Path:
     if cls.__module__ == "__main__" or path is None or not Path(path).is_file():
         line = ""
         if path is not None and Path(path).is_file():
-            line = f"{path}:{inspect.getsourcelines(cls)[1]}: "
+            with contextlib.suppress(OSError):  # made by `type`, or its cell was changed
+                line = f"{path}:{inspect.getsourcelines(cls)[1]}: "
         raise CheckpointError(
             f"{line}{cls.__name__} is defined in {cls.__module__}, a notebook or script: put it into a .py file and import it from there"
         )
@@ -284,7 +293,7 @@ def _leave_out_pipeline(folder: Path) -> None:
 
 def _check_outputs(folder: Path, scratch: Path, found: Mapping[str, Any]) -> None:
     """The folder's model gives the module's outputs, bit for bit, in a process without mymodels; these become its golden ones."""
-    job = {"inputs": str(scratch / INPUTS), "reference": str(scratch / OUTPUTS)}
+    job: dict[str, Any] = {"inputs": str(scratch / INPUTS), "reference": str(scratch / OUTPUTS)}
     with clean_process(folder, ["reference", "record"], **job) as run:
         event = run.one("reference")
         made = run.scratch / "golden.safetensors"
