@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from adopting.cases import AUTHORS, CASES, job
 from safetensors.torch import load_file
 
 from mymodels.adopting.examine import examine
+from mymodels.hub.static import static_checks
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +150,17 @@ def test_what_could_not_be_derived_is_listed(examined: dict) -> None:
     assert "'gpt2' is a family of transformers' own" in changed and "eos_token_id is None" in changed
     config = json.loads((examined["my_gpt2"][1] / "source_my_gpt2" / "config.json").read_text())
     assert config["model_type"] not in ("gpt2", "mygpt2")
+
+
+def test_buffers_that_the_wrapper_makes_persistent_are_in_the_file(examined: dict, tmp_path: Path) -> None:
+    """`gpt.py` registers its causal mask with persistent=False; without the wrapper's line, verify has to refuse it."""
+    folder = tmp_path / "without"
+    shutil.copytree(examined["gpt"][1] / "source_gpt", folder)
+    found = {check.name: check.status for check in static_checks(folder)}
+    assert found["buffers"] == "ok"
+    modeling = folder / "modeling_gpt_hub.py"
+    lines = modeling.read_text().split("\n")
+    kept = [line.replace("module._non_persistent_buffers_set.clear()", "pass") for line in lines]
+    assert kept != lines
+    modeling.write_text("\n".join(kept))
+    assert {check.name: check.status for check in static_checks(folder)}["buffers"] == "failed"
