@@ -13,6 +13,7 @@ from adopting.cases import AUTHORS, CASES, job
 from safetensors.torch import load_file
 
 from mymodels.adopting.examine import examine
+from mymodels.adopting.make_folder import _job
 from mymodels.hub.static import static_checks
 
 
@@ -164,3 +165,25 @@ def test_buffers_that_the_wrapper_makes_persistent_are_in_the_file(examined: dic
     assert kept != lines
     modeling.write_text("\n".join(kept))
     assert {check.name: check.status for check in static_checks(folder)}["buffers"] == "failed"
+
+
+@pytest.mark.parametrize("file", ["gpt", "my_gpt2", "encoder"])
+def test_a_module_in_memory_brings_its_weights_and_what_its_attributes_hold(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(AUTHORS)
+    author, (name, config, auto_class) = importlib.import_module(file), CASES[file]
+    torch.manual_seed(11)
+    if file == "gpt":
+        module, given = author.GPT(author.GPTConfig(**config)), {}
+    elif file == "my_gpt2":
+        module, given = author.MyGPT2Model(transformers.GPT2Config(**config)), {}
+    else:  # its constructor keeps one of its arguments only
+        module, given = author.Tagger(**config), {"vocab": config["vocab"]}
+    made = _job(module, tmp_path, None, given)
+    found = examine(job(made["file"], name, made["config"], weights=made["weights"]), tmp_path)
+    (tmp_path / "source").rename(tmp_path / f"source_memory_{file}")
+    model = load(tmp_path, f"memory_{file}", found["auto_class"])
+    assert found["auto_class"] == auto_class
+    for key, tensor in module.state_dict().items():
+        assert torch.equal(model.net.state_dict()[key], tensor), key

@@ -170,7 +170,8 @@ def test_what_running_shows_is_refused(what: str, tmp_path: Path) -> None:
 
 def test_a_main_guard_may_hold_all_that(tmp_path: Path) -> None:
     guarded = "if __name__ == '__main__':\n    net = Net().cuda()\n    for _ in range(3):\n        open('/home/me/x')\n"
-    found = examine(job(write(tmp_path, HEADING + NET + guarded), "Net", {}), tmp_path)
+    harmless = "import re\nWORD = re.compile('[a-z]+')\nSIZES = {'small': 1}\n"
+    found = examine(job(write(tmp_path, HEADING + harmless + NET + guarded), "Net", {}), tmp_path)
     assert found["auto_class"] == "AutoModelForCausalLM"
 
 
