@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adopting import Adopted, adopt
     from .checkpoints import load_checkpoint_and_dispatch, load_state_dict, open_checkpoint, save_checkpoint
     from .export import export_model
     from .hub import build_repo, load_in_clean_process
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Adopted": ".adopting",
+    "adopt": ".adopting",
     "MyBertConfig": ".models.configuration_mybert",
     "MyBertForMaskedLM": ".models.modeling_mybert",
     "MyBertForQuestionAnswering": ".models.modeling_mybert",
@@ -66,6 +69,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Adopted",
     "FineTuned",
     "MyBertConfig",
     "MyBertForMaskedLM",
@@ -79,6 +83,7 @@ __all__ = [
     "MyGPT2Model",
     "Trainer",
     "WarmStartReport",
+    "adopt",
     "build_repo",
     "export_model",
     "finetune",

@@ -1,5 +1,6 @@
 """The command line before any verb runs: quick help, its examples, wrong input, interruption, closed pipes."""
 
+import importlib
 import os
 import re
 import resource
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mymodels
 from mymodels import cli
@@ -18,7 +20,7 @@ from mymodels.cli.command import make_parser, parse
 
 ROOT = Path(__file__).parents[1]
 VERBS = sorted(make_parser()[1])
-SLOW = {"demo", "finetune", "verify", "export"}  # each runs models for longer than a few seconds
+SLOW = {"adopt", "demo", "finetune", "verify", "export"}  # each runs models for longer than a few seconds
 SCRIPT = "import sys, mymodels_command as start; sys.exit(start.main())"  # what the installed script does
 STARTS = {"script": ["-c", SCRIPT], "module": ["-m", "mymodels"]}
 
@@ -140,6 +142,25 @@ def test_a_help_starts_with_a_sentence_and_ends_with_an_example_and_the_exit_cod
     assert arguments.verb == verb
 
 
+MY_MODEL = """
+from torch import nn
+
+
+class MyNet(nn.Module):
+    def __init__(self, hidden, layers, vocab=50):
+        super().__init__()
+        self.embed = nn.Embedding(vocab, hidden)
+        self.layers = nn.ModuleList([nn.Linear(hidden, hidden) for _ in range(layers)])
+        self.head = nn.Linear(hidden, vocab)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return self.head(x)
+"""
+
+
 @pytest.mark.parametrize(
     "verb", [pytest.param(verb, marks=pytest.mark.slow if verb in SLOW else ()) for verb in VERBS if verb != "push"]
 )
@@ -151,6 +172,11 @@ def test_the_example_runs(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     if command[0] == "echo":
         Path("lines.jsonl").write_text(command[1] + "\n")
         command = [*command[3:], "--input", "lines.jsonl"]
+    if verb == "adopt":
+        Path("my_model.py").write_text(MY_MODEL)
+        monkeypatch.syspath_prepend(tmp_path)
+        torch.save(importlib.import_module("my_model").MyNet(256, 4).state_dict(), "net.pt")
+        command.append("--quick")
     assert command[0] == "mymodels"
     assert cli.main(command[1:]) == 0
 

@@ -9,10 +9,25 @@ import sys
 import mymodels
 
 from ..messages import printable
-from . import build, check, convert, demo, export, finetune, inspect, lock, predict, push, verify, warm_start
+from . import (
+    adopt,
+    build,
+    check,
+    convert,
+    demo,
+    export,
+    finetune,
+    inspect,
+    lock,
+    new,
+    predict,
+    push,
+    verify,
+    warm_start,
+)
 from .options import Parser
 
-_VERBS = (demo, inspect, convert, check, warm_start, build, finetune, predict, verify, push, lock, export)
+_VERBS = (demo, new, adopt, inspect, convert, check, warm_start, build, finetune, predict, verify, push, lock, export)
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:

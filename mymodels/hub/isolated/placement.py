@@ -39,7 +39,19 @@ def run(job: dict[str, Any], events: Any) -> None:
             check.not_applicable("the model has no list of blocks to split")
             return
         model, _ = load(job, name, device_map=device_map, offload_folder=f"{job['scratch']}/offload")
-        seen = shown_outputs(model, read_inputs(job))
+        try:
+            seen = shown_outputs(model, read_inputs(job))
+        except (RuntimeError, AssertionError):
+            inner = [n for n, part in model.named_modules() if isinstance(part, torch.nn.MultiheadAttention)]
+            if not any(
+                n.startswith(f"{path}.") for n in inner for path, place in device_map.items() if place == "disk"
+            ):
+                raise
+            what = (
+                f"{inner[-1]} is an nn.MultiheadAttention, which reads the weights of its parts past accelerate's hooks"
+            )
+            check.warn(f"{what}: no weights of this model can be kept on the disk")
+            return
         check.fail_if(difference(seen, load_file(expected)))
 
 

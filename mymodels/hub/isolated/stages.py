@@ -25,6 +25,7 @@ STAGES = {  # name: (module of this folder, function), in the order they run; ea
     "facts": ("facts", "run"),
     "export": ("facts", "run_export"),
     "record": ("golden_outputs", "run"),
+    "reference": ("reference", "run"),
     "texts": ("texts", "run"),
 }
 

@@ -120,6 +120,12 @@ def _unsaved_buffers(klass: Klass) -> Iterator[tuple[str, ast.Call]]:
 def buffers(folder: Folder) -> Iterator[Finding]:
     """Buffers that are in no file are computed again after loading, which leaves them as garbage otherwise."""
     code = live_code(folder)
+    if any(
+        ast.unparse(call.func).endswith("._non_persistent_buffers_set.clear")
+        for k in code.classes
+        for call in calls(k.node)
+    ):
+        return  # the model makes its modules' buffers persistent, so they are in the file
     refilled = _refilled(code)
     starts = [ast.unparse(m) for k in code.classes for m in [k.method("_init_weights")] if m is not None]
     by_parent = not starts or any("super()._init_weights" in text for text in starts)

@@ -1,0 +1,277 @@
+"""The constructor's arguments as fields of a config: which there are, where their values come from, how they go back."""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from ..checkpoints import CheckpointError
+from .author_file import AuthorFile, attributes_read, keys_read
+
+_SHARED = {  # names of the author's that mean what they mean to transformers
+    "num_labels", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id",
+    "tie_word_embeddings", "is_decoder", "problem_type", "add_cross_attention", "vocab_size", "hidden_size",
+    "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+}  # fmt: skip
+_SCALARS = (bool, int, float, str, type(None))
+
+
+class Field(NamedTuple):
+    """A field of the config.
+
+    Attributes:
+        name: in the config.
+        argument: what the author calls it.
+        value: what this model was made with.
+        default: the author's, or `value` where there is none.
+        is_tuple: whether the author's class takes a tuple, which JSON makes a list of.
+    """
+
+    name: str
+    argument: str
+    value: Any
+    default: Any
+    is_tuple: bool = False
+
+
+class Argument(NamedTuple):
+    """An argument of the constructor.
+
+    Attributes:
+        name: of the argument.
+        kind: `value` (a field), `config` (transformers' config itself), or an object made of fields: `dataclass`,
+            `namespace`, `dict`.
+        fields: the fields it is made of.
+        type_name: name of the dataclass.
+        keyword: whether it has to be passed by its name.
+    """
+
+    name: str
+    kind: str
+    fields: list[Field]
+    type_name: str = ""
+    keyword: bool = True
+
+
+class Constructor(NamedTuple):
+    """How to build the author's class from a config.
+
+    Attributes:
+        arguments: in the order of the signature; those that stay at a default which is no plain value are not in it.
+        config_class: transformers' config class that the first argument is of, or None.
+        config_values: what is set on that config.
+        left: arguments that stay at the author's default.
+    """
+
+    arguments: list[Argument]
+    config_class: type[PretrainedConfig] | None
+    config_values: dict[str, Any]
+    left: list[str]
+
+    @property
+    def fields(self) -> list[Field]:
+        return list({field.name: field for argument in self.arguments for field in argument.fields}.values())
+
+
+def read_constructor(
+    cls: type, file: AuthorFile, given: Mapping[str, Any], recorded: Mapping[str, Any] | None = None
+) -> Constructor:
+    """Find a value for every argument of a constructor.
+
+    Args:
+        given: values by name, from the caller.
+        recorded: values that a training checkpoint holds, for what is not given.
+
+    Raises:
+        CheckpointError: an argument has no value, or could be several things; a given name is none of them.
+    """
+    place, left, arguments = f"{file.path}: {cls.__name__}", [], []
+    values, used = dict(given), set()
+    config_class: type[PretrainedConfig] | None = None
+    config_values: dict[str, Any] = {}
+    try:
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+    except (TypeError, ValueError):
+        parameters = []
+    for number, parameter in enumerate(parameters):
+        name = parameter.name
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        keyword = parameter.kind is not parameter.POSITIONAL_ONLY
+        taken = _class_of(parameter, cls)
+        if config_class is None and (_is_config(taken) or (number == 0 and issubclass(cls, PreTrainedModel))):
+            config_class = taken if _is_config(taken) else getattr(cls, "config_class", None)
+            if config_class is None:
+                raise CheckpointError(f"{place} names no config class: write `config_class = …Config` into the class")
+            arguments.append(Argument(name, "config", [], config_class.__name__, False))
+            continue
+        if name in values and not isinstance(values[name], Mapping):
+            used.add(name)
+            arguments.append(Argument(name, "value", [_field(name, values[name], parameter.default)], "", keyword))
+            continue
+        nested = values.pop(name) if isinstance(values.get(name), Mapping) else {}
+        nested = {**nested, **{k.partition(".")[2]: values.pop(k) for k in list(values) if k.startswith(f"{name}.")}}
+        fields, kind, type_name = _object(parameter, taken, cls, file)
+        if kind:
+            own = []
+            for field, default in fields.items():
+                value = _find(field, default, nested, values, recorded)
+                if value is _MISSING:
+                    raise CheckpointError(
+                        f"{place} reads {name}.{field}, for which there is no value: give it, --config {field}=…"
+                    )
+                used.add(field)
+                own.append(_field(field, value, default))
+            if extra := sorted(set(nested) - set(fields)):
+                raise CheckpointError(f"{place} reads no {name}.{extra[0]}; it reads {', '.join(fields)}")
+            arguments.append(Argument(name, kind, own, type_name, keyword))
+            continue
+        if nested:
+            arguments.append(Argument(name, "value", [_field(name, nested, parameter.default)], "", keyword))
+            continue
+        value = _find(name, parameter.default, {}, values, recorded)
+        if value is _MISSING or value is inspect.Parameter.empty:
+            raise CheckpointError(
+                f"{place} needs its argument {name!r}, which has no default: give it, --config {name}=…"
+            )
+        if not _is_plain(value):
+            left.append(name)
+            continue
+        arguments.append(Argument(name, "value", [_field(name, value, parameter.default)], "", keyword))
+    _check_names(place, arguments)
+    rest = {name: value for name, value in values.items() if name not in used}
+    if config_class is not None:
+        known = config_class().to_dict() if rest else {}
+        aliases = getattr(config_class, "attribute_map", {})
+        config_values = {
+            n: v for n, v in rest.items() if n in known or n in aliases or n in ("num_labels", "id2label", "label2id")
+        }
+        rest = {name: value for name, value in rest.items() if name not in config_values}
+        fields_named = {field.name for argument in arguments for field in argument.fields}
+        attributes = attributes_read(file, next(a.name for a in arguments if a.kind == "config"))
+        if both := sorted(fields_named & attributes & set(config_class().to_dict())):
+            raise CheckpointError(
+                f"{place}: {both[0]!r} is read of two arguments of the constructor, and a config has one field of a name: rename one"
+            )
+    if rest:
+        name = sorted(rest)[0]
+        names = [field.argument for argument in arguments for field in argument.fields]
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"its arguments are {', '.join(names) or 'none'}"
+        raise CheckpointError(f"{place} has no argument {name!r}: {hint}")
+    return Constructor(arguments, config_class, config_values, left)
+
+
+_MISSING = object()
+
+
+def _find(name: str, default: Any, nested: Mapping, given: Mapping, recorded: Mapping | None) -> Any:
+    for values in (nested, given, recorded or {}):
+        if name in values:
+            return values[name]
+    return _MISSING if default is inspect.Parameter.empty else default
+
+
+def _class_of(parameter: inspect.Parameter, cls: type) -> Any:
+    """The class that an argument is annotated with, or that its default is of."""
+    annotation = parameter.annotation
+    if isinstance(annotation, str):
+        annotation = getattr(inspect.getmodule(cls), annotation.strip("'\""), None)
+    if isinstance(annotation, type) and annotation is not inspect.Parameter.empty:
+        return annotation
+    default = parameter.default
+    return type(default) if dataclasses.is_dataclass(default) and not isinstance(default, type) else None
+
+
+def _is_config(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, PretrainedConfig)
+
+
+def _object(parameter: inspect.Parameter, taken: Any, cls: type, file: AuthorFile) -> tuple[dict[str, Any], str, str]:
+    """What an argument that is an object is made of: field → default, its kind, the name of its dataclass."""
+    if isinstance(taken, type) and dataclasses.is_dataclass(taken):
+        return _dataclass_fields(taken), "dataclass", str(getattr(taken, "__name__", ""))
+    if taken in (int, float, str, bool, list, tuple):
+        return {}, "", ""
+    module = inspect.getmodule(cls)
+    read = attributes_read(file, parameter.name)
+    methods = {"items", "keys", "values", "get", "update", "copy", "append", "shape", "size", "dim"}
+    if read - methods:
+        suiting = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and dataclasses.is_dataclass(value)
+            and value.__module__ == cls.__module__
+            and read - methods <= set(dir(value)) | {field.name for field in dataclasses.fields(value)}
+        ]
+        if len(suiting) > 1:
+            names = " or ".join(value.__name__ for value in suiting)
+            raise CheckpointError(
+                f"{file.path}: the argument {parameter.name!r} of {cls.__name__} could be {names}: annotate it, "
+                f"`{parameter.name}: {suiting[0].__name__}`"
+            )
+        if suiting:
+            return _dataclass_fields(suiting[0]), "dataclass", suiting[0].__name__
+        return dict.fromkeys(sorted(read - methods), inspect.Parameter.empty), "namespace", ""
+    keys = keys_read(file, parameter.name)
+    if keys and (taken in (None, dict)):
+        return dict.fromkeys(sorted(keys), inspect.Parameter.empty), "dict", ""
+    return {}, "", ""
+
+
+def _dataclass_fields(cls: Any) -> dict[str, Any]:
+    found = {}
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        found[field.name] = inspect.Parameter.empty if made is dataclasses.MISSING else made
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    return isinstance(value, _SCALARS)
+
+
+def _field(argument: str, value: Any, default: Any) -> Field:
+    if not _is_plain(value):
+        raise CheckpointError(
+            f"the value of {argument!r} is a {type(value).__name__}, which config.json cannot hold: take a number, text, list or dictionary"
+        )
+    if default is inspect.Parameter.empty or not _is_plain(default):
+        default = value
+    is_tuple = isinstance(default, tuple) or isinstance(value, tuple)
+    value, default = (list(v) if isinstance(v, tuple) else v for v in (value, default))
+    return Field(_config_name(argument), argument, value, default, is_tuple)
+
+
+def _config_name(argument: str) -> str:
+    """The argument's name, unless transformers keeps something else under it."""
+    if argument in _SHARED:
+        return argument
+    owned = (
+        hasattr(PretrainedConfig, argument)
+        or argument in vars(PretrainedConfig())
+        or argument in vars(GenerationConfig())
+    )
+    return f"model_{argument}" if owned or argument.startswith("_") else argument
+
+
+def _check_names(place: str, arguments: list[Argument]) -> None:
+    seen: dict[str, tuple[str, Any]] = {}
+    for argument in arguments:
+        for field in argument.fields:
+            if field.name in seen and seen[field.name][1] != field.value:
+                raise CheckpointError(
+                    f"{place}: {field.argument!r} is a field of both {seen[field.name][0]} and {argument.name}, with other values: "
+                    "a config has one field of a name, rename one"
+                )
+            seen[field.name] = argument.name, field.value

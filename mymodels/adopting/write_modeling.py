@@ -1,0 +1,397 @@
+"""The text of `modeling_NAME.py`: the wrapper around the author's module."""
+
+import textwrap
+from typing import NamedTuple
+
+from torch import nn
+
+from .author_file import AuthorFile
+from .constructor import Argument, Constructor, Field
+from .probing import MASK_FORMS, Probe
+from .write_configuration import Names
+
+_OUTPUT = {
+    "causal": "CausalLMOutput",
+    "masked": "MaskedLMOutput",
+    "tokens": "TokenClassifierOutput",
+    "sequence": "SequenceClassifierOutput",
+    "seq2seq": "Seq2SeqLMOutput",
+    "image": "ImageClassifierOutput",
+    "body": "BaseModelOutput",
+}
+
+
+TIE_WEIGHTS = """\
+def tie_weights(self, missing_keys: set[str] | None = None, **kwargs: Any) -> None:
+    if missing_keys is None:
+        return super().tie_weights(**kwargs)
+    if transformers.__version__.startswith("5.3."):  # it forgets that a tied head of remote code is in no file
+        missing_keys.update(name for name in self._tied_weights_keys if self.get_parameter(name).is_meta)
+    return super().tie_weights(missing_keys=missing_keys, **kwargs)
+"""
+
+
+class Wrapped(NamedTuple):
+    """What the wrapper has to know of the module, beside the `Probe`.
+
+    Attributes:
+        is_pretrained: whether it is a PreTrainedModel.
+        flags: class attributes that the wrapper takes over from a PreTrainedModel.
+        no_split: names of the classes of repeated blocks.
+        ties: tied name → the name it is tied to.
+        tables: whether it has non-persistent buffers of its own.
+        on_cpu: whether its constructor needs real tensors.
+    """
+
+    is_pretrained: bool
+    flags: dict[str, object]
+    no_split: list[str]
+    ties: dict[str, str]
+    tables: bool
+    on_cpu: bool
+
+
+def wrapped(module: nn.Module, ties: dict[str, str], on_cpu: bool) -> Wrapped:
+    from transformers import PreTrainedModel
+
+    is_pretrained = isinstance(module, PreTrainedModel)
+    names = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+    flags: dict[str, object] = {}
+    if is_pretrained:
+        stock = [type(p) for p in module.modules() if type(p).__module__.startswith("transformers.models.")]
+        if any("Attention" in kind.__name__ for kind in stock):  # the author's own attention looks up no other function
+            flags = {name: True for name in names if getattr(module, name, False)}
+        if any(hasattr(part, "gradient_checkpointing") for part in module.modules() if part is not module):
+            flags["supports_gradient_checkpointing"] = True
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
+    firsts = [part[0] for part in lists if next(part[0].children(), None) is not None]
+    # torch's own layers read the weights of their parts past the hooks that a device map sets
+    blocks = list(
+        dict.fromkeys(type(part).__name__ for part in firsts if not type(part).__module__.startswith("torch."))
+    )
+    tables = any(
+        getattr(part, "_non_persistent_buffers_set", None) and not type(part).__module__.startswith("transformers.")
+        for part in module.modules()
+    )
+    return Wrapped(is_pretrained, flags, blocks, ties, tables, on_cpu)
+
+
+def write_modeling(
+    constructor: Constructor,
+    probe: Probe,
+    names: Names,
+    cls: str,
+    file: AuthorFile,
+    renamed: dict[str, str],
+    about: Wrapped,
+) -> str:
+    """The file's text."""
+    generates = probe.kind == "causal"
+    bases = "PreTrainedModel, GenerationMixin" if generates else "PreTrainedModel"
+    dataclasses = sorted({a.type_name for a in constructor.arguments if a.kind == "dataclass"})
+    namespace = any(a.kind == "namespace" for a in constructor.arguments)
+    head = [
+        f'"""{names.model}: `{cls}` as a transformers model. The module itself is in {file.path.name}, as its author wrote it."""',
+        "",
+        *(["from types import SimpleNamespace"] if namespace else []),
+        "from typing import Any",
+        "",
+        "import torch",
+        *(["import transformers"] if about.ties else []),
+        "from torch import nn",
+        f"from transformers import {'GenerationMixin, ' if generates else ''}PreTrainedModel",
+        f"from transformers.modeling_outputs import {_OUTPUT[probe.kind]}",
+        "from transformers.utils import can_return_tuple",
+        "",
+        f"from .configuration_{names.model_type} import {names.config}",
+        f"from .{file.path.stem} import {', '.join(sorted([cls, *dataclasses]))}",
+        "",
+        "",
+        f"class {names.model}({bases}):",
+        f'    """{_summary(probe, cls)}"""',
+        "",
+        "",
+    ]
+    body = "\n\n".join(
+        part
+        for part in (
+            _attributes(probe, names, about),
+            _init(constructor, names, cls, renamed, about),
+            _init_weights(about),
+            TIE_WEIGHTS.rstrip() if about.ties else "",
+            _embeddings(probe),
+            _forward(probe, names, file),
+            _generation() if generates else "",
+        )
+        if part
+    )
+    return "\n".join(head) + textwrap.indent(body, "    ", lambda line: bool(line.strip())) + "\n"
+
+
+def _summary(probe: Probe, cls: str) -> str:
+    return {
+        "causal": f"`{cls}` with next-token labels and `generate`, which runs all tokens again at each step.",
+        "masked": f"`{cls}` with a loss for masked tokens.",
+        "tokens": f"`{cls}` with a loss for a label per token.",
+        "sequence": f"`{cls}` with a loss for a label per row.",
+        "seq2seq": f"`{cls}` with a loss for the tokens of the target.",
+        "image": f"`{cls}` with a loss for a label per image.",
+        "body": f"`{cls}` with its output as `last_hidden_state`.",
+    }[probe.kind]
+
+
+def _attributes(probe: Probe, names: Names, about: Wrapped) -> str:
+    lines = [f"config_class = {names.config}"]
+    if probe.call.main != "input_ids":
+        lines.append(f'main_input_name = "{probe.call.main}"')
+    if about.no_split:
+        lines.append(f"_no_split_modules = [{', '.join(f'{name!r}' for name in about.no_split)}]".replace("'", '"'))
+    if about.ties:
+        pairs = ", ".join(f'"net.{tied}": "net.{target}"' for tied, target in sorted(about.ties.items()))
+        lines.append(f"_tied_weights_keys = {{{pairs}}}")
+    lines += [f"{name} = {value}" for name, value in about.flags.items()]
+    return "\n".join(lines)
+
+
+def _init(constructor: Constructor, names: Names, cls: str, renamed: dict[str, str], about: Wrapped) -> str:
+    calls = [_argument(argument, renamed) for argument in constructor.arguments]
+    built = f"self.net = {cls}({', '.join(calls)})"
+    if len(built) > 100:
+        built = f"self.net = {cls}(\n" + "".join(f"    {call},\n" for call in calls) + ")"
+    lines = [f"def __init__(self, config: {names.config}):", "    super().__init__(config)"]
+    loading = "any(weight.is_meta for weight in self.net.parameters())"
+    if about.on_cpu:
+        lines += [
+            '    loading = torch.get_default_device().type == "meta"',
+            '    with torch.device("cpu"):  # its constructor computes with tensors, which have no values on the meta device',
+            textwrap.indent(built, " " * 8),
+        ]
+        loading = f"(loading or {loading})"
+    else:
+        lines.append(textwrap.indent(built, " " * 4))
+    if about.tables:
+        lines += [
+            "    for module in self.net.modules():",
+            *(
+                [
+                    '        if not type(module).__module__.startswith("transformers."):',
+                    "            module._non_persistent_buffers_set.clear()",
+                ]
+                if about.is_pretrained
+                else ["        module._non_persistent_buffers_set.clear()"]
+            ),
+        ]
+        lines[-1] += "  # saved too: the loader would not compute them again"
+    if not about.is_pretrained:
+        lines += [
+            f"    if not {loading}:",
+            "        for module in self.net.modules():  # a new model keeps the initialisation of its author",
+            "            module._is_hf_initialized = True",
+        ]
+    return "\n".join([*lines, "    self.post_init()"])
+
+
+def _argument(argument: Argument, renamed: dict[str, str]) -> str:
+    if argument.kind == "config":
+        return "config"
+    pairs = [(field.argument, _value(field, renamed)) for field in argument.fields]
+    prefix = f"{argument.name}=" if argument.keyword else ""
+    if argument.kind == "value":
+        return prefix + pairs[0][1]
+    joined = ", ".join(f"{name}={value}" for name, value in pairs)
+    kind = {"dataclass": argument.type_name, "namespace": "SimpleNamespace", "dict": "dict"}[argument.kind]
+    if len(joined) > 70:
+        inner = "".join(f"    {name}={value},\n" for name, value in pairs)
+        return f"{prefix}{kind}(\n{textwrap.indent(inner, '    ')}    )"
+    return f"{prefix}{kind}({joined})"
+
+
+def _value(field: Field, renamed: dict[str, str]) -> str:
+    name = "num_labels" if renamed.get("num_labels") == field.name else field.name
+    if not field.is_tuple:
+        return f"config.{name}"
+    return f"tuple(config.{name})" if field.value is not None else f"config.{name} and tuple(config.{name})"
+
+
+def _init_weights(about: Wrapped) -> str:
+    if about.is_pretrained:
+        return (
+            "def _init_weights(self, module: nn.Module) -> None:\n"
+            "    if module is not self:\n"
+            "        self.net._init_weights(module)"
+        )
+    return """\
+def _init_weights(self, module: nn.Module) -> None:
+    # New tokens, and what a checkpoint lacks. `nn.init` on the parameter: the loader guards these calls.
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)):
+        nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)) and module.weight is not None:
+        nn.init.ones_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)"""
+
+
+def _embeddings(probe: Probe) -> str:
+    if not probe.embeddings:
+        return ""
+    text = _getter("input", probe.embeddings, "value")
+    return text + "\n\n" + _getter("output", probe.head, "value") if probe.head else text
+
+
+def _getter(kind: str, path: str, value: str) -> str:
+    return (
+        f"def get_{kind}_embeddings(self) -> nn.Module:\n    return self.net.{_dotted(path)}\n\n"
+        f"def set_{kind}_embeddings(self, {value}: nn.Module) -> None:\n    self.net.{_dotted(path)} = {value}"
+    )
+
+
+def _dotted(path: str) -> str:
+    """A path of modules as Python writes it; children of a list by number."""
+    first, *rest = path.split(".")
+    return first + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in rest)
+
+
+def _forward(probe: Probe, names: Names, file: AuthorFile) -> str:
+    call, moved = probe.call, probe.padding == "moved"
+    roles = list(call.arguments.values())
+    takes_mask = probe.padding != "none" or any(isinstance(role, list) for role in roles)
+    in_dict = sorted(
+        {key for role in roles if isinstance(role, list) for key in role} - {"input_ids", "attention_mask"}
+    )
+    two = "decoder_input_ids" in roles
+    has_loss = probe.kind != "body" or bool(probe.own_loss)
+    parameters = [f"{call.main}: torch.Tensor"]
+    parameters += ["attention_mask: torch.Tensor | None = None"] if takes_mask else []
+    parameters += [f"{name}: torch.Tensor | None = None" for name in in_dict]
+    parameters += ["decoder_input_ids: torch.Tensor | None = None"] if two else []
+    parameters += ["labels: torch.Tensor | None = None"] if has_loss else []
+    lines = ["@can_return_tuple", "def forward(", "    self,", *(f"    {p}," for p in parameters), "    **kwargs: Any,"]
+    lines += [f") -> {_OUTPUT[probe.kind]}:", *_docstring(probe, takes_mask, two, has_loss)]
+    lines += [f"    {line}" for line in _refusals(probe, takes_mask)]
+    if any(isinstance(role, list) for role in roles):
+        lines += ["    if attention_mask is None:", "        attention_mask = torch.ones_like(input_ids)"]
+    if two:
+        lines += [
+            "    if decoder_input_ids is None:",
+            '        raise ValueError("give decoder_input_ids, the target up to the token before each label")',
+        ]
+    if moved:
+        lines += [
+            "    order = None if attention_mask is None else attention_mask.argsort(dim=1, descending=True, stable=True)",
+            "    if order is not None:  # padding behind the tokens, where no token sees it",
+            "        input_ids = input_ids.gather(1, order)",
+        ]
+        if any(role in MASK_FORMS for role in roles if isinstance(role, str)):
+            lines.append("        attention_mask = attention_mask.gather(1, order)")
+    masks = {name: role for name, role in call.arguments.items() if isinstance(role, str) and role in MASK_FORMS}
+    for form in dict.fromkeys(form for form in masks.values() if form != "attention_mask"):
+        lines.append(f"    mask = None if attention_mask is None else {form}")
+    written = []
+    for number, (name, role) in enumerate(call.arguments.items()):
+        value = "mask" if name in masks and role != "attention_mask" else role
+        if isinstance(role, list):
+            value = "{" + ", ".join(f'"{key}": {key}' for key in role) + "}"
+        if number and role == "input_ids":  # what stands for the labels may be viewed as a flat row
+            value = "input_ids.contiguous()"
+        written.append(str(value) if number == 0 else f"{name}={value}")
+    if in_dict:
+        first = next(name for name, role in call.arguments.items() if isinstance(role, list))
+        lines += [
+            f"    {first} = {written[0]}",
+            f"    {first} = {{name: value for name, value in {first}.items() if value is not None}}",
+        ]
+        written[0] = first
+    if probe.own_loss:
+        lines.append(f"    outputs = self.net({', '.join([*written, f'{probe.labels}=labels'])})")
+        lines.append(f"    logits = outputs{probe.logits}")
+        lines.append(f"    loss = outputs{probe.own_loss} if labels is not None else None")
+    else:
+        comment = "  # with targets, it returns every token's logits" if probe.dummy else ""
+        lines.append(f"    logits = self.net({', '.join(written)}){probe.logits}{comment}")
+    if moved:
+        lines += [
+            "    if order is not None:",
+            "        logits = logits.gather(1, order.argsort(dim=1)[..., None].expand_as(logits))",
+        ]
+    if probe.kind == "body":
+        lines = [line.replace("    logits = ", "    hidden_states = ") for line in lines]
+        result = "last_hidden_state=hidden_states"
+        return "\n".join([*lines, f"    return {_OUTPUT[probe.kind]}({result})"])
+    if not probe.own_loss:
+        lines += ["    loss = None", "    if labels is not None:", *(f"        {line}" for line in _loss(probe))]
+    return "\n".join([*lines, f"    return {_OUTPUT[probe.kind]}(loss=loss, logits=logits)"])
+
+
+def _loss(probe: Probe) -> list[str]:
+    if probe.kind in ("causal", "masked"):
+        return ["loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)"]
+    flat = "logits" if probe.kind in ("sequence", "image") else "logits.flatten(0, 1)"
+    target = "labels" if probe.kind in ("sequence", "image") else "labels.flatten()"
+    return [
+        "# the mean over all labels of a step that is accumulated, where the trainer says how many there are",
+        'count = kwargs.get("num_items_in_batch")',
+        f'loss = nn.functional.cross_entropy({flat}, {target}, reduction="mean" if count is None else "sum")',
+        "loss = loss if count is None else loss / count",
+    ]
+
+
+def _refusals(probe: Probe, takes_mask: bool) -> list[str]:
+    lines = []
+    if not takes_mask and probe.call.main == "input_ids":
+        lines += [
+            'mask = kwargs.pop("attention_mask", None)',
+            "if mask is not None and not mask.all():",
+            '    raise ValueError("this model cannot leave out padding: give rows of one length")',
+        ]
+    return [*lines, "refuse_unknown(self, kwargs)"]
+
+
+def _docstring(probe: Probe, takes_mask: bool, two: bool, has_loss: bool) -> list[str]:
+    what = {
+        "input_ids": "input_ids: token ids `[batch, length]`.",
+        "pixel_values": f"pixel_values: images `{list(probe.inputs.get(probe.call.main, probe.outputs[next(iter(probe.outputs))]).shape)}`, or as many and as large as the module takes.",
+        "input_values": "input_values: numbers of the shape that the module takes.",
+    }[probe.call.main]
+    lines = ['"""', "Args:", f"    {what}"]
+    if takes_mask:
+        lines.append("    attention_mask: 1 at tokens, 0 at padding.")
+    if two:
+        lines.append(
+            "    decoder_input_ids: token ids of the target `[batch, target length]`, one place before the labels."
+        )
+    if has_loss:
+        shape = {
+            "causal": "`input_ids` itself, shifted inside; -100 is left out",
+            "image": "a class per image",
+            "sequence": "a class per row",
+        }
+        lines.append(f"    labels: {shape.get(probe.kind, 'a class per token, -100 is left out')}.")
+    return [f"    {line}" if line else "" for line in [*lines, '"""']]
+
+
+def _generation() -> str:
+    return """\
+@classmethod
+def _supports_default_dynamic_cache(cls) -> bool:
+    return False  # the module keeps no keys and values
+
+def prepare_inputs_for_generation(
+    self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    return {"input_ids": input_ids, "attention_mask": attention_mask}"""
+
+
+REFUSE = '''\
+def refuse_unknown(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise a TypeError for an argument that would otherwise be ignored."""
+    for name, value in kwargs.items():
+        if name not in ("num_items_in_batch", "use_cache") and value is not None and value is not False:
+            raise TypeError(f"{type(model).__name__} takes no {name}")
+'''
+
+
+def pretty(text: str) -> str:
+    """The text with what all wrappers share: a helper before the class."""
+    return text.replace("\n\n\nclass ", f"\n\n\n{REFUSE}\n\nclass ", 1)

@@ -1,0 +1,91 @@
+"""`mymodels adopt`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .options import FAILED, add_card_options, add_verb, card_fields, config_field, console, picked
+
+
+def add_parser(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "adopt",
+        run,
+        "Make a verified Hub repo folder of a class of your own, whose file stays as it is.",
+        example="mymodels adopt my_model.py:MyNet --weights net.pt --config hidden=256,layers=4 --out my-net",
+        exit_codes={0: "the folder is complete, and every check held", 1: FAILED, 3: "a check had to be left out"},
+    )
+    parser.add_argument("source", metavar="FILE.py:CLASS", help="an nn.Module or a PreTrainedModel")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new, empty, or an older Hub repo folder"
+    )
+    parser.add_argument("--weights", metavar="PATH", help="a checkpoint of any format; default: freshly initialised")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,…",
+        help="arguments of the constructor; default: the checkpoint's, or the author's defaults",
+    )
+    parser.add_argument(
+        "--auto-class",
+        metavar="NAME",
+        help="what it is for, such as AutoModelForCausalLM; default: as its outputs show",
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer to save with it")
+    parser.add_argument("--section", metavar="NAME", help="which of the models, in a file that holds several")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="run the code that a pickled checkpoint asks for; only if you trust it",
+    )
+    parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="leave out the slow checks of mymodels verify")
+    parser.add_argument("--no-verify", action="store_true", help="compare the outputs only")
+    add_card_options(parser)
+
+
+def split_fields(text: str) -> list[str]:
+    """`a=1,b=[2,3],c=x` at the commas outside of brackets and quotes; a piece without `=` belongs to the one before it."""
+    pieces, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        depth += (letter in "([{") - (letter in ")]}") if not quote else 0
+        if letter == "," and depth == 0 and not quote:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    joined: list[str] = []
+    for piece in pieces:
+        if "=" in piece or not joined:
+            joined.append(piece.strip())
+        else:
+            joined[-1] += f",{piece}"
+    return [piece for piece in joined if piece]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..adopting import adopt
+    from ..hub.card import Card
+
+    tokenizer = None
+    if arguments.tokenizer:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    fields = card_fields(arguments)
+    adopted = adopt(
+        arguments.source,
+        arguments.out,
+        config=dict(config_field(piece) for text in arguments.config for piece in split_fields(text)),
+        tokenizer=tokenizer,
+        card=Card(**{"name": arguments.out.name, **fields}) if fields else None,
+        check=not arguments.no_verify,
+        **picked(arguments, "weights", "auto_class", "section", "allow_pickle", "max_shard_size", "quick"),
+    )
+    adopted.show(console())
+    return 3 if adopted.verification is not None and not adopted.verification.complete else 0

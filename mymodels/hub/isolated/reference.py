@@ -1,0 +1,31 @@
+"""Stage: the folder's model gives outputs that were computed elsewhere, bit for bit."""
+
+from typing import Any
+
+import torch
+
+from .inputs import read_tensors
+from .load_repo import load
+
+
+@torch.no_grad()
+def run(job: dict[str, Any], events: Any) -> None:
+    """Report what differs from the tensors of `job["reference"]` for those of `job["inputs"]`, `""` for nothing."""
+    model, loading = load(job, job["classes"][0])
+    lost = sorted(map(str, [*loading.get("missing_keys", []), *loading.get("unexpected_keys", [])]))
+    if lost:
+        events.write(reference=f"{lost[0]} is missing or unexpected when it is loaded")
+        return
+    outputs, wrong = model(**read_tensors(job["inputs"])), ""
+    for name, want in read_tensors(job["reference"]).items():
+        got = getattr(outputs, name, None)
+        if not isinstance(got, torch.Tensor) or got.shape != want.shape or got.dtype != want.dtype:
+            wrong = wrong or f"{name} is {_shown(got)}, not {_shown(want)}"
+        elif not torch.equal(got, want):
+            apart = (got.double() - want.double()).abs().max().item()
+            wrong = wrong or f"{name} differs by up to {apart:.3g}"
+    events.write(reference=wrong)
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else "not there"

@@ -1,0 +1,5 @@
+"""Tests for a model of your own: subclass `ModelBattery` in a pytest file."""
+
+from .battery import ModelBattery
+
+__all__ = ["ModelBattery"]

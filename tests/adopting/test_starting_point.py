@@ -1,0 +1,63 @@
+"""`mymodels new`: its tests pass untouched; a wrong name or a folder with something in it is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mymodels.adopting.starting_point import write_starting_point
+from mymodels.checkpoints import CheckpointError
+
+BASES = ("gpt2", "bert", "blank")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_files(base: str, tmp_path: Path) -> None:
+    folder = write_starting_point("Whale", base, tmp_path / "whale")
+    names = ["README.md", "configuration_whale.py", "modeling_whale.py", "test_whale.py"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for path in folder.iterdir():
+        text = path.read_text()
+        assert "MyGPT2" not in text.replace("A copy of MyGPT2", "") and "MyBert" not in text.replace(
+            "A copy of MyBert", ""
+        )
+        assert "mygpt2" not in text and "mybert" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES)
+def test_its_tests_pass_untouched(base: str, tmp_path: Path) -> None:
+    """In a process of its own; the clean process and the export, the slow ones, for the blank one's head only."""
+    folder = write_starting_point("Whale", base, tmp_path / "whale")
+    chosen = "not clean_process and not export" if base != "blank" else "not TestWhaleModel"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        chosen,
+        ".",
+    ]
+    told = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout[-3000:]
+    assert " passed" in told.stdout and "failed" not in told.stdout
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    for name, says in (("whale", "no name for a class"), ("My-Whale", "no name for a class"), ("Bert", "is taken")):
+        with pytest.raises(CheckpointError, match=says):
+            write_starting_point(name, "gpt2", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is no base"):
+        write_starting_point("Whale", "gpt3", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        write_starting_point("Whale", "gpt2", tmp_path / "full")
+    assert not (tmp_path / "out").exists() and (tmp_path / "full" / "mine.txt").read_text() == "kept"
