@@ -252,6 +252,10 @@ FAMILIES = (
 )
 
 
+class UnknownNamesError(CheckpointError):
+    """The names of a source's tensors are those of no family."""
+
+
 def kind_of(config: PretrainedConfig) -> str:
     """`"mygpt2"` or `"mybert"`, also for a subclass's config, or one that was read from a stock folder.
 
@@ -349,7 +353,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], family: Family | None, wher
             return candidate, prefix
     known = ", ".join(f.name for f in FAMILIES)
     example = f", such as {names[0]!r}" if names else ""
-    raise CheckpointError(
+    raise UnknownNamesError(
         f"{where} has the tensor names of no family that is known ({known}){example}: map them with rename="
     )
 
