@@ -76,6 +76,7 @@ class Checker:
     unproven: frozenset[str] = frozenset()  # the tables leave nothing to be proven
     proven: frozenset[str] = frozenset()
     unshown: str = ""
+    compared_all: bool = True
 
     def is_small(self, model: PreTrainedModel) -> bool:
         sizes = sum(info.numel for info in self.source.info.values()), model.num_parameters()

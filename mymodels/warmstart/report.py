@@ -129,7 +129,8 @@ class WarmStartReport:
         """That two classes compute the same is a note until a run shows it."""
         unshown = self.checker.unshown if self.checker is not None else ""
         self.notes = [note for note in self.notes if note != unshown]
-        if unshown and not (self.checked is not None and self.checked.agrees):
+        shown = self.checked is not None and self.checked.agrees and self.checker.compared_all
+        if unshown and not shown:
             self.notes.append(unshown)
 
     def _prove(self, proven: Collection[str]) -> None:
@@ -218,7 +219,7 @@ class WarmStartReport:
         `percent`); `rows` (list of objects with the fields of `Row`); `notes` (list of text); `coverage` (name → count);
         `check` (`ran`, `agrees`, `differences`: output → largest, `what`; null before a check).
         """
-        rows = [asdict(row) for row in self.rows]
+        rows = [{k: v for k, v in asdict(row).items() if k != "unproven"} for row in self.rows]
         described = {"source": self.source, "target": self.target, "exact": self.is_exact, "totals": self.totals}
         check = None if self.checked is None else self.checked.to_dict()
         return {**described, "rows": rows, "notes": self.notes, "coverage": self.coverage, "check": check}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +35,7 @@ class RoleChange(Change):
         return not self.post_norm
 
 
-def terms(side: Side, places: Places, other: Side) -> SimpleNamespace:
+def terms(side: Side, places: Places, other: Side, other_places: Places) -> SimpleNamespace:
     """A side in the terms of `MyGPT2Config`, as the transforms read it; what it leaves open is taken from the other."""
     shapes = {
         role: place.layout.read(side.tensors[place.tensor].value, place.part).shape for role, place in places.of.items()
@@ -51,22 +51,35 @@ def terms(side: Side, places: Places, other: Side) -> SimpleNamespace:
     head_dim = side.settings.get("head_dim") or (rows // heads if rows else 0)
     kv_rows = size(r"\.k_proj\.weight$")
     gated = any(role.endswith("gate_proj.weight") for role in shapes)
-    biased = any(re.search(r"layers\.\d+\.\w*norm\.bias$", role) for role in shapes)
-    rms = biased is False and not any("LayerNorm" in side.tensors[p.tensor].holder for r, p in places.of.items() if "norm" in r)  # fmt: skip
-    if not any(side.tensors[p.tensor].holder for p in places.of.values()) and not biased:
-        rms = "rms_norm_eps" in vars(side.config or SimpleNamespace())
+    norm_type = _norm_type(side, places) or _norm_type(other, other_places) or "layernorm"
     return SimpleNamespace(
         model_type="mygpt2", num_attention_heads=heads, head_dim=head_dim or None,
         num_key_value_heads=kv_rows // head_dim if kv_rows and head_dim else heads,
         hidden_size=places.width, num_hidden_layers=max(numbers) + 1 if numbers else 0,
         intermediate_size=size(r"\.(?:up|gate)_proj\.weight$"),
-        mlp_type="gated" if gated else "dense", norm_type="rmsnorm" if rms else "layernorm",
+        mlp_type="gated" if gated else "dense", norm_type=norm_type,
         position_embedding_type="learned" if "model.embed_positions.weight" in shapes else settings.get("positions") or "none",
         max_position_embeddings=size(r"^model\.embed_positions\.weight$"), vocab_size=size(r"^model\.embed_tokens\.weight$"),
         initializer_range=getattr(side.config, "initializer_range", 0.02), scale_attn_by_inverse_layer_idx=False,
         tie_word_embeddings=False, experts=len({f[2] for r in shapes if (f := _EXPERT.match(r))}),
-        holders=sorted({side.tensors[p.tensor].holder for r, p in places.of.items() if r.endswith("norm.weight")}),
     )  # fmt: skip
+
+
+def _norm_type(side: Side, places: Places) -> str | None:
+    """By the class of the norms; of a source without classes by its config and by their biases; None: unknown."""
+    norms = [
+        place.tensor for role, place in places.of.items() if role.endswith("norm.weight") and ".self_attn." not in role
+    ]
+    held = [side.tensors[name].holder for name in norms]
+    if not norms:
+        return None
+    if any(role.endswith("norm.bias") for role in places.of) or any("LayerNorm" in name for name in held):
+        return "layernorm"
+    if any("RMS" in name.upper() for name in held):
+        return "rmsnorm"
+    if side.model_type == "mygpt2":
+        return str(side.config.norm_type)
+    return "rmsnorm" if hasattr(side.config, "rms_norm_eps") else None
 
 
 def fit(change: RoleChange) -> None:
@@ -120,6 +133,11 @@ def _copy_to_experts(change: RoleChange) -> None:
         value = change.tensors.pop(role)
         for i in range(count):
             change.tensors[role.replace("mlp.", f"mlp.experts.{i}.", 1)] = value.then(step, same, kind=kind)
+    for role in [role for role in change.wanted if role.endswith(".mlp.router.weight")] if change.normalised else ():
+        router = change.fresh(role)
+        change.tensors[role] = replace(
+            router, kind="exact", steps=("new: all experts are alike, so any choice gives the same",)
+        )
 
 
 def _mean_of_experts(change: RoleChange) -> None:

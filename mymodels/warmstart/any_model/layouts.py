@@ -129,6 +129,8 @@ def arrangement_of(model_type: str, module: str, *, multi_query: bool, new_falco
         return "", True
     if module == "qkv_by_head":
         return "by head", True
+    if module == "gate_up_proj" and model_type:
+        return "stacked", True
     if _STACKED_NAMES.match(module) or re.search(r"\.chunk\(\s*[23]\b|\.split\(|\.tensor_split\(\s*3", code):
         return "stacked", False
     return "", False

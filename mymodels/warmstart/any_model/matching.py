@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Matching:
         why: the source's tensors that have no place, and why.
         unproven: the target's tensors of which only a run can say that the right tensor was placed.
         by: the target's tensor → the matcher that placed it.
+        undecided: the source's tensors that can go to several places.
+        squares: the source's square matrices that were taken as stored [out, in], and nothing shows it.
     """
 
     source: Side
@@ -47,6 +49,7 @@ class Matching:
     notes: list[str] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     undecided: set[str] = field(default_factory=set)
+    squares: list[str] = field(default_factory=list)
 
     def place(self, name: str, value: Value, matcher: str, names: tuple[str, ...] = (), *, proven: bool = True) -> None:
         self.values[name], self.by[name] = value, matcher
@@ -85,9 +88,12 @@ def by_role(matching: Matching) -> None:
     values = {
         role: place.layout.read(source.tensors[place.tensor].value, place.part) for role, place in theirs.of.items()
     }
+    for side, places in ((source, theirs), (target, ours)):
+        if any(role.endswith("attention_output_norm.weight") for role in places.of):
+            side.settings.setdefault("norm_place", "after the sum")
     notes, marks = differences(source.settings, target.settings)
     matching.notes += notes
-    old, new = terms(source, theirs, target), terms(target, ours, source)
+    old, new = terms(source, theirs, target, ours), terms(target, ours, source, theirs)
     new.types = target.tensors[ours.of["model.embed_types.weight"].tensor].shape[0] if "model.embed_types.weight" in ours.of else 0  # fmt: skip
     old.tie_word_embeddings = _tied(matching, values)
     new.tie_word_embeddings = "lm_head.weight" not in ours.of
@@ -117,9 +123,10 @@ def by_role(matching: Matching) -> None:
             continue
         unsure = name in ours.usual or any(_origin(matching, role) in usual for role in roles)
         alike = name in source.tensors and value.sources == source.tensors[name].value.sources
-        if alike and unsure and source.tensors[name].shape == target.tensors[name].shape and not value.resized:
-            value, unsure = source.tensors[name].value, False  # fused on both sides under one name: as it is
-        value = _as_stored(matching, theirs, ours, name, value)
+        stored = _as_stored(matching, theirs, ours, name, value)
+        if alike and unsure and stored is not value:
+            unsure = False  # fused on both sides under one name: in one way
+        value = stored
         matching.place(name, value, "role", proven=not unsure)
     taken = {own for value in matching.values.values() for own in value.sources}
     for name in theirs.roles:
@@ -134,11 +141,18 @@ def by_role(matching: Matching) -> None:
 def _as_stored(matching: Matching, theirs: Places, ours: Places, name: str, value: Value) -> Value:
     """A tensor that was taken apart and put together again the same way, without the two steps."""
     stored = next((n for n in theirs.roles if theirs.roles[n] == ours.roles[name]), None)
-    if stored is None or theirs.layouts[stored] != ours.layouts[name] or value.kind != "exact" or value.resized:
+    if stored is None or value.kind != "exact" or value.resized:
         return value
+    layouts = theirs.layouts[stored], ours.layouts[name]
     origin = matching.source.tensors[stored].value
     mechanical = all(re.match(r"split in|\d+ fused|transposed|expert \d|\d+ experts", step) for step in value.steps)
-    return origin if mechanical and value.sources == origin.sources else value
+    if (
+        not mechanical
+        or value.sources != origin.sources
+        or replace(layouts[0], transposed=layouts[1].transposed) != layouts[1]
+    ):
+        return value
+    return origin if layouts[0] == layouts[1] else origin.then("transposed", torch.t, origin.shape[::-1])
 
 
 def _origin(matching: Matching, role: str) -> str:
@@ -208,13 +222,14 @@ def _report_ambiguous(matching: Matching, theirs: Places, ours: Places) -> None:
 def by_name(matching: Matching) -> None:
     """Tensors of one name and shape; in layers that were chosen, by the number of the source's layer."""
     target = matching.target
+    votes = _votes(matching, {name: name for name in target.tensors if name in matching.source.tensors})
     for name in matching.open_targets():
         origin = _source_name(matching, name)
         for seen in (origin, *_other_leaves(origin)):
             if seen in matching.source.tensors and seen not in matching.undecided:
                 if seen in matching.used and origin == name:
                     continue
-                if (value := turned(matching, seen, name)) is not None:
+                if (value := turned(matching, seen, name, votes)) is not None:
                     if origin != name:
                         value = value.then("a chosen layer", same, kind="approximate")
                     matching.place(name, value, "name", (seen,))
@@ -246,22 +261,55 @@ def _other_leaves(name: str) -> Iterator[str]:
             yield f"{path}{dot}{other}"
 
 
-def turned(matching: Matching, seen: str, name: str) -> Value | None:
-    """The source's tensor in the shape and orientation of the target's; None: it does not fit."""
+def turned(matching: Matching, seen: str, name: str, votes: set[bool] | None = None) -> Value | None:
+    """The source's tensor in the shape and orientation of the target's; None: it does not fit, or that is not known.
+
+    Args:
+        votes: how the matrices that are not square went across: turned, straight, both.
+    """
     source, target = matching.source.tensors[seen], matching.target.tensors[name]
     value, shape = source.value, target.shape
-    kinds = (source.holder, target.holder)
-    if seen.endswith(".kernel") and len(shape) == 2:
-        kinds = ("Conv1D", target.holder)
-    if (
-        len(value.shape) == 2
-        and "Conv1D" in kinds
-        and all(kinds)
-        and kinds[0] != kinds[1]
-        and value.shape[::-1] == shape
-    ):
+    if len(shape) != 2 or not _is_matrix(target.holder):
+        return value if value.shape == shape else None
+    holder = "Conv1D" if seen.endswith(".kernel") else source.holder
+    if _is_matrix(holder):
+        turn = (holder == "Conv1D") != (target.holder == "Conv1D")
+    elif shape[0] != shape[1]:
+        turn = value.shape != shape
+    elif votes and len(votes) == 1:
+        turn = next(iter(votes))
+    elif votes or (target.holder == "Conv1D" and not source.renamed):
+        _square(matching, seen, name)
+        return None
+    else:
+        turn = False
+        if not source.renamed:
+            matching.squares.append(seen)
+    if turn and value.shape[::-1] == shape:
         return value.then("transposed", torch.t, shape)
-    return value if value.shape == shape else None
+    return value if value.shape == shape and not turn else None
+
+
+def _is_matrix(holder: str) -> bool:
+    return holder == "Conv1D" or holder.endswith("Linear")
+
+
+def _square(matching: Matching, seen: str, name: str) -> None:
+    kernel = f"{name.removesuffix('weight')}kernel"
+    why = "it is square, and nothing tells whether it is stored [out, in], as nn.Linear has it, or [in, out], as Conv1D has it"
+    matching.undecided.add(seen)
+    matching.ambiguous.append(Ambiguity((seen,), why, (name, kernel), {f"^{re.escape(seen)}$": kernel}))
+
+
+def _votes(matching: Matching, pairs: Mapping[str, str]) -> set[bool]:
+    """How the matrices that are not square go across, of a source whose classes are not known: target → source."""
+    found = set()
+    for name, seen in pairs.items():
+        a, b = matching.source.tensors[seen], matching.target.tensors[name]
+        shows = len(a.shape) == 2 and a.shape[0] != a.shape[1] and _is_matrix(b.holder) and not a.holder
+        if shows and a.shape in (b.shape, b.shape[::-1]):
+            found.add(a.shape != b.shape)
+    return found
 
 
 def by_prefix(matching: Matching) -> None:
@@ -270,9 +318,9 @@ def by_prefix(matching: Matching) -> None:
         pairs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
         sources: dict[tuple, list[str]] = defaultdict(list)
         for name in matching.open_sources():
-            sources[(*name.split(".")[-2:], matching.source.tensors[name].shape)].append(name)
+            sources[(*name.split(".")[-2:], *sorted(matching.source.tensors[name].shape))].append(name)
         for name in matching.open_targets():
-            for seen in sources.get((*name.split(".")[-2:], matching.target.tensors[name].shape), ()):
+            for seen in sources.get((*name.split(".")[-2:], *sorted(matching.target.tensors[name].shape)), ()):
                 pairs[_fronts(seen, name)][name] = seen
         usable = {pair: found for pair, found in pairs.items() if not re.search(r"\d", "".join(pair))}
         if not usable:
@@ -286,9 +334,11 @@ def by_prefix(matching: Matching) -> None:
             _several(matching, usable, rivals | twins | {best})
             return
         wrapper = all(_WRAPPER.match(front) for front in best)
-        placed = 0
+        placed, votes = 0, _votes(matching, usable[best])
         for name, seen in usable[best].items():
-            if (value := turned(matching, seen, name)) is not None and seen not in matching.used:
+            if seen in matching.used:
+                continue
+            if (value := turned(matching, seen, name, votes)) is not None:
                 matching.place(name, value, "prefix", (seen,), proven=wrapper)
                 placed += 1
         if not placed:

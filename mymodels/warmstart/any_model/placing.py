@@ -19,19 +19,21 @@ _CONV1D_NAMES = ("c_attn", "c_proj", "c_fc")
 
 @dataclass
 class Ambiguity:
-    """Something that can be read in several ways, of which none was taken.
+    """Something that can be read in several ways, of which none was taken, or one that is no more than likely.
 
     Attributes:
         names: the tensors or parameters that are left out for it.
         why: what cannot be known.
         candidates: what the reader chooses from.
         rename: a `rename=` that decides, regex → replacement.
+        placed: whether the order decided after all, which is no proof.
     """
 
     names: tuple[str, ...]
     why: str
     candidates: tuple[str, ...]
     rename: dict[str, str]
+    placed: bool = False
 
 
 @dataclass

@@ -30,6 +30,7 @@ from .sides import (
     own_tensors,
     pairs_of,
     refuse_meta,
+    second_names,
     settings_of,
 )
 from .structure import by_structure
@@ -92,7 +93,9 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
     names = list(tensors)
     ordered = module is not None or (not isinstance(opened.tensors, Checkpoint) and names != sorted(names))
     settings = settings_of(config, module) if config is not None or module is not None else _settings_beside(raw)
-    return Side(tensors, config, kind, ordered, settings), why
+    seconds = second_names(opened.tensors)
+    aliases = {seen: seconds[name] for seen, name in seen_as.items() if name in seconds}
+    return Side(tensors, config, kind, ordered, settings, aliases), why
 
 
 def _settings_beside(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,6 +147,12 @@ def plan_any(
         values = {n: _as_made(value) for n, value in values.items()}
     tensors = own_tensors(model)
     names = {name: tied.get(name, (name,)) for name in values}
+    if matching.squares:
+        shown = ", ".join(map(repr, matching.squares[:3])) + (" and others" if len(matching.squares) > 3 else "")
+        matching.notes.append(
+            f"nothing shows how the square matrices {shown} are stored: they are taken as nn.Linear has them, [out, in]; a "
+            "model or a config as the source, or rename= to a name that ends in .kernel for [in, out], settles it"
+        )
     notes = [*matching.notes, *_assumed(matching), *(_described(found) for found in _collapsed(matching.ambiguous))]
     used = _fake_source(opened, source, matching)
     rows = make_rows(
@@ -225,6 +234,8 @@ def _why_unused(matching: Matching, kind: str, name: str) -> Why:
     if name in matching.why:
         return matching.why[name]
     seen = next((n for n, tensor in matching.source.tensors.items() if name in tensor.value.sources), name)
+    if seen in matching.source.aliases:
+        return Why(f"{matching.source.aliases[seen]} is the same tensor", "exact", constant=True)
     if any(name in found.names or seen in found.names or seen in found.candidates for found in matching.ambiguous):
         return Why("it can go to several places, see the notes")
     if seen in matching.undecided:
@@ -248,7 +259,7 @@ def _assumed(matching: Matching) -> list[str]:
     ]
     if not heads:
         return ["the source has no config and no class: it is assumed to compute what the target does"]
-    shown = ", ".join(f"{name}={target.settings[name]!r}" for name in heads)
+    shown = ", ".join(f"{name} {target.settings[name]!r}" for name in heads)
     return [
         f"the source has no config that says it: {shown} {'are' if len(heads) > 1 else 'is'} assumed; config= settles it"
     ]
@@ -259,7 +270,7 @@ def _collapsed(ambiguous: list[Ambiguity]) -> list[Ambiguity]:
     number = re.compile(r"(?<=[.^])\d+(?=\\?\.)")
     groups: dict[tuple, list[Ambiguity]] = {}
     for found in ambiguous:
-        key = tuple(number.sub("*", name) for name in (*found.names, *found.candidates, found.why))
+        key = (found.placed, *(number.sub("*", name) for name in (*found.names, *found.candidates, found.why)))
         groups.setdefault(key, []).append(found)
     made = []
     for members in groups.values():
@@ -277,16 +288,15 @@ def _collapsed(ambiguous: list[Ambiguity]) -> list[Ambiguity]:
             rename[pattern] = replacement
         names = tuple(short_names([found.names for found in members]).split(", "))
         candidates = tuple(short_names([(c,) for found in members for c in found.candidates]).split(", "))
-        made.append(Ambiguity(names, members[0].why, candidates, rename))
+        made.append(Ambiguity(names, members[0].why, candidates, rename, members[0].placed))
     return made
 
 
 def _described(found: Ambiguity) -> str:
     names = ", ".join(found.names[:4]) + (f" and {len(found.names) - 4} more" if len(found.names) > 4 else "")
     candidates = ", ".join(found.candidates[:8])
-    return (
-        f"ambiguous, so not loaded: {names}: {found.why}; candidates: {candidates}; decide with rename={found.rename!r}"
-    )
+    how = "placed by their order alone" if found.placed else "ambiguous, so not loaded"
+    return f"{how}: {names}: {found.why}; candidates: {candidates}; decide with rename={found.rename!r}"
 
 
 def _check_width(source: Side, target: Side, where: str) -> None:

@@ -1,7 +1,7 @@
 """Run any source and any target on the same inputs: only that proves what was placed by structure."""
 
+import contextlib
 import inspect
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,7 @@ class AnyChecker:
         unproven: the target's parameters of which only a run can say that they are right.
         token_rows: which tokens go together, if the two have other tokenizers.
         unshown: what no tensor shows, and only a run that agrees can.
+        compared_all: whether the last run compared all that was loaded, and not only the models below their heads.
         proven: those of `unproven` that the last run that agreed depended on.
     """
 
@@ -46,6 +47,7 @@ class AnyChecker:
     token_rows: Any = None
     unshown: str = ""
     proven: set[str] = field(default_factory=set)
+    compared_all: bool = True
 
     def is_small(self, model: torch.nn.Module) -> bool:
         sizes = sum(info.numel for info in self.opened.info.values()), sum(p.numel() for p in model.parameters())
@@ -59,11 +61,15 @@ class AnyChecker:
                 raise CheckpointError("source and target have other tokens")
             reference = self._reference(model)
             given = _made_up(model, reference) if inputs is None else [_given(inputs)]
-            check = self._compare(reference, model, given, torch.float32)
+            theirs, ours = _same_parts(reference, model, new)
+            front = "" if ours is model else f"{model.base_model_prefix}."
+            self.compared_all = not front or all(n.startswith(front) or n in new for n, _ in model.named_parameters())
+            check = self._compare(theirs, ours, given, torch.float32)
             if not check.agrees:  # is it float32's rounding?
-                check = self._compare(reference, model, given, torch.float64)
+                with contextlib.suppress(*_ERRORS):  # not every kernel takes float64
+                    check = self._compare(theirs, ours, given, torch.float64)
             if check.agrees and self.unproven:
-                self.proven = self.unproven & _depended_on(model, given)
+                self.proven = self.unproven & {front + name for name in _depended_on(ours, given)}
         except CheckpointError as error:
             return Check(what=str(error)), None
         except _ERRORS as error:  # someone's forward
@@ -91,13 +97,10 @@ class AnyChecker:
             or not folder.is_dir()
         ):
             raise CheckpointError("the source's class is not known, so it cannot be run: pass the model itself")
-        with tempfile.TemporaryDirectory():
-            config = transformers.AutoConfig.for_model(
-                raw["model_type"], **{k: v for k, v in raw.items() if k not in ("model_type", "architectures")}
-            )
-            loaded, missing = load_quietly(
-                model_class, config, {n: self.opened.tensors[n].float() for n, i in self.opened.info.items() if i.dtype.is_floating_point}
-            )  # fmt: skip
+        fields = {key: value for key, value in raw.items() if key not in ("model_type", "architectures")}
+        config = transformers.AutoConfig.for_model(raw["model_type"], **fields)
+        floating = [n for n, info in self.opened.info.items() if info.dtype.is_floating_point]
+        loaded, missing = load_quietly(model_class, config, {n: self.opened.tensors[n].float() for n in floating})
         if missing:
             raise CheckpointError(f"the source has no {missing[0]}, which transformers' {name} has")
         return loaded
@@ -117,8 +120,31 @@ class AnyChecker:
         if not differences:
             raise CheckpointError("source and target have no output in common")
         kind = str(dtype).removeprefix("torch.")
-        what = f"{type(reference).__name__} and {type(model).__name__} in {kind}, on {len(batches)} batches,"
+        what = f"{type(reference).__name__} and {type(model).__name__} in {kind}, on {_rows(batches)} rows without padding,"
         return Check(differences, scales, what=what)
+
+
+def _rows(batches: list[Any]) -> int:
+    return sum(len(next(iter(batch.values())) if isinstance(batch, dict) else batch[0]) for batch in batches)
+
+
+def _same_parts(reference: Any, model: Any, new: set[str]) -> tuple[Any, Any]:
+    """Both models, or both without their heads, where the heads are not of one kind or start anew."""
+    if not (isinstance(reference, PreTrainedModel) and isinstance(model, PreTrainedModel)):
+        return reference, model
+    heads = [_head(side) for side in (reference, model)]
+    front = f"{model.base_model_prefix}."
+    new_head = bool(heads[1]) and any(not name.startswith(front) for name in new)
+    if heads[0] != heads[1] or new_head:
+        return reference.base_model, model.base_model
+    return reference, model
+
+
+def _head(model: PreTrainedModel) -> str:
+    name = type(model).__name__
+    if model.base_model is model:
+        return ""
+    return "CausalLM" if name.endswith("LMHeadModel") else name.partition("For")[2] or name
 
 
 def _given(inputs: Any) -> Any:
@@ -150,6 +176,8 @@ def _made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
         if all(_takes(side, "input_ids") for side in (model, reference)):
             return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} if all(_takes(s, "attention_mask") for s in (model, reference)) else {"input_ids": ids}]  # fmt: skip
         return [(ids,)]
+    if type(first).__name__ == "Conv1D":  # transformers' linear layer, stored [in, out]
+        return [(torch.randn(4, first.weight.shape[0], generator=made),)]  # type: ignore[union-attr,index]
     if isinstance(first, torch.nn.Linear):
         return [
             (torch.randn(4, first.in_features, generator=made),),

@@ -11,7 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig, PretrainedConfig
 
-from ...checkpoints import CheckpointError
+from ...checkpoints import Checkpoint, CheckpointError
 from ..lazy_tensor import Value, constant
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "nhead", "heads")
@@ -62,6 +62,7 @@ class Side:
         config: its config, if it is known.
         kind: what a report calls its class: two sides of one kind compute the same with the same weights and settings.
         settings: what no tensor shows and changes what is computed: name → value.
+        aliases: second names of a tensor → the first.
     """
 
     tensors: dict[str, Tensor]
@@ -69,6 +70,7 @@ class Side:
     kind: str = ""
     ordered: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -166,10 +168,12 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
         found["rope_theta"] = theta or first(("rope_theta", "rotary_emb_base"))
         partial = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
         found["rotary_share"] = partial or first(("partial_rotary_factor", "rotary_pct")) or 1.0
-    found["parallel_residual"] = kind in _PARALLEL or bool(getattr(config, "use_parallel_residual", False))
+    if found["positions"] is not None:
+        found["parallel_residual"] = kind in _PARALLEL or bool(getattr(config, "use_parallel_residual", False))
     if kind == "falcon":
         found["parallel_residual"] = bool(config.parallel_attn or config.new_decoder_architecture)
-    found["norm_place"] = "after the sum" if kind in _POST_NORM else "before"
+    if found["positions"] is not None:
+        found["norm_place"] = "after the sum" if kind in _POST_NORM else "before"
     if kind == "opt" and not config.do_layer_norm_before:
         found["norm_place"] = "after the sum"
     found["sliding_window"] = first(("sliding_window",)) if getattr(config, "use_sliding_window", True) else None
@@ -178,6 +182,19 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
         found["position_offset"] = (config.pad_token_id or 0) + 1
     found["normalised_top_k"] = True if kind == "mixtral" else getattr(config, "norm_topk_prob", None)
     return {name: value for name, value in found.items() if value is not None}
+
+
+def second_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names of tensors that are the same memory as one before them → the name of that one."""
+    if isinstance(tensors, Checkpoint):
+        return {name: first for name, first in tensors.aliases.items() if name != first}
+    first: dict[tuple, str] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(key, name) != name:
+            found[name] = first[key]
+    return found
 
 
 def pairs_of(names: Mapping[str, Any]) -> dict[str, str]:

@@ -6,7 +6,7 @@ placed, and the report names the candidates. What was placed so is called exact 
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +15,10 @@ from ..lazy_tensor import Value
 from ..transforms import choose_layers
 from .matching import Matching
 from .placing import Ambiguity
+from .roles import roles_by_name
 from .sides import Side
 
-_ANCHORS = 3  # so often matrices of other shapes must alternate, alike on both sides, before order counts as evidence
+_ANCHORS = 3  # so often tensors of other shapes must alternate, alike on both sides, before order counts as evidence
 
 
 @dataclass
@@ -66,17 +67,42 @@ def _sign(node: Node) -> tuple:
 
 
 def by_structure(matching: Matching) -> None:
-    """What is left, by the place in the tree and the shapes."""
-    source = tree(matching.source, matching.open_sources())
-    target = tree(matching.target, matching.open_targets())
+    """What is left, by the place in the tree and the shapes.
+
+    Where the names of both sides say what most tensors are for, one of two must be without a role.
+    """
+    _equal_twins(matching.source)
+    roles = roles_by_name(matching.source.tensors), roles_by_name(matching.target.tensors)
+    speak = all(2 * len(found) > len(side.tensors) for found, side in zip(roles, (matching.source, matching.target)))
+    for without in (0, 1) if speak else (None,):
+        names = [n for n in matching.open_sources() if n not in matching.source.aliases]
+        names = [n for n in names if without != 0 or n not in roles[0]]
+        _place_alike(matching, names, [n for n in matching.open_targets() if without != 1 or n not in roles[1]])
+
+
+def _place_alike(matching: Matching, names: list[str], own: list[str]) -> None:
+    source, target = tree(matching.source, names), tree(matching.target, own)
     pairs: list[tuple[Node, Node]] = []
     _match(source, target, matching, pairs)
     leaves = [(a, b) for a, b in pairs if a.shape is not None and b.shape is not None]
     kinds = _orientation(matching, leaves)
-    for seen, own in leaves:
-        value = _oriented(matching, seen, own, kinds)
+    for seen, place in leaves:
+        value = _oriented(matching, seen, place, kinds)
         if value is not None:
-            matching.place(own.path, value, "structure", (seen.path,), proven=False)
+            matching.place(place.path, value, "structure", (seen.path,), proven=False)
+
+
+def _equal_twins(side: Side) -> None:
+    """A matrix that is there twice with the same values, as a tied one may be saved, is an alias."""
+    shapes: dict[tuple, list[str]] = defaultdict(list)
+    for name, tensor in side.tensors.items():
+        if len(tensor.shape) == 2 and name not in side.aliases:
+            shapes[tensor.shape].append(name)
+    for names in shapes.values():
+        if len(names) == 2:
+            first, second = (side.tensors[name].value.compute() for name in names)
+            if torch.equal(first, second) and bool(first.any()):
+                side.aliases[names[1]] = names[0]
 
 
 def _match(source: Node, target: Node, matching: Matching, pairs: list[tuple[Node, Node]]) -> None:
@@ -84,10 +110,7 @@ def _match(source: Node, target: Node, matching: Matching, pairs: list[tuple[Nod
         if source.signature == target.signature:
             pairs.append((source, target))
         return
-    while len(source.children) == 1 and len(target.children) > 1 and not source.is_list:  # a wrapper around the source
-        (source,) = source.children.values()
-    while len(target.children) == 1 and len(source.children) > 1 and not target.is_list:
-        (target,) = target.children.values()
+    source, target = _without_wrapper(source, target), _without_wrapper(target, source)
     if source.is_list and target.is_list and source.signature == target.signature:
         for a, b in zip(_in_order(source), _in_order(target)):
             _match(a, b, matching, pairs)
@@ -103,17 +126,43 @@ def _match(source: Node, target: Node, matching: Matching, pairs: list[tuple[Nod
     ordered = matching.source.ordered and _same_order(matching)
     for signature in several:
         a, b = theirs[signature], ours[signature]
-        if ordered and len(a) == len(b):
-            for x, y in zip(a, b):
-                _match(x, y, matching, pairs)
-        else:
-            _undecided(matching, a, b)
+        by_order = ordered and len(a) == len(b)
+        _undecided(matching, a, b, placed=by_order)
+        for x, y in zip(a, b) if by_order else ():
+            _match(x, y, matching, pairs)
     left = [n for s, nodes in theirs.items() if s not in ours for n in nodes if n.shape is None]
     open_ = [n for s, nodes in ours.items() if s not in theirs for n in nodes if n.shape is None]
     if len(left) == len(open_) == 1:
         _match(left[0], open_[0], matching, pairs)
     elif left and open_:
         _largest(left, open_, matching, pairs)
+
+
+def _without_wrapper(node: Node, other: Node) -> Node:
+    """The only child of a node, as long as its children have more in common with the other's than it has itself."""
+    while len(node.children) == 1 and not node.is_list:
+        (child,) = node.children.values()
+        if child.shape is not None or _overlap(child, other) <= _overlap(node, other):
+            break
+        node = child
+    return node
+
+
+def _overlap(a: Node, b: Node) -> int:
+    """How many tensors the children of two nodes have in common, each child with the one that is most like it."""
+    pairs = ((common(x, y), i, j) for i, x in enumerate(a.children.values()) for j, y in enumerate(b.children.values()))
+    total, taken = 0, (set[int](), set[int]())
+    for score, i, j in sorted(pairs, reverse=True):
+        if i not in taken[0] and j not in taken[1]:
+            taken[0].add(i), taken[1].add(j)
+            total += score
+    return total
+
+
+def common(a: Node, b: Node) -> int:
+    """How many tensors of one shape two subtrees have."""
+    counts = (Counter(t.signature for t in node.tensors()) for node in (a, b))
+    return sum((next(counts) & next(counts)).values())
 
 
 def _in_order(node: Node) -> list[Node]:
@@ -128,14 +177,23 @@ def _by_signature(node: Node) -> dict[tuple, list[Node]]:
 
 
 def _same_order(matching: Matching) -> bool:
-    """Whether the order of registration is evidence: matrices that their shapes tell apart alternate alike on both sides."""
+    """Whether the order of registration is evidence: tensors that their shapes tell apart alternate alike on both sides."""
+    return any(_alternate_alike(matching, turned) for turned in (False, True))
+
+
+def _alternate_alike(matching: Matching, turned: bool) -> bool:
     sequences = []
     for side in (matching.source, matching.target):
         shapes = [
-            tuple(sorted(t.shape)) for t in side.tensors.values() if len(t.shape) == 2 and t.shape[0] != t.shape[1]
+            t.shape
+            for name, t in side.tensors.items()
+            if name not in side.aliases and len(set(t.shape)) == len(t.shape)
         ]
+        shapes = [tuple(sorted(shape)) for shape in shapes] if turned else shapes
         sequences.append([shape for i, shape in enumerate(shapes) if i == 0 or shape != shapes[i - 1]])
-    return sequences[0] == sequences[1] and len(sequences[0]) >= _ANCHORS
+    short, long = sorted(sequences, key=len)
+    inside = any(long[i : i + len(short)] == short for i in range(len(long) - len(short) + 1))
+    return inside and len(short) >= _ANCHORS
 
 
 def _chosen_layers(source: Node, target: Node, matching: Matching, pairs: list[tuple[Node, Node]]) -> bool:
@@ -155,14 +213,6 @@ def _chosen_layers(source: Node, target: Node, matching: Matching, pairs: list[t
 def _largest(left: list[Node], open_: list[Node], matching: Matching, pairs: list[tuple[Node, Node]]) -> None:
     """Children that differ: those that have the most tensors in common, if that is one pair only."""
 
-    def common(a: Node, b: Node) -> int:
-        counts: dict[tuple, int] = defaultdict(int)
-        for tensor in a.tensors():
-            counts[tensor.signature] += 1
-        return sum(
-            1 for tensor in b.tensors() if (counts.__setitem__(s := tensor.signature, counts[s] - 1) or counts[s] >= 0)
-        )
-
     scores = sorted(((common(a, b), i, j) for i, a in enumerate(left) for j, b in enumerate(open_)), reverse=True)
     taken: tuple[set[int], set[int]] = (set(), set())
     for score, i, j in scores:
@@ -173,15 +223,16 @@ def _largest(left: list[Node], open_: list[Node], matching: Matching, pairs: lis
         _match(left[i], open_[j], matching, pairs)
 
 
-def _undecided(matching: Matching, theirs: list[Node], ours: list[Node]) -> None:
-    names = [t.path for node in ours for t in node.tensors()]
-    seen = [t.path for node in theirs for t in node.tensors()]
-    matching.undecided.update(seen)
-    a, b = theirs[0].path, ours[0].path
-    end = r"\." if theirs[0].shape is None else "$"
-    rename = {rf"^{re.escape(a)}{end}": b + ("." if end == r"\." else "")}
+def _undecided(matching: Matching, theirs: list[Node], ours: list[Node], *, placed: bool) -> None:
+    """Note that each of some modules can go to each of some places."""
+    names = tuple(t.path for node in ours for t in node.tensors())
+    if not placed:
+        matching.undecided.update(t.path for node in theirs for t in node.tensors())
+    a, b = theirs[0], ours[0]
+    leaf = a.shape is not None
+    rename = {rf"^{re.escape(a.path)}" + ("$" if leaf else r"\."): b.path + ("" if leaf else ".")}
     why = "several of the source's tensors have this place and shape"
-    matching.ambiguous.append(Ambiguity(tuple(names), why, tuple(node.path for node in theirs), rename))
+    matching.ambiguous.append(Ambiguity(names, why, tuple(node.path for node in theirs), rename, placed))
 
 
 def _orientation(matching: Matching, leaves: list[tuple[Node, Node]]) -> dict[tuple[str, str], bool | None]:
