@@ -82,6 +82,7 @@ def by_role(matching: Matching) -> None:
         matching.why[copy] = Why(f"{kept} stands for it", "exact", constant=True)
     shared = {role for role in theirs.of if role in ours.of}
     if not shared and options["vectors"] is None:
+        _report_ambiguous(matching, theirs, ours)
         return
     for places, placed in ((theirs, matching.used), (ours, matching.values)):
         places.of = {role: place for role, place in places.of.items() if place.tensor not in placed}
@@ -257,7 +258,7 @@ def _source_name(matching: Matching, name: str) -> str:
 def _other_leaves(name: str) -> Iterator[str]:
     path, dot, leaf = name.rpartition(".")
     for other, meaning in LEAVES.items():
-        if leaf in LEAVES and meaning == LEAVES[leaf] and other not in (leaf, "kernel"):
+        if leaf in LEAVES and meaning == LEAVES[leaf] and other != leaf:
             yield f"{path}{dot}{other}"
 
 

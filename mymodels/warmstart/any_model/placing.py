@@ -84,7 +84,7 @@ def places_of(side: Side, *, prefer: Iterable[str] = ()) -> Places:
 
 
 def _width(side: Side, roles: dict[str, Role]) -> int:
-    """The width of the residual stream: of the norms in the layers, else of the embeddings."""
+    """The width of the residual stream: of the norms in the layers, of the embeddings, or what most matrices have."""
     norms = Counter(
         side.tensors[name].shape[0]
         for name, role in roles.items()
@@ -93,7 +93,11 @@ def _width(side: Side, roles: dict[str, Role]) -> int:
     if norms:
         return norms.most_common(1)[0][0]
     table = next((side.tensors[n].shape for n, r in roles.items() if r.parts[0] == "model.embed_tokens.weight"), (0, 0))
-    return table[-1]
+    if table[-1]:
+        return table[-1]
+    matrices = [side.tensors[n].shape for n, r in roles.items() if _IN.search(r.parts[0]) or _OUT.search(r.parts[0])]
+    sizes = Counter(size for shape in matrices for size in shape)
+    return sizes.most_common(1)[0][0] if sizes else 0
 
 
 def orientations(side: Side, roles: dict[str, Role], width: int) -> dict[str, bool | None]:
@@ -120,7 +124,7 @@ def orientations(side: Side, roles: dict[str, Role], width: int) -> dict[str, bo
             reads = _IN.search(role.parts[0])
             straight, turned = tensor.shape[1 if reads else 0] == width, tensor.shape[0 if reads else 1] == width
             found[name] = turned if straight != turned else None
-    shown = {found[n] for n in found if n in roles and _shows(side, roles, n)}
+    shown = {found[n] for n in found if n in roles and _shows(side, roles, n)} - {None}
     for name in square:
         if len(shown) == 1:
             found[name] = next(iter(shown))

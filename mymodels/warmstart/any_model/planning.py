@@ -129,6 +129,8 @@ def plan_any(
     Raises:
         CheckpointError: the widths differ, a quantised tensor would be needed, or an option is impossible.
     """
+    if not opened.info and options["vectors"] is None:
+        raise CheckpointError(f"{opened.where} has no tensors: there is nothing to start from")
     unwanted, wanted = compiled("skip", skip), compiled("only", only)
     target = describe_target(model)
     source, why = describe_source(opened, rename)

@@ -58,10 +58,7 @@ def _sign(node: Node) -> tuple:
     else:
         for child in node.children.values():
             _sign(child)
-        if node.is_list:
-            children = [child.signature for child in _in_order(node)]
-        else:
-            children = sorted((child.signature for child in node.children.values()), key=repr)
+        children = sorted((child.signature for child in node.children.values()), key=repr)
         node.signature = ("module", *children)
     return node.signature
 
@@ -111,7 +108,7 @@ def _match(source: Node, target: Node, matching: Matching, pairs: list[tuple[Nod
             pairs.append((source, target))
         return
     source, target = _without_wrapper(source, target), _without_wrapper(target, source)
-    if source.is_list and target.is_list and source.signature == target.signature:
+    if source.is_list and target.is_list and _kinds(source) == _kinds(target):
         for a, b in zip(_in_order(source), _in_order(target)):
             _match(a, b, matching, pairs)
         return
@@ -163,6 +160,10 @@ def common(a: Node, b: Node) -> int:
     """How many tensors of one shape two subtrees have."""
     counts = (Counter(t.signature for t in node.tensors()) for node in (a, b))
     return sum((next(counts) & next(counts)).values())
+
+
+def _kinds(node: Node) -> list[tuple]:
+    return [child.signature for child in _in_order(node)]
 
 
 def _in_order(node: Node) -> list[Node]:
