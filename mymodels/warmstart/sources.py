@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo
 from .configs import is_another_models, source_config
-from .key_mapping import Family, Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
+from .families import Family
+from .key_mapping import Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
 from .lazy_tensor import Value, Why, constant
 from .opening import Opened, open_tensors, read_tensor
 

@@ -22,7 +22,8 @@ from .any_model.sides import own_tensors
 from .any_model.targets import build, class_for
 from .checking import SMALL, Checker
 from .configs import fields_of, make_config
-from .key_mapping import CONFIGS, FAMILIES, UnknownNamesError
+from .families import FAMILIES
+from .key_mapping import CONFIGS, UnknownNamesError
 from .opening import Opened, has_own_code, open_tensors
 from .own_models import model_class_of, token_fields
 from .planning import Plan, compiled, make_plan

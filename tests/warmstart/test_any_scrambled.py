@@ -138,3 +138,25 @@ def test_a_run_proves_what_the_structure_placed() -> None:
     alone = warm_start(Renamed().eval(), source.state_dict())
     assert not alone.checked.ran and not alone.is_exact
     assert {row.kind for row in alone.rows} == {"approximate"}
+
+
+class TwoOutputs(torch.nn.Module):
+    """Returns a second output only if it has the layer for it."""
+
+    def __init__(self, names: tuple[str, ...]):
+        super().__init__()
+        for name in names:
+            self.add_module(name, torch.nn.Linear(6, 6 + len(name)))
+
+    def forward(self, x):
+        return {f"out_{len(name)}": child(x) for name, child in self.named_children()}
+
+
+def test_a_run_proves_only_what_was_compared() -> None:
+    source, target = TwoOutputs(("aa", "bbb")), TwoOutputs(("xx", "yyy"))
+    with torch.no_grad():  # an output of the target that the source has not
+        source.forward = lambda x: {"out_2": source.aa(x)}
+    report = warm_start(target, source)
+    kinds = {name: row.kind for row in report.rows for name in row.targets}
+    assert report.checked.agrees and kinds["xx.weight"] == "exact" and kinds["yyy.weight"] == "approximate"
+    assert not report.is_exact

@@ -224,7 +224,7 @@ def test_two_parts_that_fit_are_not_chosen_from() -> None:
         (
             {"a.weight": torch.randn(3, 8), "b.weight": torch.randn(3, 8)},
             {"rename": {"^[ab]": "out"}},
-            "are both 'out.weight'",
+            r"are both 'out\.weight'",
         ),
         ({"out.weight": torch.randn(3, 8)}, {"overrides": {"width": 3}}, "overrides= changes the config"),
         ({"out.weight": torch.randn(3, 8)}, {"model_class": Net}, "model_class= names the class"),

@@ -89,10 +89,14 @@ def ask(target: Any, model_class: Any, head: str | None, overrides: Mapping[str,
     return _instance(target)
 
 
+def is_ours(config: Any) -> bool:
+    return isinstance(config, tuple(CONFIGS.values()))
+
+
 def _instance(model: Any) -> Asked:
     config = getattr(model, "config", None)
-    if isinstance(model, PreTrainedModel) and isinstance(config, tuple(CONFIGS.values())):
-        return Asked(kind_of(config), model, like=config)
+    if isinstance(model, PreTrainedModel) and is_ours(model.config):
+        return Asked(kind_of(model.config), model, like=model.config)
     return Asked(None, model, config if isinstance(config, PretrainedConfig) else None)
 
 
@@ -103,10 +107,10 @@ def _config(config: PretrainedConfig, model_class: Any, head: str | None, overri
     if is_stock_of_ours(config) and model_class is None:
         like = own_config(config)
         return Asked(kind_of(like), config=like, like=like, head=head, overrides=overrides)
-    if is_of_ones_own(config) and config.model_type in CONFIGS and not isinstance(config, tuple(CONFIGS.values())):
+    if is_of_ones_own(config) and config.model_type in CONFIGS and not is_ours(config):
         kind_of(config)  # of a folder with its own copy of the code: refused
     changed = changed_config(config, overrides)
-    if isinstance(config, tuple(CONFIGS.values())):
+    if is_ours(config):
         found = class_for(changed, head, "", model_class)
         if issubclass(found, PreTrainedModel):
             return Asked(kind_of(config), config=changed, like=changed, model_class=found, head=head)

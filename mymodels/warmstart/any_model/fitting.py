@@ -20,8 +20,10 @@ _EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.)experts\.(\d+)\.(.+)$")
 
 @dataclass
 class RoleChange(Change):
-    """`Change` for any two models: `tensors` is by role."""
+    """`Change` for any two models: `tensors` is by role, `source` and `target` are what `terms` gives."""
 
+    source: Any
+    target: Any
     post_norm: bool = False
     normalised: bool = False  # whether the target's weights of the chosen experts add up to 1
     marks: list[tuple[str, str]] = field(default_factory=list)  # regex over roles → what makes them approximate

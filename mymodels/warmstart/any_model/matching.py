@@ -12,7 +12,7 @@ from ..conversion import same
 from ..lazy_tensor import Value, Why, constant
 from .fitting import RoleChange, differences, fit, layer_choice, terms
 from .placing import Ambiguity, Places, places_of
-from .roles import LEAVES
+from .roles import LEAVES, roles_by_name
 from .sides import Side
 
 _WRAPPER = re.compile(
@@ -315,6 +315,7 @@ def _votes(matching: Matching, pairs: Mapping[str, str]) -> set[bool]:
 
 def by_prefix(matching: Matching) -> None:
     """Tensors whose names are the same behind a prefix that all of them have in front."""
+    roles = roles_by_name(matching.source.tensors), roles_by_name(matching.target.tensors)
     while True:
         pairs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
         sources: dict[tuple, list[str]] = defaultdict(list)
@@ -322,7 +323,8 @@ def by_prefix(matching: Matching) -> None:
             sources[(*name.split(".")[-2:], *sorted(matching.source.tensors[name].shape))].append(name)
         for name in matching.open_targets():
             for seen in sources.get((*name.split(".")[-2:], *sorted(matching.target.tensors[name].shape)), ()):
-                pairs[_fronts(seen, name)][name] = seen
+                if seen not in roles[0] or name not in roles[1]:  # two roles that differ are no match
+                    pairs[_fronts(seen, name)][name] = seen
         usable = {pair: found for pair, found in pairs.items() if not re.search(r"\d", "".join(pair))}
         if not usable:
             return

@@ -156,7 +156,7 @@ def plan_any(
             "model or a config as the source, or rename= to a name that ends in .kernel for [in, out], settles it"
         )
     notes = [*matching.notes, *_assumed(matching), *(_described(found) for found in _collapsed(matching.ambiguous))]
-    used = _fake_source(opened, source, matching)
+    used = _as_source(opened, source, matching)
     rows = make_rows(
         values, names, {n: tensors[n].numel() for n in values}, opened.info, partial(_why_unused, matching, target.kind)
     )
@@ -302,8 +302,10 @@ def _described(found: Ambiguity) -> str:
 
 
 def _check_width(source: Side, target: Side, where: str) -> None:
-    """Raises:
-    CheckpointError: both are known to be transformers, of two widths.
+    """Refuse another width.
+
+    Raises:
+        CheckpointError: both configs say how wide the models are, and differ.
     """
     widths = [getattr(side.config, "hidden_size", None) for side in (source, target)]
     if all(isinstance(width, int) for width in widths) and widths[0] != widths[1]:
@@ -313,12 +315,16 @@ def _check_width(source: Side, target: Side, where: str) -> None:
         )
 
 
-def _fake_source(opened: Opened, side: Side, matching: Matching) -> Source:
+def _as_source(opened: Opened, side: Side, matching: Matching) -> Source:
     tensors = {name: tensor.value for name, tensor in side.tensors.items()}
     nothing: Any = None
     return Source(
         opened.where, opened.folder, opened.info, nothing, side.config or nothing, opened.raw, tensors, matching.why, []
     )
+
+
+def _norms(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return norm_like(weight.double(), shape).to(weight)
 
 
 class _Pairs:
@@ -344,9 +350,7 @@ class _Pairs:
             if not value.sources:
                 made[length], made[direction] = self.tensors[length].value, self.tensors[direction].value
                 continue
-            made[length] = value.then(
-                "its norms, for weight_norm", lambda t, s=shape: norm_like(t.double(), s).to(t), shape
-            )
+            made[length] = value.then("its norms, for weight_norm", partial(_norms, shape=shape), shape)
             made[direction] = value
         return made, unsure
 
@@ -359,10 +363,10 @@ def _common_pairs(source: Side, target: Side) -> _Pairs:
         side.tensors = {pairs.get(name, name): tensor for name, tensor in side.tensors.items()}
     keep = set(found[0].values()) & set(found[1].values())
     back = {seen: own for own, seen in found[1].items()}
-    pairs = {}
+    made: dict[str, tuple[str, str]] = {}
     for name in list(back):
         front = name[: -len("weight_g")]
         if name.endswith("weight_g") and name not in keep:
-            pairs[f"{front}weight"] = (back[name], back[f"{front}weight_v"])
+            made[f"{front}weight"] = (back[name], back[f"{front}weight_v"])
     source.tensors, target.tensors = joined_pairs(source.tensors, keep), joined_pairs(target.tensors, keep)
-    return _Pairs(pairs, back, original)
+    return _Pairs(made, back, original)

@@ -196,8 +196,8 @@ def _in_layer(path: str, leaf: str, modules: set[str]) -> Role | None:
             return None
         return role._replace(parts=tuple(part.replace("mlp.", f"mlp.experts.{expert[1]}.", 1) for part in role.parts))
     has_experts = any("experts." in m for m in modules)
-    parts = next((roles for pattern, roles in _INSIDE if pattern.fullmatch(path)), None)
-    if parts is None:
+    parts = next((roles for pattern, roles in _INSIDE if pattern.fullmatch(path)), ())
+    if not parts:
         return None
     if module == "gate" and has_experts:
         parts = ("mlp.router",)

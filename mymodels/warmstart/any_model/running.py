@@ -69,7 +69,9 @@ class AnyChecker:
                 with contextlib.suppress(*_ERRORS):  # not every kernel takes float64
                     check = self._compare(theirs, ours, given, torch.float64)
             if check.agrees and self.unproven:
-                self.proven = self.unproven & {front + name for name in _depended_on(ours, given)}
+                self.proven = self.unproven & {
+                    front + name for name in _depended_on(ours, given, set(check.differences))
+                }
         except CheckpointError as error:
             return Check(what=str(error)), None
         except _ERRORS as error:  # someone's forward
@@ -177,7 +179,7 @@ def _made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
             return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} if all(_takes(s, "attention_mask") for s in (model, reference)) else {"input_ids": ids}]  # fmt: skip
         return [(ids,)]
     if type(first).__name__ == "Conv1D":  # transformers' linear layer, stored [in, out]
-        return [(torch.randn(4, first.weight.shape[0], generator=made),)]  # type: ignore[union-attr,index]
+        return [(torch.randn(4, next(p.shape[0] for p in first.parameters() if p.ndim == 2), generator=made),)]  # type: ignore[union-attr]
     if isinstance(first, torch.nn.Linear):
         return [
             (torch.randn(4, first.in_features, generator=made),),
@@ -230,8 +232,8 @@ def _outputs(ours: Any, theirs: Any) -> dict[str, tuple[torch.Tensor, torch.Tens
     return shared
 
 
-def _depended_on(model: torch.nn.Module, batches: list[Any]) -> set[str]:
-    """The parameters that change the outputs on these inputs."""
+def _depended_on(model: torch.nn.Module, batches: list[Any], compared: set[str]) -> set[str]:
+    """The parameters that change the outputs that were compared, on these inputs."""
     found: set[str] = set()
     with torch.enable_grad(), evaluating(model, torch.float64) as ours:
         copies = dict(ours.named_parameters(remove_duplicate=False))
@@ -241,7 +243,9 @@ def _depended_on(model: torch.nn.Module, batches: list[Any]) -> set[str]:
             for parameter in floating.values():
                 parameter.requires_grad_(True)
             for batch in batches:
-                outputs = [t for t in _named(_call(ours, batch, torch.float64)).values() if t.requires_grad]
+                named = _named(_call(ours, batch, torch.float64))
+                named = {n: t for n, t in named.items() if n in compared} or dict(list(named.items())[:1])
+                outputs = [t for t in named.values() if t.requires_grad]
                 weights = torch.Generator().manual_seed(1)
                 total = sum((t * torch.randn(t.shape, generator=weights, dtype=t.dtype)).sum() for t in outputs)
                 if not isinstance(total, torch.Tensor):

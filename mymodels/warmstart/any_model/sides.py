@@ -4,15 +4,16 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
 from ...checkpoints import Checkpoint, CheckpointError
-from ..lazy_tensor import Value, constant
+from ..lazy_tensor import Value
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "nhead", "heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
@@ -117,7 +118,7 @@ def made_by(raw: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[str, str]], st
     try:
         config = AutoConfig.for_model(raw["model_type"], **fields)
         name = (raw.get("architectures") or [""])[0]
-        model_class = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
+        model_class: Any = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
         with init_empty_weights():
             model = model_class(config)
     except Exception:  # a type of another release, or fields that its class does not take: read by names alone
@@ -223,7 +224,7 @@ def joined_pairs(tensors: dict[str, Tensor], keep: set[str]) -> dict[str, Tensor
             made[name] = tensor
         elif name.endswith("weight_v"):
             length = tensors[f"{front}weight_g"].value
-            weight = tensor.value.then("weight_norm resolved", lambda v, g=length: _weight(v, g), using=(length,))
+            weight = tensor.value.then("weight_norm resolved", partial(_weight, length=length), using=(length,))
             made[f"{front}weight"] = Tensor(weight, tensor.holder, tensor.code, tensor.renamed)
     return made
 
@@ -240,18 +241,12 @@ def norm_like(v: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def refuse_meta(model: torch.nn.Module) -> None:
-    """Raises:
-    CheckpointError: the model has no data to fill.
+    """Refuse a model without data.
+
+    Raises:
+        CheckpointError: the model has no data to fill.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError(
             f"the {type(model).__name__} has parameters without data (meta device, or offloaded): load it first"
         )
-
-
-def zeros_like(value: Value, step: str) -> Value:
-    return constant(value.shape, 0.0, value, step)
-
-
-def is_known_config(config: Any) -> bool:
-    return isinstance(config, PretrainedConfig) and bool(config.model_type)

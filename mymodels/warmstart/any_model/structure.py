@@ -122,10 +122,10 @@ def _match(source: Node, target: Node, matching: Matching, pairs: list[tuple[Nod
     several = [s for s in alike if s not in single]
     ordered = matching.source.ordered and _same_order(matching)
     for signature in several:
-        a, b = theirs[signature], ours[signature]
-        by_order = ordered and len(a) == len(b)
-        _undecided(matching, a, b, placed=by_order)
-        for x, y in zip(a, b) if by_order else ():
+        alike_there, alike_here = theirs[signature], ours[signature]
+        by_order = ordered and len(alike_there) == len(alike_here)
+        _undecided(matching, alike_there, alike_here, placed=by_order)
+        for x, y in zip(alike_there, alike_here) if by_order else ():
             _match(x, y, matching, pairs)
     left = [n for s, nodes in theirs.items() if s not in ours for n in nodes if n.shape is None]
     open_ = [n for s, nodes in ours.items() if s not in theirs for n in nodes if n.shape is None]
@@ -151,7 +151,8 @@ def _overlap(a: Node, b: Node) -> int:
     total, taken = 0, (set[int](), set[int]())
     for score, i, j in sorted(pairs, reverse=True):
         if i not in taken[0] and j not in taken[1]:
-            taken[0].add(i), taken[1].add(j)
+            taken[0].add(i)
+            taken[1].add(j)
             total += score
     return total
 
@@ -220,7 +221,8 @@ def _largest(left: list[Node], open_: list[Node], matching: Matching, pairs: lis
         rivals = [s for s in scores if s[0] == score and (s[1] == i) != (s[2] == j)]
         if not score or rivals or i in taken[0] or j in taken[1]:
             continue
-        taken[0].add(i), taken[1].add(j)
+        taken[0].add(i)
+        taken[1].add(j)
         _match(left[i], open_[j], matching, pairs)
 
 
