@@ -34,6 +34,7 @@ class Matching:
         unproven: the target's tensors of which only a run can say that the right tensor was placed.
         by: the target's tensor → the matcher that placed it.
         undecided: the source's tensors that can go to several places.
+        doubles: roles that several of the source's tensors have, which count if no later matcher places these.
         squares: the source's square matrices that were taken as stored [out, in], and nothing shows it.
     """
 
@@ -50,6 +51,7 @@ class Matching:
     layers: list[int] = field(default_factory=list)
     undecided: set[str] = field(default_factory=set)
     squares: list[str] = field(default_factory=list)
+    doubles: list[Ambiguity] = field(default_factory=list)
 
     def place(self, name: str, value: Value, matcher: str, names: tuple[str, ...] = (), *, proven: bool = True) -> None:
         self.values[name], self.by[name] = value, matcher
@@ -204,6 +206,9 @@ def _written(
 def _report_ambiguous(matching: Matching, theirs: Places, ours: Places) -> None:
     """Ambiguities count only where the other side needs what they are about."""
     for found in theirs.ambiguous:
+        if found.by_names:  # the names may tell yet
+            matching.doubles.append(found)
+            continue
         names = [name for name in found.names if name in matching.source.tensors] or list(found.candidates)
         same_names = [
             n for n in names
@@ -216,7 +221,7 @@ def _report_ambiguous(matching: Matching, theirs: Places, ours: Places) -> None:
         matching.undecided.update(name for name in names if name not in matching.used)
         matching.ambiguous.append(found)
     for found in ours.ambiguous:
-        if not all(name in matching.source.tensors for name in found.names):
+        if not found.by_names and not all(name in matching.source.tensors for name in found.names):
             matching.ambiguous.append(found)
 
 
@@ -323,7 +328,8 @@ def by_prefix(matching: Matching) -> None:
             sources[(*name.split(".")[-2:], *sorted(matching.source.tensors[name].shape))].append(name)
         for name in matching.open_targets():
             for seen in sources.get((*name.split(".")[-2:], *sorted(matching.target.tensors[name].shape)), ()):
-                if seen not in roles[0] or name not in roles[1]:  # two roles that differ are no match
+                known = [found[n].parts for found, n in zip(roles, (seen, name)) if n in found]
+                if len(known) < 2 or _inside(known[0]) == _inside(known[1]):  # two roles that differ are no match
                     pairs[_fronts(seen, name)][name] = seen
         usable = {pair: found for pair, found in pairs.items() if not re.search(r"\d", "".join(pair))}
         if not usable:
@@ -346,6 +352,11 @@ def by_prefix(matching: Matching) -> None:
                 placed += 1
         if not placed:
             return
+
+
+def _inside(roles: tuple[str, ...]) -> tuple[str, ...]:
+    """Roles without the list of layers that they are in."""
+    return tuple(role.rpartition(":")[2] for role in roles)
 
 
 def _fronts(seen: str, name: str) -> tuple[str, str]:

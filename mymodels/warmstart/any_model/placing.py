@@ -27,6 +27,7 @@ class Ambiguity:
         candidates: what the reader chooses from.
         rename: a `rename=` that decides, regex → replacement.
         placed: whether the order decided after all, which is no proof.
+        by_names: whether the tensors' whole names may still decide.
     """
 
     names: tuple[str, ...]
@@ -34,6 +35,7 @@ class Ambiguity:
     candidates: tuple[str, ...]
     rename: dict[str, str]
     placed: bool = False
+    by_names: bool = False
 
 
 @dataclass
@@ -250,7 +252,9 @@ def _settle_doubles(side: Side, found: Places, prefer: set[str]) -> None:
                 found.copies[name] = keep
         if not alike:
             rename = {f"^{re.escape(names[0])}$": part}
-            found.ambiguous.append(Ambiguity((part,), f"several tensors can be {part}", tuple(names), rename))
+            found.ambiguous.append(
+                Ambiguity((part,), f"several tensors can be {part}", tuple(names), rename, by_names=True)
+            )
 
 
 def _equal(a: Value, b: Value) -> bool:

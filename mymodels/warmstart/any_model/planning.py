@@ -141,6 +141,7 @@ def plan_any(
     matching = Matching(source, target, options, why=why)
     for matcher in MATCHERS:
         matcher(matching)
+    matching.ambiguous += [d for d in matching.doubles if not matching.used & set(d.candidates)]
     values = _values(matching, tied, unwanted, wanted, opened)
     values, unproven = pairs.restored(values, matching.unproven)
     for name in list(tied):
