@@ -249,7 +249,7 @@ def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has parameters without data"):
         warm_start(empty, trained())
     (tmp_path / "bare").mkdir()
-    with pytest.raises(CheckpointError, match="has no config.json, so it names no target"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json, so it names no target"):
         warm_start(tmp_path / "bare", trained())
     (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoModel": "m.M"}}))
     with pytest.raises(CheckpointError, match="has code of its own, which would be run"):
@@ -280,3 +280,18 @@ def test_word_vectors_and_tokens(tmp_path: Path) -> None:
     row = [*words[:5], *reversed(words[5:60])].index("w7")
     assert torch.allclose(target.bert.embeddings.word_embeddings.weight[row], torch.arange(32) / 10)
     assert torch.equal(target.bert.embeddings.word_embeddings.weight[3], theirs[3])
+
+
+def test_models_with_two_stacks_under_a_prefix() -> None:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(
+        vocab_size=97, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, **sizes
+    )
+    source, target = (randomised(transformers.BartForConditionalGeneration(config)) for _ in range(2))
+    report = warm_start(target, {f"module.net.{name}": tensor for name, tensor in source.state_dict().items()})
+    theirs = dict(source.named_parameters())
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in target.named_parameters())
+    assert not any("ambiguous" in note for note in report.notes)
+    again = transformers.BartForConditionalGeneration(config).eval()
+    report = warm_start(again, source)
+    assert report.is_exact and report.checked.agrees

@@ -325,7 +325,8 @@ def by_prefix(matching: Matching) -> None:
         pairs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
         sources: dict[tuple, list[str]] = defaultdict(list)
         for name in matching.open_sources():
-            sources[(*name.split(".")[-2:], *sorted(matching.source.tensors[name].shape))].append(name)
+            for ending in {tuple(name.split(".")[-2:]), tuple(name.split(".")[-1:])}:
+                sources[(*ending, *sorted(matching.source.tensors[name].shape))].append(name)
         for name in matching.open_targets():
             for seen in sources.get((*name.split(".")[-2:], *sorted(matching.target.tensors[name].shape)), ()):
                 known = [found[n].parts for found, n in zip(roles, (seen, name)) if n in found]

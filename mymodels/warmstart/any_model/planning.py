@@ -159,7 +159,11 @@ def plan_any(
     notes = [*matching.notes, *_assumed(matching), *(_described(found) for found in _collapsed(matching.ambiguous))]
     used = _as_source(opened, source, matching)
     rows = make_rows(
-        values, names, {n: tensors[n].numel() for n in values}, opened.info, partial(_why_unused, matching, target.kind)
+        values,
+        names,
+        {n: tensors[n].numel() for n in values},
+        opened.info,
+        partial(_why_unused, matching, model, opened),
     )
     share = loaded_share(used, matching.why, values)
     plan: Any = Plan(model, used, values, names, rows, notes, *share)  # type: ignore[arg-type]
@@ -233,10 +237,17 @@ def _as_made(value: Value) -> Value:
     )
 
 
-def _why_unused(matching: Matching, kind: str, name: str) -> Why:
+def _why_unused(matching: Matching, model: torch.nn.Module, opened: Opened, name: str) -> Why:
     if name in matching.why:
         return matching.why[name]
     seen = next((n for n, tensor in matching.source.tensors.items() if name in tensor.value.sources), name)
+    buffer = dict(model.named_buffers()).get(seen)
+    if buffer is not None:
+        stored = opened.tensors[name]
+        if buffer.shape == stored.shape and torch.equal(buffer, stored.to(buffer)):
+            return Why("a buffer, which has these values already", "exact", constant=True)
+        return Why("a buffer, which keeps the target's values")
+    kind = matching.target.kind
     if seen in matching.source.aliases:
         return Why(f"{matching.source.aliases[seen]} is the same tensor", "exact", constant=True)
     if any(name in found.names or seen in found.names or seen in found.candidates for found in matching.ambiguous):
