@@ -23,13 +23,15 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "warm-start",
         run,
-        "Load stock weights into a modified architecture and account for every tensor.",
+        "Load weights of one model into another and account for every tensor.",
         example="mymodels warm-start hub_repo/mygpt2 --to mygpt2 --set num_key_value_heads=1 --out my-gpt2",
         exit_codes={0: "the report is printed, the model saved if --out is given", 1: FAILED},
         parents=(checkpoint_options(),),
     )
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="a checkpoint of any format, or a Hub repo")
-    parser.add_argument("--to", required=True, choices=["mygpt2", "mybert"], help="the architecture to fill")
+    parser.add_argument(
+        "--to", required=True, metavar="TARGET", help="what to fill: mygpt2, mybert, or a folder with a config.json"
+    )
     parser.add_argument(
         "--head", metavar="NAME", help="ForCausalLM, ForSequenceClassification, …, Model; default: the source's"
     )
@@ -67,7 +69,9 @@ def add_parser(verbs: Any) -> None:
         "--check", action="store_true", help="run source and target on the same inputs, whatever their size"
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="read a source with code of its own as if it were mymodels'"
+        "--trust-remote-code",
+        action="store_true",
+        help="read a source with code of its own as if it were mymodels', and run that of a target folder",
     )
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the new model; default: float32")
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")

@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 
 from ..checkpoints.safetensors_files import read_json
 from .configs import fields_of
-from .key_mapping import CONFIGS, FAMILIES
+from .families import FAMILIES
+from .key_mapping import CONFIGS
 
 # under these names training scripts keep what they made the model from, the closest to the model first
 _HOLDERS = ("model_args", "model_config", "config", "cfg", "hyper_parameters", "hparams", "args", "params")

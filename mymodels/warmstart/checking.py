@@ -73,6 +73,10 @@ class Checker:
 
     source: Source
     token_rows: Sequence[Sequence[int]] | None
+    unproven: frozenset[str] = frozenset()  # the tables leave nothing to be proven
+    proven: frozenset[str] = frozenset()
+    unshown: str = ""
+    compared_all: bool = True
 
     def is_small(self, model: PreTrainedModel) -> bool:
         sizes = sum(info.numel for info in self.source.info.values()), model.num_parameters()
@@ -123,7 +127,7 @@ class Checker:
         differences: dict[str, float] = {}
         scales: dict[str, float] = {}
         where: list[int] = []
-        with torch.no_grad(), _evaluating(reference, dtype) as theirs, _evaluating(model, dtype) as ours:
+        with torch.no_grad(), evaluating(reference, dtype) as theirs, evaluating(model, dtype) as ours:
             for mine, stock in batches:
                 a, b = (_run(m, batch, outputs) for m, batch in ((ours, mine), (theirs, stock)))
                 for name in outputs:
@@ -131,7 +135,7 @@ class Checker:
                         continue
                     x, y = self._alike(model, name, a[name], b[name], mine)
                     scales[name] = max(scales.get(name, 0.0), y.abs().max().item())
-                    differences[name] = max(differences.get(name, 0.0), _largest(x - y))
+                    differences[name] = max(differences.get(name, 0.0), largest(x - y))
                 where += _first(a.get("hidden_states"), b.get("hidden_states"), mine)
         if not differences:
             raise CheckpointError("source and target have no output in common")
@@ -269,7 +273,7 @@ def _run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], outputs: Seq
     return model(**batch, output_hidden_states=True, return_dict=True)
 
 
-def _largest(difference: torch.Tensor) -> float:
+def largest(difference: torch.Tensor) -> float:
     found = difference.abs().max().item() if difference.numel() else 0.0
     return math.inf if math.isnan(found) else found
 
@@ -283,13 +287,13 @@ def _first(ours: Any, theirs: Any, batch: Mapping[str, torch.Tensor]) -> list[in
         if a.shape != b.shape:
             return []
         a, b = a[shown].double(), b[shown].double()
-        if _largest(a - b) > _TOLERANCE * b.abs().max().item():
+        if largest(a - b) > _TOLERANCE * b.abs().max().item():
             return [i]
     return [len(ours)]
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+def evaluating(model: Any, dtype: torch.dtype) -> Iterator[Any]:
     """The model in eval mode on the CPU in `dtype`: itself if it is so already, else a copy."""
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     if any(tensor.is_meta for tensor in tensors):

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..checkpoints import CheckpointError
-from .key_mapping import CONFIGS, Family, family_of, kind_of, position_offset
+from .families import Family
+from .key_mapping import CONFIGS, family_of, kind_of, position_offset
 
 # of a foreign config, beside the fields of ours, what every config has or what `check_consistency` looks at
 _COMMON = {

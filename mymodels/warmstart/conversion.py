@@ -49,6 +49,11 @@ class Change:
     def kind(self) -> str:
         return kind_of(self.target)
 
+    @property
+    def is_pre_norm(self) -> bool:
+        """Whether norms come before attention and MLP, so that a block which writes zeros changes nothing."""
+        return self.kind == "mygpt2"
+
     def drop(self, name: str, why: str, kind: str = "approximate", *, requested: bool = False) -> None:
         """Take a tensor out. Where it is used nowhere else, the report will say why."""
         if name in self.tensors:

@@ -3,7 +3,7 @@
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -100,7 +100,7 @@ def make_plan(
         CheckpointError: the two have nothing in common, or a quantised tensor would be needed.
     """
     unwanted, wanted = compiled("skip", skip), compiled("only", only)
-    tied = _tied_names(model)
+    tied = tied_names(model)
     prefix = "" if type(model).base_model_prefix in dict(model.named_children()) else PREFIXES[kind_of(model.config)]
     ours = {prefix + name: names[0] for names in tied.values() for name in names}  # in our form → the parameter
     if source.tensors and source.config.hidden_size != model.config.hidden_size:
@@ -134,8 +134,8 @@ def make_plan(
             change.drop(name, refused[own], requested=True)
             continue
         else:
-            _check_dtype(source, value)
-            values.setdefault(own, _rounded(value, dtype or parameters[own].dtype))
+            check_dtype(source, value)
+            values.setdefault(own, rounded(value, dtype or parameters[own].dtype))
             continue
         change.drop(name, refused[own])
     for name, own in ours.items():
@@ -149,15 +149,21 @@ def make_plan(
             values[own] = constant(tuple(parameters[own].shape), 0.0, like, "zeros, as the source has none")
         else:
             values[own] = fresh(name)
-    rows = _rows(model, source, change, values, tied)
-    share = _loaded_share(source, change, values)
-    return Plan(model, source, values, {names[0]: names for names in tied.values()}, rows, change.notes, *share)
+    by_source = {s: name for name, value in reversed(source.tensors.items()) for s in value.sources}
+
+    def why_unused(name: str) -> Why:
+        return change.why.get(name) or _no_place(model, by_source.get(name, name))
+
+    all_names = {names[0]: names for names in tied.values()}
+    rows = make_rows(values, all_names, {n: p.numel() for n, p in parameters.items()}, source.info, why_unused)
+    share = loaded_share(source, change.why, values)
+    return Plan(model, source, values, all_names, rows, change.notes, *share)
 
 
-def _loaded_share(source: Source, change: Change, values: dict[str, Value]) -> tuple[int, int]:
+def loaded_share(source: Source, why_unused: Mapping[str, Why], values: Mapping[str, Value]) -> tuple[int, int]:
     """How many of the source's elements are used, of those that are weights and were not left out on request."""
     taken = {name for value in values.values() for name in value.sources}
-    left_out = {name for name, why in change.why.items() if why.constant or why.requested}
+    left_out = {name for name, why in why_unused.items() if why.constant or why.requested}
     offered = {name: info.numel for name, info in source.info.items() if name in taken or name not in left_out}
     return sum(count for name, count in offered.items() if name in taken), sum(offered.values())
 
@@ -174,7 +180,7 @@ def compiled(option: str, patterns: Sequence[str] | str) -> list[re.Pattern]:
         raise CheckpointError(f"{option}={patterns!r} has something that is no regular expression: {error}") from None
 
 
-def _rounded(value: Value, dtype: torch.dtype) -> Value:
+def rounded(value: Value, dtype: torch.dtype) -> Value:
     """The value, and that it loses digits where `dtype` has fewer."""
     if not value.dtype.is_floating_point or torch.finfo(dtype).eps <= torch.finfo(value.dtype).eps:
         return value
@@ -196,7 +202,7 @@ def _shown(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def _check_dtype(source: Source, value: Value) -> None:
+def check_dtype(source: Source, value: Value) -> None:
     for name in value.sources:
         info = source.info.get(name)
         if info is not None and not info.dtype.is_floating_point:
@@ -252,23 +258,32 @@ def _start(model: PreTrainedModel, module: torch.nn.Module, attribute: str) -> s
     return f"random, normal with standard deviation {std:.3g}"
 
 
-def _tied_names(model: PreTrainedModel) -> dict[int, tuple[str, ...]]:
+def tied_names(model: torch.nn.Module) -> dict[int, tuple[str, ...]]:
     """The names of each parameter; those of a tied one together, the embeddings' first."""
-    model.tie_weights()
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
     groups: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups[id(parameter)].append(name)
     return {key: tuple(names) for key, names in groups.items()}
 
 
-def _rows(
-    model: PreTrainedModel,
-    source: Source,
-    change: Change,
-    values: dict[str, Value],
-    tied: dict[int, tuple[str, ...]],
+def make_rows(
+    values: Mapping[str, Value],
+    tied: Mapping[str, tuple[str, ...]],
+    counts: Mapping[str, int],
+    info: Mapping[str, TensorInfo],
+    why_unused: Callable[[str], Why],
 ) -> list[Row]:
-    """Parameters and tensors that belong together, however indirectly, share a row."""
+    """Parameters and tensors that belong together, however indirectly, share a row.
+
+    Args:
+        values: parameter → its value.
+        tied: parameter → all its names.
+        counts: parameter → number of elements.
+        info: the source's tensors.
+        why_unused: why a tensor of the source has no place.
+    """
     group = {name: name for name in (*values, *(f"\0{s}" for v in values.values() for s in v.sources))}
 
     def root(name: str) -> str:
@@ -283,23 +298,20 @@ def _rows(
     members: dict[str, list[str]] = defaultdict(list)
     for name in values:
         members[root(name)].append(name)
-    names_of = {names[0]: names for names in tied.values()}
-    parameters = dict(model.named_parameters())
     rows = []
     for names in members.values():
         parts = [values[name] for name in names]
         sources = tuple(dict.fromkeys(s for value in parts for s in value.sources))
-        targets = tuple(n for name in names for n in names_of[name])
-        count = sum(parameters[name].numel() for name in names)
-        steps = {n: values[name].steps for name in names for n in names_of[name]}
+        targets = tuple(n for name in names for n in tied[name])
+        count = sum(counts[name] for name in names)
+        steps = {n: values[name].steps for name in names for n in tied[name]}
         how = "; ".join(dict.fromkeys(step for value in parts for step in value.steps))
         rows.append(Row(_status(parts), worst(v.kind for v in parts), targets, sources, how, count, steps))
     taken = {s for value in values.values() for s in value.sources}
-    by_source = {s: name for name, value in reversed(source.tensors.items()) for s in value.sources}
-    for name, info in source.info.items():
+    for name, about in info.items():
         if name not in taken:
-            why = change.why.get(name) or _no_place(model, by_source.get(name, name))
-            rows.append(Row("unused", why.kind, (), (name,), why.text, info.numel, {}, why.constant))
+            why = why_unused(name)
+            rows.append(Row("unused", why.kind, (), (name,), why.text, about.numel, {}, why.constant))
     return rows
 
 

@@ -160,7 +160,7 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     model = empty_model(model_class, config, **making)
     plan = make_plan(model, source, dtype=kind, transform=False)
     if device_map is None:
-        check_memory(model, source, kind)
+        check_memory(model, source.where, source.info, kind)
     load_checkpoint_and_dispatch(model, plan.checkpoint(kind), device_map, dtype=kind, **placing).eval()  # in place
     model.config.name_or_path, model.config.dtype = str(path), kind
     if generation is not None:

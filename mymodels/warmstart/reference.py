@@ -50,7 +50,7 @@ def make_reference(source: Source, target: type[PreTrainedModel], *, head: bool)
     if isinstance(source.stock.module, model_class):
         module: Any = source.stock.module
         return module
-    model, missing = _load(model_class, config, _state_dict(source))
+    model, missing = load_quietly(model_class, config, _state_dict(source))
     lost = [name for name in missing if not name.endswith(".bias") and not (kind == "Model" and "pooler." in name)]
     if lost:
         raise CheckpointError(f"the source has no {lost[0]}, which transformers' {model_class.__name__} has")
@@ -112,11 +112,11 @@ def _state_dict(source: Source) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _load(
+def load_quietly(
     model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, torch.Tensor]
 ) -> tuple[PreTrainedModel, list[str]]:
     config._name_or_path = ""
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
@@ -125,7 +125,7 @@ def _load(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No word of the library about names that are missing or unexpected: the report has its own."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors.torch import save_model
 from transformers import PreTrainedModel
 
 from ..checkpoints import CheckpointError, replace_file, replace_folder, write_manifest
@@ -20,11 +21,12 @@ from ..checkpoints.inspecting import ranges
 from ..checkpoints.integrity import is_weight_file
 from ..checkpoints.writing import parse_size, save_model_files, save_tokenizer_files
 from ..messages import printable
-from .checking import Check, Checker
+from .checking import Check
 
 REPORT_NAME = "warm_start.json"
 STATUSES = ("loaded", "transformed", "resized", "new", "unused")
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
+UNPROVEN = "placed by structure: exact only if a run shows it"
 _STYLES = {"new": "yellow", "unused": "yellow", "resized": "cyan", "transformed": "cyan", "loaded": "green"}
 
 
@@ -42,6 +44,7 @@ class Row:
         steps: each target → what was done for it, in order.
         constant: an unused tensor that is no weight of its own: a mask, an optimizer's state, a second name.
         frozen: whether `freeze_loaded` made the targets untrainable.
+        unproven: whether the step is approximate only because no run has shown that the right tensor was taken.
     """
 
     status: str
@@ -53,6 +56,7 @@ class Row:
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     constant: bool = False
     frozen: bool = False
+    unproven: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,11 +83,11 @@ class WarmStartReport:
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
     coverage: dict[str, int] = field(default_factory=dict)
-    model: PreTrainedModel | None = field(default=None, repr=False)
+    model: Any = field(default=None, repr=False)
     tokenizer: Any = field(default=None, repr=False)
     source_parameters: int = 0
     checked: Check | None = None
-    checker: Checker | None = field(default=None, repr=False)
+    checker: Any = field(default=None, repr=False)
 
     def check(self, inputs: Mapping[str, Any] | None = None) -> Check:
         """Run source and target on the same inputs, in eval mode and float32, and compare their outputs.
@@ -109,15 +113,40 @@ class WarmStartReport:
         exact = all(row.kind == "exact" for row in self.rows)
         new = {name for row in self.rows if row.kind == "new" for name in row.targets}
         self.checked, where = self.checker.run(self.model, new, inputs, exact=exact)
-        if exact and self.checked.ran and not self.checked.agrees:
+        if self.checked.agrees:
+            self._prove(self.checker.proven)
+        elif exact and self.checked.ran:
             self._not_exact(self.checked, where)
+        self._note_unshown()
         return self.checked
+
+    def not_checked(self, why: str) -> None:
+        """Note that source and target were not run."""
+        self.checked = Check(what=why)
+        self._note_unshown()
+
+    def _note_unshown(self) -> None:
+        """That two classes compute the same is a note until a run shows it."""
+        unshown = self.checker.unshown if self.checker is not None else ""
+        self.notes = [note for note in self.notes if note != unshown]
+        shown = self.checked is not None and self.checked.agrees and self.checker.compared_all
+        if unshown and not shown:
+            self.notes.append(unshown)
+
+    def _prove(self, proven: Collection[str]) -> None:
+        """Rows that only a run could call exact, after a run that agreed and depended on them."""
+        self.rows = [
+            replace(row, kind="exact", unproven=False, how=row.how.replace(UNPROVEN, "placed by structure, and run"))
+            if row.unproven and all(name in proven for name in row.targets)
+            else row
+            for row in self.rows
+        ]
 
     def _not_exact(self, check: Check, where: int | None) -> None:
         """Take back what the rows say where a run showed otherwise; `where`: see `Checker.run`."""
         assert self.model is not None
-        layers = self.model.config.num_hidden_layers
-        base = f"{self.model.base_model_prefix}."
+        layers = getattr(getattr(self.model, "config", None), "num_hidden_layers", 0)
+        base = f"{getattr(self.model, 'base_model_prefix', '')}."
 
         def concerned(row: Row) -> bool:
             found = [_LAYER.search(name) for name in row.targets]
@@ -190,7 +219,7 @@ class WarmStartReport:
         `percent`); `rows` (list of objects with the fields of `Row`); `notes` (list of text); `coverage` (name → count);
         `check` (`ran`, `agrees`, `differences`: output → largest, `what`; null before a check).
         """
-        rows = [asdict(row) for row in self.rows]
+        rows = [{k: v for k, v in asdict(row).items() if k != "unproven"} for row in self.rows]
         described = {"source": self.source, "target": self.target, "exact": self.is_exact, "totals": self.totals}
         check = None if self.checked is None else self.checked.to_dict()
         return {**described, "rows": rows, "notes": self.notes, "coverage": self.coverage, "check": check}
@@ -211,7 +240,10 @@ class WarmStartReport:
         with replace_folder(
             save_directory, keep=lambda name: not is_weight_file(name), finish=write_manifest
         ) as folder:
-            save_model_files(self.model, folder, size)
+            if isinstance(self.model, PreTrainedModel):
+                save_model_files(self.model, folder, size)
+            else:
+                save_model(self.model, str(folder / "model.safetensors"), metadata={"format": "pt"})
             if self.tokenizer is not None:
                 save_tokenizer_files(self.tokenizer, folder)
             (folder / REPORT_NAME).write_text(self.to_json() + "\n", encoding="utf-8")
@@ -274,6 +306,16 @@ class WarmStartReport:
         console = Console(width=160, record=True, file=io.StringIO(), force_jupyter=False)
         self.show(console)
         return console.export_text()
+
+
+def mark_unproven(rows: list[Row], unproven: Collection[str]) -> list[Row]:
+    """The rows of these targets as approximate, until a run shows that the right tensors were placed."""
+    return [
+        replace(row, kind="approximate", unproven=row.kind == "exact", how=f"{row.how}; {UNPROVEN}".removeprefix("; "))
+        if row.sources and any(name in unproven for name in row.targets)
+        else row
+        for row in rows
+    ]
 
 
 def _collapsed(rows: list[Row], every: bool) -> list[tuple[Row, str, str]]:

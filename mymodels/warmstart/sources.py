@@ -1,6 +1,5 @@
 """A source of weights in our terms: its tensors under our names, unfused, and its config as one of ours."""
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from ..checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
-from ..checkpoints.opening import locate
-from ..checkpoints.quantised import quantisation
-from ..checkpoints.torch_files import nested_checkpoint
-from ..released import OwnCodeError, check_code, is_installed
-from .beside import config_in_file, config_in_folder
+from ..checkpoints import Checkpoint, CheckpointError, TensorInfo
 from .configs import is_another_models, source_config
-from .key_mapping import Family, Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
+from .families import Family
+from .key_mapping import Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
 from .lazy_tensor import Value, Why, constant
-from .refusing import refuse_adapter
+from .opening import Opened, open_tensors, read_tensor
 
 HEADS = {
     "mygpt2": ("lm_head.weight", "model.embed_tokens.weight"),
@@ -83,57 +78,27 @@ def open_source(
         CheckpointError: it cannot be read, is of another architecture, quantised, an adapter, a part of a checkpoint,
             has code of its own, or two tensors of one name.
     """
-    folder, raw, where, module = None, _as_dict(config), "the source", None
-    own_code = ""
-    beside: dict[str, Any] = {}  # what the source's own file says
-    if isinstance(source, torch.nn.Module):
-        if type(source).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
-            source = getattr(source, "module", None) or getattr(source, "_orig_mod", source)
-        own = getattr(source, "config", None)
-        if isinstance(own, PretrainedConfig):
-            raw = raw or {**own.to_dict(), "architectures": [type(source).__name__]}
-        if isinstance(source, PreTrainedModel) and has_own_code(type(source)):
-            own_code = f"a {type(source).__name__}"
-        where, module = f"the {type(source).__name__}", source
-        source = source.state_dict()
-    elif isinstance(source, (str, os.PathLike)):
-        where = str(source)
-        path = locate(source, revision=revision, token=token)
-        folder = path if path.is_dir() else path.parent
-        if path.is_dir():
-            refuse_adapter(where, (), folder)
-        source = open_checkpoint(path, allow_pickle=allow_pickle)
-    elif not isinstance(source, Mapping):
-        raise CheckpointError(
-            f"a {type(source).__name__} is no source: pass a path, a Hub repo's id, a model or a state dict"
-        )
-    elif not isinstance(source, Checkpoint) and any(
-        isinstance(value, Mapping) for value in source.values()
-    ):  # a training checkpoint, loaded
-        source, folder = nested_checkpoint(Path(where), "training checkpoint", source, ""), Path(os.devnull)
-    usual: Mapping[str, Any] = {}
-    if isinstance(source, Checkpoint):
-        where = str(source.path) if where == "the source" else where
-        found = source.path if source.path.is_dir() else source.path.parent
-        folder = folder or found
-        source = source if section is None else source.section(section)
-        if source.part_of:
-            raise CheckpointError(source.part_of)  # which names the file
-        if not raw and (raw := config_in_folder(folder)):
-            own_code = _check_code(raw, folder, where, trust_remote_code)
-        if "model_type" not in raw:
-            beside, usual = config_in_file(source.extras)
-    elif section is not None:
-        raise CheckpointError(f"section={section!r} is for files, and {where} is none: pass that part of it")
-    given, raw = raw, {**beside, **raw}
-    info = _describe(source, where)
-    refuse_adapter(where, info)
-    how = quantisation(info, raw)
-    if how and "without scales" not in how:  # those without are refused where they would be needed
-        raise CheckpointError(
-            f"{where} is quantised: {how}; its scales and packed values are not read here: take the model that it was made "
-            "from, or dequantise it with the library that quantised it and save that"
-        )
+    opened = open_tensors(
+        source, config=config, section=section, allow_pickle=allow_pickle, revision=revision, token=token,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return describe_source(opened, target=target, like=like, rename=rename, skip=skip, only=only, settled=settled)
+
+
+def describe_source(
+    opened: Opened,
+    *,
+    target: str,
+    like: PretrainedConfig | None = None,
+    rename: Mapping[str, str] | None = None,
+    skip: Sequence[re.Pattern] = (),
+    only: Sequence[re.Pattern] = (),
+    settled: Mapping[str, Any] | None = None,
+) -> Source:
+    """What `open_source` returns, of a source that is open."""
+    source, info, where, folder, module = opened.tensors, opened.info, opened.where, opened.folder, opened.module
+    given, beside, usual, own_code = opened.given, opened.beside, opened.usual, opened.own_code
+    raw = {**beside, **given}
     if settled and "model_type" not in raw and "pad_token_id" in settled:
         raw = {"pad_token_id": settled["pad_token_id"], **raw}  # before it: of RoBERTa, where its positions begin
     named = _rename(source, info, raw, target, rename or {}, where, skip, only)
@@ -155,7 +120,7 @@ def open_source(
         name = named.family.name
         assumed.append(f"the source is {own_code}: its weights are read as {name}'s, which its own code may not do")
     stock = Stock(
-        module, named.stock, "(c_attn|c_proj|c_fc)\\.weight$" if named.linear else "$^", partial(_read, source)
+        module, named.stock, "(c_attn|c_proj|c_fc)\\.weight$" if named.linear else "$^", partial(read_tensor, source)
     )
     return Source(where, folder, info, named.family, found_config, raw, named.ours, named.why, assumed, stock)
 
@@ -175,27 +140,6 @@ def _other_heads(named: "Named", config: PretrainedConfig) -> list[str]:
     if pooler.sources[0].endswith("pooler.dense.weight"):  # RoBERTa's own has classifier.dense
         notes.append(f"{classifier.sources[0]} is no head of RoBERTa's: it is assumed to read the pooler's output")
     return notes
-
-
-def _check_code(raw: Mapping[str, Any], folder: Path, where: str, trusted: bool) -> str:
-    """What a folder's own code makes of it, for the report; empty if it has none."""
-    try:
-        check_code(raw, folder, saved=True)
-    except OwnCodeError as error:
-        name = (raw.get("architectures") or ["model with code of its own"])[0]
-        if trusted:
-            return f"a {name} with code of its own"
-        reason = str(error).replace(str(folder), where).partition(", and mymodels'")[0].partition(": load it by")[0]
-        raise CheckpointError(
-            f"{reason}, so its weights may mean something else here: read that code, then pass trust_remote_code=True "
-            "(--trust-remote-code) if they mean the same"
-        ) from None
-    return ""
-
-
-def has_own_code(cls: type) -> bool:
-    """Whether a model's class is neither ours nor transformers' own."""
-    return not is_installed(cls) and cls.__module__.split(".")[0] != "transformers"
 
 
 def _tie(
@@ -232,31 +176,6 @@ def _aliases(source: Mapping[str, torch.Tensor], a: Value, b: Value) -> bool:
         return False
     first, second = (source.aliases.get(value.sources[0], value.sources[0]) for value in (a, b))
     return first == second
-
-
-def _as_dict(config: Any) -> dict[str, Any]:
-    if config is None or isinstance(config, Mapping):
-        return dict(config or {})
-    if isinstance(config, PretrainedConfig):
-        return config.to_dict()
-    raise CheckpointError(f"config= is a {type(config).__name__}: pass the source's config, or its fields as a dict")
-
-
-def _describe(source: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
-    if isinstance(source, Checkpoint):
-        return source.info
-    info = {}
-    for name, tensor in source.items():
-        if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
-            raise CheckpointError(
-                f"{where} holds a {type(tensor).__name__} at {name!r}, which is no tensor with a name: pass the state dict"
-            )
-        if tensor.layout != torch.strided:
-            raise CheckpointError(f"{where}: tensor {name!r} is {tensor.layout}: make it dense, tensor.to_dense()")
-        if tensor.is_meta:
-            raise CheckpointError(f"{where}: tensor {name!r} is on the meta device and has no data: load the weights")
-        info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, "")
-    return info
 
 
 class Named(NamedTuple):
@@ -326,7 +245,7 @@ def _rename(
         if renamed.why is not None:
             why[name] = renamed.why
             continue
-        value = Value(info[name].shape, info[name].dtype, partial(_read, source, name), (name,))
+        value = Value(info[name].shape, info[name].dtype, partial(read_tensor, source, name), (name,))
         ours |= _unfuse(name, value, renamed, renamed.transposed and not linear)
     table = "bert.embeddings.position_embeddings.weight"
     if table in ours and (offset := position_offset(family, raw)):
@@ -357,10 +276,6 @@ def _wrong(where: str, family: str, target: str) -> CheckpointError:
     known = family_of(family)
     hint = f"use it for {other}" if known and known.target != target else f"{this} starts from {fits} weights"
     return CheckpointError(f"{where} is a {family} checkpoint, and {this} has another architecture: {hint}")
-
-
-def _read(source: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    return source[name].detach()
 
 
 def _unfuse(name: str, value: Value, renamed: Renamed, transposed: bool) -> dict[str, Value]:

@@ -147,7 +147,7 @@ def layers(change: Change) -> None:
                 change.drop(name, "its layer is not among the chosen ones", requested=True)
             else:
                 del change.tensors[name]
-    pre_norm = change.kind == "mygpt2"
+    pre_norm = change.is_pre_norm
     kept_all = sorted(set(chosen)) == list(range(have)) and chosen == sorted(chosen)
     seen: set[int] = set()
     for to, origin in enumerate(chosen):
@@ -156,7 +156,7 @@ def layers(change: Change) -> None:
             if origin not in seen:
                 step, kind = ("", "exact") if kept_all else ("a chosen layer", "approximate")
                 change.tensors[name] = value.then(step, same, kind=kind if pre_norm or not kept_all else "approximate")
-            elif pre_norm and re.match(r"(self_attn\.o_proj|mlp\.down_proj)\.", rest):
+            elif pre_norm and re.match(r"(self_attn\.o_proj|mlp\.(experts\.\d+\.)?down_proj)\.", rest):
                 change.tensors[name] = constant(value.shape, 0.0, value, "zeros: the added block changes nothing")
             else:
                 kind = "exact" if pre_norm and kept_all else "approximate"

@@ -2,10 +2,10 @@
 
 import copy
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -13,35 +13,25 @@ from accelerate.utils import get_max_memory
 from tqdm import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints import CheckpointError, load_checkpoint_and_dispatch
+from ..checkpoints import CheckpointError, TensorInfo, load_checkpoint_and_dispatch
 from ..checkpoints.checkpoint import resolve_dtype
-from ..models import modeling_mybert, modeling_mygpt2
-from .checking import SMALL, Check, Checker
-from .configs import fields_of, make_config, own_config
-from .conversion import TokenVectors
-from .key_mapping import CONFIGS, FAMILIES, kind_of
-from .lazy_tensor import Value
+from .any_model.asking import SHARING_ROLES, Asked, ask, not_shown, table_rows, vocabulary_of, worth_trying
+from .any_model.planning import plan_any
+from .any_model.running import AnyChecker
+from .any_model.sides import own_tensors
+from .any_model.targets import build, class_for
+from .checking import SMALL, Checker
+from .configs import fields_of, make_config
+from .families import FAMILIES
+from .key_mapping import CONFIGS, UnknownNamesError
+from .opening import Opened, has_own_code, open_tensors
+from .own_models import model_class_of, token_fields
 from .planning import Plan, compiled, make_plan
-from .report import Row, WarmStartReport
-from .sources import Source, has_own_code, open_source
-from .vocabulary import (
-    has_tokenizer,
-    load_tokenizer,
-    match_tokens,
-    missing_rows,
-    read_word_vectors,
-    vectors_by_token,
-    words_of,
-)
-
-_MODULES = {"mygpt2": modeling_mygpt2, "mybert": modeling_mybert}
-_NAMES = {"mygpt2": "MyGPT2", "mybert": "MyBert"}
-_HEADS = {
-    "mygpt2": ("Model", "ForCausalLM", "ForSequenceClassification"),
-    "mybert": ("Model", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering"),
-}
-_STOCK_HEADS = {"LMHeadModel": "ForCausalLM", "DoubleHeadsModel": "ForCausalLM", "ForPreTraining": "ForMaskedLM"}
-
+from .report import Row, WarmStartReport, mark_unproven
+from .sources import Source
+from .sources import describe_source as read_source
+from .token_rows import match_vocabulary
+from .vocabulary import load_tokenizer
 
 _LEAST = 0.1  # of a source's weights must load
 
@@ -72,9 +62,10 @@ class NotAllowedError(CheckpointError):
 
 
 def warm_start(
-    model_or_config: PreTrainedModel | PretrainedConfig | str,
+    model_or_config: torch.nn.Module | PretrainedConfig | str | os.PathLike,
     source: Any,
     *,
+    model_class: type[torch.nn.Module] | None = None,
     head: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     layers: str | Sequence[int] = "every",
@@ -97,18 +88,26 @@ def warm_start(
     trust_remote_code: bool = False,
     dtype: str | torch.dtype | None = None,
 ) -> WarmStartReport:
-    """Start a MyGPT2 or MyBert, however modified, from the weights of another model.
+    """Start a model, however modified, from the weights of another one.
 
     What differs between the two is bridged where it can be: layers, key/value heads, MLP width and gating, norms,
-    positions, vocabulary, ties, heads. The report says of every parameter and every tensor what became of it, and
-    whether the step is exact (the function stays), approximate or new.
+    positions, vocabulary, ties, heads, experts. The report says of every parameter and every tensor what became of it,
+    and whether the step is exact (the function stays), approximate or new.
+
+    MyGPT2 and MyBert start from GPT-2, BERT, RoBERTa, DistilBERT, MyGPT2 and MyBert by tables of names. Between any other
+    two models, tensors are matched by role (query, norm, …), by name, by name behind a prefix, as low-rank factors, and by
+    the place in the structure. What can go to several places is not loaded; a note names the candidates and the `rename`
+    that decides.
 
     Args:
-        model_or_config: the target. A model is filled in place, and what finds no source keeps its values; of a config,
-            a model is made (`report.model`); `"mygpt2"` or `"mybert"` takes the source's own config, with `overrides`.
+        model_or_config: the target. A model (any `nn.Module`) is filled in place, and what finds no source keeps its
+            values; of a config, the model that it belongs to is made (`report.model`); a folder is taken with its
+            weights, or as its config if it has none; `"mygpt2"` or `"mybert"` takes the source's own config, with
+            `overrides`. A stock GPT-2, BERT, RoBERTa or DistilBERT config is translated to MyGPT2's or MyBert's, unless
+            `model_class` says otherwise.
         source: a checkpoint of any format (`open_checkpoint`), a Hub repo's id, an open `Checkpoint`, a state dict or a
-            model, of GPT-2, BERT, RoBERTa, DistilBERT, MyGPT2 or MyBert, with or without a head, as wrapped by
-            training. None with `word_vectors`: nothing but these.
+            model, with or without a head, as wrapped by training. None with `word_vectors`: nothing but these.
+        model_class: with a config or a folder, the class to make.
         head: with a config, what to put on top: `"ForCausalLM"`, `"ForSequenceClassification"`, …, or `"Model"` for
             nothing. Default: what the source has.
         overrides: config fields that differ from `model_or_config`'s (or the source's); not with a model.
@@ -134,7 +133,7 @@ def warm_start(
         config: the source's config, where no `config.json` stands beside it.
         section, allow_pickle, revision, token: as for `open_checkpoint`.
         trust_remote_code: read a source folder that has code of its own as if its weights meant what they mean here; none
-            of it is run, and the report does not call the result exact.
+            of it is run, and the report does not call the result exact. The code of a target folder is run.
         dtype: of a model made from a config; default float32.
 
     Returns:
@@ -150,43 +149,42 @@ def warm_start(
         >>> print(report)
         >>> report.save_pretrained("my-gpt2")
     """
-    if isinstance(model_or_config, PretrainedConfig):
-        model_or_config = own_config(model_or_config)
     kind, allow = resolve_dtype(dtype), [pattern.pattern for pattern in compiled("allow", allow)]
-    given = model_or_config if isinstance(model_or_config, PreTrainedModel) else None
-    if given is not None and overrides:
-        raise CheckpointError(
-            "overrides= changes the config that a model is made from; this model is made: pass its config"
-        )
-    like = None if isinstance(model_or_config, str) else _config_of(model_or_config)
-    model_type = str(model_or_config) if like is None else kind_of(like)
-    if model_type not in CONFIGS:
-        raise CheckpointError(f"{model_type!r} is no model of mymodels: warm_start fills {' and '.join(CONFIGS)}")
-    if source is model_or_config and given is not None:
-        source = copy.deepcopy(given)  # it is read while it is written
-    how: dict[str, Any] = {"config": config, "section": section, "rename": rename, "allow_pickle": allow_pickle}
-    how |= {"skip": compiled("skip", skip), "only": compiled("only", only), "settled": overrides}
-    how |= {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-    opened = _open_or_nothing(source, model_type, like, word_vectors, **how)
+    asked = ask(model_or_config, model_class, head, overrides or {}, trust_remote_code)
+    if source is model_or_config and isinstance(source, torch.nn.Module):
+        source = copy.deepcopy(source)  # it is read while it is written
+    how: dict[str, Any] = {"config": config, "section": section, "allow_pickle": allow_pickle, "revision": revision}
+    how |= {"token": token, "trust_remote_code": trust_remote_code}
+    opened = _open(source, word_vectors, **how)
+    filters: dict[str, Any] = {"rename": rename, "skip": compiled("skip", skip), "only": compiled("only", only)}
+    described = _read_by_tables(asked, opened, {**filters, "settled": overrides})
     new_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
-    target = given or _make_target(model_type, head, opened, like, overrides or {}, new_tokenizer, kind)
-
-    match = _match_vocabulary(opened, target, new_tokenizer, source_tokenizer, word_vectors)
-    plan = make_plan(
-        target,
-        opened,
-        dtype=None if given is not None else kind or torch.float32,
-        skip=skip,
-        only=only,
-        keep_new=given is not None,
-        layers=layers,
-        widen=widen,
-        positions=positions,
-        token_rows=match.rows,
-        vectors=match.vectors,
-    )
+    options: dict[str, Any] = {"layers": layers, "widen": widen, "positions": positions}
+    choices: dict[str, Any] = {"skip": skip, "only": only}
+    rows_by = (new_tokenizer, source_tokenizer, word_vectors)
+    if described is not None:
+        target = asked.model or _make_own(asked, described, new_tokenizer, kind)
+        sizes = (
+            described.config.vocab_size if described.tensors else 0,
+            target.config.vocab_size,
+            target.config.hidden_size,
+        )
+        match = match_vocabulary(described.where, described.folder, sizes, *rows_by)
+        options |= {"token_rows": match.rows, "vectors": match.vectors, **choices}
+        new_dtype = None if asked.model is not None else kind or torch.float32
+        plan = make_plan(target, described, dtype=new_dtype, keep_new=asked.model is not None, **options)
+        checker: Any = Checker(described, match.rows)
+    else:
+        target = asked.model or _make_any(asked, opened, kind)
+        sizes = table_rows(opened.info), *vocabulary_of(target)
+        match = match_vocabulary(opened.where, opened.folder, sizes, *rows_by)
+        options |= {"token_rows": match.rows, "vectors": match.vectors, **choices}
+        plan, unproven = plan_any(target, opened, rename=rename or {}, made_here=asked.model is None, **options)
+        checker = AnyChecker(opened, unproven, match.rows, not_shown(opened, target))
     report = plan.report()
-    if has_own_code(type(target)):
+    report.rows = mark_unproven(report.rows, checker.unproven)
+    report.notes += asked.notes
+    if described is not None and has_own_code(type(target)):
         report.notes.append(
             f"{type(target).__name__} has code of its own, which may compute something else with these weights"
         )
@@ -197,141 +195,88 @@ def warm_start(
         raise NotAllowedError(found, report, plan)
     if strict and found:
         raise NotAllowedError(found, report)
-    if given is not None:
-        _fill(given, plan)
+    if described is None or asked.model is not None:
+        _fill(target, plan)
     else:
         load_checkpoint_and_dispatch(target, plan.checkpoint(kind or torch.float32)).eval()
         target.config.dtype = target.dtype
-        if target.can_generate() and opened.folder is not None and (opened.folder / "generation_config.json").is_file():
-            target.generation_config = GenerationConfig.from_pretrained(opened.folder)
-    report.model, report.checker = target, Checker(opened, match.rows)
-    if report.checker.is_small(target):
+    if asked.model is None:
+        _take_generation_config(target, opened.folder)
+    report.model, report.checker = target, checker
+    if checker.is_small(target):
         report.check()
-    elif opened.tensors:
-        report.checked = Check(
-            what=f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both"
-        )
+    elif opened.info:
+        report.not_checked(f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both")
     if freeze_loaded:
         report.rows = _freeze(target, plan, report)
     return report
 
 
-class _Match(NamedTuple):
-    """What tokenizers and word vectors say of the rows of the embeddings."""
-
-    rows: list[list[int]] | None
-    vectors: TokenVectors | None
-    coverage: dict[str, int]
-    tokenizer: PreTrainedTokenizerBase | None
-    notes: list[str]
+def _open(source: Any, word_vectors: Any, **how: Any) -> Opened:
+    if source is None and word_vectors is None:
+        raise CheckpointError("there is no source: name a checkpoint, or word_vectors")
+    return (
+        Opened({}, "no checkpoint", None, None, {}, {}, {}, "", {}) if source is None else open_tensors(source, **how)
+    )
 
 
-def _match_vocabulary(
-    source: Source,
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    source_tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None,
-    word_vectors: str | os.PathLike | None,
-) -> _Match:
-    beside = source.folder if source.folder is not None and has_tokenizer(source.folder) else None
-    theirs = beside if source_tokenizer is None else source_tokenizer
-    size, rows, vectors = target.config.vocab_size, None, None
-    coverage: dict[str, int] = {}
-    if tokenizer is not None and source.tensors:
-        if theirs is None:
-            raise CheckpointError(f"{source.where} has no tokenizer beside it to compare with: pass source_tokenizer=")
-        rows, coverage = match_tokens(load_tokenizer(theirs), tokenizer, source.config.vocab_size, size)
-    notes: list[str] = []
-    if tokenizer is None and theirs is not None:
-        try:
-            tokenizer = load_tokenizer(theirs)
-        except CheckpointError as error:
-            if theirs is not beside or word_vectors is not None:
-                raise
-            notes.append(f"the model is saved without a tokenizer: {error}, with tokenizer=")
-    if word_vectors is not None:
-        if tokenizer is None:
-            raise CheckpointError("word_vectors need to know which row is which word: pass tokenizer=")
-        found = read_word_vectors(word_vectors, words_of(tokenizer), target.config.hidden_size)
-        vectors, counts = vectors_by_token(found, tokenizer, size)
-        coverage |= counts
-    if tokenizer is not None and (note := missing_rows(tokenizer, size)):
-        notes.append(note)
-    return _Match(rows, vectors, coverage, tokenizer, notes)
+def _read_by_tables(asked: Asked, opened: Opened, how: dict[str, Any]) -> Source | None:
+    """The source as `key_mapping` reads it; None if its tables do not know source or target.
+
+    Raises:
+        CheckpointError: the target is MyGPT2 or MyBert, and the source can be read as neither's.
+    """
+    if asked.own is None:
+        return None
+    if opened.where == "no checkpoint" and not opened.info:
+        family = next(family for family in FAMILIES if family.name == asked.own)
+        return Source("no checkpoint", None, {}, family, asked.like or CONFIGS[asked.own](), {}, {}, {}, [])
+    can_be_any = asked.model is not None or asked.config is not None
+    if can_be_any and opened.raw.get("model_type") in SHARING_ROLES[asked.own]:
+        return None
+    try:
+        return read_source(opened, target=asked.own, like=asked.like, **how)
+    except UnknownNamesError:
+        if not (asked.model is not None and worth_trying(asked.model, opened.info)):
+            raise
+        return None
 
 
-def _make_target(
-    model_type: str,
-    head: str | None,
-    source: Source,
-    like: PretrainedConfig | None,
-    overrides: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: torch.dtype | None,
+def _make_own(
+    asked: Asked, source: Source, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """The model that is asked for, on the meta device."""
-    base = like or source.config
-    fields = {name: getattr(base, name) for name in fields_of(CONFIGS[model_type]) if hasattr(base, name)}
-    if tokenizer is not None and like is None:
-        fields |= _token_fields(tokenizer, model_type)
-    config = make_config(model_type, fields, overrides)
-    model = empty_model(_model_class(model_type, head, source), config)
-    check_memory(model, source, dtype or torch.float32)
+    """The MyGPT2 or MyBert that is asked for, on the meta device."""
+    assert asked.own is not None
+    if asked.model_class is not None:
+        assert asked.config is not None
+        model = empty_model(asked.model_class, asked.config)
+    else:
+        base = asked.like or source.config
+        fields = {name: getattr(base, name) for name in fields_of(CONFIGS[asked.own]) if hasattr(base, name)}
+        if tokenizer is not None and asked.like is None:
+            fields |= token_fields(tokenizer, asked.own)
+        config = make_config(asked.own, fields, asked.overrides)
+        model = empty_model(model_class_of(asked.own, asked.head, source), config)
+    check_memory(model, source.where, source.info, dtype or torch.float32)
     return model
 
 
-def _config_of(model_or_config: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
-    config = getattr(model_or_config, "config", model_or_config)
-    if not isinstance(config, PretrainedConfig):
-        raise CheckpointError(
-            f"a {type(model_or_config).__name__} is no model and no config: pass one of MyGPT2 or MyBert"
-        )
-    return config
+def _make_any(asked: Asked, opened: Opened, dtype: torch.dtype | None) -> torch.nn.Module:
+    """The model that a config belongs to, as its class initialises it."""
+    assert asked.config is not None
+    hint = (opened.raw.get("architectures") or [""])[0]
+    model_class = class_for(asked.config, asked.head, hint, asked.model_class)
+    with init_empty_weights():
+        model = build(model_class, asked.config, dtype)
+    check_memory(model, opened.where, opened.info, dtype or torch.float32)
+    return build(model_class, asked.config, dtype)
 
 
-def _open_or_nothing(
-    source: Any, model_type: str, like: PretrainedConfig | None, word_vectors: Any, **how: Any
-) -> Source:
-    if source is not None:
-        return open_source(source, target=model_type, like=like, **how)
-    if word_vectors is None:
-        raise CheckpointError("there is no source: name a checkpoint, or word_vectors")
-    family = next(family for family in FAMILIES if family.name == model_type)
-    return Source("no checkpoint", None, {}, family, like or CONFIGS[model_type](), {}, {}, {}, [])
-
-
-def _token_fields(tokenizer: PreTrainedTokenizerBase, model_type: str) -> dict[str, Any]:
-    """What a config says of its tokenizer."""
-    fields: dict[str, Any] = {"vocab_size": len(tokenizer)}
-    names = ("bos_token_id", "eos_token_id", "pad_token_id") if model_type == "mygpt2" else ("pad_token_id",)
-    return fields | {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None) is not None}
-
-
-def _model_class(model_type: str, head: str | None, source: Source) -> type[PreTrainedModel]:
-    """The class with the head that is asked for, or that the source has."""
-    known = _HEADS[model_type]
-    if head is not None and head not in known:
-        raise CheckpointError(f"head={head!r}: {_NAMES[model_type]} has {', '.join(known)}")
-    if head is None:
-        stock = "|".join(map(re.escape, _STOCK_HEADS))
-        name = (source.raw_config.get("architectures") or [""])[0]
-        found = re.search(rf"(For[A-Z]\w+|{stock}|Model)$", name)
-        head = _STOCK_HEADS.get(found[1], found[1]) if found else _head_of(source.tensors)
-    return getattr(_MODULES[model_type], _NAMES[model_type] + (head if head in known else "Model"))
-
-
-def _head_of(tensors: Mapping[str, Value]) -> str:
-    """The head that tensors show, where no config names it: a language model's may be tied and not be seen."""
-    if "score.weight" in tensors:
-        return "ForSequenceClassification"
-    if "model.embed_tokens.weight" in tensors:
-        return "ForCausalLM"
-    if "cls.predictions.transform.dense.weight" in tensors:
-        return "ForMaskedLM"
-    if "qa_outputs.weight" in tensors:
-        return "ForQuestionAnswering"
-    pooled = "classifier.weight" in tensors and "bert.pooler.dense.weight" in tensors
-    return "ForSequenceClassification" if pooled else "Model"
+def _take_generation_config(model: torch.nn.Module, folder: Path | None) -> None:
+    if not (isinstance(model, PreTrainedModel) and model.can_generate() and folder is not None):
+        return
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig, **how: Any) -> PreTrainedModel:
@@ -342,22 +287,22 @@ def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig, **
     return model
 
 
-def check_memory(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
+def check_memory(model: torch.nn.Module, where: str, info: Mapping[str, TensorInfo], dtype: torch.dtype) -> None:
     """Refuse before anything is allocated."""
-    largest = max((info.nbytes for info in source.info.values()), default=0)
+    largest = max((about.nbytes for about in info.values()), default=0)
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize + 3 * largest
     free = get_max_memory()["cpu"]
     if needed > free:
         raise CheckpointError(
-            f"{source.where} → {type(model).__name__}: {needed / 1e9:.1f} GB of memory are needed, {free / 1e9:.1f} GB are "
+            f"{where} → {type(model).__name__}: {needed / 1e9:.1f} GB of memory are needed, {free / 1e9:.1f} GB are "
             "free: choose fewer layers, or dtype='bfloat16'"
         )
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, plan: Plan) -> None:
+def _fill(model: torch.nn.Module, plan: Plan) -> None:
     """Write the values into a model's own parameters; first all are computed once, so that an error leaves it as it was."""
-    parameters = dict(model.named_parameters())
+    parameters = own_tensors(model)
     filled = [name for name, value in plan.values.items() if value.kind != "new" or value.sources]
     for name in tqdm(filled, desc="checking", unit="tensor", disable=None):
         plan.compute(name, parameters[name].dtype)
@@ -365,7 +310,7 @@ def _fill(model: PreTrainedModel, plan: Plan) -> None:
         parameters[name].copy_(plan.compute(name, parameters[name].dtype))
 
 
-def _freeze(model: PreTrainedModel, plan: Plan, report: WarmStartReport) -> list[Row]:
+def _freeze(model: torch.nn.Module, plan: Plan, report: WarmStartReport) -> list[Row]:
     """Freeze what came from the source whole."""
     whole = {name for name, value in plan.values.items() if value.sources and not value.partly_new}
     for name, parameter in model.named_parameters():

@@ -1,7 +1,9 @@
 """What `warm_start` says in terms of its arguments, in terms of the command line's options."""
 
+import ast
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -22,7 +24,17 @@ def as_options(text: str) -> str:
     """`"pass config="` → `"pass --config"`, `"layers='x' is"` → `"--layers 'x' is"`."""
     text = text.replace("section=, or --section", "section=").replace(" (allow_pickle=True)", "")
     text = text.replace("report.check()", "--check")
+    text = re.sub(r"rename=(\{(?:'(?:[^'\\]|\\.)*'|[^{}'])*\})", _renames, text)
     return _ARGUMENT.sub(lambda m: _OPTIONS[m[1]] + (" " if re.match(r"[\w'\"{\[]", m[2]) else ""), text)
+
+
+def _renames(found: re.Match) -> str:
+    """`rename={'a': 'b'}` → `--rename 'a=b'`."""
+    try:
+        entries = ast.literal_eval(found[1])
+    except (ValueError, SyntaxError):  # a rename of the caller's that is none
+        return found[0]
+    return " ".join(f"--rename {shlex.quote(f'{pattern}={new}')}" for pattern, new in entries.items())
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from warmstart.random_stock_models import stock_model
 
 from mymodels import MyGPT2ForCausalLM, cli, warm_start
 from mymodels.checkpoints import CheckpointError
-from mymodels.warmstart import warm_start_model
+from mymodels.warmstart import NotAllowedError, warm_start_model
 
 
 @pytest.fixture
@@ -138,7 +138,9 @@ def test_impossible_wishes(folder: Path) -> None:
         warm_start("mygpt2", folder, head="ForTokenClassification")
     with pytest.raises(CheckpointError, match="'llama' is no model of mymodels: warm_start fills mygpt2 and mybert"):
         warm_start("llama", folder)
-    with pytest.raises(CheckpointError, match="a Linear is no model and no config"):
+    with pytest.raises(CheckpointError, match="a dict is no model and no config"):
+        warm_start({}, folder)
+    with pytest.raises(NotAllowedError, match="next to nothing of it loads into Linear"):
         warm_start(torch.nn.Linear(1, 1), folder)
     with pytest.raises(CheckpointError, match="overrides= changes the config that a model is made from"):
         warm_start(MyGPT2ForCausalLM(mygpt2_config()), folder, overrides={"n_layer": 2})

@@ -1,0 +1,201 @@
+"""The transforms of `warm_start` on roles: heads, depth, width, norms, positions, vocabulary; and experts."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..conversion import Change, same
+from ..lazy_tensor import Value
+from ..transforms import attention, choose_layers, layers, mlp, norms, positions, tie, vocabulary, word_vectors
+from .placing import Places
+from .sides import Side
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.)experts\.(\d+)\.(.+)$")
+
+
+@dataclass
+class RoleChange(Change):
+    """`Change` for any two models: `tensors` is by role, `source` and `target` are what `terms` gives."""
+
+    source: Any
+    target: Any
+    post_norm: bool = False
+    normalised: bool = False  # whether the target's weights of the chosen experts add up to 1
+    marks: list[tuple[str, str]] = field(default_factory=list)  # regex over roles → what makes them approximate
+
+    @property
+    def kind(self) -> str:
+        return "mygpt2"  # roles have its names
+
+    @property
+    def is_pre_norm(self) -> bool:
+        return not self.post_norm
+
+
+def terms(side: Side, places: Places, other: Side, other_places: Places) -> SimpleNamespace:
+    """A side in the terms of `MyGPT2Config`, as the transforms read it; what it leaves open is taken from the other."""
+    shapes = {
+        role: place.layout.read(side.tensors[place.tensor].value, place.part).shape for role, place in places.of.items()
+    }
+
+    def size(pattern: str, dim: int = 0) -> int:
+        return next((shape[dim] for role, shape in shapes.items() if re.search(pattern, role)), 0)
+
+    numbers = [int(found[1]) for role in shapes if (found := _LAYER.match(role))]
+    settings = {**other.settings, **side.settings}
+    rows = size(r"\.q_proj\.weight$")
+    heads = settings.get("num_attention_heads") or 1
+    head_dim = side.settings.get("head_dim") or (rows // heads if rows else 0)
+    kv_rows = size(r"\.k_proj\.weight$")
+    gated = any(role.endswith("gate_proj.weight") for role in shapes)
+    norm_type = _norm_type(side, places) or _norm_type(other, other_places) or "layernorm"
+    return SimpleNamespace(
+        model_type="mygpt2", num_attention_heads=heads, head_dim=head_dim or None,
+        num_key_value_heads=kv_rows // head_dim if kv_rows and head_dim else heads,
+        hidden_size=places.width, num_hidden_layers=max(numbers) + 1 if numbers else 0,
+        intermediate_size=size(r"\.(?:up|gate)_proj\.weight$"),
+        mlp_type="gated" if gated else "dense", norm_type=norm_type,
+        position_embedding_type="learned" if "model.embed_positions.weight" in shapes else settings.get("positions") or "none",
+        max_position_embeddings=size(r"^model\.embed_positions\.weight$"), vocab_size=size(r"^model\.embed_tokens\.weight$"),
+        initializer_range=getattr(side.config, "initializer_range", 0.02), scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=False, experts=len({f[2] for r in shapes if (f := _EXPERT.match(r))}),
+    )  # fmt: skip
+
+
+def _norm_type(side: Side, places: Places) -> str | None:
+    """By the class of the norms; of a source without classes by its config and by their biases; None: unknown."""
+    norms = [
+        place.tensor for role, place in places.of.items() if role.endswith("norm.weight") and ".self_attn." not in role
+    ]
+    held = [side.tensors[name].holder for name in norms]
+    if not norms:
+        return None
+    if any(role.endswith("norm.bias") for role in places.of) or any("LayerNorm" in name for name in held):
+        return "layernorm"
+    if any("RMS" in name.upper() for name in held):
+        return "rmsnorm"
+    if side.model_type == "mygpt2":
+        return str(side.config.norm_type)
+    return "rmsnorm" if hasattr(side.config, "rms_norm_eps") else None
+
+
+def fit(change: RoleChange) -> None:
+    """Run the transforms that the two sides call for."""
+    source, target = change.source, change.target
+    tie(change)
+    blocks_alike = not any("norm" in pattern for pattern, _ in change.marks)
+    simple = not change.post_norm and blocks_alike and "model.embed_norm.weight" not in change.tensors
+    if simple and source.norm_type != target.norm_type:
+        norms(change)
+    elif source.norm_type != target.norm_type:
+        change.marks.append((r"norm\.(weight|bias)$", f"{source.norm_type} in the source, {target.norm_type} here"))
+    if source.head_dim and target.head_dim:
+        attention(change)
+    to_experts = target.experts and not source.experts
+    if source.experts and not target.experts:
+        _mean_of_experts(change)
+    if not (source.experts and target.experts) and source.intermediate_size and target.intermediate_size:
+        mlp(change)
+    if target.max_position_embeddings:
+        positions(change)
+    else:
+        change.drop("model.embed_positions.weight", "the target has no table of positions")
+    vocabulary(change)
+    word_vectors(change)
+    _token_types(change)
+    if to_experts:
+        _copy_to_experts(change)
+    if source.num_hidden_layers and target.num_hidden_layers:
+        layers(change)
+    for pattern, step in change.marks:
+        for role in [role for role in change.tensors if re.search(pattern, role)]:
+            change.tensors[role] = change.tensors[role].then(step, same, kind="approximate")
+
+
+def _token_types(change: Change) -> None:
+    name = "model.embed_types.weight"
+    value, new = change.tensors.get(name), getattr(change.target, "types", 0)
+    if value is not None and new and value.shape[0] != new:
+        old = value.shape[0]
+        step = f"{old} token types to {new}" + (", the added ones as the first" if new > old else "")
+        change.tensors[name] = value.rows(step, [i if i < old else 0 for i in range(new)])
+
+
+def _copy_to_experts(change: RoleChange) -> None:
+    """Each expert starts as the dense MLP; with the routing weights adding up to 1, nothing changes."""
+    count = change.target.experts
+    kind = "exact" if change.normalised else "approximate"
+    step = f"copied into {count} experts" + ("" if change.normalised else ", whose weights need not add up to 1")
+    for role in [role for role in change.tensors if re.search(r"^model\.layers\.\d+\.mlp\.\w+_proj\.", role)]:
+        value = change.tensors.pop(role)
+        for i in range(count):
+            change.tensors[role.replace("mlp.", f"mlp.experts.{i}.", 1)] = value.then(step, same, kind=kind)
+    for role in [role for role in change.wanted if role.endswith(".mlp.router.weight")] if change.normalised else ():
+        router = change.fresh(role)
+        change.tensors[role] = replace(
+            router, kind="exact", steps=("new: all experts are alike, so any choice gives the same",)
+        )
+
+
+def _mean_of_experts(change: RoleChange) -> None:
+    groups: dict[str, list[Value]] = {}
+    for role in list(change.tensors):
+        if found := _EXPERT.match(role):
+            groups.setdefault(f"{found[1]}{found[3]}", []).append(change.tensors.pop(role))
+        elif role.endswith(".mlp.router.weight"):
+            change.drop(role, "the target has no experts to choose from")
+    for role, values in groups.items():
+        rest = values[1:]
+
+        def mean(first: torch.Tensor, rest: list[Value] = rest) -> torch.Tensor:
+            total = first.double()
+            for value in rest:
+                total = total + value.compute().double()
+            return total / (len(rest) + 1)
+
+        first = values[0]
+        merged = first.then("", mean, using=rest)
+        steps = (*(s for s in first.steps if not s.startswith("expert ")), f"the mean of {len(values)} experts")
+        change.tensors[role] = Value(
+            merged.shape, merged.dtype, merged.compute, merged.sources, steps, "approximate", True
+        )
+
+
+def layer_choice(change: RoleChange) -> list[int]:
+    have, want = change.source.num_hidden_layers, change.target.num_hidden_layers
+    return change.chosen or (choose_layers(change.layers, have, want) if have and want else [])
+
+
+_DIFFERENCES: tuple[tuple[str, str, str], ...] = (
+    ("activation", "the activation", r"\.(?:up|gate)_proj\."),
+    ("positions", "positions", r"self_attn\.[qk]_proj\."),
+    ("rope_theta", "rope_theta", r"self_attn\.[qk]_proj\."),
+    ("rotary_share", "the rotated share of each head", r"self_attn\.[qk]_proj\."),
+    ("parallel_residual", "parallel attention and MLP", r"self_attn\.o_proj\.|mlp\.down_proj\.|layers\.\d+\.\w*norm\."),
+    ("norm_place", "the place of the norms", r"self_attn\.o_proj\.|mlp\.down_proj\.|norm\."),
+    ("norm_eps", "the norms' epsilon", ""),
+    ("sliding_window", "sliding_window", ""),
+)
+
+
+def differences(source: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
+    """What differs without any tensor to show it: notes, and marks for the roles concerned."""
+    notes, marks = [], []
+    for name, what, roles in _DIFFERENCES:
+        if name == "sliding_window":
+            if source.get(name) == target.get(name):
+                continue
+        elif name not in source or name not in target or source[name] == target[name]:
+            continue
+        old, new = source.get(name), target.get(name)
+        notes.append(
+            f"{what}: {old!r} in the source, {new!r} in the target, which changes what the same weights compute"
+        )
+        if roles:
+            marks.append((roles, f"{what}: {old} → {new}"))
+    return notes, marks

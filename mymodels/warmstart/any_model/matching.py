@@ -1,0 +1,383 @@
+"""The matchers, one function each: they place the source's tensors in the target's, by role, by name, by prefix."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..conversion import same
+from ..lazy_tensor import Value, Why, constant
+from .fitting import RoleChange, differences, fit, layer_choice, terms
+from .placing import Ambiguity, Places, places_of
+from .roles import LEAVES, roles_by_name
+from .sides import Side
+
+_WRAPPER = re.compile(
+    r"^(?:(?:module|model|transformer|bert|roberta|distilbert|electra|base_model|backbone|net|encoder|decoder|gpt_neox|"
+    r"_orig_mod|state_dict|network|core)\.)*$"
+)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+@dataclass
+class Matching:
+    """A matching on its way: what each tensor of the target becomes.
+
+    Attributes:
+        options: fields of `Change`.
+        values: the target's tensor → its value.
+        used: the source's tensors that are placed.
+        why: the source's tensors that have no place, and why.
+        unproven: the target's tensors of which only a run can say that the right tensor was placed.
+        by: the target's tensor → the matcher that placed it.
+        undecided: the source's tensors that can go to several places.
+        doubles: roles that several of the source's tensors have, which count if no later matcher places these.
+        squares: the source's square matrices that were taken as stored [out, in], and nothing shows it.
+    """
+
+    source: Side
+    target: Side
+    options: dict[str, Any]
+    values: dict[str, Value] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    why: dict[str, Why] = field(default_factory=dict)
+    unproven: set[str] = field(default_factory=set)
+    by: dict[str, str] = field(default_factory=dict)
+    ambiguous: list[Ambiguity] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    undecided: set[str] = field(default_factory=set)
+    squares: list[str] = field(default_factory=list)
+    doubles: list[Ambiguity] = field(default_factory=list)
+
+    def place(self, name: str, value: Value, matcher: str, names: tuple[str, ...] = (), *, proven: bool = True) -> None:
+        self.values[name], self.by[name] = value, matcher
+        self.used.update(names)
+        if not proven:
+            self.unproven.add(name)
+
+    def open_targets(self) -> list[str]:
+        return [name for name in self.target.tensors if name not in self.values]
+
+    def open_sources(self) -> list[str]:
+        return [n for n in self.source.tensors if n not in self.used and n not in self.undecided]
+
+
+def by_new_name(matching: Matching) -> None:
+    """What `rename=` gave the target's own name goes there."""
+    for name, tensor in matching.source.tensors.items():
+        wanted = tensor.renamed and name in matching.target.tensors
+        if wanted and (value := turned(matching, name, name)) is not None:
+            matching.place(name, value, "rename", (name,))
+
+
+def by_role(matching: Matching) -> None:
+    """What both sides have a role for, with the transforms that their differences call for."""
+    source, target, options = matching.source, matching.target, matching.options
+    ours = places_of(target)
+    theirs = places_of(source, prefer=target.tensors)
+    matching.used.update(theirs.copies)
+    for copy, kept in theirs.copies.items():
+        matching.why[copy] = Why(f"{kept} stands for it", "exact", constant=True)
+    shared = {role for role in theirs.of if role in ours.of}
+    if not shared and options["vectors"] is None:
+        _report_ambiguous(matching, theirs, ours)
+        return
+    for places, placed in ((theirs, matching.used), (ours, matching.values)):
+        places.of = {role: place for role, place in places.of.items() if place.tensor not in placed}
+    values = {
+        role: place.layout.read(source.tensors[place.tensor].value, place.part) for role, place in theirs.of.items()
+    }
+    for side, places in ((source, theirs), (target, ours)):
+        if any(role.endswith("attention_output_norm.weight") for role in places.of):
+            side.settings.setdefault("norm_place", "after the sum")
+    notes, marks = differences(source.settings, target.settings)
+    matching.notes += notes
+    old, new = terms(source, theirs, target, ours), terms(target, ours, source, theirs)
+    new.types = target.tensors[ours.of["model.embed_types.weight"].tensor].shape[0] if "model.embed_types.weight" in ours.of else 0  # fmt: skip
+    old.tie_word_embeddings = _tied(matching, values)
+    new.tie_word_embeddings = "lm_head.weight" not in ours.of
+    head_stored = "lm_head.weight" in values
+
+    def fresh(role: str) -> Value:
+        place = ours.of[role]
+        return place.layout.read(target.tensors[place.tensor].value, place.part)
+
+    post_norm = any(side.settings.get("norm_place") == "after the sum" for side in (source, target))
+    change = RoleChange(
+        values, old, new, set(ours.of), fresh, dict(matching.why), post_norm=post_norm or not old.num_hidden_layers,
+        normalised=target.settings.get("normalised_top_k") is True, marks=marks, **options,
+    )  # fmt: skip
+    fit(change)
+    if not head_stored and "lm_head.weight" in change.tensors and "lm_head.weight" not in ours.of:
+        del change.tensors["lm_head.weight"]
+    matching.layers, matching.why = layer_choice(change), {**matching.why, **change.why}
+    matching.notes += change.notes
+    usual = {role for role, place in theirs.of.items() if place.tensor in theirs.usual}
+    for name, roles in ours.roles.items():
+        parts = [change.tensors.get(role) for role in roles]
+        if name in matching.values or (all(part is None or not part.sources for part in parts) and not any(parts)):
+            continue
+        value = _written(matching, ours, name, parts, fresh)
+        if value is None:
+            continue
+        unsure = name in ours.usual or any(_origin(matching, role) in usual for role in roles)
+        alike = name in source.tensors and value.sources == source.tensors[name].value.sources
+        stored = _as_stored(matching, theirs, ours, name, value)
+        if alike and unsure and stored is not value:
+            unsure = False  # fused on both sides under one name: in one way
+        value = stored
+        matching.place(name, value, "role", proven=not unsure)
+    taken = {own for value in matching.values.values() for own in value.sources}
+    for name in theirs.roles:
+        own = source.tensors[name].value.sources
+        if set(own) & taken:
+            matching.used.add(name)
+        elif set(own) & change.why.keys():
+            matching.undecided.add(name)
+    _report_ambiguous(matching, theirs, ours)
+
+
+def _as_stored(matching: Matching, theirs: Places, ours: Places, name: str, value: Value) -> Value:
+    """A tensor that was taken apart and put together again the same way, without the two steps."""
+    stored = next((n for n in theirs.roles if theirs.roles[n] == ours.roles[name]), None)
+    if stored is None or value.kind != "exact" or value.resized:
+        return value
+    layouts = theirs.layouts[stored], ours.layouts[name]
+    origin = matching.source.tensors[stored].value
+    mechanical = all(re.match(r"split in|\d+ fused|transposed|expert \d|\d+ experts", step) for step in value.steps)
+    if (
+        not mechanical
+        or value.sources != origin.sources
+        or replace(layouts[0], transposed=layouts[1].transposed) != layouts[1]
+    ):
+        return value
+    return origin if layouts[0] == layouts[1] else origin.then("transposed", torch.t, origin.shape[::-1])
+
+
+def _origin(matching: Matching, role: str) -> str:
+    """The source's role for one of the target's, by the choice of layers."""
+    found = re.match(r"^model\.layers\.(\d+)\.(.*)$", role)
+    if found is None or not matching.layers or int(found[1]) >= len(matching.layers):
+        return role
+    return f"model.layers.{matching.layers[int(found[1])]}.{found[2]}"
+
+
+def _tied(matching: Matching, values: Mapping[str, Value]) -> bool:
+    """Whether the source's head is its token embeddings."""
+    head, table = values.get("lm_head.weight"), values.get("model.embed_tokens.weight")
+    said = getattr(matching.source.config, "tie_word_embeddings", None)
+    if head is not None and table is not None:
+        same_values = head.shape == table.shape and torch.equal(head.compute(), table.compute())
+        return same_values if said is None else bool(said) and same_values
+    return said is not False
+
+
+def _written(
+    matching: Matching, ours: Places, name: str, parts: list[Value | None], fresh: Callable[[str], Value]
+) -> Value | None:
+    """The target's tensor of its parts; parts that the source lacks are zeros if biases, else what the target had."""
+    target, layout, roles = matching.target.tensors[name], ours.layouts[name], ours.roles[name]
+    filled: list[Value] = []
+    for role, part in zip(roles, parts):
+        own = fresh(role) if role in ours.of else target.value
+        if part is not None and part.shape != own.shape:
+            shapes = ["×".join(map(str, shape)) for shape in (part.shape, own.shape)]
+            for source in part.sources:
+                matching.why.setdefault(source, Why(f"the source's shape {shapes[0]} is not {shapes[1]}"))
+            part = None
+        if part is None and len(roles) > 1:
+            zeros = constant(own.shape, 0.0, own, "zeros, as the source has none")
+            part = zeros if role.endswith(".bias") else own
+        if part is not None:
+            filled.append(part)
+    if len(filled) != len(roles) or not any(part.sources or part.steps for part in filled):
+        return None
+    if not any(part.sources for part in filled) and len(roles) > 1:
+        return None
+    if layout.offset and filled[0].shape[0] + layout.offset != target.shape[0]:
+        return None
+    return layout.write(filled, target.shape, target.value)
+
+
+def _report_ambiguous(matching: Matching, theirs: Places, ours: Places) -> None:
+    """Ambiguities count only where the other side needs what they are about."""
+    for found in theirs.ambiguous:
+        if found.by_names:  # the names may tell yet
+            matching.doubles.append(found)
+            continue
+        names = [name for name in found.names if name in matching.source.tensors] or list(found.candidates)
+        same_names = [
+            n for n in names
+            if n in matching.target.tensors and matching.target.tensors[n].shape == matching.source.tensors[n].shape
+            and "Conv1D" not in (matching.target.tensors[n].holder, matching.source.tensors[n].holder)
+            and n not in matching.values
+        ]  # fmt: skip
+        if "stacked" in found.why and len(same_names) == len(names):
+            continue  # both have it under one name: the way it is divided is taken to be one too
+        matching.undecided.update(name for name in names if name not in matching.used)
+        matching.ambiguous.append(found)
+    for found in ours.ambiguous:
+        if not found.by_names and not all(name in matching.source.tensors for name in found.names):
+            matching.ambiguous.append(found)
+
+
+def by_name(matching: Matching) -> None:
+    """Tensors of one name and shape; in layers that were chosen, by the number of the source's layer."""
+    target = matching.target
+    votes = _votes(matching, {name: name for name in target.tensors if name in matching.source.tensors})
+    for name in matching.open_targets():
+        origin = _source_name(matching, name)
+        for seen in (origin, *_other_leaves(origin)):
+            if seen in matching.source.tensors and seen not in matching.undecided:
+                if seen in matching.used and origin == name:
+                    continue
+                if (value := turned(matching, seen, name, votes)) is not None:
+                    if origin != name:
+                        value = value.then("a chosen layer", same, kind="approximate")
+                    matching.place(name, value, "name", (seen,))
+                elif target.tensors[name].shape != matching.source.tensors[seen].shape:
+                    matching.why.setdefault(
+                        seen, Why(f"the source's shape {_shape(matching.source, seen)} is not {_shape(target, name)}")
+                    )
+                break
+
+
+def _shape(side: Side, name: str) -> str:
+    return "×".join(map(str, side.tensors[name].shape)) or "scalar"
+
+
+def _source_name(matching: Matching, name: str) -> str:
+    chosen = matching.layers
+    if not chosen or chosen == list(range(len(chosen))):
+        return name
+    found = _NUMBER.search(name)
+    if found is None or int(found[0]) >= len(chosen):
+        return name
+    return f"{name[: found.start()]}{chosen[int(found[0])]}{name[found.end() :]}"
+
+
+def _other_leaves(name: str) -> Iterator[str]:
+    path, dot, leaf = name.rpartition(".")
+    for other, meaning in LEAVES.items():
+        if leaf in LEAVES and meaning == LEAVES[leaf] and other != leaf:
+            yield f"{path}{dot}{other}"
+
+
+def turned(matching: Matching, seen: str, name: str, votes: set[bool] | None = None) -> Value | None:
+    """The source's tensor in the shape and orientation of the target's; None: it does not fit, or that is not known.
+
+    Args:
+        votes: how the matrices that are not square went across: turned, straight, both.
+    """
+    source, target = matching.source.tensors[seen], matching.target.tensors[name]
+    value, shape = source.value, target.shape
+    if len(shape) != 2 or not _is_matrix(target.holder):
+        return value if value.shape == shape else None
+    holder = "Conv1D" if seen.endswith(".kernel") else source.holder
+    if _is_matrix(holder):
+        turn = (holder == "Conv1D") != (target.holder == "Conv1D")
+    elif shape[0] != shape[1]:
+        turn = value.shape != shape
+    elif votes and len(votes) == 1:
+        turn = next(iter(votes))
+    elif votes or (target.holder == "Conv1D" and not source.renamed):
+        _square(matching, seen, name)
+        return None
+    else:
+        turn = False
+        if not source.renamed:
+            matching.squares.append(seen)
+    if turn and value.shape[::-1] == shape:
+        return value.then("transposed", torch.t, shape)
+    return value if value.shape == shape and not turn else None
+
+
+def _is_matrix(holder: str) -> bool:
+    return holder == "Conv1D" or holder.endswith("Linear")
+
+
+def _square(matching: Matching, seen: str, name: str) -> None:
+    kernel = f"{name.removesuffix('weight')}kernel"
+    why = "it is square, and nothing tells whether it is stored [out, in], as nn.Linear has it, or [in, out], as Conv1D has it"
+    matching.undecided.add(seen)
+    matching.ambiguous.append(Ambiguity((seen,), why, (name, kernel), {f"^{re.escape(seen)}$": kernel}))
+
+
+def _votes(matching: Matching, pairs: Mapping[str, str]) -> set[bool]:
+    """How the matrices that are not square go across, of a source whose classes are not known: target → source."""
+    found = set()
+    for name, seen in pairs.items():
+        a, b = matching.source.tensors[seen], matching.target.tensors[name]
+        shows = len(a.shape) == 2 and a.shape[0] != a.shape[1] and _is_matrix(b.holder) and not a.holder
+        if shows and a.shape in (b.shape, b.shape[::-1]):
+            found.add(a.shape != b.shape)
+    return found
+
+
+def by_prefix(matching: Matching) -> None:
+    """Tensors whose names are the same behind a prefix that all of them have in front."""
+    roles = roles_by_name(matching.source.tensors), roles_by_name(matching.target.tensors)
+    while True:
+        pairs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+        sources: dict[tuple, list[str]] = defaultdict(list)
+        for name in matching.open_sources():
+            for ending in {tuple(name.split(".")[-2:]), tuple(name.split(".")[-1:])}:
+                sources[(*ending, *sorted(matching.source.tensors[name].shape))].append(name)
+        for name in matching.open_targets():
+            for seen in sources.get((*name.split(".")[-2:], *sorted(matching.target.tensors[name].shape)), ()):
+                known = [found[n].parts for found, n in zip(roles, (seen, name)) if n in found]
+                if len(known) < 2 or _inside(known[0]) == _inside(known[1]):  # two roles that differ are no match
+                    pairs[_fronts(seen, name)][name] = seen
+        usable = {pair: found for pair, found in pairs.items() if not re.search(r"\d", "".join(pair))}
+        if not usable:
+            return
+        best = max(usable, key=lambda pair: (len(usable[pair]), -len(pair[0]) - len(pair[1])))
+        rivals = {p for p in usable if len(usable[p]) == len(usable[best]) and usable[p].keys() == usable[best].keys()}
+        twins = {
+            p for p in usable if p[0] == best[0] and p != best and set(usable[p].values()) == set(usable[best].values())
+        }
+        if len(rivals) > 1 or twins:
+            _several(matching, usable, rivals | twins | {best})
+            return
+        wrapper = all(_WRAPPER.match(front) for front in best)
+        placed, votes = 0, _votes(matching, usable[best])
+        for name, seen in usable[best].items():
+            if seen in matching.used:
+                continue
+            if (value := turned(matching, seen, name, votes)) is not None:
+                matching.place(name, value, "prefix", (seen,), proven=wrapper)
+                placed += 1
+        if not placed:
+            return
+
+
+def _inside(roles: tuple[str, ...]) -> tuple[str, ...]:
+    """Roles without the list of layers that they are in."""
+    return tuple(role.rpartition(":")[2] for role in roles)
+
+
+def _fronts(seen: str, name: str) -> tuple[str, str]:
+    """What two names have in front of what they share."""
+    a, b = seen.split("."), name.split(".")
+    shared = 0
+    while shared < min(len(a), len(b)) and a[-1 - shared] == b[-1 - shared]:
+        shared += 1
+    fronts = (a[: len(a) - shared], b[: len(b) - shared])
+    return ".".join([*fronts[0], ""]), ".".join([*fronts[1], ""])
+
+
+def _several(
+    matching: Matching, usable: Mapping[tuple[str, str], Mapping[str, str]], pairs: set[tuple[str, str]]
+) -> None:
+    names = sorted({name for pair in pairs for name in usable[pair]})
+    seen = sorted({source for pair in pairs for source in usable[pair].values()})
+    front, own = min(pairs)
+    matching.undecided.update(seen)
+    fronts = tuple(sorted({f"{a or '(top)'} → {b or '(top)'}" for a, b in pairs}))
+    matching.ambiguous.append(
+        Ambiguity(tuple(names), "several parts of the source have these names", fronts, {f"^{re.escape(front)}": own})
+    )

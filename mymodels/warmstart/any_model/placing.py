@@ -1,0 +1,261 @@
+"""Where a side keeps each role: the tensor, its layout, and what cannot be known of it."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..lazy_tensor import Value
+from .layouts import Layout, arrangement_of
+from .roles import GATE_UP, Role, roles_by_name
+from .sides import Side
+
+_IN = re.compile(r"\.(?:[qkv]_proj|gate_proj|up_proj|router)\.weight$")
+_OUT = re.compile(r"\.(?:o_proj|down_proj)\.weight$")
+_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc")
+
+
+@dataclass
+class Ambiguity:
+    """Something that can be read in several ways, of which none was taken, or one that is no more than likely.
+
+    Attributes:
+        names: the tensors or parameters that are left out for it.
+        why: what cannot be known.
+        candidates: what the reader chooses from.
+        rename: a `rename=` that decides, regex → replacement.
+        placed: whether the order decided after all, which is no proof.
+        by_names: whether the tensors' whole names may still decide.
+    """
+
+    names: tuple[str, ...]
+    why: str
+    candidates: tuple[str, ...]
+    rename: dict[str, str]
+    placed: bool = False
+    by_names: bool = False
+
+
+@dataclass
+class Place:
+    """Where a role is kept: as which part of which tensor."""
+
+    tensor: str
+    layout: Layout
+    part: int
+
+
+@dataclass
+class Places:
+    """All roles of a side.
+
+    Attributes:
+        of: role → place.
+        roles: tensor → its roles, in the order of its parts (of all experts one after the other).
+        layouts: tensor → its layout.
+        usual: tensors whose arrangement is only usual for their names.
+        copies: tensor → the tensor with the same role and the same values.
+    """
+
+    of: dict[str, Place] = field(default_factory=dict)
+    roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    usual: set[str] = field(default_factory=set)
+    copies: dict[str, str] = field(default_factory=dict)
+    ambiguous: list[Ambiguity] = field(default_factory=list)
+    width: int = 0
+
+
+def places_of(side: Side, *, prefer: Iterable[str] = ()) -> Places:
+    """The places of a side's roles; `prefer`: names that win where two tensors have one role."""
+    roles = roles_by_name(side.tensors)
+    found = Places(width=_width(side, roles))
+    transposed = orientations(side, roles, found.width)
+    for name, role in roles.items():
+        layout, parts = _layout(side, roles, name, role, transposed.get(name, False), found)
+        if layout is None:
+            continue
+        found.layouts[name], found.roles[name] = layout, parts
+    _settle_doubles(side, found, set(prefer))
+    for name, parts in found.roles.items():
+        for i, part in enumerate(parts):
+            found.of[part] = Place(name, found.layouts[name], i)
+    return found
+
+
+def _width(side: Side, roles: dict[str, Role]) -> int:
+    """The width of the residual stream: of the norms in the layers, of the embeddings, or what most matrices have."""
+    norms = Counter(
+        side.tensors[name].shape[0]
+        for name, role in roles.items()
+        if role.layer is not None and role.parts[0].endswith("norm.weight") and ".self_attn." not in role.parts[0]
+    )
+    if norms:
+        return norms.most_common(1)[0][0]
+    table = next((side.tensors[n].shape for n, r in roles.items() if r.parts[0] == "model.embed_tokens.weight"), (0, 0))
+    if table[-1]:
+        return table[-1]
+    matrices = [side.tensors[n].shape for n, r in roles.items() if _IN.search(r.parts[0]) or _OUT.search(r.parts[0])]
+    sizes = Counter(size for shape in matrices for size in shape)
+    return sizes.most_common(1)[0][0] if sizes else 0
+
+
+def orientations(side: Side, roles: dict[str, Role], width: int) -> dict[str, bool | None]:
+    """Each matrix → whether it is stored [in, out]; None: nothing tells.
+
+    The module's class decides where it is known. Else the matrices that are not square show it, and the square ones
+    follow if all of those agree.
+    """
+    found: dict[str, bool | None] = {}
+    square: list[str] = []
+    for name, role in roles.items():
+        tensor = side.tensors[name]
+        if role.leaf == "kernel":
+            found[name] = True
+        elif len(tensor.shape) != 2 or not (_IN.search(role.parts[0]) or _OUT.search(role.parts[0])):
+            found[name] = False
+        elif tensor.holder == "Conv1D":
+            found[name] = True
+        elif tensor.holder.endswith("Linear") or tensor.renamed:
+            found[name] = False
+        elif tensor.shape[0] == tensor.shape[1]:
+            square.append(name)
+        else:
+            reads = _IN.search(role.parts[0])
+            straight, turned = tensor.shape[1 if reads else 0] == width, tensor.shape[0 if reads else 1] == width
+            found[name] = turned if straight != turned else None
+    shown = {found[n] for n in found if n in roles and _shows(side, roles, n)} - {None}
+    for name in square:
+        if len(shown) == 1:
+            found[name] = next(iter(shown))
+        else:
+            found[name] = None if shown or roles[name].module in _CONV1D_NAMES else False
+    return found
+
+
+def _shows(side: Side, roles: dict[str, Role], name: str) -> bool:
+    """Whether a matrix's shape is evidence of how the side stores matrices."""
+    shape, role = side.tensors[name].shape, roles[name]
+    if len(shape) != 2 or shape[0] == shape[1] or side.tensors[name].holder or role.leaf == "kernel":
+        return False
+    return bool(_IN.search(role.parts[0]) or _OUT.search(role.parts[0]))
+
+
+def _layout(
+    side: Side, roles: dict[str, Role], name: str, role: Role, transposed: bool | None, found: Places
+) -> tuple[Layout | None, tuple[str, ...]]:
+    shape, parts, experts = side.tensors[name].shape, role.parts, 0
+    if role.stacked:
+        if len(shape) != 3:
+            return None, ()
+        experts, shape = shape[0], shape[1:]
+    if transposed is None:
+        linear, kernel = f"{role.module}.{role.leaf}", f"{role.module}.kernel"
+        found.ambiguous.append(
+            Ambiguity(
+                (name,),
+                "nothing tells whether it is stored [out, in], as nn.Linear has it, or [in, out], as Conv1D has it",
+                (linear, kernel),
+                {rf"{re.escape(role.module)}\.{role.leaf}$": kernel},
+            )
+        )
+        return None, ()
+    canonical = shape[::-1] if transposed else shape
+    offset = 0
+    if parts == ("model.embed_positions.weight",):
+        offset = side.settings.get("position_offset", 0)
+        if len(shape) == 3 and shape[0] == 1:
+            return None, ()
+    if len(parts) == 1 and parts[0].endswith(GATE_UP[1] + ".weight") and _twice(side, roles, role, canonical, found):
+        parts = (parts[0].replace("up_proj", "gate_proj"), parts[0])
+    if len(parts) == 1:
+        layout = Layout("alone", transposed, (canonical[0],) if canonical else (), experts=experts, offset=offset)
+        return layout, _each_expert(parts, experts)
+    arrangement, known = arrangement_of(
+        side.model_type,
+        role.module,
+        multi_query=side.settings.get("num_key_value_heads") == 1,
+        new_falcon=bool(getattr(side.config, "new_decoder_architecture", False)),
+        code=side.tensors[name].code,
+    )
+    if len(parts) == 2 and arrangement == "by head":
+        arrangement, known = "stacked", False
+    rows = _rows(side, len(parts), canonical[0], found.width)
+    if not arrangement or not rows:
+        front = name[: -len(f"{role.module}.{role.leaf}")] if role.leaf else name
+        found.ambiguous.append(
+            Ambiguity(
+                (name,),
+                "its query, key and value may be stacked or interleaved by head, and nothing tells which"
+                if rows and len(parts) == 3
+                else "nothing tells how its parts are divided",
+                (f"{front}qkv_proj (stacked)", f"{front}qkv_by_head (interleaved)"),
+                {rf"\b{re.escape(role.module)}\.": "qkv_proj."},
+            )
+        )
+        return None, ()
+    if not known:
+        found.usual.add(name)
+    heads = side.settings.get("num_key_value_heads", 0)
+    if arrangement == "by head" and (not heads or rows[1] % heads):
+        return None, ()
+    return Layout(arrangement, transposed, rows, heads, experts), _each_expert(parts, experts)
+
+
+def _each_expert(parts: tuple[str, ...], experts: int) -> tuple[str, ...]:
+    if not experts:
+        return parts
+    return tuple(part.replace("mlp.", f"mlp.experts.{i}.", 1) for i in range(experts) for part in parts)
+
+
+def _twice(side: Side, roles: dict[str, Role], role: Role, shape: tuple[int, ...], found: Places) -> bool:
+    """Whether an MLP's first matrix holds gate and up: it has twice the rows that the second one reads."""
+    down = role.parts[0].replace(GATE_UP[1], "mlp.down_proj")
+    down = down.rpartition(".")[0] + ".weight"
+    other = next((side.tensors[n].shape for n, r in roles.items() if r.parts == (down,)), None)
+    if other is None or len(other) != 2:
+        return False
+    inner = other[1] if other[0] == found.width else other[0]
+    return shape[0] == 2 * inner
+
+
+def _rows(side: Side, parts: int, rows: int, width: int) -> tuple[int, ...]:
+    heads, kv = (side.settings.get(name, 0) for name in ("num_attention_heads", "num_key_value_heads"))
+    if parts == 3 and heads and kv:
+        size = side.settings.get("head_dim") or (width // heads if width else rows // (heads + 2 * kv))
+        if (heads + 2 * kv) * size == rows:
+            return heads * size, kv * size, kv * size
+    if parts == 3 and heads and kv and heads != kv:
+        return ()
+    return (rows // parts,) * parts if rows % parts == 0 else ()
+
+
+def _settle_doubles(side: Side, found: Places, prefer: set[str]) -> None:
+    """Of several tensors with one role none counts, unless they are equal, or one has the name that is asked for."""
+    holding: dict[str, list[str]] = defaultdict(list)
+    for name, parts in found.roles.items():
+        for part in parts:
+            holding[part].append(name)
+    for part, names in holding.items():
+        names = [name for name in names if name in found.roles]
+        if len(names) < 2:
+            continue
+        wanted = [name for name in names if side.tensors[name].renamed] or [name for name in names if name in prefer]
+        keep = wanted[0] if len(wanted) == 1 else names[0]
+        others = [name for name in names if name != keep]
+        alike = len(wanted) == 1 or all(_equal(side.tensors[keep].value, side.tensors[name].value) for name in others)
+        for name in others if alike else names:
+            del found.roles[name], found.layouts[name]
+            if alike and len(wanted) != 1:
+                found.copies[name] = keep
+        if not alike:
+            rename = {f"^{re.escape(names[0])}$": part}
+            found.ambiguous.append(
+                Ambiguity((part,), f"several tensors can be {part}", tuple(names), rename, by_names=True)
+            )
+
+
+def _equal(a: Value, b: Value) -> bool:
+    return a.shape == b.shape and torch.equal(a.compute(), b.compute())

@@ -1,0 +1,252 @@
+"""A source or a target of any kind, described alike: its tensors, what holds them, what its config says."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import AutoConfig
+
+from ...checkpoints import Checkpoint, CheckpointError
+from ..lazy_tensor import Value
+
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "nhead", "heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+_PAIR = re.compile(r"^(.*?)(?:weight_([gv])|parametrizations\.weight\.original([01]))$")
+_POSITIONS = {
+    "learned": ("gpt2", "opt", "bert", "roberta", "distilbert", "electra", "mybert", "xlm-roberta", "camembert", "biogpt"),
+    "rope": (
+        "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "phi3", "modernbert", "mixtral", "gemma", "gemma2",
+        "gemma3_text", "stablelm", "olmo", "olmo2", "starcoder2", "cohere", "qwen2_moe", "qwen3_moe", "smollm3",
+    ),
+    "alibi": ("bloom", "mpt"),
+}  # fmt: skip
+_PARALLEL = {"phi", "gptj", "cohere", "codegen"}
+_POST_NORM = {"bert", "roberta", "distilbert", "electra", "mybert", "xlm-roberta", "camembert", "openai-gpt"}
+_OFFSETS = {"opt": 2, "biogpt": 2}
+_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert"}
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu", "gelu_python": "gelu"}
+
+
+@dataclass
+class Tensor:
+    """One tensor of a side.
+
+    Attributes:
+        value: what it holds; of a target, what it had.
+        holder: the class of the module that has it; empty if unknown.
+        code: the source text of the modules around it, if there is one.
+        renamed: whether `rename=` gave it its name.
+    """
+
+    value: Value
+    holder: str = ""
+    code: str = ""
+    renamed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+
+@dataclass
+class Side:
+    """A source or a target.
+
+    Attributes:
+        tensors: by name, as they are matched; in the order of registration if `ordered`.
+        config: its config, if it is known.
+        kind: what a report calls its class: two sides of one kind compute the same with the same weights and settings.
+        settings: what no tensor shows and changes what is computed: name → value.
+        aliases: second names of a tensor → the first.
+    """
+
+    tensors: dict[str, Tensor]
+    config: Any = None
+    kind: str = ""
+    ordered: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> str:
+        return getattr(self.config, "model_type", "") or ""
+
+
+def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a warm start may fill: parameters, and buffers that are saved and are no constants; tied ones once."""
+    saved = model.state_dict()
+    found = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    norms = ("running_mean", "running_var", "num_batches_tracked")
+    return found | {name: b for name, b in model.named_buffers() if name in saved and name.rpartition(".")[2] in norms}
+
+
+def holders(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
+    """Each tensor → the class of the module that has it, and the source text of that module's parent."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    texts: dict[type, str] = {}
+
+    def text(module: torch.nn.Module) -> str:
+        if type(module) not in texts:
+            try:
+                texts[type(module)] = inspect.getsource(type(module))
+            except (OSError, TypeError):
+                texts[type(module)] = ""
+        return texts[type(module)]
+
+    found = {}
+    for name in model.state_dict(keep_vars=True):
+        path = name.rpartition(".")[0]
+        parent = modules.get(path.rpartition(".")[0])
+        found[name] = (
+            type(modules[path]).__name__ if path in modules else "",
+            text(parent) if isinstance(parent, torch.nn.Module) and path else "",
+        )
+    return found
+
+
+def made_by(raw: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[str, str]], str]:
+    """The config, holders and class name of the transformers class that a `config.json` names; nothing if there is none."""
+    if not isinstance(raw.get("model_type"), str) or raw.get("auto_map"):
+        return None, {}, ""
+    fields = {name: value for name, value in raw.items() if name not in ("model_type", "architectures")}
+    try:
+        config = AutoConfig.for_model(raw["model_type"], **fields)
+        name = (raw.get("architectures") or [""])[0]
+        model_class: Any = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
+        with init_empty_weights():
+            model = model_class(config)
+    except Exception:  # a type of another release, or fields that its class does not take: read by names alone
+        return None, {}, ""
+    base = f"{model.base_model_prefix}."
+    known = holders(model)
+    for seen, held in list(known.items()):  # a base model's folder has no prefix, a head's has one
+        known.setdefault(seen.removeprefix(base), held)
+        known.setdefault(base + seen, held)
+    return config, known, type(model).__name__
+
+
+def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
+    """What changes the outputs and no tensor shows, as far as config or modules say it."""
+    found: dict[str, Any] = {}
+
+    def first(names: tuple[str, ...]) -> Any:
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None:
+                return value
+        for module in model.modules() if model is not None and config is None else ():
+            for name in names:
+                value = getattr(module, name, None)
+                if isinstance(value, int) and not isinstance(value, bool):
+                    return value
+        return None
+
+    found["num_attention_heads"] = first(_HEADS)
+    found["num_key_value_heads"] = first(_KV_HEADS) or found["num_attention_heads"]
+    found["head_dim"] = first(("head_dim",))
+    if config is None:
+        return {name: value for name, value in found.items() if value is not None}
+    kind = config.model_type
+    if kind == "falcon" and not config.new_decoder_architecture:
+        found["num_key_value_heads"] = 1 if config.multi_query else found["num_attention_heads"]
+    if kind == "gpt_bigcode":
+        found["num_key_value_heads"] = 1 if config.multi_query else found["num_attention_heads"]
+    act = first(("activation_function", "hidden_act", "hidden_activation", "activation"))
+    found["activation"] = _ACTIVATIONS.get(act, act)
+    found["norm_eps"] = first(("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps"))
+    found["positions"] = next((p for p, kinds in _POSITIONS.items() if kind in kinds), None)
+    if kind == "mygpt2":
+        found["positions"] = config.position_embedding_type
+    if found["positions"] == "rope":
+        rope = getattr(config, "rope_parameters", None) or {}
+        theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+        found["rope_theta"] = theta or first(("rope_theta", "rotary_emb_base"))
+        partial = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+        found["rotary_share"] = partial or first(("partial_rotary_factor", "rotary_pct")) or 1.0
+    if found["positions"] is not None:
+        found["parallel_residual"] = kind in _PARALLEL or bool(getattr(config, "use_parallel_residual", False))
+    if kind == "falcon":
+        found["parallel_residual"] = bool(config.parallel_attn or config.new_decoder_architecture)
+    if found["positions"] is not None:
+        found["norm_place"] = "after the sum" if kind in _POST_NORM else "before"
+    if kind == "opt" and not config.do_layer_norm_before:
+        found["norm_place"] = "after the sum"
+    found["sliding_window"] = first(("sliding_window",)) if getattr(config, "use_sliding_window", True) else None
+    found["position_offset"] = _OFFSETS.get(kind, 0)
+    if kind in _AFTER_PADDING:
+        found["position_offset"] = (config.pad_token_id or 0) + 1
+    found["normalised_top_k"] = True if kind == "mixtral" else getattr(config, "norm_topk_prob", None)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def second_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names of tensors that are the same memory as one before them → the name of that one."""
+    if isinstance(tensors, Checkpoint):
+        return {name: first for name, first in tensors.aliases.items() if name != first}
+    first: dict[tuple, str] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(key, name) != name:
+            found[name] = first[key]
+    return found
+
+
+def pairs_of(names: Mapping[str, Any]) -> dict[str, str]:
+    """The names of weight-normed tensors in one form: `weight_g` and `weight_v`."""
+    named = {}
+    for name in names:
+        found = _PAIR.match(name)
+        if found is None:
+            continue
+        letter = found[2] or "gv"[int(found[3])]
+        other = {
+            "g": f"{found[1]}weight_v" if found[2] else f"{found[1]}parametrizations.weight.original1",
+            "v": f"{found[1]}weight_g" if found[2] else f"{found[1]}parametrizations.weight.original0",
+        }[letter]
+        if other in names:
+            named[name] = f"{found[1]}weight_{letter}"
+    return named
+
+
+def joined_pairs(tensors: dict[str, Tensor], keep: set[str]) -> dict[str, Tensor]:
+    """Weight-normed pairs as the weight that they give: g · v / |v|; those in `keep` stay pairs."""
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        front = name[: -len("weight_g")]
+        if name in keep or not name.endswith(("weight_g", "weight_v")) or f"{front}weight_v" not in tensors:
+            made[name] = tensor
+        elif name.endswith("weight_v"):
+            length = tensors[f"{front}weight_g"].value
+            weight = tensor.value.then("weight_norm resolved", partial(_weight, length=length), using=(length,))
+            made[f"{front}weight"] = Tensor(weight, tensor.holder, tensor.code, tensor.renamed)
+    return made
+
+
+def _weight(v: torch.Tensor, length: Value) -> torch.Tensor:
+    g = length.compute().double()
+    return (g * v.double() / norm_like(v.double(), g.shape)).to(v.dtype)
+
+
+def norm_like(v: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The norms of `v` over the dimensions in which `shape` has 1."""
+    over = [i for i, size in enumerate(shape) if size == 1] or list(range(v.ndim))
+    return v.norm(dim=over, keepdim=True).view(shape)
+
+
+def refuse_meta(model: torch.nn.Module) -> None:
+    """Refuse a model without data.
+
+    Raises:
+        CheckpointError: the model has no data to fill.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError(
+            f"the {type(model).__name__} has parameters without data (meta device, or offloaded): load it first"
+        )
