@@ -209,10 +209,10 @@ def _beside(file: Path | None, scratch: Path, name: str) -> str | None:
     return str(scratch / name)
 
 
-def _run(scratch: Path, time_limit: float) -> str:
-    """Start the process and wait for it; why it failed, in words."""
-    environment = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
-    environment.update(
+def environment(scratch: Path) -> dict[str, str]:
+    """The environment variables of a clean process: nothing of the user's own, no network, no progress bars."""
+    kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+    return kept | dict(
         HF_HOME=str(scratch / "hf"),
         HOME=str(scratch),
         TMPDIR=str(scratch),
@@ -226,6 +226,10 @@ def _run(scratch: Path, time_limit: float) -> str:
         USE_TF="0",
         USE_FLAX="0",
     )
+
+
+def _run(scratch: Path, time_limit: float) -> str:
+    """Start the process and wait for it; why it failed, in words."""
     with (scratch / "stderr").open("wb") as errors:
         # -I: no PYTHONPATH, no user packages, nothing from the script's own folder
         process = subprocess.Popen(
@@ -233,7 +237,7 @@ def _run(scratch: Path, time_limit: float) -> str:
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
-            env=environment,
+            env=environment(scratch),
             cwd=scratch,
             start_new_session=True,
         )

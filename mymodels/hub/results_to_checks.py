@@ -112,6 +112,7 @@ def _outcomes(run: CleanRun) -> list[Check]:
     checks: list[Check] = []
     begun: tuple[str, str] | None = None
     attempts = set()
+    ends: list[tuple[str, dict]] = []  # check that was running, and how its process ended
     for event in run.events:
         if "begin" in event:
             begun = event["begin"], event["where"]
@@ -126,10 +127,28 @@ def _outcomes(run: CleanRun) -> list[Check]:
             checks.append(_failed(event["attempt"], event["what"], event["where"]))
         elif "ended" in event and (begun or event["ended"] in _OF_STAGE):
             name, where = begun or (_OF_STAGE[event["ended"]], "")
-            last = f": {event['last']}" if event["last"] else ""
-            checks.append(_failed(name, f"the process {event['how']}{last}", event["where"] or where))
+            cause = next((check for check, end in ends if _same_end(end, event)), None)
+            if cause:
+                what = f"could not be judged: its process ends as that of {cause!r} does"
+                checks.append(Check(name, "skipped", what, where))
+            else:
+                last = f": {event['last']}" if event["last"] else ""
+                checks.append(_failed(name, f"the process {event['how']}{last}", event["where"] or where))
+                ends.append((name, event))
             begun = None
+        elif "not_run" in event and event["not_run"] in _OF_STAGE:
+            cause = next((check.name for check in checks if check.status == "failed"), "load")
+            if _OF_STAGE[event["not_run"]] != cause:
+                checks.append(Check(_OF_STAGE[event["not_run"]], "skipped", f"not run because {cause!r} failed"))
     return checks
+
+
+def _same_end(one: dict, other: dict) -> bool:
+    """Whether two processes ended by the same cause: at the same line, or, where they were stopped, in the same file."""
+    places = [
+        event["where"] if "crashed" in event["how"] else event["where"].partition(":")[0] for event in (one, other)
+    ]
+    return one["how"] == other["how"] and (places[0] == places[1])
 
 
 def _weights(run: CleanRun, folder: Path, main: str) -> list[Check]:
