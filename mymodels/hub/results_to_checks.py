@@ -28,6 +28,7 @@ DYNAMIC = {
     "pipeline": "make pipeline(task, model=folder, trust_remote_code=True) work with nothing but the folder's files",
     "save": "leave save_pretrained to transformers, and import each code file by `from .name import …` at the top",
     "reload": "leave save_pretrained and from_pretrained to transformers",
+    "batch": "compute each row by itself: no mean, norm, sort or squeeze over the rows of a batch, no state from call to call",
     "padding": "build the attention mask with transformers.masking_utils, and hand it to every layer",
     "cached generation": "update the cache in every layer, and take positions and mask from its length",
     "generation config": "mend generation_config.json, or what the class overrides of generate",

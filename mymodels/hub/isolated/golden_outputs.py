@@ -13,7 +13,7 @@ from .comparing import TOLERANCES, difference, not_finite, run_model, shown_outp
 from .generating import generate, generate_as_configured
 from .inputs import NEW_TOKENS, beside_text, generates, kept_inputs, last_positions, make_inputs, read_tensors
 from .load_repo import load
-from .processors import processed_inputs
+from .processors import processed_inputs, record_processors
 
 LAST, LAST_VALUES = 8, 20_000
 
@@ -103,6 +103,7 @@ def run(job: dict[str, Any], events: Any) -> None:
     tensors.update({f"input.{name}": tensor for name, tensor in inputs.items()})
     made.update(
         **tokenizers.record(job),
+        **record_processors(job),
         max_new_tokens=NEW_TOKENS,
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,

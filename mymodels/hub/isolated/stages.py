@@ -57,6 +57,11 @@ class Outcome:
         if self.status == "ok":
             self.status, self.what = "n/a", why
 
+    def note(self, what: str) -> None:
+        """What is to be said of a check that holds."""
+        if self.status == "ok":
+            self.what = f"{self.what}; {what}" if self.what else what
+
     @property
     def failed(self) -> bool:
         return self.status == "failed"
