@@ -131,7 +131,7 @@ def check_configured(check: Any, model: Any, inputs: dict[str, torch.Tensor]) ->
 
 def check_beams(check: Any, model: Any, prompt: dict[str, torch.Tensor]) -> None:
     """Beams change places from step to step, and the cache has to follow them."""
-    how = {"num_beams": BEAMS, "output_scores": True, "return_dict_in_generate": True}
+    how = {"num_beams": BEAMS, "num_return_sequences": BEAMS, "output_scores": True, "return_dict_in_generate": True}
     try:
         plain = generate(model, prompt, use_cache=False, **how)
     except (NotImplementedError, ValueError) as error:
