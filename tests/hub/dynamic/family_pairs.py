@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from faults import config
 from pairs import TRAINING_STAGES, TRAINS, Pair, Step, edit, extra
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -94,6 +95,25 @@ FAMILY_PAIRS: dict[str, Pair] = {
         "backward",
         "changes the loss, but gets no gradient",
         TRAINING_STAGES,
+    ),
+    "translate: sizes": translate(
+        [config(vocab_size=120)],
+        "load",
+        r"sizes in config\.json are not those of the weights: .* is \(97, 32\) in the files",
+    ),
+    "translate: beams on a cache that stays": translate(
+        edit(
+            (
+                "    def get_encoder(self, *args, **kwargs):\n        return self.model.encoder",
+                "    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *rest, **more):\n"
+                "        if generation_config.use_cache:\n"
+                "            model_kwargs['past_key_values'] = Stays(DynamicCache(), DynamicCache())\n\n"
+                "    def get_encoder(self, *args, **kwargs):\n        return self.model.encoder",
+            ),
+            after="\n\nclass Stays(EncoderDecoderCache):\n    def reorder_cache(self, beam_idx):\n        return None\n",
+        ),
+        "beams",
+        "it is not reordered",
     ),
     "pictures: other size": pictures(processor(size=32), "processor", "which the model refuses"),
     "pictures: other names": pictures(

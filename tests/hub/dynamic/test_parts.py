@@ -121,6 +121,42 @@ def run_of(*events: dict, failure: str = "") -> CleanRun:
     return CleanRun([{"versions": {}}, *events], failure, Path(), 0.0)
 
 
+def crash(stage: str, where: str, how: str = "crashed with SIGSEGV") -> dict:
+    return {"ended": stage, "how": how, "last": "Fatal Python error", "where": where}
+
+
+def test_one_crash_is_reported_once(tmp_path: Path) -> None:
+    events = [
+        {"begin": "forward", "where": "AutoModel"},
+        crash("outputs", "m.py:7"),
+        {"begin": "side effects", "where": "forward"},
+        crash("side effects", "m.py:7"),
+        {"begin": "backward", "where": "AutoModel"},
+        crash("training", "m.py:9"),
+    ]
+    checks = judge(run_of(*events), tmp_path, "")
+    assert names(checks) == [("side effects", "skipped"), ("forward", "failed"), ("backward", "skipped")]
+    assert "ends as that of 'forward' does" in checks[0].what
+    events[0] = {"begin": "reload", "where": "AutoModel"}  # nothing that the others depend on
+    assert names(judge(run_of(*events), tmp_path, "")) == [
+        ("side effects", "skipped"),
+        ("reload", "failed"),
+        ("backward", "failed"),
+    ]
+
+
+def test_a_model_that_hangs_is_waited_for_once(tmp_path: Path) -> None:
+    events = [{"begin": "forward", "where": ""}, crash("outputs", "m.py:7", "did not end within 5 s")]
+    events += [{"not_run": stage} for stage in ("side effects", "other classes", "training")]
+    checks = judge(run_of(*events), tmp_path, "")
+    assert {check.name: check.status for check in checks if check.name != "load"} == {
+        "forward": "failed",
+        "side effects": "skipped",
+        "training loss": "skipped",
+    }
+    assert all(check.what == "not run because 'forward' failed" for check in checks if check.status == "skipped")
+
+
 def test_a_stage_that_ends_early_fails_the_check_it_was_at(tmp_path: Path) -> None:
     ended = {"ended": "workers", "how": "was killed", "last": "", "where": ""}
     checks = judge(run_of({"begin": "pickle", "where": "AutoModel"}, ended), tmp_path, "AutoModel")
