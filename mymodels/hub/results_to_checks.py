@@ -78,7 +78,7 @@ _OF_STAGE = {  # which check a stage is about, should it end before it began one
 }
 
 
-def judge(run: CleanRun, folder: Path, main: str) -> list[Check]:
+def checks_of_run(run: CleanRun, folder: Path, main: str) -> list[Check]:
     """The checks of one clean process, in the order of `DYNAMIC`.
 
     Args:
@@ -130,7 +130,7 @@ def _outcomes(run: CleanRun) -> list[Check]:
             name, where = begun or (_OF_STAGE[event["ended"]], "")
             cause = next((check for check, end in ends if _same_end(end, event)), None)
             if cause:
-                what = f"could not be judged: its process ends as that of {cause!r} does"
+                what = f"could not be checked: its process ends as that of {cause!r} does"
                 checks.append(Check(name, "skipped", what, where))
             else:
                 last = f": {event['last']}" if event["last"] else ""
@@ -171,7 +171,7 @@ def _without_consequences(checks: list[Check]) -> list[Check]:
         return checks
     dependent = set(DYNAMIC) - _INDEPENDENT | ({"forward"} - {root})
     return [
-        check._replace(status="skipped", what=f"not judged while {root!r} fails", remedy="")
+        check._replace(status="skipped", what=f"not checked while {root!r} fails", remedy="")
         if check.status == "failed" and check.name in dependent
         else check
         for check in checks

@@ -1,4 +1,4 @@
-"""Checks of one call after another: the same inputs give the same outputs, whatever came before and beside them."""
+"""Checks of repeated calls: the same inputs give the same outputs, whatever was called before or is in the batch."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -125,7 +125,7 @@ def check_batch(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None
             seen = {name: row_of(alone[name], None if mask is None else mask[row : row + 1], 0)}
             wrong = difference(seen, {name: row_of(want[name], mask, row)}, EQUAL)
             if wrong:
-                check.fail(f"the outputs of row {row} are others when it is alone: {wrong}; rows mix in forward")
+                check.fail(f"row {row} alone gives other outputs than in the batch: {wrong}; forward mixes the rows")
                 return
     flipped = run_model(model, {name: tensor.flip(0) for name, tensor in inputs.items()})
     for row in range(count):

@@ -93,7 +93,7 @@ def run(job: dict[str, Any], events: Any) -> None:
         check_batch(batch, model, inputs)
     with events.check("padding", name) as check:
         if batch.failed:
-            check.skip("not judged while the rows of a batch change each other")
+            check.skip("not checked while the rows of a batch change each other")
         else:
             check_padding(check, model, inputs, with_generation=generates(model) and same_cached)
     if check.failed:  # what padding does has been told: not again as a difference between two ways to attend

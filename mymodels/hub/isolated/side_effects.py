@@ -78,7 +78,7 @@ def observe(check: Any, call: Callable[[], Any], moment: str) -> None:
         try:
             call()
         except Exception as error:
-            check.skip(f"not judged, because {moment.rstrip(',')} raises {type(error).__name__}")
+            check.skip(f"not checked, because {moment.rstrip(',')} raises {type(error).__name__}")
             return
     found = changes(before, snapshot()) + reseeded(seeds) + replaced(foreign)
     report(check, found, printed.getvalue(), moment)

@@ -137,7 +137,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
             )
         ),
         "batch",
-        "row 0 are others when it is alone",
+        "row 0 alone gives other outputs",
     ),
     "pictures: softmax twice": pictures(
         edit((CLASSES, CLASSES.replace("logits,", "logits.softmax(-1),"))),
@@ -163,7 +163,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
     "sound: normalised over the batch": sound(
         edit(("        logits = self", "        x = x / x.std()\n        logits = self")),
         "batch",
-        "rows mix in forward",
+        "forward mixes the rows",
     ),
     "sound: the call before": sound(
         edit(
@@ -174,7 +174,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
             )
         ),
         "batch",
-        "row 1 are others when it is alone|calls on other inputs",
+        "row 1 alone gives other outputs|calls on other inputs",
     ),
     "sound: half the loss": sound(
         edit((CLASSES, CLASSES + " / 2")), "training loss", "the loss is 0.5 times", TRAINING_STAGES

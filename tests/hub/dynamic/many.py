@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mymodels.hub.checks import Check
 from mymodels.hub.clean_process import CleanRun, describe_folder, environment
-from mymodels.hub.results_to_checks import judge
+from mymodels.hub.results_to_checks import checks_of_run
 
 CLEAN = Path(__file__).parents[3] / "mymodels" / "hub" / "isolated"
 SCRIPT = """
@@ -32,7 +32,7 @@ for number, job in enumerate(jobs):
 
 
 def run_many(wanted: dict[Path, list[str]], scratch: Path, release: Path | None = None) -> dict[Path, list[Check]]:
-    """Run the stages named for each folder; what `judge` makes of it. Folders must have names of their own.
+    """Run the stages named for each folder; what `checks_of_run` makes of it. Folders must have names of their own.
 
     A `golden.safetensors` in a folder is compared with; the stage "record" leaves one in it.
     """
@@ -75,5 +75,5 @@ def run_many(wanted: dict[Path, list[str]], scratch: Path, release: Path | None 
             assert made.is_file(), (folder, events)
             made.replace(folder / "golden.safetensors")
         else:
-            found[folder] = judge(run, folder, job["classes"][0])
+            found[folder] = checks_of_run(run, folder, job["classes"][0])
     return found

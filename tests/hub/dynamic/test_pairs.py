@@ -15,7 +15,14 @@ from repos_to_verify import tiny_repo
 from mymodels.hub.checks import Check
 
 PAIRS = TEXT_PAIRS | FAMILY_PAIRS
-FAST = ["keys that do not match", "pooled otherwise", "beams on a cache that stays", "labels shifted twice"]
+FAST = [
+    "keys that do not match",
+    "pooled otherwise",
+    "beams on a cache that stays",
+    "labels shifted twice",
+    "pictures: other size",
+    "loss doubled",
+]
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +69,7 @@ def test_a_fault_is_named_and_its_twin_is_quiet(name: str, outcomes: dict) -> No
     found = bad(faulty, pair.status)
     assert {check.name for check in found} == {pair.check}, found
     assert any(re.search(pair.says, check.what) for check in found), found
-    assert all(check.remedy for check in found) or pair.status == "skipped"
+    assert all(check.remedy for check in found) or pair.status != "failed"
 
 
 @pytest.mark.slow
