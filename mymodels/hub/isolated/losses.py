@@ -194,6 +194,8 @@ def check_items_in_batch(check: Any, model: Any, batch: dict[str, torch.Tensor],
         return
     value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else float("nan")
     if _near(value, loss):
+        if not type(model).__module__.startswith("transformers_modules"):
+            return  # the library's code, where the folder's author cannot mend it
         check.warn(
             "forward takes **kwargs, so the Trainer passes num_items_in_batch, which the loss leaves out: with gradient "
             "accumulation it is too large by the number of steps; hand it on, or set accepts_loss_kwargs = False"
