@@ -209,23 +209,27 @@ def _beside(file: Path | None, scratch: Path, name: str) -> str | None:
     return str(scratch / name)
 
 
+def environment(scratch: Path) -> dict[str, str]:
+    """The environment variables of a clean process: nothing of the user's own, no network, no progress bars."""
+    kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+    return kept | {
+        "HF_HOME": str(scratch / "hf"),
+        "HOME": str(scratch),
+        "TMPDIR": str(scratch),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",  # a progress bar makes a lock of multiprocessing, which shows as a side effect
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",  # the same order of sums each time
+        "MKL_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "USE_TF": "0",
+        "USE_FLAX": "0",
+    }
+
+
 def _run(scratch: Path, time_limit: float) -> str:
     """Start the process and wait for it; why it failed, in words."""
-    environment = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
-    environment.update(
-        HF_HOME=str(scratch / "hf"),
-        HOME=str(scratch),
-        TMPDIR=str(scratch),
-        HF_HUB_OFFLINE="1",
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        TQDM_DISABLE="1",
-        TOKENIZERS_PARALLELISM="false",
-        OMP_NUM_THREADS="1",  # the same order of sums each time
-        MKL_NUM_THREADS="1",
-        CUDA_VISIBLE_DEVICES="",
-        USE_TF="0",
-        USE_FLAX="0",
-    )
     with (scratch / "stderr").open("wb") as errors:
         # -I: no PYTHONPATH, no user packages, nothing from the script's own folder
         process = subprocess.Popen(
@@ -233,7 +237,7 @@ def _run(scratch: Path, time_limit: float) -> str:
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
-            env=environment,
+            env=environment(scratch),
             cwd=scratch,
             start_new_session=True,
         )

@@ -193,6 +193,22 @@ def _plain_tuple(match: re.Match, folder: Path) -> str:
     )
 
 
+def _unknown_type(match: re.Match, folder: Path) -> str:
+    config = _read(folder, "config.json")
+    mapped = config.get("auto_map")
+    if isinstance(mapped, dict) and "AutoConfig" in mapped:
+        return ""
+    kind = config.get("model_type")
+    code = "no auto_map names the folder's code" if any(folder.glob("*.py")) else "the folder holds no code"
+    known = (
+        f"model_type {str(kind)[:60]!r} is unknown to this transformers release" if kind else "there is no model_type"
+    )
+    return (
+        f"in config.json {known}, and {code}: save the model with its code (`mymodels build`, or "
+        "register_for_auto_class before save_pretrained), or use the release that knows it"
+    )
+
+
 Explain = Callable[[re.Match, Path], str]
 # text of an error → the sentence, or "" where the folder does not bear it out
 EXPLANATIONS: list[tuple[str, Explain]] = [
@@ -208,6 +224,7 @@ EXPLANATIONS: list[tuple[str, Explain]] = [
         r"Expecting value: line 1|Unexpected UTF-8 BOM|JSONDecodeError|expected value at line 1|not a valid JSON",
         _not_json,
     ),
+    (r"does not recognize this architecture|Unrecognized model in", _unknown_type),
     (r"'tuple' object has no attribute '(?P<name>\w+)'", _plain_tuple),
     (r"header too large|HeaderTooLarge|invalid load key, 'v'|could not parse ModelProto|HeaderTooSmall", _pointer),
 ]

@@ -15,6 +15,7 @@ from .verifying import Verification
 
 _STYLES = {"ok": "green", "failed": "bold red", "warning": "yellow", "skipped": "yellow", "n/a": "dim"}
 _SIGNS = {"ok": "✓", "failed": "✗", "warning": "!", "skipped": "○", "n/a": "–"}
+_WIDE = 120  # characters; below, five columns would break names
 _START, _END = "<!-- mymodels verify: begin -->", "<!-- mymodels verify: end -->"
 
 
@@ -29,7 +30,7 @@ def show_verification(verification: Verification, console: Console | None = None
     groups.append(("ready for serving and tools", verification.serving))
     for title, checks in groups:
         if checks:
-            console.print(_table(title, checks))
+            console.print(_table(title, checks, narrow=console.width < _WIDE))
     if several:
         console.print(_matrix(verification))
     style = "bold green" if verification.complete else "bold yellow" if verification.passed else "bold red"
@@ -49,21 +50,33 @@ def verdict(verification: Verification) -> str:
     return f"{text}; left out: {', '.join(left_out)}" if skipped else text
 
 
-def _table(title: str, checks: list[Check]) -> Table:
-    """A row for each check that holds, then for each thing there is to say, the failures last, where one looks."""
+def _table(title: str, checks: list[Check], *, narrow: bool) -> Table:
+    """A row for each check that holds, then for each thing there is to say, the failures last, where one looks.
+
+    In a narrow terminal, where, what and remedy are lines of one column.
+    """
     silent: dict[str, list[str]] = {}
     for check in checks:
         if check.status == "ok" and not check.what:
             silent.setdefault(check.name, []).append(check.where)
-    table = Table("check", "", "where", "what", "how to mend it", title=title, title_justify="left")
+    columns = [
+        "check",
+        "",
+        *(["what is wrong, where, how to mend it"] if narrow else ["where", "what", "how to mend it"]),
+    ]
+    table = Table(*columns, title=title, title_justify="left")
     for column in table.columns:
         column.overflow = "fold"
+
+    def add(name: str, status: str, *texts: str) -> None:
+        cells = [Text("\n".join(filter(None, texts)))] if narrow else [Text(text) for text in texts]
+        table.add_row(Text(name), Text(status, style=_STYLES[status]), *cells)
+
     for name, places in silent.items():
-        table.add_row(Text(name), Text("ok", style=_STYLES["ok"]), Text(", ".join(filter(None, places))), "", "")
+        add(name, "ok", ", ".join(filter(None, places)), "", "")
     checks = [check for check in checks if check.status != "ok" or check.what]
     for check in sorted(checks, key=lambda check: check.status == "failed"):
-        status = Text(check.status, style=_STYLES[check.status])
-        table.add_row(Text(check.name), status, Text(check.where), Text(check.what), Text(check.remedy))
+        add(check.name, check.status, check.where, check.what, check.remedy)
     return table
 
 

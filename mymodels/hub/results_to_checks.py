@@ -28,6 +28,7 @@ DYNAMIC = {
     "pipeline": "make pipeline(task, model=folder, trust_remote_code=True) work with nothing but the folder's files",
     "save": "leave save_pretrained to transformers, and import each code file by `from .name import …` at the top",
     "reload": "leave save_pretrained and from_pretrained to transformers",
+    "batch": "compute each row by itself: no mean, norm, sort or squeeze over the rows of a batch, no state from call to call",
     "padding": "build the attention mask with transformers.masking_utils, and hand it to every layer",
     "cached generation": "update the cache in every layer, and take positions and mask from its length",
     "generation config": "mend generation_config.json, or what the class overrides of generate",
@@ -77,7 +78,7 @@ _OF_STAGE = {  # which check a stage is about, should it end before it began one
 }
 
 
-def judge(run: CleanRun, folder: Path, main: str) -> list[Check]:
+def checks_of_run(run: CleanRun, folder: Path, main: str) -> list[Check]:
     """The checks of one clean process, in the order of `DYNAMIC`.
 
     Args:
@@ -112,6 +113,7 @@ def _outcomes(run: CleanRun) -> list[Check]:
     checks: list[Check] = []
     begun: tuple[str, str] | None = None
     attempts = set()
+    ends: list[tuple[str, dict]] = []  # check that was running, and how its process ended
     for event in run.events:
         if "begin" in event:
             begun = event["begin"], event["where"]
@@ -126,10 +128,28 @@ def _outcomes(run: CleanRun) -> list[Check]:
             checks.append(_failed(event["attempt"], event["what"], event["where"]))
         elif "ended" in event and (begun or event["ended"] in _OF_STAGE):
             name, where = begun or (_OF_STAGE[event["ended"]], "")
-            last = f": {event['last']}" if event["last"] else ""
-            checks.append(_failed(name, f"the process {event['how']}{last}", event["where"] or where))
+            cause = next((check for check, end in ends if _same_end(end, event)), None)
+            if cause:
+                what = f"could not be checked: its process ends as that of {cause!r} does"
+                checks.append(Check(name, "skipped", what, where))
+            else:
+                last = f": {event['last']}" if event["last"] else ""
+                checks.append(_failed(name, f"the process {event['how']}{last}", event["where"] or where))
+                ends.append((name, event))
             begun = None
+        elif "not_run" in event and event["not_run"] in _OF_STAGE:
+            cause = next((check.name for check in checks if check.status == "failed"), "load")
+            if _OF_STAGE[event["not_run"]] != cause:
+                checks.append(Check(_OF_STAGE[event["not_run"]], "skipped", f"not run because {cause!r} failed"))
     return checks
+
+
+def _same_end(one: dict, other: dict) -> bool:
+    """Whether two processes ended by the same cause: at the same line, or, where they were stopped, in the same file."""
+    places = [
+        event["where"] if "crashed" in event["how"] else event["where"].partition(":")[0] for event in (one, other)
+    ]
+    return one["how"] == other["how"] and (places[0] == places[1])
 
 
 def _weights(run: CleanRun, folder: Path, main: str) -> list[Check]:
@@ -151,7 +171,7 @@ def _without_consequences(checks: list[Check]) -> list[Check]:
         return checks
     dependent = set(DYNAMIC) - _INDEPENDENT | ({"forward"} - {root})
     return [
-        check._replace(status="skipped", what=f"not judged while {root!r} fails", remedy="")
+        check._replace(status="skipped", what=f"not checked while {root!r} fails", remedy="")
         if check.status == "failed" and check.name in dependent
         else check
         for check in checks

@@ -18,7 +18,7 @@ from .explain_errors import point_to_cause
 from .given_inputs import Inputs, write_inputs
 from .golden import GOLDEN, read_golden, recorded
 from .releases import Release, install, resolve
-from .results_to_checks import DYNAMIC, judge
+from .results_to_checks import DYNAMIC, checks_of_run
 from .static import static_checks
 
 _ALWAYS = ["outputs", "side effects", "other classes", "reload", "placement", "training"]
@@ -169,7 +169,7 @@ def verify(
                     raise ValueError(one_line(wrong, LONGEST))
                 versions = run.one("versions")
                 installed = versions.get("transformers") if isinstance(versions, dict) else None
-                checks = judge(run, folder, main)
+                checks = checks_of_run(run, folder, main)
                 if problem:
                     checks = sorted([*checks, problem], key=lambda check: list(DYNAMIC).index(check.name))
                 under = release.transformers if release else str(installed or "installed")

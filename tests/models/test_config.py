@@ -125,7 +125,9 @@ GPT2_FAULTS = [
 BERT_FAULTS = [
     ({"hidden_size": 30}, "hidden_size=30 is not divisible by num_attention_heads=4"),
     ({"pooling": "avg"}, "pooling='avg', but it must be one of 'pooler', 'cls', 'mean', 'max', 'attention'"),
-    ({"layer_mix": 4}, "layer_mix=4, but it must be None or 1 to num_hidden_layers=3"),
+    ({"layer_mix": 4}, "layer_mix=4, but it must be None or a number of layers, 1 to num_hidden_layers=3"),
+    ({"layer_mix": True}, "layer_mix=True, but it must be None or a number of layers"),
+    ({"layer_mix": "2"}, "layer_mix='2', but it must be None or a number of layers"),
     ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
     ({"focal_gamma": -1.0}, "focal_gamma=-1.0"),
     ({"multi_sample_dropout": 0}, "multi_sample_dropout=0"),

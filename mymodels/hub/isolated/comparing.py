@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy
 import torch
 
 MAX_VALUES = 200_000
@@ -14,9 +15,10 @@ LEFT_OUT = ("loss", "past_key_values", "cache_params")
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of an output with its path, such as `hidden_states.0`: of mappings, dataclasses, tuples and lists."""
-    if isinstance(value, torch.Tensor):
-        yield name or "0", torch.view_as_real(value) if value.is_complex() else value
+    """Every tensor and number of an output with its path, such as `hidden_states.0`: of mappings, dataclasses, tuples,
+    lists, and objects of the folder's own plain classes."""
+    if (tensor := _as_tensor(value)) is not None:
+        yield name or "0", tensor
         return
     if isinstance(value, Mapping):
         items = list(value.items())
@@ -26,11 +28,27 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         items = list(zip(value._fields, value))
     elif isinstance(value, (tuple, list)):
         items = list(enumerate(value))
+    elif all(klass.__module__.startswith(("transformers_modules", "builtins")) for klass in type(value).__mro__):
+        items = list(getattr(value, "__dict__", {}).items())
     else:
         return  # a cache, or nothing
     for key, inner in items:
         if str(key) not in LEFT_OUT:
             yield from flatten(inner, f"{name}.{key}" if name else str(key))
+
+
+def _as_tensor(value: Any) -> torch.Tensor | None:
+    if isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind in "biufc":
+        value = torch.from_numpy(numpy.array(value))
+    elif isinstance(value, bool | int | float):
+        value = torch.tensor(value)
+    if not isinstance(value, torch.Tensor):
+        return None
+    if value.is_nested:
+        value = torch.nested.to_padded_tensor(value, 0.0)
+    elif value.layout is not torch.strided:
+        value = value.to_dense()
+    return torch.view_as_real(value) if value.is_complex() else value
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from .stages import sentence
 
 
 def run(job: dict[str, Any], events: Any) -> None:
-    """Report facts about the class of `architectures`, built on the meta device; `serving.py` judges them."""
+    """Report facts about the class of `architectures`, built on the meta device; `engine_readiness.py` makes checks of them."""
     config = config_of(job)
     with torch.device("meta"):
         model = build(job["classes"][0], config)

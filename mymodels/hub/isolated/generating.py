@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
 from .causality import sees_later
-from .comparing import EQUAL, difference
+from .comparing import EQUAL, difference, run_model
 from .inputs import NEW_TOKENS, beside_text, generates, pad_id, room, tokens, two_stacks
 from .stages import sentence
 
@@ -62,6 +63,23 @@ def same_steps(seen: Any, expected: Any, first: Any, second: Any) -> str:
     return ""
 
 
+def first_step(model: Any, prompt: dict[str, torch.Tensor], made: Any) -> str:
+    """How the logits of the first generated token differ from those of forward on the same tokens, in words.
+
+    `generate` passes a mask and positions that a plain call of forward leaves to the model.
+    """
+    start = made.sequences[:, : made.sequences.shape[1] - len(made.logits)]
+    if type(model).generate is not GenerationMixin.generate or not start.shape[1]:
+        return ""
+    inputs = dict(prompt)
+    if two_stacks(model):
+        inputs["decoder_input_ids"] = start
+    logits = run_model(model, inputs).get("logits")
+    if logits is None or logits.dim() != 3:
+        return ""
+    return difference({"logits": made.logits[0].float()}, {"logits": logits[:, -1].float()}, EQUAL)
+
+
 STEPS = {"return_dict_in_generate": True, "output_logits": True}
 
 
@@ -79,6 +97,8 @@ def check_generation(events: Any, name: str, model: Any, inputs: dict[str, torch
         wrong = same_steps([step[:1] for step in made.logits], [step[:1] for step in plain.logits], plain, made)
         if wrong:
             cached.fail(sees_later(model) or f"generation with the cache is not generation without it: {wrong}")
+        elif wrong := first_step(model, prompt, plain):
+            cached.fail(f"the first token that generate makes has other logits than forward gives: {wrong}")
     with events.check("generation config", name) as check:
         check_configured(check, model, inputs)
     if not cached.failed:
@@ -111,7 +131,7 @@ def check_configured(check: Any, model: Any, inputs: dict[str, torch.Tensor]) ->
 
 def check_beams(check: Any, model: Any, prompt: dict[str, torch.Tensor]) -> None:
     """Beams change places from step to step, and the cache has to follow them."""
-    how = {"num_beams": BEAMS, "output_scores": True, "return_dict_in_generate": True}
+    how = {"num_beams": BEAMS, "num_return_sequences": BEAMS, "output_scores": True, "return_dict_in_generate": True}
     try:
         plain = generate(model, prompt, use_cache=False, **how)
     except (NotImplementedError, ValueError) as error:

@@ -23,7 +23,7 @@ from .inputs import (
     taken,
 )
 from .load_repo import load
-from .processors import processed_inputs
+from .processors import processed_inputs, record_processors
 
 LAST, LAST_VALUES = 8, 20_000
 
@@ -113,6 +113,7 @@ def run(job: dict[str, Any], events: Any) -> None:
     tensors.update({f"input.{name}": tensor for name, tensor in inputs.items()})
     made.update(
         **tokenizers.record(job),
+        **record_processors(job),
         max_new_tokens=NEW_TOKENS,
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,

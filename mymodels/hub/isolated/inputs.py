@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from .comparing import run_model
 from .load_repo import accepts, text_config
-from .stages import sentence
+from .stages import innermost, sentence
 
 LENGTH, NEW_TOKENS = 11, 8
 LONGEST = 2560  # tokens
@@ -201,10 +201,18 @@ def make_inputs(model: Any, processed: Mapping[str, torch.Tensor] | None = None)
         except Exception as error:
             raised.append(error)
     takes = getattr(model, "main_input_name", "input_ids")
-    if len(raised) > 1 and len({sentence(error) for error in raised}) == 1:
+    if len(raised) > 1 and len({_kind(error) for error in raised}) == 1:
         raise raised[0]  # whatever it is given
     why = f", of {len(raised)} that were tried the first gives {sentence(raised[0])}" if raised else ""
     raise Unsuitable(f"no inputs could be made up for a model that takes {takes}{why}")
+
+
+_WHATEVER_IS_GIVEN = (AttributeError, NameError, ImportError, NotImplementedError)
+
+
+def _kind(error: Exception) -> tuple[str, str]:
+    """What is raised, and where: the text of an error that no input can cause may name the input all the same."""
+    return (innermost(error), type(error).__name__ if isinstance(error, _WHATEVER_IS_GIVEN) else sentence(error))
 
 
 def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
@@ -253,8 +261,12 @@ def _with_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def wave(shape: tuple[int, ...]) -> torch.Tensor:
-    """Numbers between -1 and 1, no two neighbours alike, the same on every machine."""
-    return (torch.arange(math.prod(shape), dtype=torch.float64) * 0.6180339887 % 2 - 1).float().reshape(shape)
+    """Numbers between -1 and 1, no two neighbours alike, rows of other means, the same on every machine."""
+    values = (torch.arange(math.prod(shape), dtype=torch.float64) * 0.6180339887 % 2 - 1).reshape(shape)
+    if len(shape) > 1 and shape[0] > 1:  # what mixes rows shows only where they differ
+        row = torch.arange(shape[0], dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1)) / shape[0]
+        values = values * (1 - row) + row / 2
+    return values.float()
 
 
 def shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:

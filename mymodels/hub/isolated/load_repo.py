@@ -26,9 +26,29 @@ def load(
     options = {"dtype": "auto", "output_loading_info": True, **how}
     if name.startswith("Auto"):
         options["trust_remote_code"] = True
-    loaded = class_of(name).from_pretrained(folder or job["folder"], **options)
+    try:
+        loaded = class_of(name).from_pretrained(folder or job["folder"], **options)
+    except RuntimeError as error:
+        if "mismatch" in str(error) and (what := _other_sizes(name, folder or job["folder"], options)):
+            raise RuntimeError(what) from error
+        raise
     model, loading = loaded if isinstance(loaded, tuple) else (loaded, {})
     return model.eval(), loading
+
+
+def _other_sizes(name: str, folder: str, options: dict[str, Any]) -> str:
+    """Which tensors have other sizes than in the files, in words: the error points to a log that nobody sees."""
+    try:
+        _, loading = class_of(name).from_pretrained(folder, ignore_mismatched_sizes=True, **options)
+        found = sorted(loading["mismatched_keys"])
+        key, stored, wanted = found[0]
+    except Exception:
+        return ""
+    more = f" ({len(found) - 1} more tensors likewise)" if len(found) > 1 else ""
+    return (
+        f"the sizes in config.json are not those of the weights: {key} is {tuple(stored)} in the files and "
+        f"{tuple(wanted)} in the model{more}"
+    )
 
 
 def seed_all(seed: int) -> None:

@@ -1,5 +1,6 @@
 """Checks of what stands before a model: its processor, its tokenizer's own output, pipelines."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from .stages import innermost, sentence
 TEXTS = ["Hello, world! How are you?", "The second one is a little longer."]
 PROCESSORS = ("AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
 PIPELINE: Any = transformers.pipeline  # its overloads list the library's own tasks only
+SAMPLES = 64  # values of each of its outputs that the golden file keeps of a processor
+SAME = 0.03  # times the largest: two libraries resize by methods that differ so much
 TASKS = {  # a class that ends like this: its pipeline
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
@@ -26,6 +29,10 @@ TASKS = {  # a class that ends like this: its pipeline
 
 
 # ---- processors
+
+
+class Untried(Exception):
+    """A processor takes something else than what can be made up."""
 
 
 def processor_names(job: dict[str, Any]) -> list[str]:
@@ -49,29 +56,39 @@ def run_processor(processor: Any) -> dict[str, torch.Tensor]:
     """What a processor makes of a picture and of a sound, whichever it takes.
 
     Raises:
-        Exception: whatever it raises, if it takes neither.
+        Untried: it takes neither, nor a series of numbers.
+        Exception: whatever its own code raises at the same place, whatever it is given.
     """
     parts = [processor, *(getattr(processor, part, None) for part in ("image_processor", "feature_extractor"))]
     rate = next((part.sampling_rate for part in parts if isinstance(getattr(part, "sampling_rate", None), int)), None)
-    size = (96, 120, 3)
-    picture = ((wave(size) + 1) * 127).to(torch.uint8).numpy()
+    picture = smooth_picture()
+    pictures = [picture, 255 - picture[::-1] // 2]  # what mixes the rows of a batch shows only where they differ
     calls: list[dict[str, Any]] = []
     if rate is None:
-        calls = [{"images": [picture, picture]}, {"images": [picture, picture], "text": TEXTS, "padding": True}]
+        calls = [{"images": pictures}, {"images": pictures, "text": TEXTS, "padding": True}]
     else:
-        sound = wave((rate,)).numpy()
+        sounds = list(wave((2, rate)).numpy())
         calls = [
-            {"raw_speech": [sound, sound], "sampling_rate": rate},
-            {"audio": [sound, sound], "sampling_rate": rate},
+            {"raw_speech": sounds, "sampling_rate": rate},
+            {"audio": sounds, "sampling_rate": rate},
         ]
+    series = wave((2, 64)).numpy()
+    ways: list[tuple[tuple, dict[str, Any]]] = [((), call) for call in calls]
+    if rate is None and "pixel_values" not in (getattr(processor, "model_input_names", None) or []):
+        ways += [((list(series),), {}), ((series,), {}), ((series[0],), {})]
     raised: list[Exception] = []
-    for call in calls:
+    for given, call in ways:
         try:
-            made = processor(**call, return_tensors="pt")
+            made = processor(*given, **call, return_tensors="pt")
             return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
         except Exception as error:
             raised.append(error)
-    raise next((error for error in raised if innermost(error)), raised[0])
+    own = [error for error in raised if innermost(error)]
+    if own and len({(innermost(error), type(error)) for error in own}) == 1:
+        raise own[0]
+    raise Untried(
+        f"it takes something that cannot be made up; the first of {len(raised)} inputs gives {sentence(raised[0])}"
+    )
 
 
 def processed_inputs(job: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -85,8 +102,45 @@ def processed_inputs(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {}
 
 
-def check_processors(job: dict[str, Any], events: Any, model: Any) -> None:
-    """Every processor loads, works, and the model takes what it makes."""
+def smooth_picture() -> Any:
+    """A picture in which each channel rises another way, so that methods of resizing hardly differ on it."""
+    down, right = torch.linspace(0, 255, 96)[:, None], torch.linspace(0, 255, 120)[None]
+    channels = [down.expand(96, 120), right.expand(96, 120), (510 - down - right) / 3]
+    return torch.stack(channels, -1).to(torch.uint8).numpy()
+
+
+def record_processors(job: dict[str, Any]) -> dict[str, Any]:
+    """Shapes and some of the values that the processors make, to go into the golden file; nothing without any."""
+    found = {}
+    for name in processor_names(job):
+        with contextlib.suppress(Exception):  # the check of the processor reports it
+            processor = getattr(transformers, name).from_pretrained(job["folder"], trust_remote_code=True)
+            found[name] = {key: [list(x.shape), _sample(x)] for key, x in run_processor(processor).items()}
+    return {"processed": found} if found else {}
+
+
+def _sample(tensor: torch.Tensor) -> list[float]:
+    values = tensor.reshape(-1).double()
+    places = torch.linspace(0, max(values.numel() - 1, 0), SAMPLES).long()
+    return [round(value, 6) for value in values[places].tolist()] if values.numel() else []
+
+
+def _not_as_recorded(made: dict[str, torch.Tensor], recorded: dict[str, Any]) -> str:
+    """What a processor makes otherwise than when the golden outputs were recorded, in words."""
+    for name, (shape, sample) in recorded.items():
+        if name not in made:
+            return f"the processor makes no {name}, which it made when the golden outputs were recorded"
+        if list(made[name].shape) != shape:
+            return f"the processor makes {name} of shape {tuple(made[name].shape)}; {tuple(shape)} was recorded"
+        want = torch.tensor(sample, dtype=torch.float64)
+        apart = (torch.tensor(_sample(made[name]), dtype=torch.float64) - want).abs().max().item() if sample else 0.0
+        if not apart <= SAME * max(1e-3, want.abs().max().item() if sample else 0.0):
+            return f"of the same input the processor makes other {name} than was recorded, by up to {apart:.3g}"
+    return ""
+
+
+def check_processors(job: dict[str, Any], events: Any, model: Any, recorded: dict[str, Any]) -> None:
+    """Every processor loads, works as recorded, and the model takes what it makes."""
     for name in processor_names(job):
         if not hasattr(transformers, name):
             continue
@@ -97,12 +151,17 @@ def check_processors(job: dict[str, Any], events: Any, model: Any) -> None:
         with events.check("processor", name) as check:
             try:
                 made = run_processor(processor)
-            except Exception as error:
-                if isinstance(error, ImportError) or innermost(error) == "":
-                    check.skip(f"it was not tried, for want of something it takes: {sentence(error)}")
-                    continue
-                raise
+            except (Untried, ImportError) as error:
+                check.skip(f"it was not tried: {error}")
+                continue
             check_processed(check, model, made)
+            known = recorded.get("processed", {}).get(name)
+            if known:
+                check.fail_if(_not_as_recorded(made, known))
+            elif recorded:
+                check.skip(
+                    "the golden file records nothing that the processor makes, so it was not compared: record it anew"
+                )
 
 
 def check_processed(check: Any, model: Any, made: dict[str, torch.Tensor]) -> None:

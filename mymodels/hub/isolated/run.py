@@ -29,17 +29,11 @@ lockdown.lock(JOB)
 
 
 def main() -> None:
-    import importlib
-
     from mymodels_clean import stages
 
     events = stages.Events(JOB["events"])
     stages.import_libraries(events)
-    for name in JOB["stages"]:
-        module, function = stages.STAGES[name]
-        run = getattr(importlib.import_module(f"mymodels_clean.{module}"), function)
-        if not stages.run_stage(name, run, JOB, events):
-            break
+    stages.run_stages(JOB, events)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 import io
+import json
 import locale
 import logging
 import os
@@ -20,7 +21,7 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -30,8 +31,10 @@ import torch
 import transformers
 
 from .comparing import run_model
-from .inputs import Unsuitable, kept_inputs, make_inputs
+from .generating import generate
+from .inputs import Unsuitable, generates, kept_inputs, make_inputs
 from .load_repo import load
+from .processors import processed_inputs, processor_names
 
 SEED = 0x5EED_0F_7E57  # one that nobody else sets
 SHOWN = 12
@@ -58,19 +61,46 @@ def run(job: dict[str, Any], events: Any) -> None:
         except Unsuitable as error:
             check.skip(str(error))
             return
-        run_quietly(model, inputs, check)
+        observe(check, lambda: run_model(model, inputs), "the first forward")
+    if check.status != "ok":
+        return
+    with events.check("side effects", "training and generation") as check:
+        observe(check, lambda: _train_and_generate(model, inputs), "a forward in train mode, or generate,")
+    if not check.failed and _own_processor(job):
+        with events.check("side effects", "processor") as check:
+            observe(check, lambda: processed_inputs(job), "the processor")
 
 
-def run_quietly(model: Any, inputs: Any, check: Any) -> None:
+def observe(check: Any, call: Callable[[], Any], moment: str) -> None:
+    """Report what a call changes in the process; that it raises is for the check that is about it."""
     seeds, before, foreign = seed_all(), snapshot(), foreign_objects()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
-            run_model(model, inputs)
-        except Exception as error:  # `forward` reports it
-            check.skip(f"forward did not run ({type(error).__name__})")
+            call()
+        except Exception as error:
+            check.skip(f"not checked, because {moment.rstrip(',')} raises {type(error).__name__}")
             return
     found = changes(before, snapshot()) + reseeded(seeds) + replaced(foreign)
-    report(check, found, printed.getvalue(), "the first forward")
+    report(check, found, printed.getvalue(), moment)
+
+
+def _train_and_generate(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Errors of either are reported by their own checks."""
+    with contextlib.suppress(Exception):
+        model.train()(**inputs)
+    model.eval()
+    if generates(model):
+        with contextlib.suppress(Exception):
+            generate(model, inputs, max_new_tokens=2, min_new_tokens=2)
+
+
+def _own_processor(job: dict[str, Any]) -> bool:
+    """Whether a processor's code is in the folder: what a library's changes on first use is not the folder's doing."""
+    own = set(job["companions"])
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            own |= set(json.loads(Path(job["folder"], file).read_text(encoding="utf-8")).get("auto_map", {}))
+    return any(name in own for name in processor_names(job))
 
 
 def report(check: Any, found: list[str], printed: str, moment: str) -> None:

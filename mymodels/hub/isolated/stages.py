@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import importlib
 import json
 import os
 import re
@@ -57,6 +58,11 @@ class Outcome:
         if self.status == "ok":
             self.status, self.what = "n/a", why
 
+    def note(self, what: str) -> None:
+        """What is to be said of a check that holds."""
+        if self.status == "ok":
+            self.what = f"{self.what}; {what}" if self.what else what
+
     @property
     def failed(self) -> bool:
         return self.status == "failed"
@@ -111,8 +117,20 @@ def import_libraries(events: Events) -> None:
     events.write(versions=versions)
 
 
+def run_stages(job: dict[str, Any], events: Events) -> None:
+    """Run the job's stages in order; those that could only fail as one before them did are reported as not run."""
+    names = list(job["stages"])
+    for number, name in enumerate(names):
+        module, function = STAGES[name]
+        run = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+        if not run_stage(name, run, job, events):
+            for other in names[number + 1 :]:
+                events.write(not_run=other)
+            return
+
+
 def run_stage(name: str, run: Callable, job: dict[str, Any], events: Events) -> bool:
-    """Run one stage in a fork; false if it was one without which the others make no sense."""
+    """Run one stage in a fork; false if the others make no sense after it: nothing loads, or all would hang as it did."""
     errors = Path(job["scratch"], f"{name}.stderr")
     process = os.fork()
     if process == 0:
@@ -134,8 +152,8 @@ def run_stage(name: str, run: Callable, job: dict[str, Any], events: Events) -> 
         os.waitpid(process, 0)
     if status != 0 or not _done(job, name).exists():
         events.write(ended=name, how=_how(status, job["time_limit"]), **_last_words(errors))
-    needed = Path(job["scratch"], "loaded")
-    return name != "outputs" or needed.exists()
+    loaded = Path(job["scratch"], "loaded").exists()
+    return name != "outputs" or (loaded and status is not None)
 
 
 def _done(job: dict[str, Any], name: str) -> Path:

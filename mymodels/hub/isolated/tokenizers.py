@@ -54,7 +54,9 @@ def check_tokenizer(check: Any, job: dict[str, Any], model: Any, recorded: dict[
     size = rows(model)
     if not ids:
         check.fail("the tokenizer makes no tokens of a plain English sentence")
-    elif size is not None and max(*ids, len(tokenizer) - 1) >= size:
+    elif size is not None and max(ids) >= size:
+        check.fail(f"the tokenizer makes the token id {max(ids)}, for which the model's {size} embeddings have no row")
+    elif size is not None and len(tokenizer) > size:
         check.fail(f"the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {size}")
     if wrong := _not_as_recorded(tokenizer, recorded):
         check.fail(wrong)
@@ -62,6 +64,10 @@ def check_tokenizer(check: Any, job: dict[str, Any], model: Any, recorded: dict[
         check.fail(wrong) if serious else check.warn(wrong)
     if getattr(tokenizer, "chat_template", None):
         check.fail_if(wrong_template(tokenizer))
+    if recorded and not isinstance(recorded.get("tokens"), dict):
+        check.skip(
+            "the golden file records no tokens of a text, so the tokenizer was not compared with it: record it anew"
+        )
 
 
 def rows(model: Any) -> int | None:

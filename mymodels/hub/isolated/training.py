@@ -4,18 +4,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
-from .causality import sees_later
-from .comparing import EQUAL, difference, flatten, floating, run_model
+from .comparing import EQUAL, difference, floating, run_model
 from .golden_outputs import read_inputs
-from .inputs import two_stacks
-from .load_repo import accepts, load, seed_all, text_config
+from .load_repo import load
+from .losses import check_loss, loss_of, make_labels
 from .stages import sentence
 
 LARGEST = 3e9  # bytes of weights: their gradients and AdamW's moments take four times as much in float32
 RATES = (1e-3, 1e-4, 1e-5, 1e-6)
-IGNORED = -100
 
 
 def run(job: dict[str, Any], events: Any) -> None:
@@ -44,144 +41,6 @@ def run(job: dict[str, Any], events: Any) -> None:
         check_step(check, model, batch)
     with events.check("resize", name) as check:
         check_resize(check, model, inputs, labels)
-
-
-# ---- the loss
-
-
-def make_labels(name: str, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Labels for the head of a class, -100 at padding; none if it has no loss that is known by its class."""
-    kind, ids = f"{name} {type(model).__name__}", inputs.get("input_ids")
-    if accepts(model, "start_positions") and ids is not None:
-        last = ids.shape[1] - 1
-        return {"start_positions": torch.full((len(ids),), last - 1), "end_positions": torch.full((len(ids),), last)}
-    if not accepts(model, "labels"):
-        return {}
-    count = getattr(model.config, "num_labels", 2)
-    if "SequenceClassification" in kind or "ImageClassification" in kind or "AudioClassification" in kind:
-        rows = len(next(iter(inputs.values())))
-        problem = getattr(model.config, "problem_type", None)
-        if problem == "multi_label_classification":
-            return {"labels": (torch.arange(rows * count) % 2).float().reshape(rows, count)}
-        if count == 1 or problem == "regression":
-            return {"labels": torch.linspace(-1, 1, rows * count).reshape(rows, *([count] if count > 1 else []))}
-        return {"labels": torch.arange(rows) % count}
-    decoded = inputs.get("decoder_input_ids")
-    if decoded is not None:
-        return {"labels": decoded.flip(1)}
-    if ids is None:
-        return {}
-    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    if "TokenClassification" in kind:
-        return {"labels": torch.where(mask, torch.arange(ids.numel()).reshape(ids.shape) * 7 % 3 % count, IGNORED)}
-    if any(part in kind for part in ("CausalLM", "MaskedLM", "LMHead", "ConditionalGeneration")):
-        return {"labels": torch.where(mask, ids, IGNORED)}
-    return {}
-
-
-def check_loss(check: Any, model: Any, inputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> None:
-    """The loss is there, and is the cross-entropy of the logits with the labels where they belong."""
-    if not labels:
-        check.not_applicable("forward takes no labels of a kind that is known by the class")
-        return
-    output = call(model, {**inputs, **labels})
-    loss = _field(output, "loss")
-    if loss is None:
-        check.fail(f"the loss is None though {' and '.join(labels)} were given")
-        return
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.isfinite().all():
-        check.fail(f"the loss is not one finite number, but {_shown(loss)}")
-        return
-    logits, given = _field(output, "logits"), labels.get("labels")
-    if not isinstance(logits, torch.Tensor) or given is None or logits.dim() != 3 or given.dim() != 2:
-        return
-    if logits.shape[:2] != given.shape:
-        return
-    shifts = {shift: _cross_entropy(logits, given, shift) for shift in (-1, 0, 1, 2)}
-    causal = not two_stacks(model) and _causal_head(model)
-    if causal is None:
-        return
-    right = 1 if causal else 0
-    found = next((shift for shift in (right, *shifts) if _near(loss.item(), shifts[shift])), None)
-    if found is None and any(_near(-loss.item(), value) for value in shifts.values()):
-        check.fail("the loss is the cross-entropy with the wrong sign: training raises it")
-    elif found is None and (wrong := _wrong_loss(loss.item(), model, logits, given, right)):
-        check.fail(wrong)
-    elif found is None:
-        check.warn("the loss is one of the model's own, not the cross-entropy of its logits: it was not recomputed")
-    elif found != right:
-        check.fail(WRONG_SHIFT[causal].get(found, f"the labels are shifted by {found}, not by {right}"))
-
-
-WRONG_SHIFT = {
-    True: {
-        0: "the labels are not shifted: the loss compares each token's logits with that token, and teaches to copy",
-        2: "the labels are shifted twice: the loss compares each token's logits with the token after the next",
-        -1: "the labels are shifted the wrong way: the loss compares each token's logits with the token before",
-    },
-    False: {1: "the labels are shifted, as only those of a causal language model are"},
-}
-
-
-def _wrong_loss(loss: float, model: Any, logits: torch.Tensor, labels: torch.Tensor, shift: int) -> str:
-    """What was done wrong to make this loss, in words; empty if it is none of the mistakes that are known."""
-    if _near(loss, _cross_entropy(logits.softmax(-1), labels, shift)):
-        return "the loss is the cross-entropy of the softmax of the logits: cross_entropy takes the logits themselves"
-    config = text_config(model.config)
-    special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos")]
-    for token in sorted({0, *(i for i in special if isinstance(i, int) and 0 <= i < logits.shape[-1])}):
-        filled = labels.masked_fill(labels == IGNORED, token)
-        if (labels == IGNORED).any() and _near(loss, _cross_entropy(logits, filled, shift)):
-            return f"labels of -100 are not ignored, but count as token {token}: the model is trained on padding"
-    return ""
-
-
-def _causal_head(model: Any) -> bool | None:
-    """Whether each token's logits are for the next one: a language model in which no token sees a later one."""
-    kind = type(model).__name__
-    if "TokenClassification" in kind or "MaskedLM" in kind:
-        return False
-    if not ("CausalLM" in kind or "LMHead" in kind or getattr(model, "can_generate", bool)()):
-        return None
-    return bool(getattr(text_config(model.config), "is_decoder", False) or not sees_later(model))
-
-
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, shift: int) -> float:
-    length = labels.shape[1]
-    if length <= abs(shift):
-        return float("nan")
-    at, to = slice(max(0, -shift), length - max(0, shift)), slice(max(0, shift), length - max(0, -shift))
-    return cross_entropy(logits[:, at].flatten(0, 1).float(), labels[:, to].flatten(), ignore_index=IGNORED).item()
-
-
-def _near(one: float, other: float) -> bool:
-    return abs(one - other) <= 1e-3 * max(1.0, abs(other))
-
-
-def _shown(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _field(output: Any, name: str) -> Any:
-    if isinstance(output, dict) or hasattr(output, "keys"):
-        return output.get(name) if hasattr(output, "get") else None
-    if isinstance(output, (tuple, list)):  # the order that transformers wants
-        return output[{"loss": 0, "logits": 1}[name]] if len(output) > 1 else None
-    return getattr(output, name, None)
-
-
-def call(model: Any, batch: dict[str, torch.Tensor], seed: int = 0) -> Any:
-    seed_all(seed)
-    return model(**batch)
-
-
-def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss; of a model without labels the mean square of all that it returns."""
-    output = call(model, batch)
-    loss = _field(output, "loss") if set(batch) & {"labels", "start_positions"} else None
-    if isinstance(loss, torch.Tensor):
-        return loss
-    return torch.stack([t.float().square().mean() for _, t in flatten(output) if t.is_floating_point()]).sum()
 
 
 # ---- gradients

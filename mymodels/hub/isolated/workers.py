@@ -69,35 +69,35 @@ def run_parallel(job: dict[str, Any], events: Any) -> None:
     """
     name = job["classes"][0]
     with events.check("parallel load", name) as check:
-        said: list[str] = []
-        while len(said) < ATTEMPTS and (failed := _load_at_once(job, name)):
+        failures: list[str] = []
+        while len(failures) < ATTEMPTS and (failed := _load_at_once(job, name)):
             first = failed[0].read_text() if failed[0].exists() else "it crashed"
-            said.append(f"{len(failed)} of {PROCESSES} processes that load at once fail, the first with {first}")
-        if len(said) == ATTEMPTS:
-            check.fail(said[-1])
-        elif said:
-            check.warn(f"not each time, which is transformers' own race over code files, but once {said[-1]}")
+            failures.append(f"{len(failed)} of {PROCESSES} processes that load at once fail, the first with {first}")
+        if len(failures) == ATTEMPTS:
+            check.fail(failures[-1])
+        elif failures:
+            check.warn(f"not each time, which is transformers' own race over code files, but once {failures[-1]}")
 
 
 def _load_at_once(job: dict[str, Any], name: str) -> list[Path]:
-    """Load in many processes on a cold cache of code; what those said that failed."""
+    """Load in many processes on a cold cache of code; the error files of those that failed."""
     forget_code_cache()
     start, go = os.pipe()
     processes = {}
     for number in range(PROCESSES):
-        said = Path(job["scratch"], f"parallel-{number}")
-        said.unlink(missing_ok=True)
+        errors = Path(job["scratch"], f"parallel-{number}")
+        errors.unlink(missing_ok=True)
         process = os.fork()
         if process == 0:
-            _wait_and_load(job, name, start, go, said)
-        processes[process] = said
+            _wait_and_load(job, name, start, go, errors)
+        processes[process] = errors
     os.close(start)
     time.sleep(0.05)
     os.close(go)  # all at once
-    return [said for process, said in processes.items() if os.waitpid(process, 0)[1] != 0]
+    return [errors for process, errors in processes.items() if os.waitpid(process, 0)[1] != 0]
 
 
-def _wait_and_load(job: dict[str, Any], name: str, start: int, go: int, said: Path) -> None:
+def _wait_and_load(job: dict[str, Any], name: str, start: int, go: int, errors: Path) -> None:
     code = 1
     try:
         os.close(go)
@@ -109,6 +109,6 @@ def _wait_and_load(job: dict[str, Any], name: str, start: int, go: int, said: Pa
                 build(name, config_of(job))
         code = 0
     except BaseException as error:
-        said.write_text(sentence(error))
+        errors.write_text(sentence(error))
     finally:
         os._exit(code)

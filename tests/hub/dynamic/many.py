@@ -1,18 +1,17 @@
 """Run stages of the clean process on many folders from one process: each in its fork, the libraries imported once."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from mymodels.hub.checks import Check
-from mymodels.hub.clean_process import CleanRun, describe_folder
-from mymodels.hub.results_to_checks import judge
+from mymodels.hub.clean_process import CleanRun, describe_folder, environment
+from mymodels.hub.results_to_checks import checks_of_run
 
 CLEAN = Path(__file__).parents[3] / "mymodels" / "hub" / "isolated"
 SCRIPT = """
-import importlib, importlib.util, json, sys
+import importlib.util, json, sys
 from pathlib import Path
 
 jobs, clean, release = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), sys.argv[3]
@@ -28,16 +27,12 @@ for number, job in enumerate(jobs):
     events = stages.Events(job["events"])
     if number == 0:
         stages.import_libraries(events)
-    for name in job["stages"]:
-        module, function = stages.STAGES[name]
-        run = getattr(importlib.import_module(f"mymodels_clean.{module}"), function)
-        if not stages.run_stage(name, run, job, events):
-            break
+    stages.run_stages(job, events)
 """
 
 
 def run_many(wanted: dict[Path, list[str]], scratch: Path, release: Path | None = None) -> dict[Path, list[Check]]:
-    """Run the stages named for each folder; what `judge` makes of it. Folders must have names of their own.
+    """Run the stages named for each folder; what `checks_of_run` makes of it. Folders must have names of their own.
 
     A `golden.safetensors` in a folder is compared with; the stage "record" leaves one in it.
     """
@@ -62,8 +57,6 @@ def run_many(wanted: dict[Path, list[str]], scratch: Path, release: Path | None 
         )
     (scratch / "jobs.json").write_text(json.dumps(jobs))
     (scratch / "many.py").write_text(SCRIPT)
-    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(scratch / "hf"), "HOME": str(scratch)}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [
         sys.executable,
         "-I",
@@ -72,7 +65,7 @@ def run_many(wanted: dict[Path, list[str]], scratch: Path, release: Path | None 
         str(CLEAN),
         str(release or ""),
     ]
-    subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    subprocess.run(command, check=True, env=environment(scratch), capture_output=True, text=True)
     found = {}
     for (folder, stages), job in zip(wanted.items(), jobs):
         events = [json.loads(line) for line in Path(job["events"]).read_text().splitlines()]
@@ -82,5 +75,5 @@ def run_many(wanted: dict[Path, list[str]], scratch: Path, release: Path | None 
             assert made.is_file(), (folder, events)
             made.replace(folder / "golden.safetensors")
         else:
-            found[folder] = judge(run, folder, job["classes"][0])
+            found[folder] = checks_of_run(run, folder, job["classes"][0])
     return found

@@ -23,6 +23,7 @@ class Pair(NamedTuple):
     stages: list[str] = ["outputs"]
     golden: bool = False  # recorded of the twin
     status: str = "failed"
+    kind: str = "text"  # what is made first: `tiny_repo`, or one of `families.TASKS`
 
 
 def edit(*edits: tuple[str, str], before: str = "", after: str = "") -> list[Step]:

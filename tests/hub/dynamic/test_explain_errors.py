@@ -106,6 +106,11 @@ ERRORS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], str]] = {
     "LFS pointer": (written("vocab.json", LFS_POINTER), load_tokenizer, r"vocab\.json is a Git LFS pointer"),
     "BOM": (written("vocab.json", b"\xef\xbb\xbf{}"), load_tokenizer, r"vocab\.json begins with a byte order mark"),
     "empty": (written("vocab.json", b""), load_tokenizer, r"vocab\.json is empty"),
+    "saved without its code": (
+        edited("config.json", '"auto_map"', '"former_auto_map"'),
+        lambda folder: transformers.AutoModel.from_pretrained(folder, trust_remote_code=True),
+        r"in config\.json model_type '\w+' is unknown to this .* no auto_map names the folder's code: save the model",
+    ),
     "no logits": (NOTHING, lambda folder: (1,).logits, r"forward returns a plain tuple, without \.logits"),  # type: ignore[attr-defined]
 }  # fmt: skip
 

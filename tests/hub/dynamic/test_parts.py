@@ -1,4 +1,4 @@
-"""The parts of `verify`: golden files, releases, judging what a process reported, tables, the card, the pytest helper."""
+"""The parts of `verify`: golden files, releases, checks of what a process reported, tables, the card, the pytest helper."""
 
 import json
 import random
@@ -28,7 +28,7 @@ from mymodels.hub.golden import read_golden
 from mymodels.hub.isolated import facts, side_effects
 from mymodels.hub.releases import RELEASES, install, resolve
 from mymodels.hub.reporting import show_verification, verdict, write_matrix
-from mymodels.hub.results_to_checks import DYNAMIC, judge
+from mymodels.hub.results_to_checks import DYNAMIC, checks_of_run
 from mymodels.hub.testing import check_repo
 
 
@@ -114,19 +114,55 @@ def test_a_release_that_pip_cannot_install(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
-# ---- judging
+# ---- checks of a run
 
 
 def run_of(*events: dict, failure: str = "") -> CleanRun:
     return CleanRun([{"versions": {}}, *events], failure, Path(), 0.0)
 
 
+def crash(stage: str, where: str, how: str = "crashed with SIGSEGV") -> dict:
+    return {"ended": stage, "how": how, "last": "Fatal Python error", "where": where}
+
+
+def test_one_crash_is_reported_once(tmp_path: Path) -> None:
+    events = [
+        {"begin": "forward", "where": "AutoModel"},
+        crash("outputs", "m.py:7"),
+        {"begin": "side effects", "where": "forward"},
+        crash("side effects", "m.py:7"),
+        {"begin": "backward", "where": "AutoModel"},
+        crash("training", "m.py:9"),
+    ]
+    checks = checks_of_run(run_of(*events), tmp_path, "")
+    assert names(checks) == [("side effects", "skipped"), ("forward", "failed"), ("backward", "skipped")]
+    assert "ends as that of 'forward' does" in checks[0].what
+    events[0] = {"begin": "reload", "where": "AutoModel"}  # nothing that the others depend on
+    assert names(checks_of_run(run_of(*events), tmp_path, "")) == [
+        ("side effects", "skipped"),
+        ("reload", "failed"),
+        ("backward", "failed"),
+    ]
+
+
+def test_a_model_that_hangs_is_waited_for_once(tmp_path: Path) -> None:
+    events = [{"begin": "forward", "where": ""}, crash("outputs", "m.py:7", "did not end within 5 s")]
+    events += [{"not_run": stage} for stage in ("side effects", "other classes", "training")]
+    checks = checks_of_run(run_of(*events), tmp_path, "")
+    assert {check.name: check.status for check in checks if check.name != "load"} == {
+        "forward": "failed",
+        "side effects": "skipped",
+        "training loss": "skipped",
+    }
+    assert all(check.what == "not run because 'forward' failed" for check in checks if check.status == "skipped")
+
+
 def test_a_stage_that_ends_early_fails_the_check_it_was_at(tmp_path: Path) -> None:
     ended = {"ended": "workers", "how": "was killed", "last": "", "where": ""}
-    checks = judge(run_of({"begin": "pickle", "where": "AutoModel"}, ended), tmp_path, "AutoModel")
+    checks = checks_of_run(run_of({"begin": "pickle", "where": "AutoModel"}, ended), tmp_path, "AutoModel")
     assert checks == [Check("pickle", "failed", "the process was killed", "AutoModel", DYNAMIC["pickle"])]
-    assert names(judge(run_of(ended), tmp_path, "AutoModel")) == [("pickle", "failed")]
-    assert names(judge(run_of(ended | {"ended": "export"}, {"export": "x"}), tmp_path, "")) == [
+    assert names(checks_of_run(run_of(ended), tmp_path, "AutoModel")) == [("pickle", "failed")]
+    assert names(checks_of_run(run_of(ended | {"ended": "export"}, {"export": "x"}), tmp_path, "")) == [
         ("clean process", "failed")
     ]
 
@@ -138,7 +174,7 @@ WRITES = {"attempt": "world peace", "what": "", "where": ""}
 
 def test_what_a_report_says_cannot_reach_the_terminal_as_a_command(tmp_path: Path) -> None:
     event = {"check": "load", "status": "failed", "what": "\x1b[2Jall\nis well", "where": "a\rb"}
-    (check,) = judge(run_of(event), tmp_path, "")
+    (check,) = checks_of_run(run_of(event), tmp_path, "")
     assert (check.what, check.where) == (r"\x1b[2Jall is well", "a b")
 
 
@@ -153,7 +189,7 @@ def test_a_report_that_the_code_meddled_with_is_a_failure_and_raises_nothing(tmp
         GREAT,
         WRITES,
     ):
-        (check,) = judge(run_of(forged), tiny_repo(tmp_path / str(len(list(tmp_path.iterdir())))), "AutoModel")
+        (check,) = checks_of_run(run_of(forged), tiny_repo(tmp_path / str(len(list(tmp_path.iterdir())))), "AutoModel")
         assert (check.name, check.status) == ("clean process", "failed") and "makes no sense" in check.what
 
 
@@ -162,7 +198,7 @@ def test_what_follows_from_wrong_weights_is_no_news(tmp_path: Path) -> None:
         return {"check": name, "status": "failed", "what": "wrong", "where": ""}
 
     run = run_of(outcome("forward"), outcome("golden"), outcome("network"), outcome("tied"))
-    assert names(judge(run, tmp_path, "")) == [
+    assert names(checks_of_run(run, tmp_path, "")) == [
         ("tied", "failed"),
         ("forward", "skipped"),
         ("golden", "skipped"),

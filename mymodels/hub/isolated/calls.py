@@ -1,0 +1,142 @@
+"""Checks of repeated calls: the same inputs give the same outputs, whatever was called before or is in the batch."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .comparing import EQUAL, difference, floating, not_finite, row_of, run_model, shown_outputs
+from .load_repo import describe
+from .stages import innermost, sentence
+
+DEPTH = 3  # of containers in containers that are counted
+_OF_EVERY_MODULE = set(vars(torch.nn.Module()))
+
+
+def check_forward(check: Any, model: Any, inputs: dict[str, torch.Tensor], before: dict[str, Any]) -> None:
+    """It runs, finite, and each time the same; the weights and the inputs stay as they are, and nothing piles up."""
+    given = {name: tensor.clone() for name, tensor in inputs.items()}
+    first = shown_outputs(model, inputs)
+    check.fail_if(not_finite(first))
+    for name, tensor in given.items():
+        if not torch.equal(inputs[name], tensor):
+            check.fail(f"forward writes into {name}, which is the caller's: work on a copy")
+    second, kept = shown_outputs(model, inputs), held(model)
+    after = describe(model)
+    changed = [n for n, t in before.items() if t["persistent"] and t["digest"] != after.get(n, {}).get("digest")]
+    if changed:
+        check.fail(f"forward changes what was loaded: {changed[0]} is another tensor after it", changed[0])
+    for again in (second, *(shown_outputs(model, inputs) for _ in range(2))):
+        wrong = difference(again, first) or _more(again, first)
+        if wrong:
+            check.fail(f"two runs on the same inputs in eval mode are not the same: {wrong}")
+    report_state(check, kept, held(model))
+
+
+def _more(seen: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    more = [name for name in seen if name not in expected]
+    return f"there is an output {more[0]!r}, which there was not before" if more else ""
+
+
+def held(model: torch.nn.Module) -> dict[str, tuple[str, int | float]]:
+    """What the modules of a model, and the folder's own code, keep: by name the kind and size, or the number itself."""
+    found: dict[str, tuple[str, int | float]] = {}
+    for path, module in model.named_modules():
+        own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+        found.update(_sizes(own, path))
+    for name, code in list(sys.modules.items()):
+        if name.startswith("transformers_modules.") and getattr(code, "__file__", None):
+            values = dict(vars(code))
+            found.update(_sizes({n: v for n, v in values.items() if not n.startswith("__")}, name.split(".")[-1]))
+            for klass in [v for v in values.values() if isinstance(v, type) and v.__module__ == name]:
+                own = {n: v for n, v in vars(klass).items() if not n.startswith("__")}
+                found.update(_sizes(own, klass.__name__))
+    return found
+
+
+def _sizes(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, tuple[str, int | float]]]:
+    for name, value in values.items():
+        if (size := _size(value)) is not None:
+            yield f"{path}.{name}".lstrip("."), size
+
+
+def _size(value: Any) -> tuple[str, int | float] | None:
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, int | float):
+        return "number", value
+    if isinstance(value, torch.Tensor):
+        return "values", value.numel()
+    count = _count(value, DEPTH)
+    return None if count is None else ("entries", count)
+
+
+def _count(value: Any, depth: int) -> int | None:
+    if isinstance(value, str | bytes | bytearray):
+        return len(value)
+    if not isinstance(value, Mapping | list | tuple | set | frozenset) and type(value).__name__ != "deque":
+        return None
+    if depth == 0:
+        return len(value)
+    inner = value.values() if isinstance(value, Mapping) else value
+    return len(value) + sum(_count(one, depth - 1) or 0 for one in list(inner))
+
+
+def report_state(check: Any, before: Mapping[str, tuple[str, Any]], after: Mapping[str, tuple[str, Any]]) -> None:
+    """What two more calls on the same inputs made grow is a leak; a number that they changed is worth a look."""
+    for name, (kind, size) in after.items():
+        kept, old = before.get(name, (kind, 0))
+        if size == old or kept != kind:
+            continue
+        if kind != "number" and size > old:
+            what = (
+                f"{name} grows with every call of forward, from {old} to {size} {kind} in two calls on the same inputs"
+            )
+            check.fail(f"{what}: memory runs out", name)
+        elif kind == "number":
+            check.warn(f"forward changes {name} at every call, from {old:g} to {size:g}")
+
+
+def check_batch(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """A row alone gives what it gives beside others, in any order, and whatever was called before."""
+    rows = {len(tensor) if tensor.dim() else 0 for tensor in inputs.values()}
+    if rows == {1} or len(rows) != 1:
+        check.not_applicable("the inputs are one row, or not of as many rows each")
+        return
+    count, mask = rows.pop(), inputs.get("attention_mask")
+    together = run_model(model, inputs)
+    want = {n: t for n, t in floating(together).items() if t.dim() and len(t) == count}
+    for row in range(count):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        try:
+            alone = run_model(model, one)
+        except Exception as error:
+            what = f"{count} rows together run, but one of them alone raises {sentence(error)}"
+            check.fail(f"{what}: is something squeezed, or a batch size fixed?", innermost(error))
+            return
+        for name in [n for n in want if n in alone]:
+            if alone[name].dim() != want[name].dim():
+                shapes = f"{tuple(alone[name].shape)}, of {count} rows {tuple(want[name].shape)}"
+                check.fail(f"of one row {name} has the shape {shapes}: is it squeezed?")
+                return
+            if alone[name].shape != (1, *want[name].shape[1:]):
+                continue  # no row for each input, such as similarities between rows
+            seen = {name: row_of(alone[name], None if mask is None else mask[row : row + 1], 0)}
+            wrong = difference(seen, {name: row_of(want[name], mask, row)}, EQUAL)
+            if wrong:
+                check.fail(f"row {row} alone gives other outputs than in the batch: {wrong}; forward mixes the rows")
+                return
+    flipped = run_model(model, {name: tensor.flip(0) for name, tensor in inputs.items()})
+    for row in range(count):
+        seen = {
+            n: row_of(flipped[n], None if mask is None else mask.flip(0), count - 1 - row) for n in want if n in flipped
+        }
+        ordered = {n: row_of(want[n], mask, row) for n in seen if flipped[n].shape == want[n].shape}
+        check.fail_if(_after("the order of the rows changes their outputs", difference(seen, ordered, EQUAL)))
+    again = difference(run_model(model, inputs), together, EQUAL)
+    check.fail_if(_after("calls on other inputs in between change the outputs", again))
+
+
+def _after(what: str, wrong: str) -> str:
+    return f"{what}: {wrong}" if wrong else ""
