@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm_python
 from tiny import mybert_config, mygpt2_config, stock_bert_config, stock_gpt2_config
 from transformers import (
     AutoModelForSequenceClassification,
@@ -88,11 +89,8 @@ def test_the_folder_loads_elsewhere_with_the_accuracy_that_was_told(start: Path,
         "logits = m(**t(rows['text'], padding=True, return_tensors='pt')).logits\n"
         "print(sum(m.config.id2label[int(i)] == l for i, l in zip(logits.argmax(-1), rows['label'])) / len(rows['label']))\n"
     )  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "out"), json.dumps(rows)],
-        capture_output=True, text=True, check=True, cwd=tmp_path, env=environment | {"HF_MODULES_CACHE": str(tmp_path / "m")},
-    )  # fmt: skip
+    command = [sys.executable, "-I", "-c", script, str(tmp_path / "out"), json.dumps(rows)]
+    run = warm_python.run(command, check=True, cwd=tmp_path, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "m")})
     assert float(run.stdout) == pytest.approx(tuned.metrics["validation"]["accuracy"])
     assert tuned.confusion_matrix.trace() / tuned.confusion_matrix.sum() == pytest.approx(float(run.stdout))
     card = (tmp_path / "out" / "README.md").read_text()

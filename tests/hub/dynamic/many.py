@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm_python
+
 from mymodels.hub.checks import Check
 from mymodels.hub.clean_process import CleanRun, describe_folder
 from mymodels.hub.results_to_checks import judge
@@ -72,7 +74,7 @@ def run_many(wanted: dict[Path, list[str]], scratch: Path, release: Path | None 
         str(CLEAN),
         str(release or ""),
     ]
-    subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    (subprocess.run if release else warm_python.run)(command, check=True, env=environment)
     found = {}
     for (folder, stages), job in zip(wanted.items(), jobs):
         events = [json.loads(line) for line in Path(job["events"]).read_text().splitlines()]
