@@ -12,14 +12,14 @@ ECOSYSTEM := $(VENV)/ecosystem
 demo: $(VENV)/.core
 	$(BIN)/mymodels demo
 
-# processes that share the fast tests; 0: this one alone
+# processes that share the tests of `test` and `test-slow`; 0: this one alone
 WORKERS ?= 2
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.test-slow
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n $(WORKERS) --dist loadfile
 
 test-formats: $(VENV)/.test-formats
 	$(BIN)/pytest -m formats
