@@ -147,7 +147,7 @@ class Popen:
         with open(os.devnull, "rb") as nothing:
             streams = [nothing.fileno(), stdout.fileno(), stderr.fileno()]
             socket.send_fds(self._server, [file.name.encode()], streams)
-        self.pid = int(self._answer(120.0))
+        self.pid = int(self._answer(300.0))  # the first time it imports the libraries
 
     def _answer(self, seconds: float) -> bytes | None:
         return self._server.recv(100) if select.select([self._server], [], [], seconds)[0] else None
