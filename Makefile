@@ -15,14 +15,14 @@ help:  ## this list
 demo: $(VENV)/.core  ## train both models briefly, save, load them in a clean process, compare
 	$(BIN)/mymodels demo
 
-# processes that share the fast tests; 0: this one alone
+# processes that share the tests of `test` and `test-slow`; 0: this one alone
 WORKERS ?= 2
 
 test: $(VENV)/.test  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.test-slow  ## full verify runs, kills, torch.compile, long fuzzing
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n $(WORKERS) --dist loadfile
 
 test-formats: $(VENV)/.test-formats  ## ONNX, TensorFlow and GGUF files
 	$(BIN)/pytest -m formats

@@ -269,7 +269,9 @@ def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     command = [sys.executable, *STARTS["script"], "predict", str(ROOT / "hub_repo/mybert"), "--input", str(pipe)]
-    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
+    # the background jobs of a script, and so their children, start with SIGINT ignored
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, **heard)
     with pipe.open("w"):  # once somebody reads
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=100)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm_python
 from states import one_sentence
 
 from mymodels.checkpoints import CheckpointError, open_checkpoint
@@ -161,15 +162,9 @@ def test_code_is_refused_in_every_protocol(tmp_path: Path) -> None:
 def test_a_class_that_is_named_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "loud.py").write_text("open('it_ran', 'w')\nclass Config:\n    pass\n")
     script = "import loud, torch; torch.save({'w.a': torch.ones(2), 'c': loud.Config()}, 'x.pt'); import os; os.remove('it_ran')"
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": "."})
+    warm_python.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     script = "from mymodels.checkpoints import open_checkpoint as o; print(o('x.pt').extras['c'])"
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": f".:{os.getcwd()}"},
-    )
+    run = warm_python.run([sys.executable, "-c", script], cwd=tmp_path)
     assert "loud.Config" in run.stdout and not (tmp_path / "it_ran").exists()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import warm_python
 from safetensors.torch import load_file, save_file
 from states import one_sentence
 from torch import nn
@@ -77,7 +78,7 @@ def test_ranks_of_fsdp2(tmp_path: Path) -> None:
     whole = torch.load(tmp_path / "whole.pt")
     for imported in ("", "import torch.distributed.tensor\n"):  # which lets torch load the class
         code = f"{imported}from mymodels.checkpoints import open_checkpoint\nopen_checkpoint({str(tmp_path / 'rank0.pt')!r})"
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        run = warm_python.run([sys.executable, "-c", code])
         assert "join the ranks" in run.stderr.splitlines()[-1]
     assert "join the files" in refusal(tmp_path / "hf")
     (part,) = [problem.message for problem in check_checkpoint(next((tmp_path / "hf").glob("shard-00001*")), full=True)]

@@ -2,12 +2,12 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from tiny import batch, largest_difference, mygpt2_config, stock_gpt2_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
@@ -122,7 +122,7 @@ import torch, transformers
 model = transformers.{auto_class}.from_pretrained({str(folder)!r}, trust_remote_code=True)
 print(json.dumps(model.eval()(torch.tensor({ids}))[0].tolist()))
 """
-    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    run = warm_python.run([sys.executable, "-I", "-c", code])
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 

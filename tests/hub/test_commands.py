@@ -82,18 +82,38 @@ def test_names_cannot_steer_the_terminal(folder: Path, capsys: pytest.CaptureFix
     assert "\x1b" not in captured.out + captured.err and "owned" in captured.out
 
 
-def test_push_and_lock(hub: Hub, client, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    def run(*arguments: str) -> tuple[int, str]:
-        process = client(f"from mymodels import cli; raise SystemExit(cli.main({list(arguments)!r}))", token=TOKEN)
-        return (output := process.communicate(timeout=120)[0]) and process.returncode, output
+SEVERAL = """
+import sys
+from mymodels import cli
+for command in COMMANDS:
+    code = cli.main(command)
+    sys.stderr.flush()
+    print("\\0", code, end="\\0", flush=True)
+"""
 
+
+def run(client, *commands: list[str]) -> list[tuple[int, str]]:
+    """Exit codes and output of commands that one process who knows the Hub runs one after another."""
+    process = client(SEVERAL.replace("COMMANDS", repr(commands)), token=TOKEN)
+    output, _ = process.communicate(timeout=300)
+    said = output.split("\0")
+    assert process.returncode == 0 and len(said) == 2 * len(commands) + 1, output
+    return [(int(code), text) for text, code in zip(said[::2], said[1::2])]
+
+
+def test_push_and_lock(hub: Hub, client, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     example = re.search(r"^  mymodels (push .* --dry-run.*)$", make_parser()[1]["push"].format_help(), re.MULTILINE)[1]
     (tmp_path / "hub_repo").symlink_to(Path(__file__).parents[2] / "hub_repo")
-    code, said = run(*example.split())
-    assert code == 0 and "config.json" in said and not hub.repos
-    code, said = run("push", str(folder), "me/mine", "--no-verify", "--tag", "v1")
+    tried, sent, refused = run(
+        client,
+        example.split(),
+        ["push", str(folder), "me/mine", "--no-verify", "--tag", "v1"],
+        ["push", str(folder / "nothing"), "me/mine", "--no-verify"],
+    )
+    assert tried[0] == 0 and "config.json" in tried[1] and list(hub.repos) == ["me/mine"]
+    code, said = sent
     assert code == 0 and hub.repos["me/mine"].private and "code_revision" in said and TOKEN not in said
-    code, said = run("push", str(folder / "nothing"), "me/mine", "--no-verify")
+    code, said = refused
     assert code == 1 and "is no folder" in said and "Traceback" not in said
     lock = tmp_path / "mine.lock"
     assert cli.main(["lock", str(folder), "--out", str(lock)]) == 0
@@ -103,19 +123,20 @@ def test_push_and_lock(hub: Hub, client, folder: Path, tmp_path: Path, capsys: p
 def test_a_repo_by_its_id(hub: Hub, client, folder: Path, tmp_path: Path) -> None:
     """Verified with all that is in it, pickles too, and built from the links that the Hub's cache is made of."""
 
-    def run(*arguments: str) -> tuple[int, str]:
-        process = client(f"from mymodels import cli; raise SystemExit(cli.main({list(arguments)!r}))", token=TOKEN)
-        return (output := process.communicate(timeout=120)[0]) and process.returncode, output
-
-    assert run("push", str(folder), "me/mine", "--no-verify")[0] == 0
-    code, said = run("verify", "me/mine", "--no-exec")
+    again = str(tmp_path / "again")
+    pushed, (code, said), built = run(
+        client,
+        ["push", str(folder), "me/mine", "--no-verify"],
+        ["verify", "me/mine", "--no-exec"],
+        ["build", "me/mine", "--out", again, "--no-golden"],
+    )
+    assert pushed[0] == 0 and built[0] == 0
     assert code == 0 and hub.repos["me/mine"].refs["refs/heads/main"] in said.replace("\n", "")
-    assert run("build", "me/mine", "--out", str(tmp_path / "again"), "--no-golden")[0] == 0
     assert check_checkpoint(tmp_path / "again", full=True) == []
     assert {path.name for path in (tmp_path / "again").iterdir()} == {path.name for path in folder.iterdir()}
     repo = hub.repos["me/mine"]
     evil = Blob.regular(b"\x80\x04cos\nsystem\n\x8c\x04true\x85R.")
     repo.commit("refs/heads/main", {**repo.commits[repo.resolve("main")], "evil.pt": evil}, "Evil")
-    code, said = run("verify", "me/mine", "--no-exec", "--json")
+    ((code, said),) = run(client, ["verify", "me/mine", "--no-exec", "--json"])
     found = [check["what"] for check in json.loads(said)["static"] if check["name"] == "pickles"]
     assert code == 1 and len(found) == 1 and found[0].startswith("evil.pt is a pickle that calls"), found

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
+import warm_python
 from conftest import TOKEN
 from hub_repos import Blob
 from hub_server import Hub
@@ -71,8 +73,19 @@ def never(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", from_pretrained)
 
 
+START = "from mymodels.hub.lock import load, write_lock\nimport torch\n"
+
+
+def run_offline(tmp_path: Path, code: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "HF_MODULES_CACHE"}
+    how = {"cwd": ROOT, "env": environment | {"HF_HOME": str(tmp_path / "hf")}}
+    done = warm_python.run([sys.executable, "-c", START + code], **how)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def run(client, code: str, token: str | None = None) -> str:
-    process = client("from mymodels.hub.lock import load, write_lock\nimport torch\n" + code, token=token, path=ROOT)
+    process = client(START + code, token=token, path=ROOT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     return output
@@ -81,14 +94,14 @@ def run(client, code: str, token: str | None = None) -> str:
 # the reviewed code runs
 
 
-def test_reviewed_code_loads_and_what_comes_after_the_check_does_not_run(folder, tmp_path, mark, client) -> None:
+def test_reviewed_code_loads_and_what_comes_after_the_check_does_not_run(folder, tmp_path, mark) -> None:
     """Neither a change between check and import, nor one in the cache of modules."""
     (folder / "parts.py").write_text(MARK.format(mark=str(mark)) + "def scale(x):\n    return 2 * x\n")
     lock = write_lock(folder, tmp_path / "lock")
     assert set(lock.files) == {"config.json", "modeling.py", "parts.py", "tokenizer_config.json"}
     evil = MARK.format(mark=str(tmp_path / "evil")) + "def scale(x):\n    return 0 * x\n"
-    first = run(
-        client,
+    first = run_offline(
+        tmp_path,
         f"""
 from pathlib import Path
 import mymodels.hub.lock as module
@@ -118,7 +131,9 @@ print("without a lock:", Path({str(tmp_path / "evil")!r}).exists())
     assert copies
     for copy in copies:
         copy.write_text(evil)
-    second = run(client, f"print(load({str(folder)!r}, lock={str(tmp_path / 'lock')!r})(torch.zeros(3)).tolist())")
+    second = run_offline(
+        tmp_path, f"print(load({str(folder)!r}, lock={str(tmp_path / 'lock')!r})(torch.zeros(3)).tolist())"
+    )
     assert "[2.0, 2.0, 2.0]" in second and not (tmp_path / "evil").exists()
 
 

@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from tiny import GPT2, largest_difference, mybert_config, mygpt2_config
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -149,7 +149,7 @@ for folder, auto_class in {[(str(folder), auto_class) for folder, auto_class in 
     model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
     print(json.dumps(model.eval()(torch.tensor({IDS}))[0].tolist()))
 """
-    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    run = warm_python.run([sys.executable, "-I", "-c", code])
     assert run.returncode == 0, run.stderr[-2000:]
     return [torch.tensor(json.loads(line)) for line in run.stdout.splitlines()]
 

@@ -7,12 +7,12 @@ of the model that was not edited.
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from tiny import batch, largest_difference, mybert_config, mygpt2_config
 from torch import nn
 
@@ -138,7 +138,7 @@ def results(tmp_path_factory) -> dict[str, list[float]]:
     where = tmp_path_factory.mktemp("edited")
     folders = {name: str(folder) for name, folder in make_folders(where).items()}
     command = [sys.executable, "-I", "-c", RUN, json.dumps(folders)]
-    run = subprocess.run(command, capture_output=True, text=True, env={"HF_MODULES_CACHE": str(where / "modules")})
+    run = warm_python.run(command, env={"HF_MODULES_CACHE": str(where / "modules")})
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import warm_python
 from tiny import largest_difference, mybert_config, mygpt2_config
 from transformers import AutoTokenizer
 
@@ -118,7 +119,7 @@ def test_saved_and_loaded_where_mymodels_does_not_exist(name: str, tmp_path: Pat
         expected = model.eval()(**batch).logits
     command = [sys.executable, "-I", "-c", ELSEWHERE, str(HUB / name), str(tmp_path / "adapter"), name]
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    run = warm_python.run(command, env=env)
     assert run.returncode == 0, run.stderr
     adapted, merged, targets = json.loads(run.stdout[run.stdout.index("[[") :])
     assert largest_difference(torch.tensor(adapted), expected) <= 1e-5

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from tiny import SWITCHES, largest_difference, mybert_config, mygpt2_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -70,7 +71,7 @@ AutoTokenizer.from_pretrained(source).save_pretrained(target)
 AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
 """
     again = tmp_path / "second"
-    subprocess.run([sys.executable, "-I", "-c", script, folder, again], check=True, capture_output=True)
+    warm_python.run([sys.executable, "-I", "-c", script, folder, again], check=True)
     for name in (
         "configuration_mygpt2.py",
         "modeling_mygpt2.py",

@@ -1,7 +1,6 @@
 """`label_smoothing_factor` of transformers' Trainer: stock's loss and gradients, whatever the model is loaded as."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+import warm_python
 from tiny import BERT, batch, gpt2_pair, largest_difference, mybert_config, mygpt2_config
 from transformers import BertForSequenceClassification, BertForTokenClassification, TrainingArguments
 
@@ -110,7 +110,7 @@ def test_as_remote_code(tmp_path: Path) -> None:
     inputs |= {"attention_mask": torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]]), "labels": inputs["input_ids"]}
     expected = trainer_of("transformers", stock, tmp_path).compute_loss(stock, dict(inputs))
     command = [sys.executable, "-I", "-c", REMOTE, tmp_path / "smoothed", tmp_path / "out"]
-    run = subprocess.run(command, capture_output=True, text=True, env={"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    run = warm_python.run(command, env={"HF_MODULES_CACHE": str(tmp_path / "modules")})
     assert run.returncode == 0, run.stderr[-2000:]
     assert abs(json.loads(run.stdout.splitlines()[-1])[1] - expected.item()) <= 1e-5
 

@@ -3,13 +3,13 @@
 import copy
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import warm_python
 from safetensors.torch import load_file, save_file
 from tiny import mygpt2_config
 from warmstart.random_stock_models import stock_model
@@ -227,5 +227,5 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert config["tie_word_embeddings"] is False and config["sliding_window"] is None
     code = "import sys; sys.modules['mymodels'] = None; from transformers import AutoModelForCausalLM as A; "
     code += f"print(type(A.from_pretrained({str(out)!r}, trust_remote_code=True)).__module__)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = warm_python.run([sys.executable, "-I", "-c", code], check=True)
     assert re.match(r"transformers_modules\.", run.stdout)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm_python
+
 from mymodels.hub.checks import Check
 from mymodels.hub.clean_process import CleanRun, describe_folder, environment
 from mymodels.hub.results_to_checks import checks_of_run
@@ -65,7 +67,7 @@ def run_many(wanted: dict[Path, list[str]], scratch: Path, release: Path | None 
         str(CLEAN),
         str(release or ""),
     ]
-    subprocess.run(command, check=True, env=environment(scratch), capture_output=True, text=True)
+    (subprocess.run if release else warm_python.run)(command, check=True, env=environment(scratch))
     found = {}
     for (folder, stages), job in zip(wanted.items(), jobs):
         events = [json.loads(line) for line in Path(job["events"]).read_text().splitlines()]

@@ -84,7 +84,7 @@ def test_releases_that_do_not_agree_are_found_without_a_golden_file(tmp_path: Pa
     assert not (folder / "golden.safetensors").exists()
 
 
-@pytest.mark.usefixtures("no_static_checks")
+@pytest.mark.usefixtures("no_static_checks", "real_start")
 @pytest.mark.slow
 def test_the_folder_is_left_as_it_was(tmp_path: Path) -> None:
     folder = tiny_repo(tmp_path / "repo", files=3)
@@ -96,6 +96,7 @@ def test_the_folder_is_left_as_it_was(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.usefixtures("real_start")
 @pytest.mark.slow
 def test_what_was_recorded_holds(tmp_path: Path) -> None:
     folder = tiny_repo(tmp_path / "repo")
