@@ -15,7 +15,7 @@ from .clean_process import LONGEST, TIME_LIMIT, clean_process, describe_folder
 from .engine_readiness import serving_checks
 from .explain_errors import point_to_cause
 from .golden import GOLDEN, read_golden, recorded
-from .releases import Release, install, resolve
+from .releases import PinnedRelease, install, resolve
 from .results_to_checks import DYNAMIC, judge
 from .static import static_checks
 
@@ -130,7 +130,7 @@ def verify(
         >>> verification.passed
         True
     """
-    wanted: Sequence[Release | None] = resolve(releases) if releases else [None]
+    wanted: Sequence[PinnedRelease | None] = resolve(releases) if releases else [None]
     folder = locate(path, revision=revision, token=token, everything=True)
     commit = f" at commit {folder.name}" if folder.parent.name == "snapshots" else ""
     result = Verification(

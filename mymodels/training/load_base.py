@@ -17,7 +17,7 @@ from ..messages import first_line
 from ..released import own_code, reader
 from ..warmstart import warm_start
 
-HEADS = {"classification": "ForSequenceClassification", "causal": "ForCausalLM", "masked": "ForMaskedLM"}
+CLASS_SUFFIXES = {"classification": "ForSequenceClassification", "causal": "ForCausalLM", "masked": "ForMaskedLM"}
 _OURS = {"mygpt2": "causal", "mybert": "masked"}
 
 
@@ -26,7 +26,7 @@ class Start:
     """What is fine-tuned.
 
     Attributes:
-        kind: a key of `HEADS`.
+        kind: a key of `CLASS_SUFFIXES`.
         new: names of the parameters that come from no checkpoint, and of a classifier's head.
         hub_id: of the model, if it came from the Hub.
         how: a sentence.
@@ -91,7 +91,7 @@ def start(
         head = [name for name, _ in found.model.named_parameters() if not name.startswith(inside)]
         found.new = list(dict.fromkeys([*found.new, *head]))
         if labels is not None and known and len(known) == len(labels) and list(labels) != known:
-            _forget(found.model, inside)
+            _reset_head(found.model, inside)
             if not (overrides or {}).get("class_weights") and getattr(found.model.config, "class_weights", None):
                 found.model.config.class_weights = None
             found.how += f", but with a new head, as its labels were {', '.join(known[:6])}{', …' * (len(known) > 6)}"
@@ -119,7 +119,9 @@ def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, 
 def _kind(cls: type) -> str:
     """The kind of head that a class has by its name; `""`: none that is trained here."""
     name = cls.__name__
-    return next((kind for kind, head in HEADS.items() if name.endswith(head)), "causal" if "LMHead" in name else "")
+    return next(
+        (kind for kind, head in CLASS_SUFFIXES.items() if name.endswith(head)), "causal" if "LMHead" in name else ""
+    )
 
 
 def _from_checkpoint(
@@ -147,11 +149,11 @@ def _from_checkpoint(
             shown = {name: getattr(named, name) for name in ("id2label", "label2id", "problem_type")}
             overrides = {"class_weights": None} | shown | overrides if to == "mybert" else shown | overrides
         how: dict[str, Any] = {"overrides": overrides, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
-        report = warm_start(to, path, head=HEADS[kind], dtype="float32", revision=revision, **how)
+        report = warm_start(to, path, head=CLASS_SUFFIXES[kind], dtype="float32", revision=revision, **how)
         assert report.model is not None
         new = [name for row in report.rows if row.status == "new" for name in row.targets]
         cut = tokenizer if tokenizer is not None else report.tokenizer
-        told = f"{type(report.model).__name__}, warm-started from {source}: {_told(new)}"
+        told = f"{type(report.model).__name__}, warm-started from {source}: {_load_summary(new)}"
         return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, told)
     if not raw:
         raise ValueError(f"{path} has no config.json: name the folder of a model, or say --to mygpt2 or --to mybert")
@@ -168,7 +170,7 @@ def _from_checkpoint(
         _label(config, labels)
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
-    auto_class = getattr(transformers, f"AutoModel{HEADS[kind]}")
+    auto_class = getattr(transformers, f"AutoModel{CLASS_SUFFIXES[kind]}")
     with without_load_report(), refusing(source):
         model, info = auto_class.from_pretrained(
             path,
@@ -183,12 +185,12 @@ def _from_checkpoint(
     base = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
     if base and set(base) <= set(new):
         raise ValueError(f"{source}: no weight has the name of one of {type(model).__name__}: see `mymodels inspect`")
-    told = f"{type(model).__name__} from {source}: {_told(new)}"
+    told = f"{type(model).__name__} from {source}: {_load_summary(new)}"
     return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, told)
 
 
-def _forget(model: PreTrainedModel, inside: str) -> None:
-    """Draw anew what gives the logits, as if there had been another number of labels."""
+def _reset_head(model: PreTrainedModel, inside: str) -> None:
+    """Initialise the classification head again, as if the checkpoint had another number of labels."""
     for name, module in model.named_modules():
         last = isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
         if last and not name.startswith(inside):
@@ -207,7 +209,7 @@ def _language_model(config: PretrainedConfig, raw: Mapping[str, Any]) -> str:
     """`"masked"` for an encoder, `"causal"` for a decoder."""
     served = {
         kind: type(config) in getattr(transformers, f"MODEL_FOR_{name}_MAPPING")
-        or f"AutoModel{HEADS[kind]}" in (raw.get("auto_map") or {})
+        or f"AutoModel{CLASS_SUFFIXES[kind]}" in (raw.get("auto_map") or {})
         for kind, name in (("masked", "MASKED_LM"), ("causal", "CAUSAL_LM"))
     }
     if served["masked"] and not getattr(config, "is_decoder", False):
@@ -247,11 +249,15 @@ def _fit_tokenizer(found: Start) -> None:
         tokenizer.padding_side = "right"  # positions count from the first token, at inference as in training
 
 
-def _told(new: Sequence[str]) -> str:
+def _load_summary(new: Sequence[str]) -> str:
     if not new:
         return "every weight loaded"
     return f"new are {', '.join(new[:6])}" + (f" and {len(new) - 6} more" if len(new) > 6 else "")
 
 
 def _wanted(task: str) -> str:
-    return HEADS["classification"] if task == "classification" else f"{HEADS['causal']} or {HEADS['masked']}"
+    return (
+        CLASS_SUFFIXES["classification"]
+        if task == "classification"
+        else f"{CLASS_SUFFIXES['causal']} or {CLASS_SUFFIXES['masked']}"
+    )
