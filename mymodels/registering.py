@@ -58,7 +58,7 @@ def prefer_code_of_folders() -> None:
     def auto_from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         token = _loading.set(_Loading(pretrained_model_name_or_path, kwargs, False))
         try:
-            return _forget_its_models(original(cls, pretrained_model_name_or_path, **kwargs))
+            return _clear_model_mapping(original(cls, pretrained_model_name_or_path, **kwargs))
         except OwnCodeError as error:
             if not kwargs.get("trust_remote_code"):
                 raise
@@ -77,7 +77,7 @@ def prefer_code_of_folders() -> None:
             reference, pretrained_model_name_or_path, code_revision=code_revision, **kwargs
         )
         own.register_for_auto_class()
-        return _forget_its_models(own.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        return _clear_model_mapping(own.from_pretrained(pretrained_model_name_or_path, **kwargs))
 
     AutoConfig.from_pretrained = classmethod(auto_from_pretrained)  # type: ignore[assignment]
 
@@ -113,8 +113,8 @@ def prefer_code_of_folders() -> None:
     base.MyPreTrainedModel._from_config = classmethod(_from_config)  # type: ignore[assignment]
 
 
-def _forget_its_models(loaded: Any) -> Any:
-    """Take back which model classes transformers noted for the config class of a folder's own code.
+def _clear_model_mapping(loaded: Any) -> Any:
+    """Remove the model classes that transformers registered for the config class of a folder with code of its own.
 
     Folders of one name whose config's code is the same share that class; 5.5 and newer would give the second folder the
     model of the first, whatever code it has.

@@ -6,7 +6,7 @@ from typing import Any
 from .checks import Check
 
 Facts = dict[str, Any]
-HEADS = {"lm_head", "classifier", "score"}
+KNOWN_HEAD_NAMES = {"lm_head", "classifier", "score"}
 
 
 def _first_attention(facts: Facts) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def _vllm(facts: Facts) -> list[str]:
         wants.append(f"{', '.join(facts['conv1d'])} are Conv1D, not nn.Linear")
     if not facts["input_embeddings"]:
         wants.append("get_input_embeddings gives nothing")
-    if not HEADS & set(facts["heads"]) and facts["head_expected"]:
-        wants.append(f"the head is none of {', '.join(sorted(HEADS))}")
+    if not KNOWN_HEAD_NAMES & set(facts["heads"]) and facts["head_expected"]:
+        wants.append(f"the head is none of {', '.join(sorted(KNOWN_HEAD_NAMES))}")
     return wants
 
 
@@ -105,12 +105,12 @@ def serving_checks(facts: Facts | None, *, classes: list[str], custom_code: bool
         One check for each engine or tool, `"ok"` for ready, `"warning"` for what is in the way, or `"skipped"`.
     """
     try:
-        return _judge(dict(facts or {}), classes, custom_code, export)
+        return _checks_of(dict(facts or {}), classes, custom_code, export)
     except (KeyError, TypeError, ValueError, AttributeError):  # none, or made up by the folder's own code
         return [Check(name, "skipped", "the model's structure could not be read") for name, _, _ in READINESS]
 
 
-def _judge(facts: Facts, classes: list[str], custom_code: bool, export: str | None) -> list[Check]:
+def _checks_of(facts: Facts, classes: list[str], custom_code: bool, export: str | None) -> list[Check]:
     facts = {
         **facts,
         "auto_model": "AutoModel" in classes,

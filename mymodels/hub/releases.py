@@ -41,7 +41,7 @@ RELEASES = {
 }
 
 
-class Release(NamedTuple):
+class PinnedRelease(NamedTuple):
     """One transformers release and the libraries that go with it."""
 
     transformers: str
@@ -49,7 +49,7 @@ class Release(NamedTuple):
     tokenizers: str
 
 
-def resolve(wanted: str | Iterable[str]) -> list[Release]:
+def resolve(wanted: str | Iterable[str]) -> list[PinnedRelease]:
     """The exact releases that a wish such as `"4.57,5.0"`, `"latest"` or `"all"` means, oldest first.
 
     Args:
@@ -60,10 +60,10 @@ def resolve(wanted: str | Iterable[str]) -> list[Release]:
         ValueError: a release is not supported; the message says which are.
     """
     names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
-    found: dict[str, Release] = {}
+    found: dict[str, PinnedRelease] = {}
     for name in (name.strip() for name in names):
         if name == "all":
-            found.update({row[0]: Release(*row) for row in RELEASES.values()})
+            found.update({row[0]: PinnedRelease(*row) for row in RELEASES.values()})
             continue
         minor = list(RELEASES)[-1] if name == "latest" else ".".join(name.split(".")[:2])
         if minor not in RELEASES or not re.fullmatch(r"latest|\d+\.\d+(\.\d+)?", name):
@@ -73,7 +73,7 @@ def resolve(wanted: str | Iterable[str]) -> list[Release]:
             )
         last, *companions = RELEASES[minor]
         exact = name if name.count(".") == 2 else last
-        found[exact] = Release(exact, *companions)
+        found[exact] = PinnedRelease(exact, *companions)
     return sorted(found.values(), key=lambda release: tuple(map(int, release.transformers.split("."))))
 
 
@@ -83,7 +83,7 @@ def default_cache_dir() -> Path:
     return Path(home).expanduser() / "transformers"
 
 
-def install(release: Release, cache_dir: str | os.PathLike | None = None) -> Path:
+def install(release: PinnedRelease, cache_dir: str | os.PathLike | None = None) -> Path:
     """The folder of a release, installed on first use by pip without its dependencies: torch is shared.
 
     Args:

@@ -17,7 +17,7 @@ from .engine_readiness import serving_checks
 from .explain_errors import point_to_cause
 from .given_inputs import Inputs, write_inputs
 from .golden import GOLDEN, read_golden, recorded
-from .releases import Release, install, resolve
+from .releases import PinnedRelease, install, resolve
 from .results_to_checks import DYNAMIC, checks_of_run
 from .static import static_checks
 
@@ -135,7 +135,7 @@ def verify(
         >>> verification.passed
         True
     """
-    wanted: Sequence[Release | None] = resolve(releases) if releases else [None]
+    wanted: Sequence[PinnedRelease | None] = resolve(releases) if releases else [None]
     folder = locate(path, revision=revision, token=token, everything=True)
     commit = f" at commit {folder.name}" if folder.parent.name == "snapshots" else ""
     result = Verification(

@@ -22,7 +22,7 @@ from ..released import own_code, reader
 from ..warmstart import warm_start
 from .data import Data
 
-HEADS = {
+CLASS_SUFFIXES = {
     "classification": "ForSequenceClassification",
     "causal": "ForCausalLM",
     "masked": "ForMaskedLM",
@@ -37,7 +37,7 @@ class Start:
     """What is fine-tuned.
 
     Attributes:
-        kind: a key of `HEADS`.
+        kind: a key of `CLASS_SUFFIXES`.
         new: names of the parameters that come from no checkpoint, and of a classifier's head.
         hub_id: of the model, if it came from the Hub.
         how: a sentence.
@@ -114,7 +114,7 @@ def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, 
     name = type(model).__name__
     kind = next(filter(None, map(_kind, type(model).__mro__)), "")  # a subclass may be called anything
     if kind not in KINDS[task]:
-        wanted = " or ".join(f"AutoModel{HEADS[kind]}" for kind in KINDS[task])
+        wanted = " or ".join(f"AutoModel{CLASS_SUFFIXES[kind]}" for kind in KINDS[task])
         raise ValueError(
             f"{name} is no model for --task {task} by its name: give one that ends in {_wanted(task)}, or call "
             f"{name}.register_for_auto_class with {wanted}"
@@ -135,7 +135,7 @@ def _kind(cls: type) -> str:
     """The kind of head that a class has, by the Auto class it is registered for or by its name; `""`: none trained here."""
     by_name = auto_class_of(cls.__name__, inspect.signature(cls.forward).parameters) if hasattr(cls, "forward") else ""
     auto_class = vars(cls).get("_auto_class") or by_name
-    return next((kind for kind, head in HEADS.items() if auto_class == f"AutoModel{head}"), "")
+    return next((kind for kind, head in CLASS_SUFFIXES.items() if auto_class == f"AutoModel{head}"), "")
 
 
 def _from_checkpoint(
@@ -167,7 +167,7 @@ def _from_checkpoint(
                 {"class_weights": None} | label_fields | overrides if to == "mybert" else label_fields | overrides
             )
         how: dict[str, Any] = {"overrides": overrides, "tokenizer": tokenizer, "trust_remote_code": trust_remote_code}
-        report = warm_start(to, path, head=HEADS[kind], dtype="float32", revision=revision, **how)
+        report = warm_start(to, path, head=CLASS_SUFFIXES[kind], dtype="float32", revision=revision, **how)
         assert report.model is not None
         new = [name for row in report.rows if row.status == "new" for name in row.targets]
         cut = tokenizer if tokenizer is not None else report.tokenizer
@@ -188,7 +188,7 @@ def _from_checkpoint(
         _label(config, labels)
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
-    auto_class = getattr(transformers, f"AutoModel{HEADS[kind]}")
+    auto_class = getattr(transformers, f"AutoModel{CLASS_SUFFIXES[kind]}")
     with without_load_report(), refusing(source), _naming_the_head(source, config, task):
         model, info = auto_class.from_pretrained(
             path,
@@ -242,7 +242,7 @@ def _language_model(config: PretrainedConfig, raw: Mapping[str, Any]) -> str:
     """`"masked"` for an encoder, `"causal"` for a decoder."""
     served = {
         kind: type(config) in getattr(transformers, f"MODEL_FOR_{name}_MAPPING")
-        or f"AutoModel{HEADS[kind]}" in (raw.get("auto_map") or {})
+        or f"AutoModel{CLASS_SUFFIXES[kind]}" in (raw.get("auto_map") or {})
         for kind, name in (("masked", "MASKED_LM"), ("causal", "CAUSAL_LM"))
     }
     if served["masked"] and not getattr(config, "is_decoder", False):
@@ -309,6 +309,6 @@ def _list_new(new: Sequence[str]) -> str:
 
 
 def _wanted(task: str) -> str:
-    return " or ".join(HEADS[kind] for kind in KINDS[task]) + (
+    return " or ".join(CLASS_SUFFIXES[kind] for kind in KINDS[task]) + (
         " or ForConditionalGeneration" if task == "seq2seq" else ""
     )

@@ -17,7 +17,7 @@ from .key_mapping import Renamed, family_of, inside, is_chosen, plain, position_
 from .lazy_tensor import Value, Why, constant
 from .opening import Opened, open_tensors, read_tensor
 
-HEADS = {
+HEAD_AND_EMBEDDINGS = {
     "mygpt2": ("lm_head.weight", "model.embed_tokens.weight"),
     "mybert": ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
 }
@@ -106,7 +106,7 @@ def describe_source(
     if beside and (wrong := is_another_models(beside, {n: v.shape for n, v in named.ours.items()}, named.family)):
         raw, usual = given, {}
         notes.append(f"the config in the source's file is another model's ({wrong}) and is not used")
-    head, embeddings = HEADS[named.family.target]
+    head, embeddings = HEAD_AND_EMBEDDINGS[named.family.target]
     if head in named.ours and embeddings not in named.ours and raw.get("tie_word_embeddings") is not False:
         named.ours[embeddings] = named.ours.pop(head)  # a tied pair is stored once, here under the head's name
     shapes = {name: value.shape for name, value in named.ours.items()}
@@ -150,7 +150,7 @@ def _tie(
     notes: list[str],
 ) -> None:
     """Settle whether head and embeddings are one matrix: by the config, and by what is stored."""
-    head, embeddings = HEADS[named.family.target]
+    head, embeddings = HEAD_AND_EMBEDDINGS[named.family.target]
     said = raw.get("tie_word_embeddings", True if "model_type" in raw else None)
     stored, shared = named.ours.get(head), named.ours.get(embeddings)
     if stored is None:

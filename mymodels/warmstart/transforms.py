@@ -12,7 +12,7 @@ from ..checkpoints import CheckpointError
 from .conversion import LAYER, LAYER_NAME, Change, same
 from .lazy_tensor import Value, Why, constant
 from .projections import attention, mlp
-from .sources import HEADS
+from .sources import HEAD_AND_EMBEDDINGS
 
 _POSITIONS = {"mygpt2": "model.embed_positions.weight", "mybert": "bert.embeddings.position_embeddings.weight"}
 _BY_TOKEN = {
@@ -25,7 +25,7 @@ POSITION_GROWTH = ("tile", "interpolate")
 
 def tie(change: Change) -> None:
     """Tied ↔ untied head."""
-    head, embeddings = HEADS[change.kind]
+    head, embeddings = HEAD_AND_EMBEDDINGS[change.kind]
     if change.source.tie_word_embeddings:
         _join(change, head, embeddings)
         if not change.target.tie_word_embeddings and embeddings in change.tensors:
@@ -250,7 +250,7 @@ def word_vectors(change: Change) -> None:
     if change.vectors is None:
         return
     tokens, table, name, count = change.vectors
-    embeddings, size = HEADS[change.kind][1], change.target.vocab_size
+    embeddings, size = HEAD_AND_EMBEDDINGS[change.kind][1], change.target.vocab_size
     had = change.tensors.get(embeddings)
     before = had if had is not None and had.shape[0] == size else change.fresh(embeddings)
     file = Value((count, table.shape[1]), table.dtype, lambda: table, (name,))

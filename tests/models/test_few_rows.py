@@ -35,7 +35,7 @@ def run(layer: nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, bool]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 512), (8, 1, 512), (3, 512)])
 def test_same_numbers(shape: tuple[int, ...], bias: bool) -> None:
-    layer, states = nn.Linear(512, 300, bias=bias), torch.randn(shape)
+    layer, states = nn.Linear(512, 4096, bias=bias), torch.randn(shape)
     result, fast = run(layer, states)
     assert fast and largest_difference(result, layer(states)) <= 1e-5
 
@@ -73,9 +73,31 @@ def test_a_changed_layer_does_what_it_does(change: str) -> None:
         assert largest_difference(result, layer(states)) <= 1e-5
 
 
+class Around(nn.Module):
+    """A module with a large layer, in one that has none of its own: only the inner one runs in the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(512, 4096))
+
+    @linear_by_onednn
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return call(self.inner, states) if states.ndim == 3 else self.inner(states)
+
+
+@pytest.mark.parametrize("shape, expected", [((2, 1, 512), True), ((2, 512), False), ((65, 512), True)])
+def test_the_mode_is_active_only_where_it_pays(shape: tuple[int, ...], expected: bool) -> None:
+    """With few rows around the large layer alone, with many around everything."""
+    model, states = Around(), torch.randn(shape)
+    with Seen() as seen, torch.no_grad():
+        result = model(states)
+        assert seen.fast == expected
+    assert largest_difference(result, model.inner(states)) <= 1e-5
+
+
 @pytest.mark.parametrize("case", ["float64", "small"])
 def test_where_it_does_not_apply(case: str) -> None:
-    layer, states = nn.Linear(512, 64 if case == "small" else 300), torch.randn(1, 512)
+    layer, states = nn.Linear(512, 64 if case == "small" else 4096), torch.randn(1, 512)
     if case == "float64":
         layer, states = layer.double(), states.double()
     assert not run(layer, states)[1]
@@ -83,7 +105,7 @@ def test_where_it_does_not_apply(case: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 65])
 def test_with_gradients_and_many_rows(rows: int) -> None:
-    layer, states = nn.Linear(512, 300), torch.randn(rows, 512)
+    layer, states = nn.Linear(512, 4096), torch.randn(rows, 512)
     call(layer, states).square().sum().backward()
     found = layer.weight.grad.clone()
     layer.zero_grad()
@@ -94,7 +116,7 @@ def test_with_gradients_and_many_rows(rows: int) -> None:
 
 
 def test_it_can_be_turned_off() -> None:
-    layer, states = nn.Linear(512, 300), torch.randn(1, 1, 512)
+    layer, states = nn.Linear(512, 4096), torch.randn(1, 1, 512)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not run(layer, states)[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):

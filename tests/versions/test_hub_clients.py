@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "tests" / "hub"))
 from hub_server import Hub  # noqa: E402
 from test_versions import CACHE  # noqa: E402
 
-from mymodels.hub.releases import Release, install, resolve  # noqa: E402
+from mymodels.hub.releases import PinnedRelease, install, resolve  # noqa: E402
 
 pytestmark = pytest.mark.versions
 TOKEN = "hf_writer_of_me_0123456789"
@@ -45,7 +45,7 @@ print(transformers.__version__, huggingface_hub.__version__, "ok")
 
 
 @pytest.mark.parametrize("release", resolve("4.56,5.0,5.10"), ids=lambda release: release.transformers)
-def test_release(release: Release, tmp_path: Path) -> None:
+def test_release(release: PinnedRelease, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     path = os.pathsep.join([str(install(release, CACHE)), str(ROOT)])
     with Hub() as hub:

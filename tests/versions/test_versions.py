@@ -14,12 +14,12 @@ from tiny import SWITCHES, batch, mybert_config, mygpt2_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
-from mymodels.hub.releases import Release, install, resolve
+from mymodels.hub.releases import PinnedRelease, install, resolve
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "transformers"
 RELEASES = resolve(["4.56", "4.57", "5.0", "5.2", "5.3", "5.4", "5.10", "5.23"])
-TOO_OLD = Release("4.55.4", "0.36.2", "0.21.4")
+TOO_OLD = PinnedRelease("4.55.4", "0.36.2", "0.21.4")
 pytestmark = pytest.mark.versions
 
 
@@ -70,7 +70,7 @@ def run(release: Path, mode: str, work: Path, scratch: Path) -> subprocess.Compl
 
 @pytest.mark.parametrize("mode", ["remote", "package"])
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.transformers)
-def test_release(release: Release, mode: str, work: Path, tmp_path: Path) -> None:
+def test_release(release: PinnedRelease, mode: str, work: Path, tmp_path: Path) -> None:
     process = run(install(release, CACHE), mode, work, tmp_path)
     assert process.returncode == 0, process.stderr[-4000:]
     assert process.stdout.splitlines()[-1] == f"transformers {release.transformers} {mode} ok"
