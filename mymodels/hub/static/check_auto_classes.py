@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterator
 
 from .check_config import all_code, target
-from .check_model import live_code
-from .code_tree import Code, Klass, calls, constant, is_self
+from .code_tree import Code, Klass, calls, is_self, references
 from .repo_snapshot import Finding, Folder
 
 # what a head makes, by the end of the Auto class, the end of a class's name, and the output that forward returns
@@ -39,21 +38,108 @@ def auto_classes(folder: Folder) -> Iterator[Finding]:
         where = f"config.json: auto_map.{auto}"
         kind = _kind(code, klass)
         if auto == "AutoConfig" and kind in ("model", "tokenizer"):
-            what = f"AutoConfig names {klass.name}, which is a {kind}, not a config"
+            what = f"AutoConfig names {klass.name}, which is {_a(kind)}, not a config"
             yield Finding("failed", what, where, "name the config class")
         elif auto.startswith("AutoModel") and kind in ("config", "tokenizer"):
-            what = f"{auto} names {klass.name}, which is a {kind}, not a model"
+            what = f"{auto} names {klass.name}, which is {_a(kind)}, not a model"
             yield Finding("failed", what, where, "name the model class")
+        elif auto.startswith("AutoModel") and not kind and _is_complete(code, klass) and not _loads(code, klass):
+            what = f"{auto} names {klass.name}, which is no PreTrainedModel, so it has no from_pretrained"
+            yield Finding("failed", what, where, "derive the class from PreTrainedModel")
         elif auto.startswith("AutoModel"):
             yield from _head(code, found, auto, klass, where)
+    yield from _others(folder, code)
+    yield from _no_classes(folder, code)
+
+
+_KINDS = {
+    "AutoProcessor": "processor",
+    "AutoImageProcessor": "image processor",
+    "AutoVideoProcessor": "video processor",
+    "AutoFeatureExtractor": "feature extractor",
+    "AutoTokenizer": "tokenizer",
+}
+
+
+def _others(folder: Folder, code: Code) -> Iterator[Finding]:
+    """Entries for tokenizers and processors, in whichever file they are."""
+    for name, auto, reference in references(folder):
+        klass = _class_of(code, reference) if auto in _KINDS else None
+        if klass is None:
+            continue
+        kind, wanted, where = _kind(code, klass), _KINDS[auto], f"{name}: auto_map.{auto}"
+        if not kind and _is_complete(code, klass) and not _loads(code, klass):
+            what = f"{auto} names {klass.name}, which is no {wanted}, so it has no from_pretrained"
+            yield Finding("failed", what, where, f"derive the class from transformers' base of a {wanted}")
+        elif kind and kind != wanted and {kind, wanted} != {"feature extractor", "image processor"}:
+            # any of them can be loaded as a processor; nothing else can take another's place
+            status = "warning" if auto == "AutoProcessor" and kind not in ("model", "config") else "failed"
+            what = f"{auto} names {klass.name}, which is {_a(kind)}, not {_a(wanted)}"
+            yield Finding(status, what, where, f"name the class of the {wanted}")
+    for name, values in folder.values.items():
+        table = values.get("auto_map")
+        pair = table.get("AutoTokenizer") if isinstance(table, dict) else None
+        if isinstance(pair, list) and len(pair) == 2:
+            slow, fast = (_class_of(code, one) if isinstance(one, str) else None for one in pair)
+            if slow is not None and fast is not None and _is_fast(code, slow) and not _is_fast(code, fast):
+                what = f"AutoTokenizer names the fast {slow.name} first and the slow {fast.name} second"
+                yield Finding("failed", what, f"{name}: auto_map.AutoTokenizer", "write [slow class, fast class]")
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind.startswith('image') else 'a'} {kind}"
+
+
+def _class_of(code: Code, reference: str) -> Klass | None:
+    module, _, name = reference.rpartition(".")
+    file = code.files.get(f"{module}.py")
+    return code.find(file, name) if file is not None else None
+
+
+def _is_fast(code: Code, klass: Klass) -> bool:
+    return any(root.endswith(("TokenizerFast", "TokenizersBackend")) for root in code.roots(klass))
+
+
+def _no_classes(folder: Folder, code: Code) -> Iterator[Finding]:
+    """Entries that name a function."""
+    for name, auto, reference in references(folder):
+        module, _, last = reference.rpartition(".")
+        file = code.files.get(f"{module}.py")
+        body = file.tree.body if file is not None else []
+        if any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == last for node in body):
+            what = f"{auto} names {last}, which is a function, not a class"
+            yield Finding("failed", what, f"{name}: auto_map.{auto}", "name the class")
+
+
+def _is_complete(code: Code, klass: Klass) -> bool:
+    """Whether all that a class is derived from is known: the folder's own, plain Python, torch, or transformers' bases."""
+    return all(
+        re.match(r"object$|torch\.nn\.|abc\.ABC$|typing\.Generic$|transformers\.PreTrainedModel$|$", root)
+        for root in code.roots(klass)
+    )
+
+
+def _loads(code: Code, klass: Klass) -> bool:
+    return code.method(klass, "from_pretrained") is not None
 
 
 def _kind(code: Code, klass: Klass) -> str:
+    """What a class is by what it is derived from; empty if that is not known."""
     roots = code.roots(klass)
-    if code.is_model(klass) or code.is_module(klass):
+    if code.is_model(klass):
         return "model"
-    if any(re.search(r"(^|\.)(?!\w*Audio)\w*Tokenizer(Fast|Base)?$", root) for root in roots):  # codecs are models
+    if any(
+        re.search(r"(^|\.)(?!\w*Audio)\w*Tokenizer(Fast|Base)?$|TokenizersBackend$", root) for root in roots
+    ):  # codecs are models
         return "tokenizer"
+    for pattern, kind in (
+        (r"(VideoProcessor)\w*$", "video processor"),
+        (r"(ImageProcessor|ImageProcessingMixin|ImageProcessorFast)\w*$", "image processor"),
+        (r"(FeatureExtractor|FeatureExtractionMixin)$", "feature extractor"),
+        (r"(ProcessorMixin|Processor)$", "processor"),
+    ):
+        if any(root.startswith("transformers.") and re.search(pattern, root) for root in roots):
+            return kind
     return "config" if code.is_config(klass) else ""
 
 
@@ -132,35 +218,4 @@ def _served_bases(code: Code) -> set[str]:
     return {klass.name for klass in code.classes if code.is_model(klass) and _is_base(code, klass)}
 
 
-def no_split_modules(folder: Folder) -> Iterator[Finding]:
-    """`_no_split_modules` names classes that the model has: a device map cuts through their middle otherwise."""
-    code = live_code(folder)
-    defined = {klass.name for klass in code.classes}
-    for klass in code.classes:
-        value = klass.value("_no_split_modules")
-        if not isinstance(value, (ast.List, ast.Tuple, ast.Set)):
-            continue
-        names = [name for name in map(constant, value.elts) if isinstance(name, str)]
-        imported = {meaning.rpartition(".")[2] for file in code.files.values() for meaning in file.names.values()}
-        strange = [name for name in names if name not in defined | imported]
-        if not strange or _holds_another(code):
-            continue
-        left = [name for name in names if name not in strange]
-        what = f"{klass.name}._no_split_modules names {', '.join(strange)}, which is no class of this code"
-        remedy = "name the class of the blocks, which a device map must keep on one device"
-        yield Finding("warning" if left else "failed", what, klass.file.at(value), remedy)
-
-
-def _holds_another(code: Code) -> bool:
-    """Whether the code builds on a model of transformers, whose blocks may be meant."""
-    return any(
-        "AutoModel" in file.text
-        or any(
-            meaning.startswith("transformers") and re.search(r"(?<!PreTrained)(Model|For[A-Z]\w+)$", meaning)
-            for meaning in file.names.values()
-        )
-        for file in code.files.values()
-    )
-
-
-CHECKS = {"auto classes": auto_classes, "no split modules": no_split_modules}
+CHECKS = {"auto classes": auto_classes}

@@ -9,10 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints import CheckpointError, open_checkpoint
-from ...checkpoints.opening import weight_files
 from .api_availability import Span, judge, model_types
 from .code_tree import Code, Klass, constant, is_self, references
+from .headers import tensor_headers
 from .repo_snapshot import Finding, Folder, brief
 
 
@@ -172,6 +171,13 @@ def library_names() -> frozenset[str]:
     return frozenset(dir(transformers))
 
 
+def in_library(name: str) -> bool:
+    """Whether transformers has a class of this name; newer releases have some that they do not list."""
+    import transformers
+
+    return name in library_names() or (name.isidentifier() and name.endswith("Fast") and hasattr(transformers, name))
+
+
 def architectures(folder: Folder) -> Iterator[Finding]:
     """The class that was saved is in the code, and one of the Auto classes leads to it."""
     if "config.json" not in folder.values:
@@ -311,14 +317,10 @@ def _lost_fields(folder: Folder, klass: Klass, init: ast.FunctionDef | ast.Async
 def dtype(folder: Folder) -> Iterator[Finding]:
     """The weights have the dtype that the config names, which transformers 5 loads them in."""
     named = folder.config.get("dtype", folder.config.get("torch_dtype"))
-    if folder.odd or named is None or "quantization_config" in folder.config or not weight_files(folder.path):
+    if named is None or "quantization_config" in folder.config:
         return
-    try:
-        info = open_checkpoint(folder.path).info
-    except (CheckpointError, OSError):
-        return  # told by `weights`
     sizes: Counter[str] = Counter()
-    for tensor in info.values():
+    for tensor in tensor_headers(folder).values():
         if tensor.dtype is not None and tensor.dtype.is_floating_point:
             sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
     if sizes and (most := sizes.most_common(1)[0][0]) != named:

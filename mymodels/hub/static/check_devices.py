@@ -10,7 +10,15 @@ from .repo_snapshot import CodeFile, Finding, Folder
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _FIXED = re.compile(r"(cuda|mps|xpu|npu|hpu|tpu|xla)(:\d+)?$")
-_PLACES = re.compile(r"(^|\.)(to|device|tensor|arange|zeros|ones|empty|full|rand|randn|linspace|eye|\w+_like|new_\w+)$")
+_TYPE = re.compile(r"torch\.(cuda|mps|xpu|npu|hpu)\.\w+Tensor$")
+# these raise where there is no such device; emptying caches and asking for memory do nothing there
+_ONLY_THERE = re.compile(
+    r"torch\.(cuda|xpu|mps|npu|hpu)\.(streams\.)?(current_device|synchronize|Stream|Event|current_stream|default_stream|stream|"
+    r"get_device_name|get_device_capability|get_device_properties|set_device|device|mem_get_info|graph|CUDAGraph)$"
+)
+_AUTOCAST = re.compile(
+    r"torch\.(amp\.)?(autocast\w*\.)?autocast$|torch\.(cuda|xpu)\.amp\.(\w+\.)?autocast$|torch\.amp\.autocast_mode\.autocast$"
+)
 _REMEDY = "take the device from the tensor it meets: x.device, or register the tensor as a buffer"
 
 
@@ -19,44 +27,108 @@ def devices(folder: Folder) -> Iterator[Finding]:
     code = live_code(folder)
     running = _running(code)
     for file in code.files.values():
-        guarded = _behind_a_test(file)
-        for function in [n for n in ast.walk(file.tree) if isinstance(n, _Function)]:
-            inside = function.name in running
-            for call in calls(function):
-                named = _fixed_device(file, call)
-                if not named:
-                    continue
-                soft = id(call) in guarded or not inside
-                where = f"in {function.name}" + ("" if inside else ", which the model itself does not call")
-                what = f"{named} {where}: the model runs nowhere but on that device"
-                yield Finding("warning" if soft else "failed", what, file.at(call), _REMEDY)
+        guarded, texts = _behind_a_test(file), _constants(file)
+        found: set[int] = set()
+        for node, function in _within_functions(file.tree):
+            named, works = _fixed_device(file, node, texts)
+            line = getattr(node, "lineno", 0)
+            if not named or line in found:
+                continue
+            found.add(line)
+            inside = not function or function in running
+            soft = works or id(node) in guarded or not inside
+            where = f"in {function}" if function else "as soon as it is imported"
+            where += "" if inside else ", which the model itself does not call"
+            does = "other devices get none of it" if works else "the model runs nowhere but on that device"
+            yield Finding("warning" if soft else "failed", f"{named} {where}: {does}", file.at(node), _REMEDY)
     for klass in code.classes:
         yield from _device_of_a_module(code, klass)
 
 
-def _fixed_device(file: CodeFile, call: ast.Call) -> str:
-    """How a call names a device, or nothing."""
+def _within_functions(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Every node with the name of the function it is in; defaults of arguments belong to the function."""
+    waiting: list[tuple[ast.AST, str]] = [(tree, "")]
+    while waiting:
+        node, function = waiting.pop()
+        yield node, function
+        if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
+            continue
+        inner = node.name if isinstance(node, _Function) else function
+        waiting += [(child, inner) for child in ast.iter_child_nodes(node)]
+
+
+def _constants(file: CodeFile) -> dict[str, str]:
+    """Names that stand for one text and nothing else: `DEVICE = "cuda"`, or `torch.device("cuda")`."""
+    values: dict[str, list[str | None]] = {}
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Assign):
+            made = node.value
+            if isinstance(made, ast.Call) and file.dotted(made.func) == "torch.device" and made.args:
+                made = made.args[0]
+            text = constant(made)
+            for goal in node.targets:
+                values.setdefault(ast.unparse(goal), []).append(text if isinstance(text, str) else None)
+        elif isinstance(node, ast.arg):
+            values.setdefault(node.arg, []).append(None)
+    return {name: text for name, found in values.items() if len(found) == 1 and (text := found[0]) is not None}
+
+
+def _fixed_device(file: CodeFile, node: ast.AST, texts: dict[str, str]) -> tuple[str, bool]:
+    """How an expression names a device, or nothing; and whether it runs elsewhere all the same."""
+    shown = f"`{ast.unparse(node)[:60]}`" if isinstance(node, (ast.Call, ast.Attribute, ast.Assign, _Function)) else ""
+    if isinstance(node, ast.Attribute):
+        dotted = file.dotted(node)
+        return (shown if _TYPE.match(dotted) or dotted == "torch.cuda.current_device" else ""), False
+    if isinstance(node, _Function):
+        pairs = zip(reversed([*node.args.posonlyargs, *node.args.args]), reversed(node.args.defaults))
+        given = [*pairs, *zip(node.args.kwonlyargs, node.args.kw_defaults)]
+        fixed = [arg.arg for arg, value in given if "device" in arg.arg and _is_fixed(value, {})]
+        return (f"the default of `{fixed[0]}`" if fixed else ""), False
+    if isinstance(node, ast.Assign):
+        of_self = any(isinstance(goal, ast.Attribute) and goal.attr.endswith("device") for goal in node.targets)
+        return (shown if of_self and _is_fixed(node.value, {}) else ""), False
+    if not isinstance(node, ast.Call):
+        return "", False
+    return _fixed_by_call(file, node, texts, shown)
+
+
+def _fixed_by_call(file: CodeFile, call: ast.Call, texts: dict[str, str], shown: str) -> tuple[str, bool]:
     func = call.func
     attr = func.attr if isinstance(func, ast.Attribute) else ""
     dotted = file.dotted(func)
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    first = named.get("device_type", call.args[0] if call.args else None)
+    if _AUTOCAST.search(dotted):
+        fixed = ".cuda.amp." in dotted or _is_fixed(first, texts)
+        return (shown if fixed and constant(named.get("enabled")) is not False else ""), True
     if attr in ("cuda", "xpu", "npu", "hpu") and not dotted.startswith(("torch.", f"{attr}.")):
-        return f"`{ast.unparse(call)[:60]}`"
-    if dotted == "torch.cuda.current_device":
-        return "`torch.cuda.current_device()`"
-    if not _PLACES.search(dotted or attr):
-        return ""
-    given = [keyword.value for keyword in call.keywords if keyword.arg == "device"]
-    if attr == "to" or dotted in ("torch.device",):
+        return shown, False
+    if _ONLY_THERE.match(dotted):
+        return shown, False
+    if attr == "type" and isinstance(text := constant(first), str) and _TYPE.match(text):
+        return shown, False
+    given = [named["device"]] if "device" in named else []
+    if attr in ("to", "to_empty", "move_to_device") or dotted in ("torch.device", "torch.set_default_device"):
         given += call.args[:1]
     for value in given:
-        text = constant(value)
-        if isinstance(text, str) and _FIXED.match(text):
-            return f"`{ast.unparse(call)[:60]}`"
-        if isinstance(value, ast.JoinedStr) and re.match(r"f['\"](cuda|xpu|npu)", ast.unparse(value)):
-            return f"`{ast.unparse(call)[:60]}`"
-        if attr == "to" and isinstance(value, ast.Constant) and isinstance(text, int) and not isinstance(text, bool):
-            return f"`{ast.unparse(call)[:60]}`"
-    return ""
+        if _is_fixed(value, texts):
+            return shown, False
+        number = constant(value)
+        if attr == "to" and isinstance(number, int) and not isinstance(number, bool):
+            return shown, False
+    return "", False
+
+
+def _is_fixed(value: ast.expr | None, texts: dict[str, str]) -> bool:
+    """Whether an expression is the name of a device, in so many words or by a name that stands for it."""
+    text = constant(value)
+    if text is None and isinstance(value, (ast.Name, ast.Attribute)):
+        text = texts.get(ast.unparse(value))
+    if isinstance(value, ast.JoinedStr):
+        return re.match(r"f['\"](cuda|xpu|npu)", ast.unparse(value)) is not None
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "torch.device" and value.args:
+        text = constant(value.args[0])
+    return isinstance(text, str) and _FIXED.match(text) is not None
 
 
 def _behind_a_test(file: CodeFile) -> set[int]:
@@ -67,6 +139,8 @@ def _behind_a_test(file: CodeFile) -> set[int]:
             r"cuda|xpu|npu|device|is_available", ast.unparse(node.test)
         ):
             found |= {id(inner) for inner in ast.walk(node)}
+        elif isinstance(node, ast.Try) and node.handlers:
+            found |= {id(inner) for step in node.body for inner in ast.walk(step)}
     return found
 
 
@@ -91,7 +165,9 @@ def _running(code: Code) -> set[str]:
     return found
 
 
-_OF_PARAMETERS = re.compile(r"next\(self(\.\w+)*\.parameters\(\)\)\.device$")
+_OF_PARAMETERS = re.compile(
+    r"(next\((iter\()?self(\.\w+)*\.parameters\(\)\)?\)|list\(self(\.\w+)*\.parameters\(\)\)\[\d+\])\.device$"
+)
 _OF_A_WEIGHT = re.compile(r"self\.\w+(\.\w+|\[\w+\])*\.(weight|bias)\.device$")
 
 
@@ -100,20 +176,17 @@ def _device_of_a_module(code: Code, klass: Klass) -> Iterator[Finding]:
     forward = klass.method("forward") if code.is_module(klass) else None
     if forward is None:
         return
-    inside = {id(n) for call in calls(forward) for value in _device_values(call) for n in ast.walk(value)}
-    named = {
-        goal.id
-        for node in ast.walk(forward)
-        if isinstance(node, ast.Assign)
-        for goal in node.targets
-        if isinstance(goal, ast.Name)
-    }
+    values = [value for call in calls(forward) for value in _device_values(call)]
+    inside = {id(n) for value in values for n in ast.walk(value)}
+    used = {value.id for value in values if isinstance(value, ast.Name)}
     for node in ast.walk(forward):
-        if not isinstance(node, ast.Attribute) or node.attr != "device":
+        if isinstance(node, ast.Assign) and any(isinstance(g, ast.Name) and g.id in used for g in node.targets):
+            inside |= {id(n) for n in ast.walk(node.value)}
+    for node in ast.walk(forward):
+        if not isinstance(node, ast.Attribute) or node.attr != "device" or id(node) not in inside:
             continue
         text = ast.unparse(node)
-        used = id(node) in inside or bool(named & {"device"})
-        if used and (_OF_PARAMETERS.match(text) or _OF_A_WEIGHT.match(text)):
+        if _OF_PARAMETERS.match(text) or _OF_A_WEIGHT.match(text):
             what = (
                 f"{klass.name}.forward takes the device from {text}, which is not that of its inputs under a device map"
             )

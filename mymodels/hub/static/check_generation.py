@@ -6,6 +6,7 @@ from typing import Any
 
 from .api_availability import Span, judge
 from .repo_snapshot import Finding, Folder, brief
+from .settings import POSITIONS, position_rows, quiet_transformers, setting, stretches_positions
 
 _FILE = "generation_config.json"
 _NOT_SAVED = Span(last=(5, 22))  # `save_pretrained` refuses what `validate(strict=True)` does
@@ -59,31 +60,114 @@ def generation_config(folder: Folder) -> Iterator[Finding]:
         what = f"{key} is {brief(value)}, but must be {must}"
         status = "warning" if greedy else "failed"
         yield Finding(status, what, f"{_FILE}: {key}", "correct it, or remove the key")
-    least, most = values.get("min_length"), values.get("max_length")
-    if isinstance(least, int) and isinstance(most, int) and least > most > 0:
-        yield Finding("failed", f"min_length is {least}, more than max_length, {most}", _FILE, "correct one of them")
+    for low, high in (
+        ("min_length", "max_length"),
+        ("min_new_tokens", "max_new_tokens"),
+        ("min_new_tokens", "max_length"),
+    ):
+        least, most = values.get(low), values.get(high)
+        if isinstance(least, int) and isinstance(most, int) and least > most > 0:
+            what = f"{low} is {least}, more than {high}, {most}"
+            yield Finding("failed", what, f"{_FILE}: {low}", "correct one of them")
+    yield from _beyond_positions(folder, values)
+    yield from _types(values)
     if values and not refused:
         yield from _validated(folder, values)
+    if values or folder.config.get("is_encoder_decoder") is True:
+        yield from _start(folder, values)
+        yield from _ends(folder, values)
+
+
+def _beyond_positions(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
+    """Lengths that the model has no positions for."""
+    limit = setting(folder, *POSITIONS)
+    learned = position_rows(folder)
+    known = [n for n in (limit, learned) if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    for key in ("max_length", "max_new_tokens", "min_length", "min_new_tokens") if known else ():
+        value = values.get(key)
+        if isinstance(value, int) and value > min(known) and not stretches_positions(folder):
+            # without a table of positions the texts become bad, but nothing raises
+            what = f"{key} is {value}, but the model has {min(known)} positions"
+            status = "failed" if learned is not None or key.startswith("min") else "warning"
+            yield Finding(status, what, f"{_FILE}: {key}", "name a length that the model has positions for")
+
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "stop_strings": ((str, list), "a text or a list of texts"),
+    "early_stopping": ((bool, str), 'true, false or "never"'),
+    "output_scores": ((bool,), "true or false"),
+    "return_dict_in_generate": ((bool,), "true or false"),
+    "cache_implementation": ((str,), "the name of a cache"),
+    "length_penalty": ((int, float), "a number"),
+    "renormalize_logits": ((bool,), "true or false"),
+    "remove_invalid_values": ((bool,), "true or false"),
+    "bad_words_ids": ((list,), "a list of lists of ids"),
+    "force_words_ids": ((list,), "a list of lists of ids"),
+    "suppress_tokens": ((list,), "a list of ids"),
+    "begin_suppress_tokens": ((list,), "a list of ids"),
+}
+
+
+def _types(values: dict[str, Any]) -> Iterator[Finding]:
+    for key, (types, must) in _TYPES.items():
+        value = values.get(key)
+        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            yield Finding("failed", f"{key} is {brief(value)}, but must be {must}", f"{_FILE}: {key}", "correct it")
+    words = values.get("bad_words_ids")
+    if isinstance(words, list) and any(not isinstance(word, list) or not word for word in words):
+        what = f"bad_words_ids is {brief(words)}, but must be a list of lists of ids"
+        yield Finding("failed", what, f"{_FILE}: bad_words_ids", "write each word as a list of its ids")
+    beams, groups = values.get("num_beams"), values.get("num_beam_groups")
+    if isinstance(beams, int) and isinstance(groups, int) and groups > 1 and beams % groups:
+        what = f"num_beams is {beams}, which num_beam_groups, {groups}, does not divide"
+        yield Finding("failed", what, f"{_FILE}: num_beam_groups", "name a divisor of num_beams, or remove the key")
+
+
+_WRITES = re.compile(r"(ForConditionalGeneration|ForSeq2SeqLM|ForSpeechSeq2Seq|EncoderDecoderModel)$")
+
+
+def _serves(folder: Folder) -> bool:
+    return any(auto in folder.auto_map for auto in ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"))
+
+
+def _start(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
+    """An encoder and decoder need an id that the decoder begins with."""
+    key, where = "decoder_start_token_id", "config.json: decoder_start_token_id"
+    listed = folder.config.get("architectures")
+    name = str(listed[0]) if isinstance(listed, list) and listed else ""
+    if folder.config.get("is_encoder_decoder") is not True or not (values or _WRITES.search(name) or _serves(folder)):
+        return
+    named = [table.get(name) for table in (values, folder.config) for name in (key, "bos_token_id")]
+    if all(value is None for value in named) and setting(folder, key, "bos_token_id") is None:
+        what = "this is an encoder and decoder, but nothing says which token the decoder begins with"
+        yield Finding("failed", what, where, f"give config and generation config a {key}")
+    elif folder.config.get(key) is None and isinstance(values.get(key), int):
+        what = f"{key} is in {_FILE} only: training, which shifts the labels by it, does not find it there"
+        yield Finding("warning", what, where, f"give the config a {key} too")
+
+
+def _ends(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
+    """Generation ends at the token that the config calls the end."""
+    end, ends = folder.config.get("eos_token_id"), values.get("eos_token_id")
+    if isinstance(end, int) and ends is not None and end not in (ends if isinstance(ends, list) else [ends]):
+        what = f"eos_token_id is {brief(ends)} here, but {end} in config.json: generation does not end there"
+        yield Finding("warning", what, f"{_FILE}: eos_token_id", "make the two agree")
 
 
 def _validated(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
     """What `GenerationConfig.validate` of the installed release says of the values, which are data, not code."""
     from transformers import GenerationConfig
-    from transformers.utils import logging
 
     known = vars(GenerationConfig())
     plain = {key: value for key, value in values.items() if key in known and not key.startswith("_")}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        made = GenerationConfig(**plain)
-        made.validate()
+        with quiet_transformers():
+            made = GenerationConfig(**plain)
+            made.validate()
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         what = f"transformers refuses these generation settings: {_first(str(error))}"
         yield Finding("failed", what, _where(plain, str(error)), "correct the value, or remove the key")
         return
-    finally:
-        logging.set_verbosity(verbosity)
     try:
         made.validate(strict=True)
     except ValueError as error:

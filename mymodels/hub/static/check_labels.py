@@ -1,18 +1,15 @@
-"""Checks of labels and processors: one name for each output, and the processor that the model needs."""
+"""Checks of labels: one name for each output of the classifier, and the kind of problem that they are for."""
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from ...checkpoints import CheckpointError, open_checkpoint
-from ...checkpoints.opening import weight_files
-from .check_config import all_code, library_names, own_code, target
-from .code_tree import references
+from .headers import tensor_headers
 from .repo_snapshot import Finding, Folder, brief
 
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 _CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Audio|Video)\w*Classification$")
 _HEAD = re.compile(r"(^|\.)(classifier|score|classifier\.out_proj|classification_head\.out_proj)\.weight$")
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def labels(folder: Folder) -> Iterator[Finding]:
@@ -36,11 +33,17 @@ def labels(folder: Folder) -> Iterator[Finding]:
             yield Finding("failed", what, "config.json: num_labels", remedy)
         if isinstance(numbers, dict) and numbers:
             yield from _inverse(ids, numbers)
+    elif isinstance(numbers, dict) and numbers and names is None:
+        ids = {number: name for name, number in numbers.items() if isinstance(number, int)}
     found = len(ids) or count
     if isinstance(found, int) and (rows := _head_rows(folder)) is not None and rows[1] != found:
         what = f"the config has {found} labels, but {rows[0]} has {rows[1]} rows"
         yield Finding("failed", what, where if ids else "config.json: num_labels", remedy)
-    if config.get("problem_type") == "single_label_classification" and found == 1:
+    problem = config.get("problem_type")
+    if problem is not None and problem not in _PROBLEMS:
+        what = f"problem_type is {brief(problem)}, which transformers does not know: no loss is computed"
+        yield Finding("failed", what, "config.json: problem_type", f"write one of {', '.join(_PROBLEMS)}")
+    if problem == "single_label_classification" and found == 1:
         what = "problem_type is single_label_classification, but there is one label only: the loss is always 0"
         yield Finding("failed", what, "config.json: problem_type", 'write "regression", or give it two labels')
 
@@ -73,6 +76,10 @@ def _inverse(ids: dict[int, Any], numbers: dict[str, Any]) -> Iterator[Finding]:
     if texts:
         what = f"label2id gives {brief(texts[0])} the id {brief(numbers[texts[0]])}, a text: write it as a number"
         yield Finding("warning", what, where, remedy)
+    if extra := [name for name, number in plain.items() if number not in ids]:
+        what = f"label2id gives {brief(extra[0])} the id {plain[extra[0]]}, for which id2label has no name"
+        yield Finding("failed", what, where, remedy)
+        return
     for number, name in ids.items():
         known = name in plain or len(set(ids.values())) == len(ids)
         if isinstance(name, str) and known and plain.get(name) != number and list(ids.values()).count(name) == 1:
@@ -84,98 +91,11 @@ def _inverse(ids: dict[int, Any], numbers: dict[str, Any]) -> Iterator[Finding]:
 def _head_rows(folder: Folder) -> tuple[str, int] | None:
     """The classifier's weight and how many rows it has, if the folder has one and its config says so."""
     listed = folder.config.get("architectures")
-    if folder.odd or not isinstance(listed, list) or not any(_CLASSIFIER.search(str(name)) for name in listed):
+    if not isinstance(listed, list) or not any(_CLASSIFIER.search(str(name)) for name in listed):
         return None
-    try:
-        info = open_checkpoint(folder.path).info if weight_files(folder.path) else {}
-    except (CheckpointError, OSError):
-        return None  # named by `weights`
+    info = tensor_headers(folder)
     heads = [(name, tensor.shape[0]) for name, tensor in info.items() if _HEAD.search(name) and len(tensor.shape) == 2]
     return heads[0] if len(heads) == 1 else None
 
 
-# file → the keys whose values are classes
-_CLASSES = {
-    "preprocessor_config.json": ("image_processor_type", "feature_extractor_type", "processor_class"),
-    "processor_config.json": ("processor_class",),
-    "video_preprocessor_config.json": ("video_processor_type", "processor_class"),
-    "tokenizer_config.json": ("processor_class",),
-}
-_NEEDS = {
-    "pixel_values": "AutoImageProcessor",
-    "input_features": "AutoFeatureExtractor",
-    "input_values": "AutoFeatureExtractor",
-}
-_AUTOS = ("AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
-
-
-def processors(folder: Folder) -> Iterator[Finding]:
-    """The processor's class can be found, and the files it is made from are there."""
-    code = all_code(folder)
-    own = {reference.rpartition(".")[2] for _, _, reference in references(folder)}
-    for file, keys in _CLASSES.items():
-        values = folder.values.get(file, {})
-        served = isinstance(values.get("auto_map"), dict) or any(auto in folder.auto_map for auto in _AUTOS)
-        for key in keys:
-            name = values.get(key)
-            if name is None or name in own or served or any(klass.name == name for klass in code.classes):
-                continue
-            known = library_names()
-            if not isinstance(name, str) or not ({name, f"{name}Fast", name.removesuffix("Fast")} & known):
-                what = f"transformers has no class {brief(name)}, and auto_map does not lead to one"
-                yield Finding("failed", what, f"{file}: {key}", "name a class of transformers, or add it to auto_map")
-    if any(name in folder.files for name in _PROCESSOR_FILES) or not folder.config:
-        return
-    promised = _promised(folder)
-    remedy = "save the processor beside the model: processor.save_pretrained(folder)"
-    if promised:
-        what = f"there is no preprocessor_config.json, although {promised}"
-        yield Finding("failed", what, "preprocessor_config.json", remedy)
-    elif takes := _takes(folder):
-        what = f"the model takes {takes}, but there is no preprocessor_config.json to make them with"
-        yield Finding("warning", what, "preprocessor_config.json", remedy)
-
-
-def _promised(folder: Folder) -> str:
-    """What in the folder says that there is a processor."""
-    for name, auto, _ in references(folder):
-        if auto in ("AutoImageProcessor", "AutoFeatureExtractor"):
-            return f"auto_map of {name} has {auto}"
-    named = folder.values.get("tokenizer_config.json", {}).get("processor_class")
-    if isinstance(named, str) and _takes(folder):
-        return f"tokenizer_config.json names {named}"
-    card = folder.files.get("README.md")
-    if card is not None and _takes(folder):
-        text = card.open("rb").read(200_000).decode("utf-8", errors="replace")
-        if used := re.search(
-            r"\b(Auto(Image)?Processor|AutoFeatureExtractor|\w+ImageProcessor|pipeline)\b(?=[.(])", text
-        ):
-            return f"the README uses {used[0]}"
-        if tag := re.search(r"^pipeline_tag: *((image|audio|video|zero-shot-image|automatic-speech)\S*)", text, re.M):
-            return f"the README has pipeline_tag: {tag[1]}"
-    return ""
-
-
-def _takes(folder: Folder) -> str:
-    """Which input of images or sounds the main model asks for, if it is known not to take texts alone."""
-    if own_code(folder):
-        code = all_code(folder)
-        for auto in folder.auto_map:
-            klass = target(folder, code, auto) if str(auto).startswith("AutoModel") else None
-            found = code.method(klass, "forward") if klass is not None else None
-            if found is not None:
-                arguments = [a.arg for a in [*found[1].args.args, *found[1].args.kwonlyargs]]
-                if arguments[1:] and arguments[1] in _NEEDS:
-                    return arguments[1]
-        return ""
-    listed = folder.config.get("architectures")
-    name = listed[0] if isinstance(listed, list) and listed else None
-    if not isinstance(name, str) or name not in library_names() or "Timm" in name:
-        return ""
-    import transformers
-
-    main = getattr(getattr(transformers, name, None), "main_input_name", "input_ids")
-    return main if main in _NEEDS else ""
-
-
-CHECKS = {"labels": labels, "processors": processors}
+CHECKS = {"labels": labels}

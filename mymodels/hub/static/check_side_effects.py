@@ -7,12 +7,10 @@ changes these as well, and nobody looks for the reason in a model's file. Read h
 import ast
 import re
 from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
 
 from .code_tree import constant
-from .meanings import words
-from .reading import MAIN, Reader, readers
+from .reading import Reader, readers
+from .replacements import assignments, effect, given_to_patchers
 from .repo_snapshot import Finding, Folder
 
 # full name of what is called → what that changes, and what to do instead
@@ -126,15 +124,6 @@ _RANDOM = re.compile(
 _LAYER = re.compile(
     r"torch\.nn\.(Linear|Bilinear|Conv\w+|Embedding(Bag)?|LSTM|GRU|RNN|\w+Cell|MultiheadAttention|Transformer\w*)$"
 )
-_REGISTRIES = re.compile(
-    r"(ALL_\w*FUNCTIONS|ACT2FN|ACT2CLS|ROPE_\w+FUNCTIONS|\w*_MAPPING|\w*_REGISTRY|AttentionInterface|AttentionMaskInterface)"
-    r"(\._(extra_content|mapping|model_mapping|config_mapping|global_mapping))?$"
-)
-_STOCK_KEYS = words(
-    "eager sdpa flash_attention_2 flash_attention_3 flex_attention paged_attention sdpa_paged eager_paged default linear dynamic "
-    "yarn longrope llama3 proportional gelu relu silu swish tanh sigmoid gelu_new gelu_fast quick_gelu gelu_pytorch_tanh "
-    "gelu_python mish relu2 relu6 leaky_relu laplace"
-)
 
 
 def side_effects(folder: Folder) -> Iterator[Finding]:
@@ -143,58 +132,22 @@ def side_effects(folder: Folder) -> Iterator[Finding]:
     for reader in readers(folder):
         if reader.live:
             yield from _settings(reader)
-            yield from _assignments(reader)
+            yield from assignments(reader)
+            yield from given_to_patchers(reader)
+            yield from _threads(reader)
+            yield from _inputs_changed(reader)
             yield from _work(reader, own)
-
-
-def _finding(reader: Reader, node: ast.AST, inside: str, does: str, remedy: str, status: str = "") -> Finding:
-    what = f"{reader.file.name} {does}, {reader.moment(inside)}"
-    return Finding(status or _status(reader, inside), what, reader.file.at(node), remedy)
-
-
-def _status(reader: Reader, inside: str) -> str:
-    """What runs when the code is imported or a model is made or called is a failure; what some function may do, is not."""
-    used = reader.runs_at_import(inside) or inside in _USED or inside in reader.used
-    return "failed" if used and inside != MAIN else "warning"
-
-
-_SETTERS = {
-    "builtins.setattr",
-    "builtins.delattr",
-    "builtins.type.__setattr__",
-    "builtins.type.__delattr__",
-    "unittest.mock.patch.object",
-}
-_USED = {
-    "forward",
-    "__init__",
-    "__call__",
-    "post_init",
-    "_init_weights",
-    "__post_init__",
-    "from_pretrained",
-    "_from_config",
-    "generate",
-    "prepare_inputs_for_generation",
-    "_prepare_cache_for_generation",
-    "_reorder_cache",
-    "tie_weights",
-    "preprocess",
-    "_forward",
-    "postprocess",
-    "_tokenize",
-}
 
 
 def _settings(reader: Reader) -> Iterator[Finding]:
     for call, names, inside in reader.calls:
         if isinstance(call, ast.Call) and (name := _replaced_kernel(reader, call, names)):
             does = f"replaces an operator of torch for the whole process, by {name}"
-            yield _finding(reader, call, inside, does, "define an operator under a namespace of its own")
-        effect = next(((name, e) for name in sorted(names) for e in _EFFECTS if e[0].match(name)), None)
-        if isinstance(call, ast.Call) and effect and not _undone(reader, call, effect[0]):
-            name, (_, does, remedy) = effect
-            yield _finding(reader, call, inside, f"{does}, by {name}", remedy)
+            yield effect(reader, call, inside, does, "define an operator under a namespace of its own")
+        known = next(((name, e) for name in sorted(names) for e in _EFFECTS if e[0].match(name)), None)
+        if isinstance(call, ast.Call) and known and not _undone(reader, call, known[0]):
+            name, (_, does, remedy) = known
+            yield effect(reader, call, inside, f"{does}, by {name}", remedy)
         elif isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
             yield from _methods(reader, call, inside)
     for node, inside in reader.nodes:  # a decorator is called too: @torch.set_grad_enabled is none, @atexit.register is
@@ -202,7 +155,7 @@ def _settings(reader: Reader) -> Iterator[Finding]:
             for name in reader.meanings.names(decorator) if not isinstance(decorator, ast.Call) else ():
                 for pattern, does, remedy in _EFFECTS:
                     if pattern.match(name) and not _SCOPED.match(name):
-                        yield _finding(reader, decorator, inside, f"{does}, by {name}", remedy)
+                        yield effect(reader, decorator, inside, f"{does}, by {name}", remedy)
 
 
 def _replaced_kernel(reader: Reader, call: ast.Call, names: frozenset[str]) -> str:
@@ -217,6 +170,8 @@ def _methods(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
     """Calls of methods of something that is itself called: `torch.no_grad().__enter__()`, `getLogger().setLevel()`."""
     assert isinstance(call.func, ast.Attribute)
     of, method = call.func.value, call.func.attr
+    if method == "enter_context":
+        yield from _entered(reader, call, inside)
     sources = [of, *reader.meanings.values.get(of.id, ())[:4]] if isinstance(of, ast.Name) else [of]
     for source in sources:
         if not isinstance(source, ast.Call):
@@ -224,21 +179,47 @@ def _methods(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
         made = reader.meanings.names(source.func)
         if method == "__enter__" and (mode := next((n for n in sorted(made) if _MODES.match(n)), "")):
             does = f"switches {mode} on for the whole process, by __enter__"
-            yield _finding(reader, call, inside, does, f"use `with {mode}(…):` around what needs it")
+            yield effect(reader, call, inside, does, f"use `with {mode}(…):` around what needs it")
         elif method == "__enter__" and any(
             re.match(r"torch\.(\w+\.)*(no_grad|inference_mode|set_grad_enabled)$", n) for n in made
         ):
             remedy = "use `with torch.no_grad():` around what needs it"
-            yield _finding(
+            yield effect(
                 reader, call, inside, "switches gradients on or off for the whole process, by __enter__", remedy
             )
+        elif method == "start" and any(re.match(r"unittest\.mock\.patch", n) for n in made):
+            target = reader.meanings.text(source.args[0]) if source.args else None
+            does = f"replaces {target or 'an attribute of another module'} for the whole process, by mock.patch"
+            yield effect(reader, call, inside, does, "derive a class of your own instead of changing another's")
         elif method in ("setLevel", "addHandler", "removeHandler", "addFilter") and any(
             re.match(r"logging\.getLogger$|transformers\.(\w+\.)*get_logger$", name) for name in made
         ):
             given = source.args[0] if source.args else None
             if given is None or isinstance(constant(given), str):
                 remedy = "leave the levels of other loggers to the caller"
-                yield _finding(reader, call, inside, f"changes another logger, by {method}", remedy)
+                yield effect(reader, call, inside, f"changes another logger, by {method}", remedy)
+
+
+def _entered(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
+    """`stack.enter_context(torch.no_grad())` of a stack that no `with` closes."""
+    assert isinstance(call.func, ast.Attribute)
+    of, first = call.func.value, call.args[0] if call.args else None
+    if not isinstance(first, ast.Call) or not isinstance(of, ast.Name):
+        return
+    closed = {
+        ast.unparse(item.optional_vars)
+        for node, _ in reader.nodes
+        if isinstance(node, ast.With)
+        for item in node.items
+        if item.optional_vars is not None
+    }
+    made = reader.meanings.names(first.func)
+    mode = next(
+        (n for n in sorted(made) if _MODES.match(n) or re.match(r"torch\.(\w+\.)*(no_grad|inference_mode)$", n)), ""
+    )
+    if mode and of.id not in closed:
+        does = f"switches {mode} on for the whole process, by enter_context"
+        yield effect(reader, call, inside, does, f"use `with {mode}(…):` around what needs it")
 
 
 def _undone(reader: Reader, call: ast.Call, name: str) -> bool:
@@ -260,124 +241,48 @@ def _undone(reader: Reader, call: ast.Call, name: str) -> bool:
     return False
 
 
-def _assignments(reader: Reader) -> Iterator[Finding]:
-    """What is assigned to, or deleted from, things that are not the folder's own."""
+_THREADS = re.compile(r"threading\.(Thread|Timer)$|multiprocessing\.(\w+\.)*\w*Process$")
+
+
+def _threads(reader: Reader) -> Iterator[Finding]:
     for node, inside in reader.nodes:
-        targets: list[ast.expr] = []
-        if isinstance(node, (ast.Assign, ast.Delete)):
-            targets = [t for target in node.targets for t in getattr(target, "elts", [target])]
-        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
-            targets = [node.target] if node.value is not None else []
-        for target in targets:
-            if isinstance(target, (ast.Attribute, ast.Subscript)):
-                key = reader.meanings.text(target.slice) if isinstance(target, ast.Subscript) else target.attr
-                yield from _changed(reader, node, inside, target.value, key, isinstance(target, ast.Subscript))
-        if isinstance(node, ast.Call):
-            names = reader.meanings.names(node.func)
-            method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-            if names & _SETTERS and len(node.args) > 1:
-                yield from _changed(reader, node, inside, node.args[0], reader.meanings.text(node.args[1]), False)
-            elif method in ("register", "update", "pop", "clear", "setdefault", "__setitem__") and isinstance(
-                node.func, ast.Attribute
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for base in node.bases:
+            if name := next((n for n in sorted(reader.meanings.names(base)) if _THREADS.match(n)), ""):
+                does = f"has a class of threads or processes of its own, {node.name}, derived from {name}"
+                yield effect(reader, node, inside, does, "do not: a model has no need of them")
+
+
+_INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels", "pixel_values", "input_features"}
+
+
+def _inputs_changed(reader: Reader) -> Iterator[Finding]:
+    """`forward` that writes into the tensors that its caller goes on using, or into the model itself."""
+    for node, _ in reader.nodes:
+        if not isinstance(node, ast.FunctionDef) or node.name != "forward":
+            continue
+        own = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        given = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]} & _INPUTS - own
+        remedy = "clone it first, or write the result to a tensor of its own"
+        for step in ast.walk(node):
+            if isinstance(step, ast.Call) and isinstance(step.func, ast.Attribute):
+                of, method = step.func.value, step.func.attr
+                in_place = bool(re.search(r"[a-z]_$", method)) and method != "requires_grad_"
+                if in_place and isinstance(of, ast.Name) and of.id in given:
+                    yield effect(
+                        reader, step, "forward", f"changes its caller's {of.id}, by {method}", remedy, "warning"
+                    )
+                elif method == "train" and isinstance(of, ast.Name) and of.id == "self":
+                    does = "switches the model between training and evaluation, by self.train"
+                    yield effect(reader, step, "forward", does, "leave the mode to the caller", "warning")
+            elif (
+                isinstance(step, ast.Subscript)
+                and isinstance(step.ctx, ast.Store)
+                and getattr(step.value, "id", "") in given
             ):
-                yield from _registered(reader, node, inside, node.func.value)
-
-
-def _changed(
-    reader: Reader, node: ast.AST, inside: str, of: ast.expr, key: str | None, entry: bool
-) -> Iterator[Finding]:
-    own = reader.file.names | {}
-    for name in sorted(reader.meanings.names(of)):
-        shown = f"{name}.{key or '…'}"
-        if name.startswith(("globals()", "builtins.super", ".")) or (
-            name.partition(".")[0] == "builtins" and name != "builtins"
-        ):
-            continue
-        if name == "os.environ":
-            yield _finding(
-                reader,
-                node,
-                inside,
-                f"changes environment variables, by os.environ[{key!r}]",
-                "leave them to the caller",
-            )
-        elif name.startswith(("torch.backends", "torch._dynamo", "torch._inductor", "torch._functorch")):
-            yield _finding(
-                reader,
-                node,
-                inside,
-                f"changes a setting of torch for the whole process, {shown}",
-                "leave it to the caller",
-            )
-        elif name in ("sys.modules", "sys.path") or (name == "sys" and key in ("path", "modules", "meta_path", "argv")):
-            remedy = "import siblings by `from .name import …`"
-            yield _finding(reader, node, inside, f"changes what the whole process imports, {shown}", remedy)
-        elif entry:
-            if _is_stock_entry(name, key):
-                remedy = "register it under a name of its own, and name that in the config"
-                yield _finding(
-                    reader, node, inside, f"replaces {key!r} in {name}, for every model of the process", remedy
-                )
-        elif _is_foreign(name) and (not isinstance(of, ast.Name) or of.id in own or _is_class(name)):
-            remedy = "derive a class of your own instead of changing another's"
-            yield _finding(
-                reader, node, inside, f"changes {shown}, which is not its own, for the whole process", remedy
-            )
-
-
-def _is_foreign(name: str) -> bool:
-    """A module or class of another package; what a call returned or what an instance holds is not meant."""
-    return bool(re.match(r"[A-Za-z_]\w*(\.\w+)*$", name)) and not name.startswith("builtins.")
-
-
-def _is_class(name: str) -> bool:
-    return name.rpartition(".")[2][:1].isupper()
-
-
-def _is_stock_entry(name: str, key: str | None) -> bool:
-    if name == "transformers.models" or not _REGISTRIES.search(name):
-        return False
-    return key is None or key in _STOCK_KEYS or key in _model_types()
-
-
-@lru_cache(maxsize=1)
-def _model_types() -> frozenset[str]:
-    """The names of the families that the installed transformers has."""
-    from importlib.util import find_spec
-
-    spec = find_spec("transformers")
-    models = Path(spec.origin).parent / "models" if spec is not None and spec.origin else None
-    return frozenset(path.name for path in models.iterdir() if path.is_dir()) if models is not None else frozenset()
-
-
-def _registered(reader: Reader, call: ast.Call, inside: str, of: ast.expr) -> Iterator[Finding]:
-    """`ALL_ATTENTION_FUNCTIONS.register("sdpa", …)`, `ACT2FN.update({"gelu": …})`, `AutoConfig.register("bert", …)`."""
-    assert isinstance(call.func, ast.Attribute)
-    for name in sorted(reader.meanings.names(of)):
-        first = call.args[0] if call.args else None
-        keys = (
-            [reader.meanings.text(key) for key in first.keys]
-            if isinstance(first, ast.Dict)
-            else [reader.meanings.text(first)]
-        )
-        auto = re.search(r"transformers\.(\w+\.)*Auto(Config|Model\w*|Tokenizer)$", name)
-        keys += [_family(known) for known in sorted(reader.meanings.names(first))] if auto and first is not None else []
-        if auto and not any(key in _model_types() for key in keys):
-            continue
-        for key in keys:
-            if key is not None and (auto or _is_stock_entry(name, key)):
-                remedy = "register it under a name of its own, and name that in the config"
-                what = f"replaces {key!r} in {name}, for every model of the process"
-                yield _finding(reader, call, inside, what, remedy)
-                break
-
-
-def _family(config_class: str) -> str | None:
-    """The family whose config class a full name is: `transformers.GPT2Config` → `gpt2`."""
-    found = re.match(r"transformers\.(?:models\.(\w+)\.)?(?:\w+\.)*(\w+)Config$", config_class)
-    if found is None:
-        return None
-    return found[1] or next((f for f in _model_types() if f.replace("_", "") == found[2].lower()), None)
+                does = f"changes its caller's {ast.unparse(step.value)}, by an assignment to a part of it"
+                yield effect(reader, step, "forward", does, remedy, "warning")
 
 
 def _work(reader: Reader, own: set[str]) -> Iterator[Finding]:
@@ -387,7 +292,7 @@ def _work(reader: Reader, own: set[str]) -> Iterator[Finding]:
         if not reader.runs_at_import(inside):
             continue
         if isinstance(node, ast.While) and isinstance(node.test, ast.Constant) and node.test.value:
-            yield _finding(reader, node, inside, "loops without an end in sight", remedy)
+            yield effect(reader, node, inside, "loops without an end in sight", remedy)
         if not isinstance(node, ast.Call):
             continue
         names, method = reader.meanings.names(node.func), getattr(node.func, "attr", "")
@@ -401,13 +306,13 @@ def _work(reader: Reader, own: set[str]) -> Iterator[Finding]:
             or layer
             or (method in _WORK_METHODS and not any(n.startswith(("itertools", "time")) for n in names))
         ):
-            yield _finding(reader, node, inside, f"does work: {ast.unparse(node.func)[:60]}()", remedy)
+            yield effect(reader, node, inside, f"does work: {ast.unparse(node.func)[:60]}()", remedy)
         elif drawn:
-            yield _finding(reader, node, inside, f"draws random numbers, by {drawn}", remedy)
+            yield effect(reader, node, inside, f"draws random numbers, by {drawn}", remedy)
         elif names & {"builtins.print"}:
-            yield _finding(reader, node, inside, "prints", "use logging.get_logger(__name__)", "warning")
+            yield effect(reader, node, inside, "prints", "use logging.get_logger(__name__)", "warning")
         elif names & {"builtins.open", "io.open", "json.load", "torch.load"} and "builtins.open" in names:
-            yield _finding(
+            yield effect(
                 reader, node, inside, "opens a file", "open it where a model is made, from its folder", "warning"
             )
 

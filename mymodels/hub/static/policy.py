@@ -8,7 +8,7 @@ import re
 import sys
 from typing import NamedTuple
 
-from .meanings import SENSITIVE_MODULES, words
+from .library_modules import SENSITIVE_MODULES, words
 
 
 class Verdict(NamedTuple):
@@ -27,7 +27,8 @@ NETWORK = re.compile(
     r"pooch|fsspec|s3fs|gcsfs|smart_open|cloudpathlib|google\.cloud|azure|playwright|selenium|scapy|openai|anthropic|"
     r"nltk\.download(er)?|spacy\.cli|datasets\.load_dataset|(tensorflow\.)?keras\.utils\.get_file|numpy\.(lib\.\w+\.)?DataSource|"
     r"huggingface_hub\.(\w+\.)*(upload_\w+|create_(repo|commit|branch|tag)|delete_\w+|push_to_hub\w*)$|"
-    r"torch\.distributed\.(\w+\.)*(TCPStore|rendezvous)$|kernels\.(get_kernel|install_kernel)|transformers\.utils(\.hub)?\.http_get)(\.|$)"
+    r"torch\.distributed\.(\w+\.)*(TCPStore|HashStore|FileStore|rendezvous|init_process_group)$|deepspeed\.init\w*$|"
+    r"logging\.handlers\.(HTTP|SMTP|Socket|Datagram|SysLog)Handler$|kernels\.(get_kernel|install_kernel)|transformers\.utils(\.hub)?\.http_get)(\.|$)"
 )
 # what asks the Hub for files: judged at the call, by the repo that it names
 HUB = re.compile(
@@ -38,7 +39,7 @@ HUB = re.compile(
 )
 PROCESSES = re.compile(
     r"(_?posixsubprocess|subprocess|pty|tty|pexpect|sh|plumbum|fabric|invoke|execnet|docker|pip|multiprocessing(\.\w+)*\."
-    r"\w*Process|torch\.multiprocessing\.(spawn|start_processes|\w*Process)|psutil\.Popen|"
+    r"(\w*Process|Pool)|torch\.multiprocessing\.(spawn|start_processes|\w*Process|Pool)|psutil\.Popen|"
     r"(os|posix|nt)\.(system|popen|exec\w+|spawn\w+|fork|forkpty|posix_spawnp?|startfile|kill|killpg|setuid|setgid|chroot)|"
     r"asyncio\.(create_subprocess_\w+|subprocess)|commands|platform\.popen|concurrent\.futures\.(\w+\.)?ProcessPoolExecutor|"
     r"transformers\.(testing_utils|commands)|torch\.distributed\.(run|launch|launcher|elastic)|torch\.utils\.collect_env|"
@@ -55,7 +56,8 @@ DYNAMIC = re.compile(
     r"cupy\.(\w+\.)*(RawKernel|RawModule|ElementwiseKernel)$|pycuda(\.|$)|(cffi|cppyy|weave|pyximport|cython)(\.|$)|"
     r"timeit\.(timeit|repeat|main|Timer)(\.|$)|(cProfile|profile)\.(runctx|run|(Profile\.)run(ctx)?)$|doctest\.\w+|"
     r"trace\.Trace(\.|$)|torch\.fx\.(\w+\.)*_?exec_with_source$|torch\.storage\._load_from_bytes$|"
-    r"(string|_string)\.(Formatter\.get_field|formatter_field_name_split)$|typing\.(_eval_type|ForwardRef\._evaluate)$|"
+    r"(string|_string)\.(Formatter\.(get_field|vformat)|formatter_field_name_split)$|typing\.(_eval_type|get_type_hints|ForwardRef)(\.|$)|"
+    r"typing_extensions\.(get_type_hints|evaluate_forward_ref)$|annotationlib(\.|$)|torch\.ops\.import_module$|"
     r"(sympy\.(sympify|parsing)|numexpr\.evaluate|asteval|simpleeval)(\.|$)|"
     r"transformers\.dynamic_module_utils(\.|$)|transformers\.(agents|tools)(\.|$)|transformers\.(\w+\.)*"
     r"(get_class_from_dynamic_module|get_imported_module|custom_object_save)$|"
@@ -66,6 +68,8 @@ SECRETS = re.compile(
     r"(keyring|secretstorage|browser_cookie3|pynput|pyperclip|mss|winreg|win32\w*|pwd|spwd|getpass|netrc)(\.|$)|"
     r"(os|posix)\.environb$"
 )
+
+ASKS = re.compile(r"builtins\.input$|(code|codeop|cmd|readline)\.|pdb\.|click\.(prompt|confirm)$")
 
 _SAFE_OS = (
     r"path(\..*)?|environ(\..*)?|getenv|sep|linesep|pathsep|altsep|extsep|curdir|pardir|devnull|name|PathLike|fspath|"
@@ -107,7 +111,7 @@ ALLOWED: dict[str, re.Pattern[str]] = {
         "torch.serialization": r"safe_globals|add_safe_globals|load|save|get_safe_globals|MAP_LOCATION|FILE_LIKE",
     }.items()
 }
-_MODULE_NAMES = {"os.path", "urllib.request", "multiprocessing.pool", "importlib.util"}
+_MODULE_NAMES = {"os.path", "multiprocessing.context", "urllib.request", "multiprocessing.pool", "importlib.util"}
 # modules of the standard library of which everything may be used
 _PURE = words(
     "__future__ abc argparse array ast base64 binascii bisect bz2 calendar cmath codecs collections "
@@ -156,14 +160,13 @@ def judge_name(name: str) -> Verdict | None:
         (PROCESSES, "processes", "starts programs"),
         (DYNAMIC, "dynamic code", "makes or loads code at run time"),
         (SECRETS, "secrets access", "reads what users keep secret"),
+        (ASKS, "dynamic code", "asks whoever sits at the terminal"),
     ):
         if pattern.match(name):
             return Verdict(check, does)
-    if re.match(r"multiprocessing\.(\w+\.)*Pool$", name):
-        return Verdict("processes", "starts processes", "warning")
-    module, allowed = _allow_list(name)
+    module, allowed = _allow_list(name.replace("multiprocessing.context.", "multiprocessing."))
     if allowed is not None:
-        rest = name[len(module) + 1 :]
+        rest = name.replace("multiprocessing.context.", "multiprocessing.")[len(module) + 1 :]
         if rest and name not in _MODULE_NAMES and not allowed.match(rest):
             loads = module in ("pickle", "ctypes", "importlib", "builtins")
             does = "makes or loads code at run time" if loads else "takes what model code has no need of"

@@ -1,11 +1,13 @@
 """One pass over each code file: every name that is used, what it stands for, and when it runs."""
 
 import ast
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from .code_tree import reachable
-from .meanings import Meanings, canonical, meanings
+from .library_modules import canonical
+from .meanings import Meanings, meanings
 from .repo_snapshot import CodeFile, Folder
 
 AT_IMPORT, MAIN = "", "__main__"
@@ -50,7 +52,8 @@ class Reader:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 self.docs.add(id(node.value))
         called = self._called()
-        self.eager = _closure(called, {AT_IMPORT}) | {"__init_subclass__", "__set_name__"}
+        hooks = {"__init_subclass__", "__set_name__"} | {place for _, place in self.nodes if "." in place}
+        self.eager = _closure(called, {AT_IMPORT, *hooks}) | hooks
         self.used = _closure(called, {"forward", "__init__"})
 
     def _read(self, node: ast.AST, inside: str) -> None:
@@ -131,10 +134,15 @@ def _children(node: ast.AST, inside: str) -> Iterator[tuple[ast.AST, str]]:
     """The children of a node, and the function that each of them is in: decorators and defaults run outside of it."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
         name = "lambda" if isinstance(node, ast.Lambda) else node.name
+        if inside.endswith("."):  # of a metaclass, whose methods run while classes are made
+            name, inside = f"{inside}{name}", AT_IMPORT
         body = [node.body] if isinstance(node, ast.Lambda) else node.body
         inner = {id(child) for child in body}
         for child in ast.iter_child_nodes(node):
             yield child, (inside if isinstance(node, ast.Lambda) and inside else name) if id(child) in inner else inside
+    elif isinstance(node, ast.ClassDef) and inside == AT_IMPORT and _is_metaclass(node):
+        for child in ast.iter_child_nodes(node):
+            yield child, f"{node.name}." if isinstance(child, _Function) else inside
     elif isinstance(node, ast.If) and inside == AT_IMPORT and _is_main(node.test):
         yield node.test, inside
         yield from ((child, MAIN) for child in node.body)
@@ -144,6 +152,10 @@ def _children(node: ast.AST, inside: str) -> Iterator[tuple[ast.AST, str]]:
         yield from ((child, inside) for child in [node.test, *node.orelse])
     else:
         yield from ((child, inside) for child in ast.iter_child_nodes(node))
+
+
+def _is_metaclass(node: ast.ClassDef) -> bool:
+    return any(re.search(r"(^|\.)(type|\w*Meta(class)?)$", ast.unparse(base)) for base in node.bases)
 
 
 def _is_main(test: ast.expr) -> bool:

@@ -1,18 +1,36 @@
 """What the config says, or what its class says where `config.json` is silent."""
 
 import ast
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .check_config import all_code, target
 from .code_tree import constant
+from .headers import tensor_headers
 from .repo_snapshot import Folder
 
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own warnings off the terminal while its classes read what a folder says."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def text_config(folder: Folder) -> dict[str, Any]:
     """The part of `config.json` that describes the language model: its own, or that of a nested config."""
-    for name in ("text_config", "llm_config", "language_config"):
+    for name in TEXT_PARTS:
         if isinstance(inner := folder.config.get(name), dict):
             return inner
     return folder.config
@@ -20,20 +38,20 @@ def text_config(folder: Folder) -> dict[str, Any]:
 
 def setting(folder: Folder, *names: str) -> Any:
     """The value of a config field under the first of these names that is set; None if nothing says it."""
+    nested = text_config(folder) is not folder.config
+    defaults, renamed = ({}, {}) if nested else class_defaults(folder)  # those of the outer class, not the nested one
     for values in (text_config(folder), folder.config):
         for name in names:
-            if values.get(name) is not None:
-                return values[name]
-    if text_config(folder) is not folder.config:
-        return None  # the defaults are those of another class
-    defaults, renamed = _class_defaults(folder)
+            for key in (name, renamed.get(name, name)):
+                if values.get(key) is not None:
+                    return values[key]
     for name in names:
         if defaults.get(renamed.get(name, name)) is not None:
             return defaults[renamed.get(name, name)]
     return None
 
 
-def _class_defaults(folder: Folder) -> tuple[dict[str, Any], dict[str, Any]]:
+def class_defaults(folder: Folder) -> tuple[dict[str, Any], dict[str, Any]]:
     """The defaults of the config class of `auto_map`, and its `attribute_map`, as far as they are literals."""
     if "config defaults" not in folder.memo:
         folder.memo["config defaults"] = _read_defaults(folder)
@@ -71,3 +89,27 @@ def _library_defaults(folder: Folder) -> dict[str, Any]:
         return dict(CONFIG_MAPPING[folder.config["model_type"]]().to_dict())
     except Exception:  # unknown, or one that cannot be made without arguments
         return {}
+
+
+_POSITION_TABLE = re.compile(
+    r"(^|\.)(\w*position\w*embed\w*|\w*embed\w*position\w*|wpe|pos_emb\w*|position_embedding)\.weight$"
+)
+
+
+def position_rows(folder: Folder) -> int | None:
+    """The rows of a learned table of positions, if the checkpoint has one for texts."""
+    rows = [
+        tensor.shape[0]
+        for name, tensor in tensor_headers(folder).items()
+        if _POSITION_TABLE.search(name)
+        and len(tensor.shape) == 2
+        and tensor.shape[0] > 1
+        and not re.search(r"vision|visual|image|patch|encoder_pos|rel|bias", name)
+    ]
+    return min(rows) if rows else None
+
+
+def stretches_positions(folder: Folder) -> bool:
+    """Whether rotary positions are stretched beyond what the model was trained on."""
+    tables = [text_config(folder).get(key) for key in ("rope_scaling", "rope_parameters")]
+    return any(isinstance(t, dict) and t.get("rope_type", t.get("type")) not in (None, "default") for t in tables)

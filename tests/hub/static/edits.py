@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 Edit = Callable[[Path], None]
 MODELING, LAYERS, CONFIGURATION = "modeling_tinymany.py", "layers_tinymany.py", "configuration_tinymany.py"
 INIT_NORMAL = "nn.init.normal_(module.weight, std=0.02)"
+TOKENIZER = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "added_tokens": []}'
 Q_PROJ = "        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)\n"
 
 

@@ -1,6 +1,6 @@
 """Faults of the JSON files and of the config class."""
 
-from edits import CONFIGURATION, MODELING, Fault, append, auto_map, both, config, remove, replace, write
+from edits import CONFIGURATION, MODELING, TOKENIZER, Fault, append, auto_map, both, config, remove, replace, write
 
 CONFIGS = [
     Fault("no config", both(remove("config.json")), "config", "", "no config.json", base="stock_gpt2"),
@@ -159,7 +159,7 @@ CONFIGS = [
     ),
     Fault(
         "tokenizer class of transformers 5",
-        both(config("tokenizer_config.json", tokenizer_class="TokenizersBackend"), write("tokenizer.json", "{}")),
+        both(config("tokenizer_config.json", tokenizer_class="TokenizersBackend"), write("tokenizer.json", TOKENIZER)),
         "tokenizer",
         "tokenizer_class",
         "transformers 4 does not know",

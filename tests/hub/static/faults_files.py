@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edits import (
     MODELING,
+    TOKENIZER,
     Edit,
     Fault,
     append,
@@ -109,7 +110,7 @@ FILES = [
     Fault("pipe", lambda f: os.mkfifo(f / "model.bin"), "links", "model.bin", "pipe"),
     Fault(
         "tokenizer file elsewhere",
-        both(config("tokenizer_config.json", vocab_file="../../etc/passwd"), write("tokenizer.json", "{}")),
+        both(config("tokenizer_config.json", vocab_file="../../etc/passwd"), write("tokenizer.json", TOKENIZER)),
         "paths",
         "vocab_file",
         "outside the folder",

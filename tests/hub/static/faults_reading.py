@@ -24,7 +24,8 @@ from edits import (
 from hub.healthy_folders import LFS_POINTER
 
 LABELS = ["no", "yes", "maybe"]
-TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+TURNS = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
+TEMPLATE = TURNS + "{% if add_generation_prompt %}assistant:{% endif %}"
 CLASSIFIED = {"id2label": {str(i): name for i, name in enumerate(LABELS)}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
 IMAGES = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
 
@@ -32,7 +33,8 @@ IMAGES = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
 def tokenizer_json(**vocabulary: int) -> Edit:
     value = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}, "added_tokens": []}
     return both(
-        write("tokenizer.json", json.dumps(value)), config("tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+        write("tokenizer.json", json.dumps(value)),
+        config("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
     )
 
 
@@ -287,7 +289,15 @@ PAIRS: list[tuple[Fault, Edit]] = [
         labelled(label2id={"no": 0, "yes": 1, "maybe": 2}),
     ),
     (
-        Fault("rows of the head", labelled(), "labels", "id2label", "classifier.weight has 2 rows", base="stock_bert"),
+        Fault(
+            "rows of the head",
+            labelled(),
+            "labels",
+            "id2label",
+            "classifier.weight has 2 rows",
+            base="stock_bert",
+            also=("sizes",),
+        ),
         labelled(id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1}),
     ),
     # processors

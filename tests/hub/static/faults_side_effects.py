@@ -160,3 +160,34 @@ TWINS = {
     "module asked for": module('import sys\nHERE = sys.modules[__name__]\nTHERE = "flash_attn" in sys.modules'),
     "wrapped for fx": module("import torch.fx\n\n\n@torch.fx.wrap\ndef f(x):\n    return x"),
 }
+
+_PATCH = "def patch(of, value):\n    of.extra = value"
+_MOCK = "from unittest import mock\n"
+SIDE_EFFECTS += [
+    Fault(
+        "given to a patcher", module(f"{_PATCH}\n\n\npatch(nn.Linear, 1)"), "side effects", MODELING, "torch.nn.Linear"
+    ),
+    Fault("mock", module(f"{_MOCK}mock.patch('torch.relu').start()"), "side effects", MODELING, "replaces torch.relu"),
+    Fault(
+        "entry of a module's table",
+        module("vars(nn)['extra'] = 1"),
+        "side effects",
+        MODELING,
+        "torch.nn.extra",
+        also=("dynamic code",),
+    ),
+    Fault(
+        "class of threads",
+        module("import threading\n\n\nclass Worker(threading.Thread):\n    pass"),
+        "side effects",
+        MODELING,
+        "Worker, derived from threading.Thread",
+    ),
+    Fault(
+        "caller's ids", in_forward("input_ids.add_(1)"), "side effects", MODELING, "its caller's input_ids", "warning"
+    ),
+]
+TWINS |= {
+    "patcher of its own": module(f"{_PATCH}\n\n\nclass Own:\n    pass\n\n\npatch(Own, 1)"),
+    "ids of its own": in_forward("input_ids = input_ids + 1"),
+}

@@ -642,3 +642,53 @@ TWINS |= {
         "--extra-index-url https://download.pytorch.org/whl/cpu\neinops==0.8.0\n",
     ),
 }
+
+_DIG = "def dig(of, name):\n    return getattr(of, name)"
+_REDUCE = "class Kept:\n    def __reduce__(self):\n        return {0}, (1,)"
+_META = "class Meta(type):\n    def __init__(cls, *given):\n        {0}\n\n\nclass Made(metaclass=Meta):\n    pass"
+TRUST += [
+    Fault("asks at the terminal", in_forward("input()"), "dynamic code", MODELING, "asks whoever sits at the terminal"),
+    Fault(
+        "group of processes",
+        both(module("import torch.distributed as dist"), in_forward("dist.init_process_group()")),
+        "network",
+        MODELING,
+        "init_process_group",
+    ),
+    Fault(
+        "annotations evaluated",
+        both(module("import typing"), in_forward("typing.get_type_hints(self)")),
+        "dynamic code",
+        MODELING,
+        "typing.get_type_hints",
+    ),
+    Fault(
+        "pool of a context",
+        both(module("import multiprocessing as mp"), in_forward("mp.get_context('fork').Pool(1)")),
+        "processes",
+        MODELING,
+        "Pool, in forward",
+    ),
+    Fault(
+        "what a module holds",
+        in_forward("[v for k, v in torch.__dict__.items()]"),
+        "dynamic code",
+        MODELING,
+        "goes through torch.__dict__",
+    ),
+    Fault(
+        "own getter given a module",
+        both(module(_DIG), in_forward("dig(torch, self.name)")),
+        "dynamic code",
+        MODELING,
+        "taken by a variable",
+    ),
+    Fault("pickled as a call", module(_REDUCE.format("print")), "dynamic code", MODELING, "by __reduce__"),
+    Fault("metaclass", module(_META.format("open('x', 'w')")), "file access", MODELING, "which runs as soon as"),
+]
+TWINS |= {
+    "group asked for": both(module("import torch.distributed as dist"), in_forward("dist.is_initialized()")),
+    "own getter given itself": both(module(_DIG), in_forward("dig(self, use_cache)")),
+    "pickled as its class": module(_REDUCE.format("self.__class__")),
+    "metaclass that does nothing": module(_META.format("pass")),
+}

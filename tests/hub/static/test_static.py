@@ -16,6 +16,7 @@ from faults_side_effects import SIDE_EFFECTS
 from faults_side_effects import TWINS as SIDE_EFFECTS_TWINS
 from faults_trust import TRUST
 from faults_trust import TWINS as TRUST_TWINS
+from faults_values import VALUES
 from hub.healthy_folders import KINDS
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_imports
@@ -27,7 +28,8 @@ from mymodels.hub.static import CHECKS, static_checks
 from mymodels.hub.static.api_availability import Span, find_releases, lacking
 from mymodels.hub.static.symbols import GONE
 
-FAULTS = FILES + CONFIGS + IMPORTS + MODELS + READING + TRUST + SIDE_EFFECTS
+FAULTS = FILES + CONFIGS + IMPORTS + MODELS + READING + TRUST + SIDE_EFFECTS + [fault for fault, _ in VALUES]
+PAIRS = TWINS + VALUES
 HEALTHY = SIDE_EFFECTS_TWINS | TRUST_TWINS
 OURS = ("mygpt2", "mybert")
 
@@ -80,7 +82,7 @@ def test_what_differs_from_a_fault_in_one_thing_raises_no_alarm(name: str, healt
     assert [check for check in static_checks(folder) if check.status in ("failed", "warning")] == []
 
 
-@pytest.mark.parametrize(("fault", "twin"), TWINS, ids=[fault.name.replace(" ", "-") for fault, _ in TWINS])
+@pytest.mark.parametrize(("fault", "twin"), PAIRS, ids=[fault.name.replace(" ", "-") for fault, _ in PAIRS])
 def test_healthy_twin(fault: Fault, twin, healthy, tmp_path: Path) -> None:
     """It differs from the fault in the one thing, and raises no alarm."""
     folder = Path(shutil.copytree(healthy(fault.base), tmp_path / "folder"))
