@@ -146,8 +146,9 @@ class MyBertConfig(MyPretrainedConfig):
 
         self._require(self.hidden_act in ACT2FN, "hidden_act", "a key of transformers' ACT2FN")
         mix = self.layer_mix
-        at_most = f"None or 1 to num_hidden_layers={self.num_hidden_layers}"
-        self._require(mix is None or 1 <= mix <= self.num_hidden_layers, "layer_mix", at_most)
+        at_most = f"None or a number of layers, 1 to num_hidden_layers={self.num_hidden_layers}"
+        counts = isinstance(mix, int) and not isinstance(mix, bool)  # True would pass as 1
+        self._require(mix is None or (counts and 1 <= mix <= self.num_hidden_layers), "layer_mix", at_most)
         self._require(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         self._require(self.focal_gamma >= 0, "focal_gamma", "0 or more")
         self._require(self.multi_sample_dropout >= 1, "multi_sample_dropout", "1 or more")

@@ -84,9 +84,9 @@ def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
     return recordable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
 
 
-def _large(weight: Any) -> bool:
+def _is_large(weight: Any, least: int = 1 << 17) -> bool:
     """Whether oneDNN gains more than its own start takes; and not quantised, distributed, pruned, …"""
-    return type(weight) is nn.Parameter and weight.numel() >= 1 << 17 and weight.dtype is torch.float32
+    return type(weight) is nn.Parameter and weight.numel() >= least and weight.dtype is torch.float32
 
 
 class OneDnnLinear(TorchFunctionMode):
@@ -102,7 +102,7 @@ class OneDnnLinear(TorchFunctionMode):
         if not few_rows(states):
             return _OneDnnLinear.apply(states, weight, bias) if _serves(states, weight, bias) else function(*args)
         # a step of generation: no graph, fewer checks, small weights go to torch
-        if not _large(weight) or type(states) is not torch.Tensor or states.dtype is not torch.float32:
+        if not _is_large(weight) or type(states) is not torch.Tensor or states.dtype is not torch.float32:
             return function(*args)
         if states.ndim < 2 or states.numel() == 0 or not states.is_cpu:
             return function(*args)
@@ -116,15 +116,17 @@ _MODE, _STATE = OneDnnLinear(), threading.local()
 
 
 def linear_by_onednn(forward: Callable) -> Callable:
-    """Decorate a `forward`: `OneDnnLinear` for all it calls, once around the outermost that is decorated.
+    """Decorate a module's `forward`: `OneDnnLinear` for all it calls, once around the outermost that is decorated.
 
+    While a mode is active each call of torch takes some microseconds more, which counts with few rows. There it is
+    active only in modules that have a large `nn.Linear` of their own, and not in those around them.
     `torch.backends.mkldnn.flags(enabled=False)` turns it off; it is off under compilation, tracing and autocast.
     """
 
     @functools.wraps(forward)
     def fast(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        wanted = ONE_DNN and recordable() and not getattr(_STATE, "active", False) and torch.backends.mkldnn.enabled
-        if not wanted or torch.is_autocast_enabled("cpu") or not _on_cpu(args, kwargs):
+        states = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if states is None or not _gains(self, states):
             return forward(self, *args, **kwargs)
         _STATE.active = True
         try:
@@ -136,14 +138,25 @@ def linear_by_onednn(forward: Callable) -> Callable:
     return fast
 
 
-def _on_cpu(args: tuple, kwargs: dict) -> bool:
-    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-    return first is not None and first.device.type == "cpu"
+def _gains(module: nn.Module, states: torch.Tensor) -> bool:
+    """Whether the mode is allowed here, not active yet, and pays for a `forward` whose first tensor is `states`."""
+    if not ONE_DNN or not recordable() or getattr(_STATE, "active", False) or not torch.backends.mkldnn.enabled:
+        return False
+    if states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if not few_rows(states):
+        return True
+    least = 1 << 21 if states.shape[:-1].numel() == 1 else 1 << 17  # with one row oneDNN gains less
+    return any(
+        isinstance(layer, nn.Linear) and _is_large(layer._parameters.get("weight"), least)
+        for layer in (module, *module._modules.values())
+    )
 
 
 def few_rows(states: torch.Tensor) -> bool:
-    """Whether this is like a step of generation, where a mode around each call of torch costs more than it gains."""
-    return not torch.is_grad_enabled() and states.shape[:-1].numel() <= 64
+    """Whether `states` `[…, width]`, or ids `[…]`, are as few as in a step of generation: 64 tokens, without gradients."""
+    rows = states.shape[:-1] if states.is_floating_point() else states.shape
+    return not torch.is_grad_enabled() and rows.numel() <= 64
 
 
 def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
@@ -309,7 +322,7 @@ def _same_code(function: Callable, formula: Callable) -> bool:
         return False
     if not isinstance(one, ast.FunctionDef) or not isinstance(other, ast.FunctionDef):
         return False
-    if len(one.decorator_list) > 1 or hasattr(function, "__wrapped__") or one.args.defaults:
+    if hasattr(function, "__wrapped__") or one.args.defaults:
         return False
     names = [[node.arg for node in ast.walk(each.args) if isinstance(node, ast.arg)] for each in (one, other)]
     return names[0] == names[1] and list(map(ast.dump, _statements(one))) == list(map(ast.dump, _statements(other)))

@@ -74,6 +74,7 @@ class MyBertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
+    @linear_by_onednn
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -105,6 +106,7 @@ class MyBertOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    @linear_by_onednn
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
 
@@ -126,6 +128,7 @@ class MyBertIntermediate(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = make_activation(config.hidden_act)
 
+    @linear_by_onednn
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.intermediate_act_fn(self.dense(hidden_states))
 
@@ -137,7 +140,6 @@ class MyBertLayer(GradientCheckpointingLayer):
         self.intermediate = MyBertIntermediate(config)
         self.output = MyBertOutput(config, config.intermediate_size)
 
-    @linear_by_onednn
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, weights = self.attention(hidden_states, **kwargs)
         return self.feed_forward(attended), weights

@@ -67,6 +67,7 @@ class MyGPT2Attention(nn.Module):
             self.q_norm = make_norm(config.norm_type, config.head_dim, config.layer_norm_epsilon)
             self.k_norm = make_norm(config.norm_type, config.head_dim, config.layer_norm_epsilon)
 
+    @linear_by_onednn
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -104,6 +105,7 @@ class MyGPT2DenseMLP(nn.Module):
         self.down_proj.is_residual_projection = True
         self.act_fn = make_activation(config.activation_function)
 
+    @linear_by_onednn
     @trained_as(dense_mlp)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(x)))
@@ -118,6 +120,7 @@ class MyGPT2GatedMLP(nn.Module):
         self.down_proj.is_residual_projection = True
         self.act_fn = make_activation(config.activation_function)
 
+    @linear_by_onednn
     @trained_as(gated_mlp)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -136,7 +139,6 @@ class MyGPT2Block(GradientCheckpointingLayer):
         self.mlp = MLPS[config.mlp_type](config)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    @linear_by_onednn
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
@@ -244,16 +246,8 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         if position_ids is None and config.position_embedding_type == "learned":
             check_length(inputs_embeds.shape[1], config.max_position_embeddings)
         positions = cache_position[None] if position_ids is None else position_ids
-        masks = masks_by_layer_type(
-            config,
-            layers,
-            inputs_embeds,
-            attention_mask,
-            past_key_values,
-            position_ids,
-            cache_position,
-            output_attentions,
-        )
+        mask_inputs = (attention_mask, past_key_values, position_ids, cache_position)
+        masks = masks_by_layer_type(config, layers, inputs_embeds, *mask_inputs, output_attentions)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
 
@@ -306,8 +300,11 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.model
 
-    @can_return_tuple
     @linear_by_onednn
+    def logits_of(self, states: torch.Tensor) -> torch.Tensor:
+        return soft_cap(self.lm_head(states), self.config.final_logit_softcapping)
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -346,12 +343,12 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        states, cap = outputs.last_hidden_state[:, kept], self.config.final_logit_softcapping
-        logits = soft_cap(self.lm_head(states), cap)
+        states = outputs.last_hidden_state[:, kept]
+        logits = self.logits_of(states)
         loss = None
         if labels is not None:
             if self.loss_function is causal_lm_loss:
-                kwargs["made_of"] = (states, self.lm_head, cap)
+                kwargs["made_of"] = (states, self.lm_head, self.config.final_logit_softcapping)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
