@@ -12,7 +12,7 @@ MAX_CLASSES = 1000
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 # transformers' own classes that are modules without being models
 _TRANSFORMERS_MODULES = re.compile(
-    r"(GradientCheckpointingLayer|RMSNorm|LayerNorm|Attention|MLP|Embedding|Layer|Block)$"
+    r"(GradientCheckpointingLayer|RMSNorm|LayerNorm|Attention|MLP|Embedding|(?<!Cache)Layer|Block)$"
 )
 
 

@@ -20,6 +20,7 @@ KNOWN = {
     ("funnel", "init weights"),
     ("higgs_audio_v2_tokenizer", "other imports"),  # torchaudio, which the library asks for elsewhere
     ("inkling", "post_init"),  # of an inner model
+    ("reformer", "side effects"),  # torch.manual_seed in forward, which makes its reversible layers repeat
     ("xlm", "transformers names"),
     ("xlstm", "init weights"),
     ("youtu", "init weights"),
