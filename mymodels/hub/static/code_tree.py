@@ -12,7 +12,7 @@ MAX_CLASSES = 1000
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 # transformers' own classes that are modules without being models
 _TRANSFORMERS_MODULES = re.compile(
-    r"(GradientCheckpointingLayer|RMSNorm|LayerNorm|Attention|MLP|Embedding|(?<!Cache)Layer|Block)$"
+    r"(GradientCheckpointingLayer|RMSNorm|LayerNorm|Attention|MLP|Embedding|Layer|Block)$"
 )
 
 
@@ -118,7 +118,7 @@ class Code:
         """Whether it is a `torch.nn.Module`."""
         return self.is_model(klass) or any(
             re.match(r"torch\.nn\.|nn\.Module$|Module$", root)
-            or (root.startswith("transformers.") and _TRANSFORMERS_MODULES.search(root))
+            or (re.match(r"transformers\.(?!cache_utils)", root) and _TRANSFORMERS_MODULES.search(root))
             for root in self.roots(klass)
         )
 
