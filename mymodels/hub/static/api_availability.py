@@ -15,7 +15,7 @@ FIRST, LAST = (4, 56), (5, 23)  # the supported range
 
 
 class Release(NamedTuple):
-    """A transformers release to judge code by: its minor version, and its `transformers/` folder if there is one."""
+    """A transformers release that code is checked for: its minor version, and its `transformers/` folder if there is one."""
 
     version: Minor
     folder: Path | None = None
