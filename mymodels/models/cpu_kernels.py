@@ -114,7 +114,13 @@ class OneDnnLinear(TorchFunctionMode):
 
 
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_MODE, _STATE = OneDnnLinear(), threading.local()
+
+
+class _State(threading.local):
+    active = False  # whether the mode is, in this thread
+
+
+_MODE, _STATE = OneDnnLinear(), _State()
 
 
 def linear_by_onednn(forward: Callable) -> Callable:
@@ -144,14 +150,14 @@ def linear_by_onednn(forward: Callable) -> Callable:
 
 def _gains(module: nn.Module, states: torch.Tensor) -> bool:
     """Whether the mode is allowed here, not active yet, and pays for a `forward` whose first tensor is `states`."""
-    if not ONE_DNN or not recordable() or getattr(_STATE, "active", False) or not torch.backends.mkldnn.enabled:
+    if not ONE_DNN or not recordable() or _STATE.active or not torch.backends.mkldnn.enabled:
         return False
-    if states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not states.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     if not few_rows(states):
         return True
-    # a product of so many elements gains more than the mode takes (torch 2.13, AMD EPYC)
-    least = max(1 << 19, min(1 << 21, (1 << 23) // max(1, states.shape[:-1].numel())))
+    # a product of at least so many elements gains more than the mode takes (torch 2.13, AMD EPYC)
+    least = max(1 << 19, min(1 << 21, (1 << 25) // max(1, states.shape[:-1].numel())))
     for layer in (module, *module._modules.values()):
         if isinstance(layer, nn.Linear) and _is_large(layer._parameters.get("weight"), least):
             return True
