@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from .base import hooks_everywhere, is_hooked
 from .compat import readable
-from .tokenwise import ACTIVATIONS, TOKENWISE, is_tokenwise
+from .tokenwise import ACTIVATIONS, TOKENWISE, calls_of_method, treats_tokens_alone
 
 # GPT-2's and the original BERT's GELU by one kernel; transformers writes the same formula out in eight steps
 FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
@@ -214,12 +214,16 @@ def in_cache(method: Callable) -> Callable:
 
 
 def _may_split(layer: Any, method: Callable) -> bool:
-    if hooks_everywhere() or not is_tokenwise(method, type(layer)):
+    calls = calls_of_method(method, type(layer))
+    if hooks_everywhere() or calls is None or not treats_tokens_alone(layer, calls):
         return False
     for part in (layer.intermediate, layer.output):
         for module in part.modules():
-            known = type(module) in TOKENWISE or (module is part and is_tokenwise(type(part).forward, type(part)))
-            if not known or is_hooked(module):
+            kind = type(module)
+            calls = frozenset() if kind in TOKENWISE else None
+            if module is part:
+                calls = calls_of_method(kind.forward, kind)
+            if calls is None or is_hooked(module) or not treats_tokens_alone(module, calls):
                 return False
     return True
 

@@ -57,12 +57,9 @@ NODES += (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
 
 
 def treats_tokens_alone(module: nn.Module, calls: frozenset[str]) -> bool:
-    """Whether `calls` (`calls_of_class`) are the module's own modules and its class's methods, and none is patched."""
+    """Whether all that it calls (`calls_of_class`) are its own modules and methods of its class, and none is patched."""
     own, kind = vars(module), type(module)
-    for name in calls:
-        if name not in own["_modules"] and (name in own or not hasattr(kind, name)):
-            return False
-    return True
+    return all(name in own["_modules"] or (name not in own and hasattr(kind, name)) for name in calls)
 
 
 def calls_of_class(kind: type) -> frozenset[str] | None:
@@ -77,7 +74,7 @@ def calls_of_class(kind: type) -> frozenset[str] | None:
     forward: Any = getattr(kind, "forward")  # noqa: B009  unknown to mypy
     if forward is nn.Module.forward:  # a container, which is not called
         return frozenset()
-    return _calls_of_method(forward, kind)
+    return calls_of_method(forward, kind)
 
 
 @functools.cache
@@ -91,23 +88,20 @@ def _is_known(kind: type) -> bool:
     return kind in TOKENWISE | CONTAINERS or issubclass(kind, nn.Identity) or kind.__module__.startswith(ADAPTED)
 
 
-def is_tokenwise(forward: Callable, kind: type) -> bool:
-    """Whether nothing in the source of `forward`, of class `kind`, could mix tokens: no indices, no sums, no products of
-    two tensors' matrices, no calls but of modules, of such methods and of `FUNCTIONS`. Without source: no.
+def calls_of_method(method: Callable, kind: type) -> frozenset[str] | None:
+    """The same for a method of class `kind`: None if anything in its source could mix tokens, or if it has none.
+
+    Such are indices, sums, products of two tensors' matrices, and calls of anything but modules, methods that could not
+    either, and `FUNCTIONS`.
     """
-    return _calls_of_method(forward, kind) is not None
-
-
-def _calls_of_method(forward: Callable, kind: type) -> frozenset[str] | None:
-    """The calls of `forward`, and of the methods it calls."""
     found: set[str] = set()
-    functions: list[Any] = [forward]
+    functions: list[Any] = [method]
     while functions:
         calls = _calls_in_source(functions.pop())
         if calls is None:
             return None
-        methods = (getattr(kind, name, None) for name in calls - found)
-        functions += [method for method in methods if method is not None]  # else it is a module
+        called = (getattr(kind, name, None) for name in calls - found)
+        functions += [function for function in called if function is not None]  # else it is a module
         found |= calls
     return frozenset(found)
 

@@ -228,7 +228,7 @@ def test_a_recorder_of_transformers_sees_the_rows() -> None:
 
 
 def class_method(layer: nn.Module, mixing: Callable) -> None:
-    setattr(type(layer), "feed_forward", mixing)
+    type(layer).feed_forward = mixing
 
 
 def instance_method(layer: nn.Module, mixing: Callable) -> None:
@@ -236,8 +236,8 @@ def instance_method(layer: nn.Module, mixing: Callable) -> None:
 
 
 def class_forward(layer: nn.Module, mixing: Callable) -> None:
-    setattr(type(layer.intermediate), "forward", lambda self, states: states)
-    setattr(type(layer.output), "forward", lambda self, states, residual: mixing(layer, residual))
+    type(layer.intermediate).forward = lambda self, states: states
+    type(layer.output).forward = lambda self, states, residual: mixing(layer, residual)
 
 
 def function_in_place_of_a_module(layer: nn.Module, mixing: Callable) -> None:
@@ -263,3 +263,17 @@ def test_what_is_patched_after_a_first_call_is_seen(patch: Callable, monkeypatch
         padded = model(**inputs, skip_padding=False).logits
     assert largest_difference(found, padded) <= 1e-5
     assert largest_difference(found, plain) > 1e-4
+
+
+def test_a_function_in_place_of_an_activation_sees_all_rows() -> None:
+    """A wide MLP is computed in parts of the rows, in inference alone; what reads the row before needs all of them."""
+    model = MyBertForSequenceClassification(mybert_config(intermediate_size=16384, num_hidden_layers=1)).eval()
+    inputs = {"input_ids": torch.arange(600).view(15, 40) % 90 + 5}
+    for later in (False, True):
+        if later:
+            intermediate = model.bert.encoder.layer[0].intermediate
+            del intermediate.intermediate_act_fn
+            intermediate.intermediate_act_fn = lambda states: states.sin() + states.roll(1, dims=-2)
+        with torch.no_grad():
+            found = model(**inputs).logits
+        assert largest_difference(found, model(**inputs).logits.detach()) <= 1e-5
