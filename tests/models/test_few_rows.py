@@ -29,7 +29,7 @@ def call(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 def run(layer: nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, bool]:
     with Seen() as seen, torch.no_grad():
-        return call(layer, states), seen.fast
+        return (layer(states) if isinstance(layer, Beside) else call(layer, states)), seen.fast
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -38,6 +38,18 @@ def test_same_numbers(shape: tuple[int, ...], bias: bool) -> None:
     layer, states = nn.Linear(512, 4096, bias=bias), torch.randn(shape)
     result, fast = run(layer, states)
     assert fast and largest_difference(result, layer(states)) <= 1e-5
+
+
+class Beside(nn.Module):
+    """Calls one layer; the mode is active for another, which is large."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.large = layer, nn.Linear(512, 4096)
+
+    @linear_by_onednn
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.layer(states)
 
 
 def replaced(layer: nn.Linear) -> nn.Linear:
@@ -59,16 +71,16 @@ CHANGES = {
     "hooked": hooked,
     "pruned": pruned,
     "parametrized": torch.nn.utils.parametrizations.orthogonal,
-    "of a subclass": lambda layer: type("Mine", (nn.Linear,), {})(512, 300),
+    "of a subclass": lambda layer: type("Mine", (nn.Linear,), {})(512, 1024),
     "in float64": lambda layer: layer.double(),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_layer_does_what_it_does(change: str) -> None:
-    layer = CHANGES[change](nn.Linear(512, 300))
+    layer = CHANGES[change](nn.Linear(512, 1024))
     states = torch.randn(2, 1, 512, dtype=torch.float64 if change == "in float64" else torch.float32)
-    result, _ = run(layer, states)
+    result, _ = run(Beside(layer), states)
     with torch.no_grad():
         assert largest_difference(result, layer(states)) <= 1e-5
 
@@ -113,6 +125,37 @@ def test_with_gradients_and_many_rows(rows: int) -> None:
     assert largest_difference(found, layer.weight.grad) <= 1e-3 * found.abs().max()
     result, fast = run(layer, states)
     assert fast and largest_difference(result, layer(states)) <= 1e-5
+
+
+class Weights(TorchDispatchMode):
+    """The strides of each weight that oneDNN multiplies by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_linear_pointwise" in function.name():
+            self.strides.append(args[1].stride())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sliced", ["states", "weight"])
+def test_onednn_gets_no_slice(sliced: str) -> None:
+    """As the first tokens of all rows are one, for a pooler: its weight's gradient took 600 times as long."""
+    layer, states = nn.Linear(96, 80), torch.randn(4, 7, 96)
+    if sliced == "weight":
+        layer.weight = nn.Parameter(torch.randn(80, 200)[:, :96])
+    given = states[:, 0] if sliced == "states" else states
+    with Weights() as seen:
+        output = call(layer, given)
+        output.square().sum().backward()
+    assert seen.strides
+    for wide, narrow in (sorted(strides, reverse=True) for strides in seen.strides):
+        assert narrow == 1 and wide in (4, 28, 80, 96)  # the other axis's length
+    found, layer.weight.grad = layer.weight.grad.clone(), None
+    layer(given).square().sum().backward()
+    assert largest_difference(found, layer.weight.grad) <= 1e-3 * found.abs().max()
 
 
 def test_it_can_be_turned_off() -> None:

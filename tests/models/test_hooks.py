@@ -1,6 +1,7 @@
 """Whoever looks into the models sees each row of the batch as in stock: hooks of every kind, replaced modules."""
 
 from collections.abc import Callable
+from types import MethodType
 
 import accelerate
 import pytest
@@ -224,3 +225,55 @@ def test_a_recorder_of_transformers_sees_the_rows() -> None:
         model(**inputs)
     assert any(layer._forward_hooks for layer in model.encoder.layer)
     assert largest_difference(seen[0], expected[2]) <= 1e-5
+
+
+def class_method(layer: nn.Module, mixing: Callable) -> None:
+    type(layer).feed_forward = mixing
+
+
+def instance_method(layer: nn.Module, mixing: Callable) -> None:
+    layer.feed_forward = MethodType(mixing, layer)
+
+
+def class_forward(layer: nn.Module, mixing: Callable) -> None:
+    type(layer.intermediate).forward = lambda self, states: states
+    type(layer.output).forward = lambda self, states, residual: mixing(layer, residual)
+
+
+def function_in_place_of_a_module(layer: nn.Module, mixing: Callable) -> None:
+    del layer.intermediate
+    layer.intermediate = lambda states: mixing(layer, states).repeat(1, 1, layer.output.dense.in_features // 32)
+
+
+PATCHES = [class_method, instance_method, class_forward, function_in_place_of_a_module]
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
+def test_what_is_patched_after_a_first_call_is_seen(patch: Callable, monkeypatch) -> None:
+    """Each of these reads the token before; what was found out about the classes earlier does not count any more."""
+    from mymodels.models.modeling_mybert import MyBertIntermediate, MyBertLayer, MyBertOutput
+
+    for kind, name in ((MyBertLayer, "feed_forward"), (MyBertIntermediate, "forward"), (MyBertOutput, "forward")):
+        monkeypatch.setattr(kind, name, vars(kind)[name])  # put back afterwards
+    model, inputs = MyBertForSequenceClassification(mybert_config(hidden_size=32)).eval(), batch("right", rows=4)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        patch(model.bert.encoder.layer[0], lambda layer, states: states + states.roll(1, dims=-2))
+        found = model(**inputs).logits
+        padded = model(**inputs, skip_padding=False).logits
+    assert largest_difference(found, padded) <= 1e-5
+    assert largest_difference(found, plain) > 1e-4
+
+
+def test_a_function_in_place_of_an_activation_sees_all_rows() -> None:
+    """A wide MLP is computed in parts of the rows, in inference alone; what reads the row before needs all of them."""
+    model = MyBertForSequenceClassification(mybert_config(intermediate_size=16384, num_hidden_layers=1)).eval()
+    inputs = {"input_ids": torch.arange(600).view(15, 40) % 90 + 5}
+    for later in (False, True):
+        if later:
+            intermediate = model.bert.encoder.layer[0].intermediate
+            del intermediate.intermediate_act_fn
+            intermediate.intermediate_act_fn = lambda states: states.sin() + states.roll(1, dims=-2)
+        with torch.no_grad():
+            found = model(**inputs).logits
+        assert largest_difference(found, model(**inputs).logits.detach()) <= 1e-5
