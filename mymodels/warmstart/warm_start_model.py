@@ -15,9 +15,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from ..checkpoints import CheckpointError, TensorInfo, load_checkpoint_and_dispatch
 from ..checkpoints.checkpoint import resolve_dtype
-from .any_model.asking import SHARING_ROLES, Asked, ask, not_shown, table_rows, vocabulary_of, worth_trying
+from .any_model.asking import SHARING_ROLES, Asked, ask, table_rows, vocabulary_of, worth_trying
 from .any_model.planning import plan_any
 from .any_model.running import AnyChecker
+from .any_model.same_class import not_shown
 from .any_model.sides import own_tensors
 from .any_model.targets import build, class_for
 from .checking import SMALL, Checker

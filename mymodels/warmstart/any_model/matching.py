@@ -109,7 +109,8 @@ def by_role(matching: Matching) -> None:
     post_norm = any(side.settings.get("norm_place") == "after the sum" for side in (source, target))
     change = RoleChange(
         values, old, new, set(ours.of), fresh, dict(matching.why), post_norm=post_norm or not old.num_hidden_layers,
-        normalised=target.settings.get("normalised_top_k") is True, marks=marks, **options,
+        normalised=target.settings.get("normalised_top_k") is True, marks=marks,
+        conventions=(source.settings, target.settings), **options,
     )  # fmt: skip
     fit(change)
     if not head_stored and "lm_head.weight" in change.tensors and "lm_head.weight" not in ours.of:
