@@ -176,3 +176,49 @@ def test_one_class_with_other_settings_is_not_exact_without_a_run(old, new, word
     assert not report.checked.ran
     assert report.is_exact == (words is None)
     assert words is None or any(words in note for note in report.notes), report.notes
+
+
+def test_mygpt2_by_name_takes_the_settings_of_another_family(tmp_path) -> None:
+    old = family("qwen2")
+    old.save_pretrained(tmp_path)
+    report = warm_start("mygpt2", tmp_path)
+    config = report.model.config
+    assert report.is_exact and gap(report.model, old) < 1e-5
+    assert (config.model_type, config.norm_type, config.mlp_type) == ("mygpt2", "rmsnorm", "gated")
+    changed = warm_start("mygpt2", tmp_path, overrides={"num_key_value_heads": 1}).model.config
+    assert (changed.num_key_value_heads, changed.hidden_size) == (1, 32)
+
+
+def bart(**fields) -> nn.Module:
+    sizes = {"vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}  # fmt: skip
+    config = transformers.BartConfig(**{**sizes, "init_std": 0.2, **fields})
+    return randomised(transformers.BartForConditionalGeneration(config))
+
+
+def t5(**fields) -> nn.Module:
+    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(**{**sizes, "decoder_start_token_id": 0, **fields})
+    return randomised(transformers.T5ForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize(
+    "old,new,same",
+    [
+        (bart, lambda: bart(encoder_ffn_dim=96), True),
+        (bart, lambda: bart(decoder_layers=3), False),  # its norms come after the sum
+        (bart, lambda: bart(decoder_attention_heads=2), False),
+        (t5, lambda: t5(num_layers=3, num_decoder_layers=4, d_ff=80, vocab_size=101), True),
+    ],
+)
+def test_each_stack_of_an_encoder_decoder_has_its_sizes(old, new, same: bool) -> None:
+    old, new = old(), new()
+    report = warm_start(new, old)
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=_IDS, decoder_input_ids=_IDS.flip(1)).logits[..., :97] for m in (new, old))
+    near = (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert report.checked.agrees == bool(near) == same, report.checked
+    assert same or not report.is_exact
+    assert not [
+        row for row in report.rows if row.status == "new" and any("_proj" in n or "fc1" in n for n in row.targets)
+    ]

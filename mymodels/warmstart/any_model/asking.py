@@ -30,7 +30,8 @@ from .targets import (
 SHARING_ROLES = {
     "mygpt2": (
         "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "phi3", "opt", "bloom", "falcon", "mixtral", "gemma",
-        "olmo", "olmo2", "starcoder2", "stablelm", "gpt_bigcode", "smollm3",
+        "olmo", "olmo2", "starcoder2", "stablelm", "gpt_bigcode", "smollm3", "gptj", "gpt_neo", "glm", "cohere", "helium",
+        "ernie4_5", "granite", "gemma2", "gemma3_text", "nemotron", "mpt", "qwen3_moe",
     ),
     "mybert": ("electra", "modernbert"),
 }  # fmt: skip

@@ -40,8 +40,12 @@ class RoleChange(Change):
         return not self.post_norm
 
 
-def terms(side: Side, places: Places, other: Side, other_places: Places) -> SimpleNamespace:
-    """A side in the terms of `MyGPT2Config`, as the transforms read it; what it leaves open is taken from the other."""
+def terms(side: Side, places: Places, other: Side, other_places: Places, front: str = "") -> SimpleNamespace:
+    """A side in the terms of `MyGPT2Config`, as the transforms read it; what it leaves open is taken from the other.
+
+    Args:
+        front: the list of layers that `places` is of, such as `"decoder:"`.
+    """
     shapes = {
         role: place.layout.read(side.tensors[place.tensor].value, place.part).shape for role, place in places.of.items()
     }
@@ -52,7 +56,7 @@ def terms(side: Side, places: Places, other: Side, other_places: Places) -> Simp
     numbers = [int(found[1]) for role in shapes if (found := _LAYER.match(role))]
     settings = {**other.settings, **side.settings}
     rows = size(r"\.q_proj\.weight$")
-    heads = settings.get("num_attention_heads") or 1
+    heads = getattr(side.config, f"{front[:-1]}_attention_heads", None) or settings.get("num_attention_heads") or 1
     head_dim = side.settings.get("head_dim") or (rows // heads if rows else 0)
     kv_rows = size(r"\.k_proj\.weight$")
     gated = any(role.endswith("gate_proj.weight") for role in shapes)
@@ -100,6 +104,7 @@ def fit(change: RoleChange) -> None:
         change.marks.append((r"norm\.(weight|bias)$", f"{source.norm_type} in the source, {target.norm_type} here"))
     if source.head_dim and target.head_dim:
         attention(change)
+        _cross_attention(change)
     to_experts = target.experts and not source.experts
     if source.experts and not target.experts:
         _mean_of_experts(change)
@@ -121,6 +126,16 @@ def fit(change: RoleChange) -> None:
     for pattern, step in change.marks:
         for role in [role for role in change.tensors if re.search(pattern, role)]:
             change.tensors[role] = change.tensors[role].then(step, same, kind="approximate")
+
+
+def _cross_attention(change: RoleChange) -> None:
+    """What `attention` does, for the decoder's attention to the encoder."""
+    crossed = {role.replace(".cross_attn.", ".self_attn."): role for role in change.tensors if ".cross_attn." in role}
+    if not crossed:
+        return
+    sub = replace(change, tensors={own: change.tensors.pop(role) for own, role in crossed.items()})
+    attention(sub)
+    change.tensors |= {crossed[own]: value for own, value in sub.tensors.items()}
 
 
 def _conventions(change: RoleChange) -> None:

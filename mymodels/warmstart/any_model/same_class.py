@@ -24,12 +24,20 @@ _SHOWN = re.compile(
     r"tie_word_embeddings|activation_function|hidden_act|hidden_activation|activation|rms_norm_eps|layer_norm_epsilon|"
     r"layer_norm_eps|norm_eps|sliding_window|in_features|out_features|num_embeddings|embedding_dim|normalized_shape|nx|nf)$"
 )
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+)
 
 
 def not_shown(opened: Opened, model: torch.nn.Module) -> str:
     """That source and target compute the same, where nothing but a run can show it; empty where their code shows it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     own = type(model).__name__
     source_type = opened.raw.get("model_type")
     if opened.module is not None:

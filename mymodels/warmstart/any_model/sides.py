@@ -29,7 +29,22 @@ _POSITIONS = {
 }  # fmt: skip
 _ROTARY_DIM = {"gptj", "codegen"}
 _PARALLEL = {"phi", "gptj", "cohere", "codegen"}
-_POST_NORM = {"bert", "roberta", "distilbert", "electra", "mybert", "xlm-roberta", "camembert", "openai-gpt"}
+_POST_NORM = {"bert", "roberta", "distilbert", "electra", "mybert", "xlm-roberta", "camembert", "openai-gpt", "bart",
+              "marian", "albert", "deberta", "deberta-v2", "mpnet", "roformer", "blenderbot-small"}  # fmt: skip
+_PRE_NORM = {
+    "t5",
+    "mt5",
+    "umt5",
+    "mbart",
+    "pegasus",
+    "m2m_100",
+    "gptj",
+    "codegen",
+    "gpt_neo",
+    "falcon",
+    "glm",
+    "gpt_bigcode",
+}
 _OFFSETS = {"opt": 2, "biogpt": 2}
 _AFTER_PADDING = {"roberta", "xlm-roberta", "camembert"}
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu", "gelu_python": "gelu"}
@@ -169,6 +184,9 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
     found["positions"] = next((p for p, kinds in _POSITIONS.items() if kind in kinds), None)
     if kind == "mygpt2":
         found["positions"] = config.position_embedding_type
+    listed = found["positions"] is not None
+    if found.get("rotary_pairs") and not listed and stock:
+        found["positions"] = "rope"
     if found["positions"] == "rope" or found.get("rotary_pairs"):
         rope = getattr(config, "rope_parameters", None) or {}
         theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
@@ -182,14 +200,12 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
         found["parallel_residual"] = kind in _PARALLEL or bool(getattr(config, "use_parallel_residual", False))
     if kind == "falcon":
         found["parallel_residual"] = bool(config.parallel_attn or config.new_decoder_architecture)
-    if found["positions"] is not None:
+    if listed or kind in _PRE_NORM or kind in _POST_NORM:
         found["norm_place"] = "after the sum" if kind in _POST_NORM else "before"
     if kind == "opt" and not config.do_layer_norm_before:
         found["norm_place"] = "after the sum"
     if kind == "falcon" and config.alibi:
         found |= {"positions": "alibi", "rotary_pairs": None}
-    elif found.get("rotary_pairs") and found["positions"] is None and stock:
-        found["positions"] = "rope"
     found["sliding_window"] = first(("sliding_window",)) if getattr(config, "use_sliding_window", True) else None
     found["position_offset"] = _OFFSETS.get(kind, 0)
     if kind in _AFTER_PADDING:
