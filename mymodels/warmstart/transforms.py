@@ -156,7 +156,7 @@ def layers(change: Change) -> None:
             if origin not in seen:
                 step, kind = ("", "exact") if kept_all else ("a chosen layer", "approximate")
                 change.tensors[name] = value.then(step, same, kind=kind if pre_norm or not kept_all else "approximate")
-            elif pre_norm and re.match(r"(self_attn\.o_proj|mlp\.(experts\.\d+\.)?down_proj)\.", rest):
+            elif pre_norm and re.match(r"((?:self|cross)_attn\.o_proj|mlp\.(experts\.\d+\.)?down_proj)\.", rest):
                 change.tensors[name] = constant(value.shape, 0.0, value, "zeros: the added block changes nothing")
             else:
                 kind = "exact" if pre_norm and kept_all else "approximate"

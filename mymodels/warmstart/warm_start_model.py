@@ -15,9 +15,11 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from ..checkpoints import CheckpointError, TensorInfo, load_checkpoint_and_dispatch
 from ..checkpoints.checkpoint import resolve_dtype
-from .any_model.asking import SHARING_ROLES, Asked, ask, not_shown, table_rows, vocabulary_of, worth_trying
+from .any_model.asking import SHARING_ROLES, Asked, ask, table_rows, vocabulary_of, worth_trying
+from .any_model.own_config import nearest_config
 from .any_model.planning import plan_any
 from .any_model.running import AnyChecker
+from .any_model.same_class import not_shown
 from .any_model.sides import own_tensors
 from .any_model.targets import build, class_for
 from .checking import SMALL, Checker
@@ -175,6 +177,9 @@ def warm_start(
         plan = make_plan(target, described, dtype=new_dtype, keep_new=asked.model is not None, **options)
         checker: Any = Checker(described, match.rows)
     else:
+        if asked.model is None and asked.config is None:
+            assert asked.own is not None
+            asked = replace(asked, config=nearest_config(opened, asked.own, rename or {}, asked.overrides))
         target = asked.model or _make_any(asked, opened, kind)
         sizes = table_rows(opened.info), *vocabulary_of(target)
         match = match_vocabulary(opened.where, opened.folder, sizes, *rows_by)
@@ -231,8 +236,7 @@ def _read_by_tables(asked: Asked, opened: Opened, how: dict[str, Any]) -> Source
     if opened.where == "no checkpoint" and not opened.info:
         family = next(family for family in FAMILIES if family.name == asked.own)
         return Source("no checkpoint", None, {}, family, asked.like or CONFIGS[asked.own](), {}, {}, {}, [])
-    can_be_any = asked.model is not None or asked.config is not None
-    if can_be_any and opened.raw.get("model_type") in SHARING_ROLES[asked.own]:
+    if opened.raw.get("model_type") in SHARING_ROLES[asked.own]:
         return None
     try:
         return read_source(opened, target=asked.own, like=asked.like, **how)

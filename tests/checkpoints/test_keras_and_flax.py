@@ -57,6 +57,7 @@ def write_tf(path: Path, tensors: dict[str, torch.Tensor], *, split: bool = Fals
             group.attrs["weight_names"] = [name.encode() for name in names]
 
 
+@pytest.mark.formats
 @pytest.mark.parametrize("split", [False, True])
 def test_tf_model(split: bool, tmp_path: Path) -> None:
     tensors = bert()
@@ -86,6 +87,7 @@ def write_shards(folder: Path, kind: str, tensors: dict[str, torch.Tensor]) -> N
     (folder / f"{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+@pytest.mark.formats
 def test_sharded_tf_model(tmp_path: Path) -> None:
     tensors = bert()
     write_shards(tmp_path, "tf_model.h5", tensors)
@@ -96,6 +98,7 @@ def test_sharded_tf_model(tmp_path: Path) -> None:
     assert "tf_model-00002-of-00002.h5" in one_sentence(caught.value, str(tmp_path))
 
 
+@pytest.mark.formats
 def test_a_row_of_gpt2s_bias_and_other_names(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
     values = {
@@ -144,6 +147,7 @@ def test_what_keras_writes(name: str, tmp_path: Path) -> None:
     assert "as they are stored" in opened.extras["layout"]
 
 
+@pytest.mark.formats
 def test_damaged_hdf5(tmp_path: Path) -> None:
     write_tf(tmp_path / "tf_model.h5", bert())
     data = (tmp_path / "tf_model.h5").read_bytes()
@@ -177,6 +181,7 @@ def flax_tree(tensors: dict[str, torch.Tensor]) -> dict:
     return tree
 
 
+@pytest.mark.formats
 def test_flax_model(tmp_path: Path) -> None:
     msgpack = pytest.importorskip("msgpack")
     tensors = bert() | {"half.weight": torch.randn(3, 300).bfloat16(), "count": torch.tensor(4)}
@@ -192,6 +197,7 @@ def test_flax_model(tmp_path: Path) -> None:
     assert opened.info["params.dense.kernel"].shape == (3, 2) and opened.extras["step"] == 3
 
 
+@pytest.mark.formats
 def test_a_large_array_of_flax_is_in_pieces(tmp_path: Path) -> None:
     msgpack = pytest.importorskip("msgpack")
     whole = torch.randn(5, 4)
@@ -201,6 +207,7 @@ def test_a_large_array_of_flax_is_in_pieces(tmp_path: Path) -> None:
     assert_reads(open_checkpoint(tmp_path), {"wte.weight": whole})
 
 
+@pytest.mark.formats
 def test_damaged_flax(tmp_path: Path) -> None:
     msgpack = pytest.importorskip("msgpack")
     data = msgpack.packb(flax_tree(bert()))

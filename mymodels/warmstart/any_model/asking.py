@@ -13,7 +13,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...checkpoints import CheckpointError, TensorInfo
 from ..configs import own_config
 from ..key_mapping import CONFIGS, kind_of, plain
-from ..opening import Opened
 from .roles import roles_by_name
 from .sides import own_tensors
 from .targets import (
@@ -31,7 +30,8 @@ from .targets import (
 SHARING_ROLES = {
     "mygpt2": (
         "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "phi3", "opt", "bloom", "falcon", "mixtral", "gemma",
-        "olmo", "olmo2", "starcoder2", "stablelm", "gpt_bigcode", "smollm3",
+        "olmo", "olmo2", "starcoder2", "stablelm", "gpt_bigcode", "smollm3", "gptj", "gpt_neo", "glm", "cohere", "helium",
+        "ernie4_5", "granite", "gemma2", "gemma3_text", "nemotron", "mpt", "qwen3_moe",
     ),
     "mybert": ("electra", "modernbert"),
 }  # fmt: skip
@@ -164,23 +164,3 @@ def worth_trying(model: torch.nn.Module, info: Mapping[str, TensorInfo]) -> bool
     ours = Counter(tuple(sorted(t.shape)) for t in own_tensors(model).values())
     theirs = Counter(tuple(sorted(about.shape)) for about in info.values())
     return sum((ours & theirs).values()) > sum(ours.values()) // 2
-
-
-def not_shown(opened: Opened, model: torch.nn.Module) -> str:
-    """That two classes compute the same, where nothing but a run can show it; empty where they are of one kind."""
-    config = getattr(model, "config", None)
-    own = type(model).__name__
-    source_type = opened.raw.get("model_type")
-    if opened.module is not None:
-        if type(opened.module) is type(model):
-            return ""
-        theirs = type(opened.module).__name__
-    elif source_type:
-        theirs = (opened.raw.get("architectures") or [source_type])[0]
-    else:
-        return ""
-    ours = getattr(config, "model_type", None)
-    stock = type(model).__module__.startswith("transformers.") and not opened.own_code
-    if source_type and source_type == ours and stock:
-        return ""
-    return f"{theirs} and {own} are different classes, and no run has shown that they compute the same"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from ..conversion import Change, same
 from ..lazy_tensor import Value
 from ..transforms import attention, choose_layers, layers, mlp, norms, positions, tie, vocabulary, word_vectors
+from .conventions import permutation
 from .placing import Places
 from .sides import Side
 
@@ -27,6 +29,7 @@ class RoleChange(Change):
     post_norm: bool = False
     normalised: bool = False  # whether the target's weights of the chosen experts add up to 1
     marks: list[tuple[str, str]] = field(default_factory=list)  # regex over roles → what makes them approximate
+    conventions: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})  # settings of the two sides
 
     @property
     def kind(self) -> str:
@@ -37,8 +40,12 @@ class RoleChange(Change):
         return not self.post_norm
 
 
-def terms(side: Side, places: Places, other: Side, other_places: Places) -> SimpleNamespace:
-    """A side in the terms of `MyGPT2Config`, as the transforms read it; what it leaves open is taken from the other."""
+def terms(side: Side, places: Places, other: Side, other_places: Places, front: str = "") -> SimpleNamespace:
+    """A side in the terms of `MyGPT2Config`, as the transforms read it; what it leaves open is taken from the other.
+
+    Args:
+        front: the list of layers that `places` is of, such as `"decoder:"`.
+    """
     shapes = {
         role: place.layout.read(side.tensors[place.tensor].value, place.part).shape for role, place in places.of.items()
     }
@@ -49,7 +56,7 @@ def terms(side: Side, places: Places, other: Side, other_places: Places) -> Simp
     numbers = [int(found[1]) for role in shapes if (found := _LAYER.match(role))]
     settings = {**other.settings, **side.settings}
     rows = size(r"\.q_proj\.weight$")
-    heads = settings.get("num_attention_heads") or 1
+    heads = getattr(side.config, f"{front[:-1]}_attention_heads", None) or settings.get("num_attention_heads") or 1
     head_dim = side.settings.get("head_dim") or (rows // heads if rows else 0)
     kv_rows = size(r"\.k_proj\.weight$")
     gated = any(role.endswith("gate_proj.weight") for role in shapes)
@@ -87,6 +94,7 @@ def _norm_type(side: Side, places: Places) -> str | None:
 def fit(change: RoleChange) -> None:
     """Run the transforms that the two sides call for."""
     source, target = change.source, change.target
+    _conventions(change)
     tie(change)
     blocks_alike = not any("norm" in pattern for pattern, _ in change.marks)
     simple = not change.post_norm and blocks_alike and "model.embed_norm.weight" not in change.tensors
@@ -96,6 +104,7 @@ def fit(change: RoleChange) -> None:
         change.marks.append((r"norm\.(weight|bias)$", f"{source.norm_type} in the source, {target.norm_type} here"))
     if source.head_dim and target.head_dim:
         attention(change)
+        _cross_attention(change)
     to_experts = target.experts and not source.experts
     if source.experts and not target.experts:
         _mean_of_experts(change)
@@ -112,9 +121,76 @@ def fit(change: RoleChange) -> None:
         _copy_to_experts(change)
     if source.num_hidden_layers and target.num_hidden_layers:
         layers(change)
+    if change.conventions[1].get("norm_offset"):
+        _shift_norms(change, -change.conventions[1]["norm_offset"])
     for pattern, step in change.marks:
         for role in [role for role in change.tensors if re.search(pattern, role)]:
             change.tensors[role] = change.tensors[role].then(step, same, kind="approximate")
+
+
+def _cross_attention(change: RoleChange) -> None:
+    """What `attention` does, for the decoder's attention to the encoder."""
+    crossed = {role.replace(".cross_attn.", ".self_attn."): role for role in change.tensors if ".cross_attn." in role}
+    if not crossed:
+        return
+    sub = replace(change, tensors={own: change.tensors.pop(role) for own, role in crossed.items()})
+    attention(sub)
+    change.tensors |= {crossed[own]: value for own, value in sub.tensors.items()}
+
+
+def _conventions(change: RoleChange) -> None:
+    """Bring what the two sides' code does with the same numbers to one form; norms to those that add nothing."""
+    theirs, ours = change.conventions
+    offsets = [side.get("norm_offset") for side in (theirs, ours)]
+    if None in offsets and any(offsets):
+        change.marks.append((r"norm\.weight$", "one side's norms add 1 to their weights, and the other's may"))
+        change.conventions = ({**theirs, "norm_offset": 0.0}, {**ours, "norm_offset": 0.0})
+    elif offsets[0]:
+        _shift_norms(change, offsets[0])
+    pairs = [side.get("rotary_pairs") for side in (theirs, ours)]
+    head_dim = change.source.head_dim
+    if None not in pairs and pairs[0] != pairs[1] and head_dim:
+        rotated = int(head_dim * theirs.get("rotary_share", ours.get("rotary_share", 1.0)))
+        _repair(change, permutation(head_dim, rotated - rotated % 2, to=pairs[1]), f"{pairs[0]} to {pairs[1]}")  # type: ignore[arg-type]
+    scales = [side.get("attention_scale") for side in (theirs, ours)]
+    normed = any(".q_norm." in role for role in (*change.tensors, *change.wanted))
+    if None not in scales and abs(scales[0] / scales[1] - 1) > 1e-6:  # type: ignore[operator]
+        ratio = scales[0] / scales[1]  # type: ignore[operator]
+        step = f"times {ratio:.4g}, as the source scales attention by {scales[0]:.4g} and the target by {scales[1]:.4g}"
+        if change.source.head_dim != change.target.head_dim or normed:
+            change.marks.append(
+                (r"self_attn\.q_proj\.", f"attention is scaled by {scales[0]:.4g}, here by {scales[1]:.4g}")
+            )
+        else:
+            for role in [role for role in change.tensors if ".self_attn.q_proj." in role]:
+                change.tensors[role] = change.tensors[role].then(step, partial(_times, factor=ratio))
+
+
+def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    return (tensor.double() * factor).to(tensor)
+
+
+def _plus(tensor: torch.Tensor, offset: float) -> torch.Tensor:
+    return (tensor.double() + offset).to(tensor)
+
+
+def _shift_norms(change: RoleChange, offset: float) -> None:
+    """Add to the weights of all norms; of what has no source too, as a norm of ones is one of zeros in Gemma."""
+    step = "plus 1, which the source's norms add" if offset > 0 else "minus 1, which the target's norms add"
+    for role in [role for role in change.tensors if role.endswith("norm.weight")]:
+        change.tensors[role] = change.tensors[role].then(step, partial(_plus, offset=offset))
+
+
+def _repair(change: RoleChange, order: list[int], step: str) -> None:
+    """Queries and keys for the other pairs of rotary positions: their rows in another order, head by head."""
+
+    def ordered(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(-1, len(order), *tensor.shape[1:])[:, order].reshape(tensor.shape)
+
+    for role in [role for role in change.tensors if re.search(r"\.self_attn\.(?:[qk]_proj|[qk]_norm)\.", role)]:
+        value = change.tensors[role]
+        if value.shape[0] % len(order) == 0:
+            change.tensors[role] = value.then(f"rotary pairs from {step}", ordered)
 
 
 def _token_types(change: Change) -> None:
@@ -176,6 +252,7 @@ _DIFFERENCES: tuple[tuple[str, str, str], ...] = (
     ("positions", "positions", r"self_attn\.[qk]_proj\."),
     ("rope_theta", "rope_theta", r"self_attn\.[qk]_proj\."),
     ("rotary_share", "the rotated share of each head", r"self_attn\.[qk]_proj\."),
+    ("embedding_scale", "the factor of the embeddings", r"^model\.embed_tokens\."),
     ("parallel_residual", "parallel attention and MLP", r"self_attn\.o_proj\.|mlp\.down_proj\.|layers\.\d+\.\w*norm\."),
     ("norm_place", "the place of the norms", r"self_attn\.o_proj\.|mlp\.down_proj\.|norm\."),
     ("norm_eps", "the norms' epsilon", ""),

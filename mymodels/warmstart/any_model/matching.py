@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from ..conversion import same
 from ..lazy_tensor import Value, Why, constant
 from .fitting import RoleChange, differences, fit, layer_choice, terms
-from .placing import Ambiguity, Places, places_of
+from .placing import Ambiguity, Places, places_of, stack_of
 from .roles import LEAVES, roles_by_name
 from .sides import Side
 
@@ -19,6 +20,7 @@ _WRAPPER = re.compile(
     r"^(?:(?:module|model|transformer|bert|roberta|distilbert|electra|base_model|backbone|net|encoder|decoder|gpt_neox|"
     r"_orig_mod|state_dict|network|core)\.)*$"
 )
+_LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
@@ -33,6 +35,8 @@ class Matching:
         why: the source's tensors that have no place, and why.
         unproven: the target's tensors of which only a run can say that the right tensor was placed.
         by: the target's tensor → the matcher that placed it.
+        layers: of each list of layers the source's layer for each of the target's; by what its roles have in front.
+        stacks: the path of each of the target's lists of layers → what its roles have in front.
         undecided: the source's tensors that can go to several places.
         doubles: roles that several of the source's tensors have, which count if no later matcher places these.
         squares: the source's square matrices that were taken as stored [out, in], and nothing shows it.
@@ -48,7 +52,8 @@ class Matching:
     by: dict[str, str] = field(default_factory=dict)
     ambiguous: list[Ambiguity] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    layers: list[int] = field(default_factory=list)
+    layers: dict[str, list[int]] = field(default_factory=dict)
+    stacks: dict[str, str] = field(default_factory=dict)
     undecided: set[str] = field(default_factory=set)
     squares: list[str] = field(default_factory=list)
     doubles: list[Ambiguity] = field(default_factory=list)
@@ -96,35 +101,50 @@ def by_role(matching: Matching) -> None:
             side.settings.setdefault("norm_place", "after the sum")
     notes, marks = differences(source.settings, target.settings)
     matching.notes += notes
-    old, new = terms(source, theirs, target, ours), terms(target, ours, source, theirs)
-    new.types = target.tensors[ours.of["model.embed_types.weight"].tensor].shape[0] if "model.embed_types.weight" in ours.of else 0  # fmt: skip
-    old.tie_word_embeddings = _tied(matching, values)
-    new.tie_word_embeddings = "lm_head.weight" not in ours.of
-    head_stored = "lm_head.weight" in values
+    head_stored, tied = "lm_head.weight" in values, _tied(matching, values)
 
     def fresh(role: str) -> Value:
         place = ours.of[role]
         return place.layout.read(target.tensors[place.tensor].value, place.part)
 
     post_norm = any(side.settings.get("norm_place") == "after the sum" for side in (source, target))
-    change = RoleChange(
-        values, old, new, set(ours.of), fresh, dict(matching.why), post_norm=post_norm or not old.num_hidden_layers,
-        normalised=target.settings.get("normalised_top_k") is True, marks=marks, **options,
-    )  # fmt: skip
-    fit(change)
-    if not head_stored and "lm_head.weight" in change.tensors and "lm_head.weight" not in ours.of:
-        del change.tensors["lm_head.weight"]
-    matching.layers, matching.why = layer_choice(change), {**matching.why, **change.why}
-    matching.notes += change.notes
+    tensors: dict[str, Value] = {}
+    unsure_stacks: set[str] = set()
+    for front in [front for front in ours.stacks() if front in theirs.stacks()]:
+        own_places = theirs.stack(front), ours.stack(front)
+        old, new = terms(source, own_places[0], target, own_places[1], front), terms(target, own_places[1], source, own_places[0], front)  # fmt: skip
+        new.types = target.tensors[ours.of["model.embed_types.weight"].tensor].shape[0] if "model.embed_types.weight" in ours.of else 0  # fmt: skip
+        old.tie_word_embeddings, new.tie_word_embeddings = tied, "lm_head.weight" not in ours.of
+        change = RoleChange(
+            {role[len(front) :]: value for role, value in values.items() if stack_of(role) == front},
+            old, new, set(own_places[1].of), partial(_fresh_in, fresh, front), dict(matching.why),
+            post_norm=post_norm or not old.num_hidden_layers,
+            normalised=target.settings.get("normalised_top_k") is True, marks=list(marks),
+            conventions=(source.settings, target.settings), **{**options, **({"vectors": None} if front else {})},
+        )  # fmt: skip
+        fit(change)
+        tensors |= {front + role: value for role, value in change.tensors.items()}
+        chosen = matching.layers[front] = layer_choice(change)
+        if len(set(chosen)) < len(chosen) and "norm_place" not in target.settings:
+            unsure_stacks.add(front)  # an added block that writes zeros changes nothing only if no norm comes after it
+        matching.why |= change.why
+        matching.notes += [note for note in change.notes if note not in matching.notes]
+    if not head_stored and "lm_head.weight" in tensors and "lm_head.weight" not in ours.of:
+        del tensors["lm_head.weight"]
+    for name, roles in ours.roles.items():
+        layer = _LAYER.match(name)
+        if layer is not None:
+            matching.stacks[layer[1] or ""] = stack_of(roles[0])
     usual = {role for role, place in theirs.of.items() if place.tensor in theirs.usual}
     for name, roles in ours.roles.items():
-        parts = [change.tensors.get(role) for role in roles]
+        parts = [tensors.get(role) for role in roles]
         if name in matching.values or (all(part is None or not part.sources for part in parts) and not any(parts)):
             continue
         value = _written(matching, ours, name, parts, fresh)
         if value is None:
             continue
         unsure = name in ours.usual or any(_origin(matching, role) in usual for role in roles)
+        unsure = unsure or (stack_of(roles[0]) in unsure_stacks and "model.layers." in roles[0])
         alike = name in source.tensors and value.sources == source.tensors[name].value.sources
         stored = _as_stored(matching, theirs, ours, name, value)
         if alike and unsure and stored is not value:
@@ -136,7 +156,7 @@ def by_role(matching: Matching) -> None:
         own = source.tensors[name].value.sources
         if set(own) & taken:
             matching.used.add(name)
-        elif set(own) & change.why.keys():
+        elif set(own) & matching.why.keys():
             matching.undecided.add(name)
     _report_ambiguous(matching, theirs, ours)
 
@@ -158,12 +178,17 @@ def _as_stored(matching: Matching, theirs: Places, ours: Places, name: str, valu
     return origin if layouts[0] == layouts[1] else origin.then("transposed", torch.t, origin.shape[::-1])
 
 
+def _fresh_in(fresh: Callable[[str], Value], front: str, role: str) -> Value:
+    return fresh(front + role)
+
+
 def _origin(matching: Matching, role: str) -> str:
     """The source's role for one of the target's, by the choice of layers."""
-    found = re.match(r"^model\.layers\.(\d+)\.(.*)$", role)
-    if found is None or not matching.layers or int(found[1]) >= len(matching.layers):
+    front = stack_of(role)
+    found, chosen = re.match(r"^model\.layers\.(\d+)\.(.*)$", role[len(front) :]), matching.layers.get(front, [])
+    if found is None or int(found[1]) >= len(chosen):
         return role
-    return f"model.layers.{matching.layers[int(found[1])]}.{found[2]}"
+    return f"{front}model.layers.{chosen[int(found[1])]}.{found[2]}"
 
 
 def _tied(matching: Matching, values: Mapping[str, Value]) -> bool:
@@ -251,11 +276,11 @@ def _shape(side: Side, name: str) -> str:
 
 
 def _source_name(matching: Matching, name: str) -> str:
-    chosen = matching.layers
-    if not chosen or chosen == list(range(len(chosen))):
-        return name
     found = _NUMBER.search(name)
-    if found is None or int(found[0]) >= len(chosen):
+    if found is None:
+        return name
+    chosen = matching.layers.get(matching.stacks.get(name[: found.start()].rstrip("."), ""), [])
+    if chosen == list(range(len(chosen))) or int(found[0]) >= len(chosen):
         return name
     return f"{name[: found.start()]}{chosen[int(found[0])]}{name[found.end() :]}"
 

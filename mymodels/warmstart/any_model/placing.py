@@ -67,6 +67,20 @@ class Places:
     ambiguous: list[Ambiguity] = field(default_factory=list)
     width: int = 0
 
+    def stacks(self) -> list[str]:
+        """What the roles of each list of layers have in front; nothing for those outside, or of the only list."""
+        return list(dict.fromkeys(["", *(stack_of(role) for role in self.of)]))
+
+    def stack(self, front: str) -> "Places":
+        """The places of one of `stacks`, their roles without it."""
+        of = {role[len(front) :]: place for role, place in self.of.items() if stack_of(role) == front}
+        return Places(of, width=self.width)
+
+
+def stack_of(role: str) -> str:
+    """What a role has in front for the list of layers that it is in: `"encoder:"`, or nothing."""
+    return role[: role.find(":") + 1]
+
 
 def places_of(side: Side, *, prefer: Iterable[str] = ()) -> Places:
     """The places of a side's roles; `prefer`: names that win where two tensors have one role."""

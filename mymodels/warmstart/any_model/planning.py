@@ -35,6 +35,7 @@ from .sides import (
 )
 from .structure import by_structure
 
+_META_LLAMA = re.compile(r"(?:^|\.)layers\.\d+\.attention\.wq\.weight$")  # as Meta publishes Llama
 MATCHERS = (by_new_name, by_role, by_name, by_prefix, by_factors, by_structure)
 
 
@@ -57,14 +58,15 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
     Raises:
         CheckpointError: `rename` is no regular expression, or gives two tensors one name.
     """
-    module, raw = opened.module, opened.raw
+    module, raw, empty = opened.module, opened.raw, None
     config = getattr(module, "config", None) if module is not None else None
     if isinstance(config, PretrainedConfig):
         known, kind = holders(module), type(module).__name__  # type: ignore[arg-type]
     elif module is not None:
         config, known, kind = None, holders(module), type(module).__name__
     else:
-        config, known, kind = made_by(raw)
+        config, known, empty = made_by(raw)
+        kind = "" if empty is None else type(empty).__name__
     tensors: dict[str, Tensor] = {}
     why: dict[str, Why] = {}
     seen_as: dict[str, str] = {}
@@ -92,7 +94,10 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
         tensors[seen] = Tensor(value, *holder, renamed)
     names = list(tensors)
     ordered = module is not None or (not isinstance(opened.tensors, Checkpoint) and names != sorted(names))
-    settings = settings_of(config, module) if config is not None or module is not None else _settings_beside(raw)
+    shown = module if module is not None else empty
+    settings = settings_of(config, shown) if config is not None or shown is not None else _settings_beside(raw)
+    if shown is None and any(_META_LLAMA.search(name) for name in tensors):
+        settings["rotary_pairs"] = "interleaved"
     seconds = second_names(opened.tensors)
     aliases = {seen: seconds[name] for seen, name in seen_as.items() if name in seconds}
     return Side(tensors, config, kind, ordered, settings, aliases), why

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_ATTENTION = r"(?:attn|attention|self_attn|self_attention|mha|sa|self)"
-_MLP = r"(?:mlp|ffn|feed_forward|ff|feedforward|moe|block_sparse_moe)"
+_ATTENTION = r"(?:attn|attention|self_attn|self_attention|SelfAttention|mha|sa|self)"
+_MLP = r"(?:mlp|ffn|DenseReluDense|feed_forward|ff|feedforward|moe|block_sparse_moe)"
 # regex of a module's path inside a layer → its roles; the first that matches the whole path counts
 _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?:.*\.)?(?:c_attn|qkv|qkv_proj|Wqkv|wqkv|in_proj|query_key_value|qkv_by_head|to_qkv|qkv_linear)", QKV),
@@ -42,9 +42,9 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?:.*\.)?post_feedforward_layernorm", ("mlp_output_norm",)),
     (rf"(?:.*\.)?{_MLP}\.(?:router|router\.layer|router\.classifier|gate\.wg)|router", ("mlp.router",)),
     (r"(?:.*\.)?(?:gate_up_proj|w13)", GATE_UP),
-    (r"(?:.*\.)?(?:gate_proj|gate)", GATE_UP[:1]),
+    (r"(?:.*\.)?(?:gate_proj|gate|wi_0)", GATE_UP[:1]),
     (
-        r"(?:.*\.)?(?:c_fc|fc1|fc_1|lin1|intermediate\.dense|dense_h_to_4h|fc_in|linear1|linear_1|fc|up_proj|wi|Wi|up|w3)",
+        r"(?:.*\.)?(?:c_fc|fc1|fc_1|lin1|intermediate\.dense|dense_h_to_4h|fc_in|linear1|linear_1|fc|up_proj|wi|wi_1|Wi|up|w3)",
         GATE_UP[1:],
     ),
     (
@@ -59,7 +59,7 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
 _OUTSIDE: tuple[tuple[str, str], ...] = (
     (
         r"(?:.*\.)?(?:wte|embed_tokens|word_embeddings?|tok_embeddings|tok_emb|token_embeddings?|token_emb|embed_in|tokens_embed|"
-        r"tokens?|tok)",
+        r"tokens?|tok|shared)",
         "model.embed_tokens",
     ),
     (

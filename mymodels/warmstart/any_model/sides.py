@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from ...checkpoints import Checkpoint, CheckpointError
 from ..lazy_tensor import Value
+from .conventions import norm_offset, rotary_pairs, scales
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "nhead", "heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
@@ -26,8 +27,24 @@ _POSITIONS = {
     ),
     "alibi": ("bloom", "mpt"),
 }  # fmt: skip
+_ROTARY_DIM = {"gptj", "codegen"}
 _PARALLEL = {"phi", "gptj", "cohere", "codegen"}
-_POST_NORM = {"bert", "roberta", "distilbert", "electra", "mybert", "xlm-roberta", "camembert", "openai-gpt"}
+_POST_NORM = {"bert", "roberta", "distilbert", "electra", "mybert", "xlm-roberta", "camembert", "openai-gpt", "bart",
+              "marian", "albert", "deberta", "deberta-v2", "mpnet", "roformer", "blenderbot-small"}  # fmt: skip
+_PRE_NORM = {
+    "t5",
+    "mt5",
+    "umt5",
+    "mbart",
+    "pegasus",
+    "m2m_100",
+    "gptj",
+    "codegen",
+    "gpt_neo",
+    "falcon",
+    "glm",
+    "gpt_bigcode",
+}
 _OFFSETS = {"opt": 2, "biogpt": 2}
 _AFTER_PADDING = {"roberta", "xlm-roberta", "camembert"}
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu", "gelu_python": "gelu"}
@@ -110,10 +127,10 @@ def holders(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
     return found
 
 
-def made_by(raw: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[str, str]], str]:
-    """The config, holders and class name of the transformers class that a `config.json` names; nothing if there is none."""
+def made_by(raw: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[str, str]], torch.nn.Module | None]:
+    """Config, holders and an empty model of the transformers class that a `config.json` names; nothing if there is none."""
     if not isinstance(raw.get("model_type"), str) or raw.get("auto_map"):
-        return None, {}, ""
+        return None, {}, None
     fields = {name: value for name, value in raw.items() if name not in ("model_type", "architectures")}
     try:
         config = AutoConfig.for_model(raw["model_type"], **fields)
@@ -122,13 +139,13 @@ def made_by(raw: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[str, str]], st
         with init_empty_weights():
             model = model_class(config)
     except Exception:  # a type of another release, or fields that its class does not take: read by names alone
-        return None, {}, ""
+        return None, {}, None
     base = f"{model.base_model_prefix}."
     known = holders(model)
     for seen, held in list(known.items()):  # a base model's folder has no prefix, a head's has one
         known.setdefault(seen.removeprefix(base), held)
         known.setdefault(base + seen, held)
-    return config, known, type(model).__name__
+    return config, known, model
 
 
 def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
@@ -150,9 +167,13 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
     found["num_attention_heads"] = first(_HEADS)
     found["num_key_value_heads"] = first(_KV_HEADS) or found["num_attention_heads"]
     found["head_dim"] = first(("head_dim",))
+    if model is not None:
+        found["rotary_pairs"], found["norm_offset"] = rotary_pairs(model), norm_offset(model)
     if config is None:
         return {name: value for name, value in found.items() if value is not None}
     kind = config.model_type
+    stock = type(config).__module__.startswith("transformers.") or kind == "mygpt2"
+    found |= scales(config) if stock else {}
     if kind == "falcon" and not config.new_decoder_architecture:
         found["num_key_value_heads"] = 1 if config.multi_query else found["num_attention_heads"]
     if kind == "gpt_bigcode":
@@ -163,20 +184,28 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
     found["positions"] = next((p for p, kinds in _POSITIONS.items() if kind in kinds), None)
     if kind == "mygpt2":
         found["positions"] = config.position_embedding_type
-    if found["positions"] == "rope":
+    listed = found["positions"] is not None
+    if found.get("rotary_pairs") and not listed and stock:
+        found["positions"] = "rope"
+    if found["positions"] == "rope" or found.get("rotary_pairs"):
         rope = getattr(config, "rope_parameters", None) or {}
         theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
         found["rope_theta"] = theta or first(("rope_theta", "rotary_emb_base"))
         partial = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
-        found["rotary_share"] = partial or first(("partial_rotary_factor", "rotary_pct")) or 1.0
+        share = partial or first(("partial_rotary_factor", "rotary_pct"))
+        if kind in _ROTARY_DIM and found["num_attention_heads"]:
+            share = config.rotary_dim * found["num_attention_heads"] / config.hidden_size if config.rotary_dim else None
+        found["rotary_share"] = share or 1.0
     if found["positions"] is not None:
         found["parallel_residual"] = kind in _PARALLEL or bool(getattr(config, "use_parallel_residual", False))
     if kind == "falcon":
         found["parallel_residual"] = bool(config.parallel_attn or config.new_decoder_architecture)
-    if found["positions"] is not None:
+    if listed or kind in _PRE_NORM or kind in _POST_NORM:
         found["norm_place"] = "after the sum" if kind in _POST_NORM else "before"
     if kind == "opt" and not config.do_layer_norm_before:
         found["norm_place"] = "after the sum"
+    if kind == "falcon" and config.alibi:
+        found |= {"positions": "alibi", "rotary_pairs": None}
     found["sliding_window"] = first(("sliding_window",)) if getattr(config, "use_sliding_window", True) else None
     found["position_offset"] = _OFFSETS.get(kind, 0)
     if kind in _AFTER_PADDING:
