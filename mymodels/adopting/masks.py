@@ -10,7 +10,11 @@ KEPT = LENGTH - 3  # tokens of the padded row
 
 
 def find_mask(prober: Prober, call: Call, path: str, vocab: int) -> Call | None:
-    """The call with a mask that makes a padded row give what it gives alone; None if there is none."""
+    """The call with a mask that makes a padded row give what it gives alone; None if there is none.
+
+    Raises:
+        CheckpointError: a mask has to be given, and padding is left out by two forms of it that give different outputs.
+    """
     alone, padded = _rows(call, vocab)
     other = padded | {"input_ids": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, 1)}
     names = [name for name, role in call.arguments.items() if isinstance(role, str) and role in MASK_FORMS]
@@ -18,7 +22,7 @@ def find_mask(prober: Prober, call: Call, path: str, vocab: int) -> Call | None:
     free = [name for name in prober.signature if is_mask(name) and name not in call.arguments]
     for name in [*names, *sorted(free, key=lambda n: (n != "attention_mask", "pad" not in n))]:
         candidates += [call._replace(arguments={**call.arguments, name: form}) for form in MASK_FORMS]
-    torch_own = {name for name in free if "memory" in name}
+    proven: list[tuple[Call, torch.Tensor]] = []
     for candidate in candidates:
         try:
             plain = take((candidate if names else call).run(prober.module, alone), path)
@@ -28,12 +32,28 @@ def find_mask(prober: Prober, call: Call, path: str, vocab: int) -> Call | None:
         except Exception:
             continue
         if all(near(_cut(one, want), want) for one in (plain, got, moved)):
-            added = set(candidate.arguments) - set(call.arguments)
-            if torch_own and added:  # the mask of what the decoder attends to is the encoder's
-                both = candidate.arguments | dict.fromkeys(torch_own, next(candidate.arguments[n] for n in added))
-                candidate = candidate._replace(arguments=both)
-            return candidate
-    return None
+            proven.append((candidate, want))
+            if not names:
+                break
+    if not proven:
+        return None
+    first, want = proven[0]
+    for candidate, output in proven[1:]:  # where no token sees a later one, padding proves nothing
+        if not near(output, want):
+            raise _unclear(prober, names[0], str(first.arguments[names[0]]), str(candidate.arguments[names[0]]))
+    torch_own = [name for name in free if "memory" in name]
+    added = set(first.arguments) - set(call.arguments)
+    if torch_own and added:  # the mask of what the decoder attends to is the encoder's
+        both = first.arguments | dict.fromkeys(torch_own, next(first.arguments[name] for name in added))
+        first = first._replace(arguments=both)
+    return first
+
+
+def _unclear(prober: Prober, name: str, one: str, other: str) -> CheckpointError:
+    return CheckpointError(
+        f"{prober.at_forward()}: forward needs {name}, and `{one}` and `{other}` give different outputs, so it is not clear "
+        "which of them it takes: give it a default of None"
+    )
 
 
 def check_meaning(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], path: str) -> None:
@@ -55,10 +75,7 @@ def check_meaning(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], p
         first = next(iter(seen), "")
         different = [form for form in seen if not near(seen[form], seen[first])]
         if different:
-            raise CheckpointError(
-                f"{prober.at_forward()}: forward needs {name}, but with neither `{first}` nor `{different[0]}` is padding "
-                "left out, so it is not clear which of them it takes: give it a default of None"
-            )
+            raise _unclear(prober, name, first, different[0])
 
 
 def find_pad(prober: Prober, call: Call, path: str, vocab: int, tables: list[int | None]) -> int | None:

@@ -108,10 +108,10 @@ def _call(start: str, values: list[str], end: str, comment: str = "") -> list[st
 def _own_loss(probe: Probe, values: list[str]) -> list[str]:
     loss, lines = probe.loss, ["targets = labels"]
     steps = []
-    if loss.shifted:
-        steps.append("targets = nn.functional.pad(targets[:, 1:], (0, 1), value=-100)")
     if probe.padding == "moved":
         steps += ["if order is not None:", "    targets = targets.gather(1, order)"]
+    if loss.shifted:
+        steps.append("targets = nn.functional.pad(targets[:, 1:], (0, 1), value=-100)")
     if loss.ignored is not None and loss.ignored != -100:
         steps.append(f"targets = targets.masked_fill(targets == -100, {loss.ignored})  # what the module leaves out")
     if loss.ignored is None and probe.kind not in _PER_ROW:
