@@ -203,6 +203,13 @@ def _faults(file: AuthorFile) -> Iterator[tuple[int, str]]:
                     part.lineno,
                     f"the device {part.value!r} is not there on every machine: use the device of an input, as in x.device",
                 )
+        elif isinstance(part, ast.FunctionDef) and part.name == "__init__":
+            for call in [n for n in ast.walk(part) if isinstance(n, ast.Call) and _last_name(n) == "from_pretrained"]:
+                yield (
+                    call.lineno,
+                    f"`{_short(call)}` loads weights whenever the model is built: build it from a config instead, as in "
+                    "BertModel(config) or AutoModel.from_config(config), the weights come from --weights",
+                )
         elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and part.func.attr == "cuda":
             yield (
                 part.lineno,
@@ -281,14 +288,30 @@ def attributes_read(file: AuthorFile, parameter: str) -> set[str]:
 
 
 def keys_read(file: AuthorFile, parameter: str) -> set[str]:
-    """The keys that the file reads of an argument, `batch["x"]` or `batch.get("x")`."""
+    """The keys that the file reads of an argument, `batch["x"]`, `batch.get("x")` or `batch.pop("x")`."""
     found = set()
     for node in ast.walk(file.tree):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == parameter:
             found |= {n.value for n in [node.slice] if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-        call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get"
-        if call and isinstance(node.func.value, ast.Name) and node.func.value.id == parameter and node.args:  # type: ignore[attr-defined]
-            found |= {n.value for n in node.args[:1] if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # type: ignore[attr-defined]
+    return found | set(keys_with_default(file, parameter))
+
+
+def keys_with_default(file: AuthorFile, parameter: str) -> dict[str, ast.expr | None]:
+    """The keys that need not be there, `cfg.get("x", 3)` or `getattr(cfg, "x", 3)`, and what stands in for them."""
+    found: dict[str, ast.expr | None] = {}
+    for node in ast.walk(file.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        arguments = list(node.args)
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
+            arguments.insert(0, node.func.value)
+        elif not (isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(arguments) == 3):
+            continue
+        if len(arguments) < 2 or ast.unparse(arguments[0]) not in (parameter, f"self.{parameter}"):
+            continue
+        key = arguments[1]
+        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+            found[key.value] = arguments[2] if len(arguments) > 2 else None
     return found
 
 

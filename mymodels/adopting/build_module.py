@@ -93,8 +93,16 @@ def build(cls: Any, constructor: Constructor, path: Path) -> nn.Module:
         made: Any = next(iter(values.values()), None)
         if argument.kind == "config":
             made = make_config(constructor)
-        elif argument.kind == "dataclass":
-            made = getattr(module, argument.type_name)(**values)
+        elif argument.kind in ("dataclass", "object"):
+            after = {name: values.pop(name) for name in argument.set_after}
+            try:
+                made = getattr(module, argument.type_name)(**values)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{path}{line_in(error, path)}: {argument.type_name} cannot be built: {in_words(error)}"
+                ) from None
+            for name, value in after.items():
+                setattr(made, name, value)
         elif argument.kind == "namespace":
             made = SimpleNamespace(**values)
         elif argument.kind == "dict":
@@ -170,6 +178,7 @@ def check_shared(module: nn.Module) -> dict[str, str]:
         CheckpointError: a module is registered twice, or inside itself.
     """
     _check_recursion(module, type(module).__name__)
+    _check_hidden(module)
     modules: dict[int, str] = {}
     for name, part in module.named_modules(remove_duplicate=False):
         if id(part) in modules and next(part.parameters(), None) is not None:
@@ -185,6 +194,24 @@ def check_shared(module: nn.Module) -> dict[str, str]:
             ties[name] = first[id(parameter)]
         first.setdefault(id(parameter), name)
     return ties
+
+
+def _check_hidden(module: nn.Module) -> None:
+    """Refuse parameters in a Python list or dictionary, which are in no state_dict."""
+    known = {id(parameter) for parameter in module.parameters()}
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name in ("_parameters", "_buffers", "_modules") or not isinstance(value, (list, tuple, dict)):
+                continue
+            for inner in value.values() if isinstance(value, dict) else value:
+                held = [inner] if isinstance(inner, nn.Parameter) else []
+                held += list(inner.parameters()) if isinstance(inner, nn.Module) else []
+                if any(id(parameter) not in known for parameter in held):
+                    kind = type(value).__name__
+                    raise CheckpointError(
+                        f"{type(module).__name__}: {f'{path}.{name}'.lstrip('.')} is a {kind} of parameters or modules, which no "
+                        "checkpoint holds: make it an nn.ModuleList, nn.ModuleDict or nn.ParameterList"
+                    )
 
 
 def _check_recursion(module: nn.Module, name: str, above: tuple[int, ...] = ()) -> None:

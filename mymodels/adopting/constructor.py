@@ -1,15 +1,17 @@
 """The constructor's arguments as fields of a config: which there are, where their values come from, how they go back."""
 
+import ast
 import dataclasses
 import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import CheckpointError
-from .author_file import AuthorFile, attributes_read, keys_read
+from .author_file import AuthorFile, attributes_read, is_unpacked, keys_read, keys_with_default
 
 _SHARED = {  # names of the author's that mean what they mean to transformers
     "num_labels", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id",
@@ -43,10 +45,11 @@ class Argument(NamedTuple):
     Attributes:
         name: of the argument.
         kind: `value` (a field), `config` (transformers' config itself), or an object made of fields: `dataclass`,
-            `namespace`, `dict`.
+            `object` (of another class of the file), `namespace`, `dict`.
         fields: the fields it is made of.
-        type_name: name of the dataclass.
+        type_name: name of the dataclass or class.
         keyword: whether it has to be passed by its name.
+        set_after: of an `object`, the fields that its constructor does not take.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Argument(NamedTuple):
     fields: list[Field]
     type_name: str = ""
     keyword: bool = True
+    set_after: tuple[str, ...] = ()
 
 
 class Constructor(NamedTuple):
@@ -98,6 +102,9 @@ def read_constructor(
         parameters = []
     for number, parameter in enumerate(parameters):
         name = parameter.name
+        if parameter.kind is parameter.VAR_KEYWORD and config_class is None:
+            arguments += _from_keywords(name, file, {**(recorded or {}), **values}, set(values))
+            used |= {argument.name for argument in arguments}
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         keyword = parameter.kind is not parameter.POSITIONAL_ONLY
@@ -114,20 +121,31 @@ def read_constructor(
             continue
         nested = values.pop(name) if isinstance(values.get(name), Mapping) else {}
         nested = {**nested, **{k.partition(".")[2]: values.pop(k) for k in list(values) if k.startswith(f"{name}.")}}
-        fields, kind, type_name = _object(parameter, taken, cls, file)
+        fields, kind, type_name, set_after = _object(parameter, taken, cls, file)
+        if kind in ("namespace", "dict"):  # the file may read it under another name too, as `c.width`
+            others = {p.name for p in parameters}
+            more = [
+                n
+                for n in (*nested, *(() if config_class else values))
+                if n not in (*fields, *others) and _is_read(n, file)
+            ]
+            fields |= dict.fromkeys(more, inspect.Parameter.empty)
         if kind:
             own = []
             for field, default in fields.items():
                 value = _find(field, default, nested, values, recorded)
+                if value is _OPTIONAL:
+                    continue
                 if value is _MISSING:
                     raise CheckpointError(
                         f"{place} reads {name}.{field}, for which there is no value: give it, --config {field}=…"
                     )
                 used.add(field)
                 own.append(_field(field, value, default))
+            set_after = tuple(field.argument for field in own if field.argument in set_after)
             if extra := sorted(set(nested) - set(fields)):
                 raise CheckpointError(f"{place} reads no {name}.{extra[0]}; it reads {', '.join(fields)}")
-            arguments.append(Argument(name, kind, own, type_name, keyword))
+            arguments.append(Argument(name, kind, own, type_name, keyword, set_after))
             continue
         if nested:
             arguments.append(Argument(name, "value", [_field(name, nested, parameter.default)], "", keyword))
@@ -166,6 +184,36 @@ def read_constructor(
 
 
 _MISSING = object()
+_OPTIONAL = object()  # a field without which the author's code works, and whose default is no plain value
+
+
+def _from_keywords(name: str, file: AuthorFile, given: Mapping[str, Any], named: set[str]) -> list[Argument]:
+    """The arguments that the constructor takes through its `**name`: those it reads by name or hands on."""
+    read, defaults = keys_read(file, name), keys_with_default(file, name)
+    handed_on = named if is_unpacked(file, name) else set()
+    found = []
+    for key in sorted(read | handed_on):
+        default = _literal(defaults.get(key)) if key in defaults else _OPTIONAL
+        value = given.get(key, default)
+        if value is not _OPTIONAL and not isinstance(value, Mapping):
+            found.append(Argument(key, "value", [_field(key, value, value if default is _OPTIONAL else default)]))
+    return found
+
+
+def _is_read(name: str, file: AuthorFile) -> bool:
+    """Whether the file reads an attribute or key of this name of anything."""
+    return any(
+        (isinstance(node, ast.Attribute) and node.attr == name)
+        or (isinstance(node, ast.Constant) and node.value == name)
+        for node in ast.walk(file.tree)
+    )
+
+
+def _literal(node: ast.expr | None) -> Any:
+    try:
+        return ast.literal_eval(node) if node is not None else _OPTIONAL
+    except (ValueError, TypeError, SyntaxError):
+        return _OPTIONAL
 
 
 def _find(name: str, default: Any, nested: Mapping, given: Mapping, recorded: Mapping | None) -> Any:
@@ -190,23 +238,26 @@ def _is_config(cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, PretrainedConfig)
 
 
-def _object(parameter: inspect.Parameter, taken: Any, cls: type, file: AuthorFile) -> tuple[dict[str, Any], str, str]:
-    """What an argument that is an object is made of: field → default, its kind, the name of its dataclass."""
+_METHODS = {"items", "keys", "values", "get", "update", "copy", "append", "pop", "shape", "size", "dim"}
+_Made = tuple[dict[str, Any], str, str, tuple[str, ...]]
+
+
+def _object(parameter: inspect.Parameter, taken: Any, cls: type, file: AuthorFile) -> _Made:
+    """What an argument that is an object is made of: field → default, its kind, its class, fields that are set later."""
     if isinstance(taken, type) and dataclasses.is_dataclass(taken):
-        return _dataclass_fields(taken), "dataclass", str(getattr(taken, "__name__", ""))
+        return _dataclass_fields(taken), "dataclass", str(getattr(taken, "__name__", "")), ()
     if taken in (int, float, str, bool, list, tuple):
-        return {}, "", ""
+        return {}, "", "", ()
     module = inspect.getmodule(cls)
-    read = attributes_read(file, parameter.name)
-    methods = {"items", "keys", "values", "get", "update", "copy", "append", "shape", "size", "dim"}
-    if read - methods:
+    optional = {key: _literal(node) for key, node in keys_with_default(file, parameter.name).items()}
+    read = attributes_read(file, parameter.name) - _METHODS
+    if read:
+        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == cls.__module__]
         suiting = [
             value
-            for value in vars(module).values()
-            if isinstance(value, type)
-            and dataclasses.is_dataclass(value)
-            and value.__module__ == cls.__module__
-            and read - methods <= set(dir(value)) | {field.name for field in dataclasses.fields(value)}
+            for value in own
+            if dataclasses.is_dataclass(value)
+            and read <= set(dir(value)) | {field.name for field in dataclasses.fields(value)}
         ]
         if len(suiting) > 1:
             names = " or ".join(value.__name__ for value in suiting)
@@ -215,12 +266,41 @@ def _object(parameter: inspect.Parameter, taken: Any, cls: type, file: AuthorFil
                 f"`{parameter.name}: {suiting[0].__name__}`"
             )
         if suiting:
-            return _dataclass_fields(suiting[0]), "dataclass", suiting[0].__name__
-        return dict.fromkeys(sorted(read - methods), inspect.Parameter.empty), "namespace", ""
+            return _dataclass_fields(suiting[0]), "dataclass", suiting[0].__name__, ()
+        plain = [taken] if taken in own else [v for v in own if read <= _class_attributes(v, file)]
+        if len(plain) == 1 and not issubclass(plain[0], nn.Module):
+            return _class_fields(plain[0])
+        named: dict[str, Any] = dict.fromkeys(sorted(read), inspect.Parameter.empty)
+        return {**optional, **named}, "namespace", "", ()
     keys = keys_read(file, parameter.name)
-    if keys and (taken in (None, dict)):
-        return dict.fromkeys(sorted(keys), inspect.Parameter.empty), "dict", ""
-    return {}, "", ""
+    if keys and taken in (None, dict):
+        return {key: optional.get(key, inspect.Parameter.empty) for key in sorted(keys)}, "dict", "", ()
+    return {}, "", "", ()
+
+
+def _class_attributes(cls: type, file: AuthorFile) -> set[str]:
+    """What a class of the file has, on itself or as its methods set it."""
+    node = file.classes.get(cls.__name__)
+    stored = {
+        n.attr
+        for n in (ast.walk(node) if node else ())
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and ast.unparse(n.value) == "self"
+    }
+    return stored | {name for base in cls.__mro__[:-1] for name in vars(base)}
+
+
+def _class_fields(cls: Any) -> _Made:
+    """The arguments of a plain class's constructor, and the plain attributes of the class."""
+    fields: dict[str, Any] = {}
+    by_keyword = False
+    if cls.__init__ is not object.__init__:
+        for parameter in list(inspect.signature(cls.__init__).parameters.values())[1:]:
+            by_keyword = by_keyword or parameter.kind is parameter.VAR_KEYWORD
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                fields[parameter.name] = parameter.default
+    on_class = {name for base in cls.__mro__[:-1] for name in vars(base) if not name.startswith("_")}
+    attributes = {n: getattr(cls, n) for n in sorted(on_class - set(fields)) if _is_plain(getattr(cls, n))}
+    return {**fields, **attributes}, "object", cls.__name__, () if by_keyword else tuple(attributes)
 
 
 def _dataclass_fields(cls: Any) -> dict[str, Any]:

@@ -8,7 +8,11 @@ from torch import nn
 
 from ..checkpoints import CheckpointError
 from .author_file import AuthorFile
-from .probing import LENGTH, Call, Probe, Prober, example_ids, find_outputs, take
+from .build_module import in_words, line_in
+from .finding_loss import find_loss
+from .masks import check_meaning, find_mask, find_pad
+from .outputs import check_outputs, main_output, take
+from .probing import LENGTH, MASK_FORMS, Call, Probe, Prober, example_ids, find_outputs, is_labels, is_segments
 
 KINDS = {  # how the head of the wrapper is called → its Auto class
     "causal": ("ForCausalLM", "AutoModelForCausalLM"),
@@ -22,19 +26,29 @@ KINDS = {  # how the head of the wrapper is called → its Auto class
 
 
 def probe(
-    module: nn.Module, file: AuthorFile, place: str, fields: dict[str, Any], auto_class: str | None = None
+    module: nn.Module,
+    trial: nn.Module,
+    file: AuthorFile,
+    place: str,
+    fields: dict[str, Any],
+    auto_class: str | None = None,
 ) -> Probe:
     """Run a module on small inputs and say what it is.
 
     Args:
+        module: what the outputs are recorded of.
+        trial: the same, built a second time; its weights are changed, so that what starts at zero, such as a head, hides
+            nothing.
         fields: the config's fields and their values; sizes among them are tried as the longest input.
         auto_class: what it is for, where that is known.
 
     Raises:
         CheckpointError: no inputs could be made up for it, or it cannot be for `auto_class`.
     """
-    prober = Prober(module, file, place)
+    prober = Prober(trial, file, place, fields)
+    _copy_weights(module, trial)
     call, inputs, output = prober.find_call()
+    _disturb(prober, call, inputs)
     vocab, embeddings, decoder_vocab = None, "", None
     if call.main == "input_ids":
         embeddings, vocab = prober.embeddings(call, inputs)
@@ -50,75 +64,115 @@ def probe(
         if "decoder_input_ids" in inputs:
             decoder_vocab = _decoder_vocab(prober, call, inputs) or vocab
             inputs["decoder_input_ids"] = example_ids(decoder_vocab, seed=1)[:, : LENGTH - 2]
-        output = _run(prober, call, inputs)
-    path, logits = _main_output(output)
-    dummy = False
-    if (
-        call.main == "input_ids"
-        and logits.dim() == 3
-        and logits.shape[1] == 1 != LENGTH
-        and "decoder_input_ids" not in inputs
-    ):
-        for name in [
-            n
-            for n in prober.signature
-            if n not in call.arguments and n in ("labels", "targets", "target", "y", "label")
-        ]:
+    output = _run(prober, call, inputs)
+    path, logits, unused = main_output(prober, call, inputs, output, vocab)
+    dummy = ""
+    if vocab is not None and logits.dim() == 3 and logits.shape[1] == 1 and "decoder_input_ids" not in inputs:
+        for name in [n for n in prober.signature if n not in call.arguments and is_labels(n)]:
             full = call._replace(arguments={**call.arguments, name: "input_ids"})
             found = [
                 (p, v) for p, v in find_outputs(_run(prober, full, inputs)) if v.shape[:2] == inputs["input_ids"].shape
             ]
             if found:
-                call, dummy, (path, logits) = full, True, found[0]
-    head = prober.head(call, inputs, logits, vocab)
+                call, dummy, (path, logits), unused = full, name, found[0], []
+                break
+    check_outputs(prober, call, inputs, path, logits)
+    head = prober.head(call, inputs, logits)
     kind = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class)
-    width = logits.shape[-1]
     if kind == "seq2seq":
         head = ""  # the tables of source and target are two: one size for both would be wrong
-    padding = "none"
-    if call.main == "input_ids" and vocab is not None:
-        masked = prober.mask(call, path, vocab)
-        if masked is not None:
-            call, padding = masked, "mask"
-        if kind == "causal":
-            padding = "moved"
+    call, padding, pad = _padding(prober, call, inputs, path, kind, vocab)
+    call = _with_segments(prober, call, inputs)
     limit = None
     if vocab is not None:
         sizes = [value for value in fields.values() if isinstance(value, int) and not isinstance(value, bool)]
         limit = prober.limit(call, vocab, sizes)
-    labels, own_loss, note = prober.find_loss(_without_labels(call) if dummy else call, inputs, path, kind, width)
-    if dummy:
-        labels = next(n for n in call.arguments if call.arguments[n] == "input_ids" and n != next(iter(call.arguments)))
-        if own_loss:  # its loss would be that of the inputs
-            raise CheckpointError(
-                f"{place}: forward returns the outputs of all tokens only with {labels}, and its loss is not the cross-entropy of "
-                "the logits: return all logits without it too"
-            )
-    if padding != "none" or any(isinstance(role, list) for role in call.arguments.values()):
+    loss = find_loss(prober, _without_labels(call) if dummy else call, inputs, path, kind, logits.shape[-1], dummy)
+    if dummy and loss.kind != "made":  # its loss would be that of the inputs
+        raise CheckpointError(
+            f"{prober.at_forward()}: forward returns the outputs of all tokens only with {dummy}, and its loss is not the "
+            "cross-entropy of the logits: return all logits without it too"
+        )
+    if padding != "none" or any(isinstance(role, list) or role in MASK_FORMS for role in call.arguments.values()):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if padding == "mask":
             inputs["attention_mask"][1, LENGTH - 2 :] = 0
-    name = "last_hidden_state" if kind == "body" else "logits"
+    prober.module = module
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     reference = take(_run(prober, call, inputs), path)
     return Probe(
         call=call,
         logits=path,
         kind=kind,
-        width=width,
+        width=logits.shape[-1],
         vocab=vocab,
         limit=limit,
         embeddings=embeddings,
         head=head if kind in ("causal", "masked") else "",
-        labels=labels,
-        own_loss=own_loss,
-        loss_note=note,
-        dummy=dummy,
+        loss=loss,
+        dummy=bool(dummy),
         padding=padding,
-        encode=False,
-        left=[n for n, p in prober.signature.items() if n not in call.arguments and n != labels and _named(p)],
+        pad=pad,
+        required=[n for n, p in prober.signature.items() if p.default is p.empty],
+        left=[n for n, p in prober.signature.items() if n not in (*call.arguments, loss.argument) and _named(p)],
+        unused=unused,
         inputs=inputs,
-        outputs={name: reference.contiguous()},
+        outputs={"last_hidden_state" if kind == "body" else "logits": reference.contiguous()},
     )
+
+
+def _copy_weights(module: nn.Module, trial: nn.Module) -> None:
+    """In float32, in which rounding is small."""
+    state = module.state_dict()
+    trial.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+    trial.float().eval()
+
+
+@torch.no_grad()
+def _disturb(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    kept = {name: parameter.clone() for name, parameter in prober.module.named_parameters()}
+    for parameter in prober.module.parameters():
+        if parameter.is_floating_point():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    try:
+        finite = all(value.isfinite().all() for _, value in find_outputs(call.run(prober.module, inputs)))
+    except Exception:
+        finite = False
+    if not finite:
+        for name, parameter in prober.module.named_parameters():
+            parameter.copy_(kept[name])
+
+
+def _padding(
+    prober: Prober, call: Call, inputs: dict[str, torch.Tensor], path: str, kind: str, vocab: int | None
+) -> tuple[Call, str, int | None]:
+    """The call with the mask that leaves padding out, how it is left out, and the module's own id for it."""
+    if call.main != "input_ids" or vocab is None:
+        return call, "none", None
+    masked = find_mask(prober, call, path, vocab)
+    if masked is None:
+        check_meaning(prober, call, inputs, path)
+    if kind == "causal":
+        return masked or call, "moved", None
+    if masked is not None:
+        return masked, "mask", None
+    tables = [part.padding_idx for part in prober.module.modules() if isinstance(part, nn.Embedding)]
+    pad = find_pad(prober, call, path, vocab, tables)
+    return call, "none" if pad is None else "ids", pad
+
+
+def _with_segments(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> Call:
+    """The call with `token_type_ids`, if forward can take them."""
+    for name in [n for n in prober.signature if is_segments(n) and n not in call.arguments]:
+        extended = call._replace(arguments={**call.arguments, name: "token_type_ids"})
+        try:
+            extended.run(prober.module, {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])})
+        except Exception:
+            continue
+        return extended
+    return call
 
 
 def _named(parameter: inspect.Parameter) -> bool:
@@ -131,23 +185,12 @@ def _without_labels(call: Call) -> Call:
 
 
 def _run(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> Any:
-    from .build_module import in_words, line_in
-
     try:
         return call.run(prober.module, inputs)
     except Exception as error:
         raise CheckpointError(
             f"{prober.file.path}{line_in(error, prober.file.path)}: forward raises on made-up inputs: {in_words(error)}"
         ) from None
-
-
-def _main_output(output: Any) -> tuple[str, torch.Tensor]:
-    found = find_outputs(output)
-    for key in ("logits", "last_hidden_state"):
-        for path, value in found:
-            if path == f'["{key}"]':
-                return path, value
-    return found[0]
 
 
 def _decoder_vocab(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> int | None:
@@ -171,7 +214,7 @@ def _kind(
         kind = "seq2seq" if logits.dim() == 3 and logits.shape[-1] == decoder_vocab else "body"
     elif call.main == "input_ids" and logits.dim() == 3 and logits.shape[1] == LENGTH:
         if logits.shape[-1] == vocab and _is_vocabulary(prober, head, vocab):
-            kind = "causal" if prober.is_causal(call, inputs, path, "input_ids", vocab) else "masked"
+            kind = "causal" if prober.is_causal(call, inputs, lambda output: take(output, path), vocab) else "masked"
         elif head:
             kind = "tokens"
     elif call.main == "input_ids" and logits.dim() == 2 and head:

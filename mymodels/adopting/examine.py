@@ -45,7 +45,7 @@ def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
         job: `file`, `class`, `config` (name → value), `weights` (a path or None), `auto_class`, `section`, `allow_pickle`.
 
     Returns:
-        what was found out: `model`, `auto_class`, `derived`, `missing`, `changed` (sentences).
+        what was found out: `model`, `auto_class`, `derived`, `missing`, `changed` (sentences); `call` and `logits`, as in `Probe`.
 
     Raises:
         CheckpointError: something is not as it has to be; one sentence.
@@ -72,7 +72,7 @@ def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
     fields = {field.argument: field.value for field in constructor.fields}
     if constructor.config_class is not None:
         fields = {**make_config(constructor).to_dict(), **fields}
-    found = probe(module, file, f"{file.path}: {name}", fields, job["auto_class"])
+    found = probe(module, second, file, f"{file.path}: {name}", fields, job["auto_class"])
     ties = _towards_embeddings(ties, found.embeddings)
     about = wrapped(module, ties, on_cpu)
     names, changed = _names(name, file, found, constructor)
@@ -111,6 +111,8 @@ def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
         "derived": _derived(found, constructor, about, renamed, job["weights"]),
         "missing": _missing(module, found, constructor, about),
         "changed": changed,
+        "call": found.call.arguments,
+        "logits": found.logits,
     }
 
 
@@ -202,6 +204,8 @@ def _config(
         labels = [f"LABEL_{number}" for number in range(found.width)]
         values["id2label"] = {str(number): label for number, label in enumerate(labels)}
         values["label2id"] = {label: number for number, label in enumerate(labels)}
+    if found.pad is not None and values.get("pad_token_id") is None:
+        values["pad_token_id"] = found.pad
     return {
         **values,
         "model_type": names.model_type,
@@ -242,14 +246,14 @@ def _derived(
         what.append("padding: by the module's own mask")
     if found.padding == "moved":
         what.append("padding: moved behind the tokens, where no token sees it")
-    if found.loss_note:
-        what.append(f"loss: {found.loss_note}")
+    if found.padding == "ids":
+        what.append(f"padding: by the module itself, which leaves out the id {found.pad}")
+    if found.loss.kind != "none":
+        what.append(f"loss: {found.loss.note}")
     if about.no_split:
         what.append(f"blocks that stay on one device: {', '.join(about.no_split)}")
-    if renamed:
-        what.append(
-            "names: " + ", ".join(f"{name} = {field}" for name, field in sorted(renamed.items()) if name != field)
-        )
+    if others := [f"{name} = {field}" for name, field in sorted(renamed.items()) if name != field]:
+        what.append(f"names: {', '.join(others)}")
     if not weights:
         what.append("weights: none were given, so they are the author's initialisation with seed 0")
     return what
@@ -263,8 +267,12 @@ def _missing(module: nn.Module, found: Probe, constructor: Constructor, about: W
         what.append("generation: forward takes source and target at once, so there is no encoder to run once")
     if found.call.main == "input_ids" and found.padding == "none":
         what.append("padding: forward takes no mask that leaves it out, so rows of different length are run apart")
-    if found.kind == "body" and not found.own_loss:
-        what.append("training: no loss is known for these outputs, so there are no labels")
+    if found.loss.kind == "none":
+        what.append(f"training: {found.loss.note}, so there are no labels")
+    elif found.loss.kind == "own" and found.loss.ignored is None and found.kind not in ("sequence", "image"):
+        what.append("labels that are left out: the module's own loss leaves none out, so -100 is refused")
+    if found.unused:
+        what.append(f"outputs that are left out: {', '.join(f'forward(…){path}' for path in found.unused)}")
     if "supports_gradient_checkpointing" not in about.flags:
         what.append("gradient checkpointing: the blocks are no transformers.modeling_layers.GradientCheckpointingLayer")
     if found.call.main == "input_ids":
@@ -272,7 +280,9 @@ def _missing(module: nn.Module, found: Probe, constructor: Constructor, about: W
             what.append("resizing the vocabulary: no nn.Embedding takes the token ids")
         elif found.kind in ("causal", "masked") and not found.head:
             what.append("resizing the vocabulary: no nn.Linear makes the logits, so the head would stay behind")
-        what.append("inputs_embeds, position_ids, attentions and hidden states: forward neither takes nor returns them")
+        what.append(
+            "inputs_embeds, position_ids, attentions and hidden states: the wrapper neither takes nor returns them"
+        )
     if found.kind == "image":
         what.append("pipelines: there is no image processor, so images have to be tensors already")
     if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):

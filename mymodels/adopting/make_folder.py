@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +29,8 @@ from ..hub.verifying import Verification
 from ..messages import one_line
 from .author_file import check_author_file, check_post_init, find_class, read_author_file, split_source
 from .examine import INPUTS, OUTPUTS, RESULT, SOURCE
+from .outputs import take
+from .probing import Call, near
 
 
 class Adopted(NamedTuple):
@@ -124,6 +126,8 @@ def adopt(
         job |= {"auto_class": auto_class, "section": section, "allow_pickle": allow_pickle}
         try:
             found = _examine(job, scratch)
+            if isinstance(source, nn.Module):
+                _check_rebuilt(source, scratch, found)
             folder = scratch / "built" / output_dir.resolve().name
             build_repo(
                 scratch / SOURCE,
@@ -282,6 +286,29 @@ def _examine(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     if "error" in found:
         raise CheckpointError(found["error"])
     return found
+
+
+def _check_rebuilt(module: nn.Module, scratch: Path, found: Mapping[str, Any]) -> None:
+    """The module in memory gives what the one gives that was built from the arguments its attributes seem to hold."""
+    inputs, want = (load_file(scratch / name) for name in (INPUTS, OUTPUTS))
+    state = [(part, part.training) for part in module.modules()]
+    place = next(module.parameters(), torch.empty(0)).device
+    try:
+        call = Call(found["call"], "")
+        output = call.run(module.eval(), {name: tensor.to(place) for name, tensor in inputs.items()})
+        got = take(output, found["logits"]).cpu()
+    except Exception as error:
+        got, why_not = None, f" ({one_line(str(error), 100)})"
+    else:
+        why_not = ""
+    finally:
+        for part, training in state:
+            part.training = training
+    if got is None or not near(got, next(iter(want.values()))):
+        raise CheckpointError(
+            f"{type(module).__name__}: the module does not give the outputs of one that is built from the arguments which its "
+            f"attributes hold{why_not}: give the arguments it was made with, config={{…}}"
+        )
 
 
 def _leave_out_pipeline(folder: Path) -> None:

@@ -3,14 +3,14 @@
 Nothing is taken from a name alone: a name only says what is tried first. What a trial does not show is left out.
 """
 
+import ast
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from ..checkpoints import CheckpointError
 from .author_file import AuthorFile, is_unpacked, keys_read
@@ -19,12 +19,8 @@ from .build_module import in_words, line_in, quiet
 ROWS, LENGTH = 2, 7
 _DECODER = re.compile(r"^(tgt|trg|target(_ids)?|decoder_input_ids|tgt_ids|trg_ids|dec\w*|y|output_ids)$")
 _LABELS = re.compile(r"^(labels?|targets?|tgt|y|y_true|gold|tags)$")
-_MASK = re.compile(r"mask")
-_IDS = re.compile(r"^(input_ids|ids|idx|x|tokens?|token_ids|src|source|inputs?|input_seq|text|seq|batch_inputs|batch)$")
-_PASSED_ON = (
-    "token_type_ids",
-    "position_ids",
-)  # of transformers' arguments, those that an author's forward may name too
+_SEGMENTS = re.compile(r"^(token_type_ids|segment(s|_ids|_info|_label)?|seg(_ids)?|token_types?)$")
+_IMAGE_SIZE = re.compile(r"(image|img|input)_?(size|res|resolution)|size|res|resolution")
 MASK_FORMS: dict[
     str, Callable[[torch.Tensor], torch.Tensor]
 ] = {  # how a mask of ones at tokens is written for the module
@@ -37,21 +33,32 @@ MASK_FORMS: dict[
 }
 
 
+def is_mask(name: str) -> bool:
+    return "mask" in name
+
+
+def is_segments(name: str) -> bool:
+    return bool(_SEGMENTS.match(name))
+
+
+def is_labels(name: str) -> bool:
+    return bool(_LABELS.match(name))
+
+
 class Call(NamedTuple):
     """How the module is called.
 
     Attributes:
         arguments: name of the module's parameter → what it is given, in terms of the wrapper's `forward`:
-            `input_ids`, `decoder_input_ids`, `pixel_values`, `input_values`, a key of `MASK_FORMS`, or a list of keys
-            of a dictionary.
+            `input_ids`, `decoder_input_ids`, `token_type_ids`, `pixel_values`, `input_values`, a key of `MASK_FORMS`, or
+            a list of keys of a dictionary.
         main: which input comes first.
-        first: whether the first argument is passed by its place.
     """
 
     arguments: dict[str, Any]
     main: str
 
-    def run(self, module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+    def run(self, module: nn.Module, inputs: dict[str, torch.Tensor], grad: bool = False) -> Any:
         given: dict[str, Any] = {}
         for name, role in self.arguments.items():
             if isinstance(role, list):
@@ -60,8 +67,30 @@ class Call(NamedTuple):
                 given[name] = MASK_FORMS[role](inputs["attention_mask"]) if "attention_mask" in inputs else None
             else:
                 given[name] = inputs.get(role)
-        with quiet(), torch.no_grad():
+        with quiet(), torch.set_grad_enabled(grad):
             return module(**{name: value for name, value in given.items() if value is not None})
+
+
+class Loss(NamedTuple):
+    """How a module's loss is made.
+
+    Attributes:
+        kind: `made` (cross-entropy of the logits), `own` (the module's, passed on) or `none`.
+        note: what is known of it, for the report.
+        argument: the module's own argument for labels, or "".
+        path: of `own`, how the loss is taken from what is returned with labels.
+        logits: of `own`, how the logits are.
+        ignored: the label that the module leaves out, if any.
+        shifted: of `own`, whether the wrapper has to shift the labels to the token before.
+    """
+
+    kind: str
+    note: str = ""
+    argument: str = ""
+    path: str = ""
+    logits: str = ""
+    ignored: int | None = None
+    shifted: bool = False
 
 
 class Probe(NamedTuple):
@@ -75,13 +104,15 @@ class Probe(NamedTuple):
     limit: int | None  # longest input, where a longer one raises
     embeddings: str  # path of the input embeddings, or ""
     head: str  # path of the output embeddings, or ""
-    labels: str  # the module's own argument for labels, or ""
-    own_loss: str  # "" if the loss is the usual cross-entropy or none; else how it is taken from what is returned
-    loss_note: str  # what is known of the module's loss, for the report
+    loss: Loss  # how the loss is made
     dummy: bool  # whether all positions are returned only if labels are given
-    padding: str  # "mask" (the module takes one that works), "moved" (causal: padding goes behind the tokens), "none"
-    encode: bool  # whether decode(tgt, encode(src)) is forward(src, tgt)
+    padding: (
+        str  # "mask" (one that works), "moved" (causal: behind the tokens), "ids" (the module knows its id), "none"
+    )
+    pad: int | None  # the id that the module leaves out
+    required: list[str]  # arguments of forward without a default
     left: list[str]  # optional arguments of forward that are not passed
+    unused: list[str]  # outputs that are not passed on
     inputs: dict[str, torch.Tensor]  # what was run
     outputs: dict[str, torch.Tensor]  # and what came out, by the wrapper's names
 
@@ -90,14 +121,6 @@ def example_ids(vocab: int, rows: int = ROWS, length: int = LENGTH, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     low = 1 if vocab > 2 else 0  # 0 is often padding
     return torch.randint(low, vocab, (rows, length), generator=generator)
-
-
-def take(output: Any, path: str) -> Any:
-    """What `path` (`""`, `[0]`, `['logits']`) names in an output."""
-    if not path:
-        return output
-    key = path[1:-1]
-    return output[int(key)] if key.lstrip("-").isdigit() else output[key.strip("'\"")]
 
 
 def find_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:
@@ -116,8 +139,8 @@ def find_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:
 class Prober:
     """Finds out what a built module is; `probe` is the result."""
 
-    def __init__(self, module: nn.Module, file: AuthorFile, place: str, task: str | None = None):
-        self.module, self.file, self.place, self.task = module, file, place, task
+    def __init__(self, module: nn.Module, file: AuthorFile, place: str, fields: Mapping[str, Any]):
+        self.module, self.file, self.place, self.fields = module, file, place, fields
         self.signature = inspect.signature(module.forward).parameters
         self.errors: list[str] = []
 
@@ -132,8 +155,10 @@ class Prober:
                 f"{self.place}: forward takes no named argument, so nothing can be passed to it: name its inputs"
             )
         first = required[0] if required else named[0].name
-        masks = [p.name for p in named if _MASK.search(p.name) and p.name != first]
-        others = [name for name in required if name != first and name not in masks]
+        masks = [p.name for p in named if is_mask(p.name) and p.name != first]
+        needed = [name for name in masks if name in required]
+        segments = {name: "token_type_ids" for name in required if _SEGMENTS.match(name) and name != first}
+        others = [name for name in required if name != first and name not in masks and name not in segments]
         text = any(isinstance(part, nn.Embedding) for part in self.module.modules())
         for ids in self._ids() if text or not self._pictures() else ():
             keys = sorted(keys_read(self.file, first)) or ["input_ids", "attention_mask"]
@@ -147,11 +172,14 @@ class Prober:
                 decoder = {"input_ids": ids, "decoder_input_ids": ids[:, : LENGTH - 2].flip(1)}
                 yield Call({first: "input_ids", others[0]: "decoder_input_ids"}, "input_ids"), decoder
             if not others:
-                yield Call({first: "input_ids"}, "input_ids"), {"input_ids": ids}
-                for mask in [name for name in masks if name in required]:
-                    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                inputs = {"input_ids": ids}
+                inputs |= {"token_type_ids": torch.zeros_like(ids)} if segments else {}
+                if not needed:
+                    yield Call({first: "input_ids", **segments}, "input_ids"), inputs
+                for mask in needed:
                     for form in MASK_FORMS:
-                        yield Call({first: "input_ids", mask: form}, "input_ids"), inputs
+                        call = Call({first: "input_ids", mask: form, **segments}, "input_ids")
+                        yield call, {**inputs, "attention_mask": torch.ones_like(ids)}
             elif len(others) == 1 and _LABELS.match(others[0]):
                 yield Call({first: "input_ids", others[0]: "input_ids"}, "input_ids"), {"input_ids": ids}
         if not others:
@@ -165,12 +193,18 @@ class Prober:
 
     def _pictures(self) -> list[torch.Tensor]:
         convolution = next((part for part in self.module.modules() if isinstance(part, nn.Conv2d)), None)
-        if convolution is None:
+        sizes = [
+            v if isinstance(v, (list, tuple)) else [v, v] for n, v in self.fields.items() if _IMAGE_SIZE.fullmatch(n)
+        ]
+        sizes = [v for v in sizes if len(v) == 2 and all(type(side) is int and 4 <= side <= 1024 for side in v)]
+        if convolution is None and not sizes:
             return []
+        named = next((v for n, v in self.fields.items() if "chan" in n and type(v) is int), 3)
+        channels = named if convolution is None else convolution.in_channels
         generator = torch.Generator().manual_seed(0)
         return [
-            torch.rand(ROWS, convolution.in_channels, side, side, generator=generator) * 2 - 1
-            for side in (32, 28, 64, 224)
+            torch.rand(ROWS, channels, *size, generator=generator) * 2 - 1
+            for size in [*sizes, *([side, side] for side in (32, 28, 64, 224))]
         ]
 
     def _vectors(self) -> list[torch.Tensor]:
@@ -233,7 +267,7 @@ class Prober:
             return "", None
         return found[0], self.module.get_submodule(found[0]).num_embeddings  # type: ignore[return-value]
 
-    def head(self, call: Call, inputs: dict[str, torch.Tensor], logits: torch.Tensor, vocab: int | None) -> str:
+    def head(self, call: Call, inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> str:
         """The linear layer whose output the logits are."""
         found: list[str] = []
 
@@ -258,48 +292,23 @@ class Prober:
 
     # ---- what it depends on
 
-    def is_causal(self, call: Call, inputs: dict[str, torch.Tensor], path: str, main: str, vocab: int) -> bool:
-        changed = {name: tensor.clone() for name, tensor in inputs.items()}
-        changed[main][:, -1] = (changed[main][:, -1] + 1) % vocab
-        before, after = (take(call.run(self.module, x), path) for x in (inputs, changed))
-        return bool(torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before[:, -1], after[:, -1]))
+    def is_causal(self, call: Call, inputs: dict[str, torch.Tensor], take: Callable[[Any], Any], vocab: int) -> bool:
+        """Whether no output depends on a later token, tried at every token."""
+        ids = inputs["input_ids"]
+        before = take(call.run(self.module, inputs))
+        for place in range(1, ids.shape[1]):
+            changed = ids.clone()
+            changed[:, place] = (changed[:, place] + 1) % vocab
+            after = take(call.run(self.module, {**inputs, "input_ids": changed}))
+            if not near(before[:, :place], after[:, :place]) or torch.equal(before[:, place], after[:, place]):
+                return False
+        return True
 
-    def mask(self, call: Call, path: str, vocab: int, seed: int = 3) -> Call | None:
-        """The call with a mask that makes a padded row give what it gives alone; None if there is none."""
-        ids = example_ids(vocab, ROWS, LENGTH, seed)
-        alone = {"input_ids": ids[:1, : LENGTH - 3], "attention_mask": torch.ones(1, LENGTH - 3, dtype=torch.long)}
-        padded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        padded["attention_mask"][0, LENGTH - 3 :] = 0
-        if "decoder_input_ids" in call.arguments.values():
-            alone["decoder_input_ids"], padded["decoder_input_ids"] = ids[:1, :4], ids[:, :4]
-        taken = [name for name, role in call.arguments.items() if isinstance(role, list) or role in MASK_FORMS]
-        candidates = [call] if taken else []
-        free = [n for n in self.signature if _MASK.search(n) and n not in call.arguments]
-        for name in sorted(free, key=lambda n: (n != "attention_mask", "pad" not in n)):
-            candidates += [call._replace(arguments={**call.arguments, name: form}) for form in MASK_FORMS]
-        torch_own = {n for n in free if "memory" in n}
-        for candidate in candidates:
-            try:
-                want = take(candidate.run(self.module, alone), path)
-                got = take(candidate.run(self.module, padded), path)[:1]
-                plain = take(
-                    call.run(self.module, {**alone, "attention_mask": torch.ones_like(alone["attention_mask"])}), path
-                )
-                other = padded | {"input_ids": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, 1)}
-                moved = take(candidate.run(self.module, other), path)[:1]
-            except Exception:
-                continue
-            if got.shape[1:2] == (LENGTH,) and want.shape[1:2] == (LENGTH - 3,):
-                got, moved = got[:, : LENGTH - 3], moved[:, : LENGTH - 3]
-            if got.shape != want.shape or not got.isfinite().all():
-                continue
-            if _near(got, want) and _near(plain, want) and _near(moved, want):
-                names = set(candidate.arguments) - set(call.arguments)
-                if torch_own and names:  # the mask of what the decoder attends to is the encoder's
-                    both = candidate.arguments | dict.fromkeys(torch_own, next(candidate.arguments[n] for n in names))
-                    candidate = candidate._replace(arguments=both)
-                return candidate
-        return None
+    def at_forward(self) -> str:
+        """`file:line` of the method `forward`, without the line where it is inherited."""
+        cls = self.file.classes.get(type(self.module).__name__)
+        lines = [n.lineno for n in (cls.body if cls else ()) if isinstance(n, ast.FunctionDef) and n.name == "forward"]
+        return f"{self.file.path}:{lines[0]}" if lines else self.place
 
     def limit(self, call: Call, vocab: int, sizes: list[int]) -> int | None:
         """The longest input, among the numbers that the constructor takes: that long works, one more raises."""
@@ -317,66 +326,17 @@ class Prober:
 
     def _long(self, call: Call, vocab: int, length: int) -> dict[str, torch.Tensor]:
         ids = example_ids(vocab, 1, length)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :4]}
-
-    # ---- its loss
-
-    def find_loss(
-        self, call: Call, inputs: dict[str, torch.Tensor], path: str, kind: str, width: int
-    ) -> tuple[str, str, str]:
-        """The module's argument for labels, how its own loss is taken, and a note."""
-        names = [n for n in self.signature if _LABELS.match(n) and n not in call.arguments]
-        for name in names:
-            logits = take(call.run(self.module, inputs), path)
-            for labels in self._labels(kind, inputs, width):
-                try:
-                    with quiet(), torch.no_grad():
-                        output = self._with(call, inputs, {name: labels})
-                    found = _losses(output)
-                except Exception:
-                    continue
-                if not found:
-                    continue
-                where, loss = found[0]
-                full = [v for p, v in find_outputs(output) if v.shape[:-1] == labels.shape and v.dim() > 1]
-                logits = full[0] if full else logits
-                flat, target = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-                if target.is_floating_point() or len(flat) != len(target):
-                    return name, where, "the module's own, which is passed on"
-                if _near(loss, cross_entropy(flat, target)):
-                    return name, "", "equal to the module's own: cross-entropy of the labels"
-                if kind == "causal" and _near(
-                    loss, cross_entropy(logits[:, :-1].reshape(-1, width), labels[:, 1:].reshape(-1))
-                ):
-                    return name, "", "equal to the module's own: cross-entropy of the next token"
-                return name, where, "the module's own, which is not the cross-entropy of its logits; it is passed on"
-        return "", "", "made by the wrapper: cross-entropy of the logits" if kind != "body" else ""
-
-    def _labels(self, kind: str, inputs: dict[str, torch.Tensor], width: int) -> list[torch.Tensor]:
-        first = next(iter(inputs.values()))
-        if kind in ("sequence", "image"):
-            return [torch.arange(len(first)) % width]
-        ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-        return [] if ids is None else [ids.flip(1) % width]
-
-    def _with(self, call: Call, inputs: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> Any:
-        roles = {name: f"<{name}>" for name in more}
-        extended = call._replace(arguments={**call.arguments, **roles})
-        return extended.run(self.module, {**inputs, **{roles[name]: value for name, value in more.items()}})
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+            "decoder_input_ids": ids[:, :4],
+        }
 
 
-def _losses(output: Any) -> list[tuple[str, torch.Tensor]]:
-    if isinstance(output, torch.Tensor):
-        return [("", output)] if output.dim() == 0 else []
-    if isinstance(output, (tuple, list)):
-        items: list[tuple[str, Any]] = [(f"[{n}]", v) for n, v in enumerate(output)]
-    else:
-        items = [(f'["{k}"]', v) for k, v in output.items()] if hasattr(output, "items") else []
-    return [(p, v) for p, v in items if isinstance(v, torch.Tensor) and v.numel() == 1 and v.is_floating_point()]
-
-
-def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and bool(((one - other).abs() <= 1e-4 * other.abs().max().clamp(min=1.0)).all())
+def near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same but for rounding, which is as large as their largest numbers make it."""
+    return one.shape == other.shape and bool(((one - other).abs() <= 1e-4 * other.abs().max().clamp(min=1e-6)).all())
 
 
 def _at(error: BaseException, file: AuthorFile) -> str:

@@ -311,6 +311,17 @@ def _renamed(old: str, name: str) -> dict[str, str]:
         text = (_MODELS / f"{kind}_{old.lower()}.py").read_text(encoding="utf-8")
         text = re.sub(rf"from \.(configuration_{old.lower()}) import", r"from \1 import", text)
         text = re.sub(r"^from \.(\w+) import", r"from mymodels.models.\1 import", text, flags=re.M)
-        text = text.replace(old, name).replace(old.lower(), name.lower())
+        text = _replace_names(text, old, name)
         files[f"{kind}_{name.lower()}.py"] = text
     return files
+
+
+def _replace_names(text: str, old: str, name: str) -> str:
+    """The text with the family's name replaced; classes that are imported from mymodels keep theirs."""
+    shared = " ".join(re.findall(r"^from mymodels\.models\.\w+ import (\([^)]*\)|.*)$", text, flags=re.M))
+    kept = set(re.findall(r"\w+", shared))
+
+    def new(word: re.Match) -> str:
+        return word[0] if word[0] in kept else word[0].replace(old, name).replace(old.lower(), name.lower())
+
+    return re.sub(rf"\w*({old}|{old.lower()})\w*", new, text)

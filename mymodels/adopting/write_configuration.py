@@ -1,6 +1,7 @@
 """The text of `configuration_NAME.py`: the constructor's arguments as a config class."""
 
 import ast
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ def write_configuration(
     has_labels = "num_labels" in renamed
     comments = _comments(file)
     lines = [
-        f'"""Configuration of {names.model}: the arguments of `{cls}` in {file.path.name}."""',
+        f'"""Configuration of {names.model}."""',
         "",
         "from typing import Any",
         "",
@@ -90,7 +91,9 @@ def write_configuration(
         "",
         "",
         f"class {names.config}({base.__name__ if base else 'PretrainedConfig'}):",
-        f'    """What `{cls}` is built from; the defaults are the author\'s, or what this model was made with.',
+        f'    """What `{cls}` in {file.path.name} is built from.',
+        "",
+        "    The defaults are the author's, or what this model was made with.",
         "",
     ]
     if fields or has_labels:
@@ -164,4 +167,6 @@ def _literal(value: Any) -> str:
         return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
     return repr(value)

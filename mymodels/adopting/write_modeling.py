@@ -7,10 +7,11 @@ from torch import nn
 
 from .author_file import AuthorFile
 from .constructor import Argument, Constructor, Field
-from .probing import MASK_FORMS, Probe
+from .probing import Probe
 from .write_configuration import Names
+from .write_forward import write_forward
 
-_OUTPUT = {
+OUTPUT = {
     "causal": "CausalLMOutput",
     "masked": "MaskedLMOutput",
     "tokens": "TokenClassifierOutput",
@@ -88,10 +89,13 @@ def write_modeling(
     """The file's text."""
     generates = probe.kind == "causal"
     bases = "PreTrainedModel, GenerationMixin" if generates else "PreTrainedModel"
-    dataclasses = sorted({a.type_name for a in constructor.arguments if a.kind == "dataclass"})
+    dataclasses = sorted({a.type_name for a in constructor.arguments if a.type_name and a.kind != "config"})
     namespace = any(a.kind == "namespace" for a in constructor.arguments)
     head = [
-        f'"""{names.model}: `{cls}` as a transformers model. The module itself is in {file.path.name}, as its author wrote it."""',
+        f'"""{names.model}: `{cls}` as a transformers model.',
+        "",
+        f"The module itself is in {file.path.name}, as its author wrote it.",
+        '"""',
         "",
         *(["from types import SimpleNamespace"] if namespace else []),
         "from typing import Any",
@@ -100,7 +104,7 @@ def write_modeling(
         *(["import transformers"] if about.ties else []),
         "from torch import nn",
         f"from transformers import {'GenerationMixin, ' if generates else ''}PreTrainedModel",
-        f"from transformers.modeling_outputs import {_OUTPUT[probe.kind]}",
+        f"from transformers.modeling_outputs import {OUTPUT[probe.kind]}",
         "from transformers.utils import can_return_tuple",
         "",
         f"from .configuration_{names.model_type} import {names.config}",
@@ -120,7 +124,7 @@ def write_modeling(
             _init_weights(about),
             TIE_WEIGHTS.rstrip() if about.ties else "",
             _embeddings(probe),
-            _forward(probe, names, file),
+            write_forward(probe, OUTPUT[probe.kind]),
             _generation() if generates else "",
         )
         if part
@@ -147,17 +151,21 @@ def _attributes(probe: Probe, names: Names, about: Wrapped) -> str:
     if about.no_split:
         lines.append(f"_no_split_modules = [{', '.join(f'{name!r}' for name in about.no_split)}]".replace("'", '"'))
     if about.ties:
-        pairs = ", ".join(f'"net.{tied}": "net.{target}"' for tied, target in sorted(about.ties.items()))
-        lines.append(f"_tied_weights_keys = {{{pairs}}}")
+        pairs = [f'"net.{tied}": "net.{target}"' for tied, target in sorted(about.ties.items())]
+        line = f"_tied_weights_keys = {{{', '.join(pairs)}}}"
+        many = "".join(f"    {pair},\n" for pair in pairs)
+        lines.append(line if len(line) <= 100 else f"_tied_weights_keys = {{\n{many}}}")
     lines += [f"{name} = {value}" for name, value in about.flags.items()]
+    if probe.loss.kind == "own":
+        lines.append("accepts_loss_kwargs = False  # the module's loss knows of no num_items_in_batch")
     return "\n".join(lines)
 
 
 def _init(constructor: Constructor, names: Names, cls: str, renamed: dict[str, str], about: Wrapped) -> str:
     calls = [_argument(argument, renamed) for argument in constructor.arguments]
     built = f"self.net = {cls}({', '.join(calls)})"
-    if len(built) > 100:
-        built = f"self.net = {cls}(\n" + "".join(f"    {call},\n" for call in calls) + ")"
+    if len(built) > 90 or "\n" in built:
+        built = f"self.net = {cls}(\n" + "".join(textwrap.indent(f"{call},\n", "    ") for call in calls) + ")"
     lines = [f"def __init__(self, config: {names.config}):", "    super().__init__(config)"]
     loading = "any(weight.is_meta for weight in self.net.parameters())"
     if about.on_cpu:
@@ -198,12 +206,19 @@ def _argument(argument: Argument, renamed: dict[str, str]) -> str:
     prefix = f"{argument.name}=" if argument.keyword else ""
     if argument.kind == "value":
         return prefix + pairs[0][1]
-    joined = ", ".join(f"{name}={value}" for name, value in pairs)
-    kind = {"dataclass": argument.type_name, "namespace": "SimpleNamespace", "dict": "dict"}[argument.kind]
-    if len(joined) > 70:
-        inner = "".join(f"    {name}={value},\n" for name, value in pairs)
-        return f"{prefix}{kind}(\n{textwrap.indent(inner, '    ')}    )"
-    return f"{prefix}{kind}({joined})"
+    after = [(name, value) for name, value in pairs if name in argument.set_after]
+    pairs = [pair for pair in pairs if pair not in after]
+    kind = {"namespace": "SimpleNamespace", "dict": "dict"}.get(argument.kind, argument.type_name)
+    made = _written(kind, pairs)
+    return prefix + (_written("with_values", after, made) if after else made)
+
+
+def _written(function: str, pairs: list[tuple[str, str]], first: str = "") -> str:
+    """A call, over several lines if it is long."""
+    parts = [*([first] if first else []), *(f"{name}={value}" for name, value in pairs)]
+    if sum(map(len, parts)) > 60:
+        return f"{function}(\n{textwrap.indent(''.join(f'{part},' + chr(10) for part in parts), '    ')})"
+    return f"{function}({', '.join(parts)})"
 
 
 def _value(field: Field, renamed: dict[str, str]) -> str:
@@ -253,124 +268,6 @@ def _dotted(path: str) -> str:
     return first + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in rest)
 
 
-def _forward(probe: Probe, names: Names, file: AuthorFile) -> str:
-    call, moved = probe.call, probe.padding == "moved"
-    roles = list(call.arguments.values())
-    takes_mask = probe.padding != "none" or any(isinstance(role, list) for role in roles)
-    in_dict = sorted(
-        {key for role in roles if isinstance(role, list) for key in role} - {"input_ids", "attention_mask"}
-    )
-    two = "decoder_input_ids" in roles
-    has_loss = probe.kind != "body" or bool(probe.own_loss)
-    parameters = [f"{call.main}: torch.Tensor"]
-    parameters += ["attention_mask: torch.Tensor | None = None"] if takes_mask else []
-    parameters += [f"{name}: torch.Tensor | None = None" for name in in_dict]
-    parameters += ["decoder_input_ids: torch.Tensor | None = None"] if two else []
-    parameters += ["labels: torch.Tensor | None = None"] if has_loss else []
-    lines = ["@can_return_tuple", "def forward(", "    self,", *(f"    {p}," for p in parameters), "    **kwargs: Any,"]
-    lines += [f") -> {_OUTPUT[probe.kind]}:", *_docstring(probe, takes_mask, two, has_loss)]
-    lines += [f"    {line}" for line in _refusals(probe, takes_mask)]
-    if any(isinstance(role, list) for role in roles):
-        lines += ["    if attention_mask is None:", "        attention_mask = torch.ones_like(input_ids)"]
-    if two:
-        lines += [
-            "    if decoder_input_ids is None:",
-            '        raise ValueError("give decoder_input_ids, the target up to the token before each label")',
-        ]
-    if moved:
-        lines += [
-            "    order = None if attention_mask is None else attention_mask.argsort(dim=1, descending=True, stable=True)",
-            "    if order is not None:  # padding behind the tokens, where no token sees it",
-            "        input_ids = input_ids.gather(1, order)",
-        ]
-        if any(role in MASK_FORMS for role in roles if isinstance(role, str)):
-            lines.append("        attention_mask = attention_mask.gather(1, order)")
-    masks = {name: role for name, role in call.arguments.items() if isinstance(role, str) and role in MASK_FORMS}
-    for form in dict.fromkeys(form for form in masks.values() if form != "attention_mask"):
-        lines.append(f"    mask = None if attention_mask is None else {form}")
-    written = []
-    for number, (name, role) in enumerate(call.arguments.items()):
-        value = "mask" if name in masks and role != "attention_mask" else role
-        if isinstance(role, list):
-            value = "{" + ", ".join(f'"{key}": {key}' for key in role) + "}"
-        if number and role == "input_ids":  # what stands for the labels may be viewed as a flat row
-            value = "input_ids.contiguous()"
-        written.append(str(value) if number == 0 else f"{name}={value}")
-    if in_dict:
-        first = next(name for name, role in call.arguments.items() if isinstance(role, list))
-        lines += [
-            f"    {first} = {written[0]}",
-            f"    {first} = {{name: value for name, value in {first}.items() if value is not None}}",
-        ]
-        written[0] = first
-    if probe.own_loss:
-        lines.append(f"    outputs = self.net({', '.join([*written, f'{probe.labels}=labels'])})")
-        lines.append(f"    logits = outputs{probe.logits}")
-        lines.append(f"    loss = outputs{probe.own_loss} if labels is not None else None")
-    else:
-        comment = "  # with targets, it returns every token's logits" if probe.dummy else ""
-        lines.append(f"    logits = self.net({', '.join(written)}){probe.logits}{comment}")
-    if moved:
-        lines += [
-            "    if order is not None:",
-            "        logits = logits.gather(1, order.argsort(dim=1)[..., None].expand_as(logits))",
-        ]
-    if probe.kind == "body":
-        lines = [line.replace("    logits = ", "    hidden_states = ") for line in lines]
-        result = "last_hidden_state=hidden_states"
-        return "\n".join([*lines, f"    return {_OUTPUT[probe.kind]}({result})"])
-    if not probe.own_loss:
-        lines += ["    loss = None", "    if labels is not None:", *(f"        {line}" for line in _loss(probe))]
-    return "\n".join([*lines, f"    return {_OUTPUT[probe.kind]}(loss=loss, logits=logits)"])
-
-
-def _loss(probe: Probe) -> list[str]:
-    if probe.kind in ("causal", "masked"):
-        return ["loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)"]
-    flat = "logits" if probe.kind in ("sequence", "image") else "logits.flatten(0, 1)"
-    target = "labels" if probe.kind in ("sequence", "image") else "labels.flatten()"
-    return [
-        "# the mean over all labels of a step that is accumulated, where the trainer says how many there are",
-        'count = kwargs.get("num_items_in_batch")',
-        f'loss = nn.functional.cross_entropy({flat}, {target}, reduction="mean" if count is None else "sum")',
-        "loss = loss if count is None else loss / count",
-    ]
-
-
-def _refusals(probe: Probe, takes_mask: bool) -> list[str]:
-    lines = []
-    if not takes_mask and probe.call.main == "input_ids":
-        lines += [
-            'mask = kwargs.pop("attention_mask", None)',
-            "if mask is not None and not mask.all():",
-            '    raise ValueError("this model cannot leave out padding: give rows of one length")',
-        ]
-    return [*lines, "refuse_unknown(self, kwargs)"]
-
-
-def _docstring(probe: Probe, takes_mask: bool, two: bool, has_loss: bool) -> list[str]:
-    what = {
-        "input_ids": "input_ids: token ids `[batch, length]`.",
-        "pixel_values": f"pixel_values: images `{list(probe.inputs.get(probe.call.main, probe.outputs[next(iter(probe.outputs))]).shape)}`, or as many and as large as the module takes.",
-        "input_values": "input_values: numbers of the shape that the module takes.",
-    }[probe.call.main]
-    lines = ['"""', "Args:", f"    {what}"]
-    if takes_mask:
-        lines.append("    attention_mask: 1 at tokens, 0 at padding.")
-    if two:
-        lines.append(
-            "    decoder_input_ids: token ids of the target `[batch, target length]`, one place before the labels."
-        )
-    if has_loss:
-        shape = {
-            "causal": "`input_ids` itself, shifted inside; -100 is left out",
-            "image": "a class per image",
-            "sequence": "a class per row",
-        }
-        lines.append(f"    labels: {shape.get(probe.kind, 'a class per token, -100 is left out')}.")
-    return [f"    {line}" if line else "" for line in [*lines, '"""']]
-
-
 def _generation() -> str:
     return """\
 @classmethod
@@ -390,8 +287,16 @@ def refuse_unknown(model: nn.Module, kwargs: dict[str, Any]) -> None:
         if name not in ("num_items_in_batch", "use_cache") and value is not None and value is not False:
             raise TypeError(f"{type(model).__name__} takes no {name}")
 '''
+WITH_VALUES = '''\
+def with_values(made: Any, **values: Any) -> Any:
+    """An object of the author's with attributes that its constructor does not take."""
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
+'''
 
 
 def pretty(text: str) -> str:
-    """The text with what all wrappers share: a helper before the class."""
-    return text.replace("\n\n\nclass ", f"\n\n\n{REFUSE}\n\nclass ", 1)
+    """The text with the helpers that wrappers share, before the class."""
+    helpers = f"{REFUSE}\n\n{WITH_VALUES}" if "with_values(" in text else REFUSE
+    return text.replace("\n\n\nclass ", f"\n\n\n{helpers}\n\nclass ", 1)

@@ -1,5 +1,7 @@
 """`mymodels new`: its tests pass untouched; a wrong name or a folder with something in it is refused."""
 
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +15,24 @@ BASES = ("gpt2", "bert", "blank")
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_files(base: str, tmp_path: Path) -> None:
-    folder = write_starting_point("Whale", base, tmp_path / "whale")
-    names = ["README.md", "configuration_whale.py", "modeling_whale.py", "test_whale.py"]
+def test_the_files(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"Whale{base.capitalize()}"
+    folder = write_starting_point(name, base, tmp_path / "whale")
+    lower, old = name.lower(), {"gpt2": "MyGPT2", "bert": "MyBert"}.get(base, "MyGPT2")
+    names = ["README.md", f"configuration_{lower}.py", f"modeling_{lower}.py", f"test_{lower}.py"]
     assert sorted(path.name for path in folder.iterdir()) == names
+    monkeypatch.syspath_prepend(folder)
+    modeling = importlib.import_module(f"modeling_{lower}")
     for path in folder.iterdir():
-        text = path.read_text()
-        assert "MyGPT2" not in text.replace("A copy of MyGPT2", "") and "MyBert" not in text.replace(
-            "A copy of MyBert", ""
-        )
-        assert "mygpt2" not in text and "mybert" not in text
+        text = path.read_text().replace(f"A copy of {old}", "")
+        own = {word for word in re.findall(rf"\w*{old}\w*", text) if hasattr(modeling, word)}
+        assert all(getattr(modeling, word).__module__.startswith("mymodels.models.") for word in own)
+        assert not re.search(rf"\b(?!{'|'.join(own) or '_'})\w*({old}|{old.lower()})\w*", text)
+    config = importlib.import_module(f"configuration_{lower}")
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = getattr(config, f"{name}Config")(**sizes)
+    for cls in [getattr(modeling, key) for key in vars(modeling) if re.match(f"{name}(For|Model$)", key)]:
+        assert cls(small).config.model_type == lower
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from own_models.conv_bert import ConvBert
+from own_models.make import make
 from tiny import MODERN, mybert_config, mygpt2_config
 
 from mymodels import MyBertForMaskedLM, MyBertForSequenceClassification, MyGPT2ForCausalLM, MyGPT2Model
@@ -10,11 +12,15 @@ from mymodels.testing import ModelBattery
 
 
 class Shared(ModelBattery):
-    """Without the clean process, which the tests of the Hub folders are about."""
+    """Without the clean process, which the tests of the Hub folders are about; the export takes seconds."""
 
     @pytest.mark.slow
     def test_clean_process(self, tmp_path: Path) -> None:
         super().test_clean_process(tmp_path)
+
+    @pytest.mark.slow
+    def test_export(self, model, given) -> None:
+        super().test_export(model, given)
 
 
 class TestMyGPT2(Shared):
@@ -46,3 +52,13 @@ class TestMyBertClassifier(Shared):
 
     def make_config(self):
         return mybert_config()
+
+
+class TestConvBert(Shared):
+    """Its `forward` cannot do without an attention_mask, and returns a tuple."""
+
+    model_class = ConvBert
+    test_clean_process = None
+
+    def make_model(self):
+        return make("conv_bert")

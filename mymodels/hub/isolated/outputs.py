@@ -295,9 +295,10 @@ def _sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> list
     changed = ids.clone()
     changed[0, -1] = changed[0, 0]
     causal = False
-    for name, tensor in floating(run_model(model, {"input_ids": ids})).items():
+    mask = {"attention_mask": torch.ones_like(ids)}  # forward may need it
+    for name, tensor in floating(run_model(model, {"input_ids": ids, **mask})).items():
         if name in ("logits", "last_hidden_state", "0") and tensor.shape[:2] == ids.shape:
-            other = run_model(model, {"input_ids": changed})[name]
+            other = run_model(model, {"input_ids": changed, **mask})[name]
             causal = not difference({name: other[:, :-1]}, {name: tensor[:, :-1]}, EQUAL)
     return ["right", "left"] if causal else ["right"]
 

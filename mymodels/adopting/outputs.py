@@ -1,0 +1,103 @@
+"""What a module returns: which of its tensors is the output, and whether transformers can take it as logits."""
+
+import ast
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoints import CheckpointError
+from .probing import ROWS, Call, Prober, find_outputs, near
+
+_PROBABILITIES = ("SoftmaxBackward0", "SigmoidBackward0")
+
+
+def take(output: Any, path: str) -> Any:
+    """What `path` (`""`, `[0]`, `["logits"]`) names in an output."""
+    if not path:
+        return output
+    key = path[1:-1]
+    return output[int(key)] if key.lstrip("-").isdigit() else output[key.strip("'\"")]
+
+
+def main_output(
+    prober: Prober, call: Call, inputs: dict[str, torch.Tensor], output: Any, vocab: int | None
+) -> tuple[str, torch.Tensor, list[str]]:
+    """Path and value of the output that counts, and what is returned beside it.
+
+    By name, then the one that a linear layer makes, of several the one as wide as the vocabulary or made last.
+    """
+    found = find_outputs(output)
+    named = [pair for key in ("logits", "last_hidden_state") for pair in found if pair[0] == f'["{key}"]']
+    if named or len(found) == 1:
+        path, value = (named or found)[0]
+    else:
+        order = [name for name, part in prober.module.named_modules() if isinstance(part, nn.Linear)]
+        heads = {path: prober.head(call, inputs, value) for path, value in found}
+        made = [pair for pair in found if heads[pair[0]]]
+        made.sort(key=lambda pair: (pair[1].shape[-1] == vocab, order.index(heads[pair[0]])))
+        path, value = made[-1] if made else found[0]
+    return path, value, [name for name in _parts(output) if name != path]
+
+
+def _parts(output: Any) -> list[str]:
+    """What an output is made of; None is nothing."""
+    if isinstance(output, (tuple, list)):
+        return [f"[{number}]" for number, value in enumerate(output) if value is not None]
+    if hasattr(output, "items"):
+        return [f'["{key}"]' for key, value in output.items() if value is not None]
+    return []
+
+
+def check_outputs(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], path: str, value: torch.Tensor) -> None:
+    """Refuse outputs that change from run to run, that depend on other rows, or that are probabilities.
+
+    Raises:
+        CheckpointError: one sentence with the line of `forward`.
+    """
+    where = prober.at_forward()
+    if not value.isfinite().all():
+        raise CheckpointError(f"{where}: forward gives numbers that are not finite for made-up inputs")
+    if not torch.equal(take(call.run(prober.module, inputs), path), value):
+        raise CheckpointError(
+            f"{where}: forward gives other outputs each time in eval mode: pass training=self.training to F.dropout, "
+            "and draw no random numbers"
+        )
+    if not _row_by_row(prober, call, inputs, path, value):
+        raise CheckpointError(
+            f"{where}: a row of a batch depends on the other rows, as if the first dimension were time: transpose "
+            "at the start of forward, as in x = x.t(), and the output back, as in out.transpose(0, 1)"
+        )
+    node = take(call.run(prober.module, inputs, grad=True), path).grad_fn
+    while node is not None and type(node).__name__.startswith(("View", "Squeeze", "Unsqueeze", "Reshape", "Alias")):
+        node = node.next_functions[0][0]
+    if type(node).__name__ in _PROBABILITIES:
+        name = type(node).__name__.removesuffix("Backward0").lower()
+        raise CheckpointError(
+            f"{_call_of(prober, name) or where}: forward returns probabilities, from which the losses and pipelines of "
+            f"transformers compute wrong numbers: return what goes into the {name}"
+        )
+
+
+def _row_by_row(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], path: str, value: torch.Tensor) -> bool:
+    if value.shape[:1] != (ROWS,):
+        return False
+    for row in range(ROWS):
+        try:
+            alone = take(call.run(prober.module, {n: t[row : row + 1] for n, t in inputs.items()}), path)
+        except Exception:
+            return False
+        if not near(alone, value[row : row + 1]):
+            return False
+    return True
+
+
+def _call_of(prober: Prober, name: str) -> str:
+    """`file:line` of the last call of a function in the class."""
+    cls = prober.file.classes.get(type(prober.module).__name__)
+    lines = [
+        node.lineno
+        for node in (ast.walk(cls) if cls else ())
+        if isinstance(node, ast.Call) and name in ast.unparse(node.func).lower()
+    ]
+    return f"{prober.file.path}:{max(lines)}" if lines else ""
