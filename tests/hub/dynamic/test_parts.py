@@ -135,26 +135,69 @@ def test_one_crash_is_reported_once(tmp_path: Path) -> None:
         crash("training", "m.py:9"),
     ]
     checks = checks_of_run(run_of(*events), tmp_path, "")
-    assert names(checks) == [("side effects", "skipped"), ("forward", "failed"), ("backward", "skipped")]
+    told = [check for check in checks if "not run, because the process of its stage" not in check.what]
+    assert names(told) == [("side effects", "skipped"), ("forward", "failed"), ("backward", "skipped")]
     assert "ends as that of 'forward' does" in checks[0].what
     events[0] = {"begin": "reload", "where": "AutoModel"}  # nothing that the others depend on
-    assert names(checks_of_run(run_of(*events), tmp_path, "")) == [
-        ("side effects", "skipped"),
-        ("reload", "failed"),
-        ("backward", "failed"),
-    ]
+    told = [check for check in checks_of_run(run_of(*events), tmp_path, "") if "not run" not in check.what]
+    assert names(told) == [("side effects", "skipped"), ("reload", "failed"), ("backward", "failed")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "begun", "left_out"),
+    [
+        (
+            "outputs",
+            ("padding", "AutoModelForCausalLM"),
+            [("inputs_embeds", ""), ("last position", ""), ("eager = sdpa", "")],
+        ),
+        ("placement", ("meta", ""), [("device map", ""), ("no split", "")]),
+        ("training", ("backward", ""), [("gradient checkpointing", ""), ("optimizer step", ""), ("resize", "")]),
+        ("workers", ("pickle", ""), [("forked worker", ""), ("spawned worker", "")]),
+        (
+            "side effects",
+            ("side effects", "import and load"),
+            [("side effects", "forward"), ("side effects", "training and generation")],
+        ),
+        ("other classes", ("load", "AutoModel"), []),
+        ("reload", ("reload", ""), []),
+    ],
+)
+def test_what_comes_after_a_crash_in_its_stage_is_named(
+    stage: str, begun: tuple, left_out: list, tmp_path: Path
+) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    events = [{"begin": begun[0], "where": begun[1]}, crash(stage, "m.py:7")]
+    checks = checks_of_run(run_of(*events), folder, "AutoModelForCausalLM")
+    assert [check.name for check in checks if check.status == "failed"] == [begun[0]]
+    skipped = [check for check in checks if check.status == "skipped"]
+    assert [(check.name, check.where) for check in skipped] == left_out
+    assert all(f"ended at {begun[0]!r}" in check.what for check in skipped)
+
+
+def test_of_a_crash_in_forward_only_what_the_folder_has_is_left_out(tmp_path: Path) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    events = [{"begin": "forward", "where": "AutoModelForCausalLM"}, crash("outputs", "m.py:7")]
+    found = {check.name for check in checks_of_run(run_of(*events), folder, "") if check.status == "skipped"}
+    assert {"save", "beams", "padding", "eager = sdpa"} <= found
+    assert not found & {"golden", "generation", "tokenizer output", "pipeline", "processor"}
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "golden.safetensors").touch()
+    found = {check.name for check in checks_of_run(run_of(*events), folder, "") if check.status == "skipped"}
+    assert {"golden", "generation", "tokenizer output", "pipeline"} <= found
 
 
 def test_a_model_that_hangs_is_waited_for_once(tmp_path: Path) -> None:
     events = [{"begin": "forward", "where": ""}, crash("outputs", "m.py:7", "did not end within 5 s")]
     events += [{"not_run": stage} for stage in ("side effects", "other classes", "training")]
     checks = checks_of_run(run_of(*events), tmp_path, "")
-    assert {check.name: check.status for check in checks if check.name != "load"} == {
+    told = [check for check in checks if "not run, because the process of its stage" not in check.what]
+    assert {check.name: check.status for check in told if check.name != "load"} == {
         "forward": "failed",
         "side effects": "skipped",
         "training loss": "skipped",
     }
-    assert all(check.what == "not run because 'forward' failed" for check in checks if check.status == "skipped")
+    assert all(check.what == "not run because 'forward' failed" for check in told if check.status == "skipped")
 
 
 def test_a_stage_that_ends_early_fails_the_check_it_was_at(tmp_path: Path) -> None:
