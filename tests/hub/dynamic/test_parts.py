@@ -1,5 +1,6 @@
 """The parts of `verify`: golden files, releases, checks of what a process reported, tables, the card, the pytest helper."""
 
+import io
 import json
 import random
 import re
@@ -325,16 +326,59 @@ FOUND = Verification(
 )
 
 
-def test_tables_and_the_verdict() -> None:
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    show_verification(FOUND, console)
-    text = console.export_text()
-    assert (
-        "logits [differ]" in text
-        and "look" in text
-        and "1 check failed; left out: padding" in text
-        and "any of q_proj" in text
-    )
+def shown(verification: Verification, width: int = 140, *, terminal: bool = False, every_check: bool = False) -> str:
+    file = io.StringIO()
+    console = Console(width=width, file=file, force_terminal=terminal, color_system=None)
+    show_verification(verification, console, every_check=every_check)
+    return file.getvalue()
+
+
+def test_what_failed_is_shown_first_and_last_with_the_count_of_what_passed() -> None:
+    lines = shown(FOUND).splitlines()
+    assert lines[:3] == [
+        "failed     golden  AutoModel  under transformers 4.57.6",
+        "           logits [differ]",
+        "           → look",
+    ]
+    assert lines[3:5] == [
+        "warning    load  under transformers 5.23.0",
+        "left out   padding  under transformers 5.23.0",
+    ]
+    assert lines[-4:] == [
+        "failed     golden (AutoModel)",
+        "warning    load",
+        "passed     5 checks; --all lists them",
+        "me/model: 1 check failed; left out: padding",
+    ]
+    table = "\n".join(lines[5:-4])  # of the releases, with what is not ok everywhere
+    assert re.search(r"golden +│ ✗ +│ ✓", table) and "padding" in table and "auto_map" not in table
+    every = shown(FOUND, every_check=True)
+    assert "read, nothing executed\npassed     auto_map\n" in every and "passed     5 checks\n" in every
+    assert "passed     PEFT\n           any of q_proj" in every
+
+
+def test_at_80_columns_no_word_is_broken_and_scripts_get_one_last_line() -> None:
+    words = [f"word{'x' * number}" for number in range(24)]
+    where = "a/very/long/path/" + "y" * 90 + ".py:17"
+    check = Check("golden", "failed", " ".join(words), where, "look-at " + " ".join(words))
+    skipped = [
+        Check(name, "skipped", "not run because 'load' failed") for name in ("meta", "save", "reload", *words[:9])
+    ]
+    releases = [f"5.{minor}.0" for minor in range(24)]
+    ran = {release: [check, Check("load", "ok"), *skipped] for release in releases}
+    found = Verification("me/model", [], ran, [Check("vLLM", "warning", "not ready: auto_map has no AutoModel")])
+    for terminal in (True, False):
+        text = shown(found, 80, terminal=terminal)
+        assert all(word in text.split() for word in [*words, where, *releases])
+        lines = text.splitlines()
+        assert all(len(line) <= 80 for line in lines[: None if terminal else -1] if where not in line)
+        assert text.count("not run because 'load' failed") == 1
+        assert "not ready  vLLM\n           auto_map has no AutoModel\n" in text
+        assert "\x1b" not in text
+    assert lines[-1].startswith("me/model: 24 checks failed; left out: meta, save, reload")
+
+
+def test_a_verification_is_plain_data() -> None:
     assert json.loads(json.dumps(FOUND.to_dict()))["runs"]["4.57.6"][1]["what"] == "logits [differ]"
     assert not FOUND.passed and not FOUND.complete and [release for release, _ in FOUND.failed] == ["4.57.6"]
 
