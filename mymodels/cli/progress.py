@@ -19,7 +19,7 @@ def working(text: str) -> Iterator[Callable[[str], None]]:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    shown = Progress(*columns, console=Console(stderr=True), transient=True)
+    shown = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
     task = shown.add_task(escape(text))
     timer = threading.Timer(PATIENCE, shown.start)
     timer.daemon = True
