@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_card_options, add_verb, card_fields, config_field, console, picked
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -78,14 +79,15 @@ def run(arguments: argparse.Namespace) -> int:
 
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     fields = card_fields(arguments)
-    adopted = adopt(
-        arguments.source,
-        arguments.out,
-        config=dict(config_field(piece) for text in arguments.config for piece in split_fields(text)),
-        tokenizer=tokenizer,
-        card=Card(**{"name": arguments.out.name, **fields}) if fields else None,
-        check=not arguments.no_verify,
-        **picked(arguments, "weights", "auto_class", "section", "allow_pickle", "max_shard_size", "quick"),
-    )
+    with working(f"making {arguments.out}"):
+        adopted = adopt(
+            arguments.source,
+            arguments.out,
+            config=dict(config_field(piece) for text in arguments.config for piece in split_fields(text)),
+            tokenizer=tokenizer,
+            card=Card(**{"name": arguments.out.name, **fields}) if fields else None,
+            check=not arguments.no_verify,
+            **picked(arguments, "weights", "auto_class", "section", "allow_pickle", "max_shard_size", "quick"),
+        )
     adopted.show(console())
     return 3 if adopted.verification is not None and not adopted.verification.complete else 0

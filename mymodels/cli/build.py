@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_card_options, add_verb, card_fields, metric, pair, read_text
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -64,16 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
     lists = {"metrics": metrics, "datasets": arguments.datasets, "tags": arguments.tags}
     fields = card_fields(arguments) | {name: value for name, value in lists.items() if value}
     card = read_text(arguments.card) if arguments.card else Card(**fields) if fields else None
-    folder = build_repo(
-        arguments.source,
-        None,
-        arguments.out,
-        card=card,
-        max_shard_size=arguments.max_shard_size,
-        golden=not arguments.no_golden,
-        inputs=arguments.inputs,
-        code=arguments.code,
-        auto_classes=dict(pair(text, "AUTO=CLASS") for text in arguments.auto_class),
-    )
+    with working(f"building a folder of {arguments.source}"):
+        folder = build_repo(
+            arguments.source,
+            None,
+            arguments.out,
+            card=card,
+            max_shard_size=arguments.max_shard_size,
+            golden=not arguments.no_golden,
+            inputs=arguments.inputs,
+            code=arguments.code,
+            auto_classes=dict(pair(text, "AUTO=CLASS") for text in arguments.auto_class),
+        )
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_verb, console
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -31,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.write_manifest:
         write_manifest(arguments.path)
-    problems = check_checkpoint(arguments.path, full=arguments.full, allow_pickle=arguments.allow_pickle)
+    with working(f"checking {arguments.path}"):
+        problems = check_checkpoint(arguments.path, full=arguments.full, allow_pickle=arguments.allow_pickle)
     if arguments.json:
         print(json.dumps([problem._asdict() for problem in problems], indent=2))
         return int(bool(problems))

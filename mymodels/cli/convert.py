@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from .options import DTYPE_CHOICES, FAILED, add_verb, checkpoint_options, dtype_of, picked
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -31,12 +32,13 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..checkpoints.converting import convert_checkpoint
 
-    source = convert_checkpoint(
-        arguments.source,
-        arguments.destination,
-        dtype=dtype_of(arguments),
-        **picked(arguments, "max_shard_size", "format", "section", "allow_pickle", "revision", "merge_adapter"),
-    )
+    with working(f"converting {arguments.source}"):
+        source = convert_checkpoint(
+            arguments.source,
+            arguments.destination,
+            dtype=dtype_of(arguments),
+            **picked(arguments, "max_shard_size", "format", "section", "allow_pickle", "revision", "merge_adapter"),
+        )
     print(f"{arguments.destination}: {len(source)} tensors from {source.format}, written as {arguments.format}")
     if left := [*source.extras, *source.left_out]:
         print(f"not taken along: {', '.join(left)}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_verb, console, dtype_of, picked, read_text
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = picked(arguments, *names)
     if arguments.texts:
         options["texts"] = [line for line in read_text(arguments.texts).splitlines() if line.strip()]
-    result = export_model(arguments.path, arguments.to, arguments.out, dtype=dtype_of(arguments), **options)
+    with working(f"exporting {arguments.path}"):
+        result = export_model(arguments.path, arguments.to, arguments.out, dtype=dtype_of(arguments), **options)
     result.show(console())
     return 0

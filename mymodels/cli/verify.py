@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_verb, console
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -45,7 +46,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--write-card", action="store_true", help="if all holds, write the table of releases into the card"
     )
-    parser.add_argument("--json", action="store_true", help="the checks, as JSON")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--all", action="store_true", help="also list the checks that passed or do not apply")
+    shown.add_argument("--json", action="store_true", help="the checks, as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,20 +63,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.inputs and arguments.no_exec:
         raise ValueError("--inputs are for running the model: leave out --no-exec")
     if arguments.record:
-        print(f"recorded {record_golden(arguments.path, inputs=arguments.inputs)}", file=sys.stderr)
-    found = verify(
-        arguments.path,
-        revision=arguments.revision,
-        releases=arguments.transformers or (),
-        execute=not arguments.no_exec,
-        quick=arguments.quick,
-        training=not arguments.no_training,
-        inputs=arguments.inputs,
-    )
+        with working("recording the outputs"):
+            recorded = record_golden(arguments.path, inputs=arguments.inputs)
+        print(f"recorded {recorded}", file=sys.stderr)
+    with working(f"verifying {arguments.path}") as progress:
+        found = verify(
+            arguments.path,
+            revision=arguments.revision,
+            releases=arguments.transformers or (),
+            execute=not arguments.no_exec,
+            quick=arguments.quick,
+            training=not arguments.no_training,
+            inputs=arguments.inputs,
+            progress=progress,
+        )
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        show_verification(found, console())
+        show_verification(found, console(), every_check=arguments.all)
     if arguments.write_card and found.passed:
         write_matrix(found, arguments.path)
     if not found.passed:

@@ -16,6 +16,7 @@ from .options import (
     pair,
     picked,
 )
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     if re.fullmatch(r"\d+(,\d+)*", layers):
         layers = [int(number) for number in layers.split(",")]
     try:
-        with in_options():
+        with in_options(), working(f"loading {arguments.source}"):
             report = warm_start(
                 arguments.to,
                 arguments.source,

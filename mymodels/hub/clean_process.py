@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from ..messages import one_line
 SCRIPT = Path(__file__).parent / "isolated" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
 _STARTING = 120.0  # seconds, for a machine that is busy: Python and the libraries
+_INTERVAL = 0.25  # seconds between two reports of progress
 _A_DAY = 86_400.0
 LONGEST = 1000  # characters of one message; a folder may have anything to say
 _COPIED = 10_000_000  # bytes; larger files are linked
@@ -64,6 +65,7 @@ def clean_process(
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
     golden: Path | None = None,
+    progress: Callable[[str], None] | None = None,
     **job: Any,
 ) -> Iterator[CleanRun]:
     """Run stages of `isolated/stages.py` on a folder.
@@ -75,6 +77,7 @@ def clean_process(
         time_limit: seconds for each stage.
         memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         golden: a golden file to compare with.
+        progress: called with the name of the check that is running, a few times a second.
         job: more that the stages want.
 
     Yields:
@@ -100,7 +103,7 @@ def clean_process(
             everything["memory_limit"] = default if memory_limit is None else memory_limit
             (scratch / "events.jsonl").touch()
             (scratch / "job.json").write_text(json.dumps(everything), encoding="utf-8")
-            failure = _run(scratch, _STARTING + time_limit * len(stages))
+            failure = _run(scratch, _STARTING + time_limit * len(stages), progress)
             events = _read_events(scratch)
         except (OSError, CheckpointError) as error:
             events, failure = [], str(error)
@@ -228,7 +231,7 @@ def environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def _run(scratch: Path, time_limit: float) -> str:
+def _run(scratch: Path, time_limit: float, progress: Callable[[str], None] | None = None) -> str:
     """Start the process and wait for it; why it failed, in words."""
     with (scratch / "stderr").open("wb") as errors:
         # -I: no PYTHONPATH, no user packages, nothing from the script's own folder
@@ -242,7 +245,7 @@ def _run(scratch: Path, time_limit: float) -> str:
             start_new_session=True,
         )
         try:
-            code: int | None = process.wait(time_limit)
+            code: int | None = _wait(process, scratch, time_limit, progress)
         except subprocess.TimeoutExpired:
             code = None
         finally:
@@ -257,6 +260,18 @@ def _run(scratch: Path, time_limit: float) -> str:
     said = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     how = f"did not end within {time_limit:g} s" if code is None else f"ended with exit code {code}"
     return f"it {how}: {said[-1].strip()[:300]}" if said else f"it {how}"
+
+
+def _wait(process: subprocess.Popen, scratch: Path, time_limit: float, progress: Callable[[str], None] | None) -> int:
+    """The exit code of a process, or `TimeoutExpired`; what it is at is reported meanwhile."""
+    deadline = time.monotonic() + time_limit
+    while progress is not None and time.monotonic() + _INTERVAL < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(_INTERVAL)
+        begun = [event for event in _read_events(scratch) if "begin" in event or "stage" in event]
+        if begun:
+            progress(one_line(begun[-1].get("begin", begun[-1].get("stage")), 60))
+    return process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _read_events(scratch: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from ..messages import one_line
 from .checks import STATUSES, Check
 from .clean_process import LONGEST, CleanRun, why
 from .explain_errors import explain
+from .stage_plan import rest_of_stage
 from .weights import Files, compare_weights
 
 # every check of a clean process, in the order it is shown, and what to do when it fails
@@ -87,7 +88,7 @@ def checks_of_run(run: CleanRun, folder: Path, main: str) -> list[Check]:
         main: the class of `architectures`.
     """
     try:
-        checks = _outcomes(run) + _weights(run, folder, main)
+        checks = _outcomes(run, folder) + _weights(run, folder, main)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # the folder's own code can write events too
         what = f"its report makes no sense ({type(error).__name__}: {one_line(error, 100)})"
         return [
@@ -109,7 +110,7 @@ def _failed(name: str, what: str, where: str) -> Check:
     return Check(name, "failed", what, where, DYNAMIC[name])
 
 
-def _outcomes(run: CleanRun) -> list[Check]:
+def _outcomes(run: CleanRun, folder: Path) -> list[Check]:
     checks: list[Check] = []
     begun: tuple[str, str] | None = None
     attempts = set()
@@ -136,6 +137,11 @@ def _outcomes(run: CleanRun) -> list[Check]:
                 last = f": {event['last']}" if event["last"] else ""
                 checks.append(_failed(name, f"the process {event['how']}{last}", event["where"] or where))
                 ends.append((name, event))
+            known = {(check.name, check.where) for check in checks} | {(check.name, "") for check in checks}
+            for other, place in rest_of_stage(event["ended"], name, where, folder):
+                if (other, place) not in known:
+                    what = f"not run, because the process of its stage ended at {name!r}"
+                    checks.append(Check(other, "skipped", what, place))
             begun = None
         elif "not_run" in event and event["not_run"] in _OF_STAGE:
             cause = next((check.name for check in checks if check.status == "failed"), "load")

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +100,7 @@ def verify(
     memory_limit: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     inputs: Inputs | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check a Hub repo folder, with custom code or without: statically, then by running it in clean processes.
 
@@ -121,6 +122,7 @@ def verify(
         cache_dir: where releases are installed, see `releases.install`.
         inputs: arguments of `forward` to run the model on, for models whose inputs cannot be made up; a file or a
             mapping, see `given_inputs.read_inputs`. Golden outputs are compared on the inputs they were recorded with.
+        progress: called with what is being done, in a few words, whenever that changes.
 
     Returns:
         A `Verification`; whatever is wrong with the folder is in there, and raises nothing.
@@ -137,6 +139,8 @@ def verify(
     """
     wanted: Sequence[PinnedRelease | None] = resolve(releases) if releases else [None]
     folder = locate(path, revision=revision, token=token, everything=True)
+    tell = progress or (lambda text: None)
+    tell("reading the files and the code")
     commit = f" at commit {folder.name}" if folder.parent.name == "snapshots" else ""
     result = Verification(
         f"{path}{commit}", static_checks(folder, releases=[r.transformers for r in wanted if r] or None), {}, []
@@ -159,10 +163,16 @@ def verify(
         if inputs is not None:
             own = stack.enter_context(tempfile.TemporaryDirectory(prefix="mymodels-inputs-"))
             limits["inputs"] = write_inputs(inputs, Path(own))
+        tell("starting a clean process")
         golden, problem = _golden(folder, stack, limits, agree=len(wanted) > 1)
         for release in wanted:
             other = release if release and release.transformers != version("transformers") else None
+            under = f"transformers {release.transformers}, " if release and len(wanted) > 1 else ""
+            if other:
+                tell(f"{under}installing it, if it is not there")
             place = install(other, cache_dir) if other else None
+            if progress is not None:
+                limits["progress"] = lambda name, under=under: tell(f"{under}{name}")
             methods = ["fork", "spawn"]
             with clean_process(folder, stages, release=place, golden=golden, worker_methods=methods, **limits) as run:
                 if inputs is not None and (wrong := run.one("wrong_inputs")):
@@ -172,8 +182,8 @@ def verify(
                 checks = checks_of_run(run, folder, main)
                 if problem:
                     checks = sorted([*checks, problem], key=lambda check: list(DYNAMIC).index(check.name))
-                under = release.transformers if release else str(installed or "installed")
-                result.runs[under] = point_to_cause(checks, result.static)
+                named = release.transformers if release else str(installed or "installed")
+                result.runs[named] = point_to_cause(checks, result.static)
                 how = {"classes": about["classes"], "custom_code": bool(about["auto_map"])}
                 serving = serving_checks(run.one("facts"), export=run.one("export"), **how)
                 result.serving[:] = [

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .comparing import EQUAL, difference, run_model
-from .inputs import room, tokens
+from .inputs import room, tokens, with_required
 
 
 def sees_later(model: Any) -> str:
@@ -13,7 +13,7 @@ def sees_later(model: Any) -> str:
     ids = tokens(model, 1, room(model), seed=5)
     changed = ids.clone()
     changed[0, -1] = next(int(token) for token in tokens(model, 1, 50, seed=9)[0] if token != ids[0, -1])
-    before, after = run_model(model, {"input_ids": ids}), run_model(model, {"input_ids": changed})
+    before, after = (run_model(model, with_required(model, {"input_ids": one})) for one in (ids, changed))
     for name, tensor in before.items():
         if tensor.shape[:2] == ids.shape and tensor.shape[1] > 1:
             for place in range(tensor.shape[1] - 1):

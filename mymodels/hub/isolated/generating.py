@@ -8,7 +8,7 @@ from transformers import GenerationMixin
 
 from .causality import sees_later
 from .comparing import EQUAL, difference, run_model
-from .inputs import NEW_TOKENS, beside_text, generates, pad_id, room, tokens, two_stacks
+from .inputs import NEW_TOKENS, beside_text, generates, pad_id, room, tokens, two_stacks, with_required
 from .stages import sentence
 
 BEAMS = 4
@@ -74,7 +74,7 @@ def first_step(model: Any, prompt: dict[str, torch.Tensor], made: Any) -> str:
     inputs = dict(prompt)
     if two_stacks(model):
         inputs["decoder_input_ids"] = start
-    logits = run_model(model, inputs).get("logits")
+    logits = run_model(model, with_required(model, inputs)).get("logits")
     if logits is None or logits.dim() != 3:
         return ""
     return difference({"logits": made.logits[0].float()}, {"logits": logits[:, -1].float()}, EQUAL)

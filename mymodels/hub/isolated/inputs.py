@@ -147,6 +147,22 @@ def pad(model: Any, ids: torch.Tensor, side: str, padding: list[int]) -> dict[st
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def with_required(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Text with what `forward` cannot be called without, where it is missing: all tokens seen, of one kind, in order."""
+    given, ids = dict(inputs), inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if ids is None:
+        return given
+    rows, length = ids.shape[:2]
+    for name in required(model):
+        if name not in given and name == "attention_mask":
+            given[name] = torch.ones((rows, length), dtype=torch.long)
+        elif name not in given and name == "token_type_ids":
+            given[name] = torch.zeros((rows, length), dtype=torch.long)
+        elif name not in given and name == "position_ids":
+            given[name] = torch.arange(length).repeat(rows, 1)
+    return given
+
+
 _TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -175,7 +191,7 @@ def last_positions(model: Any) -> dict[str, torch.Tensor]:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if two_stacks(model):
         inputs["decoder_input_ids"] = tokens(model, 1, 5, seed=7)
-    return inputs
+    return with_required(model, inputs)
 
 
 # ---- inputs of every kind
@@ -251,7 +267,7 @@ def _text(model: Any) -> dict[str, torch.Tensor]:
         inputs = pad(model, inputs["input_ids"], side_of(model), [0, min(4, length - 1)])
     if two_stacks(model):
         inputs["decoder_input_ids"] = tokens(model, inputs["input_ids"].shape[0], max(1, min(length, LENGTH) // 2), 7)
-    return inputs
+    return with_required(model, inputs)
 
 
 def _with_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -180,6 +180,16 @@ def accepts(model: Any, argument: str) -> bool:
     return base is not model and hands_on and argument in inspect.signature(base.forward).parameters
 
 
+def place_of_forward(model: Any) -> str:
+    """File and line of the model's `forward`, if it is the folder's own."""
+    try:
+        function = inspect.unwrap(type(model).forward)
+        file, line = Path(inspect.getsourcefile(function) or ""), inspect.getsourcelines(function)[1]
+    except (OSError, TypeError):
+        return ""
+    return f"{file.name}:{line}" if "transformers_modules" in file.parts else ""
+
+
 def forget_code_cache() -> None:
     """Empty the module cache, as on a machine that never loaded this code."""
     from transformers.utils import HF_MODULES_CACHE

@@ -31,6 +31,7 @@ from .inputs import (
     tokens,
     two_stacks,
     window,
+    with_required,
 )
 from .load_repo import accepts, class_of, describe, load, loaded_event, names
 from .processors import PROCESSORS, check_pipelines, check_processors, check_tokenizer_output, processed_inputs
@@ -258,12 +259,13 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
     rest, pair = beside_text(inputs), beside_text(inputs, rows=2)
     for side in _sides(model, ids[:1], rest):
         kept = ids[:1, extra:] if side == "left" else ids[:1, :count]
-        row = {"input_ids": kept, "attention_mask": torch.ones_like(kept), **rest}
+        row = with_required(model, {"input_ids": kept, "attention_mask": torch.ones_like(kept), **rest})
         padded = {**pad(model, ids, side, [extra, 0]), **pair}
         if side == "left" and accepts(model, "position_ids"):
             padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         elif side == "left" and not generates(model):
             continue
+        padded = with_required(model, padded)
         alone, beside = run_model(model, row), run_model(model, padded)
         seen, want = _of_row(beside, padded["attention_mask"]), _of_row(alone, row["attention_mask"])
         for key in [k for k in want if k not in MUST_BE_FINITE and (k not in seen or seen[k].shape != want[k].shape)]:
@@ -295,10 +297,9 @@ def _sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> list
     changed = ids.clone()
     changed[0, -1] = changed[0, 0]
     causal = False
-    mask = {"attention_mask": torch.ones_like(ids)}  # forward may need it
-    for name, tensor in floating(run_model(model, {"input_ids": ids, **mask})).items():
+    for name, tensor in floating(run_model(model, with_required(model, {"input_ids": ids}))).items():
         if name in ("logits", "last_hidden_state", "0") and tensor.shape[:2] == ids.shape:
-            other = run_model(model, {"input_ids": changed, **mask})[name]
+            other = run_model(model, with_required(model, {"input_ids": changed}))[name]
             causal = not difference({name: other[:, :-1]}, {name: tensor[:, :-1]}, EQUAL)
     return ["right", "left"] if causal else ["right"]
 
@@ -308,16 +309,17 @@ def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor])
     if "input_ids" not in inputs or not accepts(model, "inputs_embeds"):
         check.not_applicable("forward takes no input_ids with inputs_embeds as another way")
         return
-    ids = {"input_ids": tokens(model, 1, room(model), seed=3)}
     rest = beside_text(inputs)
+    ids = with_required(model, {"input_ids": tokens(model, 1, room(model), seed=3), **rest})
     with torch.inference_mode():
         embedded = model.get_input_embeddings()(ids["input_ids"])
+    others = {name: tensor for name, tensor in ids.items() if name != "input_ids"}
     try:
-        seen = run_model(model, {"inputs_embeds": embedded, **rest})
+        seen = run_model(model, {"inputs_embeds": embedded, **others})
     except NotImplementedError as error:
         check.not_applicable(f"the model refuses inputs_embeds: {sentence(error)}")
         return
-    wrong = difference(floating(seen), floating(run_model(model, {**ids, **rest})), EQUAL)
+    wrong = difference(floating(seen), floating(run_model(model, ids)), EQUAL)
     if wrong:
         check.fail(f"inputs_embeds of the same tokens give other outputs than input_ids: {wrong}")
 

@@ -10,8 +10,8 @@ import transformers
 
 from .comparing import run_model
 from .generating import generate
-from .inputs import generates, limit, wave
-from .load_repo import accepts
+from .inputs import generates, limit, taken, wave
+from .load_repo import accepts, place_of_forward
 from .stages import innermost, sentence
 
 TEXTS = ["Hello, world! How are you?", "The second one is a little longer."]
@@ -200,6 +200,16 @@ def check_tokenizer_output(check: Any, job: dict[str, Any], model: Any) -> None:
             given["decoder_input_ids"] = given["input_ids"][:, :2]
         elif set(_others(model)):
             check.not_applicable(f"the model takes {', '.join(_others(model))} besides")
+            return
+        unknown = [name for name in given if name not in taken(model, given)]
+        if unknown:
+            names = [name for name in tokenizer.model_input_names if name not in unknown]
+            check.fail(
+                f"the tokenizer gives {', '.join(unknown)}, which forward of {type(model).__name__} does not take: add "
+                f'{unknown[0]}=None to its arguments, or set "model_input_names": {json.dumps(names)} in '
+                "tokenizer_config.json",
+                place_of_forward(model),
+            )
             return
         run_model(model, given)
         if generates(model) and given["input_ids"].shape[0] == 1:

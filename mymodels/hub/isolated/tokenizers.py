@@ -119,7 +119,12 @@ def _ids(value: Any) -> list[int]:
 def wrong_ids(model: Any, tokenizer: Any) -> Iterator[tuple[bool, str]]:
     """Special ids of the config that are other tokens of the tokenizer: whether it is a fault, and what is wrong."""
     config, generation = text_config(model.config), getattr(model, "generation_config", None)
-    generates = bool(getattr(model, "can_generate", bool)())
+    generates, size = bool(getattr(model, "can_generate", bool)()), rows(model)
+
+    def outside(number: int) -> bool:
+        """Whether there is no such token at all, which `token ids` says by reading."""
+        return size is not None and number >= size
+
     for kind in ("eos", "pad", "bos"):
         own = getattr(tokenizer, f"{kind}_token_id", None)
         named = _ids(getattr(config, f"{kind}_token_id", None))
@@ -127,6 +132,8 @@ def wrong_ids(model: Any, tokenizer: Any) -> Iterator[tuple[bool, str]]:
         if own is None or not (named or more) or own in [*named, *more]:
             continue
         theirs = (named or more)[0]
+        if outside(theirs):
+            continue
         file = "config.json" if named else "generation_config.json"
         serious = generates if kind != "pad" else bool(named)  # generation alone pads what the mask hides
         yield (
@@ -139,7 +146,7 @@ def wrong_ids(model: Any, tokenizer: Any) -> Iterator[tuple[bool, str]]:
             getattr(config, "decoder_start_token_id", None)
         )
         special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-        if start and special and start[0] not in special:
+        if start and special and start[0] not in special and not outside(start[0]):
             what = f"decoder_start_token_id is {start[0]} ({_token(tokenizer, start[0])}), which is no special token of the tokenizer"
             yield True, what
 

@@ -54,6 +54,15 @@ def config(folder: Folder) -> Iterator[Finding]:
     elif not isinstance(model_type, str) or not re.fullmatch(r"[\w.-]+", model_type):
         what = "config.json has no model_type" if model_type is None else f"model_type is {brief(model_type)}, no name"
         yield Finding("failed", what, "config.json: model_type", "give the config class a model_type and save again")
+    elif own_code(folder) and model_type in own and "AutoConfig" not in folder.auto_map:
+        auto, reference = next(iter(folder.auto_map.items()))
+        name = str(reference).rpartition(".")[2]
+        what = f"the config class is transformers' {own[model_type]}, so where code is not trusted, {auto} loads the library's {model_type!r} instead of {name}"
+        remedy = (
+            f"derive a config class from {own[model_type]} with a model_type of its own, make it {name}.config_class, "
+            "and name it as AutoConfig in auto_map"
+        )
+        yield Finding("failed", what, "config.json: model_type", remedy)
     elif own_code(folder) and model_type in own:
         what = f"model_type {model_type!r} is one of transformers' own, which loads instead where code is not trusted"
         named = str(folder.auto_map.get("AutoConfig", "")).rpartition(".")[2]
@@ -145,11 +154,16 @@ def target(folder: Folder, code: Code, auto: str) -> Klass | None:
 
 def _complete(folder: Folder, code: Code) -> Iterator[Finding]:
     models = [auto for auto in folder.auto_map if str(auto).startswith("AutoModel")]
-    if models and "AutoConfig" not in folder.auto_map:
+    own = model_types(folder.releases)
+    stock = "AutoConfig" not in folder.auto_map and str(folder.config.get("model_type")) in own
+    if models and "AutoConfig" not in folder.auto_map and not stock:
         what = f"auto_map has {models[0]}, but no AutoConfig, so the model cannot be found"
         yield Finding("failed", what, "config.json: auto_map", "add AutoConfig: file.Class")
     if models and "AutoModel" not in models:
-        what = f"AutoModel.from_pretrained fails here: auto_map serves {', '.join(map(str, models[:4]))} only"
+        served = ", ".join(map(str, models[:4]))
+        what = f"AutoModel.from_pretrained fails here: auto_map serves {served} only"
+        if stock:
+            what = f"AutoModel loads transformers' own {folder.config['model_type']!r}, not this code: auto_map serves {served} only"
         yield Finding("warning", what, "config.json: auto_map", "fill config.auto_map for every class before saving")
     config_class = target(folder, code, "AutoConfig")
     for auto in models:

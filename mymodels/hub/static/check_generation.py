@@ -141,9 +141,15 @@ def _start(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
     if all(value is None for value in named) and setting(folder, key, "bos_token_id") is None:
         what = "this is an encoder and decoder, but nothing says which token the decoder begins with"
         yield Finding("failed", what, where, f"give config and generation config a {key}")
-    elif folder.config.get(key) is None and isinstance(values.get(key), int):
+    elif folder.config.get(key) is None and _in_vocabulary(folder, values.get(key)):
         what = f"{key} is in {_FILE} only: training, which shifts the labels by it, does not find it there"
         yield Finding("warning", what, where, f"give the config a {key} too")
+
+
+def _in_vocabulary(folder: Folder, value: Any) -> bool:
+    """Whether a value is a token id; one outside of the vocabulary is named by `token ids`."""
+    size = setting(folder, "vocab_size")
+    return isinstance(value, int) and value >= 0 and not (isinstance(size, int) and value >= size)
 
 
 def _ends(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:

@@ -31,6 +31,9 @@ def token_ids(folder: Folder) -> Iterator[Finding]:
     parts.append(
         ("generation_config.json", "", folder.values.get("generation_config.json", {}), _generated(folder, size))
     )
+    found: dict[
+        str, Finding
+    ] = {}  # by what is wrong: save_pretrained writes the ids into both files, which is one fault
     largest = max(_all_sizes(folder.config) | {size or 0})
     for file, path, values, limit in parts:
         coded = any("codebook" in key for key in values)  # texts and sounds are counted together there
@@ -39,7 +42,10 @@ def token_ids(folder: Folder) -> Iterator[Finding]:
                 text = bool(_OF_TEXT.match(key))
                 known = limit if text else largest or None
                 where = f"{file}: {path}{key}"
-                yield from _one_field(f"{path}{key}", key, value, known if limit else None, where, text)
+                for one in _one_field(f"{path}{key}", key, value, known if limit else None, where, text):
+                    first = found.setdefault(one.what, one)
+                    found[one.what] = one if first is one else first._replace(where=f"{first.where}, {where}")
+    yield from found.values()
 
 
 def _size(value: Any) -> int | None:
@@ -172,12 +178,14 @@ def _same_id(folder: Folder, role: str, text: str, number: int) -> Iterator[Find
     values = text_config(folder)
     if role not in ("eos_token", "pad_token", "bos_token") or values is not folder.config:
         return
-    generation = folder.values.get("generation_config.json", {})
+    generation, size = folder.values.get("generation_config.json", {}), _size(setting(folder, "vocab_size"))
     tables = {"config.json": values.get(key), "generation_config.json": generation.get(key)}
     given = {file: ids if isinstance(ids, list) else [ids] for file, ids in tables.items() if ids is not None}
     if role == "eos_token" and any(number in ids for ids in given.values()):
         return  # chat models end at one token more than the config names
     for file, ids in given.items():
+        if size is not None and any(isinstance(one, int) and one >= size for one in ids):
+            continue  # named by `token ids`
         if number not in ids and ids != [-1]:
             generates = any(_GENERATES.search(str(name)) for name in folder.config.get("architectures") or ())
             generates = generates or "AutoModelForCausalLM" in folder.auto_map

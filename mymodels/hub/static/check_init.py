@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from .api_availability import Span, level_for
 from .check_model import FROM_5, live_code
 from .code_tree import Code, Klass, attributes, calls, constant, depth, is_self
+from .kept_buffers import kept_buffers
 from .repo_snapshot import Finding, Folder
 
 _INIT_MODULES = re.compile(r"(torch\.nn\.init|transformers\.initialization|nn\.init|init)(\.|$)")
@@ -120,17 +121,14 @@ def _unsaved_buffers(klass: Klass) -> Iterator[tuple[str, ast.Call]]:
 def buffers(folder: Folder) -> Iterator[Finding]:
     """Buffers that are in no file are computed again after loading, which leaves them as garbage otherwise."""
     code = live_code(folder)
-    if any(
-        ast.unparse(call.func).endswith("._non_persistent_buffers_set.clear")
-        for k in code.classes
-        for call in calls(k.node)
-    ):
-        return  # the model makes its modules' buffers persistent, so they are in the file
+    kept = kept_buffers(folder, code)
     refilled = _refilled(code)
     starts = [ast.unparse(m) for k in code.classes for m in [k.method("_init_weights")] if m is not None]
     by_parent = not starts or any("super()._init_weights" in text for text in starts)
     for klass in code.classes if folder.code else ():
         rotary = "RotaryEmbedding" in klass.name and "original_inv_freq" in ast.unparse(klass.node)
+        if id(klass.node) in kept:
+            continue  # the model makes them persistent, so they are in the file
         if not code.is_module(klass) or (rotary and by_parent) or any(klass.name in text for text in starts):
             continue  # transformers 5 itself refills what looks like its own rotary embedding
         for name, call in _unsaved_buffers(klass):

@@ -1,5 +1,6 @@
 """The parts of `verify`: golden files, releases, checks of what a process reported, tables, the card, the pytest helper."""
 
+import io
 import json
 import random
 import re
@@ -135,26 +136,69 @@ def test_one_crash_is_reported_once(tmp_path: Path) -> None:
         crash("training", "m.py:9"),
     ]
     checks = checks_of_run(run_of(*events), tmp_path, "")
-    assert names(checks) == [("side effects", "skipped"), ("forward", "failed"), ("backward", "skipped")]
+    told = [check for check in checks if "not run, because the process of its stage" not in check.what]
+    assert names(told) == [("side effects", "skipped"), ("forward", "failed"), ("backward", "skipped")]
     assert "ends as that of 'forward' does" in checks[0].what
     events[0] = {"begin": "reload", "where": "AutoModel"}  # nothing that the others depend on
-    assert names(checks_of_run(run_of(*events), tmp_path, "")) == [
-        ("side effects", "skipped"),
-        ("reload", "failed"),
-        ("backward", "failed"),
-    ]
+    told = [check for check in checks_of_run(run_of(*events), tmp_path, "") if "not run" not in check.what]
+    assert names(told) == [("side effects", "skipped"), ("reload", "failed"), ("backward", "failed")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "begun", "left_out"),
+    [
+        (
+            "outputs",
+            ("padding", "AutoModelForCausalLM"),
+            [("inputs_embeds", ""), ("last position", ""), ("eager = sdpa", "")],
+        ),
+        ("placement", ("meta", ""), [("device map", ""), ("no split", "")]),
+        ("training", ("backward", ""), [("gradient checkpointing", ""), ("optimizer step", ""), ("resize", "")]),
+        ("workers", ("pickle", ""), [("forked worker", ""), ("spawned worker", "")]),
+        (
+            "side effects",
+            ("side effects", "import and load"),
+            [("side effects", "forward"), ("side effects", "training and generation")],
+        ),
+        ("other classes", ("load", "AutoModel"), []),
+        ("reload", ("reload", ""), []),
+    ],
+)
+def test_what_comes_after_a_crash_in_its_stage_is_named(
+    stage: str, begun: tuple, left_out: list, tmp_path: Path
+) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    events = [{"begin": begun[0], "where": begun[1]}, crash(stage, "m.py:7")]
+    checks = checks_of_run(run_of(*events), folder, "AutoModelForCausalLM")
+    assert [check.name for check in checks if check.status == "failed"] == [begun[0]]
+    skipped = [check for check in checks if check.status == "skipped"]
+    assert [(check.name, check.where) for check in skipped] == left_out
+    assert all(f"ended at {begun[0]!r}" in check.what for check in skipped)
+
+
+def test_of_a_crash_in_forward_only_what_the_folder_has_is_left_out(tmp_path: Path) -> None:
+    folder = tiny_repo(tmp_path / "repo")
+    events = [{"begin": "forward", "where": "AutoModelForCausalLM"}, crash("outputs", "m.py:7")]
+    found = {check.name for check in checks_of_run(run_of(*events), folder, "") if check.status == "skipped"}
+    assert {"save", "beams", "padding", "eager = sdpa"} <= found
+    assert not found & {"golden", "generation", "tokenizer output", "pipeline", "processor"}
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "golden.safetensors").touch()
+    found = {check.name for check in checks_of_run(run_of(*events), folder, "") if check.status == "skipped"}
+    assert {"golden", "generation", "tokenizer output", "pipeline"} <= found
 
 
 def test_a_model_that_hangs_is_waited_for_once(tmp_path: Path) -> None:
     events = [{"begin": "forward", "where": ""}, crash("outputs", "m.py:7", "did not end within 5 s")]
     events += [{"not_run": stage} for stage in ("side effects", "other classes", "training")]
     checks = checks_of_run(run_of(*events), tmp_path, "")
-    assert {check.name: check.status for check in checks if check.name != "load"} == {
+    told = [check for check in checks if "not run, because the process of its stage" not in check.what]
+    assert {check.name: check.status for check in told if check.name != "load"} == {
         "forward": "failed",
         "side effects": "skipped",
         "training loss": "skipped",
     }
-    assert all(check.what == "not run because 'forward' failed" for check in checks if check.status == "skipped")
+    assert all(check.what == "not run because 'forward' failed" for check in told if check.status == "skipped")
 
 
 def test_a_stage_that_ends_early_fails_the_check_it_was_at(tmp_path: Path) -> None:
@@ -282,16 +326,59 @@ FOUND = Verification(
 )
 
 
-def test_tables_and_the_verdict() -> None:
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    show_verification(FOUND, console)
-    text = console.export_text()
-    assert (
-        "logits [differ]" in text
-        and "look" in text
-        and "1 check failed; left out: padding" in text
-        and "any of q_proj" in text
-    )
+def shown(verification: Verification, width: int = 140, *, terminal: bool = False, every_check: bool = False) -> str:
+    file = io.StringIO()
+    console = Console(width=width, file=file, force_terminal=terminal, color_system=None)
+    show_verification(verification, console, every_check=every_check)
+    return file.getvalue()
+
+
+def test_what_failed_is_shown_first_and_last_with_the_count_of_what_passed() -> None:
+    lines = shown(FOUND).splitlines()
+    assert lines[:3] == [
+        "failed     golden  AutoModel  under transformers 4.57.6",
+        "           logits [differ]",
+        "           → look",
+    ]
+    assert lines[3:5] == [
+        "warning    load  under transformers 5.23.0",
+        "left out   padding  under transformers 5.23.0",
+    ]
+    assert lines[-4:] == [
+        "failed     golden (AutoModel)",
+        "warning    load",
+        "passed     5 checks; --all lists them",
+        "me/model: 1 check failed; left out: padding",
+    ]
+    table = "\n".join(lines[5:-4])  # of the releases, with what is not ok everywhere
+    assert re.search(r"golden +│ ✗ +│ ✓", table) and "padding" in table and "auto_map" not in table
+    every = shown(FOUND, every_check=True)
+    assert "read, nothing executed\npassed     auto_map\n" in every and "passed     5 checks\n" in every
+    assert "passed     PEFT\n           any of q_proj" in every
+
+
+def test_at_80_columns_no_word_is_broken_and_scripts_get_one_last_line() -> None:
+    words = [f"word{'x' * number}" for number in range(24)]
+    where = "a/very/long/path/" + "y" * 90 + ".py:17"
+    check = Check("golden", "failed", " ".join(words), where, "look-at " + " ".join(words))
+    skipped = [
+        Check(name, "skipped", "not run because 'load' failed") for name in ("meta", "save", "reload", *words[:9])
+    ]
+    releases = [f"5.{minor}.0" for minor in range(24)]
+    ran = {release: [check, Check("load", "ok"), *skipped] for release in releases}
+    found = Verification("me/model", [], ran, [Check("vLLM", "warning", "not ready: auto_map has no AutoModel")])
+    for terminal in (True, False):
+        text = shown(found, 80, terminal=terminal)
+        assert all(word in text.split() for word in [*words, where, *releases])
+        lines = text.splitlines()
+        assert all(len(line) <= 80 for line in lines[: None if terminal else -1] if where not in line)
+        assert text.count("not run because 'load' failed") == 1
+        assert "not ready  vLLM\n           auto_map has no AutoModel\n" in text
+        assert "\x1b" not in text
+    assert lines[-1].startswith("me/model: 24 checks failed; left out: meta, save, reload")
+
+
+def test_a_verification_is_plain_data() -> None:
     assert json.loads(json.dumps(FOUND.to_dict()))["runs"]["4.57.6"][1]["what"] == "logits [differ]"
     assert not FOUND.passed and not FOUND.complete and [release for release, _ in FOUND.failed] == ["4.57.6"]
 

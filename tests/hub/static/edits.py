@@ -82,6 +82,10 @@ def both(*edits: Edit) -> Edit:
     return edit
 
 
+def unchanged(folder: Path) -> None:
+    """The healthy folder itself."""
+
+
 def remove(file: str) -> Edit:
     return lambda folder: (folder / file).unlink()
 

@@ -14,6 +14,7 @@ from edits import (
     in_forward,
     module,
     replace,
+    unchanged,
     write,
 )
 
@@ -58,10 +59,6 @@ def processor(auto: str, base: str, body: str = "    pass\n", file: str = "prepr
 def parts(line: str) -> Edit:
     sdpa = "    _supports_sdpa = True\n"
     return replace(MODELING, sdpa, f"{sdpa}    {line}\n")
-
-
-def unchanged(folder: object) -> None:
-    """The healthy folder itself."""
 
 
 SIZE = {"size": {"height": 32, "width": 32}}

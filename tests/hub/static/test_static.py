@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from edits import Fault, module
+from edits import Fault, config, module, replace
 from faults_configs import CONFIGS
 from faults_files import FILES
 from faults_imports import IMPORTS
@@ -14,6 +14,8 @@ from faults_models import MODELS
 from faults_reading import QUIET, READING, TWINS
 from faults_side_effects import SIDE_EFFECTS
 from faults_side_effects import TWINS as SIDE_EFFECTS_TWINS
+from faults_stock_config import PAIRS as MORE_PAIRS
+from faults_stock_config import STOCK
 from faults_trust import TRUST
 from faults_trust import TWINS as TRUST_TWINS
 from faults_values import VALUES
@@ -28,8 +30,10 @@ from mymodels.hub.static import CHECKS, static_checks
 from mymodels.hub.static.api_availability import Span, find_releases, lacking
 from mymodels.hub.static.symbols import GONE
 
-FAULTS = FILES + CONFIGS + IMPORTS + MODELS + READING + TRUST + SIDE_EFFECTS + [fault for fault, _ in VALUES]
-PAIRS = TWINS + VALUES
+FAULTS = (
+    FILES + CONFIGS + IMPORTS + MODELS + READING + TRUST + SIDE_EFFECTS + [fault for fault, _ in VALUES + MORE_PAIRS]
+)
+PAIRS = TWINS + VALUES + MORE_PAIRS
 HEALTHY = SIDE_EFFECTS_TWINS | TRUST_TWINS
 OURS = ("mygpt2", "mybert")
 
@@ -123,6 +127,20 @@ def test_imports_are_excused_as_transformers_does(test: str, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "modeling_x.X"}}))
     found = [check for check in static_checks(tmp_path) if check.name == "other imports" and "xformers" in check.what]
     assert bool(found) is needed
+
+
+def test_a_stock_config_class_is_found_but_loads_another_model_without_trust(healthy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(healthy("multi_file"), tmp_path / "folder"))
+    STOCK(folder)
+    alarms = [check for check in static_checks(folder) if check.name in ("config", "auto_map") and check.status != "ok"]
+    (found,) = [check for check in alarms if check.status == "failed"]
+    assert found.name == "config" and "loads the library's 'bert' instead of Tinymany" in found.what
+    assert "derive a config class from BertConfig with a model_type of its own" in found.remedy
+    replace("config.json", '"AutoModel": "modeling_tinymany.TinymanyModel", ', "")(folder)
+    (found,) = [check for check in static_checks(folder) if check.name == "auto_map"]
+    assert found.status == "warning" and "AutoModel loads transformers' own 'bert', not this code" in found.what
+    config(model_type="no_such_family")(folder)
+    assert any("no AutoConfig, so the model cannot be found" in check.what for check in static_checks(folder))
 
 
 def test_a_break_in_another_release_is_a_warning(healthy, tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Single checks of the clean process, called here: models that require a mask, what the tokenizer gives, weights on the disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from own_models.make import make
+from torch import nn
+
+from mymodels.hub.isolated import outputs, processors
+from mymodels.hub.isolated.inputs import make_inputs, with_required
+from mymodels.hub.isolated.placement import attention_without_weights
+from mymodels.hub.isolated.stages import Outcome
+from mymodels.training.tokenizers import train_bert_tokenizer
+
+# ---- arguments that forward requires
+
+
+def padding_of(model: nn.Module) -> Outcome:
+    check = Outcome()
+    outputs.check_padding(check, model, make_inputs(model), with_generation=False)
+    return check
+
+
+def test_padding_is_checked_of_a_model_that_requires_a_mask() -> None:
+    model = make("conv_bert")
+    assert padding_of(model).status == "ok"
+    seen = type(model)
+
+    class CountsPadding(seen):
+        def forward(self, input_ids, attention_mask):
+            return super().forward(input_ids, torch.ones_like(attention_mask))
+
+    check = padding_of(CountsPadding(model.config).eval())
+    assert check.status == "failed" and "padding on the right changes the outputs" in check.what
+
+
+def test_all_that_text_needs_is_made_up() -> None:
+    class Strict(type(make("conv_bert"))):
+        def forward(self, input_ids, attention_mask, token_type_ids, position_ids):
+            given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+            assert all(tensor.shape == input_ids.shape for tensor in given.values())
+            return self.bert(input_ids, **given).last_hidden_state
+
+    model = Strict(make("conv_bert").config).eval()
+    inputs = make_inputs(model)
+    assert list(inputs) == ["input_ids", "attention_mask", "token_type_ids", "position_ids"]
+    assert inputs["position_ids"].tolist() == [list(range(inputs["input_ids"].shape[1]))] * 2
+    assert padding_of(model).status == "ok"
+    for check_of in (outputs.check_last_position, outputs.check_inputs_embeds):
+        check = Outcome()
+        check_of(check, model, inputs)
+        assert check.status in ("ok", "n/a"), check.what
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    assert list(with_required(make("moe_gpt2"), {"input_ids": ids})) == ["input_ids"]  # nothing that is not required
+
+
+def test_what_the_tokenizer_gives_and_forward_does_not_take_is_named(tmp_path: Path) -> None:
+    model, tokenizer = make("conv_bert"), train_bert_tokenizer(["we saw the cat", "and the dog"], 97, 64)
+    for names, status in ((None, "failed"), (["input_ids", "attention_mask"], "ok")):
+        tokenizer.model_input_names = names or tokenizer.model_input_names
+        tokenizer.save_pretrained(tmp_path / status)
+        model.config.save_pretrained(tmp_path / status)
+        check = Outcome()
+        processors.check_tokenizer_output(check, {"folder": str(tmp_path / status)}, model)
+        assert check.status == status, check.what
+        if names is None:
+            assert (
+                "gives token_type_ids, which forward of ConvBert does not take: add token_type_ids=None" in check.what
+            )
+            assert '"model_input_names": ["input_ids", "attention_mask"] in tokenizer_config.json' in check.what
+
+
+# ---- weights on the disk
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+class Encoding(nn.Module):
+    """Rows of unequal length, which torch packs into a nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x):
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padding[0, -1] = True
+        return self.layers(x, src_key_padding_mask=padding)
+
+
+class ReadsPast(Attending):
+    """Its own fault beside an attention: it reads the weight of a part without calling the part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.up.weight, self.up.bias)
+
+
+class Raises(Attending):
+    def forward(self, x):
+        raise RuntimeError("a tensor of 3 does not fit one on device meta")
+
+
+class RaisesInside(Attending):
+    def forward(self, x):
+        return self.attention(x[..., :3], x, x)[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "known"), [(Attending, True), (Encoding, True), (ReadsPast, False), (Raises, False), (RaisesInside, False)]
+)
+def test_only_an_attention_without_its_weights_is_excused(kind: type, known: bool, tmp_path: Path) -> None:
+    device_map = {"0": "cpu", "1": "disk"}
+    model = nn.Sequential(nn.Identity(), kind()).eval()
+    model = dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path))
+    with torch.inference_mode(), pytest.raises((RuntimeError, AssertionError)) as caught:
+        model(torch.randn(2, 3, 16))
+    found = attention_without_weights(caught.value, model, device_map)
+    assert bool(found) == known and (not found or isinstance(model.get_submodule(found), nn.MultiheadAttention))
+    assert not attention_without_weights(caught.value, model, {"0": "disk", "1": "cpu"})
