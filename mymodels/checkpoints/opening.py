@@ -98,7 +98,7 @@ def open_checkpoint(
     if where.is_dir():
         checkpoint.left_out = _left_out(where, checkpoint)
     elif not checkpoint.part_of and checkpoint.path == where:
-        checkpoint.part_of = _shard_of(where, checkpoint)
+        checkpoint.part_of = "" if checkpoint.format.startswith("GGUF") else shard_problem(where)
     return checkpoint if section is None else checkpoint.section(section)
 
 
@@ -197,6 +197,18 @@ def _left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+def shard_number(path: Path) -> tuple[int, int] | None:
+    """`(number, count)` of a file that its name makes one of several shards, the first being 1; else None.
+
+    Example: `(1, 3)` of `model-00001-of-00003.safetensors`.
+    """
+    found = _SHARD.fullmatch(path.name)
+    if not found or int(found[3]) < 2:
+        return None
+    counted_from_0 = path.with_name(f"{found[1]}-{0:0{len(found[2])}d}-of-{found[3]}{found[4]}").is_file()
+    return int(found[2]) + counted_from_0, int(found[3])
+
+
 def missing_shards(path: Path) -> list[str]:
     """The files that belong to `path`'s set by its name (`model-00001-of-00003.safetensors`) and are not beside it."""
     found = _SHARD.fullmatch(path.name)
@@ -211,22 +223,23 @@ def missing_shards(path: Path) -> list[str]:
 
 def is_with_its_set(path: Path) -> bool:
     """Whether a file is one of several shards by its name, and all the others lie beside it."""
-    found = _SHARD.fullmatch(path.name)
-    return found is not None and int(found[3]) > 1 and not missing_shards(path)
+    return shard_number(path) is not None and not missing_shards(path)
 
 
-def _shard_of(path: Path, checkpoint: Checkpoint) -> str:
-    """Why a file is only a part of a model, if its name says so."""
-    found = _SHARD.fullmatch(path.name)
-    if not found or int(found[3]) < 2 or checkpoint.format.startswith("GGUF"):
+def shard_problem(path: Path) -> str:
+    """Why a file is only a part of a model, if its name says so; else ""."""
+    shard = shard_number(path)
+    if shard is None or path.suffix == ".gguf":  # a split GGUF is opened by any of its files
         return ""
     missing = missing_shards(path)
-    beside = (
-        f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} are missing"
+    others = (
+        f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} {'is' if len(missing) == 1 else 'are'} missing"
         if missing
-        else "the others lie beside it"
+        else "the other shards are in the same folder"
     )
-    return f"{path} is one of {int(found[3])} shards of a model, {beside}: name the folder that has them all, and their index"
+    return (
+        f"{path} is shard {shard[0]} of {shard[1]} of a model, {others}: name a folder with all shards and their index"
+    )
 
 
 def _open_several(path: Path, parts: dict[str, Checkpoint]) -> Checkpoint:

@@ -52,11 +52,11 @@ def test_a_lone_shard_is_not_whole(suffix: str, tmp_path: Path) -> None:
         (problem,) = check_checkpoint(path, full=full)
         assert f"model-00002-of-00003.{suffix}" in problem.message and "missing" in problem.message
         assert check_checkpoint(tmp_path, full=full)
-    with pytest.raises(CheckpointError, match="one of 3 shards"):
+    with pytest.raises(CheckpointError, match="is shard 1 of 3"):
         convert_checkpoint(path, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="one of 3 shards"):
+    with pytest.raises(CheckpointError, match="is shard 1 of 3"):
         load_checkpoint_and_dispatch(nn.ModuleDict({"a": nn.ParameterDict(WEIGHTS_AB)}), path, strict=False)
-    assert "one of 3 shards" in inspect_checkpoint(path)["part_of"]
+    assert "is shard 1 of 3" in inspect_checkpoint(path)["part_of"]
     for number in (2, 3):
         (tmp_path / f"model-0000{number}-of-00003.{suffix}").write_bytes(path.read_bytes())
     assert check_checkpoint(path, full=True) == []  # this file is sound, and nothing of its set is missing
@@ -244,7 +244,7 @@ def test_a_part_behind_wrappers_is_a_part(tmp_path: Path) -> None:
         lambda: import_checkpoint(path, model, strict=False),
         lambda: load_state_dict(path),
     ):
-        with pytest.raises(CheckpointError, match="one of 2 shards"):
+        with pytest.raises(CheckpointError, match="is shard 1 of 2"):
             load()
 
 
