@@ -17,7 +17,13 @@ def add_parser(verbs: Any) -> None:
         exit_codes={0: "the file is written", 1: FAILED},
     )
     parser.add_argument("source", metavar="PATH|REPO_ID@SHA", help="a folder, or a commit of a Hub repo")
-    parser.add_argument("--out", type=Path, default=Path("mymodels.lock"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mymodels.lock"),
+        metavar="FILE",
+        help="the lock file; missing folders above it are created; default: %(default)s",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
