@@ -16,10 +16,10 @@ from .adapters import merge_adapter as merge
 from .atomic_write import replace_file, replace_folder
 from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .integrity import write_manifest
+from .nested_objects import OPTIMIZER
 from .opening import locate, open_checkpoint, weight_files
 from .quantised import config_beside, quantisation
 from .safetensors_files import inside, read_json
-from .torch_files import OPTIMIZER
 from .writing import parse_size, separate, storable, torch_save, write_shards
 
 FORMATS = ("safetensors", "bin", "pt")

@@ -13,7 +13,7 @@ _HARMLESS_HOOKS = {"torch.nn.utils.spectral_norm.SpectralNormStateDictHook"}
 _QUANTISED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.quantized.", "torch.nn.quantizable.")
 
 
-class NeedsItsCode(CheckpointError):
+class NeedsClassCode(CheckpointError):
     """An object whose tensors only its own code can name; the message says what it is, without the file."""
 
 
@@ -29,7 +29,7 @@ def with_state_dicts(node: Any) -> Any:
     Any other object that holds modules or tensors becomes the dict of its attributes.
 
     Raises:
-        NeedsItsCode: a module has hooks that change its state dict, or holds something that is neither tensor nor module.
+        NeedsClassCode: a module has hooks that change its state dict, or holds something that is neither tensor nor module.
     """
     return _Converter().convert(node)
 
@@ -115,7 +115,7 @@ class _Converter:
         where = f"the module {prefix.rstrip('.')!r}" if prefix else "the module"
         fields = fields_of(module)
         if not is_module(module) or fields is None:
-            raise NeedsItsCode(f"{where} is a {_name(module)}, which is not pickled as modules are")
+            raise NeedsClassCode(f"{where} is a {_name(module)}, which is not pickled as modules are")
         if id(module) in within:
             raise CheckpointError(f"{where} of class {module.qualified} holds itself, so it has no state dict")
         if module.qualified.startswith(_QUANTISED) and "quantized" in module.qualified:
@@ -125,7 +125,7 @@ class _Converter:
         for hooks in ("_state_dict_hooks", "_state_dict_pre_hooks"):
             for hook in (fields.get(hooks) or {}).values():
                 if _name(hook) not in _HARMLESS_HOOKS:
-                    raise NeedsItsCode(
+                    raise NeedsClassCode(
                         f"{where} of class {module.qualified} has a hook that may change its state dict ({_name(hook)})"
                     )
         transient = fields.get("_non_persistent_buffers_set") or ()

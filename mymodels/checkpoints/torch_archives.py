@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .nested_objects import Leaf, nested_checkpoint
 from .safetensors_files import inside, parse_json
-from .torch_files import Leaf, load_data, load_plain, nested_checkpoint
+from .torch_files import load_data, load_plain
 
 _TORCHSCRIPT_ADVICE = "save it again from the program that made it"
 

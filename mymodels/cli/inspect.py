@@ -26,7 +26,9 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..checkpoints import open_checkpoint
-    from ..checkpoints.inspecting import compare_checkpoints, inspect_checkpoint, show_difference, show_inspection
+    from ..checkpoints.comparing import compare_checkpoints
+    from ..checkpoints.inspecting import inspect_checkpoint
+    from ..checkpoints.inspection_tables import show_difference, show_inspection
 
     options = picked(arguments, "section", "allow_pickle", "revision")
     if arguments.diff is None:

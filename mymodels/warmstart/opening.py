@@ -9,9 +9,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..checkpoints.nested_objects import nested_checkpoint
 from ..checkpoints.opening import locate
 from ..checkpoints.quantised import quantisation
-from ..checkpoints.torch_files import nested_checkpoint
 from ..released import OwnCodeError, check_code, is_installed
 from .beside import config_in_file, config_in_folder
 from .refusing import refuse_adapter

@@ -17,7 +17,7 @@ from safetensors.torch import save_model
 from transformers import PreTrainedModel
 
 from ..checkpoints import CheckpointError, replace_file, replace_folder, write_manifest
-from ..checkpoints.inspecting import ranges
+from ..checkpoints.inspection_tables import ranges
 from ..checkpoints.integrity import is_weight_file
 from ..checkpoints.writing import parse_size, save_model_files, save_tokenizer_files
 from ..messages import printable

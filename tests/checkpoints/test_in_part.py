@@ -23,8 +23,9 @@ from mymodels.checkpoints import (
     open_checkpoint,
     save_checkpoint,
 )
+from mymodels.checkpoints.comparing import compare_checkpoints
 from mymodels.checkpoints.converting import convert_checkpoint
-from mymodels.checkpoints.inspecting import compare_checkpoints, inspect_checkpoint
+from mymodels.checkpoints.inspecting import inspect_checkpoint
 from mymodels.cli import main
 from mymodels.training.importing import import_checkpoint
 

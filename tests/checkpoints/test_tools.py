@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, BertModel, Trainer, TrainingArgum
 
 from mymodels import MyGPT2ForCausalLM, cli
 from mymodels.checkpoints import CheckpointError, load_state_dict, open_checkpoint, save_checkpoint
+from mymodels.checkpoints.comparing import compare_checkpoints, max_difference
 from mymodels.checkpoints.converting import convert_checkpoint
-from mymodels.checkpoints.inspecting import compare_checkpoints, inspect_checkpoint, max_difference
+from mymodels.checkpoints.inspecting import inspect_checkpoint
 
 HUB_REPO = Path(__file__).parents[2] / "hub_repo"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
