@@ -13,10 +13,12 @@ from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .safetensors_files import read_json
 
 CONFIG = "adapter_config.json"
-_PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?$")
+_LORA_TENSOR = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?$"
+)
 _PREFIX = "base_model.model."
 # Starts of LoRA that take something out of the base's weights, so that an adapter alone does not say what they became.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def adapter_config(folder: Path | None) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class _Merging:
         self.where = adapter.path
         self.fan_in_fan_out = bool(config.get("fan_in_fan_out"))
 
-    def _refuse(self, what: str) -> CheckpointError:
+    def _unsupported(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"{self.where}: {what}: merge it with PEFT (PeftModel.from_pretrained(model, adapter).merge_and_unload())"
         )
@@ -67,10 +69,10 @@ class _Merging:
     def merged(self) -> Checkpoint:
         config = self.config
         if str(config.get("peft_type")).upper() != "LORA":
-            raise self._refuse(f"a {config.get('peft_type')} adapter is not merged here, only LoRA is")
+            raise self._unsupported(f"a {config.get('peft_type')} adapter is not merged here, only LoRA is")
         start = config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-            raise self._refuse(f"it was started with {start}, which changes the base's weights too")
+        if isinstance(start, str) and start.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
+            raise self._unsupported(f"it was started with {start}, which changes the base's weights too")
         for key in (
             "layer_replication",
             "trainable_token_indices",
@@ -79,17 +81,17 @@ class _Merging:
             "alora_invocation_tokens",
         ):
             if config.get(key):
-                raise self._refuse(f"it uses {key}, which is not merged here")
+                raise self._unsupported(f"it uses {key}, which is not merged here")
         pairs: dict[str, dict[str, str]] = {}
         replaced: dict[str, str] = {}
         for name in self.adapter:
-            found = _PART.fullmatch(name)
+            found = _LORA_TENSOR.fullmatch(name)
             if found:
                 pairs.setdefault(found[1], {})[found[2]] = name
             elif "lora_" in name:
-                raise self._refuse(f"tensor {name!r} is of a kind that is not merged here")
+                raise self._unsupported(f"tensor {name!r} is of a kind that is not merged here")
             else:
-                replaced[self._in_base(name, required=False) or self._plain(name)] = name
+                replaced[self._in_base(name, required=False) or self._without_peft_prefixes(name)] = name
         info = dict(self.base.info)
         for name, own in replaced.items():
             kept = info.get(name)
@@ -118,12 +120,12 @@ class _Merging:
         return self.adapter[own].to(dtype)
 
     @staticmethod
-    def _plain(name: str) -> str:
+    def _without_peft_prefixes(name: str) -> str:
         return name.removeprefix(_PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
 
     def _in_base(self, name: str, *, required: bool = True) -> str | None:
         """The base's name of a tensor: a base without a head leaves the model's prefix out, one with a head has it."""
-        plain = self._plain(name)
+        plain = self._without_peft_prefixes(name)
         rest = plain.partition(".")[2]
         found = [one for one in (plain, rest) if one in self.base]
         if not found:
@@ -148,13 +150,13 @@ class _Merging:
             raise CheckpointError(f"{self.where}: {module!r} has {', '.join(parts)} alone: copy the adapter again")
         a, b = self.adapter.info[parts[first]].shape, self.adapter.info[parts[second]].shape
         if len(a) != 2 or len(b) != 2:
-            raise self._refuse(f"{module!r} is a convolution, which is not merged here")
+            raise self._unsupported(f"{module!r} is a convolution, which is not merged here")
         shape = (b[0], a[1])
         stored = info[name].shape
-        turned = self._is_turned(parts)
-        if a[0] != b[1] or (shape[::-1] if turned else shape) != stored:
+        transposed = self._is_transposed(parts)
+        if a[0] != b[1] or (shape[::-1] if transposed else shape) != stored:
             raise CheckpointError(
-                f"{self.where}: {module!r} changes a matrix of {shape[::-1] if turned else shape}, but {name!r} of "
+                f"{self.where}: {module!r} changes a matrix of {shape[::-1] if transposed else shape}, but {name!r} of "
                 f"{self.base.path} has {stored}: name the base it was trained on"
             )
         if not self.base.info[name].dtype.is_floating_point:
@@ -162,10 +164,10 @@ class _Merging:
                 f"{self.base.path}: {name!r} is {self.base.info[name].dtype}: take the base that is not quantised"
             )
         if "lora_magnitude_vector" in parts and first != "lora_A":
-            raise self._refuse(f"{module!r} is an embedding with DoRA, which is not merged here")
+            raise self._unsupported(f"{module!r} is an embedding with DoRA, which is not merged here")
         return name
 
-    def _is_turned(self, parts: dict[str, str]) -> bool:
+    def _is_transposed(self, parts: dict[str, str]) -> bool:
         return "lora_embedding_A" in parts or self.fan_in_fan_out
 
     def _scaling(self, module: str, rank: int) -> float:
@@ -184,17 +186,17 @@ class _Merging:
         embedding = "lora_embedding_A" in parts
         first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         scaling = self._scaling(module, self.adapter.info[parts[first]].shape[0])
-        turned = self._is_turned(parts)
+        transposed = self._is_transposed(parts)
 
         def read() -> torch.Tensor:
             weight = before()
             delta = self.adapter[parts[second]].float() @ self.adapter[parts[first]].float() * scaling
-            full = weight.float() + (delta.T if turned else delta)
+            full = weight.float() + (delta.T if transposed else delta)
             if "lora_magnitude_vector" in parts:  # DoRA: each output's row gets the length that was learnt
-                rows = full.T if turned else full
+                rows = full.T if transposed else full
                 magnitude = self.adapter[parts["lora_magnitude_vector"]].float().reshape(-1, 1)
                 rows = rows * (magnitude / rows.norm(dim=1, keepdim=True))
-                full = rows.T if turned else rows
+                full = rows.T if transposed else rows
             return full.to(weight.dtype).contiguous()
 
         return read

@@ -51,7 +51,7 @@ def replace_folder(
     target = Path(os.path.realpath(os.path.expanduser(target)))
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: choose a folder to write to")
-    with _said(f"{target} was not written"):
+    with _explain_os_errors(f"{target} was not written"):
         target.parent.mkdir(parents=True, exist_ok=True)
         repair(target)
         if not overwrite and target.exists() and any(target.iterdir()):
@@ -65,14 +65,14 @@ def replace_folder(
         staging, lock = _stage(target)
     try:
         new = staging / _NEW
-        with _said(f"{target} was not written, what stood there is unchanged"):
+        with _explain_os_errors(f"{target} was not written, what stood there is unchanged"):
             new.mkdir()
             existed = target.exists()
             if existed:
                 shutil.copymode(target, new)
             yield new
             if keep and existed:
-                _take_over(target, new, keep)
+                _link_kept_files(target, new, keep)
             if finish:
                 finish(new)
             _flush(new)
@@ -82,7 +82,7 @@ def replace_folder(
                 _swap(former, target, staging / "refused")
                 raise FileExistsError(f"{target} was put there meanwhile, and is left as it is: choose another folder")
             if keep and former.exists():
-                _move_late(former, target, keep)
+                _move_files_added_meanwhile(former, target, keep)
             _sync(target.parent)
     finally:
         if not (staging / _OLD).exists() or target.exists():
@@ -102,12 +102,12 @@ def replace_file(target: str | os.PathLike, *, overwrite: bool = True) -> Iterat
     target = Path(os.path.realpath(os.path.expanduser(target)))
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder: choose a file to write to")
-    with _said(f"{target} was not written"):
+    with _explain_os_errors(f"{target} was not written"):
         target.parent.mkdir(parents=True, exist_ok=True)
         repair(target)
         staging, lock = _stage(target)
     try:
-        with _said(f"{target} was not written, what stood there is unchanged"):
+        with _explain_os_errors(f"{target} was not written, what stood there is unchanged"):
             yield staging / _NEW
             if target.exists():
                 shutil.copymode(target, staging / _NEW)
@@ -161,7 +161,7 @@ def _remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
+def _explain_os_errors(what: str) -> Iterator[None]:
     """Errors of the operating system in one sentence, wherever they come from; others pass."""
     try:
         yield
@@ -181,7 +181,7 @@ def _said(what: str) -> Iterator[None]:
         raise OSError(error.errno, f"{what}: {reason}") from error
 
 
-def _take_over(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
+def _link_kept_files(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
     """Link what is to be kept of `target` into `new`; once more if another writer replaces `target` meanwhile."""
     for attempt in range(1000):
         taken: list[Path] = []
@@ -209,8 +209,8 @@ def _take_over(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
     raise OSError(errno.EBUSY, f"{target} is replaced again and again by others, so its other files cannot be kept")
 
 
-def _move_late(former: Path, target: Path, keep: Callable[[str], bool]) -> None:
-    """What came into the folder after `_take_over` moves along."""
+def _move_files_added_meanwhile(former: Path, target: Path, keep: Callable[[str], bool]) -> None:
+    """What came into the folder after `_link_kept_files` moves along."""
     for entry in former.iterdir():
         for attempt in range(1000):
             if not keep(entry.name) or os.path.lexists(target / entry.name):

@@ -20,7 +20,7 @@ from .torch_files import load_data
 
 _RANK = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-_NOT_EXTRAS = {
+_MODEL_KEYS = {
     "module",
     "param_shapes",
     "buffer_names",
@@ -28,7 +28,7 @@ _NOT_EXTRAS = {
     "frozen_param_shapes",
     "frozen_param_fragments",
 }
-_TAKE_ALL = "copy the files of all ranks from one save"
+_COPY_ALL_RANKS = "copy the files of all ranks from one save"
 
 
 def find_deepspeed(folder: Path) -> Path | None:
@@ -84,7 +84,9 @@ def open_deepspeed(folder: Path) -> Checkpoint:
             f"{folder} holds a model that tensor parallelism split ({parallel[0]}): join it with the training framework's own tool"
         )
     if 0 not in models:
-        raise CheckpointError(f"{folder} has no *mp_rank_00_model_states.pt, which names the tensors: {_TAKE_ALL}")
+        raise CheckpointError(
+            f"{folder} has no *mp_rank_00_model_states.pt, which names the tensors: {_COPY_ALL_RANKS}"
+        )
     states = {rank: _load(folder / name) for rank, name in models.items()}
     first = states[0]
     if "ds_autoep_layers" in first or "autoep_layers" in first:
@@ -107,17 +109,19 @@ def _without_parts(folder: Path, name: str, state: Mapping[str, Any]) -> Checkpo
     """A save without ZeRO, or whose optimizer files were left behind: the weights in the precision they were trained in."""
     module = state.get("module")
     if not isinstance(module, Mapping):
-        raise CheckpointError(f"{folder / name} has no 'module', the model's tensors: {_TAKE_ALL}")
+        raise CheckpointError(f"{folder / name} has no 'module', the model's tensors: {_COPY_ALL_RANKS}")
     tensors = {key: value for key, value in module.items() if isinstance(value, torch.Tensor)}
     if not tensors or any(not value.numel() for value in tensors.values()):
-        raise CheckpointError(f"{folder} has no *_optim_states.pt, where ZeRO stage 3 keeps the weights: {_TAKE_ALL}")
+        raise CheckpointError(
+            f"{folder} has no *_optim_states.pt, where ZeRO stage 3 keeps the weights: {_COPY_ALL_RANKS}"
+        )
     info = {key: TensorInfo(tuple(value.shape), value.dtype, name) for key, value in tensors.items()}
     what = "DeepSpeed, the weights as they were trained"
     return Checkpoint(folder, what, info, lambda key: tensors[key].detach(), extras=_extras(state))
 
 
 def _extras(state: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in state.items() if key not in _NOT_EXTRAS and value is not None}
+    kept = {key: value for key, value in state.items() if key not in _MODEL_KEYS and value is not None}
     return {key: value for key, value in kept.items() if not isinstance(value, (Mapping, list, set)) or len(value)}
 
 
@@ -132,7 +136,7 @@ class _Zero:
         optimizers = [state.get("optimizer_state_dict") for state in loaded.values()]
         self.files = list(dict(sorted(ranks.items())).values())
         if not all(isinstance(one, Mapping) and "zero_stage" in one for one in optimizers):
-            raise CheckpointError(f"{folder / self.files[0]} is no state of ZeRO: it names no stage; {_TAKE_ALL}")
+            raise CheckpointError(f"{folder / self.files[0]} is no state of ZeRO: it names no stage; {_COPY_ALL_RANKS}")
         self.optimizers: list[Mapping[str, Any]] = optimizers  # type: ignore[assignment]
         self.stage = _number(self.optimizers[0]["zero_stage"])
         counts = self.optimizers[0].get("partition_count", 0)
@@ -144,13 +148,13 @@ class _Zero:
         self.world = _number(counts[0])
         if self.world != len(ranks) or set(ranks) != set(range(self.world)):
             raise CheckpointError(
-                f"{folder} has {len(ranks)} *_optim_states.pt, but was saved by {self.world} ranks: {_TAKE_ALL}"
+                f"{folder} has {len(ranks)} *_optim_states.pt, but was saved by {self.world} ranks: {_COPY_ALL_RANKS}"
             )
         if self.stage not in (1, 2, 3):
             raise CheckpointError(f"{folder} says it is of ZeRO stage {self.stage}, which is not known")
         if self.stage == 3 and set(models) != set(range(self.world)):
             raise CheckpointError(
-                f"{folder} has {len(models)} *_model_states.pt, but was saved by {self.world} ranks: {_TAKE_ALL}"
+                f"{folder} has {len(models)} *_model_states.pt, but was saved by {self.world} ranks: {_COPY_ALL_RANKS}"
             )
         self.info: dict[str, TensorInfo] = {}
         self.reads: dict[str, Callable[[], torch.Tensor]] = {}
@@ -160,7 +164,7 @@ class _Zero:
         for key in ("module", "param_shapes", "buffer_names"):
             if key not in state:
                 raise CheckpointError(
-                    f"{self.folder / self.models[0]} has no {key!r}, which names the tensors: {_TAKE_ALL}"
+                    f"{self.folder / self.models[0]} has no {key!r}, which names the tensors: {_COPY_ALL_RANKS}"
                 )
         for name, value in state["module"].items():
             if name in state["buffer_names"] and isinstance(value, torch.Tensor):
@@ -181,7 +185,7 @@ class _Zero:
         ]
         if lost:
             raise CheckpointError(
-                f"{self.folder}: {len(lost)} tensors of the model, such as {lost[0]!r}, are in no rank's parts: {_TAKE_ALL}"
+                f"{self.folder}: {len(lost)} tensors of the model, such as {lost[0]!r}, are in no rank's parts: {_COPY_ALL_RANKS}"
             )
         return Checkpoint(
             self.folder,
@@ -206,7 +210,9 @@ class _Zero:
             if not all(isinstance(part, torch.Tensor) for part in parts) or sum(
                 part.numel() for part in parts
             ) < math.prod(shape):
-                raise CheckpointError(f"{self.folder}: the frozen parameter {name!r} is not complete: {_TAKE_ALL}")
+                raise CheckpointError(
+                    f"{self.folder}: the frozen parameter {name!r} is not complete: {_COPY_ALL_RANKS}"
+                )
             self._add(name, shape, parts[0].dtype, self.models[0], partial(_joined, parts, shape))
 
     def _flat(self, key: str) -> list[list[torch.Tensor]]:
@@ -214,10 +220,10 @@ class _Zero:
         vectors = [optimizer.get(key) for optimizer in self.optimizers]
         for file, groups in zip(self.files, vectors):
             if not isinstance(groups, (list, tuple)) or not all(isinstance(one, torch.Tensor) for one in groups):
-                raise CheckpointError(f"{self.folder / file} has no {key!r}, the float32 weights: {_TAKE_ALL}")
+                raise CheckpointError(f"{self.folder / file} has no {key!r}, the float32 weights: {_COPY_ALL_RANKS}")
         if len({len(groups) for groups in vectors if groups is not None}) > 1:
             raise CheckpointError(
-                f"{self.folder}: the ranks have different numbers of groups of parameters: {_TAKE_ALL}"
+                f"{self.folder}: the ranks have different numbers of groups of parameters: {_COPY_ALL_RANKS}"
             )
         return [[one.detach().reshape(-1) for one in groups] for groups in vectors if groups is not None]
 
@@ -227,7 +233,7 @@ class _Zero:
         if len(flat[0]) != len(groups):
             raise CheckpointError(
                 f"{self.folder} has {len(groups)} groups of parameters by its model states and {len(flat[0])} by its optimizer "
-                f"states: {_TAKE_ALL}"
+                f"states: {_COPY_ALL_RANKS}"
             )
         paddings = self.optimizers[0].get("param_alignment_paddings")
         for number, shapes in enumerate(groups):
@@ -268,7 +274,7 @@ class _Zero:
         if math.ceil(used / multiple) != math.ceil(available / multiple):
             raise CheckpointError(
                 f"{self.folder}: the shapes in the model states ask for {used:,} numbers, the parts in the optimizer states "
-                f"have {available:,}: {_TAKE_ALL}"
+                f"have {available:,}: {_COPY_ALL_RANKS}"
             )
 
 

@@ -274,7 +274,11 @@ def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> dict[s
     if not quantisation(wanted):
         _refuse_quantised(source)
     for name in source:
-        if name in wanted and name not in shapes and _kind(wanted[name].dtype) != _kind(source.info[name].dtype):
+        if (
+            name in wanted
+            and name not in shapes
+            and _number_kind(wanted[name].dtype) != _number_kind(source.info[name].dtype)
+        ):
             raise CheckpointError(
                 f"{source.path}: tensor {name!r} is {source.info[name].dtype_name}, and {wanted[name].dtype} in the model, "
                 f"which cannot hold it: build the model with that dtype, or convert the tensor first"
@@ -309,16 +313,16 @@ def _refuse_quantised(source: Checkpoint) -> None:
     if source.format.startswith("GGUF"):  # read dequantised
         return
     config = config_beside(source)
-    stored, told = quantisation(source), quantisation(source, config)
-    if stored or told:
+    stored, declared = quantisation(source), quantisation(source, config)
+    if stored or declared:
         remedy = "" if stored else ", or take quantization_config out of config.json if its weights are plain numbers"
         raise CheckpointError(
-            f"{source.path} is quantised, {stored or told}: its numbers are not weights without their scales; load it with "
+            f"{source.path} is quantised, {stored or declared}: its numbers are not weights without their scales; load it with "
             f"from_pretrained and the quantiser's package, or dequantise it first{remedy}"
         )
 
 
-def _kind(dtype: torch.dtype) -> str:
+def _number_kind(dtype: torch.dtype) -> str:
     return "complex" if dtype.is_complex else "float" if dtype.is_floating_point else "integer"
 
 

@@ -69,7 +69,7 @@ class _Reader:
             )
         return self
 
-    def _small(self, file: BinaryIO, at: int) -> Any:
+    def _unpacker(self, file: BinaryIO, at: int) -> Any:
         """A reader of the library's at a place of the file; it reads ahead a little, and never an array."""
         file.seek(at)
         return self.msgpack.Unpacker(file, read_size=256, raw=False, strict_map_key=False, max_buffer_size=2**20)
@@ -83,12 +83,12 @@ class _Reader:
         if first in _FIXED or first in _LENGTHS:
             return self._extension(file, at, first, ".".join(name))
         if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
-            reader = self._small(file, at)
+            reader = self._unpacker(file, at)
             count = reader.read_map_header()
             at += reader.tell()
             before = set(self.arrays)
             for _ in range(count):
-                reader = self._small(file, at)
+                reader = self._unpacker(file, at)
                 key = reader.unpack()
                 at = self._value(file, at + reader.tell(), (*name, str(key)))
             if _CHUNKED in (key.rpartition(".")[2] for key in self.others):
@@ -98,7 +98,7 @@ class _Reader:
             count = int.from_bytes(file.read(_BINARY[first]), "big")
             self.others[".".join(name)] = f"{count:,} bytes"
             return at + 1 + _BINARY[first] + count
-        reader = self._small(file, at)
+        reader = self._unpacker(file, at)
         value = reader.unpack()
         self.others[".".join(name)] = value
         return at + reader.tell()
@@ -113,7 +113,7 @@ class _Reader:
         if code != _NDARRAY:  # a number of numpy's or a complex one
             self.others[name] = f"a value of type {code}"
             return begin + length
-        reader = self._small(file, begin)
+        reader = self._unpacker(file, begin)
         if reader.read_array_header() != 3:
             raise CheckpointError(f"{self.path}: {name!r} is no array as Flax writes it: copy or download it again")
         shape, kind = reader.unpack(), reader.unpack()
@@ -147,7 +147,7 @@ class _Reader:
         pieces = [self.arrays.pop(key)[0] for key in sorted(names, key=lambda key: int(key.rpartition(".")[2]))]
         for key in [key for key in self.others if key.startswith((f"{prefix}shape.", f"{prefix}{_CHUNKED}"))]:
             del self.others[key]
-        whole = _Array(shape, pieces[0].dtype, pieces[0].begin, sum(piece.size for piece in pieces))
-        if whole.size != int(np.prod(shape, dtype=object)) * whole.dtype.itemsize:
+        joined = _Array(shape, pieces[0].dtype, pieces[0].begin, sum(piece.size for piece in pieces))
+        if joined.size != int(np.prod(shape, dtype=object)) * joined.dtype.itemsize:
             raise CheckpointError(f"{self.path}: the pieces of {name!r} do not make {shape}: copy or download it again")
-        self.arrays[name] = (whole, pieces)
+        self.arrays[name] = (joined, pieces)

@@ -38,20 +38,20 @@ def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: 
     if len(data["sections"]) > 1 or "(top)" not in data["sections"]:
         table = _table("models", ("section", "left"), ("tensors", "right"))
         for name, count in data["sections"].items():
-            _add(table, name, str(count))
+            _add_row(table, name, str(count))
         console.print(table)
     if data["extras"]:
         table = _table("beside the weights", ("name", "left"), ("what it is", "left"))
         for name, text in data["extras"].items():
-            _add(table, name, text)
+            _add_row(table, name, text)
         console.print(table)
     table = _table("modules", ("module", "left"), ("parameters", "right"), ("share", "right"))
     for name, count in data["modules"].items():
-        _add(table, name, f"{count:,}", _share(count, data["parameters"]))
+        _add_row(table, name, f"{count:,}", _share(count, data["parameters"]))
     console.print(table)
     table = _table("tensors", ("name", "left"), ("shape", "left"), ("dtype", "left"), ("file", "left"))
     for names, shape, dtype, files in _rows(data["tensors"], every_tensor):
-        _add(table, names, "×".join(map(str, shape)) or "scalar", dtype, files)
+        _add_row(table, names, "×".join(map(str, shape)) or "scalar", dtype, files)
     console.print(table)
     for alias, name in data["tied"].items():
         console.print(Text(printable(f"tied: {alias} is {name}")))
@@ -60,13 +60,13 @@ def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: 
     if "files" in data:
         table = _table("files", ("file", "left"), ("size", "right"), ("what it is for", "left"))
         for name, file in data["files"].items():
-            _add(table, name, _size(file["size"]), file["purpose"])
+            _add_row(table, name, _size(file["size"]), file["purpose"])
         console.print(table)
     if data.get("auto_map"):
         table = _table("auto_map", ("class", "left"), ("code", "left"), ("", "left"))
         for name, entry in data["auto_map"].items():
             state = f"in {entry['repo']}" if "repo" in entry else "ok" if entry["exists"] else "missing"
-            _add(table, name, entry["target"], state)
+            _add_row(table, name, entry["target"], state)
         console.print(table)
 
 
@@ -77,7 +77,7 @@ def show_difference(rows: list[dict[str, Any]], a: str, b: str, console: Console
     for row in rows:
         if row["status"] not in ("equal", "prefix"):
             change = "" if row["max_difference"] is None else f"{row['max_difference']:.3g}"
-            _add(table, row["name"], row["status"], row["a"] or "–", row["b"] or "–", change)
+            _add_row(table, row["name"], row["status"], row["a"] or "–", row["b"] or "–", change)
     if table.row_count:
         console.print(table)
     if prefix := next((row["prefix"] for row in rows if "prefix" in row), None):
@@ -124,7 +124,7 @@ def _table(title: str | None, *columns: tuple[str, Any]) -> Table:
     return table
 
 
-def _add(table: Table, *cells: str) -> None:
+def _add_row(table: Table, *cells: str) -> None:
     table.add_row(*(Text(printable(cell), style="red" if cell == "missing" else "") for cell in cells))
 
 

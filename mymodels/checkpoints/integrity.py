@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .atomic_write import replace_file
 from .checkpoint import Checkpoint, CheckpointError, is_zip, widened
-from .opening import is_with_its_set, locate, open_checkpoint, open_file, weight_files
+from .opening import has_all_shards, locate, open_checkpoint, open_file, weight_files
 from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
 
 MANIFEST = "manifest.json"
@@ -45,7 +45,7 @@ def sha256(path: Path, progress: tqdm | None = None) -> str:
     return digest.hexdigest()
 
 
-def _hashing(total: int) -> tqdm:
+def _hash_progress(total: int) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, desc="hashing", leave=False, disable=None)
 
 
@@ -69,7 +69,7 @@ def write_manifest(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder, so it has no manifest: name the folder of the checkpoint")
     sizes = {name: (folder / name).stat().st_size for name in _files(folder)}
-    with _hashing(sum(sizes.values())) as progress:
+    with _hash_progress(sum(sizes.values())) as progress:
         files = {name: {"sha256": sha256(folder / name, progress), "size": size} for name, size in sizes.items()}
     manifest = {"files": files, "made_with": {package: version(package) for package in _MADE_WITH}}
     if (folder / MANIFEST).is_symlink():
@@ -137,7 +137,7 @@ def check_checkpoint(path: str | os.PathLike, *, full: bool = False, allow_pickl
         problems += found
         if not found:
             checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
-            if checkpoint.part_of and not is_with_its_set(path):
+            if checkpoint.part_of and not has_all_shards(path):
                 problems.append(Problem(path.name, checkpoint.part_of))
     except CheckpointError as error:
         problems.append(Problem(path.name, str(error)))
@@ -158,7 +158,7 @@ def check_manifest(folder: Path, full: bool) -> list[Problem]:
     except CheckpointError as error:
         return [Problem(MANIFEST, str(error))]
     problems = []
-    with _hashing(sum(size for size, _ in manifest.values()) if full else 0) as progress:
+    with _hash_progress(sum(size for size, _ in manifest.values()) if full else 0) as progress:
         for name, (size, digest) in manifest.items():
             file = folder / name
             if not file.is_file():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo, is_zip
-from .foreign_names import from_tensorflow, is_of_transformers, renamed_checkpoint
+from .foreign_names import from_tensorflow, is_saved_by_transformers, renamed_checkpoint
 from .third_party_formats import array_dtype, import_library, to_torch
 
 _WEIGHTS_OF_ARCHIVE = "model.weights.h5"
@@ -26,7 +26,7 @@ def open_keras(path: Path) -> Checkpoint:
     stream = zipfile.ZipFile(path).open(_WEIGHTS_OF_ARCHIVE) if archived else None  # noqa: SIM115  # read from later
     file = h5py.File(stream or path, "r")
     root = file.get("model_weights", file)
-    named = dict(_listed(root))
+    named = dict(_listed_weights(root))
     datasets = named or dict(_walk(h5py, root))
     info, found, others = {}, {}, {}
     for name, dataset in datasets.items():
@@ -61,7 +61,7 @@ def open_keras(path: Path) -> Checkpoint:
     shard = not named and "layer_names" in root.attrs  # of transformers: its class's scope is left out there
     own = bool(named) and all(name.startswith("tf_") for name in info)
     level = 0 if shard else 1
-    known = not archived and (own or shard or (bool(named) and is_of_transformers(path, "tf_model")))
+    known = not archived and (own or shard or (bool(named) and is_saved_by_transformers(path, "tf_model")))
     return renamed_checkpoint(raw, lambda name, shape: from_tensorflow(name, shape, level), "tf_model.h5", known=known)
 
 
@@ -81,7 +81,7 @@ def _attribute(group: Any, name: str) -> list[str]:
     return found
 
 
-def _listed(root: Any) -> Iterator[tuple[str, Any]]:
+def _listed_weights(root: Any) -> Iterator[tuple[str, Any]]:
     """The weights that Keras 2 lists in attributes of each layer's group."""
     for layer in _attribute(root, "layer_names"):
         group = root.get(layer)

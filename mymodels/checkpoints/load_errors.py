@@ -13,7 +13,7 @@ from ..messages import first_line
 
 
 @contextlib.contextmanager
-def refusing(source: Any) -> Iterator[None]:
+def clear_load_errors(source: Any) -> Iterator[None]:
     """Around `from_pretrained`: errors of other kinds than `OSError` become a `ValueError` of one line.
 
     Raises:
@@ -26,17 +26,19 @@ def refusing(source: Any) -> Iterator[None]:
     except ImportError as error:  # of a quantiser, or of code that the folder brings
         raise ValueError(f"{source} needs a package that is not here: {first_line(error)}") from error
     except ValueError as error:
-        raise (code_of_its_own(source) if asks_for_trust(error) else ValueError(first_line(error))) from error
+        raise (
+            remote_code_error(source) if needs_trust_remote_code(error) else ValueError(first_line(error))
+        ) from error
     except (RuntimeError, TypeError, AttributeError, LookupError, NameError, AssertionError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{source} cannot be loaded, its class or its config fails with {reason}") from error
 
 
-def asks_for_trust(error: Exception) -> bool:
+def needs_trust_remote_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
 
 
-def code_of_its_own(source: Any) -> ValueError:
+def remote_code_error(source: Any) -> ValueError:
     return ValueError(
         f"{source} brings code of its own, which would be run: read it, then pass --trust-remote-code "
         "(trust_remote_code=True)"
@@ -75,20 +77,30 @@ def refuse_mismatched(info: Mapping[str, Any], source: Any) -> None:
         return
     first, *others = sorted(info["mismatched_keys"])
     name, *shapes = [first] if isinstance(first, str) else first  # 4.x: the name alone
-    said = " is saved as {}, but by config.json it is {}".format(*map(list, shapes)) if shapes else " has another shape"
+    reason = (
+        " is saved as {}, but by config.json it is {}".format(*map(list, shapes)) if shapes else " has another shape"
+    )
     more = f" (and {len(others)} more)" if others else ""
-    raise ValueError(f"{source}: {name}{said}{more}: config.json or the weights are another model's")
+    raise ValueError(f"{source}: {name}{reason}{more}: config.json or the weights are another model's")
 
 
 @contextlib.contextmanager
-def without_load_report() -> Iterator[None]:
-    """Around `from_pretrained`: transformers logs errors alone, no table of new weights; the caller reports these."""
-    before = logging.get_verbosity()
+def only_errors_logged(*, progress_bars: bool = True) -> Iterator[None]:
+    """Around `from_pretrained`: transformers logs errors only, no table of new weights; the caller reports these.
+
+    Args:
+        progress_bars: whether transformers may show them.
+    """
+    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not progress_bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if shown and not progress_bars:
+            logging.enable_progress_bar()
 
 
 def _embedded_tokens(model: PreTrainedModel) -> int | None:

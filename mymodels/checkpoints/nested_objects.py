@@ -16,10 +16,10 @@ from .plain_pickle import Unopened, UnopenedTensor
 from .third_party_formats import array_dtype, to_torch
 
 # Names under which training checkpoints keep what is not a model.
-_BESIDE = re.compile(
+_TRAINING_STATE = re.compile(
     r"(^|[_.-])(optim|optimizers?|schedulers?|rng|rng_states?|random_states?|callbacks?|loops?)([_.-]|$)", re.IGNORECASE
 )
-_NUMBER = re.compile(r"loss|step|epoch|iter|acc|best|metric|score|lr|time|ppl|perplexity|f1", re.IGNORECASE)
+_METRIC = re.compile(r"loss|step|epoch|iter|acc|best|metric|score|lr|time|ppl|perplexity|f1", re.IGNORECASE)
 
 
 class FoundModels(NamedTuple):
@@ -59,14 +59,14 @@ def leaves_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def is_beside(key: str, value: Any) -> bool:
+def is_training_state(key: str, value: Any) -> bool:
     if isinstance(value, torch.Tensor) and not value.is_nested and value.dim() == 0:
-        return bool(_NUMBER.search(key))
-    if isinstance(value, np.ndarray) and value.ndim < 2 and _NUMBER.search(key):  # a history
+        return bool(_METRIC.search(key))
+    if isinstance(value, np.ndarray) and value.ndim < 2 and _METRIC.search(key):  # a history
         return True
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], str) and value[0] == "MT19937":
         return True  # NumPy's random state
-    return bool(_BESIDE.search(key)) or _is_optimizer(value)
+    return bool(_TRAINING_STATE.search(key)) or _is_optimizer(value)
 
 
 def find_models(node: Any, path: str = "") -> FoundModels:
@@ -79,8 +79,8 @@ def find_models(node: Any, path: str = "") -> FoundModels:
         return FoundModels({path: {"tensor": node}}, {})
     entries = entries_of(node)
     inner = {k: v for k, v in entries if not is_tensor(v) and any(is_tensor(leaf) for _, leaf in leaves_of(v))}
-    models = {k: v for k, v in inner.items() if not is_beside(k, v)}
-    tensors = {k: v for k, v in entries if is_tensor(v) and not (inner and is_beside(k, v))}
+    models = {k: v for k, v in inner.items() if not is_training_state(k, v)}
+    tensors = {k: v for k, v in entries if is_tensor(v) and not (inner and is_training_state(k, v))}
     name = partial("{}.{}".format, path) if path else str
     extras = {name(k): v for k, v in entries if k not in models and k not in tensors}
     if tensors and not models:

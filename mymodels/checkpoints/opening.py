@@ -51,7 +51,7 @@ _WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first wh
     "*.h5",
     "*.msgpack",
 )
-_BESIDE = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|golden)")
+_TRAINING_STATE = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|golden)")
 _ANY_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|pt2|tar|h5|keras|msgpack|ot|onnx|gguf|npz|tflite|pkl)$|\.ckpt$")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(\.\w+)")
 
@@ -94,9 +94,9 @@ def open_checkpoint(
     """
     where = locate(path, revision=revision, token=token)
     opener = partial(_open_folder if where.is_dir() else open_file, where, allow_pickle)
-    checkpoint = _open_whole(where, opener) if where.is_dir() and not allow_pickle else opener()
+    checkpoint = _open_unchanged(where, opener) if where.is_dir() and not allow_pickle else opener()
     if where.is_dir():
-        checkpoint.left_out = _left_out(where, checkpoint)
+        checkpoint.left_out = _files_left_out(where, checkpoint)
     elif not checkpoint.part_of and checkpoint.path == where:
         checkpoint.part_of = "" if checkpoint.format.startswith("GGUF") else shard_problem(where)
     return checkpoint if section is None else checkpoint.section(section)
@@ -146,7 +146,7 @@ def locate(
         ) from error
 
 
-def _open_whole(folder: Path, opener: Callable[[], Checkpoint]) -> Checkpoint:
+def _open_unchanged(folder: Path, opener: Callable[[], Checkpoint]) -> Checkpoint:
     """Open a folder file by file, and again if a writer has replaced it meanwhile, lest two saves are mixed."""
     for _ in range(100):
         before = _identity(folder)
@@ -172,16 +172,18 @@ def _identity(folder: Path) -> tuple[int, ...]:
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder that its checkpoint is opened by: an index, or one file; more if that is not clear."""
     for pattern in _WEIGHTS:
-        found = [file for file in sorted(folder.glob(pattern)) if file.is_file() and not _BESIDE.match(file.name)]
+        found = [
+            file for file in sorted(folder.glob(pattern)) if file.is_file() and not _TRAINING_STATE.match(file.name)
+        ]
         if pattern == "*.index":
             found = [file for file in found if kind_of(file) == "TensorFlow index"]
         if found:
             return found
-    others = [file for file in sorted(folder.iterdir()) if file.is_file() and not _BESIDE.match(file.name)]
+    others = [file for file in sorted(folder.iterdir()) if file.is_file() and not _TRAINING_STATE.match(file.name)]
     return [file for file in others if file.suffix != ".json" and kind_of(file) in ("PyTorch", "pickle", *_OPENERS)]
 
 
-def _left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
+def _files_left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
     """The files of weights or training state in a folder, and one level below, that the checkpoint is not read from."""
     read = {info.file for info in checkpoint.info.values()}
     names = [file.relative_to(folder) for pattern in ("*", "*/*") for file in sorted(folder.glob(pattern))]
@@ -221,7 +223,7 @@ def missing_shards(path: Path) -> list[str]:
     return [name for name in names if not path.with_name(name).is_file()]
 
 
-def is_with_its_set(path: Path) -> bool:
+def has_all_shards(path: Path) -> bool:
     """Whether a file is one of several shards by its name, and all the others lie beside it."""
     return shard_number(path) is not None and not missing_shards(path)
 
@@ -270,10 +272,10 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
         if inner and not any(re.fullmatch(r"checkpoint-\d+", path.name) for path in inner):  # as `convert` writes them
             return _open_several(folder, {path.name: _open_folder(path, allow_pickle) for path in inner})
         for file in sorted(folder.iterdir()):  # of a format that is not read
-            if file.is_file() and _ANY_WEIGHTS.search(file.name) and not _BESIDE.match(file.name):
+            if file.is_file() and _ANY_WEIGHTS.search(file.name) and not _TRAINING_STATE.match(file.name):
                 raise CheckpointError(f"{folder} has no weights but {file.name}: this is {kind_of(file)}")
         inner = [path.parent for path in folder.glob("*/*") if weight_files(path.parent)]
-        hint = f"; did you mean {max(inner, key=_step)}?" if inner else ""
+        hint = f"; did you mean {max(inner, key=_training_step)}?" if inner else ""
         raise CheckpointError(f"{folder} holds no checkpoint: none of {', '.join(_WEIGHTS[:8])} and the like{hint}")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:6])
@@ -290,9 +292,12 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             f"missing shards and the index too"
         )
     if files[0].name in ("model.safetensors", "pytorch_model.bin"):
-        more = [file for file in folder.glob(f"{files[0].stem}_*{files[0].suffix}") if _number(file.stem)]
+        more = [file for file in folder.glob(f"{files[0].stem}_*{files[0].suffix}") if _trailing_number(file.stem)]
         if more:
-            several = [files[0], *sorted(more, key=lambda file: int(_number(file.stem)))]  # as accelerate writes them
+            several = [
+                files[0],
+                *sorted(more, key=lambda file: int(_trailing_number(file.stem))),
+            ]  # as accelerate writes them
             return _open_several(folder, {file.stem: open_file(file, allow_pickle) for file in several})
     if files[0].name == ".metadata":
         return _guarded(open_distributed, folder, "the folder")
@@ -301,12 +306,12 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     return open_file(files[0], allow_pickle)
 
 
-def _step(folder: Path) -> tuple[int, str]:
+def _training_step(folder: Path) -> tuple[int, str]:
     """Of the folders that a trainer saves one after the other, the last is the one that is meant."""
-    return int(_number(folder.name) or -1), folder.name
+    return int(_trailing_number(folder.name) or -1), folder.name
 
 
-def _number(name: str) -> str:
+def _trailing_number(name: str) -> str:
     found = re.search(r"[-_](\d+)$", name)
     return found[1] if found else ""
 
@@ -325,7 +330,7 @@ def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
             return _guarded(_open_shards, path, "the checkpoint")
         opener = partial(open_file, allow_pickle=allow_pickle)
         sharded = partial(open_index, path, opener, _index_format(path))
-        return sharded() if allow_pickle else _open_whole(path.parent, sharded)
+        return sharded() if allow_pickle else _open_unchanged(path.parent, sharded)
     if kind == "PyTorch":
         return _guarded(partial(open_torch_file, allow_pickle=allow_pickle), path, "the file")
     if kind == "pickle":

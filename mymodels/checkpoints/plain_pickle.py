@@ -43,14 +43,26 @@ PLAIN_TYPES: list[Any] = [
 
 
 FIELDS = (argparse.Namespace, types.SimpleNamespace)
-_LENGTH = struct.Struct("<Q")
+_UINT64 = struct.Struct("<Q")
 
 
 # Nothing of these is called either, but a file that asks for `os.system` is not read on as if it were one of weights.
-_PROGRAMS = set(sys.stdlib_module_names)
-_RUNS = {"eval", "exec", "execfile", "compile", "open", "file", "input", "breakpoint", "apply", "reload", "__import__"}
-_RUNS |= {"setattr", "delattr", "globals", "locals", "vars", "memoryview"}
-_DATA = {
+_STDLIB = set(sys.stdlib_module_names)
+_UNSAFE_BUILTINS = {
+    "eval",
+    "exec",
+    "execfile",
+    "compile",
+    "open",
+    "file",
+    "input",
+    "breakpoint",
+    "apply",
+    "reload",
+    "__import__",
+}
+_UNSAFE_BUILTINS |= {"setattr", "delattr", "globals", "locals", "vars", "memoryview"}
+_SAFE_STDLIB = {
     *(
         "abc",
         "array",
@@ -70,7 +82,7 @@ _DATA = {
 }
 
 
-class AsksForCode(pickle.UnpicklingError):
+class UnsafeGlobal(pickle.UnpicklingError):
     """A pickle that names a function of Python's own library, such as `os.system`; the text is that name."""
 
 
@@ -107,35 +119,35 @@ class Unopened:
         self.elements.extend(values)
 
     def __repr__(self) -> str:
-        return self._written(0)
+        return self._repr_within(0)
 
-    def _written(self, depth: int) -> str:
+    def _repr_within(self, depth: int) -> str:
         """Its class and the first things in it; it may hold itself, and tensors that are still on disk."""
         states = self.state if isinstance(self.state, tuple) else (self.state,)  # a tuple where there are slots
         fields = [field for state in states if isinstance(state, dict) for field in state.items()]
         if depth > 2:
             return f"{self.qualified}(…)"
-        parts = [_written(value, depth) for value in (*self.args, *self.elements)[:_SHOWN]]
-        parts += [f"{key}={_written(value, depth)}" for key, value in fields[:_SHOWN]]
-        more = ["…"] if max(len(self.args) + len(self.elements), len(fields)) > _SHOWN else []
+        parts = [_repr_within(value, depth) for value in (*self.args, *self.elements)[:_REPR_ITEMS]]
+        parts += [f"{key}={_repr_within(value, depth)}" for key, value in fields[:_REPR_ITEMS]]
+        more = ["…"] if max(len(self.args) + len(self.elements), len(fields)) > _REPR_ITEMS else []
         return f"{self.qualified}({', '.join(parts + more)})"
 
 
-_SHOWN = 12  # so many of an object's attributes are written out
+_REPR_ITEMS = 12  # so many of an object's attributes are written out
 
 
-def _written(value: Any, depth: int) -> str:
+def _repr_within(value: Any, depth: int) -> str:
     if isinstance(value, torch.Tensor):
         return f"tensor {tuple(value.shape)}"
     if isinstance(value, Unopened):
-        return value._written(depth + 1)
-    if isinstance(value, (dict, list, tuple, set, collections.deque)) and (len(value) > _SHOWN or depth > 1):
+        return value._repr_within(depth + 1)
+    if isinstance(value, (dict, list, tuple, set, collections.deque)) and (len(value) > _REPR_ITEMS or depth > 1):
         return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, dict):
-        inner = [f"{_written(key, depth + 1)}: {_written(item, depth + 1)}" for key, item in value.items()]
+        inner = [f"{_repr_within(key, depth + 1)}: {_repr_within(item, depth + 1)}" for key, item in value.items()]
         return f"{{{', '.join(inner)}}}"
     if isinstance(value, (list, tuple)):
-        inner = [_written(item, depth + 1) for item in value]
+        inner = [_repr_within(item, depth + 1) for item in value]
         return f"[{', '.join(inner)}]" if isinstance(value, list) else f"({', '.join(inner)}{',' * (len(inner) == 1)})"
     return repr(value)
 
@@ -188,11 +200,11 @@ def _getattr(owner: Any, name: str) -> Any:
     if not isinstance(name, str) or not (
         isinstance(owner, Unopened) or (isinstance(owner, type) and issubclass(owner, Unopened))
     ):
-        raise AsksForCode("builtins.getattr")
-    return _stranger(f"{owner.qualified}.{name}")
+        raise UnsafeGlobal("builtins.getattr")
+    return _stand_in_class(f"{owner.qualified}.{name}")
 
 
-def _stranger(qualified: str) -> type["Unopened"]:
+def _stand_in_class(qualified: str) -> type["Unopened"]:
     """A class that stands for the one of this name; it lies in no module of the user's, where torch may look for it."""
     return type(qualified.rpartition(".")[2], (Unopened,), {"qualified": qualified})
 
@@ -254,7 +266,7 @@ _BUILTINS: dict[str, Any] = {
 }
 
 
-def _known() -> dict[str, Any]:
+def _known_globals() -> dict[str, Any]:
     known: dict[str, Any] = dict(_ALLOWED_BY_TORCH()) | _BUILTINS
     for entry in PLAIN_TYPES:
         plain, name = entry if isinstance(entry, tuple) else (entry, f"{entry.__module__}.{entry.__name__}")
@@ -310,9 +322,9 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def __init__(self, file: Any, **options: Any):
         super().__init__(file, **options)
-        self.known = _known()
+        self.known = _known_globals()
         self.callable = {id(made) for made in self.known.values()}
-        self.strangers: dict[str, type[Unopened]] = {}
+        self.stand_ins: dict[str, type[Unopened]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # Python 2's, which protocols
@@ -320,14 +332,14 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         full = f"{module}.{name}"
         if full in self.known:
             return self.known[full]
-        if name in _RUNS if module == "builtins" else module.split(".")[0] in _PROGRAMS - _DATA:
-            raise AsksForCode(full)
-        return self.strangers.setdefault(full, _stranger(full))
+        if name in _UNSAFE_BUILTINS if module == "builtins" else module.split(".")[0] in _STDLIB - _SAFE_STDLIB:
+            raise UnsafeGlobal(full)
+        return self.stand_ins.setdefault(full, _stand_in_class(full))
 
     def get_extension(self, code: int) -> None:
         raise pickle.UnpicklingError("it names a class by a number of this program's registry")
 
-    def _is_known(self, made: Any) -> bool:
+    def _may_call(self, made: Any) -> bool:
         return id(made) in self.callable or (isinstance(made, type) and issubclass(made, Unopened))
 
     def _make(self, made: Any, args: tuple, options: dict[str, Any] | None = None) -> Any:
@@ -336,7 +348,7 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             result = Unopened(*args)
             result.qualified = made.qualified
             return result
-        if not self._is_known(made):
+        if not self._may_call(made):
             raise pickle.UnpicklingError(f"it calls {made!r}, which is no plain data")
         return made(*args, **(options or {}))
 
@@ -359,7 +371,7 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         made = self.stack[-2]  # type: ignore[attr-defined]
         if isinstance(made, Unopened):
             made.state = self.stack.pop()  # type: ignore[attr-defined]
-        elif callable(made) or not isinstance(made, _BUILT):
+        elif callable(made) or not isinstance(made, _MAY_SET_STATE):
             raise pickle.UnpicklingError(f"it changes a {type(made).__name__} of this program")
         elif isinstance(made, dict):
             vars(made).update(self.stack.pop()) if hasattr(made, "__dict__") else self.stack.pop()  # type: ignore[attr-defined]
@@ -372,7 +384,7 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         )
 
     def load_bytearray8(self) -> None:
-        (length,) = _LENGTH.unpack(self.read(8))  # type: ignore[attr-defined]
+        (length,) = _UINT64.unpack(self.read(8))  # type: ignore[attr-defined]
         self.append(bytearray(self.read(length)))  # type: ignore[attr-defined]
 
     dispatch[pickle.REDUCE[0]] = load_reduce  # type: ignore[assignment]
@@ -383,7 +395,7 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8  # type: ignore[assignment]
 
 
-_BUILT = (torch.Tensor, dict, np.ndarray, np.dtype, *FIELDS)
+_MAY_SET_STATE = (torch.Tensor, dict, np.ndarray, np.dtype, *FIELDS)
 
 
 def load(file: Any, **options: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from .checkpoint import Checkpoint, CheckpointError
 
 # What quantisers store beside packed weights, by the last part of the name; none of it is a parameter.
-_BESIDE = {
+_AUXILIARY = {
     *("qzeros", "scales", "g_idx", "SCB", "weight_format", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
     *("weight_scale", "weight_scale_inv", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale"),
 }
@@ -61,27 +61,27 @@ def packed_weights(checkpoint: Checkpoint, config: Mapping[str, Any] | None = No
                 width = rows * 32 // inputs if inputs else 0
             else:  # AWQ packs columns
                 inputs, width = rows, columns * 32 // outputs if outputs else 0
-            _note(found, prefix, "qweight", names, inputs * outputs, width)
+            _record(found, prefix, "qweight", names, inputs * outputs, width)
         elif {"weight", "SCB"} <= names and checkpoint.info[f"{prefix}weight"].dtype == torch.int8:
-            _note(found, prefix, "weight", names, checkpoint.info[f"{prefix}weight"].numel, 8)
+            _record(found, prefix, "weight", names, checkpoint.info[f"{prefix}weight"].numel, 8)
     for name in checkpoint.info:
         weight, marked, _ = name.partition(_STATE)
         if marked and weight in checkpoint.info:
-            found.modules[weight.rpartition(".")[0]] = math.prod(_shape(checkpoint, name))
+            found.modules[weight.rpartition(".")[0]] = math.prod(_unpacked_shape(checkpoint, name))
             found.packed.add(weight)
             found.beside.update(one for one in checkpoint.info if one.startswith(f"{weight}."))
             found.bits.extend({4} - set(found.bits))
     return found if found.modules else None
 
 
-def _note(found: Packed, prefix: str, weight: str, names: set[str], count: int, bits: int) -> None:
+def _record(found: Packed, prefix: str, weight: str, names: set[str], count: int, bits: int) -> None:
     found.modules[prefix.rstrip(".")] = count
     found.packed.add(f"{prefix}{weight}")
-    found.beside.update(f"{prefix}{name}" for name in names & _BESIDE)
+    found.beside.update(f"{prefix}{name}" for name in names & _AUXILIARY)
     found.bits.extend({bits} - set(found.bits))
 
 
-def _shape(checkpoint: Checkpoint, name: str) -> list[int]:
+def _unpacked_shape(checkpoint: Checkpoint, name: str) -> list[int]:
     try:
         shape = json.loads(bytes(checkpoint[name].numpy().tobytes()))["shape"]
         return [int(size) for size in shape]

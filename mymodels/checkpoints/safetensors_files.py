@@ -148,7 +148,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", info, file.get_tensor, aliases=aliases, part_of=part)
 
 
-_WORDS = re.compile(
+_PLAIN_METADATA = re.compile(
     r"^(name|title|author|description|license|tags?|trigger\w*|tokens?|base_model|architecture|version)$"
 )
 
@@ -165,7 +165,7 @@ def _tied_names(info: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> 
         for alias, name in noted.items()
         if name in info
         and alias not in info
-        and (alias.rpartition(".")[2] == name.rpartition(".")[2] or (pairs and not _WORDS.match(alias)))
+        and (alias.rpartition(".")[2] == name.rpartition(".")[2] or (pairs and not _PLAIN_METADATA.match(alias)))
     }
 
 

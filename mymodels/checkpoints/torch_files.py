@@ -16,7 +16,7 @@ import torch
 from ..messages import first_line
 from . import plain_pickle
 from .checkpoint import Checkpoint, CheckpointError, is_zip, unreadable
-from .nested_objects import class_name, entries_of, is_beside, is_tensor, leaves_of, nested_checkpoint
+from .nested_objects import class_name, entries_of, is_tensor, is_training_state, leaves_of, nested_checkpoint
 from .pickled_modules import NeedsClassCode, with_state_dicts
 from .plain_pickle import PLAIN_TYPES, Unopened, UnopenedTensor, find_unopened
 
@@ -39,14 +39,14 @@ def open_torch_file(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
         return _open_legacy(path, allow_pickle)
     try:
         node = load_data(path)
-    except NotPlain:
+    except NotPlainData:
         if not allow_pickle:
             raise
-        return _unpickle_elsewhere(path)
+        return _unpickle_in_subprocess(path)
     return nested_checkpoint(path, "PyTorch (torch.save)", node, path.name)
 
 
-class NotPlain(CheckpointError):
+class NotPlainData(CheckpointError):
     """A pickle that asks for more than plain data."""
 
 
@@ -75,10 +75,10 @@ def load_plain(file: Any, path: Path | None = None) -> Any:
                 wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)) or wanted
         except Exception:
             pass  # the older file format: the first one is known
-        raise NotPlain(_asks_for(where, wanted)) from error
+        raise NotPlainData(_unsafe_globals_message(where, wanted)) from error
 
 
-def _asks_for(where: Any, wanted: list[str]) -> str:
+def _unsafe_globals_message(where: Any, wanted: list[str]) -> str:
     shown = ", ".join(wanted[:8]) + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else "")
     return (
         f"{where} is a pickle that asks for {shown}, which is more than tensors and modules, whose code is not needed; it "
@@ -105,22 +105,22 @@ def load_data(file: Any, path: Path | None = None) -> Any:
         except CheckpointError as error:
             refused = error
         try:
-            node = with_state_dicts(_load_inert(file))
+            node = with_state_dicts(_load_without_code(file))
         except NeedsClassCode as error:
-            raise NotPlain(f"{path or file}: {error}. {_ALLOW}") from None
+            raise NotPlainData(f"{path or file}: {error}. {_ALLOW}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{path or file}: {error}") from None
-        except plain_pickle.AsksForCode as error:
-            raise NotPlain(_asks_for(path or file, [str(error)])) from None
+        except plain_pickle.UnsafeGlobal as error:
+            raise NotPlainData(_unsafe_globals_message(path or file, [str(error)])) from None
         except Exception:  # it is damaged for this reader too
             raise refused from None
-    within = sorted({one.qualified for one in _outside_of_beside(node) if holds_tensors(one)})
+    within = sorted({one.qualified for one in _unopened_in_models(node) if holds_tensors(one)})
     if within:
-        raise NotPlain(_asks_for(path or file, within))
+        raise NotPlainData(_unsafe_globals_message(path or file, within))
     return node
 
 
-def _load_inert(file: Any) -> Any:
+def _load_without_code(file: Any) -> Any:
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": False, "pickle_module": plain_pickle}
     if not isinstance(file, Path):
         file.seek(0)
@@ -131,13 +131,13 @@ def _load_inert(file: Any) -> Any:
         return torch.load(stream, **options)
 
 
-def _outside_of_beside(node: Any) -> Iterator[Unopened]:
+def _unopened_in_models(node: Any) -> Iterator[Unopened]:
     """The unopened objects of a file, but for those under names that are no model's anyway."""
     if isinstance(node, Unopened):
         yield node
     for key, value in entries_of(node):
-        if not is_beside(key, value):
-            yield from _outside_of_beside(value)
+        if not is_training_state(key, value):
+            yield from _unopened_in_models(value)
 
 
 def holds_tensors(unopened: Unopened) -> bool:
@@ -168,10 +168,10 @@ def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
     load = partial(_legacy_file, path, stat.st_mtime_ns, stat.st_size)
     try:
         whole = load()
-    except NotPlain:
+    except NotPlainData:
         if not allow_pickle:
             raise
-        return _unpickle_elsewhere(path)
+        return _unpickle_in_subprocess(path)
 
     def read(name: str) -> torch.Tensor:
         return load()[name].clone()  # the loaded file is kept, and may be read again
@@ -183,7 +183,7 @@ def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
     return checkpoint
 
 
-def _unpickle_elsewhere(path: Path) -> Checkpoint:
+def _unpickle_in_subprocess(path: Path) -> Checkpoint:
     script = Path(__file__).with_name("unpickle_script.py")
     folder = tempfile.TemporaryDirectory(prefix="mymodels-unpickled-")
     plain = Path(folder.name) / "plain.pt"
@@ -204,25 +204,27 @@ def open_pickle(path: Path) -> Checkpoint:
             node = with_state_dicts(plain_pickle.load(file, encoding="latin1"))  # of Python 2, as detectron2's
     except (MemoryError, KeyboardInterrupt):
         raise
-    except (NeedsClassCode, plain_pickle.AsksForCode) as error:
+    except (NeedsClassCode, plain_pickle.UnsafeGlobal) as error:
         what = (
             f"asks for {error}"
-            if isinstance(error, plain_pickle.AsksForCode)
+            if isinstance(error, plain_pickle.UnsafeGlobal)
             else f"cannot be read without its code ({error})"
         )
-        raise CheckpointError(f"{path} is a bare pickle, not made by torch.save, and {what}: {_LOAD_THERE}") from None
+        raise CheckpointError(
+            f"{path} is a bare pickle, not made by torch.save, and {what}: {_HOW_TO_CONVERT}"
+        ) from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # whatever a damaged pickle gives to a reader
         raise CheckpointError(
             f"{path} is a bare pickle, not made by torch.save, that is damaged or holds more than plain data "
-            f"({first_line(error)}): {_LOAD_THERE}"
+            f"({first_line(error)}): {_HOW_TO_CONVERT}"
         ) from error
-    within = sorted({one.qualified for one in _outside_of_beside(node) if holds_tensors(one)})
+    within = sorted({one.qualified for one in _unopened_in_models(node) if holds_tensors(one)})
     if within or isinstance(node, Unopened):
         raise CheckpointError(
             f"{path} is a bare pickle, not made by torch.save, and asks for {', '.join(within[:8]) or class_name(node)}, whose "
-            f"code would be run: {_LOAD_THERE}"
+            f"code would be run: {_HOW_TO_CONVERT}"
         )
     if not any(is_tensor(value) for _, value in leaves_of([node])):
         raise CheckpointError(
@@ -231,4 +233,4 @@ def open_pickle(path: Path) -> Checkpoint:
     return nested_checkpoint(path, "pickle", node, path.name)
 
 
-_LOAD_THERE = "load it where it was made, and save its weights with torch.save"
+_HOW_TO_CONVERT = "load it where it was made, and save its weights with torch.save"

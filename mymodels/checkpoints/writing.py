@@ -86,7 +86,7 @@ def save_model_files(
     tensors = model.state_dict() if state_dict is None else state_dict
     model.save_pretrained(folder, state_dict=dict(sorted(tensors.items())), max_shard_size=max_shard_size)
     for file in folder.glob("*.safetensors"):
-        _readable(file)
+        _apply_umask(file)
 
 
 def save_tokenizer_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -95,10 +95,10 @@ def save_tokenizer_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
-    even_out_tokenizer(folder)
+    normalise_tokenizer_config(folder)
 
 
-def even_out_tokenizer(folder: Path) -> None:
+def normalise_tokenizer_config(folder: Path) -> None:
     """Take traces of loading out of a saved tokenizer's config, and name a class that every release knows."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
@@ -111,7 +111,7 @@ def even_out_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _readable(file: Path) -> None:
+def _apply_umask(file: Path) -> None:
     """Give a file the mode that the user's umask asks for; safetensors 0.8 makes it readable by its owner only."""
     probe = file.with_name(f"{file.name}.mode")
     probe.touch()
@@ -165,7 +165,7 @@ def write_shards(
             tied = {alias: name for alias, name in aliases.items() if name in shard}
             if format == "safetensors":
                 save_file(shard, folder / file, metadata={"format": "pt", **tied})
-                _readable(folder / file)
+                _apply_umask(folder / file)
             else:
                 weight_map |= dict.fromkeys(tied, file)
                 torch_save(shard | {alias: shard[name] for alias, name in tied.items()}, folder / file)

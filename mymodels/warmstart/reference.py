@@ -1,16 +1,14 @@
 """The source as the class that made it would load it, to be run beside the target."""
 
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from ..checkpoints import CheckpointError
+from ..checkpoints.load_errors import only_errors_logged
 from ..models import modeling_mybert, modeling_mygpt2
 from .key_mapping import CONFIGS, position_offset
 from .sources import Source
@@ -50,7 +48,7 @@ def make_reference(source: Source, target: type[PreTrainedModel], *, head: bool)
     if isinstance(source.stock.module, model_class):
         module: Any = source.stock.module
         return module
-    model, missing = load_quietly(model_class, config, _state_dict(source))
+    model, missing = load_without_warnings(model_class, config, _state_dict(source))
     lost = [name for name in missing if not name.endswith(".bias") and not (kind == "Model" and "pooler." in name)]
     if lost:
         raise CheckpointError(f"the source has no {lost[0]}, which transformers' {model_class.__name__} has")
@@ -112,27 +110,13 @@ def _state_dict(source: Source) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_quietly(
+def load_without_warnings(
     model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, torch.Tensor]
 ) -> tuple[PreTrainedModel, list[str]]:
     config._name_or_path = ""
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with only_errors_logged(progress_bars=False), torch.random.fork_rng(devices=[]):
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
     model, info = loaded
     return model.eval(), list(info["missing_keys"])
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No word of the library about names that are missing or unexpected: the report has its own."""
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
