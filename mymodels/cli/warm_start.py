@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoints.safetensors_files import read_json
     from ..checkpoints.writing import parse_size
     from ..warmstart import NotAllowedError, warm_start
-    from ..warmstart.wording import in_options, report_in_options
+    from ..warmstart.option_names import in_options, report_in_options
 
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed {arguments.seed}: take a number from 0 to {2**63 - 1}")

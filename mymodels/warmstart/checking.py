@@ -91,7 +91,7 @@ class Checker:
             the check, and where the difference begins: 0 for the embeddings, `i` for layer `i - 1`, None if that was
             not found.
         """
-        given = None if inputs is None else [self._given(inputs)]
+        given = None if inputs is None else [self._given_batch(inputs)]
         try:
             outputs = _comparable(model, new)
             reference = make_reference(self.source, type(model), head=outputs[0] != "last_hidden_state")
@@ -133,10 +133,10 @@ class Checker:
                 for name in outputs:
                     if a.get(name) is None or b.get(name) is None:
                         continue
-                    x, y = self._alike(model, name, a[name], b[name], mine)
+                    x, y = self._comparable_parts(model, name, a[name], b[name], mine)
                     scales[name] = max(scales.get(name, 0.0), y.abs().max().item())
                     differences[name] = max(differences.get(name, 0.0), largest(x - y))
-                where += _first(a.get("hidden_states"), b.get("hidden_states"), mine)
+                where += _first_difference(a.get("hidden_states"), b.get("hidden_states"), mine)
         if not differences:
             raise CheckpointError("source and target have no output in common")
         lengths = [mine["input_ids"].shape[1] for mine, _ in batches]
@@ -145,10 +145,10 @@ class Checker:
         kind = str(dtype).removeprefix("torch.")
         what = f"{name} and {type(model).__name__} in {kind}, on {rows} rows of up to {max(lengths)} tokens"
         padded = any(not mine["attention_mask"].all() for mine, _ in batches)
-        what += f", padded {self._sides()}," if made_up and padded else ","
+        what += f", padded {self._padding_sides()}," if made_up and padded else ","
         return Check(differences, scales, what=what), min(where, default=None)
 
-    def _sides(self) -> str:
+    def _padding_sides(self) -> str:
         if self.source.family.positions_after_padding:
             return "on the right (RoBERTa numbers rows that are padded on the left otherwise)"
         return "on the right and on the left"
@@ -164,7 +164,7 @@ class Checker:
             raise CheckpointError("source and target have no token in common")
         return tuple(torch.tensor(kept).T)  # type: ignore[return-value]
 
-    def _alike(
+    def _comparable_parts(
         self,
         model: PreTrainedModel,
         name: str,
@@ -185,7 +185,7 @@ class Checker:
             )
         return ours.double(), theirs.double()
 
-    def _given(self, inputs: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _given_batch(self, inputs: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
             raise CheckpointError("inputs= needs input_ids, such as a tokenizer returns with return_tensors='pt'")
         batch = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "labels"}
@@ -278,7 +278,7 @@ def largest(difference: torch.Tensor) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def _first(ours: Any, theirs: Any, batch: Mapping[str, torch.Tensor]) -> list[int]:
+def _first_difference(ours: Any, theirs: Any, batch: Mapping[str, torch.Tensor]) -> list[int]:
     """The first hidden state that differs, if both have as many; one beyond the last if none does."""
     if not ours or not theirs or len(ours) != len(theirs):
         return []

@@ -84,12 +84,12 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[s
     return fields
 
 
-def is_another_models(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], family: Family) -> str | None:
+def config_mismatch(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], family: Family) -> str | None:
     """What a config says that the tensors contradict, if it cannot be theirs."""
-    found, said = from_shapes(shapes, family), translate_config(raw, family)
-    names = [name for name in ("num_hidden_layers", "hidden_size") if name in said and name in found]
-    wrong = next((name for name in names if said[name] != found[name]), None)
-    return f"{wrong}={said[wrong]}, where the tensors have {found[wrong]}" if wrong else None
+    found, declared = from_shapes(shapes, family), translate_config(raw, family)
+    names = [name for name in ("num_hidden_layers", "hidden_size") if name in declared and name in found]
+    wrong = next((name for name in names if declared[name] != found[name]), None)
+    return f"{wrong}={declared[wrong]}, where the tensors have {found[wrong]}" if wrong else None
 
 
 def source_config(
@@ -134,9 +134,9 @@ def _source_config(
     usual: Mapping[str, Any],
 ) -> tuple[PretrainedConfig, list[str]]:
     config_class = CONFIGS[family.target]
-    found, said = from_shapes(shapes, family), translate_config(raw, family)
-    assumed = _contradictions(shapes, found, said, where)
-    fields = {**said, **found}
+    found, declared = from_shapes(shapes, family), translate_config(raw, family)
+    assumed = _contradictions(shapes, found, declared, where)
+    fields = {**declared, **found}
     if "num_labels" in found and len(fields.get("id2label", ())) not in (0, found["num_labels"]):
         fields.pop("id2label"), fields.pop("label2id", None)
     if "id2label" in fields:
@@ -151,22 +151,22 @@ def _source_config(
             f"{where} has tensors such as {next(iter(shapes))!r}, but no token embeddings under a name of {family.name}: "
             "it is another model's, or name them with rename="
         )
-    told = {config_class.attribute_map.get(name, name) for name in raw} | family.implied.keys() - {"pad_token_id"}
-    told |= {family.fields[name] for name in raw if name in family.fields}
+    known = {config_class.attribute_map.get(name, name) for name in raw} | family.implied.keys() - {"pad_token_id"}
+    known |= {family.fields[name] for name in raw if name in family.fields}
     settled = {config_class.attribute_map.get(name, name): value for name, value in settled.items()}
     guessed = []
-    for name in _left_open(shapes, family, found):
-        if name in told:
+    for name in _undetermined_fields(shapes, family, found):
+        if name in known:
             continue
         if name in settled:
             fields[name] = settled[name]
             continue
-        guess = _guess(name, fields, like, usual, where)
+        guess = _assumed_value(name, fields, like, usual, where)
         if guess is not None:
             fields[name] = guess
         guessed.append(name)
     if family.target == "mygpt2" and "position_embedding_type" not in fields and like is not None:
-        fields["position_embedding_type"] = _guess("position_embedding_type", fields, like, usual, where)
+        fields["position_embedding_type"] = _assumed_value("position_embedding_type", fields, like, usual, where)
     config = config_class(**_with_head_sizes(fields, shapes, family))
     if guessed:
         shown = ", ".join(f"{name}={getattr(config, name)!r}" for name in guessed)
@@ -178,7 +178,7 @@ def _source_config(
 
 
 def _contradictions(
-    shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], said: Mapping[str, Any], where: str
+    shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], declared: Mapping[str, Any], where: str
 ) -> list[str]:
     """What a source's config and its tensors disagree on and can be lived with.
 
@@ -195,19 +195,19 @@ def _contradictions(
             f"{where} has a tensor of layer {max(layers)}, but only {len(layers)} layers: it is damaged"
         )
     for name in ("num_hidden_layers", "hidden_size"):
-        if name in said and name in found and said[name] != found[name]:
+        if name in declared and name in found and declared[name] != found[name]:
             raise CheckpointError(
-                f"{where}: its config says {name}={said[name]}, its tensors {found[name]}: it is incomplete, or the config "
+                f"{where}: its config says {name}={declared[name]}, its tensors {found[name]}: it is incomplete, or the config "
                 "is another model's"
             )
     return [
-        f"the source's config says {name}={said[name]}, its tensors {found[name]}, which counts"
+        f"the source's config says {name}={declared[name]}, its tensors {found[name]}, which counts"
         for name in ("vocab_size", "max_position_embeddings", "intermediate_size", "type_vocab_size")
-        if said.get(name) is not None and name in found and said[name] != found[name]
+        if declared.get(name) is not None and name in found and declared[name] != found[name]
     ]
 
 
-def _left_open(shapes: Mapping[str, tuple[int, ...]], family: Family, found: Mapping[str, Any]) -> list[str]:
+def _undetermined_fields(shapes: Mapping[str, tuple[int, ...]], family: Family, found: Mapping[str, Any]) -> list[str]:
     """The fields that no tensor shows, and that change what the model computes."""
     names = ["num_attention_heads", *UNSEEN[family.target]]
     if family.target == "mygpt2" and "norm_type" not in found and any("norm" in name for name in shapes):
@@ -220,7 +220,7 @@ def _left_open(shapes: Mapping[str, tuple[int, ...]], family: Family, found: Map
     return names
 
 
-def _guess(
+def _assumed_value(
     name: str, fields: Mapping[str, Any], like: PretrainedConfig | None, usual: Mapping[str, Any], where: str
 ) -> Any:
     """What to assume for a field: the target's, where it is as wide; what is usual; None: the config class's default."""

@@ -33,7 +33,7 @@ class Change:
     tensors: dict[str, Value]  # under our names
     source: PretrainedConfig
     target: PretrainedConfig
-    wanted: set[str]  # the target's parameters
+    parameters: set[str]  # the target's parameters
     fresh: Callable[[str], Value]  # what a parameter of the target starts with when nothing is loaded
     why: dict[str, Why]  # the source's tensors that get lost
     layers: str | Sequence[int] = "every"
@@ -60,13 +60,13 @@ class Change:
             for source in self.tensors.pop(name).sources:
                 self.why.setdefault(source, Why(why, kind, requested=requested))
 
-    def wants(self, name: str) -> bool:
+    def has_parameter(self, name: str) -> bool:
         """Whether the target has such a parameter, in whatever layer."""
         return _LAYER_NUMBER.sub(r"\1.0.", name) in self._patterns
 
     @cached_property
     def _patterns(self) -> set[str]:
-        return {_LAYER_NUMBER.sub(r"\1.0.", name) for name in self.wanted}
+        return {_LAYER_NUMBER.sub(r"\1.0.", name) for name in self.parameters}
 
     def each_layer(self) -> list[str]:
         return [LAYER[self.kind].format(i) for i in range(self.source.num_hidden_layers)]

@@ -103,7 +103,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], family: Family | None, wher
         if outer:
             prefix, base = outer.pop()
             if family is None and candidate.anchor == BERT_ANCHOR:
-                candidate = _told_apart({inside(name, prefix): shape for name, shape in shapes.items()})
+                candidate = _family_of_bert_names({inside(name, prefix): shape for name, shape in shapes.items()})
             if base is not None and base != candidate.prefix:  # such as RoBERTa that someone's module calls bert
                 prefix = f"{prefix}{base}."
             if any(re.fullmatch(rf"{re.escape(prefix)}(transformer\.)?tokens_embed\.weight", name) for name in names):
@@ -137,7 +137,7 @@ def inside(name: str, outer: str) -> str:
     return rest if _HEAD_NAMES.match(rest) else name
 
 
-def _told_apart(shapes: Mapping[str, tuple[int, ...]]) -> Family:
+def _family_of_bert_names(shapes: Mapping[str, tuple[int, ...]]) -> Family:
     """Without a config: MyBert, RoBERTa and BERT have the same names in the encoder. `shapes` has names without wrappers."""
     types = [shape for name, shape in shapes.items() if name.endswith("embeddings.token_type_embeddings.weight")]
     if any(re.search(r"pooler\.score\.|layer_mix\.", name) for name in shapes):

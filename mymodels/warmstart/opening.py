@@ -13,8 +13,8 @@ from ..checkpoints.nested_objects import nested_checkpoint
 from ..checkpoints.opening import locate
 from ..checkpoints.quantised import quantisation
 from ..released import OwnCodeError, check_code, is_installed
-from .beside import config_in_file, config_in_folder
-from .refusing import refuse_adapter
+from .adapter_sources import refuse_adapter
+from .found_config import config_in_file, config_in_folder
 
 
 class Opened(NamedTuple):

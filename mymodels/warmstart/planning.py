@@ -111,7 +111,7 @@ def make_plan(
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def fresh(name: str) -> Value:
-        return _new(model, ours[name], parameters[ours[name]], keep_new)
+        return _initial_value(model, ours[name], parameters[ours[name]], keep_new)
 
     if any(parameter.is_meta for parameter in model.parameters()) and keep_new:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def make_plan(
         if value is None:
             continue
         if value.shape != shape:
-            refused[own] = f"the source's shape {_shown(value.shape)} is not {_shown(shape)}"
+            refused[own] = f"the source's shape {_shape_text(value.shape)} is not {_shape_text(shape)}"
         elif not is_chosen((own, *value.sources), unwanted, wanted):
             refused[own] = "left out on request"
             change.drop(name, refused[own], requested=True)
@@ -144,7 +144,12 @@ def make_plan(
             continue
         if own in refused:
             values[own] = fresh(name).then(refused[own], lambda tensor: tensor)
-        elif name.endswith(".bias") and weight in values and values[weight].sources and not _has_such(source, name):
+        elif (
+            name.endswith(".bias")
+            and weight in values
+            and values[weight].sources
+            and not _has_in_another_layer(source, name)
+        ):
             like = values[weight]
             values[own] = constant(tuple(parameters[own].shape), 0.0, like, "zeros, as the source has none")
         else:
@@ -152,7 +157,7 @@ def make_plan(
     by_source = {s: name for name, value in reversed(source.tensors.items()) for s in value.sources}
 
     def why_unused(name: str) -> Why:
-        return change.why.get(name) or _no_place(model, by_source.get(name, name))
+        return change.why.get(name) or _why_unused(model, by_source.get(name, name))
 
     all_names = {names[0]: names for names in tied.values()}
     rows = make_rows(values, all_names, {n: p.numel() for n, p in parameters.items()}, source.info, why_unused)
@@ -187,7 +192,7 @@ def rounded(value: Value, dtype: torch.dtype) -> Value:
     return value.then(f"rounded to {str(dtype).removeprefix('torch.')}", lambda tensor: tensor, kind="approximate")
 
 
-def _has_such(source: Source, name: str) -> bool:
+def _has_in_another_layer(source: Source, name: str) -> bool:
     """Whether the source has this bias in another layer, so that here it is missing and not left out by design."""
     layer = re.compile(r"\b(layers?)\.\d+\.")
     like = layer.sub("", name)
@@ -198,7 +203,7 @@ def _has_such(source: Source, name: str) -> bool:
     return any(layer.sub("", other) == like for other in source.tensors)
 
 
-def _shown(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
@@ -217,7 +222,7 @@ def check_dtype(source: Source, value: Value) -> None:
             )
 
 
-def _new(model: PreTrainedModel, name: str, parameter: torch.Tensor, keep: bool) -> Value:
+def _initial_value(model: PreTrainedModel, name: str, parameter: torch.Tensor, keep: bool) -> Value:
     path, _, attribute = name.rpartition(".")
     module, shape = model.get_submodule(path), tuple(parameter.shape)
     if keep:
@@ -225,7 +230,7 @@ def _new(model: PreTrainedModel, name: str, parameter: torch.Tensor, keep: bool)
             shape, parameter.dtype, lambda: parameter.detach(), steps=("kept as the model had it",), kind="new"
         )
     return Value(
-        shape, parameter.dtype, partial(_initialised, model, module, attribute), steps=(_start(model, module, attribute),), kind="new"
+        shape, parameter.dtype, partial(_initialised, model, module, attribute), steps=(_describe_initial(model, module, attribute),), kind="new"
     )  # fmt: skip
 
 
@@ -247,7 +252,7 @@ def _initialised(
     return made.detach()
 
 
-def _start(model: PreTrainedModel, module: torch.nn.Module, attribute: str) -> str:
+def _describe_initial(model: PreTrainedModel, module: torch.nn.Module, attribute: str) -> str:
     value = _initialised(model, module, attribute, at_most=4)
     low, high = value.aminmax() if value.numel() else (value, value)
     if low == high:
@@ -315,7 +320,7 @@ def make_rows(
     return rows
 
 
-def _no_place(model: PreTrainedModel, ours: str) -> Why:
+def _why_unused(model: PreTrainedModel, ours: str) -> Why:
     """Why nothing in the model took a tensor."""
     kind = type(model).__name__
     if ours.startswith("bert.pooler."):

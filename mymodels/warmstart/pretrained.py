@@ -22,10 +22,10 @@ from ..checkpoints.safetensors_files import read_json
 from ..models.base import MyPreTrainedModel
 from ..models.compat import TRANSFORMERS_VERSION
 from ..released import check_code, is_installed
+from .adapter_sources import refuse_adapter
 from .configs import make_config, own_config, translate_config
 from .key_mapping import CONFIGS, family_of
 from .planning import make_plan
-from .refusing import refuse_adapter
 from .report import WarmStartReport
 from .sources import open_source
 from .warm_start_model import check_memory, empty_model
@@ -34,12 +34,12 @@ logger = logging.get_logger(__name__)
 
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _PLACING = ("max_memory", "offload_folder", "offload_buffers")
-_WITHOUT_MEANING = {
+_IGNORED = {
     "trust_remote_code", "low_cpu_mem_usage", "weights_only", "ignore_mismatched_sizes", "adapter_kwargs", "proxies",
     "code_revision", "offload_state_dict", "disable_mmap", "mirror", "from_tf", "from_flax", "resume_download", "tqdm_class",
     "_fast_init", "_from_auto", "_from_pipeline", "_commit_hash",
 }  # fmt: skip
-_NOT_HERE = {
+_UNSUPPORTED = {
     "quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config", "state_dict", "key_mapping",
     "use_kernels", "kernel_config", "adapter_name",
 }  # fmt: skip
@@ -114,7 +114,7 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     `tp_plan`, …) are refused with the way around. Where a switch leaves a tensor of the checkpoint without a place, or
     a parameter without a tensor, one table says so and names `warm_start`.
     """
-    for name in _NOT_HERE & kwargs.keys():
+    for name in _UNSUPPORTED & kwargs.keys():
         if kwargs[name] not in (None, False):
             raise CheckpointError(
                 f"{name}= is not for a stock checkpoint: load {path} without it, save_pretrained, and load that with {name}="
@@ -132,7 +132,7 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     accepted = inspect.signature(model_class.__init__).parameters.keys() - {"self", "config", "args", "kwargs"}
     making: dict[str, Any] = {name: kwargs.pop(name) for name in accepted & kwargs.keys()}
     making |= {"attn_implementation": attention} if attention else {}
-    kwargs = {name: value for name, value in kwargs.items() if name not in _WITHOUT_MEANING | _NOT_HERE}
+    kwargs = {name: value for name, value in kwargs.items() if name not in _IGNORED | _UNSUPPORTED}
     if isinstance(config, (str, os.PathLike)):
         config = _config_class(model_class).from_pretrained(config)
     if isinstance(config, PretrainedConfig):
@@ -168,7 +168,7 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     elif model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     report = plan.report()
-    _say(report, model_class)
+    _warn_of_new_and_unused(report, model_class)
     return (model, _loading_info(report)) if info else model
 
 
@@ -186,7 +186,7 @@ def _weights(folder: Path, variant: str | None, use_safetensors: bool | None) ->
     return found
 
 
-def _say(report: WarmStartReport, model_class: type[PreTrainedModel]) -> None:
+def _warn_of_new_and_unused(report: WarmStartReport, model_class: type[PreTrainedModel]) -> None:
     """One table of what has no place and what starts anew, if there is any."""
     lost = [row for row in report.rows if row.status in ("new", "unused") and row.kind != "exact"]
     if not lost and not report.notes:

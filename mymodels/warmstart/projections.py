@@ -69,7 +69,7 @@ def mlp(change: Change) -> None:
     """Dense ↔ gated, wider, narrower."""
     if change.kind == "mygpt2" and change.source.mlp_type != change.target.mlp_type:
         for layer in change.each_layer():
-            _regate(change, f"{layer}mlp.")
+            _convert_gate(change, f"{layer}mlp.")
     old, new = change.source.intermediate_size, change.target.intermediate_size
     if old != new and change.widen not in WIDENING:
         raise CheckpointError(f"widen={change.widen!r} is none of {', '.join(WIDENING)}")
@@ -81,7 +81,7 @@ def mlp(change: Change) -> None:
                 resize(change, inner, f"{layer}{_MLP_OUT[change.kind]}.weight", old, new)
 
 
-def _regate(change: Change, layer: str) -> None:
+def _convert_gate(change: Change, layer: str) -> None:
     tensors = change.tensors
     if change.target.mlp_type == "dense":  # down(act(gate) * up) → down(act(gate))
         for name in ("weight", "bias"):
@@ -92,7 +92,7 @@ def _regate(change: Change, layer: str) -> None:
                     "the gate, without what it gated", same, kind="approximate"
                 )
         return
-    exact = change.wants(f"{layer}up_proj.bias")
+    exact = change.has_parameter(f"{layer}up_proj.bias")
     for name in ("weight", "bias"):  # down(act(up)) → down(act(gate) * 1)
         if f"{layer}up_proj.{name}" in tensors:
             value, step = tensors.pop(f"{layer}up_proj.{name}"), "becomes the gate"

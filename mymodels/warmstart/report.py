@@ -116,16 +116,16 @@ class WarmStartReport:
         if self.checked.agrees:
             self._prove(self.checker.proven)
         elif exact and self.checked.ran:
-            self._not_exact(self.checked, where)
-        self._note_unshown()
+            self._mark_inexact(self.checked, where)
+        self._note_unverified()
         return self.checked
 
-    def not_checked(self, why: str) -> None:
+    def set_not_checked(self, why: str) -> None:
         """Note that source and target were not run."""
         self.checked = Check(what=why)
-        self._note_unshown()
+        self._note_unverified()
 
-    def _note_unshown(self) -> None:
+    def _note_unverified(self) -> None:
         """That two classes compute the same is a note until a run shows it."""
         unshown = self.checker.unshown if self.checker is not None else ""
         self.notes = [note for note in self.notes if note != unshown]
@@ -142,7 +142,7 @@ class WarmStartReport:
             for row in self.rows
         ]
 
-    def _not_exact(self, check: Check, where: int | None) -> None:
+    def _mark_inexact(self, check: Check, where: int | None) -> None:
         """Take back what the rows say where a run showed otherwise; `where`: see `Checker.run`."""
         assert self.model is not None
         layers = getattr(getattr(self.model, "config", None), "num_hidden_layers", 0)

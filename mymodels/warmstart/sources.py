@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo
-from .configs import is_another_models, source_config
+from .configs import config_mismatch, source_config
 from .families import Family
 from .key_mapping import Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
 from .lazy_tensor import Value, Why, constant
@@ -103,7 +103,7 @@ def describe_source(
         raw = {"pad_token_id": settled["pad_token_id"], **raw}  # before it: of RoBERTa, where its positions begin
     named = _rename(source, info, raw, target, rename or {}, where, skip, only)
     notes = []
-    if beside and (wrong := is_another_models(beside, {n: v.shape for n, v in named.ours.items()}, named.family)):
+    if beside and (wrong := config_mismatch(beside, {n: v.shape for n, v in named.ours.items()}, named.family)):
         raw, usual = given, {}
         notes.append(f"the config in the source's file is another model's ({wrong}) and is not used")
     head, embeddings = HEAD_AND_EMBEDDINGS[named.family.target]
@@ -151,10 +151,10 @@ def _tie(
 ) -> None:
     """Settle whether head and embeddings are one matrix: by the config, and by what is stored."""
     head, embeddings = HEAD_AND_EMBEDDINGS[named.family.target]
-    said = raw.get("tie_word_embeddings", True if "model_type" in raw else None)
+    declared = raw.get("tie_word_embeddings", True if "model_type" in raw else None)
     stored, shared = named.ours.get(head), named.ours.get(embeddings)
     if stored is None:
-        config.tie_word_embeddings = said is not False
+        config.tie_word_embeddings = declared is not False
         return
     if shared is None:
         config.tie_word_embeddings = False
@@ -162,12 +162,12 @@ def _tie(
     same = stored.shape == shared.shape and (
         _aliases(source, stored, shared) or torch.equal(stored.compute(), shared.compute())
     )
-    if said and not same:
+    if declared and not same:
         notes.append(
             f"the source's config ties {stored.sources[0]} to {shared.sources[0]}, but both are stored with different "
             "values: the head is taken as its own matrix, as transformers 5 does (4 drops it)"
         )
-    config.tie_word_embeddings = same if said is None else bool(said) and same
+    config.tie_word_embeddings = same if declared is None else bool(declared) and same
 
 
 def _aliases(source: Mapping[str, torch.Tensor], a: Value, b: Value) -> bool:
@@ -226,12 +226,12 @@ def _rename(
     model_type = raw.get("model_type")
     family = family_of(model_type)
     if family is None and isinstance(model_type, str) and not rename and raw.get("auto_map") is None:
-        raise _wrong(where, model_type, target)
+        raise _wrong_architecture(where, model_type, target)
     if family is not None and family.target != target:
-        raise _wrong(where, family.name, target)
+        raise _wrong_architecture(where, family.name, target)
     family, outer = recognise({seen: info[name].shape for seen, name in names.items()}, family, where)
     if family.target != target:
-        raise _wrong(where, family.name, target)
+        raise _wrong_architecture(where, family.name, target)
     ours: dict[str, Value] = {}
     # nanoGPT and its kin have stock GPT-2's names, but matrices as nn.Linear has them
     fused = next((info[name].shape for seen, name in names.items() if seen.endswith("attn.c_attn.weight")), ())
@@ -269,7 +269,7 @@ def _has_own_bias(source: Mapping[str, torch.Tensor], names: Mapping[str, str]) 
     return False
 
 
-def _wrong(where: str, family: str, target: str) -> CheckpointError:
+def _wrong_architecture(where: str, family: str, target: str) -> CheckpointError:
     fits = {"mygpt2": "GPT-2", "mybert": "BERT, RoBERTa or DistilBERT"}[target]
     other = {"mygpt2": "MyBert", "mybert": "MyGPT2"}[target]
     this = {"mygpt2": "MyGPT2", "mybert": "MyBert"}[target]

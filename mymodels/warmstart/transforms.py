@@ -62,8 +62,8 @@ def norms(change: Change) -> None:
         _fold(change, f"{layer}input_layernorm", [f"{layer}self_attn.{part}_proj" for part in "qkv"])
         _fold(change, f"{layer}post_attention_layernorm", [f"{layer}mlp.{part}_proj" for part in ("up", "gate")])
     _fold(change, "model.norm", ["lm_head"])  # before the embeddings, which a tied head reads with, are centred
-    head_is_exact = not change.target.tie_word_embeddings or not change.wants("lm_head.weight")
-    if change.wants("lm_head.weight") and not (head_is_exact and change.wants("lm_head.bias")):
+    head_is_exact = not change.target.tie_word_embeddings or not change.has_parameter("lm_head.weight")
+    if change.has_parameter("lm_head.weight") and not (head_is_exact and change.has_parameter("lm_head.bias")):
         change.notes.append("the step to RMSNorm is exact with tie_word_embeddings=False and lm_head_bias=True")
     for name, dim in _writers(change):
         if name in tensors:
@@ -94,7 +94,7 @@ def _fold(change: Change, norm: str, readers: list[str]) -> None:
         weight = tensors.get(f"{reader}.weight")
         if reader == "lm_head" and change.target.tie_word_embeddings:
             weight = tensors.get("model.embed_tokens.weight")
-        if weight is None or not change.wants(f"{reader}.bias"):
+        if weight is None or not change.has_parameter(f"{reader}.bias"):
             continue
         own = tensors.get(f"{reader}.bias") or constant((weight.shape[0],), 0.0, weight, "")
         folded = partial(_add_product, weight=weight, vector=bias)
@@ -188,7 +188,7 @@ def positions(change: Change) -> None:
     elif change.positions == "interpolate":
         change.tensors[name] = value.then(
             f"{old} positions interpolated to {new}",
-            lambda t: _stretch(t, new),
+            lambda t: _interpolate(t, new),
             (new, value.shape[1]),
             kind="approximate",
             resized=True,
@@ -197,7 +197,7 @@ def positions(change: Change) -> None:
         raise CheckpointError(f"positions={change.positions!r} is none of {', '.join(POSITION_GROWTH)}")
 
 
-def _stretch(table: torch.Tensor, length: int) -> torch.Tensor:
+def _interpolate(table: torch.Tensor, length: int) -> torch.Tensor:
     by_feature = table.double().t()[None]
     return torch.nn.functional.interpolate(by_feature, size=length, mode="linear", align_corners=True)[0].t()
 
@@ -293,7 +293,7 @@ def unequal_settings(change: Change) -> None:
         fields.append("pooling")
     if change.kind == "mygpt2" and source.position_embedding_type == target.position_embedding_type == "rope":
         fields.append("rope_theta")
-    if change.wants("score.weight"):
+    if change.has_parameter("score.weight"):
         fields.append("pad_token_id")  # where a text ends
     for name in fields:
         old, new = getattr(source, name), getattr(target, name)

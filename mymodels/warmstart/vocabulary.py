@@ -29,7 +29,10 @@ _ROLES = (
     "cls_token_id",
     "mask_token_id",
 )
-_ALIKE = {"bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id"}  # begin and end of a text, in GPT-2 and BERT
+_SAME_ROLE = {
+    "bos_token_id": "cls_token_id",
+    "eos_token_id": "sep_token_id",
+}  # begin and end of a text, in GPT-2 and BERT
 
 
 def load_tokenizer(source: str | os.PathLike | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -98,7 +101,7 @@ def match_tokens(
     rows: list[list[int]] = [[] for _ in range(new_size)]
     by_role: dict[int, int] = {}
     for role in _ROLES:
-        for other in (role, _ALIKE.get(role), next((k for k, v in _ALIKE.items() if v == role), None)):
+        for other in (role, _SAME_ROLE.get(role), next((k for k, v in _SAME_ROLE.items() if v == role), None)):
             mine, theirs = getattr(new, role, None), getattr(old, other, None) if other else None
             if mine is not None and theirs is not None:
                 by_role.setdefault(mine, theirs)
@@ -112,7 +115,7 @@ def match_tokens(
         elif by_role.get(number, old_size) < old_size:
             rows[number], how = [by_role[number]], "same role"
         else:
-            text = _text(new, token, pieces_inside)
+            text = _token_text(new, token, pieces_inside)
             pieces = old(text, add_special_tokens=False, verbose=False).input_ids if text else []
             rows[number] = [piece for piece in pieces if piece != unknown and piece < old_size]
             how = "mean of old pieces" if rows[number] else "mean of all"
@@ -121,7 +124,7 @@ def match_tokens(
     return rows, {f"tokens, {how}": count for how, count in counts.items()}
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, token: str, pieces_inside: bool = False) -> str:
+def _token_text(tokenizer: PreTrainedTokenizerBase, token: str, pieces_inside: bool = False) -> str:
     """What a token stands for in a text, its leading space included; nothing for a part of a character.
 
     Args:
@@ -229,12 +232,12 @@ def vector_name(tokenizer: PreTrainedTokenizerBase, token: str, known: Any) -> s
     """The word whose vector a token takes: itself, or without its space, or in lower case; pieces inside words have none."""
     if token.startswith("##"):
         return None
-    plain = _text(tokenizer, token).strip()
+    plain = _token_text(tokenizer, token).strip()
     return next((word for word in (token, plain, plain.lower()) if word in known), None)
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Every word that `vector_name` could ask for."""
     tokens = list(tokenizer.get_vocab())
-    plain = [_text(tokenizer, token).strip() for token in tokens]
+    plain = [_token_text(tokenizer, token).strip() for token in tokens]
     return {*tokens, *plain, *(word.lower() for word in plain)} - {""}

@@ -33,7 +33,7 @@ from .sources import describe_source as read_source
 from .token_rows import match_vocabulary
 from .vocabulary import load_tokenizer
 
-_LEAST = 0.1  # of a source's weights must load
+_MIN_LOADED_SHARE = 0.1  # of a source's weights must load
 
 
 class NotAllowedError(CheckpointError):
@@ -191,7 +191,7 @@ def warm_start(
     report.coverage, report.tokenizer = match.coverage, match.tokenizer
     report.notes += match.notes
     found = report.not_allowed(allow)
-    if found and plan.loaded < _LEAST * plan.offered:
+    if found and plan.loaded < _MIN_LOADED_SHARE * plan.offered:
         raise NotAllowedError(found, report, plan)
     if strict and found:
         raise NotAllowedError(found, report)
@@ -206,7 +206,9 @@ def warm_start(
     if checker.is_small(target):
         report.check()
     elif opened.info:
-        report.not_checked(f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both")
+        report.set_not_checked(
+            f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both"
+        )
     if freeze_loaded:
         report.rows = _freeze(target, plan, report)
     return report

@@ -13,7 +13,7 @@ from .families import FAMILIES
 from .key_mapping import CONFIGS
 
 # under these names training scripts keep what they made the model from, the closest to the model first
-_HOLDERS = ("model_args", "model_config", "config", "cfg", "hyper_parameters", "hparams", "args", "params")
+_CONFIG_KEYS = ("model_args", "model_config", "config", "cfg", "hyper_parameters", "hparams", "args", "params")
 # other names of our fields: nanoGPT's, OpenAI's hparams.json, and what people write
 _ALIASES = {
     "block_size": "max_position_embeddings",
@@ -41,7 +41,7 @@ _NANOGPT = {
 }
 
 
-class Said(NamedTuple):
+class FoundConfig(NamedTuple):
     """What a source says of itself.
 
     Attributes:
@@ -66,7 +66,7 @@ def config_in_folder(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def config_in_file(extras: Mapping[str, Any]) -> Said:
+def config_in_file(extras: Mapping[str, Any]) -> FoundConfig:
     """What a training checkpoint says of its model beside the weights (`Checkpoint.extras`).
 
     A complete config (`model_type` and the heads) is taken as it is; of anything else, the fields that are a model's
@@ -74,44 +74,48 @@ def config_in_file(extras: Mapping[str, Any]) -> Said:
     """
     fields: dict[str, Any] = {}
     nano = False
-    for entries in _holders(extras):
+    for entries in _possible_configs(extras):
         if isinstance(entries.get("model_type"), str) and any(name in entries for name in _HEADS):
-            return Said(entries)
+            return FoundConfig(entries)
         nano = nano or {"n_head", "n_embd", "block_size", "bias"} <= entries.keys() <= _NANOGPT_ARGS
         for name, value in entries.items():
-            if _plain(value) and (name in _known() or name in _ALIASES):
-                fields.setdefault(_ours(name), value)
+            if _is_plain_value(value) and (name in _known_fields() or name in _ALIASES):
+                fields.setdefault(_our_name(name), value)
     if nano:
-        return Said({**_NANOGPT, **fields}, {"activation_function": "gelu"})
-    return Said(fields)
+        return FoundConfig({**_NANOGPT, **fields}, {"activation_function": "gelu"})
+    return FoundConfig(fields)
 
 
-def _ours(name: str) -> str:
+def _our_name(name: str) -> str:
     return _ALIASES.get(name) or CONFIGS["mygpt2"].attribute_map.get(name, name)
 
 
-def _known() -> set[str]:
+def _known_fields() -> set[str]:
     own = {
         name for config_class in CONFIGS.values() for name in (*fields_of(config_class), *config_class.attribute_map)
     }
     return (own | {name for family in FAMILIES for name in family.fields}) - _NOT_ARCHITECTURE
 
 
-def _plain(value: Any) -> bool:
+def _is_plain_value(value: Any) -> bool:
     return isinstance(value, (str, int, float, bool)) or (
         isinstance(value, (list, dict)) and all(isinstance(item, (str, int)) for item in value)
     )
 
 
-def _holders(extras: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _possible_configs(extras: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The mappings that may describe the model, the likeliest first; the top of the file last."""
 
     def rank(name: str) -> int:
         last = name.rpartition(".")[2].lower()
-        return _HOLDERS.index(last) if last in _HOLDERS else len(_HOLDERS)
+        return _CONFIG_KEYS.index(last) if last in _CONFIG_KEYS else len(_CONFIG_KEYS)
 
     level = [(name, _entries(extras[name])) for name in sorted(extras, key=rank)]
-    level = [(name, entries) for name, entries in level if rank(name) < len(_HOLDERS) or _tells(name, entries)]
+    level = [
+        (name, entries)
+        for name, entries in level
+        if rank(name) < len(_CONFIG_KEYS) or _may_describe_model(name, entries)
+    ]
     for _ in range(3):  # Lightning's hyper_parameters hold what the module was called with, which may be a config
         yield from (entries for _, entries in level)
         level = [(key, _entries(value)) for _, entries in level for key, value in entries.items()]
@@ -119,7 +123,7 @@ def _holders(extras: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield {name: value for name, value in extras.items() if isinstance(name, str)}
 
 
-def _tells(name: str, entries: Mapping[str, Any]) -> bool:
+def _may_describe_model(name: str, entries: Mapping[str, Any]) -> bool:
     return bool(entries) and any(word in name.lower() for word in ("config", "args", "param", "model"))
 
 
