@@ -68,10 +68,10 @@ def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict
     entry_names = [path.name for path in queue]
     while queue:
         path = queue.pop(0)
-        if found.setdefault(path.name, path).resolve() != path.resolve():
-            raise CheckpointError(
-                f"{path} and {found[path.name]} have the same name, and the Hub has no folders: rename one"
-            )
+        first = found.setdefault(path.name, path)
+        # transformers keeps a config's code and its model's in two folders: copies of one file
+        if first.resolve() != path.resolve() and first.read_bytes() != path.read_bytes():
+            raise CheckpointError(f"{path} and {first} have the same name, and the Hub has no folders: rename one")
         if path.name in texts:
             continue
         if not path.stem.isidentifier():

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -373,9 +374,25 @@ def test_what_a_folder_has_beside_the_model_comes_along(tmp_path: Path) -> None:
 def test_two_files_of_one_name(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "same.py").write_text("x = 1\n")
+        (tmp_path / folder / "same.py").write_text(f"x = '{folder}'\n")
     with pytest.raises(CheckpointError, match=r"have the same name, and the Hub has no folders: rename one"):
         collect_code([tmp_path / "a" / "same.py", tmp_path / "b" / "same.py"])
+
+
+def test_a_model_that_was_loaded_from_its_folders_own_code(tmp_path: Path) -> None:
+    """transformers imports a config's code and its model's from two copies."""
+    edited = tmp_path / "own-edited"
+    shutil.copytree(Path(__file__).parents[2] / "hub_repo" / "mygpt2", edited)
+    for name in ("manifest.json", "golden.safetensors"):
+        (edited / name).unlink()
+    code = edited / "modeling_mygpt2.py"
+    code.write_text(code.read_text() + "\n# edited\n")
+    model = AutoModelForCausalLM.from_pretrained(edited, trust_remote_code=True)
+    assert type(model.config).__module__.split(".")[:-1] != type(model).__module__.split(".")[:-1]
+    again = build_repo(model, None, tmp_path / "own-again", card="# Own", golden=False)
+    assert {path.name: path.read_bytes() for path in again.glob("*.py")} == {
+        path.name: path.read_bytes() for path in edited.glob("*.py")
+    }
 
 
 def test_classes_and_what_they_serve() -> None:

@@ -15,7 +15,7 @@ FIRST, LAST = (4, 56), (5, 23)  # the supported range
 
 
 class Release(NamedTuple):
-    """A transformers release to judge code by: its minor version, and its `transformers/` folder if there is one."""
+    """A transformers release that code is checked for: its minor version, and its `transformers/` folder if there is one."""
 
     version: Minor
     folder: Path | None = None
@@ -69,7 +69,7 @@ class Span(NamedTuple):
         return f"under transformers {first}" if first == last else f"under transformers {first} to {last}"
 
 
-def judge(span: Span, releases: Iterable[Release]) -> str:
+def level_for(span: Span, releases: Iterable[Release]) -> str:
     """`failed` if one of the releases asked for is in the span, else `warning`: a release that others may have is."""
     return "failed" if any(release.version in span for release in releases) else "warning"
 

@@ -4,7 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from .api_availability import Span, judge
+from .api_availability import Span, level_for
 from .check_model import live_code, served
 from .code_tree import Code, Klass, bridged, calls, constant
 from .repo_snapshot import Finding, Folder
@@ -131,14 +131,14 @@ def masks_and_caches(folder: Folder) -> Iterator[Finding]:
                 for keyword, span in (("inputs_embeds", Span(last=(5, 1))), ("input_embeds", Span((5, 6), (5, 99)))):
                     if keyword in keywords:
                         what = f"{name} has no argument {keyword} {span}"
-                        status = judge(span, folder.releases)
+                        status = level_for(span, folder.releases)
                         remedy = "look into its signature at import, and pass the name that it has"
                         yield Finding(status, what, file.at(call), remedy)
                 if "cache_position" not in keywords:
                     span = Span(last=(5, 3))
                     what = f"{name} needs cache_position {span}"
                     yield Finding(
-                        judge(span, folder.releases), what, file.at(call), "pass it where it is in the signature"
+                        level_for(span, folder.releases), what, file.at(call), "pass it where it is in the signature"
                     )
             elif isinstance(call.func, ast.Attribute) and call.func.attr == "update" and len(call.args) == 3:
                 is_cache = re.search(r"past_key_values?$|cache$", ast.unparse(call.func.value))
@@ -146,7 +146,7 @@ def masks_and_caches(folder: Folder) -> Iterator[Finding]:
                     span = Span((4, 57), (5, 2))
                     what = f"the cache is updated without cache_position, so static caches go wrong {span}"
                     remedy = 'add {"cache_position": cache_position} as the fourth argument'
-                    yield Finding(judge(span, folder.releases), what, file.at(call), remedy)
+                    yield Finding(level_for(span, folder.releases), what, file.at(call), remedy)
     for klass in served(folder, code):
         forward = klass.method("forward")
         if forward is not None and "cache_position" in {a.arg for a in forward.args.args}:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .api_availability import Span, judge, model_types
+from .api_availability import Span, level_for, model_types
 from .code_tree import Code, Klass, constant, is_self, references
 from .headers import tensor_headers
 from .repo_snapshot import Finding, Folder, brief
@@ -311,7 +311,7 @@ def _lost_fields(folder: Folder, klass: Klass, init: ast.FunctionDef | ast.Async
         if argument.arg in _SET_BY_PARENT - kept:
             what = f"{klass.name}.__init__ does not pass {argument.arg} on, so it falls back to the default {_FORGETS}"
             remedy = f"write super().__init__({argument.arg}={argument.arg}, …)"
-            yield Finding(judge(_FORGETS, folder.releases), what, klass.file.at(argument), remedy)
+            yield Finding(level_for(_FORGETS, folder.releases), what, klass.file.at(argument), remedy)
 
 
 def dtype(folder: Folder) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .code_tree import constant
 from .library_modules import is_module
-from .policy import FORBIDDEN_DUNDERS, HANDLED, INTERNAL_TEXT, PIECED, judge_name
+from .policy import FORBIDDEN_DUNDERS, HANDLED, INTERNAL_TEXT, PIECED, verdict_on
 from .reading import Reader, readers
 from .repo_snapshot import Finding, Folder, brief
 from .used_names import is_super, used_names
@@ -50,7 +50,7 @@ def _loading_calls(reader: Reader, call: ast.Call, names: frozenset[str]) -> Ite
             yield f"lets YAML build objects, by {min(names)}", "use yaml.safe_load", "failed"
     elif names & {"importlib.import_module", "importlib.reload"} and call.args:
         text = reader.meanings.text(call.args[0])
-        verdict = judge_name(text) if text else None
+        verdict = verdict_on(text) if text else None
         plain = text is not None and verdict is None and text not in HANDLED
         shown = brief(text) if text else "what a variable names"
         if names & {"importlib.import_module"} or not text:

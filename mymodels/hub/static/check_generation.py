@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .api_availability import Span, judge
+from .api_availability import Span, level_for
 from .repo_snapshot import Finding, Folder, brief
 from .settings import POSITIONS, position_rows, quiet_transformers, setting, stretches_positions
 
@@ -173,7 +173,7 @@ def _validated(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
     except ValueError as error:
         what = f"the model cannot be saved {_NOT_SAVED}: {_first(str(error))}"
         remedy = "correct the value, or remove the key: with do_sample unset, sampling settings have no effect"
-        yield Finding(judge(_NOT_SAVED, folder.releases), what, _where(plain, str(error)), remedy)
+        yield Finding(level_for(_NOT_SAVED, folder.releases), what, _where(plain, str(error)), remedy)
 
 
 def _first(text: str) -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 
-from .api_availability import Span, judge, lacking
+from .api_availability import Span, lacking, level_for
 from .code_tree import attributes, bridged, calls, constant, entry_files, guarded, reachable, siblings
 from .repo_snapshot import CodeFile, Finding, Folder
 from .symbols import ATTRIBUTES
@@ -104,7 +104,7 @@ def _second_level(folder: Folder, file: CodeFile) -> Iterator[Finding]:
                     f"{file.name} needs {inner} through {through}, but does not import it: not copied {_SECOND_LEVEL}"
                 )
                 module = inner.rpartition("/")[2].removesuffix(".py")
-                status = judge(_SECOND_LEVEL, folder.releases)
+                status = level_for(_SECOND_LEVEL, folder.releases)
                 yield Finding(status, what, f"{file.name}:1", f"add: from .{module} import …  # noqa: F401")
 
 
@@ -205,7 +205,7 @@ def _old_attributes(folder: Folder, file: CodeFile) -> Iterator[Finding]:
         span = Span(first, last)
         told.add(node.attr)
         what = f"transformers' {owner} have no {node.attr} {span}"
-        yield Finding(judge(span, folder.releases), what, file.at(node), f"use {instead}, or ask hasattr first")
+        yield Finding(level_for(span, folder.releases), what, file.at(node), f"use {instead}, or ask hasattr first")
 
 
 CHECKS = {

@@ -4,7 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from .api_availability import Span, judge
+from .api_availability import Span, level_for
 from .check_model import FROM_5, live_code
 from .code_tree import Code, Klass, attributes, calls, constant, depth, is_self
 from .repo_snapshot import Finding, Folder
@@ -34,7 +34,7 @@ def init_weights(folder: Folder) -> Iterator[Finding]:
                     continue
                 # the loader does not protect a module with a buffer that is in no file
                 span = FROM_5 if unsaved and _of_a_child(node) else UNPROTECTED
-                status = judge(span, folder.releases)
+                status = level_for(span, folder.releases)
                 yield finding._replace(status=status, what=f"{finding.what}: weights are lost {span}")
 
 
@@ -137,7 +137,7 @@ def buffers(folder: Folder) -> Iterator[Finding]:
             if name not in refilled:
                 what = f"the buffer {name} of {klass.name} is in no file, and nothing computes it again after loading"
                 remedy = "compute it in forward, refill it in _init_weights, or keep it in the file (persistent=True)"
-                yield Finding(judge(FROM_5, folder.releases), what, klass.file.at(call), remedy)
+                yield Finding(level_for(FROM_5, folder.releases), what, klass.file.at(call), remedy)
 
 
 def _refilled(code: Code) -> set[str]:
@@ -192,11 +192,13 @@ def init_data(folder: Folder) -> Iterator[Finding]:
                     # newer releases make what linspace returns on the CPU
                     span = Span((5, 0), (5, 9)) if "torch.linspace" in source else FROM_5
                     what = f"{klass.name}.__init__ calls .{node.func.attr}(), but it runs without data (on meta)"
-                    yield Finding(judge(span, folder.releases), what, where, "compute the number with Python or math")
+                    yield Finding(
+                        level_for(span, folder.releases), what, where, "compute the number with Python or math"
+                    )
             elif isinstance(node, ast.Assign) and any(is_self(g) for g in node.targets) and _factory(klass, node.value):
                 what = f"{ast.unparse(node.targets[0])} of {klass.name} is a plain tensor: it stays on meta"
                 remedy = "compute it in forward, or register it as a buffer that is saved"
-                yield Finding(judge(FROM_5, folder.releases), what, where, remedy)
+                yield Finding(level_for(FROM_5, folder.releases), what, where, remedy)
 
 
 def _factory(klass: Klass, node: ast.AST) -> bool:

@@ -4,7 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from .api_availability import Span, judge
+from .api_availability import Span, level_for
 from .check_config import target
 from .code_tree import Code, Klass, calls, depth, is_self, reachable
 from .repo_snapshot import Finding, Folder
@@ -45,7 +45,7 @@ def post_init(folder: Folder) -> Iterator[Finding]:
                 if method is not None
             )
             borrowed = any(not root.endswith("PreTrainedModel") for root in code.roots(owner) if "Mixin" not in root)
-            status = "warning" if inherited or borrowed else judge(FROM_5, folder.releases)
+            status = "warning" if inherited or borrowed else level_for(FROM_5, folder.releases)
             what = f"{owner.name}.__init__ does not call self.post_init(), without which transformers 5 cannot load it"
             if status == "warning" and (inherited or borrowed):
                 what = f"{owner.name}.__init__ adds modules after its parent's post_init(), which does not see them"
@@ -81,11 +81,11 @@ def tied_weights(folder: Folder) -> Iterator[Finding]:
                 f"{klass.name}._tied_weights_keys is a {type(keys).__name__.lower()}, with which transformers 5 crashes"
             )
             remedy = 'write a dict: {"lm_head.weight": "model.embed_tokens.weight"}'
-            yield Finding(judge(FROM_5, folder.releases), what, klass.file.at(keys), remedy)
+            yield Finding(level_for(FROM_5, folder.releases), what, klass.file.at(keys), remedy)
         tie = klass.method("tie_weights")
         if tie is not None and tie.args.kwarg is None and "missing_keys" not in {a.arg for a in tie.args.args}:
             what = f"{klass.name}.tie_weights takes no missing_keys, which transformers 5 passes when it loads"
-            yield Finding(judge(FROM_5, folder.releases), what, klass.file.at(tie), "add **kwargs and pass them on")
+            yield Finding(level_for(FROM_5, folder.releases), what, klass.file.at(tie), "add **kwargs and pass them on")
         found = code.value(klass, "_tied_weights_keys")
         for node in ast.walk(klass.node):
             if isinstance(node, ast.Assign) and _ties_by_hand(node) and found is None:
@@ -103,7 +103,7 @@ def tied_weights(folder: Folder) -> Iterator[Finding]:
         if code.method(klass, "tie_weights") is None:
             what = f"the tied head of {klass.name} is left empty under transformers 5.3, by its own mistake"
             remedy = "override tie_weights for 5.3, or tell readers to use another release"
-            yield Finding(judge(Span((5, 3), (5, 3)), folder.releases), what, klass.where, remedy)
+            yield Finding(level_for(Span((5, 3), (5, 3)), folder.releases), what, klass.where, remedy)
 
 
 def _ties_by_hand(node: ast.Assign) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .api_availability import Span, judge
+from .api_availability import Span, level_for
 from .check_config import all_code, in_library
 from .code_tree import references
 from .repo_snapshot import Finding, Folder, brief
@@ -78,7 +78,7 @@ def _kind_of_model(folder: Folder, name: Any) -> Iterator[Finding]:
     if isinstance(kind, str) and isinstance(wanted, str) and kind != wanted:
         what = f"tokenizer_class is {name}, which is for {wanted}, but tokenizer.json has a {brief(kind)} model"
         remedy = "name the class that the tokenizer was made with, or PreTrainedTokenizerFast"
-        yield Finding(judge(_REBUILT, folder.releases), what, "tokenizer_config.json: tokenizer_class", remedy)
+        yield Finding(level_for(_REBUILT, folder.releases), what, "tokenizer_config.json: tokenizer_class", remedy)
 
 
 def _vocabulary_files(folder: Folder, value: dict[str, Any], own: bool) -> Iterator[Finding]:

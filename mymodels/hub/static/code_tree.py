@@ -118,7 +118,7 @@ class Code:
         """Whether it is a `torch.nn.Module`."""
         return self.is_model(klass) or any(
             re.match(r"torch\.nn\.|nn\.Module$|Module$", root)
-            or (root.startswith("transformers.") and _TRANSFORMERS_MODULES.search(root))
+            or (re.match(r"transformers\.(?!cache_utils)", root) and _TRANSFORMERS_MODULES.search(root))
             for root in self.roots(klass)
         )
 

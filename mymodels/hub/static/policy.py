@@ -153,7 +153,7 @@ PIECED = SENSITIVE_MODULES - {"code", "platform", "glob", "io", "http", "signal"
 )
 
 
-def judge_name(name: str) -> Verdict | None:
+def verdict_on(name: str) -> Verdict | None:
     """What is wrong with using a full name, or None."""
     for pattern, check, does in (
         (NETWORK, "network", "reaches the network"),

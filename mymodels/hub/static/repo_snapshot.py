@@ -89,7 +89,7 @@ class Folder:
         invalid: those that are not, with the reason.
         code: the Python files that could be parsed.
         unparsed: those that could not, with the reason.
-        releases: the transformers releases to judge by.
+        releases: the transformers releases that the code is checked for.
         problems: what `check_checkpoint` said, once it was asked.
         memo: what one check has worked out and others need too, by name.
     """

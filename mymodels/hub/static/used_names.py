@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterator
 
-from .policy import Verdict, judge_name
+from .policy import Verdict, verdict_on
 from .reading import readers
 from .repo_snapshot import Finding, Folder
 
@@ -20,7 +20,7 @@ def used_names(folder: Folder, check: str) -> Iterator[Finding]:
         found: dict[int, tuple[str, str, Verdict, str]] = {}
         for node, names, inside in reader.uses:
             for name in names:
-                verdict = judge_name(name)
+                verdict = verdict_on(name)
                 if verdict is None or verdict.check != check:
                     continue
                 line = getattr(node, "lineno", 0)

@@ -58,11 +58,13 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 _OUTSIDE: tuple[tuple[str, str], ...] = (
     (
-        r"(?:.*\.)?(?:wte|embed_tokens|word_embeddings?|tok_embeddings|tok_emb|token_embeddings?|token_emb|embed_in|tokens_embed)",
+        r"(?:.*\.)?(?:wte|embed_tokens|word_embeddings?|tok_embeddings|tok_emb|token_embeddings?|token_emb|embed_in|tokens_embed|"
+        r"tokens?|tok)",
         "model.embed_tokens",
     ),
     (
-        r"(?:.*\.)?(?:wpe|embed_positions|position_embeddings?|pos_emb|pos_embeddings?|positional_embeddings?|positions_embed)",
+        r"(?:.*\.)?(?:wpe|embed_positions|position_embeddings?|pos_emb|pos_embeddings?|positional_embeddings?|positions_embed|"
+        r"positions?|pos|pos_embed)",
         "model.embed_positions",
     ),
     (r"(?:.*\.)?(?:token_type_embeddings|segment_embeddings)", "model.embed_types"),
@@ -84,7 +86,7 @@ _OUTSIDE: tuple[tuple[str, str], ...] = (
         "lm_head",
     ),
     (r"(?:.*\.)?(?:ln_f|final_layernorm|final_layer_norm|final_norm|norm_f|ln_final)", "model.norm"),
-    (r"(?:(?:.*\.)?(?:model|transformer|decoder|encoder|backbone))?\.?norm", "model.norm"),
+    (r"(?:(?:.*\.)?(?:model|transformer|decoder|encoder|backbone|net))?\.?norm", "model.norm"),
 )
 _CROSS = re.compile(
     r"(?:^|\.)(?:encoder_attn|EncDecAttention|crossattention|cross_attn|cross_attention|multihead_attn)"
