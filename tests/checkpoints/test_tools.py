@@ -238,7 +238,7 @@ def test_several_models_become_several_folders_or_one_file(tmp_path: Path, capsy
     }
     torch.save(models | {"epoch": 3}, tmp_path / "both.pt")
     code, out, _ = said(capsys, "convert", tmp_path / "both.pt", tmp_path / "out")
-    assert code == 0 and "not taken along: epoch" in out
+    assert code == 0 and "not converted: epoch" in out
     for name, state_dict in models.items():
         written = load_file(tmp_path / "out" / name / "model.safetensors")
         assert all(torch.equal(written[key], tensor) for key, tensor in state_dict.items()) and len(written) == 2
