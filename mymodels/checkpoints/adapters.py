@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them: which base they belong to, and their weights merged into that base's."""
+"""LoRA adapters as PEFT saves them: describe them, and merge them into the weights of their base model."""
 
 import math
 import re
@@ -17,17 +17,17 @@ _LORA_TENSOR = re.compile(
     r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?$"
 )
 _PREFIX = "base_model.model."
-# Starts of LoRA that take something out of the base's weights, so that an adapter alone does not say what they became.
+# Initialisations of LoRA that also change the base's weights, so that the adapter alone does not determine the result.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def adapter_config(folder: Path | None) -> dict[str, Any]:
-    """PEFT's settings of the adapter in a folder; {} if it holds none."""
+    """The content of `adapter_config.json` in a folder; {} if there is none."""
     return read_json(folder / CONFIG) if folder is not None and (folder / CONFIG).is_file() else {}
 
 
 def describe_adapter(config: Mapping[str, Any]) -> str | None:
-    """What an adapter is and of which base, as a phrase; None of an empty config."""
+    """The kind, rank and base of an adapter, as a phrase; None for an empty config."""
     if not config:
         return None
     rank, base = (
@@ -35,13 +35,13 @@ def describe_adapter(config: Mapping[str, Any]) -> str | None:
         config.get("base_model_name_or_path") or "a base that adapter_config.json does not name",
     )
     kind = f"{config.get('peft_type') or 'PEFT'}{f' of rank {rank}' if rank else ''}"
-    return f"{kind} for {base}: only the adapter's weights are here"
+    return f"{kind} for {base}: the base's weights are not included"
 
 
 def merge_adapter(adapter: Checkpoint, config: Mapping[str, Any], base: Checkpoint) -> Checkpoint:
-    """The base's checkpoint with a LoRA adapter's weights in it, as PEFT's `merge_and_unload` leaves them.
+    """The base's checkpoint with a LoRA adapter merged in, as by PEFT's `merge_and_unload`.
 
-    Each tensor is computed in float32 when it is read and rounded once to the base's dtype.
+    Each tensor is computed in float32 when it is read, and rounded once to the base's dtype.
 
     Args:
         adapter: the opened adapter.
@@ -49,8 +49,8 @@ def merge_adapter(adapter: Checkpoint, config: Mapping[str, Any], base: Checkpoi
         base: the opened base.
 
     Raises:
-        CheckpointError: the adapter is of another kind than LoRA, or changes more than weights can hold, or has tensors
-            that do not fit the base; all of it is checked before a tensor is read.
+        CheckpointError: the adapter is not LoRA, uses a feature that is not merged here, or has tensors that do not fit
+            the base. All of this is checked before a tensor is read.
     """
     return _Merging(adapter, config, base).merged()
 
@@ -69,10 +69,10 @@ class _Merging:
     def merged(self) -> Checkpoint:
         config = self.config
         if str(config.get("peft_type")).upper() != "LORA":
-            raise self._unsupported(f"a {config.get('peft_type')} adapter is not merged here, only LoRA is")
+            raise self._unsupported(f"it is a {config.get('peft_type')} adapter, and only LoRA is merged here")
         start = config.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
-            raise self._unsupported(f"it was started with {start}, which changes the base's weights too")
+            raise self._unsupported(f"it was initialised by {start}, which also changes the base's weights")
         for key in (
             "layer_replication",
             "trainable_token_indices",
@@ -105,7 +105,10 @@ class _Merging:
         reads: dict[str, Callable[[], torch.Tensor]] = {}
         for name, own in replaced.items():
             reads[name] = partial(self._replaced, own, info[name].dtype)
-        for name, (module, parts) in deltas.items():  # an embedding may be both: PEFT saves the one it was trained on
+        for name, (
+            module,
+            parts,
+        ) in deltas.items():  # an embedding may be in both: PEFT also saves the one it was trained on
             reads[name] = self._reader(reads.get(name, partial(self.base.__getitem__, name)), module, parts)
         return Checkpoint(
             self.base.path,
@@ -124,7 +127,7 @@ class _Merging:
         return name.removeprefix(_PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
 
     def _in_base(self, name: str, *, required: bool = True) -> str | None:
-        """The base's name of a tensor: a base without a head leaves the model's prefix out, one with a head has it."""
+        """The base's name of a tensor; checkpoints of models without a head have no base-model prefix."""
         plain = self._without_peft_prefixes(name)
         rest = plain.partition(".")[2]
         found = [one for one in (plain, rest) if one in self.base]
@@ -134,20 +137,20 @@ class _Merging:
             return found[0]
         if required:
             raise CheckpointError(
-                f"{self.where}: it changes {plain!r}, which {self.base.path} {'has several times' if found else 'has not'}: name "
+                f"{self.where}: it changes {plain!r}, which {self.base.path} {'has several times' if found else 'does not have'}: name "
                 f"the base it was trained on, {self.config.get('base_model_name_or_path') or 'which its config does not name'}"
             )
         return None
 
     def _weight_of(self, module: str, parts: dict[str, str], info: Mapping[str, TensorInfo]) -> str:
-        """The base's name of the weight that a pair of matrices changes, their shapes checked."""
+        """The base's name of the weight that a pair of matrices changes; checks their shapes."""
         name = self._in_base(f"{module}.weight")
         assert name is not None
         first, second = (
             ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else ("lora_A", "lora_B")
         )
         if not {first, second} <= parts.keys():
-            raise CheckpointError(f"{self.where}: {module!r} has {', '.join(parts)} alone: copy the adapter again")
+            raise CheckpointError(f"{self.where}: {module!r} has only {', '.join(parts)}: copy the adapter again")
         a, b = self.adapter.info[parts[first]].shape, self.adapter.info[parts[second]].shape
         if len(a) != 2 or len(b) != 2:
             raise self._unsupported(f"{module!r} is a convolution, which is not merged here")
@@ -161,7 +164,7 @@ class _Merging:
             )
         if not self.base.info[name].dtype.is_floating_point:
             raise CheckpointError(
-                f"{self.base.path}: {name!r} is {self.base.info[name].dtype}: take the base that is not quantised"
+                f"{self.base.path}: {name!r} is {self.base.info[name].dtype}: use the base that is not quantised"
             )
         if "lora_magnitude_vector" in parts and first != "lora_A":
             raise self._unsupported(f"{module!r} is an embedding with DoRA, which is not merged here")
@@ -192,7 +195,7 @@ class _Merging:
             weight = before()
             delta = self.adapter[parts[second]].float() @ self.adapter[parts[first]].float() * scaling
             full = weight.float() + (delta.T if transposed else delta)
-            if "lora_magnitude_vector" in parts:  # DoRA: each output's row gets the length that was learnt
+            if "lora_magnitude_vector" in parts:  # DoRA: scale each output's row to the learnt norm
                 rows = full.T if transposed else full
                 magnitude = self.adapter[parts["lora_magnitude_vector"]].float().reshape(-1, 1)
                 rows = rows * (magnitude / rows.norm(dim=1, keepdim=True))
@@ -203,7 +206,7 @@ class _Merging:
 
 
 def _by_pattern(patterns: Any, module: str, otherwise: Any) -> Any:
-    """PEFT's rule: the first pattern that the end of the module's name matches."""
+    """The value of the first pattern that matches the end of the module's name, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -211,7 +214,7 @@ def _by_pattern(patterns: Any, module: str, otherwise: Any) -> Any:
 
 
 def merged_config(config: dict[str, Any], base: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
-    """The base's `config.json` for the merged weights: a head that was trained apart is no longer tied."""
+    """The base's `config.json`, changed for the merged weights: a separately trained head is untied."""
     changed = dict(config)
     new = [name for name in merged if name not in base or (name in base.aliases and name not in merged.aliases)]
     if config.get("tie_word_embeddings", True) and any(

@@ -11,13 +11,12 @@ from .checkpoint import Checkpoint, widened
 
 
 def compare_checkpoints(a: Checkpoint, b: Checkpoint) -> list[dict[str, Any]]:
-    """Every tensor of either, with how it differs; tensors are read one at a time from each side.
+    """Compare two checkpoints, reading one tensor at a time from each.
 
-    Where the names of one side are those of the other after a prefix, as a model's are with a head, they are compared
-    with each other.
+    If the names of one checkpoint are those of the other with a prefix, as with and without a head, they are paired.
 
     Returns:
-        rows with `name`, `status` (`"equal"`, `"prefix"`: equal, under names that differ by a prefix, `"dtype"`: equal
+        a row for each tensor of either, with `name`, `status` (`"equal"`, `"prefix"`: equal, under names that differ by a prefix, `"dtype"`: equal
         values, `"different"`, `"shape"`, `"missing"`: only in `a`, `"extra"`: only in `b`), `a` and `b` (shape and
         dtype), `prefix` where there is one (`{"a": …}` or `{"b": …}`), and `max_difference` where both have the same shape.
     """
@@ -50,7 +49,7 @@ def compare_checkpoints(a: Checkpoint, b: Checkpoint) -> list[dict[str, Any]]:
 
 
 def _prefix(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
-    """The side whose names begin with a prefix before those of the other, and that prefix, if most do."""
+    """The side (`"a"` or `"b"`) whose names are mostly the other's with a prefix, and that prefix; else `("", "")`."""
     best = ("", "")
     most = 0
     for side, long, short in (("a", a, b), ("b", b, a)):

@@ -80,10 +80,10 @@ def test_ranks_of_fsdp2(tmp_path: Path) -> None:
     for imported in ("", "import torch.distributed.tensor\n"):  # which lets torch load the class
         code = f"{imported}from mymodels.checkpoints import open_checkpoint\nopen_checkpoint({str(tmp_path / 'rank0.pt')!r})"
         run = warm_python.run([sys.executable, "-c", code])
-        assert "join the ranks" in run.stderr.splitlines()[-1]
+        assert "gather it" in run.stderr.splitlines()[-1]
     assert "join the files" in refusal(tmp_path / "hf")
     (part,) = [problem.message for problem in check_checkpoint(next((tmp_path / "hf").glob("shard-00001*")), full=True)]
-    assert "one process's part" in part
+    assert "one process's shard" in part
     opened = open_checkpoint(tmp_path / "dcp")
     assert_equal(opened, whole)
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
