@@ -22,11 +22,11 @@ from .quantised_sizes import packed_weights
 from .safetensors_files import read_json
 
 _PURPOSES = (
-    (r"^\.metadata$", "which file holds which tensor"),
+    (r"^\.metadata$", "index of the tensors"),
     (r"^config\.json$", "architecture and settings"),
     (r"^generation_config\.json$", "defaults of generate()"),
-    (r"\.index\.json$", "which shard holds which tensor"),
-    (r"^golden\.safetensors$", "recorded inputs and outputs that prove a load"),
+    (r"\.index\.json$", "index of the shards"),
+    (r"^golden\.safetensors$", "recorded inputs and outputs, to test loading"),
     (r"^adapter_", "adapter (PEFT)"),
     (r"\.safetensors$", "weights"),
     (r"^pytorch_model.*\.bin$", "weights (pickle)"),
@@ -34,7 +34,7 @@ _PURPOSES = (
     (r"^training_args\.bin$", "training arguments (pickle)"),
     (r"^trainer_state\.json$", "training history"),
     (r"\.(pt|pth|bin|tar|ckpt)$", "PyTorch file (pickle)"),
-    (r"\.(h5|msgpack|onnx|gguf|npz|tflite|ot|pt2)$|\.ckpt|\.data-\d+-of-\d+$|\.distcp$", "weights of another format"),
+    (r"\.(h5|msgpack|onnx|gguf|npz|tflite|ot|pt2)$|\.ckpt|\.data-\d+-of-\d+$|\.distcp$", "weights in another format"),
     (r"^manifest\.json$", "size and SHA-256 of every file"),
     (r"^configuration_.*\.py$", "code: configuration"),
     (r"^modeling_.*\.py$", "code: model"),
@@ -57,20 +57,19 @@ def inspect_checkpoint(
     revision: str | None = None,
     duplicates: bool = True,
 ) -> dict[str, Any]:
-    """All that `mymodels inspect` shows, as JSON-ready data.
+    """What `mymodels inspect` shows, as JSON-ready data.
 
     Args:
-        path: what `open_checkpoint` opens; `section`, `allow_pickle` and `revision` are its.
-        duplicates: read the tensors to find those with the same bytes.
+        path: as for `open_checkpoint`, also `section`, `allow_pickle` and `revision`.
+        duplicates: read the tensors to find those with equal bytes.
 
     Returns:
         `path`, `format`, `parameters`, `bytes`, `dtypes` (name → parameters), `modules` (name → parameters), `tensors`
         (name → shape, dtype, file), `tied` (name → the name stored), `duplicates` (lists of names with equal bytes),
-        `sections` (name → number of tensors), `extras` (name → description), `quantisation` (how, or None),
-        `quantised_modules` (name → parameters, of GPTQ, AWQ and bitsandbytes; `parameters` counts these unpacked, and not
-        their scales), `adapter` (of
-        which base, or None), `part_of` (why
-        this is only a part of a model, or ""), `left_out` (files of weights in the folder that were not opened); of a folder also `files` (name → size,
+        `sections` (name → number of tensors), `extras` (name → description), `quantisation` (the method, or None),
+        `quantised_modules` (name → parameters, for GPTQ, AWQ and bitsandbytes; `parameters` counts these unpacked,
+        without scales), `adapter` (its kind and base, or None), `part_of` (why this is only a part of a model, or ""),
+        `left_out` (files of weights in the folder that were not opened); for a folder also `files` (name → size,
         purpose) and `auto_map` (class → file, whether it exists).
 
     Raises:
@@ -119,7 +118,7 @@ def inspect_checkpoint(
 
 
 def _trainer_state(folder: Path | None) -> dict[str, Any]:
-    """How far transformers' Trainer was when it wrote this folder."""
+    """The progress of transformers' Trainer when it wrote this folder."""
     if folder is None or not (folder / "trainer_state.json").is_file():
         return {}
     state = read_json(folder / "trainer_state.json")
@@ -129,18 +128,18 @@ def _trainer_state(folder: Path | None) -> dict[str, Any]:
 
 
 def _module(name: str) -> str:
-    """The module of a tensor, layers with their number left open: `model.layers.*.self_attn`."""
+    """The module of a tensor, with `*` for the number of a layer: `model.layers.*.self_attn`."""
     parts = ["*" if part.isdigit() else part for part in name.split(".")[:-1]]
     depth = parts.index("*") + 2 if "*" in parts else 2
     return ".".join(parts[:depth]) or name
 
 
 def describe(value: Any) -> str:
-    """One line on something that is no tensor of the model: what it is, and its value if that is short."""
+    """A line that describes a value besides the weights: its kind, and the value itself if that is short."""
     if isinstance(value, Leaf):
         return f"tensor {value.info.shape}"
     if isinstance(value, Unopened):
-        return f"{_short(value, 200)}, not opened: its class was not imported"
+        return f"{_short(value, 200)}, not unpickled, as its class is not imported"
     if isinstance(value, torch.Tensor):
         return (
             f"{value.item():.6g}" if value.numel() == 1 and not value.is_complex() else f"tensor {tuple(value.shape)}"
@@ -179,7 +178,7 @@ def _short(value: Any, width: int = 40) -> str:
 
 
 def _duplicates(checkpoint: Checkpoint) -> list[list[str]]:
-    """Groups of tensors that are stored several times with the same bytes; constant ones, as fresh norms are, apart."""
+    """Groups of tensors with equal bytes; tensors with one value throughout, such as new norms, are left out."""
     alike = defaultdict(list)
     for name, info in checkpoint.info.items():
         if name not in checkpoint.aliases and info.numel > 1:
@@ -204,11 +203,11 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _purpose(name: str) -> str:
     base = name.rsplit("/", 1)[-1]
-    return next((text for pattern, text in _PURPOSES if re.search(pattern, base)), "unknown: loading does not need it")
+    return next((text for pattern, text in _PURPOSES if re.search(pattern, base)), "unknown, not needed for loading")
 
 
 def _auto_map(folder: Path) -> dict[str, dict[str, Any]]:
-    """Auto class → the file its code is in, and whether it is there, as `config.json` and the tokenizer's say."""
+    """Auto class → the file with its code and whether that exists, from `config.json` and `tokenizer_config.json`."""
     found = {}
     for name in ("config.json", "tokenizer_config.json"):
         auto_map = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None

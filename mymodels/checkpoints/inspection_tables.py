@@ -32,16 +32,16 @@ def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: 
         share = _share(sum(packed.values()), data["parameters"])
         first = ", ".join(list(packed)[:3]) + (", …" if len(packed) > 3 else "")
         text = f"{sum(packed.values()):,} of the parameters ({share}) are quantised, in {len(packed)} modules: {first}"
-        console.print(Text(printable(f"{text}; they are counted unpacked, without scales and zeros")))
+        console.print(Text(printable(f"{text}; they are counted unpacked, without scales and zero points")))
     if data["left_out"]:
-        console.print(Text(printable(f"not opened, name the file to see it: {', '.join(data['left_out'])}")))
+        console.print(Text(printable(f"not opened, name a file to inspect it: {', '.join(data['left_out'])}")))
     if len(data["sections"]) > 1 or "(top)" not in data["sections"]:
         table = _table("models", ("section", "left"), ("tensors", "right"))
         for name, count in data["sections"].items():
             _add_row(table, name, str(count))
         console.print(table)
     if data["extras"]:
-        table = _table("beside the weights", ("name", "left"), ("what it is", "left"))
+        table = _table("besides the weights", ("name", "left"), ("content", "left"))
         for name, text in data["extras"].items():
             _add_row(table, name, text)
         console.print(table)
@@ -58,7 +58,7 @@ def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: 
     for names in data["duplicates"]:
         console.print(Text(printable(f"stored {len(names)} times with the same bytes: {', '.join(names)}")))
     if "files" in data:
-        table = _table("files", ("file", "left"), ("size", "right"), ("what it is for", "left"))
+        table = _table("files", ("file", "left"), ("size", "right"), ("purpose", "left"))
         for name, file in data["files"].items():
             _add_row(table, name, _size(file["size"]), file["purpose"])
         console.print(table)
@@ -83,8 +83,8 @@ def show_difference(rows: list[dict[str, Any]], a: str, b: str, console: Console
     if prefix := next((row["prefix"] for row in rows if "prefix" in row), None):
         ((side, text),) = prefix.items()
         longer, shorter = (a, b) if side == "a" else (b, a)
-        console.print(Text(printable(f"the names in {longer} are those in {shorter} with {text!r} before them")))
-    counts = Counter({"equal but for the prefix" if key == "prefix" else key: n for key, n in counts.items()})
+        console.print(Text(printable(f"the names in {longer} are those in {shorter} with the prefix {text!r}")))
+    counts = Counter({"equal except for the prefix" if key == "prefix" else key: n for key, n in counts.items()})
     console.print(Text(", ".join(f"{count} {status}" for status, count in counts.items()) or "no tensors"))
 
 
@@ -110,11 +110,11 @@ def _span(files: list[str]) -> str:
 
 
 def ranges(numbers: list[int]) -> str:
-    """`{0–11}` for numbers in a row, `{0,2,4}` for others."""
+    """`{0–11}` for consecutive numbers, `{0,2,4}` for others."""
     if len(numbers) == 1:
         return str(numbers[0])
-    whole = sorted(numbers) == list(range(min(numbers), max(numbers) + 1))
-    return f"{{{min(numbers)}–{max(numbers)}}}" if whole else "{" + ",".join(map(str, sorted(numbers))) + "}"
+    consecutive = sorted(numbers) == list(range(min(numbers), max(numbers) + 1))
+    return f"{{{min(numbers)}–{max(numbers)}}}" if consecutive else "{" + ",".join(map(str, sorted(numbers))) + "}"
 
 
 def _table(title: str | None, *columns: tuple[str, Any]) -> Table:

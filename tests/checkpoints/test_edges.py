@@ -220,7 +220,7 @@ def test_the_manifest_leaves_other_checkpoints_out(tmp_path: Path, capsys: pytes
     (folder / "best" / "new").write_text("x")
     assert check_checkpoint(folder, full=True) == []
     assert cli.main(["check", str(folder / "model.safetensors"), "--write-manifest"]) == 1
-    assert "is no folder, so it has no manifest" in capsys.readouterr().err
+    assert "is not a folder, so it has no manifest" in capsys.readouterr().err
 
 
 def test_without_an_exchange_opening_brings_the_old_one_back(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_inspect_says_what_stands_beside_the_weights(training_file: Path, capsys
     assert found["extras"]["epoch"] == "7" and found["extras"]["loss"] == "0.25"
     assert found["extras"]["optimizer_state_dict"] == "optimizer: state of 4 parameters, 1 groups, lr 0.0003"
     assert "lr=0.0003" in found["extras"]["args"]
-    assert code == 0 and "beside the weights" in said(capsys, "inspect", training_file)[1]
+    assert code == 0 and "besides the weights" in said(capsys, "inspect", training_file)[1]
 
 
 def test_inspect_an_optimizer_file_alone(tmp_path: Path) -> None:
