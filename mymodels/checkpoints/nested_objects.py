@@ -1,4 +1,4 @@
-"""Nested objects, as training scripts save them: the models in them, and what stands beside these."""
+"""Nested objects, as training scripts save them: find the models in them, and what is stored besides."""
 
 import re
 from collections import Counter
@@ -15,7 +15,7 @@ from .pickled_modules import ModuleState
 from .plain_pickle import Unopened, UnopenedTensor
 from .third_party_formats import array_dtype, to_torch
 
-# Names under which training checkpoints keep what is not a model.
+# Keys under which training checkpoints store what is not a model.
 _TRAINING_STATE = re.compile(
     r"(^|[_.-])(optim|optimizers?|schedulers?|rng|rng_states?|random_states?|callbacks?|loops?)([_.-]|$)", re.IGNORECASE
 )
@@ -23,26 +23,28 @@ _METRIC = re.compile(r"loss|step|epoch|iter|acc|best|metric|score|lr|time|ppl|pe
 
 
 class FoundModels(NamedTuple):
-    """A nested object taken apart: section → name → tensor, and what stands beside the models."""
+    """What a nested object holds: section → name → tensor, and everything else."""
 
     models: dict[str, dict[str, Any]]
     extras: dict[str, Any]
 
 
 class Leaf(NamedTuple):
-    """A tensor that has not been read, standing where it will in a nested object."""
+    """The place of a tensor in a nested object that has not been read yet."""
 
     info: TensorInfo
     key: str
 
 
 def is_tensor(value: Any) -> bool:
-    if isinstance(value, np.ndarray):  # of numbers; scripts save them as weights too
+    """Whether a value is a tensor, or a NumPy array of numbers."""
+    if isinstance(value, np.ndarray):  # arrays of numbers are weights too
         return array_dtype(value.dtype) is not None
     return isinstance(value, (torch.Tensor, Leaf, UnopenedTensor))
 
 
 def entries_of(node: Any) -> list[tuple[str, Any]]:
+    """The (key, value) pairs of a mapping, list or tuple; none for anything else."""
     if isinstance(node, Mapping):
         return [(str(key), value) for key, value in node.items()]
     if isinstance(node, (list, tuple)) and not is_tensor(node):
@@ -51,6 +53,7 @@ def entries_of(node: Any) -> list[tuple[str, Any]]:
 
 
 def leaves_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of everything in a nested object that has no entries itself."""
     for key, value in entries_of(node):
         name = f"{path}.{key}" if path else key
         if entries_of(value):
@@ -60,9 +63,10 @@ def leaves_of(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_training_state(key: str, value: Any) -> bool:
+    """Whether an entry of a training checkpoint is an optimizer, a metric, a random state or the like, and no model."""
     if isinstance(value, torch.Tensor) and not value.is_nested and value.dim() == 0:
         return bool(_METRIC.search(key))
-    if isinstance(value, np.ndarray) and value.ndim < 2 and _METRIC.search(key):  # a history
+    if isinstance(value, np.ndarray) and value.ndim < 2 and _METRIC.search(key):  # a metric's history
         return True
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], str) and value[0] == "MT19937":
         return True  # NumPy's random state
@@ -72,8 +76,8 @@ def is_training_state(key: str, value: Any) -> bool:
 def find_models(node: Any, path: str = "") -> FoundModels:
     """Find the models in a nested object: a bare state dict, or any training checkpoint around one or more.
 
-    A dict of tensors is a model. A dict with several dicts of tensors is several models, unless their names have no
-    dots and they nest deeper: that is one model, kept as a tree.
+    A dict of tensors is a model. A dict of several dicts of tensors is several models, unless their keys have no dots
+    and they are nested deeper: then it is one model, stored as a tree.
     """
     if is_tensor(node):
         return FoundModels({path: {"tensor": node}}, {})
@@ -88,7 +92,7 @@ def find_models(node: Any, path: str = "") -> FoundModels:
     parts = [find_models(value, name(key)) for key, value in models.items()]
     found = {section: model for part in parts for section, model in part.models.items()}
     dotted = any("." in key for model in found.values() for key in model)
-    if dotted and tensors:  # a tensor beside state dicts
+    if dotted and tensors:  # a tensor next to state dicts
         extras |= {name(key): value for key, value in tensors.items()}
     if dotted or not tensors:
         flat = all(len(list(leaves_of(value))) == len(entries_of(value)) for value in models.values())
@@ -100,17 +104,17 @@ def find_models(node: Any, path: str = "") -> FoundModels:
 
 
 def _named_by_section(parts: FoundModels) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The tensors under the names that the mapping gives them, and the sections."""
+    """The tensors by the names they have in a `Checkpoint`, and its sections."""
     several = len(parts.models) > 1
     tensors = {f"{s}.{k}" if several and s else k: t for s, model in parts.models.items() for k, t in model.items()}
     return tensors, {section: list(model) for section, model in parts.models.items()}
 
 
-OPTIMIZER = "an optimizer's state, no model"
+OPTIMIZER = "an optimizer's state, no model"  # part of `Checkpoint.format`
 
 
 class _Extras(Mapping[str, Any]):
-    """What stands beside the models; a `Leaf` in it is read when it is asked for."""
+    """`Checkpoint.extras` in which a `Leaf` is read on access."""
 
     def __init__(self, values: Mapping[str, Any], read: Callable[[str], torch.Tensor]):
         self.unread, self._read = values, read
@@ -133,12 +137,23 @@ class _Extras(Mapping[str, Any]):
 
 
 def unread(extras: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`Checkpoint.extras` for a look that reads nothing: with a `Leaf` for each tensor that is still on disk."""
+    """`Checkpoint.extras` without reading: it has a `Leaf` for each tensor that is on disk."""
     return extras.unread if isinstance(extras, _Extras) else extras
 
 
 def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any = None) -> Checkpoint:
-    """A `Checkpoint` over a nested object; `read` gets the key of a `Leaf`."""
+    """The `Checkpoint` of a nested object.
+
+    Args:
+        path: the file or folder, for messages.
+        format: for `Checkpoint.format`.
+        node: the nested object.
+        file: name of the file that holds the tensors.
+        read: reads the tensor of a `Leaf` by its key.
+
+    Raises:
+        CheckpointError: there are no tensors in it, or it is one rank's part of a model.
+    """
     _refuse_rank_files(path, node)
     own = _is_optimizer(node)
     parts = FoundModels({}, {}) if own else find_models(node)
@@ -148,12 +163,12 @@ def nested_checkpoint(path: Path, format: str, node: Any, file: str, read: Any =
         format = f"{format}: {OPTIMIZER}" if own or any(_is_optimizer(v) for _, v in entries_of(node)) else format
     if not parts.models and OPTIMIZER in format:
         raise CheckpointError(
-            f"{path} holds {OPTIMIZER}, and it is without tensors, as before the first step: there is nothing to read in it"
+            f"{path} holds {OPTIMIZER}, which has no tensors yet, as before the first step: there is nothing to read"
         )
     if not parts.models:
-        raise CheckpointError(f"{path} holds no tensors, only {class_name(node)}: it is no checkpoint of weights")
+        raise CheckpointError(f"{path} holds no tensors, only {class_name(node)}: it is not a checkpoint of weights")
     if classes := list(dict.fromkeys(_module_classes(node))):
-        format = f"{format}: modules pickled whole ({', '.join(classes)}), whose code was not run"
+        format = f"{format}: pickled modules ({', '.join(classes)}), whose code was not run"
     found, sections = _named_by_section(parts)
     names = Counter(name for name, value in leaves_of(node) if is_tensor(value))
     if names and names.most_common(1)[0][1] > 1:
@@ -203,6 +218,7 @@ def _module_classes(node: Any) -> Iterator[str]:
 
 
 def class_name(node: Any) -> str:
+    """The class of a value, also of one that was not unpickled."""
     return node.qualified if isinstance(node, (Unopened, ModuleState)) else type(node).__name__
 
 
@@ -211,17 +227,17 @@ def _is_optimizer(node: Any) -> bool:
 
 
 def _refuse_rank_files(path: Path, node: Any) -> None:
-    """Raise for the files of one of DeepSpeed's ranks: with ZeRO-3 a model's tensors are empty in them."""
+    """Raise for a file of one rank of DeepSpeed's ZeRO: it has only a part of the weights."""
     optimizer = node.get("optimizer_state_dict") if isinstance(node, Mapping) else None
     if isinstance(optimizer, Mapping) and {"zero_stage", "partition_count"} <= optimizer.keys():
         raise CheckpointError(
-            f"{path} is one rank's part of an optimizer's state and weights by DeepSpeed's ZeRO: name the folder, which is "
-            f"put together"
+            f"{path} has one rank's part of the optimizer state and weights of DeepSpeed's ZeRO: name the folder, whose "
+            f"files are joined"
         )
     module = node.get("module") if isinstance(node, Mapping) and "param_shapes" in node else None
     empty = [name for name, value in leaves_of(module) if isinstance(value, torch.Tensor) and not value.numel()]
     if empty:
         raise CheckpointError(
             f"{path} is one rank's file of DeepSpeed's ZeRO-3: {len(empty)} tensors such as {empty[0]!r} are empty here, their "
-            f"values lie in the ranks' *_optim_states.pt: name the folder, which is put together"
+            f"values are in the ranks' *_optim_states.pt: name the folder, whose files are joined"
         )

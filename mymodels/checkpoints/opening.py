@@ -1,4 +1,4 @@
-"""`open_checkpoint`: find out by content what a file or folder is, and open it lazily."""
+"""`open_checkpoint`: detect the format of a file or folder from its content, and open it lazily."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from .third_party_formats import open_gguf, open_npz, open_onnx, open_tensorflow
 from .torch_archives import open_distributed, open_exported, open_torchscript
 from .torch_files import open_pickle, open_torch_file
 
-_WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first what transformers takes, in its order
+_WEIGHTS = (  # in a folder, the first that exists is opened; the order begins with transformers' own
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -64,26 +64,27 @@ def open_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Checkpoint:
-    """Open any checkpoint as a lazy mapping of name → tensor. What it is, its content decides, not its name.
+    """Open any checkpoint as a lazy mapping of name → tensor. The format is detected from the content, not the name.
 
-    Read are: safetensors; sharded safetensors or `.bin` with their index; whatever `torch.save` wrote (state dicts,
-    training checkpoints however nested, whole modules, whose code is not run); DeepSpeed's ZeRO folders; TorchScript; `torch.export`; `torch.distributed.checkpoint` folders; ONNX
-    (extra `onnx`); TensorFlow checkpoints and SavedModels (extra `tf`); `.npz`; pickles of arrays; GGUF (extra `gguf`).
-    Objects of other classes beside the weights are not made; see `Checkpoint.extras`.
+    Formats: safetensors; sharded safetensors or `.bin` with their index; files of `torch.save` (state dicts, training
+    checkpoints nested at any depth, modules, whose code is not run); DeepSpeed's ZeRO folders; TorchScript;
+    `torch.export`; `torch.distributed.checkpoint` folders; ONNX (extra `onnx`); TensorFlow checkpoints and SavedModels
+    (extra `tf`); Keras (extra `h5`) and Flax (extra `flax`); `.npz`; pickles of arrays; GGUF (extra `gguf`). Objects of
+    other classes are not created; see `Checkpoint.extras`.
 
     Args:
         path: a file, a folder, the prefix of a TensorFlow checkpoint, or the id of a Hub repo.
-        section: of a file with several models, the one to open; see `Checkpoint.sections`.
-        allow_pickle: let a pickle that needs more than plain data run its code, in another process but with your
-            rights. Without it such a file is refused, and what it asked for named.
+        section: the model to open of a file with several; see `Checkpoint.sections`.
+        allow_pickle: run the code of a pickle that needs more than plain data, in another process with your rights.
+            If false, such a file is refused, and the error names that code.
         revision: branch, tag or commit of a Hub repo.
         token: as in `huggingface_hub`.
 
     Returns:
-        A `Checkpoint`; nothing but names, shapes and dtypes has been read.
+        A `Checkpoint`; only names, shapes and dtypes have been read.
 
     Raises:
-        CheckpointError: the file is of none of these formats, damaged, or not whole.
+        CheckpointError: the file has none of these formats, or is damaged or incomplete.
         FileNotFoundError: there is no such file, folder or repo.
 
     Examples:
@@ -110,22 +111,26 @@ def locate(
     everything: bool = False,
     **download: Any,
 ) -> Path:
-    """`path` itself, or the local copy of the Hub repo of this name, downloaded if need be; `download` goes to the Hub's client.
+    """`path` itself, or the local copy of the Hub repo of this name, which is downloaded if it is not cached.
 
-    Where there is safetensors, other weights are left out unless `everything` is wanted.
+    Args:
+        path: a file, a folder, or the id of a Hub repo.
+        revision, token: as for `open_checkpoint`.
+        everything: also download other weights where there is safetensors.
+        download: further arguments of `snapshot_download`.
 
     Raises:
-        FileNotFoundError: there is neither.
-        CheckpointError: it lies on this machine, where there are no revisions, and one is asked for.
+        FileNotFoundError: there is no such file, folder or repo.
+        CheckpointError: `path` is a local file or folder, and `revision` is given.
     """
     found = Path(path).expanduser()
     if not found.exists():
         with contextlib.suppress(OSError):
-            repair(found)  # a writer that was killed may have set it aside
+            repair(found)  # a killed writer may have moved it away
     if found.exists() or found.with_name(found.name + ".index").is_file():
         if revision is not None:
             raise CheckpointError(
-                f"{path} lies on this machine, and --revision {revision} (revision=) is a version of a Hub repo: leave it out"
+                f"{path} is local, and --revision {revision} (revision=) is for Hub repos: leave it out"
             )
         return found
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or found.suffix in (".pt", ".pth", ".bin", ".safetensors"):
@@ -134,7 +139,7 @@ def locate(
 
     try:
         files = HfApi(token=token).list_repo_files(str(path), revision=revision)
-    except Exception:  # offline: what the cache has
+    except Exception:  # offline: use the cache
         files = []
     others = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ckpt*", "*.pt", "*.pth", "*.tflite"]
     ignore = others if not everything and any(file.endswith(".safetensors") for file in files) else None
@@ -147,7 +152,7 @@ def locate(
 
 
 def _open_unchanged(folder: Path, opener: Callable[[], Checkpoint]) -> Checkpoint:
-    """Open a folder file by file, and again if a writer has replaced it meanwhile, lest two saves are mixed."""
+    """Open the files of a folder, and open them again if a writer replaced it meanwhile, so that no two saves are mixed."""
     for _ in range(100):
         before = _identity(folder)
         try:
@@ -158,7 +163,7 @@ def _open_unchanged(folder: Path, opener: Callable[[], Checkpoint]) -> Checkpoin
             continue
         if _identity(folder) == before:
             return checkpoint
-    raise CheckpointError(f"{folder} is being written again and again: open it when its writer has finished")
+    raise CheckpointError(f"{folder} is being replaced again and again: open it when its writer has finished")
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
@@ -170,7 +175,7 @@ def _identity(folder: Path) -> tuple[int, ...]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that its checkpoint is opened by: an index, or one file; more if that is not clear."""
+    """The file to open a folder's checkpoint by, such as its index; several files if that is ambiguous."""
     for pattern in _WEIGHTS:
         found = [
             file for file in sorted(folder.glob(pattern)) if file.is_file() and not _TRAINING_STATE.match(file.name)
@@ -184,7 +189,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _files_left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
-    """The files of weights or training state in a folder, and one level below, that the checkpoint is not read from."""
+    """Files of weights or training state in a folder, and one level below, that are not part of the checkpoint."""
     read = {info.file for info in checkpoint.info.values()}
     names = [file.relative_to(folder) for pattern in ("*", "*/*") for file in sorted(folder.glob(pattern))]
     return [
@@ -245,7 +250,7 @@ def shard_problem(path: Path) -> str:
 
 
 def _open_several(path: Path, parts: dict[str, Checkpoint]) -> Checkpoint:
-    """Several models of one folder as sections."""
+    """Several models in one folder as one checkpoint with sections."""
     first = next(iter(parts.values()))
     homes = {f"{stem}.{name}": (part, name) for stem, part in parts.items() for name in part}
     return Checkpoint(
@@ -271,12 +276,12 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
         inner = [path.parent for path in sorted(folder.glob("*/manifest.json")) if weight_files(path.parent)]
         if inner and not any(re.fullmatch(r"checkpoint-\d+", path.name) for path in inner):  # as `convert` writes them
             return _open_several(folder, {path.name: _open_folder(path, allow_pickle) for path in inner})
-        for file in sorted(folder.iterdir()):  # of a format that is not read
+        for file in sorted(folder.iterdir()):  # of a format that is not supported
             if file.is_file() and _ANY_WEIGHTS.search(file.name) and not _TRAINING_STATE.match(file.name):
-                raise CheckpointError(f"{folder} has no weights but {file.name}: this is {kind_of(file)}")
+                raise CheckpointError(f"{folder} has no weights except {file.name}, which is {kind_of(file)}")
         inner = [path.parent for path in folder.glob("*/*") if weight_files(path.parent)]
         hint = f"; did you mean {max(inner, key=_training_step)}?" if inner else ""
-        raise CheckpointError(f"{folder} holds no checkpoint: none of {', '.join(_WEIGHTS[:8])} and the like{hint}")
+        raise CheckpointError(f"{folder} holds no checkpoint: no {', '.join(_WEIGHTS[:8])} or similar file{hint}")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:6])
         if kind_of(files[0]) == "safetensors" and (part := open_safetensors(files[0]).part_of):
@@ -307,7 +312,7 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
 
 
 def _training_step(folder: Path) -> tuple[int, str]:
-    """Of the folders that a trainer saves one after the other, the last is the one that is meant."""
+    """A sort key by which the last of a trainer's folders, such as `checkpoint-500`, comes last."""
     return int(_trailing_number(folder.name) or -1), folder.name
 
 
@@ -317,10 +322,10 @@ def _trailing_number(name: str) -> str:
 
 
 def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint that the file `path` is, or is the index of."""
+    """Open the file `path`, or the files that it is the index of."""
     if not path.exists():
         if not path.with_name(path.name + ".index").is_file():
-            raise FileNotFoundError(f"{path} is gone")
+            raise FileNotFoundError(f"{path} does not exist any more")
         return _guarded(open_tensorflow, path, "the checkpoint")
     if beside := _tensorflow_index(path):
         path = beside
@@ -359,13 +364,13 @@ def _guarded(opener: Callable[[Path], Checkpoint], path: Path, what: str) -> Che
         return opener(path)
     except (CheckpointError, MemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:  # from deep inside a third-party reader
+    except Exception as error:  # from a third-party reader
         raise unreadable(path, what, error) from error
 
 
 def _tensorflow_index(path: Path) -> Path | None:
-    """The index of a TensorFlow checkpoint, by the name of another of its files."""
-    if path.name == "checkpoint":  # a text that names the newest
+    """The index of the TensorFlow checkpoint that another file of it belongs to; None if it is none of its files."""
+    if path.name == "checkpoint":  # a text file that names the newest checkpoint
         found = re.match(rb'model_checkpoint_path: "(?:[^"]*[/\\])?([^"/\\]+)"', path.read_bytes()[:1000])
         index = path.with_name(found[1].decode("utf-8", "replace") + ".index") if found else path
     else:
@@ -389,7 +394,7 @@ def _index_format(path: Path) -> str:
 
 
 def _open_shards(index: Path) -> Checkpoint:
-    """Shards of TensorFlow or Flax; their index has the names of that framework, so that only the files are compared."""
+    """Shards of TensorFlow or Flax. Their index has that framework's names, so only their number is compared."""
     parts: dict[str, Checkpoint] = {}
     for name in _index_files(index):
         if not inside(index.parent, name, index).is_file():

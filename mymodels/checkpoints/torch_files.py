@@ -21,16 +21,16 @@ from .pickled_modules import NeedsClassCode, with_state_dicts
 from .plain_pickle import PLAIN_TYPES, Unopened, UnopenedTensor, find_unopened
 
 HOW_TO_SAVE = (
-    "A pickled module loads only where its code lies as it did when it was saved; where it still does, save it as "
+    "A pickled module loads only with the code it was saved with; where that is available, save it as "
     "torch.save(model.state_dict(), path) or model.save_pretrained(folder)"
 )
 
 
 def open_torch_file(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """A file made by `torch.save`, opened with `weights_only=True`; tensors of today's zip files stay on disk.
+    """Open a file of `torch.save` without running its code; tensors in zip files (torch 1.6 and newer) stay on disk.
 
     Args:
-        allow_pickle: run whatever code the file asks for, in another process, if it is not plain data.
+        allow_pickle: if the file needs more than plain data, run its code in another process.
 
     Raises:
         CheckpointError: the file is damaged, or needs more than plain data and `allow_pickle` is false.
@@ -47,17 +47,26 @@ def open_torch_file(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
 
 
 class NotPlainData(CheckpointError):
-    """A pickle that asks for more than plain data."""
+    """A pickle needs more than plain data."""
 
 
 def load_plain(file: Any, path: Path | None = None) -> Any:
-    """`torch.load` with `weights_only=True`, on the CPU, memory-mapped if it can be; `path` names a stream."""
+    """`torch.load` with `weights_only=True`, on the CPU, memory-mapped if possible.
+
+    Args:
+        file: a path or an open file.
+        path: the name of an open file, for messages.
+
+    Raises:
+        NotPlainData: it needs more than plain data.
+        CheckpointError: it is damaged.
+    """
     where = path or file
     try:
         with torch.serialization.safe_globals(PLAIN_TYPES):
             if not isinstance(file, Path):
                 return torch.load(file, map_location="cpu", weights_only=True)
-            # a path lets torch map the file into memory, but one named .safetensors it would read as such
+            # torch maps a file into memory by its path, but would read one named .safetensors as safetensors
             if file.suffix != ".safetensors" and is_zip(file):
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             with file.open("rb") as stream:
@@ -74,32 +83,32 @@ def load_plain(file: Any, path: Path | None = None) -> Any:
             with torch.serialization.safe_globals(PLAIN_TYPES):
                 wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)) or wanted
         except Exception:
-            pass  # the older file format: the first one is known
+            pass  # the format before torch 1.6: only the first name is known
         raise NotPlainData(_unsafe_globals_message(where, wanted)) from error
 
 
 def _unsafe_globals_message(where: Any, wanted: list[str]) -> str:
     shown = ", ".join(wanted[:8]) + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else "")
     return (
-        f"{where} is a pickle that asks for {shown}, which is more than tensors and modules, whose code is not needed; it "
+        f"{where} is a pickle that needs the code of {shown}; only tensors, modules and plain data are read without code, so it "
         f"was not opened. {HOW_TO_SAVE}. {_ALLOW}"
     )
 
 
 _ALLOW = (
-    "If you trust the file, --allow-pickle (allow_pickle=True) runs its code in another process, with your rights, and "
-    "takes out the tensors"
+    "If you trust the file, --allow-pickle (allow_pickle=True) runs its code in another process, with your rights, to "
+    "extract the tensors"
 )
 
 
 def load_data(file: Any, path: Path | None = None) -> Any:
-    """`load_plain`, and for what it refuses the plain data and tensors all the same, other objects as `Unopened`.
+    """`load_plain`; if it refuses the file, plain data and tensors are read, and other objects become `Unopened`.
 
     Raises:
-        CheckpointError: the file is damaged, or tensors lie in objects of classes that would have to be run.
+        CheckpointError: the file is damaged, or tensors are in objects of classes whose code would have to run.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's on newer pickle protocols
+        warnings.simplefilter("ignore")  # torch warns of newer pickle protocols
         try:
             return load_plain(file, path)
         except CheckpointError as error:
@@ -112,7 +121,7 @@ def load_data(file: Any, path: Path | None = None) -> Any:
             raise CheckpointError(f"{path or file}: {error}") from None
         except plain_pickle.UnsafeGlobal as error:
             raise NotPlainData(_unsafe_globals_message(path or file, [str(error)])) from None
-        except Exception:  # it is damaged for this reader too
+        except Exception:  # this reader cannot read it either
             raise refused from None
     within = sorted({one.qualified for one in _unopened_in_models(node) if holds_tensors(one)})
     if within:
@@ -132,7 +141,7 @@ def _load_without_code(file: Any) -> Any:
 
 
 def _unopened_in_models(node: Any) -> Iterator[Unopened]:
-    """The unopened objects of a file, but for those under names that are no model's anyway."""
+    """The unopened objects of a file, except those under keys of training state."""
     if isinstance(node, Unopened):
         yield node
     for key, value in entries_of(node):
@@ -141,9 +150,9 @@ def _unopened_in_models(node: Any) -> Iterator[Unopened]:
 
 
 def holds_tensors(unopened: Unopened) -> bool:
-    """Whether an object that was not opened has tensors in it, so that weights may be missed; a tensor itself has not."""
+    """Whether an unopened object contains tensors, so that weights may be missed; false for a tensor itself."""
     if isinstance(unopened, UnopenedTensor):
-        return False  # named when it is met among a model's tensors
+        return False  # `plain_tensor` refuses it among a model's tensors
     if unopened.qualified.startswith("numpy.random."):
         return False  # a generator's state
     for one in find_unopened(unopened):
@@ -160,24 +169,24 @@ def _legacy_file(path: Path, modified: int, size: int) -> Checkpoint:
 
 
 def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
-    """The format before torch 1.6 has no table of its tensors and is read whole, and again when it was let go of.
+    """Open a file in the format before torch 1.6, which has no table of tensors and can only be read completely.
 
-    At most one such file stays in memory, so a sharded checkpoint of them costs one shard.
+    At most one such file stays in memory, and others are read again, so a sharded checkpoint needs memory for one shard.
     """
     stat = path.stat()
     load = partial(_legacy_file, path, stat.st_mtime_ns, stat.st_size)
     try:
-        whole = load()
+        opened = load()
     except NotPlainData:
         if not allow_pickle:
             raise
         return _unpickle_in_subprocess(path)
 
     def read(name: str) -> torch.Tensor:
-        return load()[name].clone()  # the loaded file is kept, and may be read again
+        return load()[name].clone()  # the loaded file is cached, and may be read again
 
     checkpoint = Checkpoint(
-        path, whole.format, whole.info, read, sections=whole.sections, extras=whole.extras, aliases=whole.aliases
+        path, opened.format, opened.info, read, sections=opened.sections, extras=opened.extras, aliases=opened.aliases
     )
     weakref.finalize(checkpoint, _legacy_file.cache_clear)
     return checkpoint
@@ -197,16 +206,18 @@ def _unpickle_in_subprocess(path: Path) -> Checkpoint:
 
 
 def open_pickle(path: Path) -> Checkpoint:
-    """A bare pickle of arrays, tensors or modules, as `pickle.dump` writes it; none of its code is run."""
+    """Open a pickle of arrays, tensors or modules that `pickle.dump` wrote; none of its code is run."""
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")
-            node = with_state_dicts(plain_pickle.load(file, encoding="latin1"))  # of Python 2, as detectron2's
+            node = with_state_dicts(
+                plain_pickle.load(file, encoding="latin1")
+            )  # for pickles of Python 2, such as detectron2's
     except (MemoryError, KeyboardInterrupt):
         raise
     except (NeedsClassCode, plain_pickle.UnsafeGlobal) as error:
         what = (
-            f"asks for {error}"
+            f"needs the code of {error}"
             if isinstance(error, plain_pickle.UnsafeGlobal)
             else f"cannot be read without its code ({error})"
         )
@@ -215,7 +226,7 @@ def open_pickle(path: Path) -> Checkpoint:
         ) from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except Exception as error:  # whatever a damaged pickle gives to a reader
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"{path} is a bare pickle, not made by torch.save, that is damaged or holds more than plain data "
             f"({first_line(error)}): {_HOW_TO_CONVERT}"
@@ -223,8 +234,8 @@ def open_pickle(path: Path) -> Checkpoint:
     within = sorted({one.qualified for one in _unopened_in_models(node) if holds_tensors(one)})
     if within or isinstance(node, Unopened):
         raise CheckpointError(
-            f"{path} is a bare pickle, not made by torch.save, and asks for {', '.join(within[:8]) or class_name(node)}, whose "
-            f"code would be run: {_HOW_TO_CONVERT}"
+            f"{path} is a bare pickle, not made by torch.save, and needs the code of {', '.join(within[:8]) or class_name(node)}: "
+            f"{_HOW_TO_CONVERT}"
         )
     if not any(is_tensor(value) for _, value in leaves_of([node])):
         raise CheckpointError(
@@ -233,4 +244,4 @@ def open_pickle(path: Path) -> Checkpoint:
     return nested_checkpoint(path, "pickle", node, path.name)
 
 
-_HOW_TO_CONVERT = "load it where it was made, and save its weights with torch.save"
+_HOW_TO_CONVERT = "load it with the program that wrote it, and save its weights with torch.save"

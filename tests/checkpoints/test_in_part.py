@@ -81,7 +81,7 @@ def test_ranks_of_fsdp2(tmp_path: Path) -> None:
         code = f"{imported}from mymodels.checkpoints import open_checkpoint\nopen_checkpoint({str(tmp_path / 'rank0.pt')!r})"
         run = warm_python.run([sys.executable, "-c", code])
         assert "gather it" in run.stderr.splitlines()[-1]
-    assert "join the files" in refusal(tmp_path / "hf")
+    assert "consolidate the files" in refusal(tmp_path / "hf")
     (part,) = [problem.message for problem in check_checkpoint(next((tmp_path / "hf").glob("shard-00001*")), full=True)]
     assert "one process's shard" in part
     opened = open_checkpoint(tmp_path / "dcp")
@@ -258,9 +258,7 @@ def test_quantised_by_the_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
     for path in (tmp_path, tmp_path / "model.safetensors"):
         for load in (load_checkpoint_and_dispatch, lambda model, path: import_checkpoint(path, model)):
-            with pytest.raises(
-                CheckpointError, match=r"is quantised, float8 with scales: .*quantization_config from"
-            ):
+            with pytest.raises(CheckpointError, match=r"is quantised, float8 with scales: .*quantization_config from"):
                 load(model, path)
     assert torch.equal(model.weight, before)
 

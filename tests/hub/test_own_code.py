@@ -84,11 +84,11 @@ def test_predict_export_load_and_build(ours: Path, negated: Path, tmp_path: Path
 
     (tmp_path / "lines.txt").write_text("the cat\n")
 
-    with pytest.raises(ValueError, match=r"brings code of its own.*trust_remote_code=True"):
+    with pytest.raises(ValueError, match=r"has code of its own.*trust_remote_code=True"):
         continued(negated)
     assert continued(negated, trust_remote_code=True) != continued(ours)
 
-    with pytest.raises(ValueError, match=r"brings code of its own.*trust_remote_code=True"):
+    with pytest.raises(ValueError, match=r"has code of its own.*trust_remote_code=True"):
         export_model(negated, "pt2", tmp_path / "exported")
     traced, _ = load_for_export(negated, None, None, True)  # what `export_model` traces
     model = AutoModelForCausalLM.from_pretrained(ours).eval()
