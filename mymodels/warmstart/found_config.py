@@ -1,4 +1,4 @@
-"""What stands beside weights and says how to read them: config files, and what training scripts store in the same file."""
+"""Configs found with weights: config files in the folder, and what training scripts store in the checkpoint itself."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,9 @@ from .configs import fields_of
 from .families import FAMILIES
 from .key_mapping import CONFIGS
 
-# under these names training scripts keep what they made the model from, the closest to the model first
+# keys under which training scripts store the arguments of the model; the most specific first
 _CONFIG_KEYS = ("model_args", "model_config", "config", "cfg", "hyper_parameters", "hparams", "args", "params")
-# other names of our fields: nanoGPT's, OpenAI's hparams.json, and what people write
+# other names of our fields: in nanoGPT, in OpenAI's hparams.json, and common ones
 _ALIASES = {
     "block_size": "max_position_embeddings",
     "n_ctx": "max_position_embeddings",
@@ -22,16 +22,16 @@ _ALIASES = {
     "num_heads": "num_attention_heads",
     "num_layers": "num_hidden_layers",
 }
-# fields that in a training script mean something of its own
+# fields that may mean something else in a training script
 _NOT_ARCHITECTURE = {
     "pooling", "layer_mix", "label_smoothing", "class_weights", "focal_gamma", "multi_sample_dropout", "use_cache",
     "num_labels", "output_attentions", "output_hidden_states", "initializer_range", "position_embedding_type",
 }  # fmt: skip
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
-# Google's BERT has no other: its code fixes what its config does not name
+# fixed in the code of Google's BERT, and so not in its config
 _GOOGLE = {"model_type": "bert", "layer_norm_eps": 1e-12}
 _OPENAI = {"model_type": "gpt2"}
-# nanoGPT's model_args, and what its code fixes; a fork has more switches, and may fix nothing of this
+# nanoGPT's model_args, and what its code fixes; a fork with more arguments may not fix it
 _NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
 _NANOGPT = {
     "norm_type": "layernorm",
@@ -42,11 +42,11 @@ _NANOGPT = {
 
 
 class FoundConfig(NamedTuple):
-    """What a source says of itself.
+    """The config found with a source.
 
     Attributes:
-        config: its `config.json`, or what is known of it; with a `model_type` it is complete.
-        assumed: fields that it does not say, and what its kind usually has.
+        config: its fields; complete if there is a `model_type`.
+        assumed: usual values of fields that were not found.
     """
 
     config: dict[str, Any]
@@ -67,10 +67,10 @@ def config_in_folder(folder: Path) -> dict[str, Any]:
 
 
 def config_in_file(extras: Mapping[str, Any]) -> FoundConfig:
-    """What a training checkpoint says of its model beside the weights (`Checkpoint.extras`).
+    """The config in the extras of a training checkpoint (`Checkpoint.extras`).
 
-    A complete config (`model_type` and the heads) is taken as it is; of anything else, the fields that are a model's
-    architecture.
+    A complete config (with `model_type` and the number of heads) is returned as it is; of anything else, the fields that
+    describe the architecture.
     """
     fields: dict[str, Any] = {}
     nano = False
@@ -104,7 +104,7 @@ def _is_plain_value(value: Any) -> bool:
 
 
 def _possible_configs(extras: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The mappings that may describe the model, the likeliest first; the top of the file last."""
+    """The mappings in extras that may describe the model, the likeliest first; the extras themselves last."""
 
     def rank(name: str) -> int:
         last = name.rpartition(".")[2].lower()
@@ -116,7 +116,7 @@ def _possible_configs(extras: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for name, entries in level
         if rank(name) < len(_CONFIG_KEYS) or _may_describe_model(name, entries)
     ]
-    for _ in range(3):  # Lightning's hyper_parameters hold what the module was called with, which may be a config
+    for _ in range(3):  # nested, as a config in Lightning's hyper_parameters
         yield from (entries for _, entries in level)
         level = [(key, _entries(value)) for _, entries in level for key, value in entries.items()]
         level = [(key, entries) for key, entries in level if entries]

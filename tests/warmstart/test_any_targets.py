@@ -228,7 +228,7 @@ def test_two_parts_that_fit_are_not_chosen_from() -> None:
         ),
         ({"out.weight": torch.randn(3, 8)}, {"overrides": {"width": 3}}, "overrides= changes the config"),
         ({"out.weight": torch.randn(3, 8)}, {"model_class": Net}, "model_class= names the class"),
-        (3, {}, "a int is no source"),
+        (3, {}, "a int cannot be a source"),
     ],
 )
 def test_what_is_refused_leaves_the_model_as_it_was(source, options: dict, words: str) -> None:

@@ -280,7 +280,7 @@ class TestSources:
         stock.config.vocab_size = 100
         report = warm_start("mygpt2", stock)
         assert report.model.config.vocab_size == 97
-        assert any("says vocab_size=100, its tensors 97, which counts" in note for note in report.notes)
+        assert any("says vocab_size=100, its tensors 97, which is used" in note for note in report.notes)
 
     def test_roberta_without_a_config_has_robertas_epsilon(self) -> None:
         stock = roberta("RobertaModel")
@@ -296,7 +296,7 @@ class TestSources:
     @pytest.mark.parametrize(
         ("source", "how", "sentence"),
         [
-            (5, {}, "a int is no source: pass a path, a Hub repo's id, a model or a state dict"),
+            (5, {}, "a int cannot be a source: pass a path, a Hub repo's id, a model or a state dict"),
             ({1: torch.zeros(2)}, {}, "holds a Tensor at 1, which is no tensor with a name"),
             ({"a": torch.eye(3).to_sparse()}, {}, r"tensor 'a' is torch\.sparse_coo: make it dense"),
             (None, {"config": "gpt2"}, r"config= is a str: pass the source's config"),
@@ -304,8 +304,8 @@ class TestSources:
             (None, {"rename": {"(": ""}}, "is no regular expression"),
             (None, {"overrides": {"num_key_value_heads": True}}, "num_key_value_heads=True should be like 12"),
             (None, {"overrides": {"n_layer": "abc"}}, "num_hidden_layers"),
-            (None, {"config": {"n_head": "4"}}, "mymodels cannot build what its config and tensors say"),
-            (None, {"config": {"n_head": 0}}, "mymodels cannot build what its config and tensors say|num_attention_heads"),
+            (None, {"config": {"n_head": "4"}}, "no model can be built from its config and tensors"),
+            (None, {"config": {"n_head": 0}}, "no model can be built from its config and tensors|num_attention_heads"),
         ],
     )  # fmt: skip
     def test_one_sentence(self, source, how: dict, sentence: str) -> None:

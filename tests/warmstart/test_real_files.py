@@ -74,7 +74,7 @@ class TestNanoGPT:
         report = warm_start("mygpt2", nano.state_dict(), config={"n_head": 4})
         assert not report.is_exact and from_nano(report, nano) <= 1e-5
         assert "norm_type='layernorm'" in report.notes[0] and "activation_function='gelu'" in report.notes[0]
-        with pytest.raises(CheckpointError, match="nothing tells its num_attention_heads"):
+        with pytest.raises(CheckpointError, match="its num_attention_heads is not known"):
             warm_start("mygpt2", nano.state_dict())
 
     def test_a_target_that_was_made_before(self) -> None:
@@ -89,7 +89,7 @@ class TestNanoGPT:
         torch.save(nano.state_dict(), tmp_path / "w.pt")
         assert cli.main(["warm-start", str(tmp_path / "w.pt"), "--to", "mygpt2"]) == 0
         shown = " ".join(capsys.readouterr().out.split())
-        assert "num_attention_heads=2" in shown and "--config or --set settle it" in shown and "overrides" not in shown
+        assert "num_attention_heads=2" in shown and "set them with --config or --set" in shown and "overrides" not in shown
         sets = [
             "n_head=4",
             "activation_function=gelu",
@@ -268,7 +268,7 @@ def test_quantised_sources_are_refused_in_one_sentence(how: str, tmp_path: Path)
         lambda: warm_start(MyGPT2ForCausalLM(mygpt2_config()), tensors, config=raw),
         lambda: MyGPT2ForCausalLM.from_pretrained(tmp_path),
     ):
-        with pytest.raises(CheckpointError, match=r"is quantised: .*take the model that it was made from") as caught:
+        with pytest.raises(CheckpointError, match=r"is quantised: .*use the model that it was made from") as caught:
             load()
         assert "\n" not in str(caught.value)
 
@@ -367,7 +367,7 @@ def test_gamma_beside_weight() -> None:
         for name in tensors
         if "LayerNorm.weight" in name
     }
-    with pytest.raises(CheckpointError, match=r"are the same one.*leave one of them out with skip="):
+    with pytest.raises(CheckpointError, match=r"both map to.*leave one of them out with skip="):
         warm_start("mybert", tensors | old, config=stock.config)
     for both in (tensors | old, old | tensors):
         report = warm_start("mybert", both, config=stock.config, skip=r"\.gamma$")
