@@ -218,7 +218,7 @@ def test_two_parts_that_fit_are_not_chosen_from() -> None:
         ({}, {}, "has no tensors"),
         ({"out.weight": torch.full((3, 8), float("nan"))}, {"allow": "."}, "has NaN or infinite values"),
         ({"out.weight": torch.ones(3, 8, dtype=torch.int8)}, {"allow": "."}, "not floating point"),
-        ({"other": torch.ones(3)}, {}, "next to nothing of it loads"),
+        ({"other": torch.ones(3)}, {}, "too little of it loads"),
         ({"out.weight": torch.randn(3, 8)}, {"strict": True}, "strict: "),
         ({"out.weight": torch.randn(3, 8)}, {"rename": {"(": ""}}, "is no regular expression"),
         (

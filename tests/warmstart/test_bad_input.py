@@ -140,7 +140,7 @@ def test_impossible_wishes(folder: Path) -> None:
         warm_start("llama", folder)
     with pytest.raises(CheckpointError, match="a dict is no model and no config"):
         warm_start({}, folder)
-    with pytest.raises(NotAllowedError, match="next to nothing of it loads into Linear"):
+    with pytest.raises(NotAllowedError, match="too little of it loads into Linear"):
         warm_start(torch.nn.Linear(1, 1), folder)
     with pytest.raises(CheckpointError, match="overrides= changes the config that a model is made from"):
         warm_start(MyGPT2ForCausalLM(mygpt2_config()), folder, overrides={"n_layer": 2})
@@ -192,7 +192,7 @@ def test_the_command_writes_nothing_when_it_fails(folder: Path, tmp_path: Path, 
     assert cli.main([*command, "--set", "position_embedding_type=rope", "--strict"]) == 1
     captured = capsys.readouterr()
     assert "has no table" in captured.out
-    assert captured.err.startswith("mymodels warm-start: strict: 0 parameters start anew and 1 tensors are not used")
+    assert captured.err.startswith("mymodels warm-start: strict: 0 parameters are newly initialised and 1 tensors are not used")
     damage(folder, spoil)
     assert cli.main(command) == 1
     error = capsys.readouterr().err

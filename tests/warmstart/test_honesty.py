@@ -135,7 +135,7 @@ class TestStrict:
         report = warm_start("mygpt2", stock_model("GPT2LMHeadModel"), skip="wpe")
         assert report.totals["new"]["tensors"] == 1
         for option in ("skip", "only", "allow"):
-            with pytest.raises(CheckpointError, match=rf"{option}='\[' has something that is no regular expression"):
+            with pytest.raises(CheckpointError, match=rf"{option}='\[' has an invalid regular expression"):
                 warm_start("mybert", stock, **{option: "["})
 
 
@@ -301,7 +301,7 @@ class TestSources:
             ({"a": torch.eye(3).to_sparse()}, {}, r"tensor 'a' is torch\.sparse_coo: make it dense"),
             (None, {"config": "gpt2"}, r"config= is a str: pass the source's config"),
             (None, {"layers": 5, "overrides": {"n_layer": 2}}, "layers=5 is none of every, first, last or a list"),
-            (None, {"rename": {"(": ""}}, "is no regular expression"),
+            (None, {"rename": {"(": ""}}, "is not a valid regular expression"),
             (None, {"overrides": {"num_key_value_heads": True}}, "num_key_value_heads=True should be like 12"),
             (None, {"overrides": {"n_layer": "abc"}}, "num_hidden_layers"),
             (None, {"config": {"n_head": "4"}}, "no model can be built from its config and tensors"),
