@@ -229,7 +229,9 @@ def _initial_value(model: PreTrainedModel, name: str, parameter: torch.Tensor, k
     path, _, attribute = name.rpartition(".")
     module, shape = model.get_submodule(path), tuple(parameter.shape)
     if keep:
-        return Value(shape, parameter.dtype, lambda: parameter.detach(), steps=("kept as the model had it",), kind="new")
+        return Value(
+            shape, parameter.dtype, lambda: parameter.detach(), steps=("kept as the model had it",), kind="new"
+        )
     return Value(
         shape, parameter.dtype, partial(_initialised, model, module, attribute), steps=(_describe_initial(model, module, attribute),), kind="new"
     )  # fmt: skip

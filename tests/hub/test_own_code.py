@@ -205,7 +205,7 @@ def test_what_counts_as_ours(ours: Path, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=r"has code of its own"):
                 way.from_pretrained(changed(f"{name} {way.__name__}", change))
     model_only = changed("model only", set_config(auto_map={"AutoModelForCausalLM": "mine.Mine"}))
-    with pytest.raises(ValueError, match=r"auto_map names code of its own, but no AutoConfig.*: add AutoConfig"):
+    with pytest.raises(ValueError, match=r"auto_map names custom code, but no AutoConfig.*: add AutoConfig"):
         AutoModelForCausalLM.from_pretrained(model_only, trust_remote_code=True)
 
 
