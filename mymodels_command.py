@@ -1,4 +1,4 @@
-"""What the `mymodels` script starts. It lies outside the package, as it has to run before the package is imported: see
+"""The entry point of the `mymodels` script, outside the package because it must run before the package is imported: see
 `_is_command_line` in mymodels/__init__.py."""
 
 started = False
@@ -7,7 +7,7 @@ started = False
 def main() -> int:
     """Run the command line of this process and return the exit code."""
     global started
-    started = True  # here and not above: a worker process imports the script again, and is no command line
+    started = True  # not at import: worker processes import the script again, and are not the command line
     try:
         from mymodels.cli import main as run
     except KeyboardInterrupt:

@@ -1,8 +1,8 @@
 """Modified GPT-2 and BERT models that load anywhere with transformers' Auto classes.
 
-Importing this package registers both families, so that `AutoModel.from_pretrained(path)` needs no `trust_remote_code`
-here, unless the folder has code of its own. Everything beyond the models is imported when first used. The command line
-alone registers them later, when a verb runs: see `_is_command_line`.
+Importing this package registers both families, so that `AutoModel.from_pretrained(path)` needs no `trust_remote_code`,
+unless the folder has custom code. Everything except the models is imported on first use. Only the command line registers
+them later, when a verb runs: see `_is_command_line`.
 """
 
 import sys
@@ -109,7 +109,7 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def _register_all() -> None:
-    """All that importing the package does, once."""
+    """Register the models and patch their loading and saving; done once, usually on import."""
     from . import registering
     from .peft_targets import register_with_peft
 
@@ -121,16 +121,16 @@ def _register_all() -> None:
 
 
 def _is_command_line() -> bool:
-    """Whether this process is `mymodels …` or `python -m mymodels …`, of which help shall not wait for torch.
+    """Whether this process is `mymodels …` or `python -m mymodels …`, whose help must not wait for torch.
 
-    `mymodels.cli` cannot be imported without this package. So the script starts `mymodels_command`, which lies outside;
-    of `python -m`, the interpreter's own arguments tell (`sys.argv[0]` is "-m" until the module is found, and what
-    `sys.orig_argv` has before the arguments is its name). Where neither is so, also in worker processes of the command,
-    the models are registered at once; a wrong guess could only be slow.
+    Importing `mymodels.cli` imports this package first. So the script starts `mymodels_command`, which is outside the
+    package; `python -m` is recognised by the interpreter's arguments (`sys.argv[0]` is "-m" until the module is found,
+    and the entry of `sys.orig_argv` before the arguments is its name). Otherwise, also in worker processes of the
+    command, the models are registered at once. A wrong result only costs time.
 
-    Registering when transformers is imported, by a hook on its import, would need no such mark, but has no safe moment:
-    while `transformers` is imported, accelerate or PEFT may be half imported themselves and transformers needs them;
-    while `transformers.models.auto` is, `transformers.modeling_layers` may be, which imports it and which we import.
+    An import hook on transformers is no alternative, as there is no safe moment to register: while `transformers` is
+    imported, accelerate or PEFT, which it needs, may be partly imported; while `transformers.models.auto` is,
+    `transformers.modeling_layers` may be, which imports it and which we import.
     """
     if getattr(sys.modules.get("mymodels_command"), "started", False):
         return True

@@ -1,4 +1,4 @@
-"""`python -m mymodels`: the `mymodels` command."""
+"""`python -m mymodels`: the same as the `mymodels` command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The main job, end to end: train both models briefly, save them as Hub repos, load them in a clean process, compare."""
+"""The complete workflow: train both models briefly, save them as Hub repo folders, load them in a new process, compare."""
 
 import math
 from collections import Counter
@@ -37,22 +37,25 @@ Example = dict[str, torch.Tensor]
 
 
 class Repo(NamedTuple):
-    """A trained model with its folder, and what a clean process must find there."""
+    """A trained model, its folder, and what the check in a new process needs."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     path: Path
     auto_classes: list[str]
-    metrics: list[tuple[str, float, str, float, bool]]  # name, value, baseline's name, its value, higher is better
+    metrics: list[
+        tuple[str, float, str, float, bool]
+    ]  # name, value, baseline's name and value, whether higher is better
 
 
 def batches(examples: list[Example], size: int = 32) -> list[Example]:
+    """Stack examples into batches of `size`."""
     chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
     return [{name: torch.stack([example[name] for example in chunk]) for name in chunk[0]} for chunk in chunks]
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[Example]:
-    """Documents one after another, an end token after each, cut into windows of `WINDOW` tokens."""
+    """The documents, each followed by an end token, concatenated and split into windows of `WINDOW` tokens."""
     ids: list[int] = []
     for document in documents:
         ids += [*tokenizer(document.text, verbose=False).input_ids, tokenizer.eos_token_id]
@@ -61,7 +64,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> li
 
 
 def _unigram_loss(train_examples: list[Example], held_out: list[Example], vocab_size: int) -> float:
-    """Nats per token of a model that knows only how often each token occurs (add-one smoothing): the baseline."""
+    """The baseline: nats per token of a unigram model with add-one smoothing."""
     counts = torch.ones(vocab_size)
     for example in train_examples:
         counts += torch.bincount(example["input_ids"], minlength=vocab_size)
@@ -69,7 +72,7 @@ def _unigram_loss(train_examples: list[Example], held_out: list[Example], vocab_
     return -torch.cat([log_probabilities[example["input_ids"]] for example in held_out]).mean().item()
 
 
-def _classified(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[Example]:
+def _labelled_examples(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[Example]:
     texts, labels = zip(*passages(documents, PASSAGE))
     rows = tokenizer(list(texts), padding="max_length", truncation=True, max_length=WINDOW, return_tensors="pt")
     return [
@@ -79,7 +82,7 @@ def _classified(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -
 
 
 def make_mygpt2(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3) -> Repo:
-    """Train a small MyGPT2 in its modern shape on the sample text and save it as a Hub repo folder."""
+    """Train a small MyGPT2 with rotary positions, RMSNorm and a gated MLP, and save it as a Hub repo folder."""
     training, held_out = load_sample_text("train"), load_sample_text("held_out")
     tokenizer = train_gpt2_tokenizer([d.text for d in training], vocab_size=1024, model_max_length=256)
     config = MyGPT2Config(
@@ -136,7 +139,7 @@ def make_mygpt2(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
 
 
 def make_mybert(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3) -> Repo:
-    """Train a small MyBert passage classifier on the sample text and save it as a Hub repo folder."""
+    """Train a small MyBert classifier of passages on the sample text, and save it as a Hub repo folder."""
     training, held_out = load_sample_text("train"), load_sample_text("held_out")
     tokenizer = train_bert_tokenizer([d.text for d in training], vocab_size=2048, model_max_length=256)
     config = MyBertConfig(
@@ -155,7 +158,7 @@ def make_mybert(output_dir: Path, num_train_epochs: int = 5, num_shards: int = 3
     )
     torch.manual_seed(0)
     model = MyBertForSequenceClassification(config)
-    examples, test = _classified(tokenizer, training), _classified(tokenizer, held_out)
+    examples, test = _labelled_examples(tokenizer, training), _labelled_examples(tokenizer, held_out)
     train(
         model,
         examples,
@@ -198,16 +201,20 @@ def _save(
 
 
 def run_demo(output_dir: Path, console: Console | None = None) -> bool:
-    """Make both repos below `output_dir`, load them in clean processes, and show what happened.
+    """Create both repo folders in `output_dir`, load each in a new process, and print the checks.
+
+    Args:
+        output_dir: gets the folders `mygpt2` and `mybert`.
+        console: where to print.
 
     Returns:
-        True if every check held: each held-out result beats its baseline, nothing was missing, unexpected or
-        mismatched, the code came from the folder, and the logits are the same within 1e-5.
+        True if every check held: each held-out result is better than its baseline, no tensor is missing, unexpected or
+        mismatched, the code is the folder's, and the logits are equal within 1e-5.
     """
     console = console or Console()
-    shown = passages(load_sample_text("held_out"), PASSAGE)[::20]
-    texts, truth = [text for text, _ in shown], [label for _, label in shown]
-    held = True
+    examples = passages(load_sample_text("held_out"), PASSAGE)[::20]
+    texts, truth = [text for text, _ in examples], [label for _, label in examples]
+    all_passed = True
     makers = {"mygpt2": make_mygpt2, "mybert": make_mybert}
     for name in makers:
         check_output_dir(output_dir / name)  # before minutes of training
@@ -225,16 +232,16 @@ def run_demo(output_dir: Path, console: Console | None = None) -> bool:
         ]
         for auto_class in repo.auto_classes:
             checks += _load_checks(repo, auto_class, report["models"][auto_class], outputs[auto_class], texts)
-        held = held and all(passed for _, passed in checks)
+        all_passed = all_passed and all(passed for _, passed in checks)
         console.print(_check_table(f"{name} under transformers {report['transformers']}", checks))
         if name == "mygpt2":
             continuation = report["models"]["AutoModelForCausalLM"]["continuation"]
             console.print(f"[bold]The sentence[/bold], continued there: {continuation!r}\n", highlight=False)
         else:
             console.print(_passage_table(texts, truth, outputs["AutoModelForSequenceClassification"]))
-    verdict = "[bold green]Every check held.[/]" if held else "[bold red]A check failed, see FAILED above.[/]"
+    verdict = "[bold green]Every check held.[/]" if all_passed else "[bold red]A check failed, see FAILED above.[/]"
     console.print(verdict)
-    return held
+    return all_passed
 
 
 def _load_checks(
@@ -244,18 +251,18 @@ def _load_checks(
     batch = repo.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     with torch.inference_mode():
         difference = (model(**batch)[0] - output).abs().max().item()
-    note = "" if difference == 0 else " (other kernels for memory laid out otherwise)"
-    own_head = auto_class == "AutoModel"  # a bare model leaves the head's tensors unused
-    stray = seen["missing_keys"] + seen["mismatched_keys"] + ([] if own_head else seen["unexpected_keys"])
+    note = "" if difference == 0 else " (different kernels, because of another memory layout)"
+    is_base = auto_class == "AutoModel"  # the base model has no place for the head's tensors
+    stray = seen["missing_keys"] + seen["mismatched_keys"] + ([] if is_base else seen["unexpected_keys"])
     module = seen["class"].split(".")[0]
     return [
-        (f"{auto_class}: {seen['class'].split('.')[-1]} from the folder's own code", module == "transformers_modules"),
+        (f"{auto_class}: {seen['class'].split('.')[-1]} from the folder's code", module == "transformers_modules"),
         (
-            f"{auto_class}: no tensor missing, mismatched{'' if own_head else ' or left over'}: {stray or 'none'}",
+            f"{auto_class}: no tensor missing, mismatched{'' if is_base else ' or unexpected'}: {stray or 'none'}",
             not stray,
         ),
         (
-            f"{auto_class}: largest difference of its output there and here: {difference:.3g}{note}",
+            f"{auto_class}: largest difference between its outputs there and here: {difference:.3g}{note}",
             difference <= TOLERANCE,
         ),
     ]

@@ -1,4 +1,4 @@
-"""Calling any model's `forward`: with the arguments that it takes, and whatever form its outputs have."""
+"""Call any model's `forward`: with the arguments that it accepts, and with outputs of any form."""
 
 import dataclasses
 import inspect
@@ -16,33 +16,33 @@ from .released import is_installed
 
 
 def without_wrappers(model: nn.Module) -> Any:
-    """The model inside of DDP, FSDP, `torch.compile` and PEFT."""
+    """The model inside DDP, FSDP, `torch.compile` and PEFT wrappers."""
     plain: Any = extract_model_from_parallel(model)
     return plain.get_base_model() if hasattr(plain, "get_base_model") else plain
 
 
 def is_known(model: nn.Module) -> bool:
-    """Whether a model's class is transformers' or mymodels' own, so that its `forward` needs no trial."""
+    """Whether a model's class is of transformers or mymodels, so that its `forward` needs no trial run."""
     cls = type(without_wrappers(model))
     return is_installed(cls) or cls.__module__.startswith("transformers.")
 
 
 def takes(model: nn.Module, argument: str) -> bool:
-    """Whether `forward` names this argument, or takes any by **kwargs."""
+    """Whether `forward` has this argument, or **kwargs."""
     parameters = inspect.signature(without_wrappers(model).forward).parameters
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a batch that `forward` takes: a tokenizer may make `token_type_ids` that it has no use for."""
+    """The entries of a batch that `forward` accepts; a tokenizer may add others, such as `token_type_ids`."""
     return {name: value for name, value in batch.items() if takes(model, name)}
 
 
 def as_mapping(outputs: Any) -> dict[str, Any]:
     """Outputs by name, whether they are a mapping, a dataclass, a tuple, or one tensor.
 
-    In a tuple, the loss is its only number (a tensor without dimensions, or with one element and one dimension), and the
-    logits the first of the other tensors; the rest is named by its place.
+    In a tuple, the loss is the only scalar (a tensor without dimensions, or of shape [1]), and the logits are the first
+    other tensor; the rest is named by its index.
     """
     if isinstance(outputs, Mapping):
         return dict(outputs)
@@ -61,13 +61,13 @@ def as_mapping(outputs: Any) -> dict[str, Any]:
 
 
 def loss_of(outputs: Any) -> torch.Tensor | None:
-    """The loss among a model's outputs, or None."""
+    """The loss in a model's outputs, or None."""
     loss = as_mapping(outputs).get("loss")
     return loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
 
 
 def logits_of(outputs: Any) -> torch.Tensor | None:
-    """`logits` among a model's outputs, else its first floating-point tensor that is not the loss, or None."""
+    """`logits` in a model's outputs, else the first floating-point tensor that is not the loss, or None."""
     found = as_mapping(outputs)
     tensors = [value for name, value in found.items() if name != "loss" and isinstance(value, torch.Tensor)]
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim]
@@ -76,7 +76,7 @@ def logits_of(outputs: Any) -> torch.Tensor | None:
 
 @contextmanager
 def uniform_outputs(model: nn.Module) -> Iterator[None]:
-    """Within it, the model returns a `ModelOutput` whatever its `forward` returns, as transformers' Trainer needs it."""
+    """Within it, the model returns a `ModelOutput`, as transformers' Trainer needs, for any form of outputs."""
 
     def convert(module: nn.Module, arguments: Any, outputs: Any) -> Any:
         return outputs if isinstance(outputs, Mapping) else ModelOutput(as_mapping(outputs))
@@ -91,17 +91,17 @@ def uniform_outputs(model: nn.Module) -> Iterator[None]:
 def fitting_collator(
     model: nn.Module, collator: Callable[[list], Mapping[str, Any]]
 ) -> Callable[[list], dict[str, Any]]:
-    """A collator that leaves out what `forward` does not take."""
+    """A collator without the entries that `forward` does not accept."""
     return lambda examples: accepted(model, collator(examples))
 
 
 def check_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """Run a small batch before a training, in eval mode; returns the outputs.
+    """Run a small batch in eval mode before training, and return the outputs.
 
-    Neither the model (the running statistics of norms included) nor random numbers are changed by it.
+    It changes neither the model (including running statistics of norms) nor the random state.
 
     Raises:
-        ValueError: `forward` fails, or gives no loss to train on; the sentence says what to change.
+        ValueError: `forward` fails, or returns no loss that can be trained on; the message says what to change.
     """
     name, training = type(without_wrappers(model)).__name__, model.training
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -110,7 +110,7 @@ def check_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             outputs = model(**moved)
-    except Exception as error:  # whatever someone's code raises
+    except Exception as error:  # custom code can raise anything
         sizes = ", ".join(f"{key} {list(value.shape)}" for key, value in moved.items() if hasattr(value, "shape"))
         raise ValueError(f"{name}.forward fails on a batch of the data ({sizes}): {first_line(error)}") from error
     finally:
@@ -119,7 +119,7 @@ def check_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     if loss is None:
         there = ", ".join(key for key, value in as_mapping(outputs).items() if isinstance(value, torch.Tensor))
         raise ValueError(
-            f"{name}.forward gives no loss for {', '.join(moved)}, but {there or 'no tensor'}: return one number as `loss`, "
+            f"{name}.forward returns no loss for {', '.join(moved)}, but {there or 'no tensor'}: return a scalar as `loss`, "
             "in a mapping, a dataclass or a tuple"
         )
     if not loss.requires_grad:

@@ -1,13 +1,13 @@
-"""Text for people: made safe for a terminal, short, on one line.
+"""Text for messages: without control characters, short, on one line.
 
-Names, and what other libraries say, may come from files and servers of strangers.
+Names and the messages of other libraries may come from untrusted files and servers.
 """
 
 from typing import Any
 
 
 def printable(text: Any) -> str:
-    """`text` with control characters, which could steer a terminal, written out as in Python's source."""
+    """`text` with control characters, which a terminal would execute, escaped as in Python source."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
@@ -17,11 +17,11 @@ def shorten(text: str, width: int) -> str:
 
 
 def one_line(text: Any, width: int) -> str:
-    """`text` on one printable line of at most `width` characters: line breaks and other space become one blank each."""
+    """`text` on one printable line of at most `width` characters: each run of white space becomes one blank."""
     return shorten(printable(" ".join(str(text).split())), width)
 
 
 def first_line(error: BaseException, width: int = 300) -> str:
-    """The first line of an error's text that is not empty; the error's type if it has none."""
+    """The first non-empty line of an error's text; the name of its type if there is none."""
     lines = (line.strip() for line in str(error).splitlines())
     return one_line(next(filter(None, lines), type(error).__name__), width)

@@ -1,4 +1,4 @@
-"""PEFT's default targets for both models, without importing PEFT before anybody else does."""
+"""Default target modules of PEFT for both models, registered without importing PEFT."""
 
 import sys
 from importlib.abc import MetaPathFinder
@@ -7,16 +7,16 @@ from types import ModuleType
 from typing import Any
 
 _TABLES = "peft.utils.constants"
-_NAMED_LIKE = {"mygpt2": "llama", "mybert": "bert"}  # their matrices and norms have these models' names
+_NAMED_LIKE = {"mygpt2": "llama", "mybert": "bert"}  # model whose modules have the same names
 
 
 def register_with_peft() -> None:
-    """Let `LoraConfig()` and PEFT's other methods find what to adapt by themselves, as for Llama and BERT: now, if PEFT is
-    loaded, else when it will be."""
+    """Add default target modules for `LoraConfig()` and PEFT's other methods, as for Llama and BERT: now if PEFT is
+    loaded, else when it is imported."""
     if _TABLES in sys.modules:
         _register(sys.modules[_TABLES])
     else:
-        sys.meta_path.insert(0, _WhenPeftLoads())
+        sys.meta_path.insert(0, _PeftImportHook())
 
 
 def _register(tables: ModuleType) -> None:
@@ -27,8 +27,8 @@ def _register(tables: ModuleType) -> None:
                     table.setdefault(ours, table[like])
 
 
-class _WhenPeftLoads(MetaPathFinder):
-    """Finds PEFT's tables where they are, once, and fills in ours when they have been made."""
+class _PeftImportHook(MetaPathFinder):
+    """Finds the module with PEFT's tables once, and adds our entries after it has run."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _TABLES:

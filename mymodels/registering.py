@@ -1,8 +1,8 @@
-"""What `import mymodels` does to the classes of transformers and to our own: done once, from `__init__`.
+"""What `import mymodels` changes in the classes of transformers and our own; called once, from `__init__`.
 
-The models are remote code and know nothing of this. Auto classes learn both families, but for a folder with code of its
-own that code runs, or nothing; `from_pretrained` also takes stock checkpoints; `save_pretrained` also saves the code of
-subclasses.
+The models are remote code and do not import this. Both families are registered with the Auto classes, but a folder with
+custom code is loaded with that code or not at all; `from_pretrained` also loads stock checkpoints; `save_pretrained`
+also saves the code of subclasses.
 """
 
 import functools
@@ -24,7 +24,7 @@ from .released import OwnCodeError, check_code, is_installed, names_of_ours
 
 
 class _Loading(NamedTuple):
-    """A config that is being loaded: from where, with which arguments, and for its own sake only."""
+    """A config that is being loaded: from where, with which arguments, and whether without a model."""
 
     where: Any
     kwargs: dict[str, Any]
@@ -36,21 +36,22 @@ _saving: ContextVar[Any] = ContextVar("saving", default=None)  # the model whose
 
 
 def register_auto_classes() -> None:
+    """Register both families with transformers' Auto classes."""
     for config, modeling in ((MyGPT2Config, modeling_mygpt2), (MyBertConfig, modeling_mybert)):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto_class, reference in config.AUTO_MAP.items():
             if auto_class != "AutoConfig":
                 model = getattr(modeling, reference.split(".")[1])
                 getattr(transformers, auto_class).register(config, model, exist_ok=True)
-                # where `transformers serve` looks for it; the module may have been made anew while it was imported
+                # `transformers serve` looks for it there; `transformers` may be another module object since its import
                 setattr(sys.modules["transformers"], model.__name__, model)
 
 
 def prefer_code_of_folders() -> None:
-    """Let Auto classes run the code of a folder that has its own, if it is trusted, and else say so.
+    """Let Auto classes load a folder with custom code by that code if it is trusted, and otherwise raise.
 
-    transformers 5.5 and newer takes a registered class even if the folder's code is trusted; before, it takes it unasked
-    if the code is not trusted.
+    transformers 5.5 and newer uses a registered class even if the folder's code is trusted; older releases use it if the
+    code is not trusted.
     """
     original = AutoConfig.from_pretrained.__func__  # type: ignore[attr-defined]
 
@@ -67,7 +68,7 @@ def prefer_code_of_folders() -> None:
             _loading.reset(token)
         if reference is None:
             raise OwnCodeError(
-                f"{pretrained_model_name_or_path}: auto_map names code of its own, but no AutoConfig, so no Auto class "
+                f"{pretrained_model_name_or_path}: auto_map names custom code, but no AutoConfig, so no Auto class "
                 "can load it: add AutoConfig to auto_map in config.json"
             )
         kwargs = {**kwargs, "_from_auto": True, "name_or_path": pretrained_model_name_or_path}
@@ -103,8 +104,8 @@ def prefer_code_of_folders() -> None:
         ours = is_installed(cls) and is_installed(type(config))
         if ours and named is not None and named.rpartition("--")[2] != config.AUTO_MAP.get(cls._auto_class):
             raise OwnCodeError(
-                f"the config names {named} for {cls._auto_class}, and {cls.__name__} is not that class: load the "
-                "config by AutoConfig from its folder with trust_remote_code=True, or make the model by its class"
+                f"the config names {named} for {cls._auto_class}, but {cls.__name__} is another class: load the "
+                "config by AutoConfig from its folder with trust_remote_code=True, or create the model with its class"
             )
         return super(base.MyPreTrainedModel, cls)._from_config(config, **kwargs)  # type: ignore[misc]
 
@@ -114,10 +115,10 @@ def prefer_code_of_folders() -> None:
 
 
 def _clear_model_mapping(loaded: Any) -> Any:
-    """Remove the model classes that transformers registered for the config class of a folder with code of its own.
+    """Remove the model classes that transformers registered for the config class of a folder with custom code.
 
-    Folders of one name whose config's code is the same share that class; 5.5 and newer would give the second folder the
-    model of the first, whatever code it has.
+    Folders with the same name and the same configuration code share that class; 5.5 and newer would load the second
+    folder with the model class of the first.
     """
     config = loaded[0] if isinstance(loaded, tuple) else loaded
     if hasattr(type(config), "AUTO_MAP") and type(config).__module__.startswith("transformers_modules."):
@@ -128,7 +129,7 @@ def _clear_model_mapping(loaded: Any) -> Any:
 
 
 def _own_config(model_class: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The `config.json` of a folder of this very family: one look spares a cold start the import of all that converts."""
+    """The `config.json` of a folder of this family, or None; then the conversion code need not be imported."""
     try:
         config = json.loads(Path(path, kwargs.get("subfolder") or "", "config.json").read_bytes())
         return config if config["model_type"] == model_class.config_class.model_type else None
@@ -137,7 +138,7 @@ def _own_config(model_class: Any, path: Any, kwargs: dict[str, Any]) -> dict[str
 
 
 def convert_stock_checkpoints() -> None:
-    """Let `from_pretrained` take stock checkpoints too, and refuse code that a class does not stand for."""
+    """Let `from_pretrained` load stock checkpoints too, and refuse folders with custom code."""
 
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         config = _own_config(cls, pretrained_model_name_or_path, kwargs)
@@ -156,14 +157,14 @@ def convert_stock_checkpoints() -> None:
 
 
 def save_code_of_subclasses() -> None:
-    """Let `save_pretrained` save a subclass with its code, flat, as `build_repo` does; what cannot be saved, a warning says."""
+    """Let `save_pretrained` save a subclass with its code, flat, as `build_repo` does; it warns of what cannot be saved."""
 
     def save_model(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         if is_installed(type(self)) and is_installed(type(self.config)):
             return super(base.MyPreTrainedModel, self).save_pretrained(save_directory, *args, **kwargs)
         token = _saving.set(self)
-        # not transformers' copier, which keeps imports as they are: `save_config` writes the code; 4.x asks for the first,
-        # 5.x for the second
+        # disables transformers' own copying of code, which does not rewrite imports (4.x reads the first attribute, 5.x
+        # the second); `save_config` writes the code
         self._auto_class, self.is_remote_code = None, lambda: False
         try:
             return super(base.MyPreTrainedModel, self).save_pretrained(save_directory, *args, **kwargs)
@@ -177,13 +178,13 @@ def save_code_of_subclasses() -> None:
         before, architectures = getattr(self, "auto_map", None), self.architectures
         files: dict[str, str] = {}
         if model is None and is_installed(type(self)):
-            self.auto_map = _of_installed(type(self), before or {})
+            self.auto_map = _auto_map_of_installed(type(self), before or {})
         else:
             from .hub.own_classes import files_and_auto_map
 
             files, self.auto_map = files_and_auto_map(self, model)
             self._auto_class = None
-            if not files and type(model).__name__ in names_of_ours():  # by its full name, or it would be loaded as ours
+            if not files and type(model).__name__ in names_of_ours():  # with its module, or it would be loaded as ours
                 self.architectures = [f"{type(model).__module__}.{type(model).__qualname__}"]
         try:
             if files:
@@ -199,8 +200,8 @@ def save_code_of_subclasses() -> None:
     base.MyPretrainedConfig.save_pretrained = save_config  # type: ignore[method-assign]
 
 
-def _of_installed(config_class: Any, auto_map: dict[str, Any]) -> dict[str, Any]:
-    """`auto_map` without the classes of another folder that a config was loaded from, whose code is not saved here."""
+def _auto_map_of_installed(config_class: Any, auto_map: dict[str, Any]) -> dict[str, Any]:
+    """`auto_map` without classes of the folder that the config was loaded from, as their code is not saved."""
     kept = {}
     for auto, target in auto_map.items():
         is_ours = auto == "AutoConfig" or auto.startswith("AutoModel")

@@ -1,7 +1,7 @@
-"""Whether the code that a folder names is ours: byte for byte a released version of it.
+"""Whether the code that a folder names is a released version of our own, byte for byte.
 
-The installed classes stand for such folders, and for those without code. In any other folder it is the folder's own
-code that says what the weights mean; it runs if it is trusted, and nothing runs in its place.
+Such folders, and those without code, are loaded with the installed classes. In any other folder, the folder's custom code
+determines what the weights mean: it is run if it is trusted, and no other code is used in its place.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ from .models.configuration_mygpt2 import MyGPT2Config
 CONFIGS = {config.model_type: config for config in (MyGPT2Config, MyBertConfig)}
 _MODELS = Path(__file__).with_name("models")
 _TABLE = Path(__file__).with_name("released_code.txt")
-# as transformers looks for them
+# the patterns that transformers uses
 _RELATIVE = re.compile(r"^\s*import\s+\.(\S+)\s*$|^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
 _DOWNLOAD = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "repo_type")
 
-# (name, repo=None): the content of a file of the folder, or of another repo; None if there is no such
+# (name, repo=None) → the content of a file of the folder, or of another repo; None if it does not exist
 Read = Callable[..., bytes | None]
 
 
 class OwnCodeError(ValueError):
-    """A folder has code of its own, and the installed classes do not stand for it."""
+    """A folder has custom code, so the installed classes must not be used for it."""
 
 
 def is_installed(cls: type) -> bool:
-    """Whether a class is one of mymodels' own, imported from here."""
+    """Whether a class is of this installation of mymodels, and not remote code."""
     return cls.__module__.startswith(f"{__package__}.models.")
 
 
@@ -42,13 +42,13 @@ def names_of_ours() -> set[str]:
 
 
 def digest(files: Mapping[str, bytes]) -> str:
-    """Of code files, by name and content."""
+    """SHA-256 over the names and contents of code files."""
     listed = (f"{name}\0{hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(files.items()))
     return hashlib.sha256("".join(listed).encode()).hexdigest()
 
 
 def reached(modules: Iterable[str], read: Callable[[str], bytes | None]) -> dict[str, bytes | None]:
-    """The files of modules and of all that they import relatively, by name; None for one that is not there."""
+    """The files of modules and of their relative imports, by name; None for a missing file."""
     found: dict[str, bytes | None] = {}
     queue = list(modules)
     while queue:
@@ -67,7 +67,7 @@ def _installed_file(name: str) -> bytes | None:
 
 @cache
 def released() -> frozenset[str]:
-    """Digests of our code files: of earlier releases, and as they are installed."""
+    """Digests of our code files: of earlier releases, and of this installation."""
     own = set(_TABLE.read_text(encoding="ascii").split())
     for config in CONFIGS.values():
         for modules in ({_module(config.AUTO_MAP["AutoConfig"])}, set(map(_module, config.AUTO_MAP.values()))):
@@ -80,12 +80,12 @@ def _module(target: str) -> str:
 
 
 def own_code(config: Mapping[str, Any], read: Read, *, config_only: bool = False) -> str:
-    """What of the code that a config names is not ours, in words; empty if all is, or there is none.
+    """A phrase for custom code that a config names; empty if it names none, or only our own.
 
     Args:
         config: the content of a `config.json`.
-        read: gives the content of a file of the folder.
-        config_only: look at the code of the config class only.
+        read: returns the content of a file of the folder.
+        config_only: only check the code of the config class.
     """
     auto_map = config.get("auto_map")
     named = {str(auto): target for auto, target in auto_map.items()} if isinstance(auto_map, dict) else {}
@@ -108,7 +108,7 @@ def own_code(config: Mapping[str, Any], read: Read, *, config_only: bool = False
         if there and len(there) < len(files):
             return f"{min(files.keys() - there.keys())} is missing"
         if there and digest(there) not in released():
-            return f"{', '.join(sorted(there))}: not those of any release"
+            return f"{', '.join(sorted(there))}: not in any release"
     return ""
 
 
@@ -120,21 +120,21 @@ def check_code(
     config_only: bool = False,
     saved: bool = False,
 ) -> None:
-    """Refuse a folder for which the installed classes do not stand.
+    """Refuse a folder that the installed classes must not be used for.
 
     Args:
         config: its `config.json`.
         where: a folder, or the id of a Hub repo.
-        hub: arguments of `from_pretrained`, for a Hub repo `revision` and the like.
-        config_only: look at the code of the config class only.
+        hub: for a Hub repo, arguments of `from_pretrained` such as `revision`.
+        config_only: only check the code of the config class.
         saved: also refuse a model of another class that was saved without its code.
 
     Raises:
-        OwnCodeError: in one sentence.
+        OwnCodeError: the folder has custom code, or lacks the code of its class.
     """
     if reason := own_code(config, reader(where, hub), config_only=config_only):
         raise OwnCodeError(
-            f"{where} has code of its own ({reason}), and mymodels' classes do not stand for it: read it, then load it "
+            f"{where} has code of its own ({reason}), and mymodels' classes cannot replace it: read it, then load it "
             "by an Auto class with trust_remote_code=True"
         )
     architectures = config.get("architectures")
@@ -143,13 +143,13 @@ def check_code(
         ours = {target.rpartition(".")[2] for target in family.AUTO_MAP.values()}
         if not ours & set(map(str, architectures)):
             raise OwnCodeError(
-                f"{where} was saved from the class {architectures[0]}, whose code is not in it: load it by "
+                f"{where} was saved from the class {architectures[0]}, whose code is not in the folder: load it by "
                 f"{architectures[0]}.from_pretrained, or save it with its code by mymodels.build_repo"
             )
 
 
 def reader(where: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> Read:
-    """Reads code files of a folder, or of a Hub repo at the revision that `from_pretrained`'s arguments say."""
+    """A function that reads code files of a folder, or of a Hub repo at the revision in `from_pretrained`'s arguments."""
     from transformers.utils import cached_file
 
     hub = hub or {}

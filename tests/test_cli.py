@@ -36,7 +36,7 @@ def test_the_demo_shows_what_happened(small_demo: None, tmp_path: Path) -> None:
     assert "model.safetensors.index.json" in shown and "modeling_mygpt2.py" in shown
     for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel"):
         assert f"{name}: no tensor missing, mismatched" in shown
-        assert f"{name}: largest difference of its output there and here" in shown
+        assert f"{name}: largest difference between its outputs there and here" in shown
     assert "held-out loss" in shown and "majority class" in shown and demo.PROMPT in shown
 
 

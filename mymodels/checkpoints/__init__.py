@@ -1,4 +1,4 @@
-"""Weights on disk: any format opened lazily; sharded safetensors written so that no interruption breaks them."""
+"""Weights on disk: open any format lazily; write sharded safetensors crash-safe."""
 
 from .atomic_write import replace_file, replace_folder
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo

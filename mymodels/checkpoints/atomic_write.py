@@ -1,4 +1,4 @@
-"""Crash-safe writing: a folder or file appears whole at its place, or what stood there before stays."""
+"""Crash-safe writing: a file or folder is replaced completely or not at all."""
 
 import contextlib
 import ctypes
@@ -26,19 +26,19 @@ def replace_folder(
     finish: Callable[[Path], None] | None = None,
     overwrite: bool = True,
 ) -> Iterator[Path]:
-    """Write a folder beside `target`, and put it in `target`'s place when the `with` block ends without an error.
+    """Write a folder beside `target`, and replace `target` with it when the `with` block ends without an error.
 
-    Whatever happens on the way (an exception, a full disk, SIGKILL, a power cut), `target` is at every moment what it
-    was before, whole, or the new folder, whole: files and folders are flushed to the disk before both change places
-    in one step (`renameat2` on Linux, `renamex_np` on macOS; a file system without it gets two renames, and the next
-    call for `target` repairs an interruption between them). What a killed writer left behind is removed by the next
-    one. Several writers may work at once; the last to finish wins.
+    At every moment, `target` is either the complete old folder or the complete new one, also after an exception, a full
+    disk, SIGKILL or a power cut: files and folders are flushed to the disk before the two are exchanged in one step
+    (`renameat2` on Linux, `renamex_np` on macOS; file systems without it need two renames, and the next call for
+    `target` repairs an interruption between them). The next writer removes what a killed one left. Several writers may
+    run at once; the last to finish wins.
 
     Args:
         target: the folder; its parents are created.
-        keep: which of the files and folders that now stand in `target`, by name, the new folder takes over (hard links,
-            so nothing is read); None takes over nothing.
-        finish: called with the new folder when it is complete but for what this writes, such as a manifest.
+        keep: whether the new folder keeps a file or folder of `target`, by name (as a hard link, so nothing is copied);
+            None keeps nothing.
+        finish: called with the new folder at the end, to add what depends on its content, such as a manifest.
         overwrite: if false, an existing `target` that is not empty is an error.
 
     Yields:
@@ -46,12 +46,12 @@ def replace_folder(
 
     Raises:
         FileExistsError: `target` is a file, or not empty and `overwrite` is false.
-        OSError: the disk is full, or the place read-only; `target` is as it was.
+        OSError: the disk is full, or the folder read-only; `target` is unchanged.
     """
     target = Path(os.path.realpath(os.path.expanduser(target)))
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: choose a folder to write to")
-    with _said(f"{target} was not written"):
+    with _explain_os_errors(f"{target} was not written"):
         target.parent.mkdir(parents=True, exist_ok=True)
         repair(target)
         if not overwrite and target.exists() and any(target.iterdir()):
@@ -65,14 +65,14 @@ def replace_folder(
         staging, lock = _stage(target)
     try:
         new = staging / _NEW
-        with _said(f"{target} was not written, what stood there is unchanged"):
+        with _explain_os_errors(f"{target} was not written, and what was there is unchanged"):
             new.mkdir()
             existed = target.exists()
             if existed:
                 shutil.copymode(target, new)
             yield new
             if keep and existed:
-                _take_over(target, new, keep)
+                _link_kept_files(target, new, keep)
             if finish:
                 finish(new)
             _flush(new)
@@ -80,9 +80,11 @@ def replace_folder(
             former = new if new.exists() else staging / _OLD
             if former.exists() and (not former.is_dir() or (not overwrite and any(former.iterdir()))):
                 _swap(former, target, staging / "refused")
-                raise FileExistsError(f"{target} was put there meanwhile, and is left as it is: choose another folder")
+                raise FileExistsError(
+                    f"{target} was created by another process meanwhile, and is unchanged: choose another folder"
+                )
             if keep and former.exists():
-                _move_late(former, target, keep)
+                _move_files_added_meanwhile(former, target, keep)
             _sync(target.parent)
     finally:
         if not (staging / _OLD).exists() or target.exists():
@@ -92,29 +94,29 @@ def replace_folder(
 
 @contextlib.contextmanager
 def replace_file(target: str | os.PathLike, *, overwrite: bool = True) -> Iterator[Path]:
-    """As `replace_folder`, for one file: yields the path to write it to.
+    """`replace_folder` for one file: yields the path to write it to.
 
     Raises:
         FileExistsError: `target` exists and `overwrite` is false.
         IsADirectoryError: `target` is a folder.
-        OSError: the disk is full, or the place read-only; `target` is as it was.
+        OSError: the disk is full, or the folder read-only; `target` is unchanged.
     """
     target = Path(os.path.realpath(os.path.expanduser(target)))
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder: choose a file to write to")
-    with _said(f"{target} was not written"):
+    with _explain_os_errors(f"{target} was not written"):
         target.parent.mkdir(parents=True, exist_ok=True)
         repair(target)
         staging, lock = _stage(target)
     try:
-        with _said(f"{target} was not written, what stood there is unchanged"):
+        with _explain_os_errors(f"{target} was not written, and what was there is unchanged"):
             yield staging / _NEW
             if target.exists():
                 shutil.copymode(target, staging / _NEW)
             _sync(staging / _NEW)
             if not overwrite:
                 with contextlib.suppress(FileExistsError):
-                    os.link(staging / _NEW, target)  # unlike a rename, never over another file
+                    os.link(staging / _NEW, target)  # unlike a rename, this never overwrites
                 if not os.path.samefile(staging / _NEW, target):
                     raise FileExistsError(f"{target} exists: choose another file, or remove it first")
             os.replace(staging / _NEW, target)
@@ -125,8 +127,8 @@ def replace_file(target: str | os.PathLike, *, overwrite: bool = True) -> Iterat
 
 
 def repair(target: Path) -> None:
-    """Clear away what killed writers of `target` left, and put back what one of them had set aside."""
-    ours = re.compile(re.escape(f".{target.name}.saving-") + r"\w{8}")  # what `mkdtemp` makes of the prefix
+    """Remove what killed writers of `target` left, and restore the folder that one of them had moved away."""
+    ours = re.compile(re.escape(f".{target.name}.saving-") + r"\w{8}")  # the prefix and what `mkdtemp` appends
     for staging in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
         with contextlib.suppress(Timeout, OSError), FileLock(staging / _LOCK, timeout=0):
             if (staging / _OLD).exists() and not target.exists():
@@ -135,14 +137,14 @@ def repair(target: Path) -> None:
 
 
 def _stage(target: Path) -> tuple[Path, FileLock]:
-    """A new folder beside `target`, locked for as long as this process lives."""
+    """A new folder beside `target`, locked until this process releases it or ends."""
     while True:
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
         lock = FileLock(staging / _LOCK)
         try:
             lock.acquire(timeout=0)
         except (Timeout, FileNotFoundError):
-            continue  # another writer's `repair` came between the two steps
+            continue  # removed by another writer's `repair` between the two steps
         except OSError:
             _remove(staging)
             raise
@@ -153,7 +155,7 @@ def _stage(target: Path) -> tuple[Path, FileLock]:
 
 def _remove(folder: Path) -> None:
     for parent, folders, _ in os.walk(folder):
-        for name in folders:  # what was taken over may be read-only
+        for name in folders:  # kept folders may be read-only
             if not os.path.islink(os.path.join(parent, name)):
                 with contextlib.suppress(OSError):
                     os.chmod(os.path.join(parent, name), 0o700)
@@ -161,28 +163,26 @@ def _remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Errors of the operating system in one sentence, wherever they come from; others pass."""
+def _explain_os_errors(what: str) -> Iterator[None]:
+    """Within it, errors of the operating system say in one sentence what was not written; other errors pass."""
     try:
         yield
-    except SafetensorError as error:  # safetensors writes in Rust and puts the number in the text
+    except SafetensorError as error:  # safetensors, written in Rust, has the number in the text only
         number = re.search(r"os error (\d+)", str(error))
         if not number:
             raise
         raise OSError(int(number[1]), f"{what}: {os.strerror(int(number[1])).lower()}") from error
     except OSError as error:
         if error.errno is None or (error.filename is None and error.errno == errno.EBUSY):
-            raise  # a sentence already
+            raise  # one of the sentences above
         reason = f"{os.strerror(error.errno).lower()} ({error.filename or 'writing'})"
         if error.errno == errno.EXDEV:
-            reason = (
-                "it spans file systems, as a folder of a container's image does, and cannot be replaced: choose another"
-            )
+            reason = "it spans file systems, as folders of container images do, and cannot be replaced: choose another folder"
         raise OSError(error.errno, f"{what}: {reason}") from error
 
 
-def _take_over(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
-    """Link what is to be kept of `target` into `new`; once more if another writer replaces `target` meanwhile."""
+def _link_kept_files(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
+    """Link the kept files of `target` into `new`; again if another writer replaces `target` meanwhile."""
     for attempt in range(1000):
         taken: list[Path] = []
         try:
@@ -202,15 +202,17 @@ def _take_over(target: Path, new: Path, keep: Callable[[str], bool]) -> None:
                 raise OSError(errno.EIO, str(error.args[0][0][2]), str(error.args[0][0][0])) from error
         for path in taken:
             _remove(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        repair(target)  # without an exchange, its writer may have been killed between its two steps
+        repair(target)  # a writer without an exchange may have been killed between its two renames
         if attempt > 100 and not target.exists():
-            return  # somebody removed it
+            return  # removed by another process
         time.sleep(0.01)
-    raise OSError(errno.EBUSY, f"{target} is replaced again and again by others, so its other files cannot be kept")
+    raise OSError(
+        errno.EBUSY, f"{target} is being replaced by other processes again and again, so its other files cannot be kept"
+    )
 
 
-def _move_late(former: Path, target: Path, keep: Callable[[str], bool]) -> None:
-    """What came into the folder after `_take_over` moves along."""
+def _move_files_added_meanwhile(former: Path, target: Path, keep: Callable[[str], bool]) -> None:
+    """Move the files that were added to the old folder after `_link_kept_files`."""
     for entry in former.iterdir():
         for attempt in range(1000):
             if not keep(entry.name) or os.path.lexists(target / entry.name):
@@ -218,7 +220,7 @@ def _move_late(former: Path, target: Path, keep: Callable[[str], bool]) -> None:
             try:
                 entry.rename(target / entry.name)
                 break
-            except OSError:  # another writer without an exchange is between its two steps, or has just put it there
+            except OSError:  # another writer is between its two renames, or has just added it
                 if attempt == 999 or (target.exists() and not os.path.lexists(target / entry.name)):
                     raise
                 time.sleep(0.01)
@@ -253,7 +255,7 @@ def _flush(folder: Path) -> None:
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:
-    """Put `new` in `target`'s place; afterwards what was there lies where `new` was, or at `old`."""
+    """Put `new` at `target`; what was there is afterwards at the path of `new`, or at `old`."""
     while True:
         try:
             if target.exists():
@@ -264,7 +266,7 @@ def _swap(new: Path, target: Path, old: Path) -> None:
         except FileNotFoundError:
             if not new.exists():
                 raise
-            continue  # another writer without an exchange is between its two steps
+            continue  # another writer is between its two renames
         try:
             new.rename(target)
             return
@@ -279,7 +281,7 @@ def _swap(new: Path, target: Path, old: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders in one step; False where the system or the file system cannot."""
+    """Exchange two folders in one step; False where the system or the file system does not support it."""
     if sys.platform not in ("linux", "darwin"):
         return False
     libc = ctypes.CDLL(None, use_errno=True)

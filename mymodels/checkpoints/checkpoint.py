@@ -1,4 +1,4 @@
-"""What every format is opened as: a lazy mapping of name → tensor."""
+"""`Checkpoint`: a lazy mapping of name → tensor, as which every format is opened."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# safetensors' names of the dtypes torch has; used in files and wherever a dtype is shown
+# safetensors' names of torch's dtypes; used in files and in messages
 _DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -26,7 +26,7 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",  # torch 2.7
-    "F4": "float4_e2m1fn_x2",  # torch 2.8; two numbers a byte
+    "F4": "float4_e2m1fn_x2",  # torch 2.8; two numbers per byte
     "F16": "float16",
     "BF16": "bfloat16",
     "F32": "float32",
@@ -40,14 +40,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written as asked; the message says what, where, and what to do."""
+    """A checkpoint cannot be read or written; the message says what is wrong, where, and what to do."""
 
 
 def resolve_dtype(dtype: "str | torch.dtype | None") -> torch.dtype | None:
-    """The dtype that a name stands for, as transformers takes it; None for `"auto"`: what the checkpoint has.
+    """The dtype of a name such as `"bfloat16"`; None for None and `"auto"`, which mean the checkpoint's own.
 
     Raises:
-        CheckpointError: there is none of this name.
+        CheckpointError: it is no floating-point dtype.
     """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is None or dtype == "auto":
@@ -58,11 +58,11 @@ def resolve_dtype(dtype: "str | torch.dtype | None") -> torch.dtype | None:
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor before its data is read."""
+    """Shape, dtype and file of a tensor, known before its data is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    file: str  # which of the checkpoint's files holds it
+    file: str  # name of the file that holds it
 
     @property
     def numel(self) -> int:
@@ -80,19 +80,19 @@ class TensorInfo(NamedTuple):
 class Checkpoint(Mapping[str, torch.Tensor]):
     """A lazy mapping of name → tensor over the files of a checkpoint, made by `open_checkpoint`.
 
-    `checkpoint[name]` reads one tensor, on the CPU (clone it before you change it in place); `checkpoint.info[name]` tells its shape and dtype without reading.
+    `checkpoint[name]` reads one tensor, on the CPU (clone it before you change it in place); `checkpoint.info[name]` has its shape and dtype without reading it.
 
     Attributes:
         path: the file or folder that was opened.
-        format: what it was found to be, for people, such as `"sharded safetensors"`.
+        format: the format in words, such as `"sharded safetensors"`.
         info: name → `TensorInfo`.
-        sections: the models in it, section → its tensors' names there. One section (named `""` at the top of the file)
-            unless a file holds several models; then the names of the mapping start with their section and a dot.
-        extras: what a training checkpoint holds beside the weights, name → value; empty for other formats. Objects of
+        sections: the models in it: section → names of its tensors. There is one section, `""`, unless a file holds
+            several models; then each name of the mapping starts with its section and a dot.
+        extras: what a training checkpoint holds besides the weights, name → value; empty for other formats. Objects of
             classes that were not imported are `Unopened`.
-        left_out: the other files of weights in a folder, which this is not opened from.
-        part_of: why this is only a part of a model, as a sentence; `""` if nothing shows that it is.
-        aliases: tied names recorded by the writer, name → the name that is stored. Both can be read.
+        left_out: files of weights in the folder that this checkpoint does not include.
+        part_of: why this is only a part of a model, as a sentence; `""` if it is not known to be one.
+        aliases: tied names recorded by the writer: name → the name that is stored. Both can be read.
     """
 
     def __init__(
@@ -121,16 +121,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             tensor = self._read(self.aliases.get(name, name))
         except (CheckpointError, MemoryError, KeyboardInterrupt):
             raise
-        except Exception as error:  # any third-party reader's; the file changed or is damaged
+        except Exception as error:  # from any third-party reader: the file was changed or is damaged
             raise unreadable(self.path, f"tensor {name!r} of {info.file}", error) from error
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} in {info.file} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, "
-                f"but {info.shape} and {info.dtype} were announced; make the file again"
+                f"but the header says {info.shape} and {info.dtype}: write the file again"
             )
         return tensor
 
-    def __contains__(self, name: object) -> bool:  # `Mapping`'s own would read the tensor
+    def __contains__(self, name: object) -> bool:  # the method of `Mapping` would read the tensor
         return name in self.info
 
     def __iter__(self) -> Iterator[str]:
@@ -143,7 +143,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self)} tensors)"
 
     def section(self, name: str) -> "Checkpoint":
-        """The part of a checkpoint that is one of its several models, under that model's own names.
+        """One of several models in a checkpoint, under that model's own names.
 
         Raises:
             CheckpointError: there is no such section.
@@ -170,7 +170,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
 
 def view_of(tensor: torch.Tensor) -> tuple:
-    """What two tied tensors have in common: the same view, bits and all, of the same memory."""
+    """A key that two tensors share if and only if they are the same view of the same memory, so tied."""
     signs = (tensor.is_conj(), tensor.is_neg())
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), signs
 
@@ -179,11 +179,11 @@ _FLOAT4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor whose values torch can compare and test: dense, dequantised, tiny numbers as float32."""
+    """The tensor in a form that torch can compare: dense, dequantised, with 8- and 4-bit floats as float32."""
     if tensor.is_quantized:
         return tensor.dequantize()
     tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
-    if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # two numbers a byte, the lower bits first
+    if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # two numbers per byte, the lower bits first
         data = tensor.contiguous().view(torch.uint8).long()
         return _FLOAT4[torch.stack([data & 15, data >> 4], -1)].flatten(-2)
     if tensor.dtype == torch.complex32:
@@ -192,12 +192,12 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def plain_tensor(tensor: Any, name: str, where: Any) -> torch.Tensor:
-    """The tensor itself, or the values of a distributed one that lie here as a whole.
+    """The tensor itself, or the local values of a distributed one that is replicated.
 
-    Tensors that wrap others have no memory of their own (`data_ptr()` is 0), so that nothing here may treat them as one.
+    Wrapper subclasses have no memory of their own (`data_ptr()` is 0), so they must not be stored or compared by it.
 
     Raises:
-        CheckpointError: it is one process's part, or of a class (quantised, nested) whose values are not plain numbers.
+        CheckpointError: it is a process's shard of a tensor, or of a class (quantised, nested) without plain values.
     """
     kind = type(tensor)
     qualified = getattr(tensor, "qualified", f"{kind.__module__}.{kind.__qualname__}")
@@ -207,23 +207,23 @@ def plain_tensor(tensor: Any, name: str, where: Any) -> torch.Tensor:
         if local is not None and local.shape == tensor.shape and not any(map(_is_partial, placements)):
             return local
         raise CheckpointError(
-            f"{where}: tensor {name!r} is one process's part of a distributed tensor ({qualified}): join the ranks, with "
+            f"{where}: tensor {name!r} is one process's shard of a distributed tensor ({qualified}): gather it, with "
             f"get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint, "
-            f"or save with torch.distributed.checkpoint.save, whose folders are read"
+            f"or save with torch.distributed.checkpoint.save, whose folders can be opened"
         )
     if isinstance(tensor, torch.Tensor) and tensor.is_nested:
         raise CheckpointError(
-            f"{where}: tensor {name!r} is a nested tensor, which has rows of several lengths: save each of its parts "
-            f"(tensor.unbind()) under a name"
+            f"{where}: tensor {name!r} is a nested tensor, with rows of different lengths: save each row "
+            f"(tensor.unbind()) under a name of its own"
         )
     if not isinstance(tensor, torch.Tensor) and isinstance(next(iter(tensor.args), None), torch.Tensor):
         raise CheckpointError(
-            f"{where}: tensor {name!r} is a {qualified}, a class whose code says what its numbers mean: save "
-            f"tensor.as_subclass(torch.Tensor) if they are plain numbers"
+            f"{where}: tensor {name!r} is a {qualified}, a subclass of Tensor that may interpret its values: save "
+            f"tensor.as_subclass(torch.Tensor) if its values are plain numbers"
         )
     if not isinstance(tensor, torch.Tensor) or is_traceable_wrapper_subclass(tensor):
         raise CheckpointError(
-            f"{where}: tensor {name!r} is a {qualified}, such as quantisers use, whose numbers only that class knows: "
+            f"{where}: tensor {name!r} is a {qualified}, which has no plain values, as quantised tensors: "
             f"save the model before it is quantised, or its tensors after tensor.dequantize()"
         )
     return tensor
@@ -242,13 +242,13 @@ def is_zip(path: Path) -> bool:
 
 
 def unreadable(path: str | os.PathLike, what: str, error: BaseException) -> CheckpointError:
-    """One sentence for an error from deep inside a reader."""
+    """A one-sentence error for an exception from inside a reader."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = (lines[0].rstrip(". ") if lines else type(error).__name__)[:300]
     if "Cannot allocate memory" in reason:
         return CheckpointError(
-            f"{path}: {what} needs more memory than there is ({reason}): split it into smaller shards"
+            f"{path}: {what} needs more memory than is available ({reason}): split it into smaller shards"
         )
     return CheckpointError(
-        f"{path}: {what} cannot be read ({reason}); the file is damaged or incomplete, copy or download it again"
+        f"{path}: {what} cannot be read ({reason}); the file is damaged or incomplete: copy or download it again"
     )

@@ -1,4 +1,4 @@
-"""Any checkpoint into safetensors, `.bin` or `.pt`."""
+"""Convert a checkpoint of any format to safetensors, `.bin` or `.pt`."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from .adapters import merge_adapter as merge
 from .atomic_write import replace_file, replace_folder
 from .checkpoint import Checkpoint, CheckpointError, resolve_dtype
 from .integrity import write_manifest
+from .nested_objects import OPTIMIZER
 from .opening import locate, open_checkpoint, weight_files
 from .quantised import config_beside, quantisation
 from .safetensors_files import inside, read_json
-from .torch_files import OPTIMIZER
 from .writing import parse_size, separate, storable, torch_save, write_shards
 
 FORMATS = ("safetensors", "bin", "pt")
-# Files of a folder that are weights of some format; the rest (config, tokenizer, code, card) is taken along.
+# Files of a folder that are weights of some format; all others (config, tokenizer, code, card) are copied.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|pt2|h5|msgpack|ot|onnx|gguf|npz|tflite|distcp)$|\.index\.json$|\.ckpt|^manifest\.json$|"
     r"^checkpoint$|^latest(_universal)?$|^zero_to_fp32\.py$|^saved_model\.pb$|\.data-\d+-of-\d+$|\.index$|^\."
@@ -42,31 +42,31 @@ def convert_checkpoint(
     revision: str | None = None,
     merge_adapter: str | os.PathLike | None = None,
 ) -> Checkpoint:
-    """Write the weights of `source`, of any format that is read, to `destination` as one of three.
+    """Write the weights of `source`, of any format, to `destination` as safetensors, `.bin` or `.pt`.
 
-    Every byte of a tensor stays unless `dtype` converts it. `destination` becomes a folder (`"safetensors"`, `"bin"`)
-    with the other files of a source folder beside the weights, or a file (`"pt"`). A source with several models
-    becomes a folder for each, or one file with a state dict for each. The modules of a sentence-transformers folder
-    (`2_Dense/`) are converted too, each in its own folder. What a training checkpoint holds beside the models
-    (`Checkpoint.extras`) is not taken along, and neither are the files in `left_out` of what is returned.
+    The bytes of a tensor change only if `dtype` converts it. `destination` becomes a folder (`"safetensors"`, `"bin"`)
+    with the weights and the other files of a source folder, or a file (`"pt"`). A source with several models becomes
+    a folder for each, or one file with a state dict for each. The modules of a sentence-transformers folder
+    (`2_Dense/`) are converted too, each in its own folder. What a training checkpoint holds besides the models
+    (`Checkpoint.extras`) and the files in `left_out` of the returned checkpoint are not converted.
 
     Args:
-        source: what `open_checkpoint` opens; `section`, `allow_pickle` and `revision` are its.
+        source: as for `open_checkpoint`, also `section`, `allow_pickle` and `revision`.
         destination: must not exist yet, or be an empty folder.
         max_shard_size: bytes, or text such as `"500MB"`; a `.pt` file is never split.
         dtype: what floating-point tensors are converted to.
         format: `"safetensors"`, `"bin"` or `"pt"`.
         merge_adapter: of a LoRA adapter's folder, the base model (a folder, file or Hub repo) that its weights are
-            merged into, as PEFT's `merge_and_unload` does; the base's other files are taken along.
+            merged into, as PEFT's `merge_and_unload` does; the base's other files are copied.
 
     Returns:
         the source, opened.
 
     Raises:
-        CheckpointError: the source cannot be read, is only a part of a model, or no model, or is quantised and `dtype`
-            was given; or a tensor cannot be stored in that format.
+        CheckpointError: the source cannot be read, is a part of a model or no model, or is quantised and `dtype` was
+            given; or a tensor cannot be stored in that format.
         FileExistsError: `destination` exists.
-        OSError: the disk is full, or the place read-only; nothing is left there.
+        OSError: the disk is full, or the folder read-only; nothing is written.
     """
     dtype, max_shard_size = resolve_dtype(dtype), parse_size(max_shard_size)
     if format not in FORMATS:
@@ -78,13 +78,11 @@ def convert_checkpoint(
     if merge_adapter is not None:
         config = adapter_config(where if where.is_dir() else where.parent)
         if not config:
-            raise CheckpointError(
-                f"{where} has no {ADAPTER_CONFIG}, so it is no adapter to merge: name an adapter's folder"
-            )
+            raise CheckpointError(f"{where} has no {ADAPTER_CONFIG}, so it is not an adapter: name an adapter's folder")
         where = locate(merge_adapter)
         base = open_checkpoint(where, allow_pickle=allow_pickle)
         if how := quantisation(base, config_beside(base)):
-            raise CheckpointError(f"{where} is quantised, {how}: merge into the base that is not")
+            raise CheckpointError(f"{where} is quantised, {how}: merge into the base that is not quantised")
         _refuse(where, base, dtype)
         checkpoint = merge(checkpoint, config, base)
     _refuse(where, checkpoint, dtype)
@@ -97,7 +95,7 @@ def convert_checkpoint(
         return checkpoint
     folders = _folder_names(checkpoint)
     files = {Path(info.file).name for info in checkpoint.info.values()}
-    alone = all(re.match(r"adapter_model\.", file) for file in files)  # PEFT looks for this name, and knows no shards
+    alone = all(re.match(r"adapter_model\.", file) for file in files)  # PEFT reads only this name, and no shards
     named: dict[str, Any] = {"stem": "adapter_model", "max_shard_size": sys.maxsize} if alone else {}
     with replace_folder(destination, overwrite=False) as folder:
         if where.is_dir():
@@ -125,21 +123,21 @@ def convert_checkpoint(
 
 
 def _refuse(where: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    """Raise for what is no model, only a part of one, or would be cast without its scales."""
+    """Raise if the checkpoint is no model, only a part of one, or quantised and to be cast."""
     if OPTIMIZER in checkpoint.format:
-        raise CheckpointError(f"{where} holds {OPTIMIZER}: there are no weights to convert, copy it as it is")
+        raise CheckpointError(f"{where} holds {OPTIMIZER}: there are no weights to convert, copy the file instead")
     if checkpoint.part_of:
         raise CheckpointError(checkpoint.part_of)
     how = quantisation(checkpoint, config_beside(checkpoint)) if dtype is not None else None
     if how and checkpoint.format.split()[0] != "GGUF":
         raise CheckpointError(
-            f"{where} is quantised, {how}: another dtype would make its numbers wrong; convert it without a dtype, or "
+            f"{where} is quantised, {how}: casting it would make its values wrong; convert it without a dtype, or "
             f"dequantise it with the quantiser's package first"
         )
 
 
 def _finish_merge(adapter: Path, folder: Path, base: Checkpoint, merged: Checkpoint) -> None:
-    """The tokenizer that was saved with the adapter, and a config that says what the merged weights are."""
+    """Copy the tokenizer saved with the adapter, and change the config to describe the merged weights."""
     for file in sorted(adapter.iterdir()) if adapter.is_dir() else ():
         if file.is_file() and re.match(
             r"(tokenizer|vocab|merges|spiece|special_tokens|added_tokens|chat_template)", file.name
@@ -152,7 +150,7 @@ def _finish_merge(adapter: Path, folder: Path, base: Checkpoint, merged: Checkpo
 
 
 def _modules(where: Path) -> list[str]:
-    """The folders with weights of their own that a sentence-transformers folder names."""
+    """The folders with weights of their own that `modules.json` of a sentence-transformers folder names."""
     path = where / "modules.json"
     if not path.is_file():
         return []
@@ -160,7 +158,7 @@ def _modules(where: Path) -> list[str]:
         entries = json.loads(path.read_text(encoding="utf-8"))
         names = [str(entry.get("path") or "") for entry in entries]
     except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: it is no list of modules ({error}); copy or download it again") from error
+        raise CheckpointError(f"{path}: it is not a list of modules ({error}): copy or download it again") from error
     return [name for name in names if name and inside(where, name, path).is_dir() and weight_files(where / name)]
 
 
@@ -173,7 +171,7 @@ def _state_dict(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, 
 
 
 def _folder_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Section → the folder its weights go to, `""` for the only one."""
+    """Section → the folder to write it to; `""` if there is only one section."""
     if len(checkpoint.sections) == 1:
         return dict.fromkeys(checkpoint.sections, "")
     names = {name: re.sub(r"[^\w.-]", "_", name).lstrip(".") or "model" for name in checkpoint.sections}
@@ -183,6 +181,7 @@ def _folder_names(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _copy_others(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """Copy what is not weights, and set the dtype in `config.json`."""
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
         skipped = any(_WEIGHTS.search(part) or re.fullmatch(r"checkpoint-\d+", part) for part in name.parts)
@@ -191,7 +190,7 @@ def _copy_others(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inside(source, name.as_posix(), source), folder / name)
     config = folder / "config.json"
-    if dtype is not None and config.is_file():  # transformers 5 loads what it says there
+    if dtype is not None and config.is_file():  # transformers 5 loads in the dtype that it names
         content = read_json(config)
         changed = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in content}
         config.write_text(json.dumps(content | changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO folders: the float32 weights that the ranks keep in parts, put together a tensor at a time.
+"""DeepSpeed's ZeRO folders: the float32 weights that are partitioned over ranks, joined a tensor at a time.
 
-The parts lie in the ranks' `*_optim_states.pt`, one flat vector for each group of parameters; their names and shapes, the
-buffers and the frozen parameters lie in `*_model_states.pt`. DeepSpeed's own `zero_to_fp32.py` gives the same tensors.
+The partitions are in the ranks' `*_optim_states.pt`, one flat vector for each group of parameters; names and shapes, the
+buffers and the frozen parameters are in `*_model_states.pt`. DeepSpeed's own `zero_to_fp32.py` gives the same tensors.
 """
 
 import math
@@ -20,7 +20,7 @@ from .torch_files import load_data
 
 _RANK = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-_NOT_EXTRAS = {
+_MODEL_KEYS = {
     "module",
     "param_shapes",
     "buffer_names",
@@ -28,14 +28,14 @@ _NOT_EXTRAS = {
     "frozen_param_shapes",
     "frozen_param_fragments",
 }
-_TAKE_ALL = "copy the files of all ranks from one save"
+_COPY_ALL_RANKS = "copy the files of all ranks from one save"
 
 
 def find_deepspeed(folder: Path) -> Path | None:
-    """The folder of one save within `folder`, which names it in `latest`, or is that folder itself; None if it is none.
+    """The folder of one save: `folder` itself or the one that its `latest` names; None if it is not DeepSpeed's.
 
     Raises:
-        CheckpointError: `latest` names a folder that is not there, or the save is in DeepSpeed's universal layout.
+        CheckpointError: `latest` names a missing folder, or the save is in DeepSpeed's universal layout.
     """
     if any(_MODEL.fullmatch(file.name) or _RANK.fullmatch(file.name) for file in folder.glob("*_states.pt")):
         return folder
@@ -58,22 +58,22 @@ def find_deepspeed(folder: Path) -> Path | None:
 
 def _refuse_universal(folder: Path) -> NoReturn:
     raise CheckpointError(
-        f"{folder} is a checkpoint in DeepSpeed's universal layout, which is not read: name the folder it was made from, or "
+        f"{folder} is a checkpoint in DeepSpeed's universal layout, which is not supported: name the folder it was made from, or "
         "load it with DeepSpeed (load_universal_checkpoint) and save it"
     )
 
 
 def open_deepspeed(folder: Path) -> Checkpoint:
-    """One save of DeepSpeed, of ZeRO stage 1, 2 or 3, or without ZeRO.
+    """Open one save of DeepSpeed: of ZeRO stage 1, 2 or 3, or without ZeRO.
 
     Raises:
-        CheckpointError: files of ranks are missing or not of one save, the model is split otherwise than by ZeRO
-            (tensor parallelism, pipeline stages, experts), or its parts do not have the size that the shapes ask for.
+        CheckpointError: files of ranks are missing or of different saves, the model is also split by tensor
+            parallelism, pipeline stages or experts, or its partitions do not have the size that the shapes need.
     """
     names = sorted(file.name for file in folder.glob("*.pt"))
     if split := [name for name in names if re.search(r"expert_\d+|^layer_\d+", name)]:
         raise CheckpointError(
-            f"{folder} holds a model whose layers or experts DeepSpeed split over ranks ({split[0]}): join it with the "
+            f"{folder} holds a model whose layers or experts are split over ranks ({split[0]}): join it with the "
             "training framework's own tool"
         )
     models = {int(found[1] or 0): name for name in names if (found := _MODEL.fullmatch(name))}
@@ -81,16 +81,16 @@ def open_deepspeed(folder: Path) -> Checkpoint:
     parallel = [name for name in names if (found := re.search(r"mp_rank_(\d+)", name)) and int(found[1])]
     if parallel:
         raise CheckpointError(
-            f"{folder} holds a model that tensor parallelism split ({parallel[0]}): join it with the training framework's own tool"
+            f"{folder} holds a model split by tensor parallelism ({parallel[0]}): join it with the training framework's own tool"
         )
     if 0 not in models:
-        raise CheckpointError(f"{folder} has no *mp_rank_00_model_states.pt, which names the tensors: {_TAKE_ALL}")
+        raise CheckpointError(
+            f"{folder} has no *mp_rank_00_model_states.pt, which names the tensors: {_COPY_ALL_RANKS}"
+        )
     states = {rank: _load(folder / name) for rank, name in models.items()}
     first = states[0]
     if "ds_autoep_layers" in first or "autoep_layers" in first:
-        raise CheckpointError(
-            f"{folder} holds experts that DeepSpeed's AutoEP split over ranks, which are not put together here"
-        )
+        raise CheckpointError(f"{folder} holds experts split over ranks by DeepSpeed's AutoEP, which is not supported")
     if not ranks:
         return _without_parts(folder, models[0], first)
     return _Zero(folder, ranks, models, states).open()
@@ -99,30 +99,32 @@ def open_deepspeed(folder: Path) -> Checkpoint:
 def _load(file: Path) -> Mapping[str, Any]:
     node = load_data(file)
     if not isinstance(node, Mapping):
-        raise CheckpointError(f"{file} is no file of DeepSpeed's: it holds a {type(node).__name__}")
+        raise CheckpointError(f"{file} is not a file of DeepSpeed's: it holds a {type(node).__name__}")
     return node
 
 
 def _without_parts(folder: Path, name: str, state: Mapping[str, Any]) -> Checkpoint:
-    """A save without ZeRO, or whose optimizer files were left behind: the weights in the precision they were trained in."""
+    """A save without ZeRO, or without its optimizer files: the weights in the precision of training."""
     module = state.get("module")
     if not isinstance(module, Mapping):
-        raise CheckpointError(f"{folder / name} has no 'module', the model's tensors: {_TAKE_ALL}")
+        raise CheckpointError(f"{folder / name} has no 'module', the model's tensors: {_COPY_ALL_RANKS}")
     tensors = {key: value for key, value in module.items() if isinstance(value, torch.Tensor)}
     if not tensors or any(not value.numel() for value in tensors.values()):
-        raise CheckpointError(f"{folder} has no *_optim_states.pt, where ZeRO stage 3 keeps the weights: {_TAKE_ALL}")
+        raise CheckpointError(
+            f"{folder} has no *_optim_states.pt, where ZeRO stage 3 keeps the weights: {_COPY_ALL_RANKS}"
+        )
     info = {key: TensorInfo(tuple(value.shape), value.dtype, name) for key, value in tensors.items()}
-    what = "DeepSpeed, the weights as they were trained"
+    what = "DeepSpeed, weights in the precision of training"
     return Checkpoint(folder, what, info, lambda key: tensors[key].detach(), extras=_extras(state))
 
 
 def _extras(state: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in state.items() if key not in _NOT_EXTRAS and value is not None}
+    kept = {key: value for key, value in state.items() if key not in _MODEL_KEYS and value is not None}
     return {key: value for key, value in kept.items() if not isinstance(value, (Mapping, list, set)) or len(value)}
 
 
 class _Zero:
-    """The parts of all ranks, and where in them each tensor lies."""
+    """The partitions of all ranks, and the position of each tensor in them."""
 
     def __init__(
         self, folder: Path, ranks: dict[int, str], models: dict[int, str], states: dict[int, Mapping[str, Any]]
@@ -132,7 +134,9 @@ class _Zero:
         optimizers = [state.get("optimizer_state_dict") for state in loaded.values()]
         self.files = list(dict(sorted(ranks.items())).values())
         if not all(isinstance(one, Mapping) and "zero_stage" in one for one in optimizers):
-            raise CheckpointError(f"{folder / self.files[0]} is no state of ZeRO: it names no stage; {_TAKE_ALL}")
+            raise CheckpointError(
+                f"{folder / self.files[0]} is not a state of ZeRO, it has no zero_stage: {_COPY_ALL_RANKS}"
+            )
         self.optimizers: list[Mapping[str, Any]] = optimizers  # type: ignore[assignment]
         self.stage = _number(self.optimizers[0]["zero_stage"])
         counts = self.optimizers[0].get("partition_count", 0)
@@ -144,13 +148,13 @@ class _Zero:
         self.world = _number(counts[0])
         if self.world != len(ranks) or set(ranks) != set(range(self.world)):
             raise CheckpointError(
-                f"{folder} has {len(ranks)} *_optim_states.pt, but was saved by {self.world} ranks: {_TAKE_ALL}"
+                f"{folder} has {len(ranks)} *_optim_states.pt, but was saved by {self.world} ranks: {_COPY_ALL_RANKS}"
             )
         if self.stage not in (1, 2, 3):
-            raise CheckpointError(f"{folder} says it is of ZeRO stage {self.stage}, which is not known")
+            raise CheckpointError(f"{folder} is of ZeRO stage {self.stage}, which is not known")
         if self.stage == 3 and set(models) != set(range(self.world)):
             raise CheckpointError(
-                f"{folder} has {len(models)} *_model_states.pt, but was saved by {self.world} ranks: {_TAKE_ALL}"
+                f"{folder} has {len(models)} *_model_states.pt, but was saved by {self.world} ranks: {_COPY_ALL_RANKS}"
             )
         self.info: dict[str, TensorInfo] = {}
         self.reads: dict[str, Callable[[], torch.Tensor]] = {}
@@ -160,7 +164,7 @@ class _Zero:
         for key in ("module", "param_shapes", "buffer_names"):
             if key not in state:
                 raise CheckpointError(
-                    f"{self.folder / self.models[0]} has no {key!r}, which names the tensors: {_TAKE_ALL}"
+                    f"{self.folder / self.models[0]} has no {key!r}, which names the tensors: {_COPY_ALL_RANKS}"
                 )
         for name, value in state["module"].items():
             if name in state["buffer_names"] and isinstance(value, torch.Tensor):
@@ -181,11 +185,11 @@ class _Zero:
         ]
         if lost:
             raise CheckpointError(
-                f"{self.folder}: {len(lost)} tensors of the model, such as {lost[0]!r}, are in no rank's parts: {_TAKE_ALL}"
+                f"{self.folder}: {len(lost)} tensors of the model, such as {lost[0]!r}, are in no rank's partition: {_COPY_ALL_RANKS}"
             )
         return Checkpoint(
             self.folder,
-            f"DeepSpeed ZeRO stage {self.stage}, {self.world} rank{'s' if self.world > 1 else ''} put together",
+            f"DeepSpeed ZeRO stage {self.stage}, {self.world} rank{'s' if self.world > 1 else ''} joined",
             self.info,
             lambda name: self.reads[name](),
             aliases=aliases,
@@ -198,7 +202,7 @@ class _Zero:
         self.info[name], self.reads[name] = TensorInfo(shape, dtype, file), read
 
     def _add_frozen(self, shapes: Mapping[str, Any]) -> None:
-        """Parameters that are not trained are kept beside the model: whole, or with stage 3 a part by each rank."""
+        """Frozen parameters are stored with the model: complete, or with stage 3 a fragment by each rank."""
         states = [self.states[rank] for rank in sorted(self.states)] if self.stage == 3 else [self.states[0]]
         for name, size in shapes.items():
             parts: list[Any] = [(state.get("frozen_param_fragments") or {}).get(name) for state in states]
@@ -206,28 +210,30 @@ class _Zero:
             if not all(isinstance(part, torch.Tensor) for part in parts) or sum(
                 part.numel() for part in parts
             ) < math.prod(shape):
-                raise CheckpointError(f"{self.folder}: the frozen parameter {name!r} is not complete: {_TAKE_ALL}")
+                raise CheckpointError(
+                    f"{self.folder}: the frozen parameter {name!r} is not complete: {_COPY_ALL_RANKS}"
+                )
             self._add(name, shape, parts[0].dtype, self.models[0], partial(_joined, parts, shape))
 
     def _flat(self, key: str) -> list[list[torch.Tensor]]:
-        """Rank → group → the flat vector of its part."""
+        """Rank → group → the flat vector of its partition."""
         vectors = [optimizer.get(key) for optimizer in self.optimizers]
         for file, groups in zip(self.files, vectors):
             if not isinstance(groups, (list, tuple)) or not all(isinstance(one, torch.Tensor) for one in groups):
-                raise CheckpointError(f"{self.folder / file} has no {key!r}, the float32 weights: {_TAKE_ALL}")
+                raise CheckpointError(f"{self.folder / file} has no {key!r}, the float32 weights: {_COPY_ALL_RANKS}")
         if len({len(groups) for groups in vectors if groups is not None}) > 1:
             raise CheckpointError(
-                f"{self.folder}: the ranks have different numbers of groups of parameters: {_TAKE_ALL}"
+                f"{self.folder}: the ranks have different numbers of groups of parameters: {_COPY_ALL_RANKS}"
             )
         return [[one.detach().reshape(-1) for one in groups] for groups in vectors if groups is not None]
 
     def _add_stage_2(self, groups: list[Mapping[str, Any]]) -> None:
-        """A group's vector is cut into as many pieces as there are ranks, after padding; parameters may cross the cuts."""
+        """Stages 1 and 2: each group's flat vector is padded and split over the ranks, also within parameters."""
         flat = self._flat("single_partition_of_fp32_groups")
         if len(flat[0]) != len(groups):
             raise CheckpointError(
                 f"{self.folder} has {len(groups)} groups of parameters by its model states and {len(flat[0])} by its optimizer "
-                f"states: {_TAKE_ALL}"
+                f"states: {_COPY_ALL_RANKS}"
             )
         paddings = self.optimizers[0].get("param_alignment_paddings")
         for number, shapes in enumerate(groups):
@@ -247,7 +253,7 @@ class _Zero:
             self._check_size(offset, sum(piece.numel() for piece in pieces), 2 * self.world)
 
     def _add_stage_3(self, groups: list[Mapping[str, Any]]) -> None:
-        """Each parameter is padded and cut by itself: every rank has a piece of each, one after the other."""
+        """Stage 3: each parameter is padded and split separately; every rank has a piece of each, concatenated."""
         flat = self._flat("fp32_flat_groups")
         offset = 0
         for name, size in ((name, size) for shapes in groups for name, size in shapes.items()):
@@ -267,19 +273,19 @@ class _Zero:
     def _check_size(self, used: int, available: int, multiple: int) -> None:
         if math.ceil(used / multiple) != math.ceil(available / multiple):
             raise CheckpointError(
-                f"{self.folder}: the shapes in the model states ask for {used:,} numbers, the parts in the optimizer states "
-                f"have {available:,}: {_TAKE_ALL}"
+                f"{self.folder}: the shapes in the model states need {used:,} elements, the partitions in the optimizer states "
+                f"have {available:,}: {_COPY_ALL_RANKS}"
             )
 
 
 def _number(value: Any) -> int:
-    """A number, or one that was pickled as a member of DeepSpeed's enum of stages."""
+    """An int, also if it was pickled as a member of DeepSpeed's enum of stages; -1 for anything else."""
     value = value.args[0] if isinstance(value, Unopened) and value.args else value
     return value if isinstance(value, int) else -1
 
 
 def _cut(vectors: list[torch.Tensor], begin: int, count: int) -> list[torch.Tensor]:
-    """`count` numbers from `begin` of vectors that stand for one long one; a view of each that has some."""
+    """Views of the `count` elements from `begin` of the concatenated vectors."""
     parts, start, end = [], 0, begin + count
     for vector in vectors:
         stop = start + vector.numel()
@@ -290,7 +296,7 @@ def _cut(vectors: list[torch.Tensor], begin: int, count: int) -> list[torch.Tens
 
 
 def _read(sources: list[list[torch.Tensor]], begin: int, count: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of the pieces that begin at the same place in each of `sources`."""
+    """The tensor whose pieces begin at the same position in each of `sources`."""
     return _joined([part for vectors in sources for part in _cut(vectors, begin, count)], shape)
 
 

@@ -1,4 +1,4 @@
-"""Weights onto devices: any checkpoint into a state dict or a model; accelerate decides places and moves data."""
+"""Load any checkpoint into a state dict or a model, on any devices; accelerate chooses them and moves data."""
 
 import os
 import re
@@ -24,10 +24,10 @@ Device = int | str | torch.device
 def load_state_dict(
     path: str | os.PathLike | Checkpoint, *, device: Device = "cpu", dtype: str | torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """Read a whole checkpoint, saved on whatever device, into a state dict on `device`; tied tensors stay tied.
+    """Read a checkpoint, saved on any device, into a state dict on `device`; tied tensors stay tied.
 
     Args:
-        path: what `open_checkpoint` opens, or has opened.
+        path: what `open_checkpoint` opens or returns.
         device: where the tensors go: `"cpu"`, `"cuda"`, `"cuda:1"`, `1`, `"mps"`, `"meta"` (shapes only), …
         dtype: what floating-point tensors are converted to, or its name; None and `"auto"` keep them.
 
@@ -69,31 +69,31 @@ def load_checkpoint_and_dispatch(
 ) -> Any:
     """accelerate's function of this name, for every format `open_checkpoint` reads, one tensor at a time.
 
-    Unlike accelerate's it is strict by default. What wrappers put before or into names (`module.`, `_orig_mod.`, …) is
-    taken off.
+    Unlike accelerate's function it is strict by default. Parts of names that wrappers add (`module.`, `_orig_mod.`, …)
+    are removed.
 
     Args:
-        model: may be on the meta device (`accelerate.init_empty_weights`), so that it is never in memory twice.
-        checkpoint: what `open_checkpoint` opens, or has opened; its names are the model's.
-        device_map: None puts everything where the model is (from meta: on the CPU); a device, all of it there;
+        model: may be on the meta device (`accelerate.init_empty_weights`), which halves the memory needed.
+        checkpoint: what `open_checkpoint` opens or returns; its names are the model's.
+        device_map: None keeps the model's device (for meta: the CPU); a device is used for the complete model;
             `"auto"`, `"balanced"`, `"balanced_low_0"`, `"sequential"` let accelerate place the modules; or a dict of
             module name → device, `"cpu"` or `"disk"`.
         max_memory: device → bytes or text like `"1GB"`, for the automatic maps.
-        no_split_module_classes: names of module classes that stay on one device; default: what the model declares.
-        offload_folder: where modules placed on `"disk"` go.
+        no_split_module_classes: names of module classes that stay on one device; default: those the model declares.
+        offload_folder: folder for modules placed on `"disk"`.
         dtype: what floating-point tensors are converted to, or its name; None and `"auto"` keep the checkpoint's.
         offload_buffers, skip_keys, preload_module_classes, force_hooks: as for `accelerate.dispatch_model`.
-        strict: whether names that are missing or left over, and shapes that do not fit, are an error. If not, what
-            was not loaded is warned of.
-        output_loading_info: return the account too, as transformers' `from_pretrained` does.
+        strict: whether missing and unexpected names and mismatched shapes are errors. If false, a warning lists what was
+            not loaded.
+        output_loading_info: also return the loading info, as transformers' `from_pretrained` does.
 
     Returns:
         the model, with accelerate's hooks if it is on several devices; with `output_loading_info`, `(model, info)`, where
         `info` has the lists `missing_keys`, `unexpected_keys` and `mismatched_keys`.
 
     Raises:
-        CheckpointError: names, shapes or kinds of numbers do not fit, nothing at all would be loaded, the checkpoint is
-            quantised, this machine has no such device, or no folder for `"disk"` is given; the model is not changed.
+        CheckpointError: names, shapes or kinds of dtypes do not fit, nothing would be loaded, the checkpoint is
+            quantised, this machine has no such device, or `offload_folder` is missing; the model is not changed.
 
     Examples:
         >>> with accelerate.init_empty_weights():
@@ -105,22 +105,22 @@ def load_checkpoint_and_dispatch(
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     source = without_wrappers(opened, model.state_dict())
-    account = _compare(model, source, strict)
+    loading_info = _compare(model, source, strict)
     places = resolve_device_map(model, device_map, max_memory, no_split_module_classes, dtype)
     if "disk" in places.values() and offload_folder is None:
         names = ", ".join(name or "the model" for name, place in places.items() if place == "disk")
-        raise CheckpointError(f"the device map places {names} on disk: pass offload_folder, a folder for it")
+        raise CheckpointError(f"the device map places {names} on disk: pass offload_folder=")
     groups = list(_tied_groups(model).values())
     placed = {name: _place(name, places) for names in groups for name in names}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     offloaded: dict[str, dict] = {}
     for names in tqdm(groups, desc="loading", unit="tensor", disable=None):
-        stored = next((name for name in names if name in source and name not in account["mismatched_keys"]), None)
+        stored = next((name for name in names if name in source and name not in loading_info["mismatched_keys"]), None)
         if stored is None:
             continue  # only if not strict
         kind = _cast(source.info[stored].dtype, dtype)
         value = source[stored].to(dtype=kind)
-        if opened is checkpoint:  # it may be read again, and must not change with the model
+        if opened is checkpoint:  # the caller may read it again, so it must not share memory with the model
             value = value.clone()
         homes: dict[Device, str] = {}
         for name in names:
@@ -150,16 +150,16 @@ def load_checkpoint_and_dispatch(
         for name, buffer in model.named_buffers():
             if name not in source and not buffer.is_meta:  # not saved, such as position ids
                 set_module_tensor_to_device(model, name, placed[name], value=buffer)
-    return (model, account) if output_loading_info else model
+    return (model, loading_info) if output_loading_info else model
 
 
 def load_in_place(
     model: torch.nn.Module, checkpoint: str | os.PathLike | Checkpoint, *, strict: bool = True
 ) -> dict[str, list[str]]:
-    """Copy a checkpoint into the very tensors a model has, on their devices, so that an optimizer made before keeps them.
+    """Copy a checkpoint into the existing tensors of a model, so that an existing optimizer keeps its parameters.
 
     Returns:
-        the account of `load_checkpoint_and_dispatch`, three lists, which are empty if `strict`.
+        the loading info of `load_checkpoint_and_dispatch`: three lists, which are empty if `strict`.
 
     Raises:
         CheckpointError: names or shapes do not fit; the model is not changed.
@@ -168,29 +168,29 @@ def load_in_place(
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     source = without_wrappers(source, model.state_dict())
-    account = _compare(model, source, strict)
+    loading_info = _compare(model, source, strict)
     for names in tqdm(list(_tied_groups(model).values()), desc="loading", unit="tensor", leave=False, disable=None):
-        stored = next((name for name in names if name in source and name not in account["mismatched_keys"]), None)
+        stored = next((name for name in names if name in source and name not in loading_info["mismatched_keys"]), None)
         if stored is not None:  # else a buffer that is not saved, or not strict
             attrgetter(stored)(model).detach().copy_(source[stored])
-    return account
+    return loading_info
 
 
-# What DataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put before names, or into them.
+# Parts of names added by DataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed.
 _WRAPPERS = re.compile(
     r"^(?:module\.)+|(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\."
 )
 
 
 def without_wrapper(name: str) -> str:
-    """A tensor's name as it is in the model itself."""
+    """A tensor's name without the parts that wrappers add."""
     while (shorter := _WRAPPERS.sub("", name)) != name:
         name = shorter
     return name
 
 
 def without_wrappers(checkpoint: Checkpoint, wanted: Collection[str]) -> Checkpoint:
-    """The checkpoint under names without wrappers', if more of them are `wanted` so."""
+    """The checkpoint with `without_wrapper` applied to its names, if more of them are in `wanted` then."""
     names = {without_wrapper(name): name for name in checkpoint}
     if len(names) < len(checkpoint) or sum(name in wanted for name in names) <= sum(
         name in wanted for name in checkpoint
@@ -215,13 +215,13 @@ def resolve_device_map(
     no_split_module_classes: list[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Device]:
-    """Module name → device for any `device_map` that `load_checkpoint_and_dispatch` takes; `""` is the whole model."""
+    """Module name → device for any `device_map` that `load_checkpoint_and_dispatch` takes; `""` is the complete model."""
     if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        whole = no_split_module_classes or list(getattr(model, "_no_split_modules", None) or [])
+        unsplit = no_split_module_classes or list(getattr(model, "_no_split_modules", None) or [])
         if device_map != "sequential" and max_memory is None:
             low = device_map == "balanced_low_0"
-            max_memory = get_balanced_memory(model, None, whole, dtype=dtype, low_zero=low)
-        places = infer_auto_device_map(model, max_memory, no_split_module_classes=whole, dtype=dtype)
+            max_memory = get_balanced_memory(model, None, unsplit, dtype=dtype, low_zero=low)
+        places = infer_auto_device_map(model, max_memory, no_split_module_classes=unsplit, dtype=dtype)
     elif isinstance(device_map, Mapping):
         places = dict(device_map)
     elif device_map is None:
@@ -236,11 +236,15 @@ def _available(device: Device, module: str) -> torch.device:
     try:
         place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except RuntimeError:
-        raise CheckpointError(f"{device!r} is no device: use cpu, cuda, cuda:1, mps, meta or, in a map, disk") from None
+        raise CheckpointError(
+            f"{device!r} is not a device: use cpu, cuda, cuda:1, mps, meta or, in a map, disk"
+        ) from None
     counts = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available())}
     if place.type in counts and (place.index or 0) >= counts[place.type]():
         what = f"module {module!r}" if module else "the weights"
-        raise CheckpointError(f"{what} should go to {place}, which this machine does not have: choose cpu or disk")
+        raise CheckpointError(
+            f"{what} cannot be placed on {place}, which this machine does not have: choose cpu or disk"
+        )
     return place
 
 
@@ -253,12 +257,16 @@ def _place(name: str, places: Mapping[str, Device]) -> Device:
     while module and module not in places:
         module = module.rpartition(".")[0]
     if module not in places:
-        raise CheckpointError(f"the device map has no place for {name!r}: add the module, or '' for all the rest")
+        raise CheckpointError(f"the device map has no entry for {name!r}: add its module, or '' for all other modules")
     return places[module]
 
 
 def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> dict[str, list[str]]:
-    """What of the model and the checkpoint does not fit together; raises if that is not to be accepted."""
+    """Missing, unexpected and mismatched names.
+
+    Raises:
+        CheckpointError: there are some and `strict` is true, nothing would be loaded, or dtypes do not fit.
+    """
     wanted = model.state_dict()
     groups = [names for names in _tied_groups(model).values() if names[0] in wanted]
     missing = [names[0] for names in groups if not any(name in source for name in names)]
@@ -266,18 +274,22 @@ def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> dict[s
     shapes = [name for name in source if name in wanted and tuple(wanted[name].shape) != source.info[name].shape]
     if groups and len(extra) + len(shapes) == len(source):
         raise CheckpointError(
-            f"{source.path}: none of its {len(source)} tensors would be loaded, the first is {next(iter(source), '')!r}, and "
-            f"the model has {groups[0][0]!r}: rename them, or choose another section of the file, or another model"
+            f"{source.path}: none of its {len(source)} tensors would be loaded: its first is {next(iter(source), '')!r}, the "
+            f"model's {groups[0][0]!r}; rename them, or choose another section of the file, or another model"
         )
     if source.part_of:
         raise CheckpointError(source.part_of)
     if not quantisation(wanted):
         _refuse_quantised(source)
     for name in source:
-        if name in wanted and name not in shapes and _kind(wanted[name].dtype) != _kind(source.info[name].dtype):
+        if (
+            name in wanted
+            and name not in shapes
+            and _number_kind(wanted[name].dtype) != _number_kind(source.info[name].dtype)
+        ):
             raise CheckpointError(
-                f"{source.path}: tensor {name!r} is {source.info[name].dtype_name}, and {wanted[name].dtype} in the model, "
-                f"which cannot hold it: build the model with that dtype, or convert the tensor first"
+                f"{source.path}: tensor {name!r} is {source.info[name].dtype_name}, but {wanted[name].dtype} in the model, "
+                f"which cannot store it: build the model with that dtype, or convert the tensor first"
             )
     if shapes and strict:
         name = shapes[0]
@@ -290,51 +302,54 @@ def _compare(model: torch.nn.Module, source: Checkpoint, strict: bool) -> dict[s
         _check_ties(groups, source)
     if strict and (missing or extra):
         raise CheckpointError(
-            f"{source.path}: {len(missing)} tensors of the model are missing and {len(extra)} are left over, such as "
+            f"{source.path}: {len(missing)} tensors of the model are missing and {len(extra)} are unexpected, such as "
             f"{', '.join(map(repr, (missing[:2] + extra[:2])))}: see `mymodels inspect`, or pass strict=False"
         )
     lacking = {"missing": missing, "of another shape": shapes}
     if any(lacking.values()):
         shown = "; ".join(
             f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-            for what, names in (lacking | {"left over": extra}).items()
+            for what, names in (lacking | {"unexpected": extra}).items()
             if names
         )
-        warnings.warn(f"{source.path} was loaded in part, the other tensors keep their values: {shown}", stacklevel=3)
+        warnings.warn(
+            f"{source.path} was loaded only partly, the other tensors of the model keep their values: {shown}",
+            stacklevel=3,
+        )
     return {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": shapes}
 
 
 def _refuse_quantised(source: Checkpoint) -> None:
-    """Raise for quantised weights, shown by the tensors or by the config beside them."""
+    """Raise if the tensors, or the `config.json` beside them, show that the weights are quantised."""
     if source.format.startswith("GGUF"):  # read dequantised
         return
     config = config_beside(source)
-    stored, told = quantisation(source), quantisation(source, config)
-    if stored or told:
-        remedy = "" if stored else ", or take quantization_config out of config.json if its weights are plain numbers"
+    stored, declared = quantisation(source), quantisation(source, config)
+    if stored or declared:
+        remedy = "" if stored else ", or remove quantization_config from config.json if the weights are plain numbers"
         raise CheckpointError(
-            f"{source.path} is quantised, {stored or told}: its numbers are not weights without their scales; load it with "
+            f"{source.path} is quantised, {stored or declared}: its values are no weights without their scales; load it with "
             f"from_pretrained and the quantiser's package, or dequantise it first{remedy}"
         )
 
 
-def _kind(dtype: torch.dtype) -> str:
+def _number_kind(dtype: torch.dtype) -> str:
     return "complex" if dtype.is_complex else "float" if dtype.is_floating_point else "integer"
 
 
 def _check_ties(groups: list[list[str]], source: Checkpoint) -> None:
-    """A model that ties what the checkpoint has apart would lose one of the two."""
+    """Raise if the model ties tensors that differ in the checkpoint: one of them would be lost."""
     for names in groups:
         stored = [name for name in names if name in source and name not in source.aliases]
         if any(not torch.equal(source[stored[0]], source[name]) for name in stored[1:]):
             raise CheckpointError(
-                f"{source.path}: {' and '.join(map(repr, stored))} differ, but are one tensor in the model: build it untied "
+                f"{source.path}: {' and '.join(map(repr, stored))} differ, but are tied in the model: build it untied "
                 f"(tie_word_embeddings=False), or pass strict=False to take the first"
             )
 
 
 def _tied_groups(model: torch.nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter and buffer; those of a tied one stand together."""
+    """The names of each parameter and buffer, by identity: tied ones have several."""
     groups: dict[int, list[str]] = {}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:

@@ -1,4 +1,4 @@
-"""Flax's msgpack files (`flax_model.msgpack`), read an array at a time; transformers' names and matrices become torch's."""
+"""Flax's msgpack files (`flax_model.msgpack`), read an array at a time; transformers' models get torch's names and layout."""
 
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,7 +18,7 @@ _MAX_DEPTH = 200
 
 
 class _Array(NamedTuple):
-    """Where an array's bytes lie in the file."""
+    """The position of an array's bytes in the file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -27,10 +27,10 @@ class _Array(NamedTuple):
 
 
 def open_flax(path: Path) -> Checkpoint:
-    """A file of `flax.serialization`: nested dicts of arrays.
+    """Open a file of `flax.serialization`: nested dicts of arrays.
 
     Raises:
-        CheckpointError: it is damaged, or holds an array of a type that torch has not.
+        CheckpointError: it is damaged, or holds an array of a type that torch does not have.
     """
     found = _Reader(path).read()
     info = {name: TensorInfo(array.shape, array.dtype, path.name) for name, (array, _) in found.arrays.items()}
@@ -69,26 +69,28 @@ class _Reader:
             )
         return self
 
-    def _small(self, file: BinaryIO, at: int) -> Any:
-        """A reader of the library's at a place of the file; it reads ahead a little, and never an array."""
+    def _unpacker(self, file: BinaryIO, at: int) -> Any:
+        """msgpack's unpacker at a position of the file; it reads at most 256 bytes ahead, so no array."""
         file.seek(at)
         return self.msgpack.Unpacker(file, read_size=256, raw=False, strict_map_key=False, max_buffer_size=2**20)
 
     def _value(self, file: BinaryIO, at: int, name: tuple[str, ...]) -> int:
-        """Note what begins at byte `at`; returns where it ends."""
+        """Record the value that begins at byte `at`; returns the position after it."""
         if len(name) > _MAX_DEPTH:
-            raise CheckpointError(f"{self.path} is nested more than {_MAX_DEPTH} levels deep: it is no file of weights")
+            raise CheckpointError(
+                f"{self.path} is nested more than {_MAX_DEPTH} levels deep: it is not a file of weights"
+            )
         file.seek(at)
         first = (file.read(1) or b"\xc1")[0]
         if first in _FIXED or first in _LENGTHS:
             return self._extension(file, at, first, ".".join(name))
         if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
-            reader = self._small(file, at)
+            reader = self._unpacker(file, at)
             count = reader.read_map_header()
             at += reader.tell()
             before = set(self.arrays)
             for _ in range(count):
-                reader = self._small(file, at)
+                reader = self._unpacker(file, at)
                 key = reader.unpack()
                 at = self._value(file, at + reader.tell(), (*name, str(key)))
             if _CHUNKED in (key.rpartition(".")[2] for key in self.others):
@@ -98,7 +100,7 @@ class _Reader:
             count = int.from_bytes(file.read(_BINARY[first]), "big")
             self.others[".".join(name)] = f"{count:,} bytes"
             return at + 1 + _BINARY[first] + count
-        reader = self._small(file, at)
+        reader = self._unpacker(file, at)
         value = reader.unpack()
         self.others[".".join(name)] = value
         return at + reader.tell()
@@ -110,22 +112,22 @@ class _Reader:
         begin = at + 2 + width
         if begin + length > self.size:
             raise CheckpointError(f"{self.path}: {name!r} ends beyond the file: truncated, copy or download it again")
-        if code != _NDARRAY:  # a number of numpy's or a complex one
+        if code != _NDARRAY:  # a NumPy scalar or a complex number
             self.others[name] = f"a value of type {code}"
             return begin + length
-        reader = self._small(file, begin)
+        reader = self._unpacker(file, begin)
         if reader.read_array_header() != 3:
-            raise CheckpointError(f"{self.path}: {name!r} is no array as Flax writes it: copy or download it again")
+            raise CheckpointError(f"{self.path}: {name!r} is not an array in Flax's format: copy or download it again")
         shape, kind = reader.unpack(), reader.unpack()
         kind = kind.decode("ascii", "replace") if isinstance(kind, bytes) else str(kind)
         dtype = torch_dtype(kind)
         if dtype is None or not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise CheckpointError(f"{self.path}: array {name!r} has the type {kind}, which torch has not")
+            raise CheckpointError(f"{self.path}: array {name!r} has the type {kind}, which torch does not have")
         place = begin + reader.tell()
         file.seek(place)
         head = file.read(1)[0]
         if head not in _BINARY:
-            raise CheckpointError(f"{self.path}: {name!r} is no array as Flax writes it: copy or download it again")
+            raise CheckpointError(f"{self.path}: {name!r} is not an array in Flax's format: copy or download it again")
         count = int.from_bytes(file.read(_BINARY[head]), "big")
         data = place + 1 + _BINARY[head]
         array = _Array(tuple(shape), dtype, data, count)
@@ -137,7 +139,7 @@ class _Reader:
         return begin + length
 
     def _join(self, name: str, before: set[str]) -> None:
-        """An array of more than a gigabyte is written as a dict of its shape and its flat pieces."""
+        """Join an array of more than a gigabyte, which Flax stores as a dict of its shape and flat pieces."""
         prefix = f"{name}." if name else ""
         if f"{prefix}{_CHUNKED}" not in self.others:
             return
@@ -147,7 +149,7 @@ class _Reader:
         pieces = [self.arrays.pop(key)[0] for key in sorted(names, key=lambda key: int(key.rpartition(".")[2]))]
         for key in [key for key in self.others if key.startswith((f"{prefix}shape.", f"{prefix}{_CHUNKED}"))]:
             del self.others[key]
-        whole = _Array(shape, pieces[0].dtype, pieces[0].begin, sum(piece.size for piece in pieces))
-        if whole.size != int(np.prod(shape, dtype=object)) * whole.dtype.itemsize:
+        joined = _Array(shape, pieces[0].dtype, pieces[0].begin, sum(piece.size for piece in pieces))
+        if joined.size != int(np.prod(shape, dtype=object)) * joined.dtype.itemsize:
             raise CheckpointError(f"{self.path}: the pieces of {name!r} do not make {shape}: copy or download it again")
-        self.arrays[name] = (whole, pieces)
+        self.arrays[name] = (joined, pieces)

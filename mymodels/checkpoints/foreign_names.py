@@ -1,4 +1,4 @@
-"""How transformers 4 named and turned the weights of its TensorFlow and Flax models, undone: torch's names and layout."""
+"""Torch's names and layout for weights that transformers 4 saved from its TensorFlow and Flax models."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,9 +9,9 @@ import torch
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .safetensors_files import read_json
 
-Axes = tuple[int, ...] | None  # how the stored axes are put in order, or which of them stay; None leaves them
+Axes = tuple[int, ...] | None  # permutation of the stored axes, or the axes to keep; None changes nothing
 _CONVOLUTION = (3, 2, 0, 1)  # height, width, in, out → out, in, height, width
-_KERAS_ENDS = {
+_KERAS_PARAMETERS = {
     "kernel": "weight",
     "embeddings": "weight",
     "gamma": "weight",
@@ -21,7 +21,7 @@ _KERAS_ENDS = {
     "pointwise_kernel": "pointwise.weight",
     "depthwise_kernel": "depthwise.weight",
 }
-_FLAX_ENDS = {
+_FLAX_PARAMETERS = {
     "kernel": "weight",
     "scale": "weight",
     "embedding": "weight",
@@ -30,14 +30,14 @@ _FLAX_ENDS = {
 }
 
 
-def _reversed(shape: tuple[int, ...]) -> Axes:
+def _to_torch_layout(shape: tuple[int, ...]) -> Axes:
     return _CONVOLUTION if len(shape) == 4 else tuple(reversed(range(len(shape)))) if len(shape) > 1 else None
 
 
 def from_tensorflow(name: str, shape: tuple[int, ...], level: int = 1) -> tuple[str, Axes]:
-    """torch's name of a variable of a TF model of transformers, and how its axes are put in order.
+    """Torch's name of a variable of a TF model of transformers, and the permutation of its axes.
 
-    `level` is how many scopes stand before the model's own, the class's name as a rule.
+    `level` is the number of scopes before the model's own, usually one: the name of its class.
     """
     name = name.removesuffix(":0")
     name = re.sub(r"/[^/]*___([^/]*)/", r"/\1/", f"/{name}").replace(
@@ -45,25 +45,27 @@ def from_tensorflow(name: str, shape: tuple[int, ...], level: int = 1) -> tuple[
     )  # a scope's other name; a list's number
     parts = [part for part in name.split("/") if part]
     parts = parts[level:] if len(parts) > level else parts
-    turned = parts[-1] in ("kernel", "pointwise_kernel", "depthwise_kernel") or {"emb_projs", "out_projs"} & set(parts)
-    parts[-1] = _KERAS_ENDS.get(parts[-1], parts[-1])
-    if parts[-1] == "bias" and len(shape) == 2 and shape[0] == 1:  # GPT-2's, which have a row of their own there
+    transposed = parts[-1] in ("kernel", "pointwise_kernel", "depthwise_kernel") or {"emb_projs", "out_projs"} & set(
+        parts
+    )
+    parts[-1] = _KERAS_PARAMETERS.get(parts[-1], parts[-1])
+    if parts[-1] == "bias" and len(shape) == 2 and shape[0] == 1:  # GPT-2's biases are stored as one row
         return ".".join(parts), (1,)
-    return ".".join(parts), _reversed(shape) if turned else None
+    return ".".join(parts), _to_torch_layout(shape) if transposed else None
 
 
 def from_flax(name: str, shape: tuple[int, ...]) -> tuple[str, Axes]:
-    """torch's name of a parameter of a Flax model of transformers, and how its axes are put in order."""
+    """Torch's name of a parameter of a Flax model of transformers, and the permutation of its axes."""
     parts = name.split(".")
     if parts[0] in ("params", "batch_stats") and len(parts) > 1:
         parts = parts[1:]
-    turned = parts[-1] == "kernel"
-    parts[-1] = _FLAX_ENDS.get(parts[-1], parts[-1])
-    return ".".join(parts), _reversed(shape) if turned else None
+    transposed = parts[-1] == "kernel"
+    parts[-1] = _FLAX_PARAMETERS.get(parts[-1], parts[-1])
+    return ".".join(parts), _to_torch_layout(shape) if transposed else None
 
 
-def is_of_transformers(path: Path, stem: str) -> bool:
-    """Whether a file lies where transformers saves such weights: by its name, beside a `config.json` with a model type."""
+def is_saved_by_transformers(path: Path, stem: str) -> bool:
+    """Whether transformers saved a file: its name begins with `stem`, or `config.json` beside it has a `model_type`."""
     config = path.parent / "config.json"
     return path.name.startswith(stem) or (config.is_file() and "model_type" in read_json(config))
 
@@ -71,19 +73,19 @@ def is_of_transformers(path: Path, stem: str) -> bool:
 def renamed_checkpoint(
     raw: Checkpoint, rule: Callable[[str, tuple[int, ...]], tuple[str, Axes]], stem: str, *, known: bool = False
 ) -> Checkpoint:
-    """A checkpoint under torch's names, in torch's layout, if it is of transformers; else as it is stored.
+    """A checkpoint with torch's names and layout if transformers saved it; otherwise as it is stored.
 
     Raises:
-        CheckpointError: two of its tensors would have one name.
+        CheckpointError: two of its tensors would get the same name.
     """
-    if not known and not is_of_transformers(raw.path, stem):
+    if not known and not is_saved_by_transformers(raw.path, stem):
         raw.extras = {**raw.extras, "layout": "names and matrices as they are stored: kernels are [in, out]"}
         return raw
     return rearranged(raw, {name: rule(name, info.shape) for name, info in raw.info.items()})
 
 
 def rearranged(raw: Checkpoint, places: Mapping[str, tuple[str, Axes]]) -> Checkpoint:
-    """A checkpoint with other names and orders of axes: its name → the new name and the order of its axes."""
+    """A checkpoint renamed and permuted: `places` maps each name to a new name and a permutation."""
     stored: dict[str, tuple[str, Axes]] = {}
     info: dict[str, TensorInfo] = {}
     for name, (new, axes) in places.items():
@@ -102,6 +104,6 @@ def rearranged(raw: Checkpoint, places: Mapping[str, tuple[str, Axes]]) -> Check
         tensor = raw[source]
         return tensor.permute(axes).contiguous() if len(axes) == tensor.dim() else tensor.reshape(info[name].shape)
 
-    turned = sum(axes is not None and len(axes) > 1 for _, axes in stored.values())
-    extras = {**raw.extras, "layout": f"torch's names; {turned} kernels were transposed from [in, out]"}
+    transposed = sum(axes is not None and len(axes) > 1 for _, axes in stored.values())
+    extras = {**raw.extras, "layout": f"torch's names; {transposed} kernels were transposed from [in, out]"}
     return Checkpoint(raw.path, f"{raw.format} (transformers 4)", info, read, extras=extras)

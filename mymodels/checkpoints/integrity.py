@@ -1,4 +1,4 @@
-"""Is a checkpoint whole? Index against headers against manifest, and on request every byte."""
+"""Checks that a checkpoint is complete: its index, headers and manifest, and on request every byte."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .atomic_write import replace_file
 from .checkpoint import Checkpoint, CheckpointError, is_zip, widened
-from .opening import is_with_its_set, locate, open_checkpoint, open_file, weight_files
+from .opening import has_all_shards, locate, open_checkpoint, open_file, weight_files
 from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
 
 MANIFEST = "manifest.json"
@@ -21,7 +21,7 @@ _MADE_WITH = ("mymodels", "torch", "transformers", "safetensors")
 
 
 def _files(folder: Path) -> list[str]:
-    """Every file of a folder but the manifest, links and hidden ones, as `/`-separated names."""
+    """The files of a folder as `/`-separated names, without the manifest, links and hidden files."""
     names: list[Path] = []
     for parent, folders, found in os.walk(folder):
         folders[:] = [
@@ -45,7 +45,7 @@ def sha256(path: Path, progress: tqdm | None = None) -> str:
     return digest.hexdigest()
 
 
-def _hashing(total: int) -> tqdm:
+def _hash_progress(total: int) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, desc="hashing", leave=False, disable=None)
 
 
@@ -53,23 +53,23 @@ _SAVED_MODEL = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensor
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of this name is replaced when a model is saved into its folder: the weights, index and manifest."""
+    """Whether saving a model to its folder replaces a file of this name: weights, index and manifest."""
     return name == MANIFEST or _SAVED_MODEL.fullmatch(name) is not None
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `manifest.json`: size and SHA-256 of every file of `folder`, and the versions it was made with.
+    """Write `manifest.json`: size and SHA-256 of every file of `folder`, and the versions of packages that made it.
 
-    Left out are links, hidden files, and folders of other checkpoints (`checkpoint-500`, or with a manifest of their own).
+    Links, hidden files and folders of other checkpoints (`checkpoint-500`, or with a manifest of their own) are left out.
 
     Raises:
-        CheckpointError: `folder` is no folder.
+        CheckpointError: `folder` is not a folder.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder, so it has no manifest: name the folder of the checkpoint")
+        raise CheckpointError(f"{folder} is not a folder, so it has no manifest: name the folder of the checkpoint")
     sizes = {name: (folder / name).stat().st_size for name in _files(folder)}
-    with _hashing(sum(sizes.values())) as progress:
+    with _hash_progress(sum(sizes.values())) as progress:
         files = {name: {"sha256": sha256(folder / name, progress), "size": size} for name, size in sizes.items()}
     manifest = {"files": files, "made_with": {package: version(package) for package in _MADE_WITH}}
     if (folder / MANIFEST).is_symlink():
@@ -79,7 +79,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def update_manifest(folder: Path, name: str) -> None:
-    """Record one file anew in `manifest.json`, if there is one; what it says of the others stays.
+    """Update the entry of one file in `manifest.json`, if there is one; other entries are kept.
 
     Raises:
         CheckpointError: the manifest is damaged.
@@ -104,19 +104,19 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     path = folder / MANIFEST
     files = read_json(path).get("files")
     if not isinstance(files, dict):
-        raise CheckpointError(f"{path}: it has no table of files; {ADVICE}, or write it anew")
+        raise CheckpointError(f"{path}: it has no table of files; {ADVICE}, or write it again")
     result = {}
     for name, entry in files.items():
         inside(folder, name, path)
         size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or size < 0 or not isinstance(digest, str) or len(digest) != 64:
-            raise CheckpointError(f"{path}: {name!r} has no size and SHA-256; {ADVICE}, or write it anew")
+            raise CheckpointError(f"{path}: {name!r} has no size and SHA-256; {ADVICE}, or write it again")
         result[name] = (size, digest)
     return result
 
 
 def check_checkpoint(path: str | os.PathLike, *, full: bool = False, allow_pickle: bool = False) -> list[Problem]:
-    """Everything that is wrong with a checkpoint: its index, headers and manifest compared, without reading the data.
+    """Problems of a checkpoint, found by comparing its index, headers and manifest without reading tensors.
 
     Args:
         path: a folder or file that `open_checkpoint` opens.
@@ -124,7 +124,7 @@ def check_checkpoint(path: str | os.PathLike, *, full: bool = False, allow_pickl
         allow_pickle: as for `open_checkpoint`.
 
     Returns:
-        One `Problem` each; an empty list for a checkpoint that is whole.
+        The problems; an empty list for a complete checkpoint.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -137,7 +137,7 @@ def check_checkpoint(path: str | os.PathLike, *, full: bool = False, allow_pickl
         problems += found
         if not found:
             checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
-            if checkpoint.part_of and not is_with_its_set(path):
+            if checkpoint.part_of and not has_all_shards(path):
                 problems.append(Problem(path.name, checkpoint.part_of))
     except CheckpointError as error:
         problems.append(Problem(path.name, str(error)))
@@ -152,13 +152,13 @@ def _indexes(path: Path) -> list[Path]:
 
 
 def check_manifest(folder: Path, full: bool) -> list[Problem]:
-    """What differs between a folder and its `manifest.json`: files, sizes and, if `full`, hashes."""
+    """Differences between a folder and its `manifest.json`: files, sizes and, if `full`, hashes."""
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [Problem(MANIFEST, str(error))]
     problems = []
-    with _hashing(sum(size for size, _ in manifest.values()) if full else 0) as progress:
+    with _hash_progress(sum(size for size, _ in manifest.values()) if full else 0) as progress:
         for name, (size, digest) in manifest.items():
             file = folder / name
             if not file.is_file():
@@ -167,9 +167,9 @@ def check_manifest(folder: Path, full: bool) -> list[Problem]:
                 message = f"{file} has {file.stat().st_size:,} bytes, {MANIFEST} says {size:,}: {ADVICE}"
                 problems.append(Problem(name, message))
             elif full and sha256(file, progress) != digest:
-                problems.append(Problem(name, f"{file} is not what {MANIFEST} recorded, its SHA-256 differs: {ADVICE}"))
+                problems.append(Problem(name, f"{file} was changed: its SHA-256 is not that in {MANIFEST}: {ADVICE}"))
     for name in sorted(set(_files(folder)) - set(manifest)):
-        problems.append(Problem(name, f"{folder / name} is not in {MANIFEST}: remove it, or write the manifest anew"))
+        problems.append(Problem(name, f"{folder / name} is not in {MANIFEST}: remove it, or write the manifest again"))
     return problems
 
 
@@ -180,13 +180,13 @@ def _check_index(index: Path) -> list[Problem]:
     stored = {name: shard for name, shard in homes.items() if name not in shard.aliases}
     actual = sum(shard.info[name].nbytes for name, shard in stored.items())
     if total is not None and total != actual and not problems:
-        message = f"{index}: total_size is {total!r}, but the tensors have {actual:,} bytes; make the index again"
+        message = f"{index}: total_size is {total!r}, but the tensors have {actual:,} bytes; write the index again"
         problems.append(Problem(index.name, message))
     named = {file for file in data["weight_map"].values() if isinstance(file, str)}
     stem, suffix = index.name.split(".")[0], Path(index.name.removesuffix(".index.json")).suffix
     for file in sorted(index.parent.iterdir()):
         if file.name.startswith(stem) and file.suffix == suffix and file.name not in named:
-            message = f"{file} is not named by {index.name}, and tools may still read it: remove it, or {ADVICE}"
+            message = f"{file} is not named by {index.name}, but other tools may read it: remove it, or {ADVICE}"
             problems.append(Problem(file.name, message))
     return problems
 
@@ -200,10 +200,10 @@ def _check_data(checkpoint: Checkpoint) -> list[Problem]:
             try:
                 with zipfile.ZipFile(file) as archive:
                     damaged = archive.testzip()
-            except Exception as error:  # zipfile raises what it comes across
+            except Exception as error:  # zipfile raises many kinds
                 damaged = str(error) or type(error).__name__
             if damaged:
-                problems.append(Problem(name, f"{file}: its part {damaged} has a wrong checksum; {ADVICE}"))
+                problems.append(Problem(name, f"{file}: its member {damaged} has a wrong checksum; {ADVICE}"))
     for name in tqdm(checkpoint, desc="reading", unit="tensor", disable=None):
         try:
             tensor = checkpoint[name]
@@ -217,11 +217,11 @@ def _check_data(checkpoint: Checkpoint) -> list[Problem]:
         if bool(finite.all()) or (
             values.is_floating_point() and bool((finite & (values == 0) | values.isneginf()).all())
         ):
-            continue  # a mask is kept as 0 and -inf
+            continue  # a mask of 0 and -inf
         nan, infinite = int(values.isnan().sum()), int((~finite & ~values.isnan()).sum())
         message = (
             f"{root / checkpoint.info[name].file}: tensor {name!r} has {nan:,} NaN and {infinite:,} infinite of "
-            f"{tensor.numel():,} values; go back to a checkpoint before the training diverged"
+            f"{tensor.numel():,} values; use a checkpoint from before the training diverged"
         )
         problems.append(Problem(checkpoint.info[name].file, message, name))
     return problems

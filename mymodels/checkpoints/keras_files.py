@@ -1,4 +1,4 @@
-"""HDF5 files of Keras and TensorFlow: `tf_model.h5`, `.weights.h5`, whole models, and `.keras` archives."""
+"""HDF5 files of Keras and TensorFlow: `tf_model.h5`, `.weights.h5`, saved models, and `.keras` archives."""
 
 import zipfile
 from collections.abc import Iterator
@@ -9,24 +9,24 @@ import numpy as np
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo, is_zip
-from .foreign_names import from_tensorflow, is_of_transformers, renamed_checkpoint
+from .foreign_names import from_tensorflow, is_saved_by_transformers, renamed_checkpoint
 from .third_party_formats import array_dtype, import_library, to_torch
 
 _WEIGHTS_OF_ARCHIVE = "model.weights.h5"
 
 
 def open_keras(path: Path) -> Checkpoint:
-    """The weights in an HDF5 file or a `.keras` archive; an optimizer's variables are left to the extras.
+    """Open the weights in an HDF5 file or a `.keras` archive; an optimizer's variables are in the extras.
 
     Raises:
-        CheckpointError: the file is damaged, or holds an array of numbers that torch has not.
+        CheckpointError: the file is damaged, or two weights have the same name.
     """
     h5py = import_library("h5py", "h5", path, "an HDF5 file of Keras")
     archived = is_zip(path)
     stream = zipfile.ZipFile(path).open(_WEIGHTS_OF_ARCHIVE) if archived else None  # noqa: SIM115  # read from later
     file = h5py.File(stream or path, "r")
     root = file.get("model_weights", file)
-    named = dict(_listed(root))
+    named = dict(_listed_weights(root))
     datasets = named or dict(_walk(h5py, root))
     info, found, others = {}, {}, {}
     for name, dataset in datasets.items():
@@ -34,7 +34,7 @@ def open_keras(path: Path) -> Checkpoint:
             others["optimizer"] = "an optimizer's variables"
             continue
         if dataset.attrs.get("dtype") in ("bfloat16", b"bfloat16") and dataset.dtype.itemsize == 2:
-            dtype: torch.dtype | None = torch.bfloat16  # Keras 3 keeps its bits as integers
+            dtype: torch.dtype | None = torch.bfloat16  # Keras 3 stores its bits as integers
         else:
             dtype = array_dtype(dataset.dtype) if dataset.dtype.kind in "biufc" else None
         if dtype is None:
@@ -46,7 +46,7 @@ def open_keras(path: Path) -> Checkpoint:
         info[key], found[key] = TensorInfo(tuple(dataset.shape), dtype, path.name), dataset
     if not info:
         raise CheckpointError(
-            f"{path} is an HDF5 file without weights of Keras: it holds {', '.join(list(file)[:5]) or 'nothing'}"
+            f"{path} is an HDF5 file without Keras weights: it holds {', '.join(list(file)[:5]) or 'nothing'}"
         )
 
     def read(name: str) -> torch.Tensor:
@@ -58,10 +58,12 @@ def open_keras(path: Path) -> Checkpoint:
         )
 
     raw = Checkpoint(path, "Keras archive" if archived else "Keras (HDF5)", info, read, extras=others)
-    shard = not named and "layer_names" in root.attrs  # of transformers: its class's scope is left out there
+    shard = (
+        not named and "layer_names" in root.attrs
+    )  # a shard of transformers, whose names have no scope for the class
     own = bool(named) and all(name.startswith("tf_") for name in info)
     level = 0 if shard else 1
-    known = not archived and (own or shard or (bool(named) and is_of_transformers(path, "tf_model")))
+    known = not archived and (own or shard or (bool(named) and is_saved_by_transformers(path, "tf_model")))
     return renamed_checkpoint(raw, lambda name, shape: from_tensorflow(name, shape, level), "tf_model.h5", known=known)
 
 
@@ -70,7 +72,7 @@ def _texts(values: Any) -> list[str]:
 
 
 def _attribute(group: Any, name: str) -> list[str]:
-    """A list of names, which Keras splits over several attributes where it is long."""
+    """A list of names; Keras splits a long one over several attributes."""
     if name in group.attrs:
         return _texts(group.attrs[name])
     found: list[str] = []
@@ -81,7 +83,7 @@ def _attribute(group: Any, name: str) -> list[str]:
     return found
 
 
-def _listed(root: Any) -> Iterator[tuple[str, Any]]:
+def _listed_weights(root: Any) -> Iterator[tuple[str, Any]]:
     """The weights that Keras 2 lists in attributes of each layer's group."""
     for layer in _attribute(root, "layer_names"):
         group = root.get(layer)

@@ -1,4 +1,4 @@
-"""What a file is by its content."""
+"""The format of a file, found by its content."""
 
 import pickletools
 import re
@@ -14,7 +14,7 @@ _LEGACY_TORCH = re.compile(
 
 
 def kind_of(path: Path) -> str:
-    """What a file is by its content: the name of a format, or, of a file that is no checkpoint, what to do about it."""
+    """The name of a file's format; for a file that cannot be opened, what it is and what to do about it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(512)
@@ -45,9 +45,9 @@ def kind_of(path: Path) -> str:
     if path.suffix == ".msgpack" or re.match(rb"(\xde..|\xdf....|[\x81-\x8f])[\xa1-\xbf\xd9]", head, re.DOTALL):
         return "Flax"
     if path.name == "checkpoint" and head.startswith(b"model_checkpoint_path"):
-        return "TensorFlow's note of its newest checkpoint, which is not here: copy its .index and .data files too"
+        return "TensorFlow's pointer to its newest checkpoint, which is missing: copy its .index and .data files too"
     if re.search(r"\.data-\d+-of-\d+$", path.name):
-        return "the data of a TensorFlow checkpoint without its .index file: copy that too"
+        return "the data of a TensorFlow checkpoint without its .index file: copy that file too"
     if path.suffix == ".meta":
         return "the graph of a TensorFlow checkpoint, without weights: name its .index file"
     if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")) or head[257:262] == b"ustar":
@@ -60,29 +60,29 @@ def kind_of(path: Path) -> str:
         return "pickle"
     if _looks_like_onnx(path, size):
         return "ONNX"
-    return "in none of the formats that are read; if it was one, it is damaged: copy or download it again"
+    return "in no known format, or damaged: copy or download it again"
 
 
 def _looks_like_pickle(head: bytes, tail: bytes) -> bool:
-    """Whether a file may be a pickle of protocol 0 or 1, which have no mark of their own."""
+    """Whether a file may be a pickle of protocol 0 or 1, which have no magic number."""
     if not tail.endswith(b".") or head[:1] not in b"(c}]L":
         return False
     operations = 0
     try:
         for _ in pickletools.genops(head):
             operations += 1
-    except ValueError:  # the head ends amid an operation
+    except ValueError:  # the head ends within an operation
         pass
     return operations > 3
 
 
 def _kind_of_zip(path: Path) -> str:
     if not is_zip(path):
-        return "a zip archive without its end: truncated, copy or download it again"
+        return "a truncated zip archive: copy or download it again"
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except Exception:  # zipfile raises what it comes across
+    except Exception:  # zipfile raises many kinds
         return "a zip archive with a damaged table of contents: copy or download it again"
     inner = {name.split("/", 1)[-1] for name in names}
     if names and all(name.endswith(".npy") for name in names):
@@ -95,11 +95,11 @@ def _kind_of_zip(path: Path) -> str:
         return "PyTorch"
     if "model.weights.h5" in names:
         return "HDF5"
-    return "a zip archive of something else: unpack it and name the file inside"
+    return "a zip archive of another kind: unpack it and name the file inside"
 
 
 def _looks_like_onnx(path: Path, size: int) -> bool:
-    """Whether the file is a protobuf message with the fields of an ONNX model, the graph (7) among them."""
+    """Whether the file is a protobuf message with the fields of an ONNX model, including the graph (7)."""
 
     def varint() -> int:
         value = shift = 0

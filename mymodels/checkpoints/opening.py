@@ -1,4 +1,4 @@
-"""`open_checkpoint`: find out by content what a file or folder is, and open it lazily."""
+"""`open_checkpoint`: detect the format of a file or folder from its content, and open it lazily."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from .third_party_formats import open_gguf, open_npz, open_onnx, open_tensorflow
 from .torch_archives import open_distributed, open_exported, open_torchscript
 from .torch_files import open_pickle, open_torch_file
 
-_WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first what transformers takes, in its order
+_WEIGHTS = (  # in a folder, the first that exists is opened; the order begins with transformers' own
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -51,7 +51,7 @@ _WEIGHTS = (  # in a folder, the first that is there is the checkpoint: first wh
     "*.h5",
     "*.msgpack",
 )
-_BESIDE = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|golden)")
+_TRAINING_STATE = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|golden)")
 _ANY_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|pt2|tar|h5|keras|msgpack|ot|onnx|gguf|npz|tflite|pkl)$|\.ckpt$")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(\.\w+)")
 
@@ -64,26 +64,27 @@ def open_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Checkpoint:
-    """Open any checkpoint as a lazy mapping of name → tensor. What it is, its content decides, not its name.
+    """Open any checkpoint as a lazy mapping of name → tensor. The format is detected from the content, not the name.
 
-    Read are: safetensors; sharded safetensors or `.bin` with their index; whatever `torch.save` wrote (state dicts,
-    training checkpoints however nested, whole modules, whose code is not run); DeepSpeed's ZeRO folders; TorchScript; `torch.export`; `torch.distributed.checkpoint` folders; ONNX
-    (extra `onnx`); TensorFlow checkpoints and SavedModels (extra `tf`); `.npz`; pickles of arrays; GGUF (extra `gguf`).
-    Objects of other classes beside the weights are not made; see `Checkpoint.extras`.
+    Formats: safetensors; sharded safetensors or `.bin` with their index; files of `torch.save` (state dicts, training
+    checkpoints nested at any depth, modules, whose code is not run); DeepSpeed's ZeRO folders; TorchScript;
+    `torch.export`; `torch.distributed.checkpoint` folders; ONNX (extra `onnx`); TensorFlow checkpoints and SavedModels
+    (extra `tf`); Keras (extra `h5`) and Flax (extra `flax`); `.npz`; pickles of arrays; GGUF (extra `gguf`). Objects of
+    other classes are not created; see `Checkpoint.extras`.
 
     Args:
         path: a file, a folder, the prefix of a TensorFlow checkpoint, or the id of a Hub repo.
-        section: of a file with several models, the one to open; see `Checkpoint.sections`.
-        allow_pickle: let a pickle that needs more than plain data run its code, in another process but with your
-            rights. Without it such a file is refused, and what it asked for named.
+        section: the model to open of a file with several; see `Checkpoint.sections`.
+        allow_pickle: run the code of a pickle that needs more than plain data, in another process with your rights.
+            If false, such a file is refused, and the error names that code.
         revision: branch, tag or commit of a Hub repo.
         token: as in `huggingface_hub`.
 
     Returns:
-        A `Checkpoint`; nothing but names, shapes and dtypes has been read.
+        A `Checkpoint`; only names, shapes and dtypes have been read.
 
     Raises:
-        CheckpointError: the file is of none of these formats, damaged, or not whole.
+        CheckpointError: the file has none of these formats, or is damaged or incomplete.
         FileNotFoundError: there is no such file, folder or repo.
 
     Examples:
@@ -94,11 +95,11 @@ def open_checkpoint(
     """
     where = locate(path, revision=revision, token=token)
     opener = partial(_open_folder if where.is_dir() else open_file, where, allow_pickle)
-    checkpoint = _open_whole(where, opener) if where.is_dir() and not allow_pickle else opener()
+    checkpoint = _open_unchanged(where, opener) if where.is_dir() and not allow_pickle else opener()
     if where.is_dir():
-        checkpoint.left_out = _left_out(where, checkpoint)
+        checkpoint.left_out = _files_left_out(where, checkpoint)
     elif not checkpoint.part_of and checkpoint.path == where:
-        checkpoint.part_of = _shard_of(where, checkpoint)
+        checkpoint.part_of = "" if checkpoint.format.startswith("GGUF") else shard_problem(where)
     return checkpoint if section is None else checkpoint.section(section)
 
 
@@ -110,22 +111,26 @@ def locate(
     everything: bool = False,
     **download: Any,
 ) -> Path:
-    """`path` itself, or the local copy of the Hub repo of this name, downloaded if need be; `download` goes to the Hub's client.
+    """`path` itself, or the local copy of the Hub repo of this name, which is downloaded if it is not cached.
 
-    Where there is safetensors, other weights are left out unless `everything` is wanted.
+    Args:
+        path: a file, a folder, or the id of a Hub repo.
+        revision, token: as for `open_checkpoint`.
+        everything: also download other weights where there is safetensors.
+        download: further arguments of `snapshot_download`.
 
     Raises:
-        FileNotFoundError: there is neither.
-        CheckpointError: it lies on this machine, where there are no revisions, and one is asked for.
+        FileNotFoundError: there is no such file, folder or repo.
+        CheckpointError: `path` is a local file or folder, and `revision` is given.
     """
     found = Path(path).expanduser()
     if not found.exists():
         with contextlib.suppress(OSError):
-            repair(found)  # a writer that was killed may have set it aside
+            repair(found)  # a killed writer may have moved it away
     if found.exists() or found.with_name(found.name + ".index").is_file():
         if revision is not None:
             raise CheckpointError(
-                f"{path} lies on this machine, and --revision {revision} (revision=) is a version of a Hub repo: leave it out"
+                f"{path} is local, and --revision {revision} (revision=) is for Hub repos: leave it out"
             )
         return found
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or found.suffix in (".pt", ".pth", ".bin", ".safetensors"):
@@ -134,7 +139,7 @@ def locate(
 
     try:
         files = HfApi(token=token).list_repo_files(str(path), revision=revision)
-    except Exception:  # offline: what the cache has
+    except Exception:  # offline: use the cache
         files = []
     others = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ckpt*", "*.pt", "*.pth", "*.tflite"]
     ignore = others if not everything and any(file.endswith(".safetensors") for file in files) else None
@@ -146,8 +151,8 @@ def locate(
         ) from error
 
 
-def _open_whole(folder: Path, opener: Callable[[], Checkpoint]) -> Checkpoint:
-    """Open a folder file by file, and again if a writer has replaced it meanwhile, lest two saves are mixed."""
+def _open_unchanged(folder: Path, opener: Callable[[], Checkpoint]) -> Checkpoint:
+    """Open the files of a folder, and open them again if a writer replaced it meanwhile, so that no two saves are mixed."""
     for _ in range(100):
         before = _identity(folder)
         try:
@@ -158,7 +163,7 @@ def _open_whole(folder: Path, opener: Callable[[], Checkpoint]) -> Checkpoint:
             continue
         if _identity(folder) == before:
             return checkpoint
-    raise CheckpointError(f"{folder} is being written again and again: open it when its writer has finished")
+    raise CheckpointError(f"{folder} is being replaced again and again: open it when its writer has finished")
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
@@ -170,19 +175,21 @@ def _identity(folder: Path) -> tuple[int, ...]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that its checkpoint is opened by: an index, or one file; more if that is not clear."""
+    """The file to open a folder's checkpoint by, such as its index; several files if that is ambiguous."""
     for pattern in _WEIGHTS:
-        found = [file for file in sorted(folder.glob(pattern)) if file.is_file() and not _BESIDE.match(file.name)]
+        found = [
+            file for file in sorted(folder.glob(pattern)) if file.is_file() and not _TRAINING_STATE.match(file.name)
+        ]
         if pattern == "*.index":
             found = [file for file in found if kind_of(file) == "TensorFlow index"]
         if found:
             return found
-    others = [file for file in sorted(folder.iterdir()) if file.is_file() and not _BESIDE.match(file.name)]
+    others = [file for file in sorted(folder.iterdir()) if file.is_file() and not _TRAINING_STATE.match(file.name)]
     return [file for file in others if file.suffix != ".json" and kind_of(file) in ("PyTorch", "pickle", *_OPENERS)]
 
 
-def _left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
-    """The files of weights or training state in a folder, and one level below, that the checkpoint is not read from."""
+def _files_left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """Files of weights or training state in a folder, and one level below, that are not part of the checkpoint."""
     read = {info.file for info in checkpoint.info.values()}
     names = [file.relative_to(folder) for pattern in ("*", "*/*") for file in sorted(folder.glob(pattern))]
     return [
@@ -197,6 +204,18 @@ def _left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+def shard_number(path: Path) -> tuple[int, int] | None:
+    """`(number, count)` of a file that its name makes one of several shards, the first being 1; else None.
+
+    Example: `(1, 3)` of `model-00001-of-00003.safetensors`.
+    """
+    found = _SHARD.fullmatch(path.name)
+    if not found or int(found[3]) < 2:
+        return None
+    counted_from_0 = path.with_name(f"{found[1]}-{0:0{len(found[2])}d}-of-{found[3]}{found[4]}").is_file()
+    return int(found[2]) + counted_from_0, int(found[3])
+
+
 def missing_shards(path: Path) -> list[str]:
     """The files that belong to `path`'s set by its name (`model-00001-of-00003.safetensors`) and are not beside it."""
     found = _SHARD.fullmatch(path.name)
@@ -209,28 +228,29 @@ def missing_shards(path: Path) -> list[str]:
     return [name for name in names if not path.with_name(name).is_file()]
 
 
-def is_with_its_set(path: Path) -> bool:
+def has_all_shards(path: Path) -> bool:
     """Whether a file is one of several shards by its name, and all the others lie beside it."""
-    found = _SHARD.fullmatch(path.name)
-    return found is not None and int(found[3]) > 1 and not missing_shards(path)
+    return shard_number(path) is not None and not missing_shards(path)
 
 
-def _shard_of(path: Path, checkpoint: Checkpoint) -> str:
-    """Why a file is only a part of a model, if its name says so."""
-    found = _SHARD.fullmatch(path.name)
-    if not found or int(found[3]) < 2 or checkpoint.format.startswith("GGUF"):
+def shard_problem(path: Path) -> str:
+    """Why a file is only a part of a model, if its name says so; else ""."""
+    shard = shard_number(path)
+    if shard is None or path.suffix == ".gguf":  # a split GGUF is opened by any of its files
         return ""
     missing = missing_shards(path)
-    beside = (
-        f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} are missing"
+    others = (
+        f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} {'is' if len(missing) == 1 else 'are'} missing"
         if missing
-        else "the others lie beside it"
+        else "the other shards are in the same folder"
     )
-    return f"{path} is one of {int(found[3])} shards of a model, {beside}: name the folder that has them all, and their index"
+    return (
+        f"{path} is shard {shard[0]} of {shard[1]} of a model, {others}: name a folder with all shards and their index"
+    )
 
 
 def _open_several(path: Path, parts: dict[str, Checkpoint]) -> Checkpoint:
-    """Several models of one folder as sections."""
+    """Several models in one folder as one checkpoint with sections."""
     first = next(iter(parts.values()))
     homes = {f"{stem}.{name}": (part, name) for stem, part in parts.items() for name in part}
     return Checkpoint(
@@ -256,12 +276,12 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
         inner = [path.parent for path in sorted(folder.glob("*/manifest.json")) if weight_files(path.parent)]
         if inner and not any(re.fullmatch(r"checkpoint-\d+", path.name) for path in inner):  # as `convert` writes them
             return _open_several(folder, {path.name: _open_folder(path, allow_pickle) for path in inner})
-        for file in sorted(folder.iterdir()):  # of a format that is not read
-            if file.is_file() and _ANY_WEIGHTS.search(file.name) and not _BESIDE.match(file.name):
-                raise CheckpointError(f"{folder} has no weights but {file.name}: this is {kind_of(file)}")
+        for file in sorted(folder.iterdir()):  # of a format that is not supported
+            if file.is_file() and _ANY_WEIGHTS.search(file.name) and not _TRAINING_STATE.match(file.name):
+                raise CheckpointError(f"{folder} has no weights except {file.name}, which is {kind_of(file)}")
         inner = [path.parent for path in folder.glob("*/*") if weight_files(path.parent)]
-        hint = f"; did you mean {max(inner, key=_step)}?" if inner else ""
-        raise CheckpointError(f"{folder} holds no checkpoint: none of {', '.join(_WEIGHTS[:8])} and the like{hint}")
+        hint = f"; did you mean {max(inner, key=_training_step)}?" if inner else ""
+        raise CheckpointError(f"{folder} holds no checkpoint: no {', '.join(_WEIGHTS[:8])} or similar file{hint}")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:6])
         if kind_of(files[0]) == "safetensors" and (part := open_safetensors(files[0]).part_of):
@@ -277,9 +297,12 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             f"missing shards and the index too"
         )
     if files[0].name in ("model.safetensors", "pytorch_model.bin"):
-        more = [file for file in folder.glob(f"{files[0].stem}_*{files[0].suffix}") if _number(file.stem)]
+        more = [file for file in folder.glob(f"{files[0].stem}_*{files[0].suffix}") if _trailing_number(file.stem)]
         if more:
-            several = [files[0], *sorted(more, key=lambda file: int(_number(file.stem)))]  # as accelerate writes them
+            several = [
+                files[0],
+                *sorted(more, key=lambda file: int(_trailing_number(file.stem))),
+            ]  # as accelerate writes them
             return _open_several(folder, {file.stem: open_file(file, allow_pickle) for file in several})
     if files[0].name == ".metadata":
         return _guarded(open_distributed, folder, "the folder")
@@ -288,21 +311,21 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     return open_file(files[0], allow_pickle)
 
 
-def _step(folder: Path) -> tuple[int, str]:
-    """Of the folders that a trainer saves one after the other, the last is the one that is meant."""
-    return int(_number(folder.name) or -1), folder.name
+def _training_step(folder: Path) -> tuple[int, str]:
+    """A sort key by which the last of a trainer's folders, such as `checkpoint-500`, comes last."""
+    return int(_trailing_number(folder.name) or -1), folder.name
 
 
-def _number(name: str) -> str:
+def _trailing_number(name: str) -> str:
     found = re.search(r"[-_](\d+)$", name)
     return found[1] if found else ""
 
 
 def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint that the file `path` is, or is the index of."""
+    """Open the file `path`, or the files that it is the index of."""
     if not path.exists():
         if not path.with_name(path.name + ".index").is_file():
-            raise FileNotFoundError(f"{path} is gone")
+            raise FileNotFoundError(f"{path} does not exist any more")
         return _guarded(open_tensorflow, path, "the checkpoint")
     if beside := _tensorflow_index(path):
         path = beside
@@ -312,7 +335,7 @@ def open_file(path: Path, allow_pickle: bool = False) -> Checkpoint:
             return _guarded(_open_shards, path, "the checkpoint")
         opener = partial(open_file, allow_pickle=allow_pickle)
         sharded = partial(open_index, path, opener, _index_format(path))
-        return sharded() if allow_pickle else _open_whole(path.parent, sharded)
+        return sharded() if allow_pickle else _open_unchanged(path.parent, sharded)
     if kind == "PyTorch":
         return _guarded(partial(open_torch_file, allow_pickle=allow_pickle), path, "the file")
     if kind == "pickle":
@@ -341,13 +364,13 @@ def _guarded(opener: Callable[[Path], Checkpoint], path: Path, what: str) -> Che
         return opener(path)
     except (CheckpointError, MemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:  # from deep inside a third-party reader
+    except Exception as error:  # from a third-party reader
         raise unreadable(path, what, error) from error
 
 
 def _tensorflow_index(path: Path) -> Path | None:
-    """The index of a TensorFlow checkpoint, by the name of another of its files."""
-    if path.name == "checkpoint":  # a text that names the newest
+    """The index of the TensorFlow checkpoint that another file of it belongs to; None if it is none of its files."""
+    if path.name == "checkpoint":  # a text file that names the newest checkpoint
         found = re.match(rb'model_checkpoint_path: "(?:[^"]*[/\\])?([^"/\\]+)"', path.read_bytes()[:1000])
         index = path.with_name(found[1].decode("utf-8", "replace") + ".index") if found else path
     else:
@@ -371,7 +394,7 @@ def _index_format(path: Path) -> str:
 
 
 def _open_shards(index: Path) -> Checkpoint:
-    """Shards of TensorFlow or Flax; their index has the names of that framework, so that only the files are compared."""
+    """Shards of TensorFlow or Flax. Their index has that framework's names, so only their number is compared."""
     parts: dict[str, Checkpoint] = {}
     for name in _index_files(index):
         if not inside(index.parent, name, index).is_file():

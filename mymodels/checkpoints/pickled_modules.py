@@ -1,4 +1,4 @@
-"""The state dicts of modules that were pickled whole, taken from what was pickled for them: no class of theirs is needed."""
+"""State dicts of pickled modules, taken from their pickled attributes, so that no class of them is needed."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,34 +8,34 @@ import torch
 from .checkpoint import CheckpointError
 from .plain_pickle import FIELDS, Unopened, UnopenedTensor
 
-# Hooks that leave names and values of a state dict alone; they only note a version.
+# Hooks that do not change names or values of a state dict; they only record a version.
 _HARMLESS_HOOKS = {"torch.nn.utils.spectral_norm.SpectralNormStateDictHook"}
 _QUANTISED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.quantized.", "torch.nn.quantizable.")
 
 
-class NeedsItsCode(CheckpointError):
-    """An object whose tensors only its own code can name; the message says what it is, without the file."""
+class NeedsClassCode(CheckpointError):
+    """An object whose state dict depends on its code. The message does not name the file."""
 
 
 class ModuleState(dict):
-    """The state dict of a pickled module; `qualified` is its class."""
+    """The state dict of a pickled module; `qualified` is the name of its class."""
 
     qualified = "?"
 
 
 def with_state_dicts(node: Any) -> Any:
-    """A nested object in which every pickled module is its state dict, and a pickled optimizer is its state.
+    """Replace each pickled module, optimizer and scheduler in a nested object by its state dict.
 
     Any other object that holds modules or tensors becomes the dict of its attributes.
 
     Raises:
-        NeedsItsCode: a module has hooks that change its state dict, or holds something that is neither tensor nor module.
+        NeedsClassCode: a module has hooks that change its state dict, or holds something that is neither tensor nor module.
     """
     return _Converter().convert(node)
 
 
 def fields_of(unopened: Unopened) -> dict[str, Any] | None:
-    """An object's attributes as they were pickled; None if its class pickles in a way of its own."""
+    """The pickled attributes of an object; None if its class pickles them in another way."""
     states = unopened.state if isinstance(unopened.state, tuple) else (unopened.state,)  # a tuple where there are slots
     if not all(state is None or isinstance(state, dict) for state in states) or all(state is None for state in states):
         return None
@@ -44,7 +44,7 @@ def fields_of(unopened: Unopened) -> dict[str, Any] | None:
 
 
 def is_module(value: Any) -> bool:
-    """Whether an object that was not opened was a `torch.nn.Module`, by its fields."""
+    """Whether an unopened object is a `torch.nn.Module`, by its attributes."""
     fields = fields_of(value) if isinstance(value, Unopened) else None
     return fields is not None and all(
         isinstance(fields.get(key), dict) for key in ("_parameters", "_buffers", "_modules")
@@ -52,21 +52,21 @@ def is_module(value: Any) -> bool:
 
 
 def _wrapped(unopened: Unopened) -> Any:
-    """The module that `torch.compile` wrapped: it is pickled as its class, called with that module."""
+    """The module that `torch.compile` wrapped, which is pickled as an argument of the wrapper's class."""
     first = unopened.args[0] if unopened.args else None
     return first if unopened.qualified.endswith(".OptimizedModule") and is_module(first) else None
 
 
 class _Converter:
     def __init__(self) -> None:
-        self.done: dict[int, Any] = {}  # by identity, so that what was shared is converted once
+        self.done: dict[int, Any] = {}  # by identity, so that shared objects are converted once
         self.open: set[int] = set()
         self.kept: list[Any] = []  # keeps the identities above from being used again
 
     def convert(self, node: Any) -> Any:
         if not isinstance(node, (dict, list, tuple, Unopened, *FIELDS)):
             return node
-        if id(node) in self.open:  # a part that refers to what it is a part of, such as a trainer's callbacks
+        if id(node) in self.open:  # a cycle, such as a trainer's callbacks
             return f"{_name(node)} that holds this"
         if id(node) not in self.done:
             self.open.add(id(node))
@@ -97,7 +97,7 @@ class _Converter:
             return state
         fields = fields_of(node)
         if fields is None:
-            entries = dict(node.items)  # a class of dict, such as a state dict of a class of its own
+            entries = dict(node.items)  # a subclass of dict, such as a state dict
             if entries and not node.state and not node.args and all(isinstance(key, str) for key in entries):
                 return self._converted(entries) if _holds_tensors(entries) else node
             return node
@@ -115,17 +115,17 @@ class _Converter:
         where = f"the module {prefix.rstrip('.')!r}" if prefix else "the module"
         fields = fields_of(module)
         if not is_module(module) or fields is None:
-            raise NeedsItsCode(f"{where} is a {_name(module)}, which is not pickled as modules are")
+            raise NeedsClassCode(f"{where} is a {_name(module)}, which is not pickled like a module")
         if id(module) in within:
             raise CheckpointError(f"{where} of class {module.qualified} holds itself, so it has no state dict")
         if module.qualified.startswith(_QUANTISED) and "quantized" in module.qualified:
             raise CheckpointError(
-                f"{where} is a {module.qualified}, whose weights are packed: save the model before it is quantised"
+                f"{where} is a {module.qualified}, whose weights are packed: save the model before quantising it"
             )
         for hooks in ("_state_dict_hooks", "_state_dict_pre_hooks"):
             for hook in (fields.get(hooks) or {}).values():
                 if _name(hook) not in _HARMLESS_HOOKS:
-                    raise NeedsItsCode(
+                    raise NeedsClassCode(
                         f"{where} of class {module.qualified} has a hook that may change its state dict ({_name(hook)})"
                     )
         transient = fields.get("_non_persistent_buffers_set") or ()
@@ -135,7 +135,7 @@ class _Converter:
                 continue
             if not isinstance(tensor, (torch.Tensor, UnopenedTensor)):
                 raise CheckpointError(
-                    f"{where} of class {module.qualified}: {name!r} is a {_name(tensor)}, which has no values"
+                    f"{where} of class {module.qualified}: {name!r} is a {_name(tensor)}, which is not a tensor"
                 )
             yield f"{prefix}{name}", tensor
         for name, child in fields["_modules"].items():
@@ -167,7 +167,7 @@ def _holds_tensors(node: Any) -> bool:
 
 
 def _optimizer_state(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What `state_dict()` of a pickled optimizer returns: its parameters are numbers, in the order of its groups."""
+    """The `state_dict()` of a pickled optimizer, with parameters numbered in the order of its groups."""
     numbers: dict[int, int] = {}
     groups = []
     for group in fields["param_groups"]:
@@ -178,7 +178,7 @@ def _optimizer_state(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scheduler_state(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What `state_dict()` of a pickled scheduler returns: all but the optimizer, and of functions nothing."""
+    """The `state_dict()` of a pickled scheduler: its attributes except the optimizer and functions."""
     state = {key: value for key, value in fields.items() if key != "optimizer"}
     for key in ("lr_lambdas", "lr_lambda"):
         if isinstance(state.get(key), list):

@@ -1,7 +1,7 @@
-"""A pickle read without running code: plain data and tensors are made, an object of any other class is not.
+"""Read a pickle without running its code: plain data and tensors are created, objects of other classes are not.
 
-Such an object becomes an `Unopened`, which keeps the class's name and the data pickled for it. No class is imported,
-no function of the file's choice is called. `torch.load(weights_only=True)` refuses these files as a whole.
+Such an object becomes an `Unopened` with the name of the class and the pickled data. No class is imported, and no
+function that the file names is called. `torch.load(weights_only=True)` refuses such files entirely.
 """
 
 import _compat_pickle
@@ -24,7 +24,7 @@ import torch
 
 from .checkpoint import CheckpointError
 
-# What training scripts put beside the weights: plain data, nothing that runs code when it is unpickled.
+# Types that training scripts save besides weights: plain data, which runs no code when unpickled.
 _NUMPY: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]]
 PLAIN_TYPES: list[Any] = [
     argparse.Namespace,
@@ -43,14 +43,26 @@ PLAIN_TYPES: list[Any] = [
 
 
 FIELDS = (argparse.Namespace, types.SimpleNamespace)
-_LENGTH = struct.Struct("<Q")
+_UINT64 = struct.Struct("<Q")
 
 
-# Nothing of these is called either, but a file that asks for `os.system` is not read on as if it were one of weights.
-_PROGRAMS = set(sys.stdlib_module_names)
-_RUNS = {"eval", "exec", "execfile", "compile", "open", "file", "input", "breakpoint", "apply", "reload", "__import__"}
-_RUNS |= {"setattr", "delattr", "globals", "locals", "vars", "memoryview"}
-_DATA = {
+# None of these is ever called. A file that names `os.system` is refused, and not read like a file of weights.
+_STDLIB = set(sys.stdlib_module_names)
+_UNSAFE_BUILTINS = {
+    "eval",
+    "exec",
+    "execfile",
+    "compile",
+    "open",
+    "file",
+    "input",
+    "breakpoint",
+    "apply",
+    "reload",
+    "__import__",
+}
+_UNSAFE_BUILTINS |= {"setattr", "delattr", "globals", "locals", "vars", "memoryview"}
+_SAFE_STDLIB = {
     *(
         "abc",
         "array",
@@ -70,21 +82,21 @@ _DATA = {
 }
 
 
-class AsksForCode(pickle.UnpicklingError):
-    """A pickle that names a function of Python's own library, such as `os.system`; the text is that name."""
+class UnsafeGlobal(pickle.UnpicklingError):
+    """A pickle names a function of the standard library, such as `os.system`; the message is that name."""
 
 
 class Unopened:
-    """Stands for an object whose class was not imported.
+    """An object whose class was not imported.
 
     Attributes:
         qualified: the class or function that the pickle names, `module.name`.
-        args: what it would have been called with.
-        state, items, elements: what would have been set on it, as an object, a dict and a list.
+        args: the arguments of that class or function.
+        state, items, elements: the pickled attributes, dict items and list elements.
     """
 
     qualified = "?"
-    dump_patches = False  # which torch's reader of the older file format looks up on a module's class
+    dump_patches = False  # read by torch's reader of the file format before 1.6
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.args = (*args, *kwargs.values())
@@ -93,7 +105,7 @@ class Unopened:
         self.elements: list[Any] = []
 
     def contents(self) -> Iterator[Any]:
-        """All that was pickled for this object."""
+        """All pickled data of this object."""
         yield from (self.args, self.state, self.elements)
         yield dict(enumerate(value for pair in self.items for value in pair))
 
@@ -107,41 +119,41 @@ class Unopened:
         self.elements.extend(values)
 
     def __repr__(self) -> str:
-        return self._written(0)
+        return self._repr_within(0)
 
-    def _written(self, depth: int) -> str:
-        """Its class and the first things in it; it may hold itself, and tensors that are still on disk."""
-        states = self.state if isinstance(self.state, tuple) else (self.state,)  # a tuple where there are slots
+    def _repr_within(self, depth: int) -> str:
+        """Its class and first contents, to a limited depth, as it may contain itself; tensors are not read."""
+        states = self.state if isinstance(self.state, tuple) else (self.state,)  # a tuple if there are slots
         fields = [field for state in states if isinstance(state, dict) for field in state.items()]
         if depth > 2:
             return f"{self.qualified}(…)"
-        parts = [_written(value, depth) for value in (*self.args, *self.elements)[:_SHOWN]]
-        parts += [f"{key}={_written(value, depth)}" for key, value in fields[:_SHOWN]]
-        more = ["…"] if max(len(self.args) + len(self.elements), len(fields)) > _SHOWN else []
+        parts = [_repr_within(value, depth) for value in (*self.args, *self.elements)[:_REPR_ITEMS]]
+        parts += [f"{key}={_repr_within(value, depth)}" for key, value in fields[:_REPR_ITEMS]]
+        more = ["…"] if max(len(self.args) + len(self.elements), len(fields)) > _REPR_ITEMS else []
         return f"{self.qualified}({', '.join(parts + more)})"
 
 
-_SHOWN = 12  # so many of an object's attributes are written out
+_REPR_ITEMS = 12  # most attributes of an object that its repr shows
 
 
-def _written(value: Any, depth: int) -> str:
+def _repr_within(value: Any, depth: int) -> str:
     if isinstance(value, torch.Tensor):
         return f"tensor {tuple(value.shape)}"
     if isinstance(value, Unopened):
-        return value._written(depth + 1)
-    if isinstance(value, (dict, list, tuple, set, collections.deque)) and (len(value) > _SHOWN or depth > 1):
+        return value._repr_within(depth + 1)
+    if isinstance(value, (dict, list, tuple, set, collections.deque)) and (len(value) > _REPR_ITEMS or depth > 1):
         return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, dict):
-        inner = [f"{_written(key, depth + 1)}: {_written(item, depth + 1)}" for key, item in value.items()]
+        inner = [f"{_repr_within(key, depth + 1)}: {_repr_within(item, depth + 1)}" for key, item in value.items()]
         return f"{{{', '.join(inner)}}}"
     if isinstance(value, (list, tuple)):
-        inner = [_written(item, depth + 1) for item in value]
+        inner = [_repr_within(item, depth + 1) for item in value]
         return f"[{', '.join(inner)}]" if isinstance(value, list) else f"({', '.join(inner)}{',' * (len(inner) == 1)})"
     return repr(value)
 
 
 class UnopenedTensor(Unopened):
-    """Stands for a tensor of a class of its own, such as a quantised one, whose values only that class knows."""
+    """A tensor of a subclass, such as a quantised one, whose values need the code of that class."""
 
 
 def find_unopened(node: Any) -> Iterator[Unopened]:
@@ -163,14 +175,14 @@ def find_unopened(node: Any) -> Iterator[Unopened]:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How protocol 2 writes bytes; another encoding would import a module for it."""
+    """`codecs.encode`, by which protocol 2 writes bytes; another encoding would import a module."""
     if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+        raise pickle.UnpicklingError(f"it needs the encoding {encoding!r}")
     return codecs.encode(text, "latin1")
 
 
 def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes:
-    """Not of a number, which would take any memory that a file asks for."""
+    """`bytes`, except of a number, which would allocate any amount of memory."""
     return _encode(data, encoding) if isinstance(data, str) else bytes(list(data))
 
 
@@ -179,21 +191,21 @@ def _defaultdict(factory: Any = None, *rest: Any) -> collections.defaultdict:
 
 
 def _reconstructor(cls: Any, base: Any, state: Any) -> Any:
-    """What protocols 0 and 1 make objects with."""
+    """`copyreg._reconstructor`, by which protocols 0 and 1 create objects."""
     return cls() if base is object or state is None else cls(state)
 
 
 def _getattr(owner: Any, name: str) -> Any:
-    """How pickle writes a method of an object, and protocol 2 a class within a class."""
+    """`getattr`, by which pickle writes methods, and protocol 2 nested classes; for unopened objects only."""
     if not isinstance(name, str) or not (
         isinstance(owner, Unopened) or (isinstance(owner, type) and issubclass(owner, Unopened))
     ):
-        raise AsksForCode("builtins.getattr")
-    return _stranger(f"{owner.qualified}.{name}")
+        raise UnsafeGlobal("builtins.getattr")
+    return _stand_in_class(f"{owner.qualified}.{name}")
 
 
-def _stranger(qualified: str) -> type["Unopened"]:
-    """A class that stands for the one of this name; it lies in no module of the user's, where torch may look for it."""
+def _stand_in_class(qualified: str) -> type["Unopened"]:
+    """A subclass of `Unopened` in place of the class of this name."""
     return type(qualified.rpartition(".")[2], (Unopened,), {"qualified": qualified})
 
 
@@ -202,7 +214,7 @@ def _newobj(cls: Any, *args: Any) -> Any:
 
 
 def _from_type(func: Any, new_type: Any, args: tuple, state: Any) -> Any:
-    """`torch._tensor._rebuild_from_type_v2`, a tensor of a subclass or with attributes of its own."""
+    """`torch._tensor._rebuild_from_type_v2`: a tensor of a subclass, or with attributes."""
     made = func(*args)
     if isinstance(made, UnopenedTensor):
         made.state = state
@@ -225,7 +237,7 @@ def _wrapper(cls: Any, *args: Any) -> Unopened:
 
 
 def _frombuffer(data: Any, dtype: np.dtype, shape: tuple[int, ...], order: str, axes: Any = None) -> np.ndarray:
-    """How protocol 5 makes numpy's arrays; of a copy, as torch wants memory that may be written."""
+    """NumPy's `_frombuffer`, by which protocol 5 creates arrays; it copies, as torch needs writable memory."""
     array = np.frombuffer(bytearray(data), dtype)
     if order == "K" and axes is not None:
         return array.reshape(shape).transpose(axes)
@@ -254,7 +266,7 @@ _BUILTINS: dict[str, Any] = {
 }
 
 
-def _known() -> dict[str, Any]:
+def _known_globals() -> dict[str, Any]:
     known: dict[str, Any] = dict(_ALLOWED_BY_TORCH()) | _BUILTINS
     for entry in PLAIN_TYPES:
         plain, name = entry if isinstance(entry, tuple) else (entry, f"{entry.__module__}.{entry.__name__}")
@@ -299,45 +311,47 @@ _ALLOWED_BY_TORCH = torch._weights_only_unpickler._get_allowed_globals
 
 
 def _storage_from_bytes(data: bytes) -> Any:
-    """A storage in a pickle that `torch.save` did not make: a file of torch.save's within it."""
+    """A storage in a pickle that was not written by `torch.save`: it contains a file of `torch.save`."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    """Makes plain data and tensors; every other class or function that the pickle names becomes a kind of `Unopened`."""
+    """Creates plain data and tensors; any other class or function that the pickle names becomes an `Unopened`."""
 
     dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def __init__(self, file: Any, **options: Any):
         super().__init__(file, **options)
-        self.known = _known()
+        self.known = _known_globals()
         self.callable = {id(made) for made in self.known.values()}
-        self.strangers: dict[str, type[Unopened]] = {}
+        self.stand_ins: dict[str, type[Unopened]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # Python 2's, which protocols
-        module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # up to 2 are written with
+        module, name = _compat_pickle.NAME_MAPPING.get(
+            (module, name), (module, name)
+        )  # Python 2 names, which protocols
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # 0 to 2 use
         full = f"{module}.{name}"
         if full in self.known:
             return self.known[full]
-        if name in _RUNS if module == "builtins" else module.split(".")[0] in _PROGRAMS - _DATA:
-            raise AsksForCode(full)
-        return self.strangers.setdefault(full, _stranger(full))
+        if name in _UNSAFE_BUILTINS if module == "builtins" else module.split(".")[0] in _STDLIB - _SAFE_STDLIB:
+            raise UnsafeGlobal(full)
+        return self.stand_ins.setdefault(full, _stand_in_class(full))
 
     def get_extension(self, code: int) -> None:
-        raise pickle.UnpicklingError("it names a class by a number of this program's registry")
+        raise pickle.UnpicklingError("it names a class by a code of the extension registry")
 
-    def _is_known(self, made: Any) -> bool:
+    def _may_call(self, made: Any) -> bool:
         return id(made) in self.callable or (isinstance(made, type) and issubclass(made, Unopened))
 
     def _make(self, made: Any, args: tuple, options: dict[str, Any] | None = None) -> Any:
-        """What calling `made` gives, if it is known; an `Unopened` otherwise."""
-        if isinstance(made, Unopened):  # a bound method of an unopened object, say
+        """Call `made` if it is allowed; an `Unopened` gives another `Unopened`."""
+        if isinstance(made, Unopened):  # such as a bound method of an unopened object
             result = Unopened(*args)
             result.qualified = made.qualified
             return result
-        if not self._is_known(made):
-            raise pickle.UnpicklingError(f"it calls {made!r}, which is no plain data")
+        if not self._may_call(made):
+            raise pickle.UnpicklingError(f"it calls {made!r}, which does not create plain data")
         return made(*args, **(options or {}))
 
     def load_reduce(self) -> None:
@@ -359,8 +373,8 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         made = self.stack[-2]  # type: ignore[attr-defined]
         if isinstance(made, Unopened):
             made.state = self.stack.pop()  # type: ignore[attr-defined]
-        elif callable(made) or not isinstance(made, _BUILT):
-            raise pickle.UnpicklingError(f"it changes a {type(made).__name__} of this program")
+        elif callable(made) or not isinstance(made, _MAY_SET_STATE):
+            raise pickle.UnpicklingError(f"it sets attributes of a {type(made).__name__}")
         elif isinstance(made, dict):
             vars(made).update(self.stack.pop()) if hasattr(made, "__dict__") else self.stack.pop()  # type: ignore[attr-defined]
         else:
@@ -368,11 +382,11 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def load_persid(self) -> None:
         raise CheckpointError(
-            "it was saved with pickle protocol 0, which torch itself cannot read: save it with another"
+            "it was saved with pickle protocol 0, which torch cannot read: save it with a newer protocol"
         )
 
     def load_bytearray8(self) -> None:
-        (length,) = _LENGTH.unpack(self.read(8))  # type: ignore[attr-defined]
+        (length,) = _UINT64.unpack(self.read(8))  # type: ignore[attr-defined]
         self.append(bytearray(self.read(length)))  # type: ignore[attr-defined]
 
     dispatch[pickle.REDUCE[0]] = load_reduce  # type: ignore[assignment]
@@ -383,7 +397,7 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8  # type: ignore[assignment]
 
 
-_BUILT = (torch.Tensor, dict, np.ndarray, np.dtype, *FIELDS)
+_MAY_SET_STATE = (torch.Tensor, dict, np.ndarray, np.dtype, *FIELDS)
 
 
 def load(file: Any, **options: Any) -> Any:
@@ -391,4 +405,4 @@ def load(file: Any, **options: Any) -> Any:
     return PlainUnpickler(file, **options).load()
 
 
-Unpickler = PlainUnpickler  # with `load`, what torch.load takes for a `pickle_module`
+Unpickler = PlainUnpickler  # with `load`, the interface that torch.load needs of a `pickle_module`

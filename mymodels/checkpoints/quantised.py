@@ -1,4 +1,4 @@
-"""Is a checkpoint quantised, and how: by `quantization_config`, and by the tensors that quantisers store."""
+"""Whether and how a checkpoint is quantised, by `quantization_config` and by the tensors that quantisers store."""
 
 import re
 from collections import defaultdict
@@ -11,7 +11,7 @@ import torch
 from .checkpoint import Checkpoint
 from .safetensors_files import read_json
 
-# `quant_method` of transformers' configs, and others' → the name that people use
+# `quant_method` of transformers' and other configs → the common name
 _METHODS = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -28,7 +28,7 @@ _METHODS = {
     "bitnet": "BitNet",
     "auto-round": "AutoRound",
 }
-# A tensor's name → how it was quantised. The first that matches any tensor decides.
+# Pattern of tensor names → method. The first that matches any tensor is used.
 _NAMES = (
     (re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$"), "bitsandbytes {0} (4 bit)"),
     (re.compile(r"\.(absmax|nested_absmax)$"), "bitsandbytes (4 bit)"),
@@ -40,7 +40,7 @@ _NAMES = (
     (re.compile(r"\._packed_params(\.|$)"), "torch's own quantisation"),
     (re.compile(r"_quantized$"), "ONNX's quantisation"),
 )
-# The tensors of one module, by the last part of their names, where one name alone would be no proof.
+# Tensors of one module, by the last part of their names → method, where a single name would be ambiguous.
 _MODULES = (
     ({"qweight", "g_idx"}, "GPTQ"),
     ({"qweight"}, "GPTQ or AWQ"),
@@ -62,13 +62,13 @@ def quantisation(
 ) -> str | None:
     """How a checkpoint is quantised, as a phrase such as `"GPTQ (4 bit)"`; None if it is not.
 
-    Weights cast to float8 without scales are not quantised: their values are what they stand for. Neither is GGUF,
-    which is read dequantised.
+    Weights cast to float8 without scales are not quantised, as their values are the weights. Neither is GGUF, which is
+    read dequantised.
 
     Args:
-        checkpoint_or_names: a `Checkpoint`, or tensor names, or a mapping of them to whatever has a `dtype` and a
-            `shape` (`TensorInfo`, tensors); with these, a narrow matrix beside its scales is recognised whatever its
-            quantiser called it. Nothing is read.
+        checkpoint_or_names: a `Checkpoint`, tensor names, or a mapping of names to objects with `dtype` and `shape`
+            (`TensorInfo`, tensors); with these, a low-bit matrix with scales is recognised under any name. No tensor is
+            read.
         config: the model's `config.json`, as a dict.
     """
     given = checkpoint_or_names.info if isinstance(checkpoint_or_names, Checkpoint) else checkpoint_or_names
@@ -120,7 +120,7 @@ def _method(details: Mapping[str, Any]) -> str:
 
 
 def _by_dtypes(tensors: Mapping[str, Any]) -> str | None:
-    """A narrow matrix beside something called scale, or of a dtype that has its scale within."""
+    """The method shown by dtypes: a low-bit matrix with a tensor of scales, or a dtype with built-in scale."""
     modules: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if getattr(tensor, "dtype", None) in _QUANTISED:
@@ -134,12 +134,12 @@ def _by_dtypes(tensors: Mapping[str, Any]) -> str | None:
             return "float8 with scales" if dtype.startswith("float8") else f"{dtype} with scales"
     for name, tensor in tensors.items():
         if getattr(tensor, "dtype", None) in _INTEGERS and _is_narrow(name, tensor):
-            return f"{str(tensor.dtype).removeprefix('torch.')} without scales beside it"
+            return f"{str(tensor.dtype).removeprefix('torch.')} without scales"
     return None
 
 
 def _is_narrow(name: str, tensor: Any) -> bool:
-    """Whether this may be a quantised matrix: integers only if they are called weight, as masks and ids are not."""
+    """Whether a tensor may be a quantised matrix; integers only if the name has "weight", unlike masks and ids."""
     dtype = getattr(tensor, "dtype", None)
     if dtype not in _NARROW or len(tensor.shape) < 2 or _SCALE.search(name.rpartition(".")[2]):
         return False

@@ -1,4 +1,4 @@
-"""Safetensors files and index files, read with suspicion: every claim of a header or an index is checked."""
+"""Safetensors files and index files; everything in a header or an index is checked."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ADVICE = "copy or download it again"
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with a checkpoint, as a sentence."""
+    """A problem of a checkpoint, as a sentence."""
 
     file: str
     message: str
@@ -29,7 +29,7 @@ def parse_json(data: bytes, path: Path, what: str = "it") -> dict[str, Any]:
     """A JSON object, without duplicate keys, `NaN`, or text that is not Unicode.
 
     Raises:
-        CheckpointError: it is none, or larger than 100 MB.
+        CheckpointError: it is not one, or larger than 100 MB.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def parse_json(data: bytes, path: Path, what: str = "it") -> dict[str, Any]:
         raise CheckpointError(f"{path}: {what} is {len(data):,} bytes of JSON, more than {MAX_JSON_BYTES:,}; {ADVICE}")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # "\ud800" alone is no text
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate such as "\ud800" cannot be encoded
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -68,24 +68,24 @@ def _is_size(value: Any) -> bool:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors and the metadata that a safetensors file announces, checked against the file's size.
+    """The tensors and metadata in the header of a safetensors file, checked against the file's size.
 
     Raises:
-        CheckpointError: the header is not what the format asks for, or its tensors do not tile the file's data.
+        CheckpointError: the header is invalid, or its tensors do not cover the data exactly.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(
-                f"{path}: the header claims {length:,} bytes, but the file has {size:,}: truncated, or no safetensors; "
+                f"{path}: the header claims {length:,} bytes, but the file has {size:,}: truncated, or not safetensors; "
                 f"{ADVICE}"
             )
         header = parse_json(file.read(min(length, MAX_JSON_BYTES + 1)), path, "the header")
     metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # the library takes null
+    metadata = {} if metadata is None else metadata  # the library accepts null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: the header's __metadata__ is not a table of texts; {ADVICE}")
+        raise CheckpointError(f"{path}: the header's __metadata__ is not an object of strings; {ADVICE}")
     info: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -104,7 +104,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has the offsets {shorten(repr(offsets), 100)}, not [begin, end]; {ADVICE}"
             )
-        if dtype == "F4":  # torch counts bytes, two numbers each
+        if dtype == "F4":  # torch counts bytes, with two numbers each
             if not shape or shape[-1] % 2:
                 raise CheckpointError(
                     f"{path}: tensor {name!r} of 4-bit numbers has an odd shape {shorten(repr(shape), 100)}; {ADVICE}"
@@ -136,11 +136,11 @@ def open_safetensors(path: Path) -> Checkpoint:
     info, metadata = read_header(path)
     try:
         file = safe_open(path, framework="pt")
-    except Exception as error:  # what the library refuses beyond the checks above
+    except Exception as error:  # refused by the library, for a reason not checked above
         raise unreadable(path, "the file", error) from error
     aliases = _tied_names(info, metadata)
     part = (
-        f"{path} is one process's part of a model that torch.distributed saved as safetensors: join the files with "
+        f"{path} is one process's part of a model that torch.distributed saved as safetensors: consolidate the files with "
         f"consolidate_safetensors_files(folder, new_folder) of torch.distributed.checkpoint._consolidate_hf_safetensors"
         if "DCP_SHARDING_INFO" in metadata
         else ""
@@ -148,15 +148,15 @@ def open_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", info, file.get_tensor, aliases=aliases, part_of=part)
 
 
-_WORDS = re.compile(
+_PLAIN_METADATA = re.compile(
     r"^(name|title|author|description|license|tags?|trigger\w*|tokens?|base_model|architecture|version)$"
 )
 
 
 def _tied_names(info: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Tied names as `safetensors.torch.save_model` notes them, alias → the name stored; other metadata is left alone.
+    """Tied names recorded by `safetensors.torch.save_model`: alias → the name stored; other metadata is ignored.
 
-    A name ends like the one it is tied to (`lm_head.weight`, `wte.weight`), or all that is noted are such pairs.
+    An alias ends like the name it is tied to (`lm_head.weight`, `wte.weight`), or all metadata are such pairs.
     """
     noted = {alias: name for alias, name in metadata.items() if alias != "format"}
     pairs = all(name in info for name in noted.values())
@@ -165,7 +165,7 @@ def _tied_names(info: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> 
         for alias, name in noted.items()
         if name in info
         and alias not in info
-        and (alias.rpartition(".")[2] == name.rpartition(".")[2] or (pairs and not _WORDS.match(alias)))
+        and (alias.rpartition(".")[2] == name.rpartition(".")[2] or (pairs and not _PLAIN_METADATA.match(alias)))
     }
 
 
@@ -173,17 +173,17 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def inside(folder: Path, name: Any, where: Path) -> Path:
-    """The file `name` of `folder`, if it stays in there; in the Hub's cache, links to its `blobs` do.
+    """The file `name` of `folder`, if it is inside it; in the Hub's cache, links to its `blobs` are allowed.
 
     Raises:
-        CheckpointError: `name` is absolute, or climbs out by `..` or by a link.
+        CheckpointError: `name` is absolute, or leads out of the folder by `..` or a link.
     """
     if not isinstance(name, str) or not name or _CONTROL.search(name) or "\\" in name:
-        raise CheckpointError(f"{where}: {shorten(repr(name), 100)} is no file name; {ADVICE}")
+        raise CheckpointError(f"{where}: {shorten(repr(name), 100)} is not a file name; {ADVICE}")
     try:
         root, path = folder.resolve(), (folder / name).resolve()
         path.exists()
-    except (OSError, RuntimeError) as error:  # too long, or a link to itself
+    except (OSError, RuntimeError) as error:  # too long, or a cyclic link
         raise CheckpointError(
             f"{where}: {shorten(repr(name), 100)} cannot be a file name ({type(error).__name__}); {ADVICE}"
         ) from error
@@ -196,11 +196,11 @@ def inside(folder: Path, name: Any, where: Path) -> Path:
 def scan_index(
     index_path: Path, open_file: Callable[[Path], Checkpoint]
 ) -> tuple[dict[str, Checkpoint], list[Problem]]:
-    """Compare an index with the shards it names: name → the shard that holds it, and everything that does not agree."""
+    """Compare an index with its shards; returns name → the shard that holds it, and the problems."""
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{index_path}: it has no weight_map, the table of tensors and their files, so it is no index of a checkpoint"
+            f"{index_path}: it has no weight_map (tensor → file), so it is not the index of a checkpoint"
         )
     problems: list[Problem] = []
     homes: dict[str, Checkpoint] = {}
@@ -210,21 +210,21 @@ def scan_index(
         if isinstance(file, str):
             names_in.setdefault(file, []).append(name)
         else:
-            message = f"{index_path}: tensor {name!r} is said to be in {file!r}, which is no file name; {ADVICE}"
+            message = f"{index_path}: weight_map gives {file!r} for tensor {name!r}, which is not a file name; {ADVICE}"
             problems.append(Problem(index_path.name, message, name))
     for file, names in names_in.items():
         try:
             path = inside(index_path.parent, file, index_path)
             if not path.is_file():
                 raise CheckpointError(
-                    f"{path} is missing; {index_path.name} names it as the home of {len(names)} tensors, the first is "
+                    f"{path} is missing; {index_path.name} names it for {len(names)} tensors, the first is "
                     f"{names[0]!r}: copy or download the shard again"
                 )
             shards[file] = open_file(path)
         except CheckpointError as error:
             problems.append(Problem(file or index_path.name, str(error)))
     for file, shard in shards.items():
-        noted = shard.aliases if shard.format == "safetensors" else {}  # not in the file, only noted in its header
+        noted = shard.aliases if shard.format == "safetensors" else {}  # not stored, only recorded in the header
         for name in shard.info:
             if name in noted:
                 continue
@@ -233,11 +233,11 @@ def scan_index(
                 problems.append(Problem(file, message, name))
             elif weight_map.get(name, file) != file:
                 message = (
-                    f"{shard.path}: tensor {name!r} is here, {index_path.name} says in {weight_map[name]!r}; {ADVICE}"
+                    f"{shard.path}: tensor {name!r} is here, but in {weight_map[name]!r} by {index_path.name}; {ADVICE}"
                 )
                 problems.append(Problem(file, message, name))
             elif name not in weight_map:
-                message = f"{shard.path}: tensor {name!r} is not in {index_path.name}; make the index again"
+                message = f"{shard.path}: tensor {name!r} is not in {index_path.name}; write the index again"
                 problems.append(Problem(file, message, name))
             homes.setdefault(name, shard)
     for shard in shards.values():

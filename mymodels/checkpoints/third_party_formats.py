@@ -1,4 +1,4 @@
-"""Other ecosystems' files, each opened by that ecosystem's own library: NumPy, ONNX, TensorFlow, GGUF."""
+"""Files of NumPy, ONNX, TensorFlow and GGUF, each read by its own library."""
 
 import math
 import re
@@ -16,6 +16,11 @@ from .safetensors_files import inside
 
 
 def import_library(module: str, extra: str, path: Path, what: str) -> Any:
+    """The library that reads a file.
+
+    Raises:
+        CheckpointError: it is not installed; the message has the command for it.
+    """
     try:
         return import_module(module)
     except ImportError as error:
@@ -29,12 +34,12 @@ def torch_dtype(name: str) -> torch.dtype | None:
 
 
 def array_dtype(dtype: np.dtype) -> torch.dtype | None:
-    """The torch dtype of an array of numbers; NumPy files keep bfloat16 as two bytes without a type."""
+    """The torch dtype of an array of numbers; NumPy files store bfloat16 as two untyped bytes."""
     return torch.bfloat16 if _is_bare(dtype) and dtype.itemsize == 2 else torch_dtype(dtype.name)
 
 
 def _is_bare(dtype: np.dtype) -> bool:
-    """Bytes without a type, as NumPy writes types of ml_dtypes."""
+    """Whether the dtype is untyped bytes, as NumPy stores types of ml_dtypes."""
     return dtype.kind == "V" and dtype.names is None and dtype.subdtype is None
 
 
@@ -50,7 +55,7 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def open_npz(path: Path) -> Checkpoint:
-    """A NumPy `.npz` archive; arrays of objects are pickles and refused."""
+    """Open a NumPy `.npz` archive; arrays of objects, which are pickles, are not read."""
     archive = np.load(path, allow_pickle=False)
     info, others = {}, {}
     for name in archive.files:
@@ -63,7 +68,7 @@ def open_npz(path: Path) -> Checkpoint:
         torch_dtype = array_dtype(dtype)
         if torch_dtype is None and _is_bare(dtype):
             raise CheckpointError(
-                f"{path}: array {name!r} has no type that NumPy knows ({dtype.str}, as float8 has there): save it as float32"
+                f"{path}: array {name!r} has a type that NumPy does not know ({dtype.str}, such as float8): save it as float32"
             )
         if torch_dtype is None:  # text, objects
             others[name] = f"array of {dtype}, shape {tuple(shape)}"
@@ -75,7 +80,7 @@ def open_npz(path: Path) -> Checkpoint:
 
 
 def _bodies(model: Any) -> Iterator[Any]:
-    """The graph of an ONNX model, those within its nodes, and its functions."""
+    """The graph of an ONNX model, the subgraphs in its nodes, and its functions."""
     waiting = [model.graph, *model.functions]
     while waiting:
         body = waiting.pop(0)
@@ -91,9 +96,9 @@ def _onnx_floats(onnx: Any) -> set[int]:
 
 
 def open_onnx(path: Path) -> Checkpoint:
-    """The initialisers of an ONNX model, those in external data files, of subgraphs, and sparse ones included.
+    """Open the initialisers of an ONNX model, including external, sparse and subgraph ones.
 
-    So are constants of the graph that are arrays of floating-point numbers: exporters fold weights into them.
+    Floating-point constants of the graph with more than one element are included, as exporters fold weights into them.
     """
     onnx = import_library("onnx", "onnx", path, "an ONNX model")
     model = onnx.load(path, load_external_data=False)
@@ -128,7 +133,7 @@ def open_onnx(path: Path) -> Checkpoint:
         dtype = torch_dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type).name)
         if dtype is None:
             kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-            raise CheckpointError(f"{path}: initialiser {name!r} has the type {kind}, which torch has not")
+            raise CheckpointError(f"{path}: initialiser {name!r} has the type {kind}, which torch does not have")
         where = path.name
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             external = {entry.key: entry.value for entry in tensor.external_data}
@@ -137,7 +142,7 @@ def open_onnx(path: Path) -> Checkpoint:
             needed = int(external.get("offset", 0)) + math.prod(tensor.dims) * dtype.itemsize
             if not file.is_file() or file.stat().st_size < needed:
                 raise CheckpointError(
-                    f"{file} is missing or truncated; {path.name} keeps {name!r} there: copy both again"
+                    f"{file} is missing or truncated; {path.name} stores {name!r} there: copy both again"
                 )
         info[name] = TensorInfo(tuple(tensor.dims), dtype, where)
     if not info:
@@ -162,7 +167,7 @@ def open_onnx(path: Path) -> Checkpoint:
 
 
 def open_tensorflow(prefix: Path) -> Checkpoint:
-    """A TensorFlow checkpoint by its prefix (`model.ckpt` of `model.ckpt.index`, `variables/variables`)."""
+    """Open a TensorFlow checkpoint by its prefix (`model.ckpt` for `model.ckpt.index`, `variables/variables`)."""
     tensorflow = import_library("tensorflow", "tf", prefix, "a TensorFlow checkpoint")
     reader = tensorflow.train.load_checkpoint(str(prefix))
     shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
@@ -181,7 +186,7 @@ def open_tensorflow(prefix: Path) -> Checkpoint:
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """A GGUF file, or the set of files that it is one of; block-quantised tensors are read dequantised, as float32."""
+    """Open a GGUF file, or all files of the split one it belongs to; quantised tensors are read as float32."""
     first = _open_one_gguf(path)
     count = first.extras.get("split.count")
     if not isinstance(count, int) or count < 2:
@@ -193,14 +198,16 @@ def open_gguf(path: Path) -> Checkpoint:
         what = (
             f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} are missing"
             if names
-            else "its name says no number"
+            else "its name has no number"
         )
         raise CheckpointError(f"{path} is one of {count} files of a split GGUF, and {what}: copy them beside it")
     parts = [first if name == path.name else _open_one_gguf(path.with_name(name)) for name in names]
     homes = {name: part for part in parts for name in part}
     total = first.extras.get("split.tensors.count")
     if len(homes) != sum(map(len, parts)) or (isinstance(total, int) and total != len(homes)):
-        raise CheckpointError(f"{path}: the {count} files of this split GGUF are not of one model: copy them all again")
+        raise CheckpointError(
+            f"{path}: the {count} files of this split GGUF belong to different models: copy them all again"
+        )
     quantised = {key: kind for part in parts for key, kind in part.extras.get("quantisation", {}).items()}
     extras = {**parts[0].extras} | ({"quantisation": quantised} if quantised else {})
     return Checkpoint(
@@ -215,7 +222,7 @@ def _open_one_gguf(path: Path) -> Checkpoint:
     plain = {kinds[name]: dtype for name, dtype in _GGUF_DTYPES.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     info = {
-        # GGUF counts dimensions from the fastest one
+        # GGUF has the fastest dimension first
         name: TensorInfo(
             tuple(int(size) for size in reversed(tensor.shape)), plain.get(tensor.tensor_type, torch.float32), path.name
         )

@@ -1,7 +1,7 @@
-"""What torch writes beside `torch.save`: TorchScript and `torch.export` archives, `torch.distributed.checkpoint` folders.
+"""Other formats of torch: TorchScript and `torch.export` archives, `torch.distributed.checkpoint` folders.
 
-None of their code is run: the archives' tensors are found through their tables, and pickled tables are read by an
-unpickler that knows nothing but the types these tables are made of.
+None of their code is run: tensors are found through the archives' tables, and pickled tables are read by an unpickler
+that allows only the types these tables consist of.
 """
 
 import io
@@ -20,20 +20,21 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .nested_objects import Leaf, nested_checkpoint
 from .safetensors_files import inside, parse_json
-from .torch_files import Leaf, load_data, load_plain, nested_checkpoint
+from .torch_files import load_data, load_plain
 
 _TORCHSCRIPT_ADVICE = "save it again from the program that made it"
 
 
 class _Object:
-    """Stands for an instance of any TorchScript class."""
+    """An instance of any TorchScript class."""
 
     def __init__(self, *args: Any) -> None: ...
 
 
 class _Storage(str):
-    """A pickled storage: the text is the name of its record, with the dtype as an attribute."""
+    """A pickled storage: the name of its record, and its dtype."""
 
     dtype: torch.dtype
 
@@ -68,17 +69,17 @@ _STORAGE_DTYPES |= {f"F{name[1:]}Storage": getattr(torch, name) for name in dir(
 
 
 class _TableUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    """Lets pickled state into instances only: `BUILD` on a class or a function would change this process."""
+    """Sets pickled state on instances only: `BUILD` on a class or a function would change this process."""
 
     dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def load_build(self) -> None:
         if callable(self.stack[-2]):  # type: ignore[attr-defined]
-            raise CheckpointError("it tries to change a class of this program; do not use it")
+            raise CheckpointError("it tries to change a class of this process; do not use it")
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
-    del dispatch[pickle.BYTEARRAY8[0]]  # makes room for any length that is claimed
+    del dispatch[pickle.BYTEARRAY8[0]]  # allocates any length that is claimed
 
 
 class _TorchScriptUnpickler(_TableUnpickler):
@@ -95,13 +96,13 @@ class _TorchScriptUnpickler(_TableUnpickler):
             return OrderedDict
         if module == "torch._utils" and name == "_rebuild_qtensor":
             raise CheckpointError(
-                "it is a quantised TorchScript program, whose weights are packed: save the model before it is quantised"
+                "it is a quantised TorchScript program, whose weights are packed: save the model before quantising it"
             )
         if module == "torch._utils" and name.startswith("_rebuild_tensor"):
             return _View
         if module == "torch" and name.endswith("Storage"):
             return name
-        return type(name, (_Object,), {})  # lists of numbers and the like: built, then ignored
+        return type(name, (_Object,), {})  # lists of numbers and so on: created and ignored
 
     def persistent_load(self, pid: tuple) -> _Storage:
         _, kind, key, *_ = pid
@@ -111,7 +112,7 @@ class _TorchScriptUnpickler(_TableUnpickler):
 
 
 def _top(archive: zipfile.ZipFile) -> str:
-    """The archive's one top folder, with a slash."""
+    """The name of the archive's top folder, with a slash."""
     return archive.namelist()[0].split("/")[0] + "/"
 
 
@@ -133,7 +134,7 @@ def _as_tensor(data: bytearray, dtype: torch.dtype, size: tuple, stride: tuple, 
 
 
 def _saved_names(archive: zipfile.ZipFile, top: str) -> dict[str, set[str]]:
-    """Class → the attributes its code declares as parameters or buffers; other tensors are constants of the program."""
+    """Class → attributes that its code declares as parameters or buffers; other tensors are constants."""
     names: dict[str, set[str]] = {}
     for file in archive.namelist():
         if not file.startswith(f"{top}code/") or not file.endswith(".py"):
@@ -147,7 +148,7 @@ def _saved_names(archive: zipfile.ZipFile, top: str) -> dict[str, set[str]]:
 
 
 def open_torchscript(path: Path) -> Checkpoint:
-    """A TorchScript archive (`torch.jit.save`): the parameters and buffers of its modules, their code not run."""
+    """Open the parameters and buffers in a TorchScript archive (`torch.jit.save`); no code is run."""
     archive = zipfile.ZipFile(path)
     _check_byteorder(archive, path)
     top = _top(archive)
@@ -184,7 +185,7 @@ def open_torchscript(path: Path) -> Checkpoint:
     return Checkpoint(path, "TorchScript", info, read, aliases=aliases)
 
 
-# torch.export's numbers (its schema's ScalarType) for the dtypes that weights have
+# ScalarType of torch.export's schema → name of the dtype
 _EXPORT_DTYPES = (
     {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 28: "uint16", 34: "uint32", 35: "uint64"}
     | {6: "float16", 7: "float32", 8: "float64", 12: "bool", 13: "bfloat16"}
@@ -194,7 +195,7 @@ _EXPORT_DTYPES = (
 
 
 def open_exported(path: Path) -> Checkpoint:
-    """A `torch.export` archive (`.pt2`, torch 2.8 or newer): the program's parameters and buffers."""
+    """Open the parameters and buffers in a `torch.export` archive (`.pt2`, torch 2.8 or newer)."""
     archive = zipfile.ZipFile(path)
     _check_byteorder(archive, path)
     top = _top(archive)
@@ -258,16 +259,16 @@ _TABLE_TYPES = {
 class _DistributedUnpickler(_TableUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("pathlib"):
-            return pathlib.PurePosixPath  # written for bookkeeping only
+            return pathlib.PurePosixPath  # its paths are not used
         if name not in _TABLE_TYPES.get(module, ()):
             raise CheckpointError(
-                f"its table asks for {module}.{name}, which is no part of such a table; do not use it"
+                f"its table names {module}.{name}, which does not belong in such a table; do not use it"
             )
         return getattr(import_module(module), name)
 
 
 def open_distributed(folder: Path) -> Checkpoint:
-    """A `torch.distributed.checkpoint` folder, written by any number of processes; read by torch's own loader."""
+    """Open a `torch.distributed.checkpoint` folder, written by any number of processes, with torch's loader."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -277,7 +278,9 @@ def open_distributed(folder: Path) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{table}: {error}") from None
     if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{table} is no table of a torch.distributed.checkpoint folder; copy or save it again")
+        raise CheckpointError(
+            f"{table} is not the table of a torch.distributed.checkpoint folder; copy or save it again"
+        )
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     places: dict[str, Any] = {}
     for index, place in metadata.storage_data.items():
@@ -288,13 +291,13 @@ def open_distributed(folder: Path) -> Checkpoint:
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            return metadata  # torch's own would unpickle it unrestricted
+            return metadata  # torch's method would unpickle it without restriction
 
     def read(key: str) -> torch.Tensor:
         entry: Any = metadata.state_dict_metadata[key]
         tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "torch.distributed is uninitialized, assuming a single process": it is
+            warnings.simplefilter("ignore")  # "torch.distributed is uninitialized, assuming a single process"
             load(tensors, storage_reader=Reader(folder), no_dist=True)
         return tensors[key]
 
@@ -307,7 +310,7 @@ def open_distributed(folder: Path) -> Checkpoint:
         if isinstance(entry, TensorStorageMetadata):
             covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
             if covered < math.prod(entry.size):
-                raise CheckpointError(f"{table}: the pieces of {key!r} do not cover it; save the checkpoint again")
+                raise CheckpointError(f"{table}: the chunks of {key!r} do not cover it; save the checkpoint again")
             node[where[-1]] = Leaf(
                 TensorInfo(tuple(entry.size), entry.properties.dtype, places[key].relative_path), key
             )
@@ -318,13 +321,13 @@ def open_distributed(folder: Path) -> Checkpoint:
                 data = io.BytesIO(file.read(place.length))
             try:
                 node[where[-1]] = load_data(data, folder / place.relative_path)
-            except CheckpointError as error:  # beside the weights, so they can be read all the same
+            except CheckpointError as error:  # not a weight, so the weights can still be read
                 node[where[-1]] = f"not opened: {error}"
     return nested_checkpoint(folder, "torch.distributed.checkpoint", _with_lists(tree), "", read)
 
 
 def _with_lists(node: Any) -> Any:
-    """The nested object with the lists that torch took apart: their places are numbers, a dict's keys are texts there."""
+    """The nested object with lists where torch stored dicts with integer keys, which the keys of a dict never are."""
     if not isinstance(node, dict):
         return node
     values = {key: _with_lists(value) for key, value in node.items()}
@@ -333,5 +336,7 @@ def _with_lists(node: Any) -> Any:
     values = {str(key): value for key, value in values.items()}
     groups, state = values.get("param_groups"), values.get("state")
     if isinstance(groups, list) and isinstance(state, dict) and all(key.isdigit() for key in state):
-        values["state"] = {int(key): value for key, value in state.items()}  # an optimizer's numbers became texts
+        values["state"] = {
+            int(key): value for key, value in state.items()
+        }  # torch stored an optimizer's integer keys as strings
     return values

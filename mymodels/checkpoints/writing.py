@@ -39,18 +39,18 @@ def save_checkpoint(
     dtype: str | torch.dtype | None = None,
     format: str = "safetensors",
 ) -> Path:
-    """Save a model or a state dict as a checkpoint folder; an interruption at any byte leaves the old or the new one.
+    """Save a model or a state dict as a checkpoint folder; an interruption leaves the old or the new one.
 
-    Other files in the folder (config, tokenizer, code) stay; the weights that transformers would read there are
-    replaced. A `manifest.json` with the size and SHA-256 of every file is written last. At most one shard is in memory
-    beside what `model` already holds there: an `open_checkpoint` mapping is read as it is written.
+    Weights that transformers would read from the folder are replaced; other files (config, tokenizer, code) are kept. A
+    `manifest.json` with the size and SHA-256 of every file is written last. At most one shard more than `model` itself
+    is in memory: a `Checkpoint` is read while it is written.
 
     Args:
-        model: a model, a state dict, or a `Checkpoint`. Of a `PreTrainedModel`, config and code are saved too, by its
-            own `save_pretrained`. Tied tensors are stored once.
-        save_directory: created with its parents if need be.
+        model: a model, a state dict, or a `Checkpoint`. A `PreTrainedModel` is saved with config and code, by its
+            `save_pretrained`. Tied tensors are stored once.
+        save_directory: created with its parents if it does not exist.
         max_shard_size: bytes, or text such as `"500MB"`.
-        dtype: what floating-point tensors are converted to; None keeps each byte.
+        dtype: what floating-point tensors are converted to; None keeps their dtypes.
         format: `"safetensors"` or `"bin"`.
 
     Returns:
@@ -58,7 +58,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: a tensor cannot be stored in this format.
-        OSError: the disk is full or the folder read-only; it is as it was.
+        OSError: the disk is full or the folder read-only; the folder is unchanged.
     """
     dtype, max_shard_size = resolve_dtype(dtype), parse_size(max_shard_size)
     if format not in _PATTERNS:
@@ -82,37 +82,37 @@ def save_model_files(
     max_shard_size: int | str,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """`save_pretrained`, with the tensors (`state_dict` instead of the model's) in an order that does not depend on how the model was made."""
+    """`save_pretrained` with the tensors (of `state_dict`, if it is given) sorted by name, so that the bytes are reproducible."""
     tensors = model.state_dict() if state_dict is None else state_dict
     model.save_pretrained(folder, state_dict=dict(sorted(tensors.items())), max_shard_size=max_shard_size)
     for file in folder.glob("*.safetensors"):
-        _readable(file)
+        _apply_umask(file)
 
 
 def save_tokenizer_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save without traces of how this tokenizer was loaded or last called, under a class every release knows."""
+    """Save a tokenizer, independent of how it was loaded or last called, with a class that every release has."""
     if tokenizer.is_fast:  # the padding and truncation of the last call would become the saved default
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
-    even_out_tokenizer(folder)
+    normalise_tokenizer_config(folder)
 
 
-def even_out_tokenizer(folder: Path) -> None:
-    """Take traces of loading out of a saved tokenizer's config, and name a class that every release knows."""
+def normalise_tokenizer_config(folder: Path) -> None:
+    """Remove fields that depend on how a tokenizer was loaded from its config, and name a class that every release has."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
     config = read_json(path)
     for trace in ("is_local", "local_files_only"):
         config.pop(trace, None)
-    if config.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 writes, 4.x does not know it
+    if config.get("tokenizer_class") == "TokenizersBackend":  # written by transformers 5, unknown to 4.x
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _readable(file: Path) -> None:
-    """Give a file the mode that the user's umask asks for; safetensors 0.8 makes it readable by its owner only."""
+def _apply_umask(file: Path) -> None:
+    """Give a file the mode of the user's umask; safetensors 0.8 makes it readable by its owner only."""
     probe = file.with_name(f"{file.name}.mode")
     probe.touch()
     shutil.copymode(probe, file)
@@ -123,14 +123,14 @@ def parse_size(size: int | str) -> int:
     """Bytes of an integer, or of text such as `"500MB"`.
 
     Raises:
-        CheckpointError: it is neither, or not positive.
+        CheckpointError: it is not a size, or not positive.
     """
     try:
         count = int(size) if str(size).isdigit() else convert_file_size_to_int(str(size))
     except ValueError:
         count = 0
     if count <= 0:
-        raise CheckpointError(f"max_shard_size={size!r} is no size: use bytes, or text such as 500MB or 2GB")
+        raise CheckpointError(f"max_shard_size={size!r} is not a size: use bytes, or text such as 500MB or 2GB")
     return count
 
 
@@ -143,12 +143,12 @@ def write_shards(
     format: str = "safetensors",
     stem: str | None = None,
 ) -> None:
-    """Write `tensors` as one file or as shards with an index into the existing `folder`; see `save_checkpoint`.
+    """Write `tensors` into the existing `folder`, as one file or as shards with an index; see `save_checkpoint`.
 
-    `stem` names the file otherwise than transformers does, such as `adapter_model`.
+    `stem` is another name for the file than transformers' own, such as `adapter_model`.
     """
     info, aliases = describe(tensors)
-    if format == "safetensors":  # among the aliases that a file notes, this name means something else
+    if format == "safetensors":  # this key of the metadata has another meaning
         aliases = {alias: name for alias, name in aliases.items() if alias != "format"}
     sizes = {name: _stored(info[name], dtype).nbytes for name in info if name not in aliases}
     if not sizes:
@@ -165,7 +165,7 @@ def write_shards(
             tied = {alias: name for alias, name in aliases.items() if name in shard}
             if format == "safetensors":
                 save_file(shard, folder / file, metadata={"format": "pt", **tied})
-                _readable(folder / file)
+                _apply_umask(folder / file)
             else:
                 weight_map |= dict.fromkeys(tied, file)
                 torch_save(shard | {alias: shard[name] for alias, name in tied.items()}, folder / file)
@@ -180,7 +180,7 @@ def write_shards(
 
 
 def describe(tensors: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """What is known of each tensor, and the tied ones: name → the name it is stored under."""
+    """The `TensorInfo` of each tensor, and tied names: name → the name it is stored under."""
     if isinstance(tensors, Checkpoint):
         return tensors.info, tensors.aliases
     info, aliases = {}, {}
@@ -189,7 +189,7 @@ def describe(tensors: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[st
         if not isinstance(name, str):
             raise CheckpointError(f"the key {name!r} is a {type(name).__name__}: a tensor's name must be text")
         if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{name!r} is a {type(tensor).__name__}, not a tensor: take it out of the state dict")
+            raise CheckpointError(f"{name!r} is a {type(tensor).__name__}, not a tensor: remove it from the state dict")
         tensor = plain_tensor(tensor, name, "the state dict")
         info[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, "")
         if tensor.is_meta:
@@ -201,7 +201,7 @@ def describe(tensors: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[st
 
 
 def separate(shard: dict[str, torch.Tensor]) -> None:
-    """Copy what shares memory with another tensor without being tied to it, such as a view of other shape."""
+    """Copy tensors that share memory with another tensor but are not tied to it, such as views of another shape."""
     storages = set()
     for name, tensor in shard.items():
         storage = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
@@ -215,18 +215,18 @@ def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
 
 
 def storable(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, format: str) -> torch.Tensor:
-    """The tensor as it goes into a file: on the CPU, contiguous, alone in its storage."""
+    """The tensor as it is written: on the CPU, contiguous, in a storage of its own."""
     if format == "safetensors" and name == "__metadata__":
         raise CheckpointError(f"a tensor cannot be named {name!r} in a safetensors file: rename it")
     if format == "safetensors" and (tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES):
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-        raise CheckpointError(f"tensor {name!r} is {kind}, which safetensors cannot hold: convert it, or save as pt")
+        raise CheckpointError(f"tensor {name!r} is {kind}, which safetensors cannot store: convert it, or save as pt")
     tensor = plain_tensor(tensor, name, "the state dict").detach()
     if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
         cast = tensor.to("cpu", dtype)
         if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and _count_infinite(cast) > _count_infinite(tensor):
             raise CheckpointError(
-                f"tensor {name!r} has values beyond {dtype}'s range, they would be lost: use bfloat16"
+                f"tensor {name!r} has values outside {dtype}'s range, which would become infinite: use bfloat16"
             )
         tensor = cast
     tensor = tensor.cpu()
@@ -242,7 +242,7 @@ def _count_infinite(tensor: torch.Tensor) -> int:
 
 
 def torch_save(value: Any, path: Path) -> None:
-    """`torch.save` that reports a full disk as the operating system does."""
+    """`torch.save` that raises the operating system's error for a full disk."""
     with path.open("wb") as file:
         failed: list[OSError] = []
 
@@ -250,7 +250,7 @@ def torch_save(value: Any, path: Path) -> None:
             def write(self, data: Any) -> int:
                 try:
                     return file.write(data)
-                except OSError as error:  # torch would lose it
+                except OSError as error:  # torch would raise a RuntimeError without it
                     failed.append(error)
                     raise
 
@@ -266,7 +266,7 @@ def torch_save(value: Any, path: Path) -> None:
 
 
 def save_torch_file(value: Any, path: str | os.PathLike) -> Path:
-    """`torch.save(value, path)`, crash-safe: `path` holds the old or the new file, whole, at every moment."""
+    """`torch.save(value, path)`, crash-safe: `path` is the complete old or new file at every moment."""
     with replace_file(path) as staged:
         torch_save(value, staged)
     return Path(path)

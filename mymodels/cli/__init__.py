@@ -1,6 +1,6 @@
-"""The `mymodels` command: one file a verb, with its arguments, its help and its call.
+"""The `mymodels` command: one file for each verb, with its arguments, its help and its call.
 
-Nothing here imports torch, transformers or another room of mymodels before a verb runs, so that help answers at once.
+Nothing here imports torch, transformers or other subpackages of mymodels before a verb runs, so that help is fast.
 """
 
 from .command import main

@@ -1,4 +1,4 @@
-"""`python -m mymodels.cli`: the `mymodels` command too."""
+"""`python -m mymodels.cli`: the same as the `mymodels` command."""
 
 import sys
 

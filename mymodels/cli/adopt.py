@@ -13,42 +13,48 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "adopt",
         run,
-        "Make a verified Hub repo folder of a class of your own, whose file stays as it is.",
+        "Make a verified Hub repo folder from a model class in your own file, which is not changed.",
         example="mymodels adopt my_model.py:MyNet --weights net.pt --config hidden=256,layers=4 --out my-net",
-        exit_codes={0: "the folder is complete, and every check held", 1: FAILED, 3: "a check had to be left out"},
+        exit_codes={
+            0: "the folder is complete, every check held",
+            1: FAILED,
+            3: "no check failed, but one was skipped",
+        },
     )
-    parser.add_argument("source", metavar="FILE.py:CLASS", help="an nn.Module or a PreTrainedModel")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="new, empty, or an older Hub repo folder"
+        "source", metavar="FILE.py:CLASS", help="a class that derives from nn.Module or PreTrainedModel"
     )
-    parser.add_argument("--weights", metavar="PATH", help="a checkpoint of any format; default: freshly initialised")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder, or an older Hub repo folder"
+    )
+    parser.add_argument("--weights", metavar="PATH", help="a checkpoint of any format; default: random weights")
     parser.add_argument(
         "--config",
         action="append",
         default=[],
         metavar="NAME=VALUE,…",
-        help="arguments of the constructor; default: the checkpoint's, or the author's defaults",
+        help="arguments of the constructor; default: those in the checkpoint, or the constructor's defaults",
     )
     parser.add_argument(
         "--auto-class",
         metavar="NAME",
-        help="what it is for, such as AutoModelForCausalLM; default: as its outputs show",
+        help="such as AutoModelForCausalLM; default: inferred from the outputs",
     )
-    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer to save with it")
-    parser.add_argument("--section", metavar="NAME", help="which of the models, in a file that holds several")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer to save with the model")
+    parser.add_argument("--section", metavar="NAME", help="the model to take from a file that holds several")
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="run the code that a pickled checkpoint asks for; only if you trust it",
+        help="run the code that a pickled checkpoint names; only for files you trust",
     )
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="leave out the slow checks of mymodels verify")
-    parser.add_argument("--no-verify", action="store_true", help="compare the outputs only")
+    parser.add_argument("--quick", action="store_true", help="skip the slow checks of mymodels verify")
+    parser.add_argument("--no-verify", action="store_true", help="only compare the outputs, without mymodels verify")
     add_card_options(parser)
 
 
 def split_fields(text: str) -> list[str]:
-    """`a=1,b=[2,3],c=x` at the commas outside of brackets and quotes; a piece without `=` belongs to the one before it."""
+    """Split `a=1,b=[2,3],c=x` at commas outside brackets and quotes; a piece without `=` is added to the one before it."""
     pieces, depth, quote = [""], 0, ""
     for letter in text:
         if quote:

@@ -13,13 +13,15 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "build",
         run,
-        "Make a complete Hub repo folder: flat code, shards, card, golden outputs, manifest.",
+        "Make a complete Hub repo folder: flat code, sharded weights, model card, golden outputs, manifest.",
         example="mymodels build hub_repo/mygpt2 --out my-gpt2 --license mit --metric perplexity=21.4",
         exit_codes={0: "the folder is complete", 1: FAILED},
     )
-    parser.add_argument("source", metavar="SOURCE", help="a folder or file of weights with a config, or a Hub repo")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="new, empty, or an older Hub repo folder"
+        "source", metavar="SOURCE", help="a folder or file of weights with config.json beside it, or a Hub repo"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder, or an older Hub repo folder"
     )
     parser.add_argument(
         "--code",
@@ -27,34 +29,34 @@ def add_parser(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="FILE.py",
-        help="the model's classes, for weights saved without; default: the code that lies in the folder",
+        help="the model's classes, for weights saved without code; default: the code in the folder",
     )
     parser.add_argument(
         "--auto-class",
         action="append",
         default=[],
         metavar="AUTO=CLASS",
-        help="such as AutoModel=MyNet, for a class whose name does not say which Auto class it is for",
+        help="such as AutoModel=MyNet, for a class whose name does not end like an Auto class's",
     )
     parser.add_argument(
-        "--card", type=Path, metavar="FILE", help="a complete README.md; default: the source's, or a new one"
+        "--card", type=Path, metavar="FILE", help="a complete README.md; default: the source's, or a generated one"
     )
     add_card_options(parser)
     parser.add_argument(
-        "--metric", action="append", default=[], metavar="NAME=VALUE", help="a measured value for the card"
+        "--metric", action="append", default=[], metavar="NAME=VALUE", help="for the card: a measured value"
     )
     parser.add_argument(
-        "--datasets", action="append", default=[], metavar="ID", help="Hub id of data it was trained on"
+        "--datasets", action="append", default=[], metavar="ID", help="for the card: Hub id of a training data set"
     )
-    parser.add_argument("--tags", action="append", default=[], metavar="TAG", help="for the card")
+    parser.add_argument("--tags", action="append", default=[], metavar="TAG", help="for the card: a tag")
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
     parser.add_argument(
         "--inputs",
         type=Path,
         metavar="FILE",
-        help="arguments of forward to record outputs of (.safetensors, .npz or JSON); default: made up from the config",
+        help="forward arguments for the golden outputs (.safetensors, .npz or JSON); default: generated from the config",
     )
-    parser.add_argument("--no-golden", action="store_true", help="run nothing; without golden.safetensors")
+    parser.add_argument("--no-golden", action="store_true", help="do not run the model and write no golden.safetensors")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -14,15 +14,24 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "check",
         run,
-        "Check that a checkpoint is complete: its index, headers and manifest against each other.",
+        "Check that a checkpoint is complete: compare its index, headers and manifest.",
         example="mymodels check hub_repo/mygpt2 --full",
-        exit_codes={0: "no problem was found in what was read", 1: f"each problem is printed; or {FAILED}"},
+        exit_codes={
+            0: "no problem was found in what was read",
+            1: f"problems were found, and are printed; or {FAILED}",
+        },
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="a file or folder of safetensors or PyTorch weights")
     parser.add_argument("--full", action="store_true", help="read every byte: hashes, checksums, NaN weights")
-    parser.add_argument("--allow-pickle", action="store_true", help="run a pickle's code, in another process")
-    parser.add_argument("--write-manifest", action="store_true", help="record what is there now, then check")
-    parser.add_argument("--json", action="store_true", help="the problems, as JSON")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="run the code that a pickle names, in another process; only for files you trust",
+    )
+    parser.add_argument(
+        "--write-manifest", action="store_true", help="first write manifest.json for the files as they are"
+    )
+    parser.add_argument("--json", action="store_true", help="print the problems as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

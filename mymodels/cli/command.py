@@ -1,4 +1,4 @@
-"""The parser of all verbs, and the exit code of what they do."""
+"""The parser for all verbs, and `main`, which runs one and returns its exit code."""
 
 import argparse
 import difflib
@@ -31,11 +31,11 @@ _VERBS = (demo, new, adopt, inspect, convert, check, warm_start, build, finetune
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the whole command line, and each verb's; a verb sets `run`, which takes the parsed arguments."""
+    """The parser of the command line, and the parser of each verb; a verb's `run` takes the parsed arguments."""
     parser = Parser(
         prog="mymodels",
         description="Modified GPT-2 and BERT models that load anywhere.",
-        epilog="mymodels VERB --help says more about a verb, with an example.",
+        epilog="mymodels VERB --help shows the options of a verb, an example and its exit codes.",
     )
     parser.add_argument("--version", action="version", version=f"mymodels {mymodels.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
@@ -45,7 +45,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments, with `run` of their verb; raises SystemExit as argparse does."""
+    """The parsed arguments, with `run` of their verb; raises SystemExit as argparse does."""
     parser, verbs = make_parser()
     if not argv:
         parser.print_help(sys.stderr)
@@ -65,21 +65,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code.
 
-    0: done; 1: it failed, or what was looked at is not in order; 130: interrupted; 141: nobody reads the output any more;
-    others as the verb's help says. Raises SystemExit where argparse ends: 0 after a help, 2 for a wrong command line.
+    0: success; 1: an error, or a check that failed; 130: interrupted; 141: the reader of standard output has closed it;
+    others: see the verb's help. Raises SystemExit where argparse does: 0 after a help, 2 for a wrong command line.
     """
     try:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # while a closed pipe can still be answered
+            sys.stdout.flush()  # a closed pipe raises here, where it is handled, and not at exit
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        if not _nobody_reads_stdout():
+        if not _stdout_is_closed():
             raise
         _discard_stdout()
-        return 141  # as of a program that the signal ends
+        return 141  # 128 + SIGPIPE, as shells report it
 
 
 def _run(argv: list[str] | None) -> int:
@@ -88,29 +88,29 @@ def _run(argv: list[str] | None) -> int:
         mymodels._register_all()
         return arguments.run(arguments)
     except (OSError, ValueError, RuntimeError, ImportError, FloatingPointError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             raise
         return _fail(arguments.verb, error)
 
 
 def _fail(verb: str, error: Exception) -> int:
-    text = str(error) or f"it stopped with {type(error).__name__}"
+    text = str(error) or f"stopped by {type(error).__name__}"
     if isinstance(error, OSError) and error.strerror and error.filename:  # without Python's "[Errno 2]"
         text = f"{error.filename}: {error.strerror}"
-    lines = [printable(line) for line in text.split("\n")]  # names from files may steer a terminal
+    lines = [printable(line) for line in text.split("\n")]  # names from files may hold control characters
     print(f"mymodels {verb}: " + "\n".join(lines), file=sys.stderr)
     return 1
 
 
-def _nobody_reads_stdout() -> bool:
-    """Whether standard output is a pipe whose reader has closed it; other pipes may break too."""
+def _stdout_is_closed() -> bool:
+    """Whether standard output is a pipe that its reader has closed; `BrokenPipeError` may be another pipe's."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _discard_stdout() -> None:
-    """What is still buffered goes nowhere, or Python would complain when it ends."""
+    """Send what is still buffered to the null device: Python would report an error when it flushes at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -14,11 +14,11 @@ def add_parser(verbs: Any) -> None:
         run,
         "Write a checkpoint of any format as safetensors, .bin or .pt.",
         example="mymodels convert hub_repo/mygpt2 mygpt2-bf16 --dtype bf16 --max-shard-size 500MB",
-        exit_codes={0: "written", 1: FAILED},
+        exit_codes={0: "the checkpoint is written", 1: FAILED},
         parents=(checkpoint_options(),),
     )
     parser.add_argument("source", metavar="SRC", help="a file or folder of any format, or a Hub repo")
-    parser.add_argument("destination", metavar="DST", help="the new folder (safetensors, bin) or file (pt)")
+    parser.add_argument("destination", metavar="DST", help="the folder (safetensors, bin) or file (pt) to create")
     parser.add_argument(
         "--format", choices=["safetensors", "bin", "pt"], default="safetensors", help="default: %(default)s"
     )
@@ -26,7 +26,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--merge-adapter", metavar="BASE", help="merge the LoRA adapter SRC into this base model's weights"
     )
-    parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of floating-point tensors; default: as they are")
+    parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="for floating-point tensors; default: unchanged")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,5 +41,5 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(f"{arguments.destination}: {len(source)} tensors from {source.format}, written as {arguments.format}")
     if left := [*source.extras, *source.left_out]:
-        print(f"not taken along: {', '.join(left)}")
+        print(f"not converted: {', '.join(left)}")
     return 0

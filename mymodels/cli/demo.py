@@ -12,9 +12,9 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "demo",
         run,
-        "Train both models briefly, save them as Hub repos and load them in a process without mymodels.",
+        "Train both models briefly, save them as Hub repo folders and load them in a process without mymodels.",
         example="mymodels demo --out demo_output",
-        exit_codes={0: "both models loaded and computed the same there", 1: f"they did not, or {FAILED}"},
+        exit_codes={0: "both models loaded and gave the same outputs there", 1: f"a check failed; or {FAILED}"},
     )
     parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="default: %(default)s")
 

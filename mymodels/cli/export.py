@@ -15,7 +15,7 @@ def add_parser(verbs: Any) -> None:
         run,
         "Write a model as a graph that runs without mymodels, and compare its outputs with torch's.",
         example="mymodels export hub_repo/mygpt2 --to pt2 --out mygpt2-pt2",
-        exit_codes={0: "written, and its outputs agree", 1: FAILED},
+        exit_codes={0: "the graph is written, and its outputs agree", 1: f"the outputs differ; or {FAILED}"},
     )
     parser.add_argument(
         "path", metavar="PATH|REPO_ID", help="a folder or Hub repo that transformers' Auto classes load"
@@ -27,15 +27,17 @@ def add_parser(verbs: Any) -> None:
         help="ONNX; torch.export; AOTInductor (needs a C++ compiler); TorchScript, which PyTorch calls legacy",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="a new folder; default: NAME-onnx and the like, here"
+        "--out", type=Path, metavar="FOLDER", help="a new folder; default: NAME-onnx, NAME-pt2 and so on"
     )
-    parser.add_argument("--int8", action="store_true", help="quantise the weights (ONNX), and say what it costs")
-    parser.add_argument("--texts", type=Path, metavar="FILE", help="what --int8 is measured on, a text per line")
     parser.add_argument(
-        "--dtype", default="float32", help="of the weights, or auto: the checkpoint's; default: %(default)s"
+        "--int8", action="store_true", help="quantise the weights (ONNX), and report the loss in quality"
     )
-    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX; default: 20")
-    parser.add_argument("--task", help="text-generation, text-classification, …; default: what the model is for")
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="texts to measure --int8 on, one per line")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the weights; auto: as in the checkpoint; default: %(default)s"
+    )
+    parser.add_argument("--opset", type=int, metavar="N", help="opset version of ONNX; default: 20")
+    parser.add_argument("--task", help="text-generation, text-classification, …; default: the model's task")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
     parser.add_argument("--trust-remote-code", action="store_true", help="run a model's own code that is not mymodels'")
 

@@ -15,18 +15,25 @@ def add_parser(verbs: Any) -> None:
         run,
         "Show what is in a checkpoint, without running any of its code.",
         example="mymodels inspect hub_repo/mygpt2",
-        exit_codes={0: "shown; with --diff: every tensor is equal", 1: f"with --diff: something differs; or {FAILED}"},
+        exit_codes={
+            0: "with --diff: all tensors are equal; else: success",
+            1: f"with --diff: a tensor differs; or {FAILED}",
+        },
         parents=(checkpoint_options(),),
     )
     parser.add_argument("path", metavar="PATH|REPO_ID", help="a file or folder of any format, or a Hub repo")
-    parser.add_argument("--diff", metavar="OTHER", help="compare tensor by tensor")
-    parser.add_argument("--all", action="store_true", help="a row for every tensor, also of repeated layers")
-    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.add_argument("--diff", metavar="OTHER", help="compare with another checkpoint, tensor by tensor")
+    parser.add_argument(
+        "--all", action="store_true", help="show each tensor in a row of its own, also in repeated layers"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..checkpoints import open_checkpoint
-    from ..checkpoints.inspecting import compare_checkpoints, inspect_checkpoint, show_difference, show_inspection
+    from ..checkpoints.comparing import compare_checkpoints
+    from ..checkpoints.inspecting import inspect_checkpoint
+    from ..checkpoints.inspection_tables import show_difference, show_inspection
 
     options = picked(arguments, "section", "allow_pickle", "revision")
     if arguments.diff is None:
@@ -46,5 +53,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _without_nan(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON has no NaN and no infinity: as texts."""
+    """The rows with NaN and infinity, which JSON does not have, as text."""
     return [{k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()} for row in rows]

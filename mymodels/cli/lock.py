@@ -12,12 +12,18 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "lock",
         run,
-        "Record the code that was reviewed, so that mymodels.load(…, lock=FILE) runs no other.",
+        "Record the hashes of reviewed code, so that mymodels.load(…, lock=FILE) runs no other code.",
         example="mymodels lock hub_repo/mygpt2 --out my-gpt2.lock",
-        exit_codes={0: "the file is written", 1: FAILED},
+        exit_codes={0: "the lock file is written", 1: FAILED},
     )
     parser.add_argument("source", metavar="PATH|REPO_ID@SHA", help="a folder, or a commit of a Hub repo")
-    parser.add_argument("--out", type=Path, default=Path("mymodels.lock"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mymodels.lock"),
+        metavar="FILE",
+        help="the lock file; missing folders above it are created; default: %(default)s",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -25,6 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     lock = write_lock(arguments.source, arguments.out)
     print(
-        f"{arguments.out}: {len(lock.files)} code files locked; mymodels.load(…, lock={str(arguments.out)!r}) runs no other"
+        f"{arguments.out}: {len(lock.files)} code files locked; mymodels.load(…, lock={str(arguments.out)!r}) runs no other code"
     )
     return 0

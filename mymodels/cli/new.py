@@ -12,11 +12,11 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "new",
         run,
-        "Write the files of a model of your own to start from: code, tests, README.",
+        "Write the files of a new model to start from: code, tests, README.",
         example="mymodels new Whale --base gpt2 --out whale",
         exit_codes={0: "the files are written", 1: FAILED},
     )
-    parser.add_argument("name", metavar="NAME", help="of the classes, such as Whale")
+    parser.add_argument("name", metavar="NAME", help="name of the classes, such as Whale")
     parser.add_argument("--base", choices=["gpt2", "bert", "blank"], default="gpt2", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder; default: NAME in lower case")
 

@@ -1,4 +1,4 @@
-"""What several verbs share: their help, options that stand in more than one, values as `name=value`."""
+"""What verbs share: the layout of their help, options that several of them have, and `name=value` arguments."""
 
 import argparse
 import ast
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-FAILED = "it failed, the reason is on standard error"  # exit code 1 of every verb
+FAILED = "an error, reported on standard error"  # exit code 1 of every verb
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 DTYPE_CHOICES = [*_DTYPES, *_DTYPES.values()]
 
-# what a card says beyond the folder → its help; each an option of `mymodels build` and `mymodels finetune`
+# field of the model card → its help; each is an option of `mymodels build`, `finetune` and `adopt`
 _CARD = {
     "name": "title of the model card",
-    "repo_id": "what the card's snippet loads",
+    "repo_id": "the repo id that the card's example loads",
     "description": "what the model is",
-    "license": "such as apache-2.0",
-    "language": "such as en",
+    "license": "license, such as apache-2.0",
+    "language": "language, such as en",
     "base_model": "Hub id of the model it was made from",
     "training_data": "what it was trained on",
-    "limits": "what it is not for",
-    "dataset": "what --metric was measured on",
+    "limits": "limitations and uses it is not meant for",
+    "dataset": "what the metrics were measured on",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a wrong command line with one sentence and exit code 2."""
+    """Reports a wrong command line in one sentence, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help says more)\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def fail_on_unknown(self, argument: str) -> NoReturn:
         near = difflib.get_close_matches(argument.partition("=")[0], self._option_string_actions, 1)
@@ -52,8 +52,17 @@ def add_verb(
     exit_codes: dict[int, str],
     parents: tuple[argparse.ArgumentParser, ...] = (),
 ) -> argparse.ArgumentParser:
-    """A verb's parser: its help starts with `sentence` and ends with `example`, a shell command, and the exit codes."""
-    codes = exit_codes | {2: "the command line is wrong, nothing was done", 130: "interrupted by Ctrl-C"}
+    """Add the parser of a verb.
+
+    Args:
+        verbs: what `add_subparsers` returns.
+        run: runs the verb and returns the exit code.
+        sentence: the first line of the help.
+        example: a shell command, shown at the end of the help.
+        exit_codes: code → meaning; 2 and 130 mean the same for every verb and are added here.
+        parents: parsers whose options the verb has too.
+    """
+    codes = exit_codes | {2: "wrong command line, nothing was done", 130: "interrupted by Ctrl-C"}
     listed = "\n".join(f"  {code:<5}{meaning}" for code, meaning in sorted(codes.items()))
     parser = verbs.add_parser(
         name,
@@ -68,40 +77,41 @@ def add_verb(
 
 
 def checkpoint_options() -> argparse.ArgumentParser:
-    """Options of every verb that opens a checkpoint of any format."""
+    """The options of each verb that opens checkpoints of any format."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--section", metavar="NAME", help="which of the models, in a file that holds several")
+    parser.add_argument("--section", metavar="NAME", help="the model to take from a file that holds several")
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="run the code that a pickled object asks for, in another process but with your rights; only if you trust it",
+        help="run the code that a pickle names, in another process with your rights; only for files you trust",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
     return parser
 
 
 def add_card_options(parser: argparse.ArgumentParser) -> None:
+    """An option for each field of the model card."""
     for name, text in _CARD.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=f"for the card: {text}")
 
 
 def card_fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those that were given."""
+    """The fields of the model card that were given."""
     return {name: value for name in _CARD if (value := getattr(arguments, name))}
 
 
 def picked(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Options that the function behind the verb takes under the same names."""
+    """The options that the function behind the verb takes as arguments of the same names."""
     return {name: getattr(arguments, name) for name in names}
 
 
 def dtype_of(arguments: argparse.Namespace) -> Any:
-    """torch's name of `--dtype`."""
+    """`--dtype` by torch's name."""
     return _DTYPES.get(arguments.dtype, arguments.dtype)
 
 
 def pair(text: str, form: str) -> tuple[str, str]:
-    """`name=value`; `form` is how the error writes it."""
+    """Split `name=value`; `form` is shown in the error, such as `"REGEX=REPLACEMENT"`."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"{text!r} has no '=': write {form}")
@@ -109,7 +119,7 @@ def pair(text: str, form: str) -> tuple[str, str]:
 
 
 def metric(text: str) -> tuple[str, float]:
-    """`name=value` of a measured value."""
+    """`NAME=NUMBER` as a pair."""
     name, value = pair(text, "NAME=VALUE")
     try:
         number = float(value)
@@ -121,7 +131,7 @@ def metric(text: str) -> tuple[str, float]:
 
 
 def read_text(path: Path) -> str:
-    """A text file that the user wrote."""
+    """The content of a UTF-8 text file."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -129,21 +139,21 @@ def read_text(path: Path) -> str:
 
 
 def config_field(text: str) -> tuple[str, Any]:
-    """`name=value` with the value as JSON or Python would read it, else as text."""
+    """`name=value`, the value parsed as JSON or a Python literal, or else kept as text."""
     name, value = pair(text, "FIELD=VALUE")
-    words = {"true": True, "false": False, "null": None}
+    literals = {"true": True, "false": False, "null": None}
     try:
-        return name, words[value] if value in words else ast.literal_eval(value)
+        return name, literals[value] if value in literals else ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
 
 
 def console() -> "Console":
-    """rich's, as wide as the terminal; a file or a pipe has no width of its own."""
+    """A console of rich, as wide as the terminal, or 160 columns wide for a file or a pipe."""
     from rich.console import Console
 
     class PipeConsole(Console):
         def on_broken_pipe(self) -> NoReturn:
-            raise BrokenPipeError  # `main` answers it
+            raise BrokenPipeError  # `main` handles it
 
     return PipeConsole() if sys.stdout.isatty() else PipeConsole(width=160)

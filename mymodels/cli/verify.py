@@ -20,35 +20,33 @@ def add_parser(verbs: Any) -> None:
         exit_codes={
             0: "every check held",
             1: f"a check failed; or {FAILED}",
-            3: "no check failed, but something had to be left out; the last line names it",
+            3: "no check failed, but some were skipped; the last line names them",
         },
     )
-    parser.add_argument("path", metavar="PATH|REPO_ID", help="a folder or Hub repo, with custom code or without")
+    parser.add_argument("path", metavar="PATH|REPO_ID", help="a folder or Hub repo, with or without custom code")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
-    parser.add_argument("--no-exec", action="store_true", help="read only: none of its code runs")
+    parser.add_argument("--no-exec", action="store_true", help="only read the files: run none of the code")
     parser.add_argument(
         "--transformers", metavar="RELEASES", help="such as 4.57,5.0,latest, or all; default: the installed one"
     )
     parser.add_argument(
-        "--record", action="store_true", help="first write golden.safetensors, for a folder known to be right"
+        "--record", action="store_true", help="first write golden.safetensors, for a folder known to be correct"
     )
     parser.add_argument(
         "--inputs",
         type=Path,
         metavar="FILE",
-        help="arguments of forward (.safetensors, .npz or JSON), where they cannot be made up, as for pictures and sound",
+        help="forward arguments (.safetensors, .npz or JSON), for models whose inputs cannot be generated, such as images",
     )
-    parser.add_argument("--quick", action="store_true", help="leave out worker processes, parallel loading and export")
-    parser.add_argument("--no-training", action="store_true", help="leave out the loss, gradients and a training step")
+    parser.add_argument("--quick", action="store_true", help="skip worker processes, parallel loading and export")
+    parser.add_argument("--no-training", action="store_true", help="skip the loss, gradients and a training step")
+    parser.add_argument("--allow-skipped", action="store_true", help="exit with 0, not 3, if checks were skipped")
     parser.add_argument(
-        "--allow-skipped", action="store_true", help="exit with 0 also if something had to be left out, not with 3"
-    )
-    parser.add_argument(
-        "--write-card", action="store_true", help="if all holds, write the table of releases into the card"
+        "--write-card", action="store_true", help="if all checks pass, write the table of releases into the model card"
     )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--all", action="store_true", help="also list the checks that passed or do not apply")
-    shown.add_argument("--json", action="store_true", help="the checks, as JSON")
+    shown.add_argument("--json", action="store_true", help="print the checks as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,10 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     for option in ("record", "write_card"):
         if getattr(arguments, option) and (arguments.no_exec or not Path(arguments.path).is_dir()):
             raise ValueError(
-                f"--{option.replace('_', '-')} is for a folder on this machine, and runs it: leave out --no-exec"
+                f"--{option.replace('_', '-')} needs a local folder and runs its code: leave out --no-exec"
             )
     if arguments.inputs and arguments.no_exec:
-        raise ValueError("--inputs are for running the model: leave out --no-exec")
+        raise ValueError("--inputs needs to run the model: leave out --no-exec")
     if arguments.record:
         with working("recording the outputs"):
             recorded = record_golden(arguments.path, inputs=arguments.inputs)

@@ -24,61 +24,79 @@ def add_parser(verbs: Any) -> None:
         verbs,
         "warm-start",
         run,
-        "Load weights of one model into another and account for every tensor.",
+        "Load the weights of one model into another, and report what became of every tensor.",
         example="mymodels warm-start hub_repo/mygpt2 --to mygpt2 --set num_key_value_heads=1 --out my-gpt2",
-        exit_codes={0: "the report is printed, the model saved if --out is given", 1: FAILED},
+        exit_codes={0: "the report is printed, and the model is saved to --out", 1: FAILED},
         parents=(checkpoint_options(),),
     )
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="a checkpoint of any format, or a Hub repo")
     parser.add_argument(
-        "--to", required=True, metavar="TARGET", help="what to fill: mygpt2, mybert, or a folder with a config.json"
+        "--to", required=True, metavar="TARGET", help="the target: mygpt2, mybert, or a folder with a config.json"
     )
     parser.add_argument(
         "--head", metavar="NAME", help="ForCausalLM, ForSequenceClassification, …, Model; default: the source's"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a config field that differs")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the source's config, if none is beside it")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to save; without it only the report is made")
     parser.add_argument(
-        "--layers", default="every", metavar="WHICH", help="every, first, last or 0,2,4 (default: %(default)s)"
-    )
-    parser.add_argument("--widen", choices=["pad", "split"], default="pad", help="new MLP units; default: %(default)s")
-    parser.add_argument(
-        "--positions", choices=["tile", "interpolate"], default="tile", help="a longer table; default: %(default)s"
-    )
-    parser.add_argument("--tokenizer", metavar="PATH", help="the target's, if it is another than the source's")
-    parser.add_argument("--source-tokenizer", metavar="PATH", help="the source's, if it is not beside it")
-    parser.add_argument(
-        "--word-vectors", metavar="FILE", help="word2vec or GloVe text, plain or .gz, for the embeddings"
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the target's config"
     )
     parser.add_argument(
-        "--rename", action="append", default=[], metavar="REGEX=NEW", help="of the source's names, before all else"
+        "--config", type=Path, metavar="FILE", help="the source's config, if the source has no config.json"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to save to; default: only report")
+    parser.add_argument(
+        "--layers",
+        default="every",
+        metavar="WHICH",
+        help="source layers to take: every, first, last or a list such as 0,2,4; default: %(default)s",
     )
     parser.add_argument(
-        "--skip", action="append", default=[], metavar="REGEX", help="parameters or tensors not to load"
+        "--widen", choices=["pad", "split"], default="pad", help="how new MLP units start; default: %(default)s"
     )
-    parser.add_argument("--only", action="append", default=[], metavar="REGEX", help="load nothing else")
-    parser.add_argument("--strict", action="store_true", help="fail if anything is new or unused, and write nothing")
+    parser.add_argument(
+        "--positions",
+        choices=["tile", "interpolate"],
+        default="tile",
+        help="how a longer position table is filled; default: %(default)s",
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="the target's, if it differs from the source's")
+    parser.add_argument("--source-tokenizer", metavar="PATH", help="the source's, if it is not in the source's folder")
+    parser.add_argument(
+        "--word-vectors", metavar="FILE", help="word2vec or GloVe text file, plain or .gz, for the embeddings"
+    )
+    parser.add_argument(
+        "--rename", action="append", default=[], metavar="REGEX=NEW", help="rename tensors of the source; applied first"
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="REGEX", help="do not load parameters or tensors that match"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="REGEX", help="load only parameters or tensors that match"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="fail, and write nothing, if a parameter is new or a tensor unused"
+    )
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="REGEX",
-        help="names that may be new or unused (--strict, or if less than a tenth loads)",
+        help="names that may be new or unused, for --strict and for sources of which less than a tenth loads",
     )
     parser.add_argument(
-        "--check", action="store_true", help="run source and target on the same inputs, whatever their size"
+        "--check", action="store_true", help="run source and target on the same inputs even if they are large"
     )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="read a source with code of its own as if it were mymodels', and run that of a target folder",
+        help="read a source with custom code as if it were mymodels', and run the code of a target folder",
     )
-    parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the new model; default: float32")
+    parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the target; default: float32")
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of what is new; default: %(default)s")
-    parser.add_argument("--all", action="store_true", help="a row for every tensor, also of repeated layers")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of new parameters; default: %(default)s")
+    parser.add_argument(
+        "--all", action="store_true", help="show each tensor in a row of its own, also in repeated layers"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -87,10 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoints.safetensors_files import read_json
     from ..checkpoints.writing import parse_size
     from ..warmstart import NotAllowedError, warm_start
-    from ..warmstart.wording import in_options, report_in_options
+    from ..warmstart.option_names import in_options, report_in_options
 
     if not 0 <= arguments.seed < 2**63:
-        raise ValueError(f"--seed {arguments.seed}: take a number from 0 to {2**63 - 1}")
+        raise ValueError(f"--seed {arguments.seed}: use a number from 0 to {2**63 - 1}")
     torch.manual_seed(arguments.seed)
     size = parse_size(arguments.max_shard_size)
     config = read_json(arguments.config) if arguments.config else None

@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoints.atomic_write import replace_folder
 from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.load_errors import (
+    clear_load_errors,
+    only_errors_logged,
     refuse_mismatched,
     refuse_other_class,
     refuse_plain_module,
-    refusing,
-    without_load_report,
 )
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
@@ -217,7 +217,7 @@ def _load(
     if task is None:
         what = f"is a {architecture}" if architecture else "does not say which class it holds"
         raise ValueError(f"{path} {what}, and models of text are exported: say task=, one of {', '.join(TASKS)}")
-    with without_load_report(), refusing(path):
+    with only_errors_logged(), clear_load_errors(path):
         model, info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
             path,
             dtype=dtype or "auto",

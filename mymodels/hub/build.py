@@ -16,7 +16,13 @@ from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint, replace_
 from ..checkpoints.integrity import MANIFEST, read_manifest
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import inside, read_json
-from ..checkpoints.writing import even_out_tokenizer, parse_size, save_model_files, save_tokenizer_files, write_shards
+from ..checkpoints.writing import (
+    normalise_tokenizer_config,
+    parse_size,
+    save_model_files,
+    save_tokenizer_files,
+    write_shards,
+)
 from ..messages import printable
 from ..models import configuration_mybert, configuration_mygpt2
 from ..released import OwnCodeError, check_code, own_code, reader
@@ -175,7 +181,7 @@ def _from_files(
     for name in files_taken(where) if source.is_dir() else _beside(source):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(where, name, where), folder / name)
-    even_out_tokenizer(folder)
+    normalise_tokenizer_config(folder)
     code = None
     if code_files := [*named] or code_in_folder(where, config, asked=bool(auto_classes)):
         code = named_code(code_files, config, auto_classes, within=None if named else where)

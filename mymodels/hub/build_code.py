@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..checkpoints import CheckpointError
+from ..checkpoints.opening import shard_problem
 from ..released import CONFIGS
 from .auto_class_names import auto_class_of, known_auto_classes
 from .code_files import collect_code, config_class_of, forward_arguments, is_a, served
@@ -28,13 +28,9 @@ class NamedCode(NamedTuple):
 
 
 def check_parts(source: Path, where: Path) -> None:
-    """Refuse what cannot be a whole model, saying what is missing."""
-    shard = re.search(r"-(\d{5})-of-(\d{5})\.\w+$", source.name)
-    if not source.is_dir() and shard and int(shard[2]) > 1:
-        raise CheckpointError(
-            f"{source} is one shard of {int(shard[2])}: name the folder that holds all of them, with their index and "
-            f"config.json"
-        )
+    """Refuse a source that is only a part of a model, saying what is missing."""
+    if not source.is_dir() and (problem := shard_problem(source)):
+        raise CheckpointError(f"{problem}, and config.json")
     if not (where / "config.json").is_file():
         what = f"{source} has" if source.is_dir() else f"{source} is a file of weights alone, and {where} has"
         raise CheckpointError(

@@ -12,14 +12,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.load_errors import (
-    asks_for_trust,
-    code_of_its_own,
+    clear_load_errors,
     fit_tokenizer,
+    needs_trust_remote_code,
+    only_errors_logged,
     refuse_mismatched,
     refuse_other_class,
     refuse_plain_module,
-    refusing,
-    without_load_report,
+    remote_code_error,
 )
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
@@ -139,7 +139,7 @@ def _load_model(
     task: type[Task], path: Path, source: Any, trust_remote_code: bool, dtype: str | torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     try:
-        with without_load_report(), refusing(source):
+        with only_errors_logged(), clear_load_errors(source):
             model, info = getattr(transformers, task.auto_class).from_pretrained(
                 path,
                 dtype=dtype,
@@ -171,8 +171,8 @@ def _load_tokenizer(path: Any, source: Any, trust_remote_code: bool) -> PreTrain
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of many kinds, by what is missing
-        if asks_for_trust(error):
-            raise code_of_its_own(source) from error
+        if needs_trust_remote_code(error):
+            raise remote_code_error(source) from error
         raise ValueError(
             f"{path} has no tokenizer that can be loaded ({first_line(error)}): pass --tokenizer PATH"
         ) from error

@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from ..checkpoints.dispatch import load_in_place, without_wrapper
-from ..checkpoints.torch_files import unread
+from ..checkpoints.nested_objects import unread
 
 _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
 _TELLING = {

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.load_errors import fit_tokenizer, refuse_other_class, refusing, without_load_report
+from ..checkpoints.load_errors import clear_load_errors, fit_tokenizer, only_errors_logged, refuse_other_class
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..forward_calls import check_loss, logits_of
@@ -175,7 +175,7 @@ def _from_checkpoint(
         return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, how_loaded)
     if not raw:
         raise ValueError(f"{path} has no config.json: name the folder of a model, or say --to mygpt2 or --to mybert")
-    with refusing(source):
+    with clear_load_errors(source):
         config, unknown = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **overrides
         )
@@ -189,7 +189,7 @@ def _from_checkpoint(
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
     auto_class = getattr(transformers, f"AutoModel{CLASS_SUFFIXES[kind]}")
-    with without_load_report(), refusing(source), _naming_the_head(source, config, task):
+    with only_errors_logged(), clear_load_errors(source), _naming_the_head(source, config, task):
         model, info = auto_class.from_pretrained(
             path,
             config=config,

@@ -1,4 +1,4 @@
-"""Stock weights into a modified architecture, with every tensor accounted for."""
+"""Load weights of one model into another, modified one, and report what became of every tensor."""
 
 from .checking import Check
 from .report import Row, WarmStartReport

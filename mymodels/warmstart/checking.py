@@ -1,4 +1,4 @@
-"""Run source and target on the same inputs and compare what they compute: the proof of the report's `exact`."""
+"""Run source and target on the same inputs and compare their outputs, to verify the report's `exact`."""
 
 import contextlib
 import copy
@@ -15,22 +15,22 @@ from ..messages import first_line
 from .reference import make_reference
 from .sources import Source
 
-SMALL = 50_000_000  # up to so many parameters `warm_start` checks by itself
-_TOLERANCE = 2e-5  # of an output's largest value; float32 rounding in deep models stays below it
+SMALL = 50_000_000  # `warm_start` runs the check itself for models of up to this many parameters
+_TOLERANCE = 2e-5  # relative to an output's largest value; above float32 rounding in deep models
 _OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
-_TOKENS = 1_000_000_000  # parameters × tokens in a made-up row
-_CELLS = 10_000_000  # tokens × vocabulary in a made-up row
+_TOKENS = 1_000_000_000  # limit of parameters × tokens in a generated row
+_CELLS = 10_000_000  # limit of tokens × vocabulary size in a generated row
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a run of source and target on the same inputs showed.
+    """The result of running source and target on the same inputs.
 
     Attributes:
-        differences: output → largest absolute difference; empty if nothing was run.
-        scales: output → largest absolute value that the source gave.
-        tolerance: the share of `scales` up to which outputs count as equal.
-        what: what was run on what, or why nothing was.
+        differences: output → largest absolute difference; empty if the check did not run.
+        scales: output → largest absolute value of the source's output.
+        tolerance: the relative difference up to which outputs count as equal.
+        what: what was run, or why the check did not run.
     """
 
     differences: dict[str, float] = field(default_factory=dict)
@@ -44,12 +44,12 @@ class Check:
 
     @property
     def agrees(self) -> bool:
-        """Whether both were run and every output is the same up to rounding."""
+        """Whether the check ran and all outputs are equal up to rounding."""
         return self.ran and all(d <= self.tolerance * self.scales[name] for name, d in self.differences.items())
 
     @property
     def difference(self) -> float | None:
-        """The largest difference of all outputs; None if nothing was run."""
+        """The largest difference of all outputs; None if the check did not run."""
         return max(self.differences.values(), default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,16 +64,18 @@ class Check:
 
 @dataclass
 class Checker:
-    """How to run a warm start's source beside its target.
+    """Runs a warm start's source and its target.
 
     Attributes:
-        source: what was read.
-        token_rows: of each of the target's tokens the source's tokens it is made of; None: the same number.
+        source: the opened source.
+        token_rows: for each token of the target, the source's tokens it is made of; None: the same ids.
+        unproven, proven, unshown, compared_all: empty here, as the tables of names determine every parameter; see
+            `any_model.running.AnyChecker`.
     """
 
     source: Source
     token_rows: Sequence[Sequence[int]] | None
-    unproven: frozenset[str] = frozenset()  # the tables leave nothing to be proven
+    unproven: frozenset[str] = frozenset()
     proven: frozenset[str] = frozenset()
     unshown: str = ""
     compared_all: bool = True
@@ -85,19 +87,25 @@ class Checker:
     def run(
         self, model: PreTrainedModel, new: set[str], inputs: Any = None, *, exact: bool
     ) -> "tuple[Check, int | None]":
-        """Compare; `new`: parameters that start anew; `exact`: whether the outputs should be equal.
+        """Run both models and compare their outputs.
+
+        Args:
+            model: the target.
+            new: its parameters that are newly initialised.
+            inputs: see `WarmStartReport.check`.
+            exact: whether the outputs should be equal; then a difference is checked again in float64.
 
         Returns:
             the check, and where the difference begins: 0 for the embeddings, `i` for layer `i - 1`, None if that was
             not found.
         """
-        given = None if inputs is None else [self._given(inputs)]
+        given = None if inputs is None else [self._given_batch(inputs)]
         try:
             outputs = _comparable(model, new)
             reference = make_reference(self.source, type(model), head=outputs[0] != "last_hidden_state")
             batches = self._batches(model, reference) if given is None else given
             check, where = self._compare(reference, model, batches, outputs, torch.float32, made_up=inputs is None)
-            if exact and not check.agrees:  # is it float32's rounding?
+            if exact and not check.agrees:  # the difference may be rounding
                 check, where = self._compare(reference, model, batches, outputs, torch.float64, made_up=inputs is None)
         except CheckpointError as error:
             return Check(what=str(error)), None
@@ -108,7 +116,7 @@ class Checker:
             KeyError,
             AttributeError,
             IndexError,
-        ) as error:  # someone's forward
+        ) as error:  # from any model's forward
             if inputs is not None:
                 raise CheckpointError(f"source and target could not be run on these inputs: {error}") from error
             return Check(what=f"running them failed ({first_line(error, 200)})"), None
@@ -133,10 +141,10 @@ class Checker:
                 for name in outputs:
                     if a.get(name) is None or b.get(name) is None:
                         continue
-                    x, y = self._alike(model, name, a[name], b[name], mine)
+                    x, y = self._comparable_parts(model, name, a[name], b[name], mine)
                     scales[name] = max(scales.get(name, 0.0), y.abs().max().item())
                     differences[name] = max(differences.get(name, 0.0), largest(x - y))
-                where += _first(a.get("hidden_states"), b.get("hidden_states"), mine)
+                where += _first_difference(a.get("hidden_states"), b.get("hidden_states"), mine)
         if not differences:
             raise CheckpointError("source and target have no output in common")
         lengths = [mine["input_ids"].shape[1] for mine, _ in batches]
@@ -145,16 +153,16 @@ class Checker:
         kind = str(dtype).removeprefix("torch.")
         what = f"{name} and {type(model).__name__} in {kind}, on {rows} rows of up to {max(lengths)} tokens"
         padded = any(not mine["attention_mask"].all() for mine, _ in batches)
-        what += f", padded {self._sides()}," if made_up and padded else ","
+        what += f", padded {self._padding_sides()}," if made_up and padded else ","
         return Check(differences, scales, what=what), min(where, default=None)
 
-    def _sides(self) -> str:
+    def _padding_sides(self) -> str:
         if self.source.family.positions_after_padding:
             return "on the right (RoBERTa numbers rows that are padded on the left otherwise)"
         return "on the right and on the left"
 
     def _pairs(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that both have: the target's numbers, and the source's."""
+        """The tokens that both have: their ids in the target, and in the source."""
         ours, theirs = model.config.vocab_size, self.source.config.vocab_size
         if self.token_rows is None:
             both = torch.arange(min(ours, theirs))
@@ -164,7 +172,7 @@ class Checker:
             raise CheckpointError("source and target have no token in common")
         return tuple(torch.tensor(kept).T)  # type: ignore[return-value]
 
-    def _alike(
+    def _comparable_parts(
         self,
         model: PreTrainedModel,
         name: str,
@@ -172,7 +180,7 @@ class Checker:
         theirs: torch.Tensor,
         batch: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts of two outputs that mean the same: shown tokens, and logits of tokens that both have."""
+        """The comparable parts of two outputs: positions that are not padding, and logits of tokens that both have."""
         shown = batch["attention_mask"].bool()
         if ours.shape[:2] == shown.shape and name != "pooler_output":
             ours, theirs = ours[shown], theirs[shown]
@@ -185,7 +193,7 @@ class Checker:
             )
         return ours.double(), theirs.double()
 
-    def _given(self, inputs: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _given_batch(self, inputs: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
             raise CheckpointError("inputs= needs input_ids, such as a tokenizer returns with return_tensors='pt'")
         batch = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "labels"}
@@ -199,12 +207,12 @@ class Checker:
         rows = [self.token_rows[i] if i < len(self.token_rows) else [] for i in ids.flatten().tolist()]
         shown = batch["attention_mask"].flatten().tolist()
         if any(len(row) != 1 for row, seen in zip(rows, shown) if seen):
-            raise CheckpointError("inputs= has tokens that the source has not: leave them out")
+            raise CheckpointError("inputs= has tokens that the source does not have: leave them out")
         theirs = torch.tensor([row[0] if len(row) == 1 else 0 for row in rows]).view_as(ids)
         return batch, {**batch, "input_ids": theirs}
 
     def _batches(self, model: PreTrainedModel, reference: PreTrainedModel) -> list[Any]:
-        """Made-up inputs, for target and source: rows of several lengths, padded on the right and on the left."""
+        """Generated inputs for target and source: rows of several lengths, padded on the right and on the left."""
         own, other = model.config, self.source.config
         mine, theirs = self._pairs(model)
         pads = [getattr(c, "pad_token_id", None) or 0 for c in (own, reference.config)]
@@ -241,7 +249,7 @@ class Checker:
             own.pad_token_id,
             getattr(reference.config, "pad_token_id", 0),
         )
-        if one_by_one:  # without a padding token such a classifier takes one row at a time
+        if one_by_one:  # such a classifier needs a padding token for more than one row
             return [
                 tuple({name: t[i : i + 1, :n] for name, t in b.items()} for b in batches[0])
                 for i, n in enumerate(lengths)
@@ -250,17 +258,19 @@ class Checker:
 
 
 def _comparable(model: PreTrainedModel, new: set[str]) -> tuple[str, ...]:
-    """The outputs that depend on nothing that starts anew.
+    """The outputs that do not depend on newly initialised parameters.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there are none.
     """
     base = dict(model.named_children()).get(model.base_model_prefix)
     prefix = f"{model.base_model_prefix}." if base is not None else ""
     pooler = {name for name in new if name.startswith(f"{prefix}pooler.")}
     head = {name for name in new if not name.startswith(prefix)}
     if body := new - pooler - head:
-        raise CheckpointError(f"{len(body)} parameters start anew, such as {min(body)}, so there is nothing to compare")
+        raise CheckpointError(
+            f"{len(body)} parameters are newly initialised, such as {min(body)}, so there is nothing to compare"
+        )
     pools = type(model).__name__.endswith("ForSequenceClassification")
     if base is not None and not head and not (pools and pooler):
         return ("logits", "start_logits", "end_logits")
@@ -274,12 +284,13 @@ def _run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], outputs: Seq
 
 
 def largest(difference: torch.Tensor) -> float:
+    """The largest absolute value; infinity if there is a NaN, 0 if it is empty."""
     found = difference.abs().max().item() if difference.numel() else 0.0
     return math.inf if math.isnan(found) else found
 
 
-def _first(ours: Any, theirs: Any, batch: Mapping[str, torch.Tensor]) -> list[int]:
-    """The first hidden state that differs, if both have as many; one beyond the last if none does."""
+def _first_difference(ours: Any, theirs: Any, batch: Mapping[str, torch.Tensor]) -> list[int]:
+    """The index of the first hidden state that differs; one past the last if none does; empty if not comparable."""
     if not ours or not theirs or len(ours) != len(theirs):
         return []
     shown = batch["attention_mask"].bool()
@@ -294,7 +305,7 @@ def _first(ours: Any, theirs: Any, batch: Mapping[str, torch.Tensor]) -> list[in
 
 @contextlib.contextmanager
 def evaluating(model: Any, dtype: torch.dtype) -> Iterator[Any]:
-    """The model in eval mode on the CPU in `dtype`: itself if it is so already, else a copy."""
+    """The model in eval mode, on the CPU in `dtype`: the model itself if it is there already, else a copy."""
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     if any(tensor.is_meta for tensor in tensors):
         raise CheckpointError(f"the {type(model).__name__} has parameters without data")

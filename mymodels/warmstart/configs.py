@@ -1,4 +1,4 @@
-"""The config of a source in our terms, and the config of a target from it."""
+"""The config of a source as one of our config classes, and the config of a target made from it."""
 
 import copy
 import difflib
@@ -13,12 +13,12 @@ from ..checkpoints import CheckpointError
 from .families import Family
 from .key_mapping import CONFIGS, family_of, kind_of, position_offset
 
-# of a foreign config, beside the fields of ours, what every config has or what `check_consistency` looks at
+# fields of foreign configs that are read besides our own: those of every config, and those `check_consistency` uses
 _COMMON = {
     "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type",
     "position_embedding_type", "is_decoder", "add_cross_attention", "output_attentions", "output_hidden_states",
 }  # fmt: skip
-# fields that no tensor shows, and that change what the model computes
+# fields that change the outputs and cannot be inferred from tensors
 UNSEEN = {
     "mygpt2": ("activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
     "mybert": ("hidden_act", "layer_norm_eps"),
@@ -27,16 +27,16 @@ _LAYERS = re.compile(r"\.layers?\.(\d+)\.")
 
 
 def fields_of(config_class: type[PretrainedConfig]) -> set[str]:
-    """The names of the fields that a config class of ours takes itself."""
+    """The names of the fields of one of our config classes."""
     named = set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs", "auto_map"}
     return named | _COMMON
 
 
 def translate_config(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The fields of a `config.json` of `family` that ours knows, under our names."""
+    """The fields of a `config.json` of `family` that our config class has, under our names."""
     config_class = CONFIGS[family.target]
     known, renamed = fields_of(config_class), {**config_class.attribute_map, **family.fields}
-    # a foreign name last: it counts, where ours is there too with a default
+    # foreign names last, as they override a field of ours with its default
     entries = sorted(raw.items(), key=lambda entry: entry[0] in renamed)
     ours = {renamed.get(name, name): value for name, value in entries if value is not None or name not in renamed}
     fields = {name: value for name, value in ours.items() if name in known}
@@ -49,7 +49,7 @@ def translate_config(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def from_shapes(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, Any]:
-    """The config fields that the tensors' shapes settle. `shapes` has our names, fused and transposed tensors resolved."""
+    """The config fields that follow from shapes. `shapes` has our names, with fused and transposed tensors resolved."""
     layers = [int(found[1]) for name in shapes if (found := _LAYERS.search(name))]
     fields: dict[str, Any] = {"num_hidden_layers": max(layers) + 1} if layers else {}
 
@@ -70,7 +70,7 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[s
         fields["hidden_size"] = width[1]
     if family.target == "mygpt2":
         learned = "max_position_embeddings" in fields
-        # only our own LayerNorm always has a bias; nanoGPT's has none if bias=False
+        # our LayerNorm always has a bias; nanoGPT's has none if bias=False
         if first(r"layernorm\.bias$") or family.name == "mygpt2":
             fields["norm_type"] = "layernorm" if first(r"layernorm\.bias$") else "rmsnorm"
         fields |= {
@@ -84,12 +84,12 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[s
     return fields
 
 
-def is_another_models(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], family: Family) -> str | None:
-    """What a config says that the tensors contradict, if it cannot be theirs."""
-    found, said = from_shapes(shapes, family), translate_config(raw, family)
-    names = [name for name in ("num_hidden_layers", "hidden_size") if name in said and name in found]
-    wrong = next((name for name in names if said[name] != found[name]), None)
-    return f"{wrong}={said[wrong]}, where the tensors have {found[wrong]}" if wrong else None
+def config_mismatch(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], family: Family) -> str | None:
+    """A phrase for a field that contradicts the tensors, so the config belongs to another model; None if there is none."""
+    found, declared = from_shapes(shapes, family), translate_config(raw, family)
+    names = [name for name in ("num_hidden_layers", "hidden_size") if name in declared and name in found]
+    wrong = next((name for name in names if declared[name] != found[name]), None)
+    return f"{wrong}={declared[wrong]}, where the tensors have {found[wrong]}" if wrong else None
 
 
 def source_config(
@@ -102,17 +102,18 @@ def source_config(
     settled: Mapping[str, Any] | None = None,
     usual: Mapping[str, Any] | None = None,
 ) -> tuple[PretrainedConfig, list[str]]:
-    """What a source would be as a model of ours, and what had to be assumed for want of a `config.json`.
+    """The source's config as one of our config classes, and notes on what had to be assumed.
 
     Args:
-        raw: its `config.json`, or what else is known of it; with `model_type` it is complete.
-        shapes: of its tensors, under our names.
-        like: the target, from which what neither says is taken, as an assumption.
-        settled: the caller's overrides, which settle what neither says: the source is taken to have these values.
-        usual: what to assume where nothing else says it.
+        raw: its `config.json`, or the fields that are known; complete if it has `model_type`.
+        shapes: shapes of its tensors, under our names.
+        like: the target's config, whose values are assumed for fields that are known from neither.
+        where: name of the source, for messages.
+        settled: the caller's overrides: values for fields that are known from neither, which are not an assumption.
+        usual: values to assume otherwise.
 
     Raises:
-        CheckpointError: the width or the number of heads is known from nowhere, or the fields contradict each other.
+        CheckpointError: the width or the number of heads is not known, or the fields contradict each other.
     """
     try:
         return _source_config(raw, shapes, family, like, where, settled or {}, usual or {})
@@ -120,7 +121,7 @@ def source_config(
         raise
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{where}: mymodels cannot build what its config and tensors say ({error}): correct config.json if it is wrong"
+            f"{where}: no model can be built from its config and tensors ({error}): correct config.json if it is wrong"
         ) from error
 
 
@@ -134,9 +135,9 @@ def _source_config(
     usual: Mapping[str, Any],
 ) -> tuple[PretrainedConfig, list[str]]:
     config_class = CONFIGS[family.target]
-    found, said = from_shapes(shapes, family), translate_config(raw, family)
-    assumed = _contradictions(shapes, found, said, where)
-    fields = {**said, **found}
+    found, declared = from_shapes(shapes, family), translate_config(raw, family)
+    assumed = _contradictions(shapes, found, declared, where)
+    fields = {**declared, **found}
     if "num_labels" in found and len(fields.get("id2label", ())) not in (0, found["num_labels"]):
         fields.pop("id2label"), fields.pop("label2id", None)
     if "id2label" in fields:
@@ -145,45 +146,45 @@ def _source_config(
         if family.target == "mygpt2" and family.name != "mygpt2":
             fields.setdefault("norm_type", "layernorm")
         return config_class(**_with_head_sizes(fields, shapes, family)), assumed
-    # no complete config, which leaves out what is as usual
+    # not a complete config, in which missing fields would have defaults
     if shapes and "hidden_size" not in fields:
         raise CheckpointError(
             f"{where} has tensors such as {next(iter(shapes))!r}, but no token embeddings under a name of {family.name}: "
-            "it is another model's, or name them with rename="
+            "it belongs to another model, or name them with rename="
         )
-    told = {config_class.attribute_map.get(name, name) for name in raw} | family.implied.keys() - {"pad_token_id"}
-    told |= {family.fields[name] for name in raw if name in family.fields}
+    known = {config_class.attribute_map.get(name, name) for name in raw} | family.implied.keys() - {"pad_token_id"}
+    known |= {family.fields[name] for name in raw if name in family.fields}
     settled = {config_class.attribute_map.get(name, name): value for name, value in settled.items()}
     guessed = []
-    for name in _left_open(shapes, family, found):
-        if name in told:
+    for name in _undetermined_fields(shapes, family, found):
+        if name in known:
             continue
         if name in settled:
             fields[name] = settled[name]
             continue
-        guess = _guess(name, fields, like, usual, where)
+        guess = _assumed_value(name, fields, like, usual, where)
         if guess is not None:
             fields[name] = guess
         guessed.append(name)
     if family.target == "mygpt2" and "position_embedding_type" not in fields and like is not None:
-        fields["position_embedding_type"] = _guess("position_embedding_type", fields, like, usual, where)
+        fields["position_embedding_type"] = _assumed_value("position_embedding_type", fields, like, usual, where)
     config = config_class(**_with_head_sizes(fields, shapes, family))
     if guessed:
         shown = ", ".join(f"{name}={getattr(config, name)!r}" for name in guessed)
         assumed.append(
-            f"the source has no config that says it: {shown} {'are' if len(guessed) > 1 else 'is'} assumed; "
-            f"config= or overrides= settle it"
+            f"not in a config of the source: {shown} {'are' if len(guessed) > 1 else 'is'} assumed; "
+            f"set them with config= or overrides="
         )
     return config, assumed
 
 
 def _contradictions(
-    shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], said: Mapping[str, Any], where: str
+    shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], declared: Mapping[str, Any], where: str
 ) -> list[str]:
-    """What a source's config and its tensors disagree on and can be lived with.
+    """Notes on fields in which a source's config and tensors differ, where the tensors can be used.
 
     Raises:
-        CheckpointError: it cannot be.
+        CheckpointError: they differ in depth or width, or layers are missing.
     """
     layers = {int(number) for name in shapes for number in _LAYERS.findall(name)[:1]}
     if missing := set(range(min(max(layers, default=0), len(layers)))) - layers:
@@ -195,20 +196,20 @@ def _contradictions(
             f"{where} has a tensor of layer {max(layers)}, but only {len(layers)} layers: it is damaged"
         )
     for name in ("num_hidden_layers", "hidden_size"):
-        if name in said and name in found and said[name] != found[name]:
+        if name in declared and name in found and declared[name] != found[name]:
             raise CheckpointError(
-                f"{where}: its config says {name}={said[name]}, its tensors {found[name]}: it is incomplete, or the config "
-                "is another model's"
+                f"{where}: its config says {name}={declared[name]}, its tensors {found[name]}: it is incomplete, or the config "
+                "belongs to another model"
             )
     return [
-        f"the source's config says {name}={said[name]}, its tensors {found[name]}, which counts"
+        f"the source's config says {name}={declared[name]}, its tensors {found[name]}, which is used"
         for name in ("vocab_size", "max_position_embeddings", "intermediate_size", "type_vocab_size")
-        if said.get(name) is not None and name in found and said[name] != found[name]
+        if declared.get(name) is not None and name in found and declared[name] != found[name]
     ]
 
 
-def _left_open(shapes: Mapping[str, tuple[int, ...]], family: Family, found: Mapping[str, Any]) -> list[str]:
-    """The fields that no tensor shows, and that change what the model computes."""
+def _undetermined_fields(shapes: Mapping[str, tuple[int, ...]], family: Family, found: Mapping[str, Any]) -> list[str]:
+    """The fields that change the outputs and that these tensors do not determine."""
     names = ["num_attention_heads", *UNSEEN[family.target]]
     if family.target == "mygpt2" and "norm_type" not in found and any("norm" in name for name in shapes):
         names.append("norm_type")
@@ -220,10 +221,10 @@ def _left_open(shapes: Mapping[str, tuple[int, ...]], family: Family, found: Map
     return names
 
 
-def _guess(
+def _assumed_value(
     name: str, fields: Mapping[str, Any], like: PretrainedConfig | None, usual: Mapping[str, Any], where: str
 ) -> Any:
-    """What to assume for a field: the target's, where it is as wide; what is usual; None: the config class's default."""
+    """The value to assume for a field: the target's, or the usual one; None means the config class's default."""
     width = fields.get("hidden_size")
     if name == "num_attention_heads":
         if like is not None and like.hidden_size == width:
@@ -231,13 +232,13 @@ def _guess(
         if width and width % 64 == 0:
             return width // 64
         raise CheckpointError(
-            f"{where} has no config.json and nothing tells its num_attention_heads: pass config=, or name it with overrides="
+            f"{where} has no config.json, and its num_attention_heads is not known: pass config=, or set it with overrides="
         )
     if name == "norm_type":
         return "layernorm"
     if name == "pad_token_id":
         return 1
-    if name == "position_embedding_type":  # the target's, unless that has a table, which the source has not
+    if name == "position_embedding_type":  # the target's, unless that is a table, which the source does not have
         return "rope" if like is None else like.position_embedding_type.replace("learned", "none")
     if name in usual:
         return usual[name]
@@ -257,7 +258,7 @@ def _rows(shapes: Mapping[str, tuple[int, ...]], projection: str) -> int | None:
 
 
 def make_config(model_type: str, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> PretrainedConfig:
-    """A config of ours with the fields `base` changed by `overrides`; what derives from a changed field follows it.
+    """A config of ours with the fields `base` and `overrides`; fields derived from an overridden one are derived again.
 
     Raises:
         CheckpointError: there is no such field, or a value is of another type.
@@ -291,11 +292,11 @@ def make_config(model_type: str, base: Mapping[str, Any], overrides: Mapping[str
     try:
         return config_class(**{**fields, **overrides})
     except (TypeError, AttributeError) as error:
-        raise CheckpointError(f"{config_class.__name__}: {overrides} cannot be: {error}") from error
+        raise CheckpointError(f"{config_class.__name__}: {overrides} is not possible: {error}") from error
 
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy, as one of ours: a stock model's, or one of ours that was read from a stock folder, is translated.
+    """A copy of a config as one of our classes; a stock model's config is translated.
 
     Raises:
         CheckpointError: it is of another architecture.

@@ -1,4 +1,4 @@
-"""`Change`: a source on its way to a target, which the transforms rewrite."""
+"""`Change`: the state of a conversion from source to target, which each transform updates."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -20,28 +20,28 @@ _LAYER_NUMBER = re.compile(r"\b(layers?)\.\d+\.")
 class TokenVectors(NamedTuple):
     """Pretrained vectors for some tokens."""
 
-    tokens: torch.Tensor  # their numbers
+    tokens: torch.Tensor  # their ids
     table: torch.Tensor  # a row for each of them
-    name: str  # where they come from
-    size: int  # how many vectors there were
+    name: str  # of the file
+    size: int  # number of vectors in the file
 
 
 @dataclass
 class Change:
-    """A source on its way to a target."""
+    """The state of a conversion: the tensors so far, which the transforms turn from the source's into the target's."""
 
     tensors: dict[str, Value]  # under our names
     source: PretrainedConfig
     target: PretrainedConfig
-    wanted: set[str]  # the target's parameters
-    fresh: Callable[[str], Value]  # what a parameter of the target starts with when nothing is loaded
-    why: dict[str, Why]  # the source's tensors that get lost
+    parameters: set[str]  # the target's parameters
+    fresh: Callable[[str], Value]  # the initial value of a parameter of the target
+    why: dict[str, Why]  # the source's tensors that are not used
     layers: str | Sequence[int] = "every"
     widen: str = "pad"
     positions: str = "tile"
-    token_rows: list[list[int]] | None = None  # per token of the target, the source's tokens it is the mean of
+    token_rows: list[list[int]] | None = None  # for each token of the target, the source's tokens whose mean it is
     vectors: TokenVectors | None = None
-    pools: bool = False  # whether the target makes one vector of a text
+    pools: bool = False  # whether the target has a pooler
     notes: list[str] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)  # the source's layer for each of the target's
 
@@ -51,22 +51,22 @@ class Change:
 
     @property
     def is_pre_norm(self) -> bool:
-        """Whether norms come before attention and MLP, so that a block which writes zeros changes nothing."""
+        """Whether norms come before attention and MLP, so that a block with zero outputs changes nothing."""
         return self.kind == "mygpt2"
 
     def drop(self, name: str, why: str, kind: str = "approximate", *, requested: bool = False) -> None:
-        """Take a tensor out. Where it is used nowhere else, the report will say why."""
+        """Remove a tensor; the report gives the reason if it is used nowhere else."""
         if name in self.tensors:
             for source in self.tensors.pop(name).sources:
                 self.why.setdefault(source, Why(why, kind, requested=requested))
 
-    def wants(self, name: str) -> bool:
-        """Whether the target has such a parameter, in whatever layer."""
+    def has_parameter(self, name: str) -> bool:
+        """Whether the target has such a parameter in any layer."""
         return _LAYER_NUMBER.sub(r"\1.0.", name) in self._patterns
 
     @cached_property
     def _patterns(self) -> set[str]:
-        return {_LAYER_NUMBER.sub(r"\1.0.", name) for name in self.wanted}
+        return {_LAYER_NUMBER.sub(r"\1.0.", name) for name in self.parameters}
 
     def each_layer(self) -> list[str]:
         return [LAYER[self.kind].format(i) for i in range(self.source.num_hidden_layers)]

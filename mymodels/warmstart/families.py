@@ -1,8 +1,8 @@
 """How each family of checkpoints names its tensors and config fields, as tables.
 
-A name is brought into *our* form, that of `MyGPT2For…` and `MyBertFor…` with the base model's prefix. In a table, `*` is
-a layer's number; `{a,b,c}` on our side says that the tensor holds several of ours, stacked along its output; a pattern
-without a parameter's name stands for all parameters of a module.
+Names are mapped to *our* names, those of `MyGPT2For…` and `MyBertFor…` with the base model's prefix. In a table, `*` is
+a layer's number; `{a,b,c}` on our side means that the tensor holds several of ours, stacked along the output; a pattern
+without a parameter's name applies to all parameters of a module.
 """
 
 from collections.abc import Mapping
@@ -16,20 +16,20 @@ class Family(NamedTuple):
 
     name: str
     target: str  # our model type that has its architecture
-    model_types: tuple[str, ...]  # what `config.json` calls it
-    anchor: str  # regex of a tensor's name that gives the family away
-    prefix: str  # of the base model, when a head is saved too
-    names: tuple[tuple[str, str], ...]  # theirs → ours; of several that give one name, the first counts
+    model_types: tuple[str, ...]  # its values of `model_type` in `config.json`
+    anchor: str  # regex of a tensor's name that identifies the family
+    prefix: str  # of the base model in checkpoints with a head
+    names: tuple[tuple[str, str], ...]  # theirs → ours; if several give the same name, the first is used
     parameters: Mapping[str, str] = {
         "weight": "weight",
         "bias": "bias",
-    }  # a parameter's own name; "" is a bare module's
+    }  # last part of a parameter's name: theirs → ours
     transposed: str = "$^"  # regex of names whose matrices are stored [in, out]
     fields: Mapping[str, str] = {}  # config fields named otherwise: theirs → ours
-    implied: Mapping[str, Any] = {}  # config fields that only its code knows
-    constants: str = "$^"  # regex of tensors that are no weights: masks, position numbers
-    not_used: Mapping[str, Why] = {}  # regex → why a tensor has no place in our model
-    zeros: tuple[str, ...] = ()  # ours that it lacks, and that change nothing when they are 0
+    implied: Mapping[str, Any] = {}  # config fields that are fixed in its code
+    constants: str = "$^"  # regex of tensors that are no weights: masks, position ids
+    not_used: Mapping[str, Why] = {}  # regex → why our model has no such tensor
+    zeros: tuple[str, ...] = ()  # parameters of ours that it does not have, and that are set to 0
     positions_after_padding: bool = False  # the table's first position is row `pad_token_id + 1`
 
 
@@ -154,7 +154,7 @@ FAMILIES = (
         prefix="roberta",
         names=(
             *_BERT,
-            ("classifier.dense", "bert.pooler.dense"),  # its classifier begins with what is BERT's pooler
+            ("classifier.dense", "bert.pooler.dense"),  # the first layer of its classifier is BERT's pooler
             ("classifier.out_proj", "classifier"),
             ("pooler.dense", "bert.pooler.dense"),
             ("lm_head.dense", f"{_TRANSFORM}.dense"),
@@ -166,7 +166,7 @@ FAMILIES = (
         ),
         implied={"layer_norm_eps": 1e-5, "pad_token_id": 1},
         constants=r"embeddings\.(position_ids|token_type_ids)$",
-        positions_after_padding=True,  # they count tokens only, so padding on the left is not as in MyBert
+        positions_after_padding=True,  # padding has no positions, so left padding differs from MyBert
     ),
     Family(
         name="distilbert",

@@ -1,4 +1,4 @@
-"""Which family a checkpoint is of, and where each of its tensors goes by that family's table."""
+"""Find the family of a checkpoint, and map its tensor names to ours by that family's table."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,14 +14,14 @@ from .lazy_tensor import Why
 
 
 class UnknownNamesError(CheckpointError):
-    """The names of a source's tensors are those of no family."""
+    """No known family has the tensor names of a source."""
 
 
 def kind_of(config: PretrainedConfig) -> str:
-    """`"mygpt2"` or `"mybert"`, also for a subclass's config, or one that was read from a stock folder.
+    """`"mygpt2"` or `"mybert"`, also for a subclass of their config classes.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: the config is of neither.
     """
     for kind, config_class in CONFIGS.items():
         if isinstance(config, config_class):
@@ -29,15 +29,15 @@ def kind_of(config: PretrainedConfig) -> str:
     name = getattr(config, "model_type", type(config).__name__)
     if name in CONFIGS:
         raise CheckpointError(
-            f"this {type(config).__name__} is that of a folder with its own copy of the code, which warm_start does not "
-            f"know: take mymodels.{CONFIGS[name].__name__}, or a subclass of it"
+            f"this {type(config).__name__} comes from a folder with its own copy of the code, which warm_start cannot "
+            f"use: pass mymodels.{CONFIGS[name].__name__}, or a subclass of it"
         )
-    raise CheckpointError(f"{name!r} is no model of mymodels: warm_start fills {' and '.join(CONFIGS)}")
+    raise CheckpointError(f"{name!r} is not a model of mymodels: warm_start supports {' and '.join(CONFIGS)}")
 
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {c.model_type: c for c in (MyGPT2Config, MyBertConfig)}
 PREFIXES = {"mygpt2": "model.", "mybert": "bert."}
-# what DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names
+# parts of names added by DistributedDataParallel, torch.compile, FSDP and activation checkpointing
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -49,7 +49,7 @@ def is_chosen(names: tuple[str, ...], skip: Sequence[re.Pattern], only: Sequence
 
 
 class Renamed(NamedTuple):
-    """Where a tensor of a source goes: its names in our form (several: a fused tensor), or why nowhere."""
+    """Our names of a source's tensor (several for a fused one), or why it is not used."""
 
     ours: tuple[str, ...]
     transposed: bool = False
@@ -57,7 +57,7 @@ class Renamed(NamedTuple):
 
 
 def position_offset(family: Family, raw: Mapping[str, Any]) -> int:
-    """How many rows of a family's position table stand before position 0; `raw` is the source's config."""
+    """The number of rows before position 0 in a family's position table; `raw` is the source's config."""
     if not family.positions_after_padding:
         return 0
     padding = raw.get("pad_token_id")
@@ -65,29 +65,29 @@ def position_offset(family: Family, raw: Mapping[str, Any]) -> int:
 
 
 def family_of(model_type: str | None) -> Family | None:
-    """The family that `config.json` names, if it is one of ours to read."""
+    """The family of a `model_type`; None if it is not known."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
 def plain(name: str) -> str:
-    """A tensor's name without the wrappers of training, TensorFlow's slashes as dots."""
+    """A tensor's name without wrappers' parts, and with dots for TensorFlow's slashes."""
     return _WRAPPERS.sub("", name.removesuffix(":0").replace("/", "."))
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], family: Family | None, where: str) -> tuple[Family, str]:
-    """The family of a checkpoint, and what its names have in front beyond that family's own prefix.
+    """The family of a checkpoint, and the prefix of its names before that family's own prefix.
 
     Args:
-        shapes: the tensors' names, as `plain` gives them, and shapes.
-        family: what `config.json` says, if it does.
-        where: what to call the checkpoint in an error.
+        shapes: names, as `plain` returns them, and shapes of the tensors.
+        family: the family by `config.json`, if it is known.
+        where: name of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: it is of no family that is known, or holds several models.
+        CheckpointError: it is of no known family, or holds several models.
     """
     names = list(shapes)
     candidates = FAMILIES if family is None else [f for f in FAMILIES if f.target == family.target]
-    # a config names the family, but TensorFlow's files beside the same config have names of their own
+    # TensorFlow files have other names, with the same config
     for candidate in sorted(candidates, key=lambda f: f is not family):
         bases = {f.prefix for f in FAMILIES if f.anchor == candidate.anchor} if family is None else {candidate.prefix}
         anchor = re.compile(rf"^(.*?\.)??(?:({'|'.join(sorted(bases))})\.)?{candidate.anchor}$")
@@ -103,8 +103,8 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], family: Family | None, wher
         if outer:
             prefix, base = outer.pop()
             if family is None and candidate.anchor == BERT_ANCHOR:
-                candidate = _told_apart({inside(name, prefix): shape for name, shape in shapes.items()})
-            if base is not None and base != candidate.prefix:  # such as RoBERTa that someone's module calls bert
+                candidate = _family_of_bert_names({inside(name, prefix): shape for name, shape in shapes.items()})
+            if base is not None and base != candidate.prefix:  # such as a RoBERTa in an attribute `bert`
                 prefix = f"{prefix}{base}."
             if any(re.fullmatch(rf"{re.escape(prefix)}(transformer\.)?tokens_embed\.weight", name) for name in names):
                 raise CheckpointError(
@@ -114,9 +114,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], family: Family | None, wher
             return candidate, prefix
     known = ", ".join(f.name for f in FAMILIES)
     example = f", such as {names[0]!r}" if names else ""
-    raise UnknownNamesError(
-        f"{where} has the tensor names of no family that is known ({known}){example}: map them with rename="
-    )
+    raise UnknownNamesError(f"{where} has tensor names of no known family ({known}){example}: map them with rename=")
 
 
 _HEAD_NAMES = re.compile(
@@ -126,7 +124,7 @@ _HEAD_NAMES = re.compile(
 
 
 def inside(name: str, outer: str) -> str:
-    """A name without what wraps the model: `outer`, or, of a head beside the model, what both have in front."""
+    """A name without the prefix `outer` of the model, or, for a head next to the model, without their common prefix."""
     if name.startswith(outer):
         return name.removeprefix(outer)
     parts, wrappers = name.split("."), outer.split(".")
@@ -137,8 +135,8 @@ def inside(name: str, outer: str) -> str:
     return rest if _HEAD_NAMES.match(rest) else name
 
 
-def _told_apart(shapes: Mapping[str, tuple[int, ...]]) -> Family:
-    """Without a config: MyBert, RoBERTa and BERT have the same names in the encoder. `shapes` has names without wrappers."""
+def _family_of_bert_names(shapes: Mapping[str, tuple[int, ...]]) -> Family:
+    """MyBert, RoBERTa or BERT, which have the same names in the encoder; `shapes` has names without wrappers."""
     types = [shape for name, shape in shapes.items() if name.endswith("embeddings.token_type_embeddings.weight")]
     if any(re.search(r"pooler\.score\.|layer_mix\.", name) for name in shapes):
         name = "mybert"
@@ -152,38 +150,38 @@ def _told_apart(shapes: Mapping[str, tuple[int, ...]]) -> Family:
 def translate(
     names: Iterable[str], family: Family, outer: str, *, own_bias: bool, left_out: Callable[[str], bool]
 ) -> dict[str, Renamed]:
-    """Each name of a source (as `plain` gives it) → where it goes.
+    """Map each name of a source, as `plain` returns it.
 
     Args:
-        own_bias: whether the bias of the head's decoder counts, and not the one beside it; they are tied in most files.
-        left_out: whether a name is not to be loaded, which settles which of two counts.
+        own_bias: whether to use the bias of the head's decoder, and not the one next to it; most files tie the two.
+        left_out: whether a name is excluded, so that another tensor with the same name of ours is used.
 
     Raises:
-        CheckpointError: two names are the same one.
+        CheckpointError: two names map to the same name of ours.
     """
     stripped = {name: inside(name, outer).removeprefix(f"{family.prefix}.") for name in names}
     orphaned = any(re.match(r"pre_classifier\.", inner) for inner in stripped.values())
     rows = sorted(family.names, key=lambda entry: own_bias != entry[0].endswith("decoder.bias"))
     table = [(i, _pattern(theirs, family.parameters), ours) for i, (theirs, ours) in enumerate(rows)]
     found: dict[str, Renamed] = {}
-    taken: dict[str, tuple[int, str]] = {}  # ours → the table's row and the name that gave it
+    taken: dict[str, tuple[int, str]] = {}  # ours → the table's row and the source's name
     ranked = []
     for name, inner in stripped.items():
         ranked.append((*_look_up(inner, table, family), name, inner))
-    # what is left out comes last, and whatever stands inside the model before a head beside it
+    # excluded names last; names in the model before those of a head next to it
     for row, renamed, name, inner in sorted(ranked, key=lambda e: (left_out(e[2]), e[0], not e[2].startswith(outer))):
         if orphaned and inner.startswith("classifier."):
-            renamed = Renamed((), why=Why("it reads pre_classifier's output, which is not used"))
+            renamed = Renamed((), why=Why("its input is pre_classifier's output, which is not used"))
         for ours in renamed.ours:
             if ours in taken and left_out(name):
                 renamed = Renamed((), why=Why("left out on request", requested=True))
             elif ours in taken and taken[ours][0] == row:
                 raise CheckpointError(
-                    f"the tensors {taken[ours][1]!r} and {name!r} are the same one, {ours!r}, once prefixes are taken "
-                    f"off: leave one of them out with skip=, or name a section"
+                    f"the tensors {taken[ours][1]!r} and {name!r} both map to {ours!r} without their "
+                    f"prefixes: leave one of them out with skip=, or name a section"
                 )
             elif ours in taken:
-                renamed = Renamed((), why=Why(f"{taken[ours][1]} stands for it", "exact", constant=True))
+                renamed = Renamed((), why=Why(f"{taken[ours][1]} is used instead", "exact", constant=True))
         taken.update(dict.fromkeys(renamed.ours, (row, name)))
         found[name] = renamed
     return {name: found[name] for name in stripped}
@@ -191,7 +189,7 @@ def translate(
 
 def _look_up(inner: str, table: list[tuple[int, re.Pattern, str]], family: Family) -> tuple[int, Renamed]:
     if re.search(family.constants, inner):
-        return -1, Renamed((), why=Why("a constant, which the model computes itself", "exact", constant=True))
+        return -1, Renamed((), why=Why("a constant that the model computes itself", "exact", constant=True))
     for unused, why in family.not_used.items():
         if re.search(unused, inner):
             return -1, Renamed((), why=why)

@@ -1,4 +1,4 @@
-"""`Value`: a tensor to be, which knows what it will be made of and how, and is computed when it is asked for."""
+"""`Value`: a lazy tensor that records its sources and steps, and is computed on demand."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -8,13 +8,13 @@ import torch
 
 
 class Why(NamedTuple):
-    """Why a tensor of the source has no place in the target.
+    """Why a tensor of the source is not used.
 
     Attributes:
-        text: for people.
-        kind: `"exact"` if the target computes the same without it.
-        constant: whether it is no weight of its own: a mask, or a second name of another tensor.
-        requested: whether the caller left it out.
+        text: the reason.
+        kind: `"exact"` if the target's outputs are the same without it.
+        constant: whether it is no weight: a mask, or a second name of another tensor.
+        requested: whether the caller excluded it.
     """
 
     text: str
@@ -23,10 +23,11 @@ class Why(NamedTuple):
     requested: bool = False
 
 
-KINDS = ("exact", "approximate", "new")  # the worse the later
+KINDS = ("exact", "approximate", "new")  # from best to worst
 
 
 def worst(kinds: Iterable[str]) -> str:
+    """The last of these in `KINDS`; `"exact"` if there are none."""
     return max(kinds, key=KINDS.index, default="exact")
 
 
@@ -36,13 +37,13 @@ class Value:
 
     Attributes:
         shape: its shape.
-        dtype: of what it is made from.
-        compute: makes it.
-        sources: names of the source's tensors it is made from; none for a new one.
-        steps: what is done to them, for people.
-        kind: `"exact"` (the function stays), `"approximate"`, `"new"`.
+        dtype: dtype of its source.
+        compute: computes the tensor.
+        sources: names of the source's tensors that it is computed from; none for a new one.
+        steps: what is done to them, in words.
+        kind: `"exact"` (the model's function is preserved), `"approximate"` or `"new"`.
         resized: whether it has more or fewer rows or columns than its source.
-        partly_new: whether some of it comes from no source, so that it must be trained.
+        partly_new: whether a part of it comes from no source and must be trained.
     """
 
     shape: tuple[int, ...]
@@ -65,7 +66,7 @@ class Value:
         resized: bool = False,
         partly_new: bool = False,
     ) -> "Value":
-        """What `change` makes of this value; `using`: other values that it reads."""
+        """The result of `change` on this value; `using`: other values that `change` reads."""
         others = tuple(using)
         sources = dict.fromkeys([*self.sources, *(name for value in others for name in value.sources)])
         return replace(
@@ -80,20 +81,22 @@ class Value:
         )
 
     def rows(self, step: str, index: list[int] | slice, *, kind: str = "exact", resized: bool = True) -> "Value":
-        """Some of its rows."""
+        """A selection of its rows."""
         count = len(range(self.shape[0])[index]) if isinstance(index, slice) else len(index)
         return self.then(step, lambda tensor: tensor[index], (count, *self.shape[1:]), kind=kind, resized=resized)
 
 
 def constant(shape: tuple[int, ...], fill: float, like: Value, step: str, kind: str = "exact") -> Value:
-    """A value made from no source."""
+    """A tensor with one value throughout, of the dtype of `like`."""
     dtype = like.dtype
     return Value(shape, dtype, lambda: torch.full(shape, fill, dtype=dtype), steps=(step,) if step else (), kind=kind)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether there is no NaN and no infinity in it; without a copy, which `torch.isfinite` makes."""
+    """Whether it has no NaN and no infinity; unlike `torch.isfinite`, without a tensor of the same size."""
     if tensor.numel() == 0:
         return True
-    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)  # either is NaN if one is
+    low, high = torch.aminmax(
+        tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    )  # both are NaN if there is a NaN
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,4 +1,4 @@
-"""Whatever `warm_start` takes as its source, opened: its tensors by name, and what stands beside them."""
+"""Open any source of `warm_start`: its tensors by name, and its config."""
 
 import os
 from collections.abc import Mapping
@@ -9,27 +9,27 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+from ..checkpoints.nested_objects import nested_checkpoint
 from ..checkpoints.opening import locate
 from ..checkpoints.quantised import quantisation
-from ..checkpoints.torch_files import nested_checkpoint
 from ..released import OwnCodeError, check_code, is_installed
-from .beside import config_in_file, config_in_folder
-from .refusing import refuse_adapter
+from .adapter_sources import refuse_adapter
+from .found_config import config_in_file, config_in_folder
 
 
 class Opened(NamedTuple):
-    """A source before its names are read.
+    """An opened source, before its names are mapped.
 
     Attributes:
-        tensors: its tensors by name, read when they are asked for.
-        where: what to call it.
-        folder: where its tokenizer may be.
-        module: itself, if it was given as a model.
-        given: its config, as given or as in `config.json`.
-        beside: what the source's own file says of its config; with `given` the whole.
-        usual: what is usual for its kind.
-        own_code: what its own code makes of it; empty if it has none.
-        info: every tensor.
+        tensors: its tensors by name, read on access.
+        where: its name in messages.
+        folder: folder that may hold its tokenizer.
+        module: the source itself, if it is a model.
+        given: its config, as an argument or from `config.json`.
+        beside: config fields stored in the checkpoint itself; `given` overrides them.
+        usual: usual values of fields of its kind.
+        own_code: a phrase for its custom code; empty if it has none.
+        info: shape and dtype of every tensor.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -64,7 +64,7 @@ def open_tensors(
     """
     folder, raw, where, module = None, _as_dict(config), "the source", None
     own_code = ""
-    beside: dict[str, Any] = {}  # what the source's own file says
+    beside: dict[str, Any] = {}  # config fields in the checkpoint itself
     if isinstance(source, torch.nn.Module):
         if type(source).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
             source = getattr(source, "module", None) or getattr(source, "_orig_mod", source)
@@ -84,11 +84,11 @@ def open_tensors(
         source = open_checkpoint(path, allow_pickle=allow_pickle)
     elif not isinstance(source, Mapping):
         raise CheckpointError(
-            f"a {type(source).__name__} is no source: pass a path, a Hub repo's id, a model or a state dict"
+            f"a {type(source).__name__} cannot be a source: pass a path, a Hub repo's id, a model or a state dict"
         )
     elif not isinstance(source, Checkpoint) and any(
         isinstance(value, Mapping) for value in source.values()
-    ):  # a training checkpoint, loaded
+    ):  # a training checkpoint in memory
         source, folder = nested_checkpoint(Path(where), "training checkpoint", source, ""), Path(os.devnull)
     usual: Mapping[str, Any] = {}
     if isinstance(source, Checkpoint):
@@ -103,21 +103,25 @@ def open_tensors(
         if "model_type" not in raw:
             beside, usual = config_in_file(source.extras)
     elif section is not None:
-        raise CheckpointError(f"section={section!r} is for files, and {where} is none: pass that part of it")
+        raise CheckpointError(f"section={section!r} is for files, and {where} is not one: pass that part of it")
     given, raw = raw, {**beside, **raw}
     info = _describe(source, where)
     refuse_adapter(where, info)
     how = quantisation(info, raw)
-    if how and "without scales" not in how:  # those without are refused where they would be needed
+    if how and "without scales" not in how:  # without scales, it is refused only if such a tensor is used
         raise CheckpointError(
-            f"{where} is quantised: {how}; its scales and packed values are not read here: take the model that it was made "
-            "from, or dequantise it with the library that quantised it and save that"
+            f"{where} is quantised: {how}; quantised weights are not supported: use the model that it was made "
+            "from, or dequantise it with the library that quantised it and save the result"
         )
     return Opened(source, where, folder, module, given, beside, usual, own_code, info)
 
 
 def _check_code(raw: Mapping[str, Any], folder: Path, where: str, trusted: bool) -> str:
-    """What a folder's own code makes of it, for the report; empty if it has none."""
+    """A phrase for a folder's custom code, for the report; empty if it has none.
+
+    Raises:
+        CheckpointError: it has custom code, and is not trusted.
+    """
     try:
         check_code(raw, folder, saved=True)
     except OwnCodeError as error:
@@ -152,7 +156,7 @@ def _describe(source: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
     for name, tensor in source.items():
         if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
             raise CheckpointError(
-                f"{where} holds a {type(tensor).__name__} at {name!r}, which is no tensor with a name: pass the state dict"
+                f"{where} holds a {type(tensor).__name__} at {name!r}, which is not a named tensor: pass the state dict"
             )
         if tensor.layout != torch.strided:
             raise CheckpointError(f"{where}: tensor {name!r} is {tensor.layout}: make it dense, tensor.to_dense()")

@@ -1,4 +1,4 @@
-"""Which class of MyGPT2 or MyBert a warm start makes, and what its config takes from a tokenizer."""
+"""The class of MyGPT2 or MyBert that a warm start creates, and config fields from a tokenizer."""
 
 import re
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ _STOCK_HEADS = {"LMHeadModel": "ForCausalLM", "DoubleHeadsModel": "ForCausalLM",
 
 
 def token_fields(tokenizer: PreTrainedTokenizerBase, model_type: str) -> dict[str, Any]:
-    """What a config says of its tokenizer."""
+    """The config fields that follow from a tokenizer."""
     fields: dict[str, Any] = {"vocab_size": len(tokenizer)}
     names = ("bos_token_id", "eos_token_id", "pad_token_id") if model_type == "mygpt2" else ("pad_token_id",)
     return fields | {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None) is not None}
 
 
 def model_class_of(model_type: str, head: str | None, source: Source) -> type[PreTrainedModel]:
-    """The class with the head that is asked for, or that the source has."""
+    """The class with the given head, or with that of the source."""
     known = _HEADS[model_type]
     if head is not None and head not in known:
         raise CheckpointError(f"head={head!r}: {_NAMES[model_type]} has {', '.join(known)}")
@@ -41,7 +41,7 @@ def model_class_of(model_type: str, head: str | None, source: Source) -> type[Pr
 
 
 def _head_of(tensors: Mapping[str, Value]) -> str:
-    """The head that tensors show, where no config names it: a language model's may be tied and not be seen."""
+    """The head shown by tensors, if no config names it; a language model's head may be tied and so not stored."""
     if "score.weight" in tensors:
         return "ForSequenceClassification"
     if "model.embed_tokens.weight" in tensors:

@@ -1,4 +1,4 @@
-"""From a source and a target to a plan: what each parameter will be made of, and a row for everything."""
+"""Plan a warm start: what each parameter is computed from, and the rows of the report."""
 
 import copy
 import re
@@ -24,16 +24,16 @@ _HEADS = re.compile(r"^(lm_head|score|classifier|qa_outputs|cls)\.")
 
 @dataclass
 class Plan:
-    """What a warm start will do: a value for each parameter, and the report's rows."""
+    """A value for each parameter, and the report's rows."""
 
     model: PreTrainedModel  # its parameters may be on the meta device
     source: Source
-    values: dict[str, Value]  # the target's own names; of tied ones the first
+    values: dict[str, Value]  # by the target's names; of tied ones the first
     tied: dict[str, tuple[str, ...]]  # each of these names → all names of the parameter
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
-    loaded: int = 0  # elements of the source that are used
-    offered: int = 0  # of so many that are weights and were not left out on request
+    loaded: int = 0  # number of the source's elements that are used
+    offered: int = 0  # number of its elements that are weights and were not excluded by the caller
 
     def report(self) -> WarmStartReport:
         notes = list(dict.fromkeys([*self.source.assumed, *self.notes]))
@@ -66,11 +66,11 @@ class Plan:
             raise
         except Exception as error:
             made_of = f" from {', '.join(map(repr, value.sources))}" if value.sources else ""
-            raise CheckpointError(f"{self.source.where}: {name!r} cannot be made{made_of}: {error}") from error
+            raise CheckpointError(f"{self.source.where}: {name!r} cannot be computed{made_of}: {error}") from error
         if value.sources and not is_finite(tensor):
             names = " and ".join(map(repr, value.sources))
             raise CheckpointError(
-                f"{self.source.where}: {names} has NaN or infinite values in {dtype}, as {name}: take a checkpoint from "
+                f"{self.source.where}: {names} has NaN or infinite values in {dtype}, as {name}: use a checkpoint from "
                 "before the training diverged, or leave it out with warm_start's skip="
             )
         return tensor
@@ -87,13 +87,15 @@ def make_plan(
     keep_new: bool = False,
     **options: Any,
 ) -> Plan:
-    """Decide what each parameter of `model` is made of.
+    """Decide what each parameter of `model` is computed from.
 
     Args:
-        dtype: what the values become; None: each parameter's own.
-        transform: fit what does not fit; without it, tensors are renamed, split and transposed only.
+        model: the target; its parameters may be on the meta device.
+        source: the opened source.
+        dtype: dtype of the values; None: each parameter's own.
+        transform: apply all transforms; otherwise tensors are only renamed, split and transposed.
         skip, only: regexes over the names of parameters and tensors, see `warm_start`.
-        keep_new: parameters that get nothing keep what they have, instead of starting anew.
+        keep_new: parameters without a source keep their values, instead of being initialised.
         options: fields of `Change`.
 
     Raises:
@@ -102,16 +104,16 @@ def make_plan(
     unwanted, wanted = compiled("skip", skip), compiled("only", only)
     tied = tied_names(model)
     prefix = "" if type(model).base_model_prefix in dict(model.named_children()) else PREFIXES[kind_of(model.config)]
-    ours = {prefix + name: names[0] for names in tied.values() for name in names}  # in our form → the parameter
+    ours = {prefix + name: names[0] for names in tied.values() for name in names}  # our name → the parameter's
     if source.tensors and source.config.hidden_size != model.config.hidden_size:
         raise CheckpointError(
             f"{source.where} has hidden_size={source.config.hidden_size}, the target {model.config.hidden_size}: the "
-            "width of the model is the one thing that cannot be changed; set hidden_size to the source's"
+            "width of a model cannot be changed; set hidden_size to the source's"
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def fresh(name: str) -> Value:
-        return _new(model, ours[name], parameters[ours[name]], keep_new)
+        return _initial_value(model, ours[name], parameters[ours[name]], keep_new)
 
     if any(parameter.is_meta for parameter in model.parameters()) and keep_new:
         raise CheckpointError(
@@ -122,13 +124,13 @@ def make_plan(
     for step in TRANSFORMS if transform else (tie, unequal_settings):
         step(change)
     values: dict[str, Value] = {}
-    refused: dict[str, str] = {}  # parameters that the source has something for, but nothing that serves
+    refused: dict[str, str] = {}  # parameter → why its tensor of the source is not used
     for name, own in ours.items():
         value, shape = change.tensors.get(name), tuple(parameters[own].shape)
         if value is None:
             continue
         if value.shape != shape:
-            refused[own] = f"the source's shape {_shown(value.shape)} is not {_shown(shape)}"
+            refused[own] = f"the source's shape {_shape_text(value.shape)} is not {_shape_text(shape)}"
         elif not is_chosen((own, *value.sources), unwanted, wanted):
             refused[own] = "left out on request"
             change.drop(name, refused[own], requested=True)
@@ -144,7 +146,12 @@ def make_plan(
             continue
         if own in refused:
             values[own] = fresh(name).then(refused[own], lambda tensor: tensor)
-        elif name.endswith(".bias") and weight in values and values[weight].sources and not _has_such(source, name):
+        elif (
+            name.endswith(".bias")
+            and weight in values
+            and values[weight].sources
+            and not _has_in_another_layer(source, name)
+        ):
             like = values[weight]
             values[own] = constant(tuple(parameters[own].shape), 0.0, like, "zeros, as the source has none")
         else:
@@ -152,7 +159,7 @@ def make_plan(
     by_source = {s: name for name, value in reversed(source.tensors.items()) for s in value.sources}
 
     def why_unused(name: str) -> Why:
-        return change.why.get(name) or _no_place(model, by_source.get(name, name))
+        return change.why.get(name) or _why_unused(model, by_source.get(name, name))
 
     all_names = {names[0]: names for names in tied.values()}
     rows = make_rows(values, all_names, {n: p.numel() for n, p in parameters.items()}, source.info, why_unused)
@@ -161,7 +168,7 @@ def make_plan(
 
 
 def loaded_share(source: Source, why_unused: Mapping[str, Why], values: Mapping[str, Value]) -> tuple[int, int]:
-    """How many of the source's elements are used, of those that are weights and were not left out on request."""
+    """How many of the source's elements are used, and how many are weights that the caller did not exclude."""
     taken = {name for value in values.values() for name in value.sources}
     left_out = {name for name, why in why_unused.items() if why.constant or why.requested}
     offered = {name: info.numel for name, info in source.info.items() if name in taken or name not in left_out}
@@ -172,23 +179,23 @@ def compiled(option: str, patterns: Sequence[str] | str) -> list[re.Pattern]:
     """The regular expressions of an option, one or several.
 
     Raises:
-        CheckpointError: one is none.
+        CheckpointError: one is invalid.
     """
     try:
         return [re.compile(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
     except (re.error, TypeError) as error:
-        raise CheckpointError(f"{option}={patterns!r} has something that is no regular expression: {error}") from None
+        raise CheckpointError(f"{option}={patterns!r} has an invalid regular expression: {error}") from None
 
 
 def rounded(value: Value, dtype: torch.dtype) -> Value:
-    """The value, and that it loses digits where `dtype` has fewer."""
+    """The value, marked as approximate if `dtype` is less precise than its source."""
     if not value.dtype.is_floating_point or torch.finfo(dtype).eps <= torch.finfo(value.dtype).eps:
         return value
     return value.then(f"rounded to {str(dtype).removeprefix('torch.')}", lambda tensor: tensor, kind="approximate")
 
 
-def _has_such(source: Source, name: str) -> bool:
-    """Whether the source has this bias in another layer, so that here it is missing and not left out by design."""
+def _has_in_another_layer(source: Source, name: str) -> bool:
+    """Whether the source has such a bias elsewhere, so that this one is missing from it and not absent by design."""
     layer = re.compile(r"\b(layers?)\.\d+\.")
     like = layer.sub("", name)
     if name.endswith(("norm.bias", "LayerNorm.bias")) and any(
@@ -198,26 +205,27 @@ def _has_such(source: Source, name: str) -> bool:
     return any(layer.sub("", other) == like for other in source.tensors)
 
 
-def _shown(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
 def check_dtype(source: Source, value: Value) -> None:
+    """Raise a `CheckpointError` if a tensor that a value is computed from is not floating point."""
     for name in value.sources:
         info = source.info.get(name)
         if info is not None and not info.dtype.is_floating_point:
-            whole = not info.dtype.is_complex and info.dtype != torch.bool
+            integer = not info.dtype.is_complex and info.dtype != torch.bool
             why = (
-                "the checkpoint is quantised, and its scales are needed to read it; take one that is not"
-                if whole
-                else "no weight"
+                "the checkpoint is quantised, which is not supported; use one that is not"
+                if integer
+                else "it is not a weight"
             )
             raise CheckpointError(
                 f"{source.where}: tensor {name!r} is {info.dtype_name}, not floating point: {why}, or leave it out with skip="
             )
 
 
-def _new(model: PreTrainedModel, name: str, parameter: torch.Tensor, keep: bool) -> Value:
+def _initial_value(model: PreTrainedModel, name: str, parameter: torch.Tensor, keep: bool) -> Value:
     path, _, attribute = name.rpartition(".")
     module, shape = model.get_submodule(path), tuple(parameter.shape)
     if keep:
@@ -225,14 +233,18 @@ def _new(model: PreTrainedModel, name: str, parameter: torch.Tensor, keep: bool)
             shape, parameter.dtype, lambda: parameter.detach(), steps=("kept as the model had it",), kind="new"
         )
     return Value(
-        shape, parameter.dtype, partial(_initialised, model, module, attribute), steps=(_start(model, module, attribute),), kind="new"
+        shape, parameter.dtype, partial(_initialised, model, module, attribute), steps=(_describe_initial(model, module, attribute),), kind="new"
     )  # fmt: skip
 
 
 def _initialised(
     model: PreTrainedModel, module: torch.nn.Module, attribute: str, at_most: int | None = None
 ) -> torch.Tensor:
-    """What the model's own `_init_weights` gives a parameter, without touching its module; or a corner of it."""
+    """The initial value of a parameter by `_init_weights`, without changing its module.
+
+    Args:
+        at_most: initialise a parameter with at most this size in each dimension.
+    """
     alone = copy.copy(module)
     if at_most is not None and hasattr(alone, "padding_idx"):
         alone.padding_idx = None  # type: ignore[assignment]
@@ -247,7 +259,7 @@ def _initialised(
     return made.detach()
 
 
-def _start(model: PreTrainedModel, module: torch.nn.Module, attribute: str) -> str:
+def _describe_initial(model: PreTrainedModel, module: torch.nn.Module, attribute: str) -> str:
     value = _initialised(model, module, attribute, at_most=4)
     low, high = value.aminmax() if value.numel() else (value, value)
     if low == high:
@@ -259,7 +271,7 @@ def _start(model: PreTrainedModel, module: torch.nn.Module, attribute: str) -> s
 
 
 def tied_names(model: torch.nn.Module) -> dict[int, tuple[str, ...]]:
-    """The names of each parameter; those of a tied one together, the embeddings' first."""
+    """The names of each parameter, by identity; a tied one has several, the embeddings' first."""
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     groups: dict[int, list[str]] = defaultdict(list)
@@ -275,14 +287,14 @@ def make_rows(
     info: Mapping[str, TensorInfo],
     why_unused: Callable[[str], Why],
 ) -> list[Row]:
-    """Parameters and tensors that belong together, however indirectly, share a row.
+    """The report's rows; parameters that share tensors of the source, also indirectly, share a row.
 
     Args:
         values: parameter → its value.
         tied: parameter → all its names.
         counts: parameter → number of elements.
         info: the source's tensors.
-        why_unused: why a tensor of the source has no place.
+        why_unused: the reason why a tensor of the source is not used.
     """
     group = {name: name for name in (*values, *(f"\0{s}" for v in values.values() for s in v.sources))}
 
@@ -315,8 +327,8 @@ def make_rows(
     return rows
 
 
-def _no_place(model: PreTrainedModel, ours: str) -> Why:
-    """Why nothing in the model took a tensor."""
+def _why_unused(model: PreTrainedModel, ours: str) -> Why:
+    """Why the model has no parameter for a tensor."""
     kind = type(model).__name__
     if ours.startswith("bert.pooler."):
         pooling = getattr(model.config, "pooling", "pooler")

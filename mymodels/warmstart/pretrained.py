@@ -1,6 +1,6 @@
-"""`from_pretrained` of MyGPT2 and MyBert on folders of stock models: names and layout are ours on the way in.
+"""`from_pretrained` of MyGPT2 and MyBert for folders of stock models, whose tensors are renamed while they are loaded.
 
-The classes are remote code and know nothing of this; `import mymodels` puts it in front of their own loading.
+The classes are remote code and do not import this; `import mymodels` replaces their `from_pretrained`.
 """
 
 import inspect
@@ -22,10 +22,10 @@ from ..checkpoints.safetensors_files import read_json
 from ..models.base import MyPreTrainedModel
 from ..models.compat import TRANSFORMERS_VERSION
 from ..released import check_code, is_installed
+from .adapter_sources import refuse_adapter
 from .configs import make_config, own_config, translate_config
 from .key_mapping import CONFIGS, family_of
 from .planning import make_plan
-from .refusing import refuse_adapter
 from .report import WarmStartReport
 from .sources import open_source
 from .warm_start_model import check_memory, empty_model
@@ -34,12 +34,12 @@ logger = logging.get_logger(__name__)
 
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _PLACING = ("max_memory", "offload_folder", "offload_buffers")
-_WITHOUT_MEANING = {
+_IGNORED = {
     "trust_remote_code", "low_cpu_mem_usage", "weights_only", "ignore_mismatched_sizes", "adapter_kwargs", "proxies",
     "code_revision", "offload_state_dict", "disable_mmap", "mirror", "from_tf", "from_flax", "resume_download", "tqdm_class",
     "_fast_init", "_from_auto", "_from_pipeline", "_commit_hash",
 }  # fmt: skip
-_NOT_HERE = {
+_UNSUPPORTED = {
     "quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config", "state_dict", "key_mapping",
     "use_kernels", "kernel_config", "adapter_name",
 }  # fmt: skip
@@ -48,7 +48,7 @@ _NOT_HERE = {
 def from_pretrained(
     cls: type[PreTrainedModel], pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
 ) -> Any:
-    """transformers' `from_pretrained`, which also takes stock checkpoints of the families that `warm_start` knows."""
+    """transformers' `from_pretrained`, extended to stock checkpoints of the families in `families.py`."""
     raw = None if model_args else _stock_config(cls, pretrained_model_name_or_path, kwargs)
     if raw is None:
         return super(MyPreTrainedModel, cls).from_pretrained(  # type: ignore[misc]
@@ -63,31 +63,33 @@ def _config_class(model_class: type[PreTrainedModel]) -> type[PretrainedConfig]:
 
 
 def _stock_config(model_class: type[PreTrainedModel], path: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The `config.json` at `path` if it is of a family that is converted to this class's; else None.
+    """The `config.json` at `path` if it is a stock config that is converted for this class; else None.
 
     Raises:
-        CheckpointError: it is of a library model with another architecture.
+        CheckpointError: it is of a transformers model with another architecture.
     """
     if path is None or kwargs.get("gguf_file") is not None:
         return None
     how = {name: kwargs[name] for name in (*_DOWNLOAD, "subfolder") if kwargs.get(name) is not None}
     try:
         raw, _ = PretrainedConfig.get_config_dict(path, **how)
-    except Exception:  # no such folder, no config, no network: the library's own loading says so best
+    except Exception:  # no such folder, config or network: transformers' own loading reports it
         return None
     if isinstance(raw, dict) and raw and is_installed(model_class):
         check_code(raw, path, kwargs, saved=True)
     target = next((kind for kind, ours in CONFIGS.items() if issubclass(_config_class(model_class), ours)), "")
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     family = family_of(model_type)
-    if not raw and (Path(path) / "adapter_config.json").is_file():  # the library loads its base model first
+    if not raw and (Path(path) / "adapter_config.json").is_file():  # transformers loads its base model first
         base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
         if base and _stock_config(model_class, base, {**kwargs, "subfolder": None, "revision": None}) is not None:
             refuse_adapter(str(path), (), Path(path))
         return None
-    if not raw and kwargs.get("config") is None and Path(path).is_dir():  # the library would make a random model
+    if (
+        not raw and kwargs.get("config") is None and Path(path).is_dir()
+    ):  # transformers would create a model with random weights
         raise CheckpointError(
-            f"{path} has no config.json: pass config=, or use mymodels.warm_start, which takes bare weights"
+            f"{path} has no config.json: pass config=, or use mymodels.warm_start, which loads weights without a config"
         )
     own = _config_class(model_class).model_type
     if (
@@ -101,23 +103,23 @@ def _stock_config(model_class: type[PreTrainedModel], path: Any, kwargs: Mapping
         return raw
     if family is not None or (model_type in CONFIG_MAPPING_NAMES):
         raise CheckpointError(
-            f"{path} is a {model_type} checkpoint, which {model_class.__name__} cannot hold: use AutoModel, or the class "
+            f"{path} is a {model_type} checkpoint, which {model_class.__name__} cannot load: use AutoModel, or the class "
             f"for {model_type}"
         )
     return None
 
 
 def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    """`from_pretrained` for a stock checkpoint: read tensor by tensor, renamed, placed by accelerate.
+    """`from_pretrained` for a stock checkpoint: tensors are read one by one, renamed, and placed by accelerate.
 
     Takes `from_pretrained`'s keyword arguments; those that need transformers' own loader (`quantization_config`,
-    `tp_plan`, …) are refused with the way around. Where a switch leaves a tensor of the checkpoint without a place, or
-    a parameter without a tensor, one table says so and names `warm_start`.
+    `tp_plan`, …) are refused. A warning lists tensors of the checkpoint that are not used and parameters that are newly
+    initialised, because of a changed config field.
     """
-    for name in _NOT_HERE & kwargs.keys():
+    for name in _UNSUPPORTED & kwargs.keys():
         if kwargs[name] not in (None, False):
             raise CheckpointError(
-                f"{name}= is not for a stock checkpoint: load {path} without it, save_pretrained, and load that with {name}="
+                f"{name}= is not supported for a stock checkpoint: load {path} without it, save it, and load the result with {name}="
             )
     family = family_of(raw["model_type"])
     assert family is not None
@@ -132,7 +134,7 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     accepted = inspect.signature(model_class.__init__).parameters.keys() - {"self", "config", "args", "kwargs"}
     making: dict[str, Any] = {name: kwargs.pop(name) for name in accepted & kwargs.keys()}
     making |= {"attn_implementation": attention} if attention else {}
-    kwargs = {name: value for name, value in kwargs.items() if name not in _WITHOUT_MEANING | _NOT_HERE}
+    kwargs = {name: value for name, value in kwargs.items() if name not in _IGNORED | _UNSUPPORTED}
     if isinstance(config, (str, os.PathLike)):
         config = _config_class(model_class).from_pretrained(config)
     if isinstance(config, PretrainedConfig):
@@ -147,10 +149,10 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     source = open_source(checkpoint, target=family.target, config=raw)
     source.where = str(path)
     if raw.get("tie_word_embeddings", True) and not source.config.tie_word_embeddings and not asks_for_tie:
-        config.tie_word_embeddings = False  # its head has values of its own, whatever its config says
+        config.tie_word_embeddings = False  # its head has other values than the embeddings
     floating = [i.dtype for i in checkpoint.info.values() if i.dtype.is_floating_point]
     wanted = dtype if dtype is not None else older
-    if wanted is None:  # each release's own default
+    if wanted is None:  # the default of the transformers release
         wanted = "auto" if TRANSFORMERS_VERSION >= (5, 0) else torch.float32
     kind = (
         resolve_dtype(wanted)
@@ -168,12 +170,12 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
     elif model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     report = plan.report()
-    _say(report, model_class)
+    _warn_of_new_and_unused(report, model_class)
     return (model, _loading_info(report)) if info else model
 
 
 def _weights(folder: Path, variant: str | None, use_safetensors: bool | None) -> Path:
-    """The file to open; the folder itself, where nothing special is asked for."""
+    """The file to open; the folder itself if neither `variant` nor `use_safetensors` is given."""
     if variant is None and use_safetensors is None:
         return folder
     dotted = f".{variant}" if variant else ""
@@ -186,8 +188,8 @@ def _weights(folder: Path, variant: str | None, use_safetensors: bool | None) ->
     return found
 
 
-def _say(report: WarmStartReport, model_class: type[PreTrainedModel]) -> None:
-    """One table of what has no place and what starts anew, if there is any."""
+def _warn_of_new_and_unused(report: WarmStartReport, model_class: type[PreTrainedModel]) -> None:
+    """Log a table of unused tensors and newly initialised parameters, if there are any."""
     lost = [row for row in report.rows if row.status in ("new", "unused") and row.kind != "exact"]
     if not lost and not report.notes:
         return
@@ -198,9 +200,9 @@ def _say(report: WarmStartReport, model_class: type[PreTrainedModel]) -> None:
             console.print(f"note: {note}")
     head, tail = f"{model_class.__name__}.from_pretrained({report.source!r}): ", ""
     if lost:
-        head += f"{sum(len(row.targets) for row in lost)} parameters start anew, "
-        head += f"{sum(row.status == 'unused' for row in lost)} tensors of the checkpoint have no place.\n"
-        tail = "mymodels.warm_start (mymodels warm-start) fits such a checkpoint to this architecture."
+        head += f"{sum(len(row.targets) for row in lost)} parameters are newly initialised, "
+        head += f"{sum(row.status == 'unused' for row in lost)} tensors of the checkpoint are not used.\n"
+        tail = "mymodels.warm_start (mymodels warm-start) converts such a checkpoint to this architecture."
     logger.warning(head + capture.get().lstrip("\n") + tail)
 
 

@@ -1,4 +1,4 @@
-"""Attention and MLP of another shape: heads, key/value heads, width, gate."""
+"""Transforms of attention and MLP: heads, key/value heads, width, gate."""
 
 import re
 from functools import cache, partial
@@ -30,7 +30,7 @@ def attention(change: Change) -> None:
                 if heads * head_dim == now[0] * now[1]:
                     change.tensors[name] = change.tensors[name].then(step, same, kind="approximate")
                 else:
-                    change.drop(name, f"{now[0]} heads of {now[1]} are wanted, the source has {heads} of {head_dim}")
+                    change.drop(name, f"{now[0]} heads of {now[1]} are needed, the source has {heads} of {head_dim}")
         return
     if change.kind != "mygpt2" or source.num_key_value_heads == target.num_key_value_heads:
         return
@@ -59,7 +59,7 @@ def regroup(tensor: torch.Tensor, old: int, new: int, heads: int) -> torch.Tenso
     by_head = tensor.view(old, -1, *tensor.shape[1:])
     if new % old == 0:
         return by_head.repeat_interleave(new // old, dim=0).flatten(0, 1)
-    if old % new:  # neither divides the other: through one for each query head
+    if old % new:  # neither divides the other: expand to one per query head first
         by_head = by_head.repeat_interleave(heads // old, dim=0)
     groups = by_head.view(new, -1, *by_head.shape[1:])
     return groups.double().mean(dim=1).flatten(0, 1)
@@ -69,7 +69,7 @@ def mlp(change: Change) -> None:
     """Dense ↔ gated, wider, narrower."""
     if change.kind == "mygpt2" and change.source.mlp_type != change.target.mlp_type:
         for layer in change.each_layer():
-            _regate(change, f"{layer}mlp.")
+            _convert_gate(change, f"{layer}mlp.")
     old, new = change.source.intermediate_size, change.target.intermediate_size
     if old != new and change.widen not in WIDENING:
         raise CheckpointError(f"widen={change.widen!r} is none of {', '.join(WIDENING)}")
@@ -81,7 +81,7 @@ def mlp(change: Change) -> None:
                 resize(change, inner, f"{layer}{_MLP_OUT[change.kind]}.weight", old, new)
 
 
-def _regate(change: Change, layer: str) -> None:
+def _convert_gate(change: Change, layer: str) -> None:
     tensors = change.tensors
     if change.target.mlp_type == "dense":  # down(act(gate) * up) → down(act(gate))
         for name in ("weight", "bias"):
@@ -89,25 +89,25 @@ def _regate(change: Change, layer: str) -> None:
             if f"{layer}gate_proj.{name}" in tensors:
                 gate = tensors.pop(f"{layer}gate_proj.{name}")
                 tensors[f"{layer}up_proj.{name}"] = gate.then(
-                    "the gate, without what it gated", same, kind="approximate"
+                    "the gate projection, without up_proj", same, kind="approximate"
                 )
         return
-    exact = change.wants(f"{layer}up_proj.bias")
+    exact = change.has_parameter(f"{layer}up_proj.bias")
     for name in ("weight", "bias"):  # down(act(up)) → down(act(gate) * 1)
         if f"{layer}up_proj.{name}" in tensors:
             value, step = tensors.pop(f"{layer}up_proj.{name}"), "becomes the gate"
             tensors[f"{layer}gate_proj.{name}"] = value.then(step, same, kind="exact" if exact else "approximate")
             if exact:
                 fill = float(name == "bias")
-                what = f"{'ones' if fill else 'zeros'}: the gate passes as it is"
+                what = f"{'ones' if fill else 'zeros'}: the gate is multiplied by 1"
                 tensors[f"{layer}up_proj.{name}"] = constant(value.shape, fill, value, what)
     if exact and f"{layer}gate_proj.weight" in tensors and f"{layer}up_proj.bias" not in tensors:
         gate = tensors[f"{layer}gate_proj.weight"]
-        tensors[f"{layer}up_proj.bias"] = constant((gate.shape[0],), 1.0, gate, "ones: the gate passes as it is")
+        tensors[f"{layer}up_proj.bias"] = constant((gate.shape[0],), 1.0, gate, "ones: the gate is multiplied by 1")
 
 
 def _pad(change: Change, inner: list[str], outer: str, old: int, new: int) -> None:
-    step, std = f"{new - old} units added that write zeros", change.target.initializer_range
+    step, std = f"{new - old} units added with zero outputs", change.target.initializer_range
     tensors = change.tensors
     for name in inner:
         weight = tensors[f"{name}.weight"]
@@ -129,7 +129,7 @@ def _pad(change: Change, inner: list[str], outer: str, old: int, new: int) -> No
 
 
 def _split(change: Change, inner: list[str], outer: str, old: int, new: int) -> None:
-    """Net2WiderNet (arXiv 1511.05641): some units are there several times and share what they wrote."""
+    """Net2WiderNet (arXiv 1511.05641): some units are repeated, with their output weights divided among the copies."""
     index = torch.arange(new) * old // new
     shares = 1.0 / torch.bincount(index, minlength=old).double()[index]
     tensors, step = change.tensors, f"{old} units split into {new}"
@@ -143,7 +143,7 @@ def _split(change: Change, inner: list[str], outer: str, old: int, new: int) -> 
 def _narrow(change: Change, inner: list[str], outer: str, old: int, new: int) -> None:
     tensors, step = change.tensors, f"the {new} of {old} units with the largest norms"
     writer = tensors[outer]
-    weights = [w for name in inner if (w := tensors[f"{name}.weight"]).sources]  # a gate that passes all weighs nothing
+    weights = [w for name in inner if (w := tensors[f"{name}.weight"]).sources]  # not a constant up_proj
 
     @cache
     def index() -> torch.Tensor:

@@ -1,16 +1,14 @@
-"""The source as the class that made it would load it, to be run beside the target."""
+"""The source as a model of its original class, to compare the target with."""
 
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from ..checkpoints import CheckpointError
+from ..checkpoints.load_errors import only_errors_logged
 from ..models import modeling_mybert, modeling_mygpt2
 from .key_mapping import CONFIGS, position_offset
 from .sources import Source
@@ -29,10 +27,10 @@ _TF_GPT2 = ((r"^h(\d+)\.", r"h.\1."), (r"\.[wg]$", ".weight"), (r"\.b$", ".bias"
 
 
 def make_reference(source: Source, target: type[PreTrainedModel], *, head: bool) -> PreTrainedModel:
-    """The source as a model with the head of `target`, or without one: itself, if it was given as such a model.
+    """The source as a model with the head of `target` or without one; the source itself if it is such a model.
 
     Raises:
-        CheckpointError: transformers has no class for it, or its tensors are not all that this class has.
+        CheckpointError: transformers has no class for it, or tensors of that class are missing.
     """
     found = re.search("|".join(f"{name}$" for name in _AUTO), next(c.__name__ for c in target.__mro__ if _is_ours(c)))
     kind = found[0] if found is not None and head else "Model"
@@ -50,7 +48,7 @@ def make_reference(source: Source, target: type[PreTrainedModel], *, head: bool)
     if isinstance(source.stock.module, model_class):
         module: Any = source.stock.module
         return module
-    model, missing = load_quietly(model_class, config, _state_dict(source))
+    model, missing = load_without_warnings(model_class, config, _state_dict(source))
     lost = [name for name in missing if not name.endswith(".bias") and not (kind == "Model" and "pooler." in name)]
     if lost:
         raise CheckpointError(f"the source has no {lost[0]}, which transformers' {model_class.__name__} has")
@@ -63,7 +61,7 @@ def _is_ours(found: type) -> bool:
 
 
 def _stock_config(source: Source) -> PretrainedConfig:
-    """The config that transformers' class needs: the source's own, or one with what is known of it."""
+    """The config for transformers' class: the source's own, or one made from what is known of the source."""
     raw, config, family = source.raw_config, source.config, source.family
     if "model_type" in raw and raw["model_type"] not in CONFIGS:
         fields = {name: value for name, value in raw.items() if name not in ("model_type", "auto_map", "architectures")}
@@ -71,7 +69,7 @@ def _stock_config(source: Source) -> PretrainedConfig:
     plain = {"norm_type": "layernorm", "mlp_type": "dense", "qk_norm": False, "position_embedding_type": "learned"}
     if family.target == "mygpt2":
         if any(getattr(config, name) != value for name, value in plain.items()):
-            raise CheckpointError("transformers has no class for a GPT-2 that is changed like this")
+            raise CheckpointError("transformers has no class for a GPT-2 with these changes")
         fields = {name: getattr(config, name) for name in ("vocab_size", "activation_function", "layer_norm_epsilon")}
         fields |= {name: getattr(config, name) for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx")}
         fields |= {old: getattr(config, new) for old, new in config.attribute_map.items()}
@@ -91,8 +89,8 @@ def _stock_config(source: Source) -> PretrainedConfig:
 
 
 def _state_dict(source: Source) -> dict[str, torch.Tensor]:
-    """The source's tensors in float32, under the names of the class that made it."""
-    if source.family.name in CONFIGS or source.family.name == "bert (TensorFlow)":  # our names are these classes' own
+    """The source's tensors in float32, under the names of its original class."""
+    if source.family.name in CONFIGS or source.family.name == "bert (TensorFlow)":  # these classes have our names
         return {name: value.compute().float() for name, value in source.tensors.items()}
     assert source.stock is not None
     tensors: dict[str, torch.Tensor] = {}
@@ -106,33 +104,19 @@ def _state_dict(source: Source) -> dict[str, torch.Tensor]:
                 seen = re.sub(pattern, replacement, seen)
             tensor = tensor[0] if tensor.ndim == 3 else tensor
         tensors[seen] = tensor.t().contiguous() if re.search(source.stock.transposed, seen) else tensor
-    for seen in list(tensors):  # what older releases tie to the bias beside it
+    for seen in list(tensors):  # older releases tie it to the bias next to it
         if re.search(r"(^cls\.predictions|^lm_head)\.bias$", seen):
             tensors.setdefault(f"{seen.removesuffix('bias')}decoder.bias", tensors[seen])
     return tensors
 
 
-def load_quietly(
+def load_without_warnings(
     model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, torch.Tensor]
 ) -> tuple[PreTrainedModel, list[str]]:
     config._name_or_path = ""
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with only_errors_logged(progress_bars=False), torch.random.fork_rng(devices=[]):
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
     model, info = loaded
     return model.eval(), list(info["missing_keys"])
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No word of the library about names that are missing or unexpected: the report has its own."""
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()

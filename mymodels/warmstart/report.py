@@ -1,4 +1,4 @@
-"""What became of every parameter and every tensor: as an object, a table, JSON."""
+"""The report of a warm start: what became of every parameter and tensor, as an object, tables and JSON."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from safetensors.torch import save_model
 from transformers import PreTrainedModel
 
 from ..checkpoints import CheckpointError, replace_file, replace_folder, write_manifest
-from ..checkpoints.inspecting import ranges
+from ..checkpoints.inspection_tables import ranges
 from ..checkpoints.integrity import is_weight_file
 from ..checkpoints.writing import parse_size, save_model_files, save_tokenizer_files
 from ..messages import printable
@@ -26,7 +26,7 @@ from .checking import Check
 REPORT_NAME = "warm_start.json"
 STATUSES = ("loaded", "transformed", "resized", "new", "unused")
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
-UNPROVEN = "placed by structure: exact only if a run shows it"
+UNPROVEN = "matched by structure: exact only if a check confirms it"
 _STYLES = {"new": "yellow", "unused": "yellow", "resized": "cyan", "transformed": "cyan", "loaded": "green"}
 
 
@@ -35,16 +35,16 @@ class Row:
     """One step of a warm start: which tensors of the source became which parameters of the target, and how.
 
     Attributes:
-        status: `"loaded"` (every bit as it was), `"transformed"`, `"resized"`, `"new"` (no source), `"unused"` (no target).
-        kind: `"exact"`: the step preserves the function; `"approximate"`: it does not; `"new"`: values from nowhere.
-        targets: the target's parameters, the names of a tied one together; empty if unused.
+        status: `"loaded"` (bit-identical), `"transformed"`, `"resized"`, `"new"` (no source), `"unused"` (no target).
+        kind: `"exact"`: the step preserves the function; `"approximate"`: it does not; `"new"`: initial values.
+        targets: the target's parameters, with all names of a tied one; empty if unused.
         sources: the source's tensors; empty if new.
-        how: what was done; of a new parameter what it starts with, of an unused tensor why.
+        how: what was done; for a new parameter its initial value, for an unused tensor the reason.
         parameters: number of elements of the targets, or of an unused tensor.
-        steps: each target → what was done for it, in order.
-        constant: an unused tensor that is no weight of its own: a mask, an optimizer's state, a second name.
+        steps: target → what was done for it, in order.
+        constant: an unused tensor that is no weight: a mask, an optimizer's state, a second name.
         frozen: whether `freeze_loaded` made the targets untrainable.
-        unproven: whether the step is approximate only because no run has shown that the right tensor was taken.
+        unproven: whether the step is approximate only because no check has confirmed that the right tensor was used.
     """
 
     status: str
@@ -65,17 +65,18 @@ class Row:
 
 @dataclass
 class WarmStartReport:
-    """The account of a warm start. Each parameter of the target and each tensor of the source is in exactly one row.
+    """The report of a warm start. Each parameter of the target and each tensor of the source is in exactly one row.
 
     Attributes:
-        model: the model with its new weights; None when a report was only planned.
-        source, target: what was read, and the class that was filled.
+        model: the model with its new weights; None if the warm start was only planned.
+        source, target: name of the source, and of the target's class.
         rows: see `Row`.
-        notes: differences that no tensor shows, such as another activation, and what had to be assumed.
-        coverage: of the vocabulary: name → count, where tokens or word vectors were matched.
-        tokenizer: the one that goes with the model, if one was given or stood beside the source.
+        notes: differences that are not in tensors, such as another activation, and assumptions.
+        coverage: name → number of tokens, if tokens or word vectors were matched.
+        tokenizer: the model's tokenizer, if one was given or is in the source's folder.
         source_parameters: number of elements of the source's tensors.
-        checked: what `check` found; None before it.
+        checked: the result of `check`; None before it.
+        checker: runs the check.
     """
 
     source: str
@@ -92,17 +93,17 @@ class WarmStartReport:
     def check(self, inputs: Mapping[str, Any] | None = None) -> Check:
         """Run source and target on the same inputs, in eval mode and float32, and compare their outputs.
 
-        `warm_start` does this by itself on made-up inputs if neither has more than 50 million parameters. The source is
-        run as the model that was given, or as transformers' class of its kind, made from its config and tensors.
-        Compared are logits, or the last hidden states where the two have no head in common. Should outputs differ though
-        every row says exact, the rows where the difference begins are marked as approximate and a note says so.
+        `warm_start` does this itself, on generated inputs, if neither has more than 50 million parameters. The source is
+        the given model, or a model of its original transformers class made from its config and tensors. Compared are
+        the logits, or the last hidden states if the two have no common head. If outputs differ although every row is
+        exact, the rows where the difference begins are marked as approximate, and a note is added.
 
         Args:
             inputs: what a tokenizer returns: `input_ids` `[batch, length]`, `attention_mask` and so on, in the target's
-                tokens. Default: made-up rows of several lengths, padded on the right and on the left.
+                tokens. Default: generated rows of several lengths, padded on the right and on the left.
 
         Returns:
-            the largest difference of each output, or why nothing could be run; also in `checked`.
+            the largest difference of each output, or why the check could not run; also in `checked`.
 
         Raises:
             CheckpointError: the given inputs cannot be run.
@@ -116,17 +117,17 @@ class WarmStartReport:
         if self.checked.agrees:
             self._prove(self.checker.proven)
         elif exact and self.checked.ran:
-            self._not_exact(self.checked, where)
-        self._note_unshown()
+            self._mark_inexact(self.checked, where)
+        self._note_unverified()
         return self.checked
 
-    def not_checked(self, why: str) -> None:
+    def set_not_checked(self, why: str) -> None:
         """Note that source and target were not run."""
         self.checked = Check(what=why)
-        self._note_unshown()
+        self._note_unverified()
 
-    def _note_unshown(self) -> None:
-        """That two classes compute the same is a note until a run shows it."""
+    def _note_unverified(self) -> None:
+        """Keep the note that the classes may differ until a check has confirmed that they do not."""
         unshown = self.checker.unshown if self.checker is not None else ""
         self.notes = [note for note in self.notes if note != unshown]
         shown = self.checked is not None and self.checked.agrees and self.checker.compared_all
@@ -134,16 +135,21 @@ class WarmStartReport:
             self.notes.append(unshown)
 
     def _prove(self, proven: Collection[str]) -> None:
-        """Rows that only a run could call exact, after a run that agreed and depended on them."""
+        """Mark the rows that a check confirmed as exact."""
         self.rows = [
-            replace(row, kind="exact", unproven=False, how=row.how.replace(UNPROVEN, "placed by structure, and run"))
+            replace(
+                row,
+                kind="exact",
+                unproven=False,
+                how=row.how.replace(UNPROVEN, "matched by structure, confirmed by a check"),
+            )
             if row.unproven and all(name in proven for name in row.targets)
             else row
             for row in self.rows
         ]
 
-    def _not_exact(self, check: Check, where: int | None) -> None:
-        """Take back what the rows say where a run showed otherwise; `where`: see `Checker.run`."""
+    def _mark_inexact(self, check: Check, where: int | None) -> None:
+        """Mark rows as approximate where a check found differences; `where`: see `Checker.run`."""
         assert self.model is not None
         layers = getattr(getattr(self.model, "config", None), "num_hidden_layers", 0)
         base = f"{getattr(self.model, 'base_model_prefix', '')}."
@@ -156,7 +162,7 @@ class WarmStartReport:
                 return bool(row.targets)
             if where == 0:
                 return embeddings
-            if where <= layers:  # the last state comes after the last norm
+            if where <= layers:  # the last hidden state is after the last norm
                 return where - 1 in in_layers or (
                     where == layers and any(n.endswith("norm.weight") for n in row.targets)
                 )
@@ -180,29 +186,29 @@ class WarmStartReport:
         for row in self.rows:
             tensors[row.status] += len(row.targets) or len(row.sources)
             parameters[row.status] += row.parameters
-        whole = sum(count for status, count in parameters.items() if status != "unused") or 1
+        all_parameters = sum(count for status, count in parameters.items() if status != "unused") or 1
         everything = self.source_parameters or 1
         return {
             status: {
                 "tensors": tensors[status],
                 "parameters": parameters[status],
-                "percent": round(100 * parameters[status] / (everything if status == "unused" else whole), 4),
+                "percent": round(100 * parameters[status] / (everything if status == "unused" else all_parameters), 4),
             }
             for status in STATUSES
         }
 
     @property
     def is_exact(self) -> bool:
-        """Whether the target computes what the source did, as far as both have the same inputs and outputs.
+        """Whether the target gives the source's outputs, for the inputs and outputs that both have.
 
-        `checked` says whether both were run to prove it.
+        `checked` has the result of running both, if that was done.
         """
         return not self.notes and all(row.kind == "exact" for row in self.rows)
 
     def not_allowed(self, allow: Iterable[str] = ()) -> list[Row]:
-        """The rows that `strict` objects to: new or unused, no constant, and with a name that no pattern of `allow` finds.
+        """The rows that `strict` refuses: new or unused, not constant, and with a name that no pattern of `allow` matches.
 
-        Values that preserve the function (zeros in an added block) are new all the same: see `is_exact` for these.
+        This includes new values that preserve the function, such as zeros in an added block; see `is_exact`.
         """
         patterns = [re.compile(pattern) for pattern in ([allow] if isinstance(allow, str) else allow)]
         return [
@@ -225,18 +231,18 @@ class WarmStartReport:
         return {**described, "rows": rows, "notes": self.notes, "coverage": self.coverage, "check": check}
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: int | str = "2GB") -> Path:
-        """Save the model with its code, the tokenizer if there is one, and `warm_start.json`: all or nothing.
+        """Save the model with its code, the tokenizer if there is one, and `warm_start.json`, atomically.
 
         Args:
-            save_directory: created if need be; weights that stand there are replaced, other files stay.
+            save_directory: created if it does not exist; weights in it are replaced, other files are kept.
             max_shard_size: bytes, or text such as `"500MB"`.
 
         Raises:
-            OSError: the disk is full or the folder read-only; it is as it was.
+            OSError: the disk is full or the folder read-only; the folder is unchanged.
         """
         size = parse_size(max_shard_size)
         if self.model is None:
-            raise CheckpointError("this report has no model: it was planned, not carried out")
+            raise CheckpointError("this report has no model, as the warm start was only planned")
         with replace_folder(
             save_directory, keep=lambda name: not is_weight_file(name), finish=write_manifest
         ) as folder:
@@ -259,7 +265,7 @@ class WarmStartReport:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
     def tables(self, *, every_tensor: bool = False, only: Iterable[str] = STATUSES) -> list[Table]:
-        """The rows and the totals; layers that went the same way share a row unless `every_tensor`."""
+        """The rows and the totals; equal rows of several layers are joined unless `every_tensor`."""
         only = tuple(only)
         table = Table(header_style="bold", box=None, pad_edge=False, title_justify="left", title_style="bold")
         table.title = f"{printable(self.source)} → {self.target}"
@@ -295,9 +301,9 @@ class WarmStartReport:
             console.print(Text(printable(f"note: {note}"), style="yellow"))
         ran = self.checked is not None and self.checked.ran
         if self.is_exact and ran:
-            console.print(Text("Every step is exact: the target computes what the source did.", style="green"))
+            console.print(Text("Every step is exact: the target gives the outputs of the source.", style="green"))
         elif self.is_exact:
-            why = "they were not run" if self.checked is None else str(self.checked)
+            why = "source and target were not run" if self.checked is None else str(self.checked)
             console.print(Text(printable(f"Every step is exact by construction; {why}."), style="green"))
         if ran:
             console.print(Text(printable(f"Checked: {self.checked}.")))
@@ -309,7 +315,7 @@ class WarmStartReport:
 
 
 def mark_unproven(rows: list[Row], unproven: Collection[str]) -> list[Row]:
-    """The rows of these targets as approximate, until a run shows that the right tensors were placed."""
+    """The rows of these targets as approximate, until a check confirms that the right tensors were used."""
     return [
         replace(row, kind="approximate", unproven=row.kind == "exact", how=f"{row.how}; {UNPROVEN}".removeprefix("; "))
         if row.sources and any(name in unproven for name in row.targets)
@@ -319,7 +325,7 @@ def mark_unproven(rows: list[Row], unproven: Collection[str]) -> list[Row]:
 
 
 def _collapsed(rows: list[Row], every: bool) -> list[tuple[Row, str, str]]:
-    """Rows that differ in layer numbers only, as one: a representative, the targets' and the sources' names."""
+    """Join rows that differ in layer numbers only: a representative row, and the names of targets and sources."""
     groups: dict[tuple, list[Row]] = {}
     for i, row in enumerate(rows):
         targets, sources = ({_pattern(name) for name in names} for names in (row.targets, row.sources))

@@ -1,4 +1,4 @@
-"""A source of weights in our terms: its tensors under our names, unfused, and its config as one of ours."""
+"""A source of weights: its tensors under our names, unfused, and its config as one of our classes."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorInfo
-from .configs import is_another_models, source_config
+from .configs import config_mismatch, source_config
 from .families import Family
 from .key_mapping import Renamed, family_of, inside, is_chosen, plain, position_offset, recognise, translate
 from .lazy_tensor import Value, Why, constant
@@ -25,27 +25,27 @@ HEAD_AND_EMBEDDINGS = {
 
 @dataclass
 class Source:
-    """What is known of a source before its data is read."""
+    """A source, of which no data has been read."""
 
-    where: str  # what to call it
-    folder: Path | None  # where its tokenizer may be
+    where: str  # its name in messages
+    folder: Path | None  # folder that may hold its tokenizer
     info: dict[str, TensorInfo]  # every tensor, under its own name
     family: Family
     config: PretrainedConfig  # as a config of ours
     raw_config: dict[str, Any]  # its `config.json`
     tensors: dict[str, Value]  # under our names
-    why: dict[str, Why]  # its tensors that have no place in ours
-    assumed: list[str]  # what had to be assumed
-    stock: "Stock | None" = None  # how transformers would read it
+    why: dict[str, Why]  # its tensors that our model does not have
+    assumed: list[str]  # notes on assumptions
+    stock: "Stock | None" = None  # what is needed to run it
 
 
 class Stock(NamedTuple):
-    """A source in the terms of the class that made it, to run it."""
+    """A source under the names of its original class, to run it."""
 
-    module: torch.nn.Module | None  # itself, if it was given as a model
-    names: dict[str, str]  # as that class has them → the source's own
-    transposed: str  # regex of names whose matrices are stored the other way round than there
-    read: Callable[[str], torch.Tensor]  # by the source's own name
+    module: torch.nn.Module | None  # the source itself, if it is a model
+    names: dict[str, str]  # name in that class → name in the source
+    transposed: str  # regex of names whose matrices are stored transposed
+    read: Callable[[str], torch.Tensor]  # by the name in the source
 
 
 def open_source(
@@ -64,19 +64,19 @@ def open_source(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
 ) -> Source:
-    """Open whatever `warm_start` takes as its source; see there.
+    """Open any source of `warm_start`.
 
     Args:
-        target: our model type that its architecture must be of.
-        config: its config, where there is no `config.json` beside it.
-        like: the target's config, from which is assumed what the source does not say.
-        skip, only: which of two tensors of one name counts.
-        settled: fields that the source may leave open, see `source_config`.
-        trust_remote_code: read a folder with code of its own as if its weights meant what they mean in its family.
+        target: our model type whose architecture it must have.
+        config: its config, if it has no `config.json`.
+        like: the target's config, whose values are assumed for unknown fields.
+        skip, only: decide which of two tensors with the same name is used.
+        settled: values of unknown fields, see `source_config`.
+        trust_remote_code: read a folder with custom code as if its weights had the meaning they have in its family.
 
     Raises:
         CheckpointError: it cannot be read, is of another architecture, quantised, an adapter, a part of a checkpoint,
-            has code of its own, or two tensors of one name.
+            has custom code, or two tensors with the same name.
     """
     opened = open_tensors(
         source, config=config, section=section, allow_pickle=allow_pickle, revision=revision, token=token,
@@ -95,20 +95,20 @@ def describe_source(
     only: Sequence[re.Pattern] = (),
     settled: Mapping[str, Any] | None = None,
 ) -> Source:
-    """What `open_source` returns, of a source that is open."""
+    """What `open_source` returns, for an opened source."""
     source, info, where, folder, module = opened.tensors, opened.info, opened.where, opened.folder, opened.module
     given, beside, usual, own_code = opened.given, opened.beside, opened.usual, opened.own_code
     raw = {**beside, **given}
     if settled and "model_type" not in raw and "pad_token_id" in settled:
-        raw = {"pad_token_id": settled["pad_token_id"], **raw}  # before it: of RoBERTa, where its positions begin
+        raw = {"pad_token_id": settled["pad_token_id"], **raw}  # RoBERTa's first position depends on it
     named = _rename(source, info, raw, target, rename or {}, where, skip, only)
     notes = []
-    if beside and (wrong := is_another_models(beside, {n: v.shape for n, v in named.ours.items()}, named.family)):
+    if beside and (wrong := config_mismatch(beside, {n: v.shape for n, v in named.ours.items()}, named.family)):
         raw, usual = given, {}
-        notes.append(f"the config in the source's file is another model's ({wrong}) and is not used")
+        notes.append(f"the config in the source's file belongs to another model ({wrong}) and is not used")
     head, embeddings = HEAD_AND_EMBEDDINGS[named.family.target]
     if head in named.ours and embeddings not in named.ours and raw.get("tie_word_embeddings") is not False:
-        named.ours[embeddings] = named.ours.pop(head)  # a tied pair is stored once, here under the head's name
+        named.ours[embeddings] = named.ours.pop(head)  # tied, and stored under the head's name
     shapes = {name: value.shape for name, value in named.ours.items()}
     if not usual and named.linear and not any(name.endswith("norm.bias") for name in shapes):
         usual = {"activation_function": "gelu"}  # nanoGPT's
@@ -118,7 +118,9 @@ def describe_source(
     assumed += _other_heads(named, found_config)
     if own_code:
         name = named.family.name
-        assumed.append(f"the source is {own_code}: its weights are read as {name}'s, which its own code may not do")
+        assumed.append(
+            f"the source is {own_code}: its weights are read as {name}'s, but its own code may use them differently"
+        )
     stock = Stock(
         module, named.stock, "(c_attn|c_proj|c_fc)\\.weight$" if named.linear else "$^", partial(read_tensor, source)
     )
@@ -126,19 +128,19 @@ def describe_source(
 
 
 def _other_heads(named: "Named", config: PretrainedConfig) -> list[str]:
-    """What a masked-LM head of the source has that MyBert's has not."""
+    """Notes on how the source's heads differ from MyBert's."""
     notes = []
     if named.own_bias and config.tie_word_embeddings:
-        notes.append("the head has two biases that differ: the decoder's own counts, as in transformers 5")
+        notes.append("the head has two biases that differ: the decoder's is used, as in transformers 5")
     head = "cls.predictions.transform.dense.weight" in named.ours
     if named.family.name == "roberta" and head and config.hidden_act != "gelu":
         act = config.hidden_act
-        notes.append(f"RoBERTa's masked-LM head has gelu whatever hidden_act is, MyBert's has hidden_act={act!r}")
+        notes.append(f"RoBERTa's masked-LM head always uses gelu, MyBert's uses hidden_act={act!r}")
     pooler, classifier = (named.ours.get(name) for name in ("bert.pooler.dense.weight", "classifier.weight"))
     if named.family.name != "roberta" or pooler is None or classifier is None:
         return notes
     if pooler.sources[0].endswith("pooler.dense.weight"):  # RoBERTa's own has classifier.dense
-        notes.append(f"{classifier.sources[0]} is no head of RoBERTa's: it is assumed to read the pooler's output")
+        notes.append(f"{classifier.sources[0]} is not RoBERTa's head: its input is assumed to be the pooler's output")
     return notes
 
 
@@ -149,12 +151,12 @@ def _tie(
     named: "Named",
     notes: list[str],
 ) -> None:
-    """Settle whether head and embeddings are one matrix: by the config, and by what is stored."""
+    """Set `tie_word_embeddings` from the config and the stored tensors."""
     head, embeddings = HEAD_AND_EMBEDDINGS[named.family.target]
-    said = raw.get("tie_word_embeddings", True if "model_type" in raw else None)
+    declared = raw.get("tie_word_embeddings", True if "model_type" in raw else None)
     stored, shared = named.ours.get(head), named.ours.get(embeddings)
     if stored is None:
-        config.tie_word_embeddings = said is not False
+        config.tie_word_embeddings = declared is not False
         return
     if shared is None:
         config.tie_word_embeddings = False
@@ -162,16 +164,16 @@ def _tie(
     same = stored.shape == shared.shape and (
         _aliases(source, stored, shared) or torch.equal(stored.compute(), shared.compute())
     )
-    if said and not same:
+    if declared and not same:
         notes.append(
             f"the source's config ties {stored.sources[0]} to {shared.sources[0]}, but both are stored with different "
             "values: the head is taken as its own matrix, as transformers 5 does (4 drops it)"
         )
-    config.tie_word_embeddings = same if said is None else bool(said) and same
+    config.tie_word_embeddings = same if declared is None else bool(declared) and same
 
 
 def _aliases(source: Mapping[str, torch.Tensor], a: Value, b: Value) -> bool:
-    """Whether two tensors are known to be one without reading them."""
+    """Whether two tensors are recorded as tied, so that they need not be read."""
     if not isinstance(source, Checkpoint) or a.steps or b.steps:
         return False
     first, second = (source.aliases.get(value.sources[0], value.sources[0]) for value in (a, b))
@@ -185,8 +187,8 @@ class Named(NamedTuple):
     ours: dict[str, Value]
     why: dict[str, Why]
     stock: dict[str, str]  # see `Stock`
-    linear: bool  # whether GPT-2's matrices are stored as nn.Linear has them
-    own_bias: bool  # whether the head's decoder has a bias of other values than the one beside it
+    linear: bool  # whether GPT-2's matrices have the layout of nn.Linear
+    own_bias: bool  # whether the biases of the head and its decoder differ
 
 
 def _rename(
@@ -202,7 +204,7 @@ def _rename(
     def left_out(name: str) -> bool:
         return not is_chosen((name,), skip, only)
 
-    names: dict[str, str] = {}  # as the tables see them → as they are
+    names: dict[str, str] = {}  # name for the tables → name in the source
     why: dict[str, Why] = {}
     for name in info:
         seen = plain(name)
@@ -211,7 +213,7 @@ def _rename(
                 seen = re.sub(pattern, replacement, seen)
             except (re.error, IndexError) as error:
                 raise CheckpointError(
-                    f"rename={{{pattern!r}: {replacement!r}}} is no regular expression: {error}"
+                    f"rename={{{pattern!r}: {replacement!r}}} is not a valid regular expression: {error}"
                 ) from None
         if seen in names and left_out(name) != left_out(names[seen]):
             why[name if left_out(name) else names[seen]] = Why("left out on request", requested=True)
@@ -219,21 +221,21 @@ def _rename(
             continue
         if seen in names:
             raise CheckpointError(
-                f"{where}: {names[seen]!r} and {name!r} are both {seen!r} once wrappers are taken off and rename= is "
+                f"{where}: {names[seen]!r} and {name!r} are both {seen!r} without wrappers and with rename= "
                 "applied: name one with section=, rename the other or leave it out with skip="
             )
         names[seen] = name
     model_type = raw.get("model_type")
     family = family_of(model_type)
     if family is None and isinstance(model_type, str) and not rename and raw.get("auto_map") is None:
-        raise _wrong(where, model_type, target)
+        raise _wrong_architecture(where, model_type, target)
     if family is not None and family.target != target:
-        raise _wrong(where, family.name, target)
+        raise _wrong_architecture(where, family.name, target)
     family, outer = recognise({seen: info[name].shape for seen, name in names.items()}, family, where)
     if family.target != target:
-        raise _wrong(where, family.name, target)
+        raise _wrong_architecture(where, family.name, target)
     ours: dict[str, Value] = {}
-    # nanoGPT and its kin have stock GPT-2's names, but matrices as nn.Linear has them
+    # nanoGPT and forks have stock GPT-2's names, but the layout of nn.Linear
     fused = next((info[name].shape for seen, name in names.items() if seen.endswith("attn.c_attn.weight")), ())
     linear = len(fused) == 2 and fused[0] == 3 * fused[1]
     own_bias = _has_own_bias(source, names)
@@ -259,7 +261,7 @@ def _rename(
 
 
 def _has_own_bias(source: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> bool:
-    """Whether the bias of a masked-LM head's decoder differs from the one beside it, with which it is tied in most files."""
+    """Whether the bias of a masked-LM head's decoder differs from the head's, to which most files tie it."""
     for seen, name in names.items():
         beside = names.get(seen.removesuffix("decoder.bias") + "bias")
         if seen.endswith("decoder.bias") and beside is not None:
@@ -269,7 +271,7 @@ def _has_own_bias(source: Mapping[str, torch.Tensor], names: Mapping[str, str]) 
     return False
 
 
-def _wrong(where: str, family: str, target: str) -> CheckpointError:
+def _wrong_architecture(where: str, family: str, target: str) -> CheckpointError:
     fits = {"mygpt2": "GPT-2", "mybert": "BERT, RoBERTa or DistilBERT"}[target]
     other = {"mygpt2": "MyBert", "mybert": "MyGPT2"}[target]
     this = {"mygpt2": "MyGPT2", "mybert": "MyBert"}[target]
@@ -288,7 +290,7 @@ def _unfuse(name: str, value: Value, renamed: Renamed, transposed: bool) -> dict
         return {renamed.ours[0]: value}
     if not value.shape or value.shape[0] % parts:
         raise CheckpointError(
-            f"tensor {name!r} of shape {value.shape} cannot be split into {parts}: it is another model's, or damaged"
+            f"tensor {name!r} of shape {value.shape} cannot be split into {parts}: it belongs to another model, or is damaged"
         )
     step = value.shape[0] // parts
     return {

@@ -1,4 +1,4 @@
-"""What tokenizers and word vectors say of the rows of the embeddings."""
+"""Match the rows of embeddings by tokenizers and word vectors."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,15 @@ from .vocabulary import (
 
 
 class Match(NamedTuple):
-    """What tokenizers and word vectors say of the rows of the embeddings."""
+    """The result of matching tokens and word vectors.
+
+    Attributes:
+        rows: for each token of the target, the source's tokens; None: the same ids.
+        vectors: word vectors to copy.
+        coverage: name → count, for the report.
+        tokenizer: the target's.
+        notes: for the report.
+    """
 
     rows: list[list[int]] | None
     vectors: TokenVectors | None
@@ -40,11 +48,14 @@ def match_vocabulary(
     """Match tokens and word vectors.
 
     Args:
-        where, folder: of the source.
-        sizes: tokens of the source (0: it has none), tokens of the target, width of the target's embeddings.
+        where, folder: name and folder of the source.
+        sizes: vocabulary size of the source (0: none) and of the target, width of the target's embeddings.
+        tokenizer: the target's; default: the source's.
+        source_tokenizer: the source's; default: the one in its folder.
+        word_vectors: file of word vectors.
 
     Raises:
-        CheckpointError: a tokenizer is missing, or fits nothing.
+        CheckpointError: a tokenizer is missing, or no token matches.
     """
     beside = folder if folder is not None and has_tokenizer(folder) else None
     theirs = beside if source_tokenizer is None else source_tokenizer
@@ -52,7 +63,7 @@ def match_vocabulary(
     coverage: dict[str, int] = {}
     if tokenizer is not None and sizes[0]:
         if theirs is None:
-            raise CheckpointError(f"{where} has no tokenizer beside it to compare with: pass source_tokenizer=")
+            raise CheckpointError(f"{where} has no tokenizer to match tokens with: pass source_tokenizer=")
         rows, coverage = match_tokens(load_tokenizer(theirs), tokenizer, sizes[0], size)
     notes: list[str] = []
     if tokenizer is None and theirs is not None:
@@ -64,7 +75,7 @@ def match_vocabulary(
             notes.append(f"the model is saved without a tokenizer: {error}, with tokenizer=")
     if word_vectors is not None:
         if tokenizer is None:
-            raise CheckpointError("word_vectors need to know which row is which word: pass tokenizer=")
+            raise CheckpointError("word_vectors need a tokenizer to match words with rows: pass tokenizer=")
         found = read_word_vectors(word_vectors, words_of(tokenizer), sizes[2])
         vectors, counts = vectors_by_token(found, tokenizer, size)
         coverage |= counts

@@ -1,4 +1,4 @@
-"""One function for each way in which a target differs from its source. Each rewrites the table of tensors-to-be."""
+"""The transforms: one function for each way in which target and source may differ, which changes `Change.tensors`."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def tie(change: Change) -> None:
 
 
 def _join(change: Change, head: str, embeddings: str) -> None:
-    """A tied head that is stored beside its embeddings is one tensor with them: `open_source` compared them."""
+    """Join a tied head that is stored separately with the embeddings; `open_source` has compared them."""
     stored, shared = change.tensors.get(head), change.tensors.get(embeddings)
     if stored is None or shared is None:
         return
@@ -44,10 +44,10 @@ def _join(change: Change, head: str, embeddings: str) -> None:
 
 
 def norms(change: Change) -> None:
-    """LayerNorm → RMSNorm, exact where the target has room for it (after SliceGPT, arXiv 2401.15024, section 3.1).
+    """LayerNorm → RMSNorm, exact if the target has the biases it needs (after SliceGPT, arXiv 2401.15024, section 3.1).
 
-    LayerNorm is RMSNorm of a centred input. Everything that writes to the residual stream is centred, so that the
-    stream is; and a norm's bias goes, through the matrices that read it, into their biases.
+    LayerNorm is RMSNorm of a centred input. All outputs to the residual stream are centred, so that the stream is; a
+    norm's bias is multiplied by the matrices that follow it and added to their biases.
     """
     if change.kind != "mygpt2" or change.source.norm_type == change.target.norm_type:
         return
@@ -61,13 +61,13 @@ def norms(change: Change) -> None:
     for layer in change.each_layer():
         _fold(change, f"{layer}input_layernorm", [f"{layer}self_attn.{part}_proj" for part in "qkv"])
         _fold(change, f"{layer}post_attention_layernorm", [f"{layer}mlp.{part}_proj" for part in ("up", "gate")])
-    _fold(change, "model.norm", ["lm_head"])  # before the embeddings, which a tied head reads with, are centred
-    head_is_exact = not change.target.tie_word_embeddings or not change.wants("lm_head.weight")
-    if change.wants("lm_head.weight") and not (head_is_exact and change.wants("lm_head.bias")):
+    _fold(change, "model.norm", ["lm_head"])  # before the embeddings, which a tied head uses, are centred
+    head_is_exact = not change.target.tie_word_embeddings or not change.has_parameter("lm_head.weight")
+    if change.has_parameter("lm_head.weight") and not (head_is_exact and change.has_parameter("lm_head.bias")):
         change.notes.append("the step to RMSNorm is exact with tie_word_embeddings=False and lm_head_bias=True")
     for name, dim in _writers(change):
         if name in tensors:
-            # a tied head would need the rows that are not centred
+            # a tied head needs the rows before centring
             kind = "exact" if dim == 0 or head_is_exact or "tokens" not in name else "approximate"
             tensors[name] = tensors[name].then("centred", partial(_centre, dim=dim), kind=kind)
 
@@ -87,14 +87,14 @@ def _fold(change: Change, norm: str, readers: list[str]) -> None:
     if bias is None:
         return
     del tensors[f"{norm}.bias"]
-    lost = "RMSNorm has no bias, and nothing that reads it has room for one"
+    lost = "RMSNorm has no bias, and the layers after it have none to add it to"
     for source in bias.sources:
         change.why.setdefault(source, Why(lost))
     for reader in readers:
         weight = tensors.get(f"{reader}.weight")
         if reader == "lm_head" and change.target.tie_word_embeddings:
             weight = tensors.get("model.embed_tokens.weight")
-        if weight is None or not change.wants(f"{reader}.bias"):
+        if weight is None or not change.has_parameter(f"{reader}.bias"):
             continue
         own = tensors.get(f"{reader}.bias") or constant((weight.shape[0],), 0.0, weight, "")
         folded = partial(_add_product, weight=weight, vector=bias)
@@ -106,10 +106,10 @@ def _add_product(bias: torch.Tensor, weight: Value, vector: Value) -> torch.Tens
 
 
 def choose_layers(choice: str | Sequence[int], have: int, want: int) -> list[int]:
-    """The source's layer for each of the target's.
+    """The source's layer for each layer of the target.
 
     Raises:
-        CheckpointError: `choice` is not one of the words, or a list that does not fit.
+        CheckpointError: `choice` is not in `LAYER_CHOICES`, or a list that does not fit.
     """
     if isinstance(choice, str):
         if choice not in LAYER_CHOICES:
@@ -130,10 +130,10 @@ def choose_layers(choice: str | Sequence[int], have: int, want: int) -> list[int
 
 
 def layers(change: Change) -> None:
-    """Fewer layers: some are chosen. More: blocks are added beside those they copy.
+    """Fewer layers: some are chosen. More: copies of blocks are added.
 
-    An added block of MyGPT2 writes zeros to the residual stream (LLaMA Pro, arXiv 2401.02415), so it changes nothing
-    until it is trained. MyBert's norms come after the sum, so there it is a copy (stacking, Gong et al., ICML 2019).
+    The outputs of an added block of MyGPT2 are zero (LLaMA Pro, arXiv 2401.02415), so it has no effect until it is
+    trained. MyBert has post-norm, so an added block is a plain copy (stacking, Gong et al., ICML 2019).
     """
     have, want = change.source.num_hidden_layers, change.target.num_hidden_layers
     chosen = change.chosen = choose_layers(change.layers, have, want)
@@ -169,13 +169,13 @@ def layers(change: Change) -> None:
 def positions(change: Change) -> None:
     """A longer or shorter table of learned positions, or none."""
     name = _POSITIONS[change.kind]
-    had, wants = (getattr(c, "position_embedding_type", "learned") for c in (change.source, change.target))
-    if change.kind == "mygpt2" and had != wants:
-        change.drop(name, f"position_embedding_type={wants!r} has no table")
-        if had == "none" and wants == "learned":
+    old_type, new_type = (getattr(c, "position_embedding_type", "learned") for c in (change.source, change.target))
+    if change.kind == "mygpt2" and old_type != new_type:
+        change.drop(name, f"position_embedding_type={new_type!r} has no table")
+        if old_type == "none" and new_type == "learned":
             shape = (change.target.max_position_embeddings, change.target.hidden_size)
             like = change.tensors["model.embed_tokens.weight"]
-            change.tensors[name] = constant(shape, 0.0, like, "zeros: the source knows no positions")
+            change.tensors[name] = constant(shape, 0.0, like, "zeros: the source has no positions")
         return
     value = change.tensors.get(name)
     if value is None or value.shape[0] == change.target.max_position_embeddings:
@@ -188,7 +188,7 @@ def positions(change: Change) -> None:
     elif change.positions == "interpolate":
         change.tensors[name] = value.then(
             f"{old} positions interpolated to {new}",
-            lambda t: _stretch(t, new),
+            lambda t: _interpolate(t, new),
             (new, value.shape[1]),
             kind="approximate",
             resized=True,
@@ -197,13 +197,13 @@ def positions(change: Change) -> None:
         raise CheckpointError(f"positions={change.positions!r} is none of {', '.join(POSITION_GROWTH)}")
 
 
-def _stretch(table: torch.Tensor, length: int) -> torch.Tensor:
+def _interpolate(table: torch.Tensor, length: int) -> torch.Tensor:
     by_feature = table.double().t()[None]
     return torch.nn.functional.interpolate(by_feature, size=length, mode="linear", align_corners=True)[0].t()
 
 
 def vocabulary(change: Change) -> None:
-    """More, fewer, or other tokens, wherever there is a row for each."""
+    """More, fewer, or other tokens, in all tensors with a row per token."""
     old, new, rows = change.source.vocab_size, change.target.vocab_size, change.token_rows
     if rows is None and old == new:
         return
@@ -236,7 +236,7 @@ def vocabulary(change: Change) -> None:
 
 
 def gather_rows(table: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
-    """For each list of row numbers the mean of these rows of `table`; of an empty list, the mean of all."""
+    """For each list of row numbers the mean of these rows of `table`; for an empty list, the mean of all rows."""
     means = {i: pieces for i, pieces in enumerate(rows) if len(pieces) != 1}
     out = table[torch.tensor([pieces[0] if pieces else 0 for pieces in rows])]
     everything = table.double().mean(dim=0).to(table)
@@ -246,7 +246,7 @@ def gather_rows(table: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
 
 
 def word_vectors(change: Change) -> None:
-    """Pretrained vectors into the token embeddings; tokens without one keep what they have."""
+    """Copy pretrained vectors into the token embeddings; other tokens keep their rows."""
     if change.vectors is None:
         return
     tokens, table, name, count = change.vectors
@@ -265,7 +265,7 @@ def word_vectors(change: Change) -> None:
 
 
 def token_types(change: Change) -> None:
-    """More or fewer segments; an added one begins as the first."""
+    """More or fewer token types; an added one starts as a copy of the first."""
     name = "bert.embeddings.token_type_embeddings.weight"
     value = change.tensors.get(name)
     new = getattr(change.target, "type_vocab_size", 0)
@@ -275,7 +275,7 @@ def token_types(change: Change) -> None:
         change.tensors[name] = value.rows(step, [i if i < old else 0 for i in range(new)])
 
 
-# fields without tensors that change what the same weights compute
+# fields without tensors that change the outputs of the same weights
 _SETTINGS = {
     "mygpt2": (
         "num_attention_heads", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "qk_norm",
@@ -286,15 +286,15 @@ _SETTINGS = {
 
 
 def unequal_settings(change: Change) -> None:
-    """Note what differs without any tensor to show it."""
+    """Add notes on different config fields that have no tensors."""
     source, target = change.source, change.target
     fields = list(_SETTINGS[change.kind])
     if change.pools and change.kind == "mybert":
         fields.append("pooling")
     if change.kind == "mygpt2" and source.position_embedding_type == target.position_embedding_type == "rope":
         fields.append("rope_theta")
-    if change.wants("score.weight"):
-        fields.append("pad_token_id")  # where a text ends
+    if change.has_parameter("score.weight"):
+        fields.append("pad_token_id")  # it determines the last token of a text
     for name in fields:
         old, new = getattr(source, name), getattr(target, name)
         if old != new:
@@ -316,7 +316,7 @@ def _unequal_windows(change: Change) -> None:
     seen: set[int] = set()
     for layer, origin in enumerate(chosen[: target.num_hidden_layers]):
         old, new = windows[0][source.layer_types[origin]], windows[1][target.layer_types[layer]]
-        if old != new and origin not in seen:  # a repeated block changes nothing
+        if old != new and origin not in seen:  # the outputs of a repeated block are zero
             how = ["all tokens" if window is None else f"{window} tokens" for window in (old, new)]
             change.notes.append(f"layer {layer} saw {how[0]} and sees {how[1]}")
         seen.add(origin)

@@ -1,4 +1,4 @@
-"""Rows for tokens: an old tokenizer's rows for a new one, and pretrained word vectors from a text file."""
+"""Rows of embeddings: match the tokens of two tokenizers, and read pretrained word vectors from a text file."""
 
 import gzip
 import os
@@ -29,7 +29,10 @@ _ROLES = (
     "cls_token_id",
     "mask_token_id",
 )
-_ALIKE = {"bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id"}  # begin and end of a text, in GPT-2 and BERT
+_SAME_ROLE = {
+    "bos_token_id": "cls_token_id",
+    "eos_token_id": "sep_token_id",
+}  # begin and end of a text, in GPT-2 and BERT
 
 
 def load_tokenizer(source: str | os.PathLike | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -59,7 +62,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _bare_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder as Google's BERT and OpenAI's GPT-2 came in, with a vocabulary and no word of its kind."""
+    """The tokenizer of a folder in the format of Google's BERT or OpenAI's GPT-2, with vocabulary files and no config."""
     if any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
         return None
     if (folder / "vocab.txt").is_file():
@@ -68,7 +71,7 @@ def _bare_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return transformers.BertTokenizerFast.from_pretrained(folder, do_lower_case=not cased)  # type: ignore[attr-defined]
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocabulary).is_file() and (folder / merges).is_file():
-            with tempfile.TemporaryDirectory() as staged:  # under the names that the class looks for
+            with tempfile.TemporaryDirectory() as staged:  # under the names that the class expects
                 shutil.copyfile(folder / vocabulary, Path(staged, "vocab.json"))
                 shutil.copyfile(folder / merges, Path(staged, "merges.txt"))
                 return transformers.GPT2TokenizerFast.from_pretrained(staged)  # type: ignore[attr-defined]
@@ -76,29 +79,30 @@ def _bare_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def missing_rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str | None:
-    """A note if the tokenizer has tokens that a model of `vocab_size` tokens has no embedding for."""
+    """A note if the tokenizer has token ids of `vocab_size` or above; else None."""
     last = max(tokenizer.get_vocab().values(), default=-1)
     if last < vocab_size:
         return None
     return (
-        f"the tokenizer has {len(tokenizer)} tokens, with numbers up to {last}, the model {vocab_size} embeddings: texts with "
-        f"the others cannot be run; overrides= with vocab_size={last + 1} adds rows for them"
+        f"the tokenizer has {len(tokenizer)} tokens, with ids up to {last}, but the model {vocab_size} embeddings, so other "
+        f"tokens fail; overrides= with vocab_size={last + 1} adds rows for them"
     )
 
 
 def match_tokens(
     old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, old_size: int, new_size: int
 ) -> tuple[list[list[int]], dict[str, int]]:
-    """For each token of `new` the tokens of `old` whose mean it starts as, and how many were found how.
+    """For each token of `new`, the tokens of `old` whose mean row it starts with; and the counts of each method.
 
-    The same string keeps its row, a special token that of its role; any other gets the pieces that the old tokenizer
-    cuts it into. Tokens with no pieces, and rows beyond the tokenizer (`new_size`), get an empty list: the mean of all.
+    A token with the same string keeps its row, and a special token that of its role; any other gets the tokens that the
+    old tokenizer splits it into. An empty list means the mean of all rows: for tokens without any, and for rows up to
+    `new_size` that have no token.
     """
     vocabulary = old.get_vocab()
     rows: list[list[int]] = [[] for _ in range(new_size)]
     by_role: dict[int, int] = {}
     for role in _ROLES:
-        for other in (role, _ALIKE.get(role), next((k for k, v in _ALIKE.items() if v == role), None)):
+        for other in (role, _SAME_ROLE.get(role), next((k for k, v in _SAME_ROLE.items() if v == role), None)):
             mine, theirs = getattr(new, role, None), getattr(old, other, None) if other else None
             if mine is not None and theirs is not None:
                 by_role.setdefault(mine, theirs)
@@ -112,7 +116,7 @@ def match_tokens(
         elif by_role.get(number, old_size) < old_size:
             rows[number], how = [by_role[number]], "same role"
         else:
-            text = _text(new, token, pieces_inside)
+            text = _token_text(new, token, pieces_inside)
             pieces = old(text, add_special_tokens=False, verbose=False).input_ids if text else []
             rows[number] = [piece for piece in pieces if piece != unknown and piece < old_size]
             how = "mean of old pieces" if rows[number] else "mean of all"
@@ -121,11 +125,11 @@ def match_tokens(
     return rows, {f"tokens, {how}": count for how, count in counts.items()}
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, token: str, pieces_inside: bool = False) -> str:
-    """What a token stands for in a text, its leading space included; nothing for a part of a character.
+def _token_text(tokenizer: PreTrainedTokenizerBase, token: str, pieces_inside: bool = False) -> str:
+    """The text of a token, with its leading space; "" for a part of a character.
 
     Args:
-        pieces_inside: whether the tokenizer marks pieces inside words (`##ing`), and not those that begin one.
+        pieces_inside: whether the tokenizer marks pieces inside words (`##ing`) instead of first pieces.
     """
     if token.startswith("##"):
         return token[2:]
@@ -138,7 +142,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, token: str, pieces_inside: bool = 
 
 
 class WordVectors(NamedTuple):
-    """The vectors of a file that some word asked for."""
+    """The vectors of a file for the words that are needed."""
 
     vectors: dict[str, np.ndarray]
     name: str  # the file's
@@ -149,7 +153,7 @@ def read_word_vectors(path: str | os.PathLike, wanted: set[str], width: int) -> 
     """Read a word2vec or GloVe text file, plain or `.gz`, line by line; only words in `wanted` are kept.
 
     Raises:
-        CheckpointError: a line is no word with `width` numbers, or the file is damaged; the message says which line.
+        CheckpointError: a line is not a word and `width` numbers, or the file is damaged; the message has the line number.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -159,7 +163,7 @@ def read_word_vectors(path: str | os.PathLike, wanted: set[str], width: int) -> 
     count = 0
     for number, line in _lines(path):
         parts = re.split(r"[ \t]+", line.strip(" \t\r\n"))
-        if number == 1 and len(parts) == 2:  # word2vec's first line: how many, how wide
+        if number == 1 and len(parts) == 2:  # word2vec's first line: count and width
             if parts[1] != str(width):
                 raise CheckpointError(
                     f"{path} has vectors of width {parts[1]}, but hidden_size={width}: they must be equal"
@@ -181,7 +185,7 @@ def read_word_vectors(path: str | os.PathLike, wanted: set[str], width: int) -> 
                 vector = np.array([np.nan])
             if not np.isfinite(vector).all():
                 raise CheckpointError(
-                    f"{path}, line {number}: the vector of {words[0]!r} has something that is no number"
+                    f"{path}, line {number}: the vector of {words[0]!r} has a value that is not a finite number"
                 )
             found[words[0]] = vector
     return WordVectors(found, path.name, count)
@@ -210,12 +214,16 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def vectors_by_token(
     vectors: WordVectors, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> tuple[TokenVectors, dict[str, int]]:
-    """The vector of each token that has one, and how many have."""
+    """The vectors of the tokens that have one, and the counts.
+
+    Raises:
+        CheckpointError: no token has one.
+    """
     words = {number: vector_name(tokenizer, token, vectors.vectors) for token, number in tokenizer.get_vocab().items()}
     index = [number for number, word in words.items() if word is not None and number < vocab_size]
     if not index:
         raise CheckpointError(
-            f"{vectors.name} has a vector for none of the tokenizer's words: it is of another language or form"
+            f"{vectors.name} has vectors for no word of the tokenizer: it may be for another language"
         )
     table = torch.from_numpy(np.stack([vectors.vectors[words[number]] for number in index]))  # type: ignore[index]
     coverage = {
@@ -226,15 +234,15 @@ def vectors_by_token(
 
 
 def vector_name(tokenizer: PreTrainedTokenizerBase, token: str, known: Any) -> str | None:
-    """The word whose vector a token takes: itself, or without its space, or in lower case; pieces inside words have none."""
+    """The word in `known` of a token: itself, without its space, or in lower case; None for pieces inside words."""
     if token.startswith("##"):
         return None
-    plain = _text(tokenizer, token).strip()
+    plain = _token_text(tokenizer, token).strip()
     return next((word for word in (token, plain, plain.lower()) if word in known), None)
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Every word that `vector_name` could ask for."""
+    """Every word that `vector_name` may return."""
     tokens = list(tokenizer.get_vocab())
-    plain = [_text(tokenizer, token).strip() for token in tokens]
+    plain = [_token_text(tokenizer, token).strip() for token in tokens]
     return {*tokens, *plain, *(word.lower() for word in plain)} - {""}

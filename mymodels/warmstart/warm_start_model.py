@@ -1,4 +1,4 @@
-"""`warm_start`: stock weights into a modified architecture, with an account of every tensor."""
+"""`warm_start`: load weights of one model into another, with a report on every tensor."""
 
 import copy
 import os
@@ -35,13 +35,13 @@ from .sources import describe_source as read_source
 from .token_rows import match_vocabulary
 from .vocabulary import load_tokenizer
 
-_LEAST = 0.1  # of a source's weights must load
+_MIN_LOADED_SHARE = 0.1  # minimum fraction of a source's weights that must load
 
 
 class NotAllowedError(CheckpointError):
-    """Too much starts anew or is not used, and `allow` does not name it; `report` has the whole account.
+    """Parameters are newly initialised or tensors unused, and not matched by `allow`; `report` lists all.
 
-    Raised where less than a tenth of the source loads, and by `strict` for any parameter or tensor.
+    Raised if less than a tenth of the source loads, and with `strict` for any parameter or tensor.
     """
 
     def __init__(self, rows: Sequence[Row], report: WarmStartReport, plan: Plan | None = None):
@@ -49,15 +49,15 @@ class NotAllowedError(CheckpointError):
         names = ", ".join(repr(row.names[0]) for row in rows[:3])
         if plan is None:
             text = (
-                f"strict: {new} parameters start anew and {unused} tensors are not used, such as {names}: allow them by "
+                f"strict: {new} parameters are newly initialised and {unused} tensors are not used, such as {names}: allow them by "
                 "name, or change the target"
             )
         else:
             share = f"{plan.loaded:,} of {plan.offered:,} elements ({plan.loaded / plan.offered:.1%})"
             text = (
-                f"{report.source}: next to nothing of it loads into {report.target}, {share}: {new} parameters start anew "
-                f"and {unused} tensors are not used, such as {names}: it is another model's; take another source, map its "
-                "names with rename=, or name all of this with allow= (allow='.' for anything)"
+                f"{report.source}: too little of it loads into {report.target}, {share}: {new} parameters are newly initialised "
+                f"and {unused} tensors are not used, such as {names}: it may belong to another model; use another source, map its "
+                "names with rename=, or allow all of this with allow= (allow='.' for anything)"
             )
         super().__init__(text)
         self.report = report
@@ -90,61 +90,59 @@ def warm_start(
     trust_remote_code: bool = False,
     dtype: str | torch.dtype | None = None,
 ) -> WarmStartReport:
-    """Start a model, however modified, from the weights of another one.
+    """Initialise a model from the weights of another one with a different architecture.
 
-    What differs between the two is bridged where it can be: layers, key/value heads, MLP width and gating, norms,
-    positions, vocabulary, ties, heads, experts. The report says of every parameter and every tensor what became of it,
-    and whether the step is exact (the function stays), approximate or new.
+    Differences are converted where possible: layers, key/value heads, MLP width and gating, norms, positions,
+    vocabulary, ties, heads, experts. The report lists what became of every parameter and tensor, and whether the step is
+    exact (it preserves the function), approximate or new.
 
     MyGPT2 and MyBert start from GPT-2, BERT, RoBERTa, DistilBERT, MyGPT2 and MyBert by tables of names. Between any other
-    two models, tensors are matched by role (query, norm, …), by name, by name behind a prefix, as low-rank factors, and by
-    the place in the structure. What can go to several places is not loaded; a note names the candidates and the `rename`
-    that decides.
+    two models, tensors are matched by role (query, norm, …), by name, by name with a prefix, as low-rank factors, and by
+    position in the structure. Ambiguous tensors are not loaded; a note names the candidates and a `rename` for them.
 
     Args:
-        model_or_config: the target. A model (any `nn.Module`) is filled in place, and what finds no source keeps its
-            values; of a config, the model that it belongs to is made (`report.model`); a folder is taken with its
-            weights, or as its config if it has none; `"mygpt2"` or `"mybert"` takes the source's own config, with
-            `overrides`. A stock GPT-2, BERT, RoBERTa or DistilBERT config is translated to MyGPT2's or MyBert's, unless
-            `model_class` says otherwise.
+        model_or_config: the target. A model (any `nn.Module`) is changed in place, and parameters without a source keep
+            their values; for a config, a model is created (`report.model`); a folder is loaded with its weights, or used
+            as its config if it has none; `"mygpt2"` or `"mybert"` means the source's config with `overrides`. A stock
+            GPT-2, BERT, RoBERTa or DistilBERT config is translated to MyGPT2's or MyBert's, unless `model_class` is given.
         source: a checkpoint of any format (`open_checkpoint`), a Hub repo's id, an open `Checkpoint`, a state dict or a
-            model, with or without a head, as wrapped by training. None with `word_vectors`: nothing but these.
-        model_class: with a config or a folder, the class to make.
-        head: with a config, what to put on top: `"ForCausalLM"`, `"ForSequenceClassification"`, …, or `"Model"` for
-            nothing. Default: what the source has.
-        overrides: config fields that differ from `model_or_config`'s (or the source's); not with a model.
+            model, with or without a head, also with wrappers of training. None with `word_vectors`: only these.
+        model_class: with a config or a folder, the class to create.
+        head: with a config, the head: `"ForCausalLM"`, `"ForSequenceClassification"`, …, or `"Model"` for none. Default:
+            the source's.
+        overrides: config fields that differ from those of `model_or_config` (or of the source); not with a model.
         layers: which of the source's layers become the target's: `"every"` spreads them evenly, `"first"`, `"last"`, or
-            a list with one number for each of the target's. Where one stands twice or the target is deeper, MyGPT2 gets
-            blocks that change nothing until trained (arXiv 2401.02415).
-        widen: new MLP units start by writing zeros (`"pad"`) or as copies that share the old output (`"split"`,
+            a list with one number for each of the target's. A repeated layer of MyGPT2 has zero outputs until it is trained
+            (arXiv 2401.02415).
+        widen: new MLP units start with zero outputs (`"pad"`) or as copies that divide the old output (`"split"`,
             Net2Net, arXiv 1511.05641).
         positions: a longer table of learned positions repeats the old one (`"tile"`, exact on the old positions) or
             stretches it (`"interpolate"`).
-        tokenizer: the target's, where it is another than the source's: a token keeps its row by its string or its role,
-            a new one gets the mean of its pieces' rows. Also needed for `word_vectors`.
+        tokenizer: the target's, if it differs from the source's: a token keeps its row by its string or role, and a new
+            one gets the mean of its pieces' rows. Also needed for `word_vectors`.
         source_tokenizer: the source's, if it is not in its folder.
         word_vectors: word2vec or GloVe text file, plain or `.gz`, `hidden_size` wide, for the token embeddings.
         rename: regex → replacement, applied in this order to the source's names before anything else.
-        skip: regexes (or one); a parameter is not loaded if its name or that of a tensor it needs is found by one.
-        only: regexes; nothing else is loaded.
-        freeze_loaded: `requires_grad_(False)` on every parameter that came from the source whole.
-        strict: raise if anything is new or unused that no pattern of `allow` finds; masks, optimizer states and second
-            names of a tensor do not count.
+        skip: regexes (or one); a parameter is not loaded if one matches its name or that of a tensor it needs.
+        only: regexes; only matching parameters and tensors are loaded.
+        freeze_loaded: `requires_grad_(False)` on every parameter that came completely from the source.
+        strict: raise if a parameter is new or a tensor unused that no pattern of `allow` matches; masks, optimizer
+            states and second names of a tensor are ignored.
         allow: regexes (or one) over names, for `strict`, and for a source of which less than a tenth loads, which is
-            refused unless every new parameter and unused tensor is named.
-        config: the source's config, where no `config.json` stands beside it.
+            refused unless every new parameter and unused tensor is matched.
+        config: the source's config, if it has no `config.json`.
         section, allow_pickle, revision, token: as for `open_checkpoint`.
-        trust_remote_code: read a source folder that has code of its own as if its weights meant what they mean here; none
-            of it is run, and the report does not call the result exact. The code of a target folder is run.
-        dtype: of a model made from a config; default float32.
+        trust_remote_code: read a source folder with custom code as if its weights had the same meaning here; the code is
+            not run, and the result is not called exact. The code of a target folder is run.
+        dtype: of a model created from a config; default float32.
 
     Returns:
-        a `WarmStartReport` with the model, in eval mode if it was made here.
+        a `WarmStartReport` with the model, in eval mode if it was created here.
 
     Raises:
         CheckpointError: the source cannot be read, is of another architecture, is quantised, has NaN or infinite
-            values, or needs more memory than there is; a field or option is impossible. The model is unchanged.
-        NotAllowedError: `strict` objects, or less than a tenth of the source loads. The model is unchanged.
+            values, or needs more memory than there is; a field or option is invalid. The model is unchanged.
+        NotAllowedError: `strict` refuses a row, or less than a tenth of the source loads. The model is unchanged.
 
     Examples:
         >>> report = warm_start("mygpt2", "gpt2", overrides={"num_key_value_heads": 4, "norm_type": "rmsnorm"})
@@ -154,7 +152,7 @@ def warm_start(
     kind, allow = resolve_dtype(dtype), [pattern.pattern for pattern in compiled("allow", allow)]
     asked = ask(model_or_config, model_class, head, overrides or {}, trust_remote_code)
     if source is model_or_config and isinstance(source, torch.nn.Module):
-        source = copy.deepcopy(source)  # it is read while it is written
+        source = copy.deepcopy(source)  # the target is written while the source is read
     how: dict[str, Any] = {"config": config, "section": section, "allow_pickle": allow_pickle, "revision": revision}
     how |= {"token": token, "trust_remote_code": trust_remote_code}
     opened = _open(source, word_vectors, **how)
@@ -190,13 +188,11 @@ def warm_start(
     report.rows = mark_unproven(report.rows, checker.unproven)
     report.notes += asked.notes
     if described is not None and has_own_code(type(target)):
-        report.notes.append(
-            f"{type(target).__name__} has code of its own, which may compute something else with these weights"
-        )
+        report.notes.append(f"{type(target).__name__} has custom code, which may give other outputs with these weights")
     report.coverage, report.tokenizer = match.coverage, match.tokenizer
     report.notes += match.notes
     found = report.not_allowed(allow)
-    if found and plan.loaded < _LEAST * plan.offered:
+    if found and plan.loaded < _MIN_LOADED_SHARE * plan.offered:
         raise NotAllowedError(found, report, plan)
     if strict and found:
         raise NotAllowedError(found, report)
@@ -211,7 +207,9 @@ def warm_start(
     if checker.is_small(target):
         report.check()
     elif opened.info:
-        report.not_checked(f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both")
+        report.set_not_checked(
+            f"the models have more than {SMALL // 10**6} million parameters; report.check() runs both"
+        )
     if freeze_loaded:
         report.rows = _freeze(target, plan, report)
     return report
@@ -226,10 +224,10 @@ def _open(source: Any, word_vectors: Any, **how: Any) -> Opened:
 
 
 def _read_by_tables(asked: Asked, opened: Opened, how: dict[str, Any]) -> Source | None:
-    """The source as `key_mapping` reads it; None if its tables do not know source or target.
+    """The source by the tables of names; None if they do not apply to source or target.
 
     Raises:
-        CheckpointError: the target is MyGPT2 or MyBert, and the source can be read as neither's.
+        CheckpointError: the target is MyGPT2 or MyBert, and the source fits neither.
     """
     if asked.own is None:
         return None
@@ -249,7 +247,7 @@ def _read_by_tables(asked: Asked, opened: Opened, how: dict[str, Any]) -> Source
 def _make_own(
     asked: Asked, source: Source, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """The MyGPT2 or MyBert that is asked for, on the meta device."""
+    """Create the MyGPT2 or MyBert target on the meta device."""
     assert asked.own is not None
     if asked.model_class is not None:
         assert asked.config is not None
@@ -266,7 +264,7 @@ def _make_own(
 
 
 def _make_any(asked: Asked, opened: Opened, dtype: torch.dtype | None) -> torch.nn.Module:
-    """The model that a config belongs to, as its class initialises it."""
+    """Create the target of any other config, initialised by its class."""
     assert asked.config is not None
     hint = (opened.raw.get("architectures") or [""])[0]
     model_class = class_for(asked.config, asked.head, hint, asked.model_class)
@@ -292,7 +290,7 @@ def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig, **
 
 
 def check_memory(model: torch.nn.Module, where: str, info: Mapping[str, TensorInfo], dtype: torch.dtype) -> None:
-    """Refuse before anything is allocated."""
+    """Raise a `CheckpointError` if the model does not fit into memory, before anything is allocated."""
     largest = max((about.nbytes for about in info.values()), default=0)
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize + 3 * largest
     free = get_max_memory()["cpu"]
@@ -305,7 +303,7 @@ def check_memory(model: torch.nn.Module, where: str, info: Mapping[str, TensorIn
 
 @torch.no_grad()
 def _fill(model: torch.nn.Module, plan: Plan) -> None:
-    """Write the values into a model's own parameters; first all are computed once, so that an error leaves it as it was."""
+    """Write the values into a model's parameters; all are computed first, so that an error leaves the model unchanged."""
     parameters = own_tensors(model)
     filled = [name for name, value in plan.values.items() if value.kind != "new" or value.sources]
     for name in tqdm(filled, desc="checking", unit="tensor", disable=None):
@@ -315,12 +313,12 @@ def _fill(model: torch.nn.Module, plan: Plan) -> None:
 
 
 def _freeze(model: torch.nn.Module, plan: Plan, report: WarmStartReport) -> list[Row]:
-    """Freeze what came from the source whole."""
-    whole = {name for name, value in plan.values.items() if value.sources and not value.partly_new}
+    """Freeze the parameters that came completely from the source, and mark their rows."""
+    complete = {name for name, value in plan.values.items() if value.sources and not value.partly_new}
     for name, parameter in model.named_parameters():
-        if name in whole:
+        if name in complete:
             parameter.requires_grad_(False)
     return [
-        replace(row, frozen=bool(row.targets) and all(name in whole for name in row.targets if name in plan.values))
+        replace(row, frozen=bool(row.targets) and all(name in complete for name in row.targets if name in plan.values))
         for row in report.rows
     ]

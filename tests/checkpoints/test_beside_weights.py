@@ -105,7 +105,7 @@ def test_every_protocol_and_what_lies_beside(protocol: int, zipped: bool, tmp_pa
     assert opened.extras["lists"] == saved["lists"] and opened.extras["when"] == saved["when"]
     assert opened.extras["queue"] == saved["queue"] and opened.extras["bytes"] == b"abc"
     shown = inspect_checkpoint(tmp_path / "x.pt")["extras"]
-    assert "Settings(lr=0.1, name='x'), not opened" in shown["cfg"] and "Settings.Inner(depth=2)" in shown["inner"]
+    assert "Settings(lr=0.1, name='x'), not unpickled" in shown["cfg"] and "Settings.Inner(depth=2)" in shown["inner"]
     assert "Colour('red')" in shown["colour"]
 
 

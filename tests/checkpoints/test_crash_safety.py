@@ -533,7 +533,7 @@ def test_late_files_wait_for_a_writer_between_its_two_renames(tmp_path: Path) ->
     (tmp_path / "new" / "notes").mkdir(parents=True)  # the other writer has kept these itself
     ours = threading.Timer(0.2, lambda: (tmp_path / "new").rename(target))
     ours.start()
-    replacing_module._move_late(former, target, lambda name: True)
+    replacing_module._move_files_added_meanwhile(former, target, lambda name: True)
     ours.join()
     assert sorted(os.listdir(target)) == ["late.txt", "notes"] and os.listdir(former) == ["notes"]
 

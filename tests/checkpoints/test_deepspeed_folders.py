@@ -59,7 +59,7 @@ def test_parts_of_another_save_are_noticed(tmp_path: Path) -> None:
     for stage in (2, 3):
         shapes = [{"embed.weight": torch.Size((70, 5)), "mid.weight": torch.Size((5, 5))}, {}]
         write_zero(tmp_path / str(stage), stage, 2, param_shapes=shapes)
-        assert "ask for" in refusal(tmp_path / str(stage))
+        assert "shapes in the model states need" in refusal(tmp_path / str(stage))
 
 
 def test_a_tensor_that_is_in_no_part_is_named(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_without_optimizer_states(stage: int, tmp_path: Path) -> None:
         opened = open_checkpoint(tmp_path)
         assert (
             torch.equal(opened["mid.weight"], expected["mid.weight"].bfloat16())
-            and "as they were trained" in opened.format
+            and "in the precision of training" in opened.format
         )
 
 

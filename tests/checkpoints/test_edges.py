@@ -127,7 +127,7 @@ def test_a_distributed_table_cannot_change_this_process(tmp_path: Path) -> None:
     dcp.save(ONE, checkpoint_id=tmp_path, no_dist=True)
     (tmp_path / ".metadata").write_bytes(Intruder(dcp.metadata.Metadata).pickled())
     assert pickle.Unpickler(io.BytesIO(Intruder(Intruder).pickled())).load().intruded == 1  # it would have
-    with pytest.raises(CheckpointError, match="change a class of this program"):
+    with pytest.raises(CheckpointError, match="change a class of this process"):
         open_checkpoint(tmp_path)
     assert not hasattr(dcp.metadata.Metadata, "intruded")
 
@@ -198,7 +198,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["lots", 0, -5, "", "5 MBit", "GB", None])
 def test_what_is_no_size_is_said_before_anything_is_made(text, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no size: use bytes, or text such as 500MB"):
+    with pytest.raises(CheckpointError, match="is not a size: use bytes, or text such as 500MB"):
         save_checkpoint(ONE, tmp_path / "deep" / "m", max_shard_size=text)
     assert not list(tmp_path.iterdir())
 
@@ -220,7 +220,7 @@ def test_the_manifest_leaves_other_checkpoints_out(tmp_path: Path, capsys: pytes
     (folder / "best" / "new").write_text("x")
     assert check_checkpoint(folder, full=True) == []
     assert cli.main(["check", str(folder / "model.safetensors"), "--write-manifest"]) == 1
-    assert "is no folder, so it has no manifest" in capsys.readouterr().err
+    assert "is not a folder, so it has no manifest" in capsys.readouterr().err
 
 
 def test_without_an_exchange_opening_brings_the_old_one_back(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_wrong_file_says_what_it_is(name: str, hint: str, tmp_path: Path) -> Non
 def test_zip_of_something_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(CheckpointError, match="a zip archive of something else"):
+    with pytest.raises(CheckpointError, match="a zip archive of another kind"):
         open_checkpoint(tmp_path / "model.pt")
 
 

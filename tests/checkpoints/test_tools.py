@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, BertModel, Trainer, TrainingArgum
 
 from mymodels import MyGPT2ForCausalLM, cli
 from mymodels.checkpoints import CheckpointError, load_state_dict, open_checkpoint, save_checkpoint
+from mymodels.checkpoints.comparing import compare_checkpoints, max_difference
 from mymodels.checkpoints.converting import convert_checkpoint
-from mymodels.checkpoints.inspecting import compare_checkpoints, inspect_checkpoint, max_difference
+from mymodels.checkpoints.inspecting import inspect_checkpoint
 
 HUB_REPO = Path(__file__).parents[2] / "hub_repo"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
@@ -76,7 +77,7 @@ def test_inspect_says_what_stands_beside_the_weights(training_file: Path, capsys
     assert found["extras"]["epoch"] == "7" and found["extras"]["loss"] == "0.25"
     assert found["extras"]["optimizer_state_dict"] == "optimizer: state of 4 parameters, 1 groups, lr 0.0003"
     assert "lr=0.0003" in found["extras"]["args"]
-    assert code == 0 and "beside the weights" in said(capsys, "inspect", training_file)[1]
+    assert code == 0 and "besides the weights" in said(capsys, "inspect", training_file)[1]
 
 
 def test_inspect_an_optimizer_file_alone(tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_several_models_become_several_folders_or_one_file(tmp_path: Path, capsy
     }
     torch.save(models | {"epoch": 3}, tmp_path / "both.pt")
     code, out, _ = said(capsys, "convert", tmp_path / "both.pt", tmp_path / "out")
-    assert code == 0 and "not taken along: epoch" in out
+    assert code == 0 and "not converted: epoch" in out
     for name, state_dict in models.items():
         written = load_file(tmp_path / "out" / name / "model.safetensors")
         assert all(torch.equal(written[key], tensor) for key, tensor in state_dict.items()) and len(written) == 2

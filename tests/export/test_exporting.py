@@ -189,11 +189,11 @@ def test_a_broken_folder_is_refused_in_a_sentence(tmp_path: Path) -> None:
     folder = saved(mygpt2(), tmp_path / "model")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match=r"model has broken weights \(.*\): `mymodels check .*` says which"):
+    with pytest.raises(ValueError, match=r"model has damaged weights \(.*\): `mymodels check .*` lists the files"):
         export_model(folder, "torchscript", tmp_path / "out")
     (folder / "model.safetensors").write_bytes(weights)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
-    with pytest.raises(ValueError, match=r"is saved as \[97, \d+\], but by config.json it is \[90, \d+\]"):
+    with pytest.raises(ValueError, match=r"has the shape \[97, \d+\], but \[90, \d+\] by config.json"):
         export_model(folder, "torchscript", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

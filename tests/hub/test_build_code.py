@@ -103,7 +103,7 @@ def test_what_is_missing_or_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
     save_without_code("conv_bert", tmp_path / "bert")
     alone = tmp_path / "alone"
     alone.mkdir()
-    for name in ("net.pt", "model-00001-of-00003.safetensors"):
+    for name in ("net.pt", "model-00001-of-00003.safetensors", "net-2-of-2.pt"):
         shutil.copy(tmp_path / "moe" / "net.pt", alone / name)
     (tmp_path / "two.py").write_text(
         (CODE / "conv_bert.py").read_text().replace("ConvBert", "AForSequenceClassification")
@@ -113,7 +113,8 @@ def test_what_is_missing_or_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
     for source, options, message in [
         (tmp_path / "moe", {}, "has the model_type 'moe_gpt2_of_one_file', which transformers does not know.* --code"),
         (alone / "net.pt", {"code": code}, "is a file of weights alone, and .* has no config.json"),
-        (alone / "model-00001-of-00003.safetensors", {"code": code}, "is one shard of 3: name the folder"),
+        (alone / "model-00001-of-00003.safetensors", {"code": code}, "is shard 1 of 3 of a model, model-00002-of-00003.safetensors, .* missing: name a folder with all"),
+        (alone / "net-2-of-2.pt", {"code": code}, "is shard 2 of 2 of a model, net-1-of-2.pt is missing: name a folder with all"),
         (tmp_path / "moe", {"code": CODE / "absent.py"}, r"absent\.py does not exist"),
         (tmp_path / "moe", {"code": CODE / "plain_net.py"}, "defines no class derived from PreTrainedModel: `mymodels adopt`"),
         (tmp_path / "moe", {"code": code, "auto_classes": {"AutoModelForCausalLm": "X"}}, "has no AutoModelForCausalLm: .*AutoModelForCausalLM"),

@@ -44,8 +44,8 @@ def test_read_only(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for option in ("--record", "--write-card"):
         assert cli.main(["verify", str(folder), "--no-exec", option]) == 1
-        assert f"{option} is for a folder on this machine, and runs it: leave out --no-exec" in capsys.readouterr().err
-        assert cli.main(["verify", "me/nothing", option]) == 1 and "on this machine" in capsys.readouterr().err
+        assert f"{option} needs a local folder and runs its code: leave out --no-exec" in capsys.readouterr().err
+        assert cli.main(["verify", "me/nothing", option]) == 1 and "needs a local folder" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -84,11 +84,11 @@ def test_predict_export_load_and_build(ours: Path, negated: Path, tmp_path: Path
 
     (tmp_path / "lines.txt").write_text("the cat\n")
 
-    with pytest.raises(ValueError, match=r"brings code of its own.*trust_remote_code=True"):
+    with pytest.raises(ValueError, match=r"has code of its own.*trust_remote_code=True"):
         continued(negated)
     assert continued(negated, trust_remote_code=True) != continued(ours)
 
-    with pytest.raises(ValueError, match=r"brings code of its own.*trust_remote_code=True"):
+    with pytest.raises(ValueError, match=r"has code of its own.*trust_remote_code=True"):
         export_model(negated, "pt2", tmp_path / "exported")
     traced, _ = load_for_export(negated, None, None, True)  # what `export_model` traces
     model = AutoModelForCausalLM.from_pretrained(ours).eval()
@@ -118,7 +118,7 @@ def test_warm_start_and_training(ours: Path, negated: Path, tmp_path: Path) -> N
         warm_start(type("Own", (MyGPT2ForCausalLM,), {})(AutoConfig.from_pretrained(ours)), ours),
     ):
         assert not report.is_exact and "its own" in report.notes[0]
-    with pytest.raises(CheckpointError, match=r"of a folder with its own copy of the code"):
+    with pytest.raises(CheckpointError, match=r"from a folder with its own copy of the code"):
         warm_start(AutoConfig.from_pretrained(negated, trust_remote_code=True), ours)
 
     text = tmp_path / "text.txt"
@@ -205,7 +205,7 @@ def test_what_counts_as_ours(ours: Path, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=r"has code of its own"):
                 way.from_pretrained(changed(f"{name} {way.__name__}", change))
     model_only = changed("model only", set_config(auto_map={"AutoModelForCausalLM": "mine.Mine"}))
-    with pytest.raises(ValueError, match=r"auto_map names code of its own, but no AutoConfig.*: add AutoConfig"):
+    with pytest.raises(ValueError, match=r"auto_map names custom code, but no AutoConfig.*: add AutoConfig"):
         AutoModelForCausalLM.from_pretrained(model_only, trust_remote_code=True)
 
 

@@ -323,9 +323,7 @@ def test_code_of_a_folder_runs_only_if_trusted(saved) -> None:
     config |= {"model_type": "foreign-to-predict", "auto_map": {name: f"foreign_model.{of}" for name, of in classes}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "foreign_model.py").write_text(FOREIGN)
-    with pytest.raises(
-        ValueError, match=r"brings code of its own, which would be run: read it, then pass --trust-remote"
-    ):
+    with pytest.raises(ValueError, match=r"has code of its own, which would run: read it, then pass --trust-remote"):
         run(folder)
     assert run(folder, trust_remote_code=True) == expected
 
@@ -353,9 +351,9 @@ def test_what_cannot_be_asked_is_said_in_one_sentence(
         (folder / "config.json").write_text(json.dumps(config | change))
     monkeypatch.setitem(sys.modules, "torchao", None)
     cases = [
-        ([str(cut)], f"{cut} has broken weights ("),
-        ([str(wider)], "intermediate.dense.bias is saved as [64], but by config.json it is [200] (and "),
-        ([str(quantised)], f"{quantised} needs a package that is not here: "),
+        ([str(cut)], f"{cut} has damaged weights ("),
+        ([str(wider)], "intermediate.dense.bias has the shape [64], but [200] by config.json (and "),
+        ([str(quantised)], f"{quantised} needs a package that is not installed: "),
         ([mine, "--device", "cuda:77"], "device='cuda:77' cannot be used here: "),
         ([mine, "--device", "gpu"], "device='gpu' cannot be used here: "),
         (

@@ -79,8 +79,8 @@ def test_what_cannot_be_trained_is_said_before_anything_is_written(tmp_path: Pat
             pass
 
     cases = [
-        (Returning(lambda loss, logits: logits), ValueError, "Returning.forward gives no loss for input_ids, labels, but logits"),
-        (Returning(lambda loss, logits: (loss, loss, logits)), ValueError, "gives no loss"),
+        (Returning(lambda loss, logits: logits), ValueError, "Returning.forward returns no loss for input_ids, labels, but logits"),
+        (Returning(lambda loss, logits: (loss, loss, logits)), ValueError, "returns no loss"),
         (Returning(lambda loss, logits: {"loss": loss.detach()}), ValueError, "does not depend on any parameter"),
         (Returning(lambda loss, logits: 1 / 0), ValueError, r"forward fails on a batch of the data \(input_ids \[2, 7\].*division by zero"),
         (WithState(), ValueError, "WithState cannot be saved, so nothing was trained: .*_extra_state"),

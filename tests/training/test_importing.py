@@ -275,6 +275,6 @@ def test_numbers_that_a_weight_cannot_hold(dtype, tmp_path) -> None:
     weights = model.state_dict()
     torch.save({"model": {name: value.to(dtype) for name, value in weights.items()}}, tmp_path / "old.pt")
     before = copy.deepcopy(weights)
-    with pytest.raises(CheckpointError, match=r"cannot hold|quantised"):
+    with pytest.raises(CheckpointError, match=r"cannot store|quantised"):
         import_checkpoint(tmp_path / "old.pt", model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -134,7 +134,7 @@ def test_a_run_proves_what_the_structure_placed() -> None:
     with torch.no_grad():
         assert torch.equal(target(ids), source(ids))
     assert report.checked.agrees and all(row.kind == "exact" for row in report.rows)
-    assert "placed by structure, and run" in report.rows[0].how and report.is_exact
+    assert "matched by structure, confirmed by a check" in report.rows[0].how and report.is_exact
     alone = warm_start(Renamed().eval(), source.state_dict())
     assert not alone.checked.ran and not alone.is_exact
     assert {row.kind for row in alone.rows} == {"approximate"}

@@ -218,7 +218,7 @@ def test_two_parts_that_fit_are_not_chosen_from() -> None:
         ({}, {}, "has no tensors"),
         ({"out.weight": torch.full((3, 8), float("nan"))}, {"allow": "."}, "has NaN or infinite values"),
         ({"out.weight": torch.ones(3, 8, dtype=torch.int8)}, {"allow": "."}, "not floating point"),
-        ({"other": torch.ones(3)}, {}, "next to nothing of it loads"),
+        ({"other": torch.ones(3)}, {}, "too little of it loads"),
         ({"out.weight": torch.randn(3, 8)}, {"strict": True}, "strict: "),
         ({"out.weight": torch.randn(3, 8)}, {"rename": {"(": ""}}, "is no regular expression"),
         (
@@ -228,7 +228,7 @@ def test_two_parts_that_fit_are_not_chosen_from() -> None:
         ),
         ({"out.weight": torch.randn(3, 8)}, {"overrides": {"width": 3}}, "overrides= changes the config"),
         ({"out.weight": torch.randn(3, 8)}, {"model_class": Net}, "model_class= names the class"),
-        (3, {}, "a int is no source"),
+        (3, {}, "a int cannot be a source"),
     ],
 )
 def test_what_is_refused_leaves_the_model_as_it_was(source, options: dict, words: str) -> None:

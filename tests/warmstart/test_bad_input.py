@@ -99,7 +99,7 @@ def test_the_wrong_family(folder: Path, tmp_path: Path) -> None:
     refused(
         tmp_path / "t5", "is a t5 checkpoint, and MyGPT2 has another architecture: MyGPT2 starts from GPT-2 weights"
     )
-    refused({"a.weight": torch.zeros(2)}, r"has the tensor names of no family that is known \(.*such as 'a.weight'")
+    refused({"a.weight": torch.zeros(2)}, r"has tensor names of no known family \(.*such as 'a.weight'")
 
 
 def test_doubled_names() -> None:
@@ -111,7 +111,7 @@ def test_doubled_names() -> None:
     )
     refused(
         tensors | {"h.0.ln_1.weight": torch.ones(32)},
-        r"'transformer\.h\.0\.ln_1\.weight' and 'h\.0\.ln_1\.weight' are the same one",
+        r"'transformer\.h\.0\.ln_1\.weight' and 'h\.0\.ln_1\.weight' both map to",
     )
 
 
@@ -140,11 +140,11 @@ def test_impossible_wishes(folder: Path) -> None:
         warm_start("llama", folder)
     with pytest.raises(CheckpointError, match="a dict is no model and no config"):
         warm_start({}, folder)
-    with pytest.raises(NotAllowedError, match="next to nothing of it loads into Linear"):
+    with pytest.raises(NotAllowedError, match="too little of it loads into Linear"):
         warm_start(torch.nn.Linear(1, 1), folder)
     with pytest.raises(CheckpointError, match="overrides= changes the config that a model is made from"):
         warm_start(MyGPT2ForCausalLM(mygpt2_config()), folder, overrides={"n_layer": 2})
-    with pytest.raises(CheckpointError, match="nothing tells its num_attention_heads: pass config="):
+    with pytest.raises(CheckpointError, match="its num_attention_heads is not known: pass config="):
         warm_start("mygpt2", stock_model("GPT2LMHeadModel").state_dict())
 
 
@@ -192,7 +192,7 @@ def test_the_command_writes_nothing_when_it_fails(folder: Path, tmp_path: Path, 
     assert cli.main([*command, "--set", "position_embedding_type=rope", "--strict"]) == 1
     captured = capsys.readouterr()
     assert "has no table" in captured.out
-    assert captured.err.startswith("mymodels warm-start: strict: 0 parameters start anew and 1 tensors are not used")
+    assert captured.err.startswith("mymodels warm-start: strict: 0 parameters are newly initialised and 1 tensors are not used")
     damage(folder, spoil)
     assert cli.main(command) == 1
     error = capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_what_is_not_run_is_said(
     report = warm_start("mygpt2", stock)
     assert report.is_exact and not report.checked.ran and "exact by construction; not run: " in str(report)
     assert report.to_dict()["check"]["ran"] is False
-    assert report.check().agrees and "Every step is exact: the target computes what the source did." in str(report)
+    assert report.check().agrees and "Every step is exact: the target gives the outputs of the source." in str(report)
     command = ["warm-start", str(tmp_path / "stock"), "--to", "mygpt2"]
     assert cli.main([*command, "--json", str(tmp_path / "r.json")]) == 0
     assert "--check runs both" in " ".join(capsys.readouterr().out.split())
@@ -119,7 +119,7 @@ def test_what_is_not_run_is_said(
     assert json.loads((tmp_path / "r.json").read_text())["check"]["agrees"] is True
     monkeypatch.undo()
     report = warm_start("mygpt2", stock, skip="wpe")
-    assert not report.checked.ran and "start anew, such as model.embed_positions.weight" in str(report.checked)
+    assert not report.checked.ran and "are newly initialised, such as model.embed_positions.weight" in str(report.checked)
 
 
 def test_roberta_says_for_which_padding_it_holds() -> None:
@@ -143,4 +143,4 @@ def test_a_config_of_another_model_beside_the_weights(kind: str, tmp_path: Path)
     source = saved if kind == "dict" else torch.load(tmp_path / "a.pt") if kind == "state dict" else tmp_path / "a.pt"
     target = MyGPT2ForCausalLM(mygpt2_config())
     report = warm_start(target, source)
-    assert any("is another model's" in note for note in report.notes) and report.checked.agrees
+    assert any("belongs to another model" in note for note in report.notes) and report.checked.agrees

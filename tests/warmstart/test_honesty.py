@@ -135,7 +135,7 @@ class TestStrict:
         report = warm_start("mygpt2", stock_model("GPT2LMHeadModel"), skip="wpe")
         assert report.totals["new"]["tensors"] == 1
         for option in ("skip", "only", "allow"):
-            with pytest.raises(CheckpointError, match=rf"{option}='\[' has something that is no regular expression"):
+            with pytest.raises(CheckpointError, match=rf"{option}='\[' has an invalid regular expression"):
                 warm_start("mybert", stock, **{option: "["})
 
 
@@ -280,7 +280,7 @@ class TestSources:
         stock.config.vocab_size = 100
         report = warm_start("mygpt2", stock)
         assert report.model.config.vocab_size == 97
-        assert any("says vocab_size=100, its tensors 97, which counts" in note for note in report.notes)
+        assert any("says vocab_size=100, its tensors 97, which is used" in note for note in report.notes)
 
     def test_roberta_without_a_config_has_robertas_epsilon(self) -> None:
         stock = roberta("RobertaModel")
@@ -296,16 +296,16 @@ class TestSources:
     @pytest.mark.parametrize(
         ("source", "how", "sentence"),
         [
-            (5, {}, "a int is no source: pass a path, a Hub repo's id, a model or a state dict"),
+            (5, {}, "a int cannot be a source: pass a path, a Hub repo's id, a model or a state dict"),
             ({1: torch.zeros(2)}, {}, "holds a Tensor at 1, which is no tensor with a name"),
             ({"a": torch.eye(3).to_sparse()}, {}, r"tensor 'a' is torch\.sparse_coo: make it dense"),
             (None, {"config": "gpt2"}, r"config= is a str: pass the source's config"),
             (None, {"layers": 5, "overrides": {"n_layer": 2}}, "layers=5 is none of every, first, last or a list"),
-            (None, {"rename": {"(": ""}}, "is no regular expression"),
+            (None, {"rename": {"(": ""}}, "is not a valid regular expression"),
             (None, {"overrides": {"num_key_value_heads": True}}, "num_key_value_heads=True should be like 12"),
             (None, {"overrides": {"n_layer": "abc"}}, "num_hidden_layers"),
-            (None, {"config": {"n_head": "4"}}, "mymodels cannot build what its config and tensors say"),
-            (None, {"config": {"n_head": 0}}, "mymodels cannot build what its config and tensors say|num_attention_heads"),
+            (None, {"config": {"n_head": "4"}}, "no model can be built from its config and tensors"),
+            (None, {"config": {"n_head": 0}}, "no model can be built from its config and tensors|num_attention_heads"),
         ],
     )  # fmt: skip
     def test_one_sentence(self, source, how: dict, sentence: str) -> None:

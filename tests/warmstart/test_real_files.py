@@ -74,7 +74,7 @@ class TestNanoGPT:
         report = warm_start("mygpt2", nano.state_dict(), config={"n_head": 4})
         assert not report.is_exact and from_nano(report, nano) <= 1e-5
         assert "norm_type='layernorm'" in report.notes[0] and "activation_function='gelu'" in report.notes[0]
-        with pytest.raises(CheckpointError, match="nothing tells its num_attention_heads"):
+        with pytest.raises(CheckpointError, match="its num_attention_heads is not known"):
             warm_start("mygpt2", nano.state_dict())
 
     def test_a_target_that_was_made_before(self) -> None:
@@ -89,7 +89,7 @@ class TestNanoGPT:
         torch.save(nano.state_dict(), tmp_path / "w.pt")
         assert cli.main(["warm-start", str(tmp_path / "w.pt"), "--to", "mygpt2"]) == 0
         shown = " ".join(capsys.readouterr().out.split())
-        assert "num_attention_heads=2" in shown and "--config or --set settle it" in shown and "overrides" not in shown
+        assert "num_attention_heads=2" in shown and "set them with --config or --set" in shown and "overrides" not in shown
         sets = [
             "n_head=4",
             "activation_function=gelu",
@@ -101,7 +101,7 @@ class TestNanoGPT:
         out = tmp_path / "out"
         assert cli.main(["warm-start", str(tmp_path / "w.pt"), "--to", "mygpt2", "--out", str(out), *options]) == 0
         shown = " ".join(capsys.readouterr().out.split())
-        assert "assumed" not in shown and "Every step is exact: the target computes what the source did." in shown
+        assert "assumed" not in shown and "Every step is exact: the target gives the outputs of the source." in shown
         mine = MyGPT2ForCausalLM.from_pretrained(out).eval()
         with torch.no_grad():
             assert largest_difference(mine(TOKENS).logits, nano(TOKENS)) <= 1e-5
@@ -227,7 +227,7 @@ class TestHeadBesideEmbeddings:
         stock.config.save_pretrained(tmp_path)
         torch.save(tensors, tmp_path / "pytorch_model.bin")
         report = warm_start("mybert", tmp_path)
-        assert not report.is_exact and "the decoder's own counts" in report.notes[0]
+        assert not report.is_exact and "the decoder's is used" in report.notes[0]
         if transformers.__version__ >= "5":
             assert difference(report.model, transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()) <= 1e-5
 
@@ -268,7 +268,7 @@ def test_quantised_sources_are_refused_in_one_sentence(how: str, tmp_path: Path)
         lambda: warm_start(MyGPT2ForCausalLM(mygpt2_config()), tensors, config=raw),
         lambda: MyGPT2ForCausalLM.from_pretrained(tmp_path),
     ):
-        with pytest.raises(CheckpointError, match=r"is quantised: .*take the model that it was made from") as caught:
+        with pytest.raises(CheckpointError, match=r"is quantised: .*use the model that it was made from") as caught:
             load()
         assert "\n" not in str(caught.value)
 
@@ -305,7 +305,7 @@ def test_a_head_that_roberta_does_not_have() -> None:
     parts = {f"roberta.{name}": tensor for name, tensor in stock.state_dict().items()}
     parts |= {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
     report = warm_start("mybert", parts, config=stock.config, head="ForSequenceClassification")
-    assert not report.is_exact and any("is assumed to read the pooler's output" in note for note in report.notes)
+    assert not report.is_exact and any("its input is assumed to be the pooler's output" in note for note in report.notes)
 
 
 class TestNextToNothingFits:
@@ -327,7 +327,7 @@ class TestNextToNothingFits:
         torch.save(odd, tmp_path / "odd.pt")
         how = {"config": {"n_head": 4}}
         with pytest.raises(
-            NotAllowedError, match=r"6,176 of 126,176 elements \(4\.9%\): \d+ parameters start anew and 3 tensors"
+            NotAllowedError, match=r"6,176 of 126,176 elements \(4\.9%\): \d+ parameters are newly initialised and 3 tensors"
         ) as e:
             warm_start("mygpt2", tmp_path / "odd.pt", **how)
         assert e.value.report.model is None
@@ -367,7 +367,7 @@ def test_gamma_beside_weight() -> None:
         for name in tensors
         if "LayerNorm.weight" in name
     }
-    with pytest.raises(CheckpointError, match=r"are the same one.*leave one of them out with skip="):
+    with pytest.raises(CheckpointError, match=r"both map to.*leave one of them out with skip="):
         warm_start("mybert", tensors | old, config=stock.config)
     for both in (tensors | old, old | tensors):
         report = warm_start("mybert", both, config=stock.config, skip=r"\.gamma$")

@@ -134,7 +134,7 @@ def _stretched(array: np.ndarray, new: int) -> np.ndarray:
 STEPS = {
     r"centred": lambda a, n, name, r: a - a.mean(axis=1 if "embed" in name else 0, keepdims=True),
     r"(\d+) key/value heads (?:mean-pooled|repeated) to (\d+)": lambda a, n, name, r: _heads(a, *n),
-    r"\d+ units added that write zeros": lambda a, n, name, r: _padded(a, name, r),
+    r"\d+ units added with zero outputs": lambda a, n, name, r: _padded(a, name, r),
     r"(\d+) units split into (\d+)": lambda a, n, name, r: _units(a, name, *n),
     r"cut from \d+ to (\d+) (?:positions|tokens)": lambda a, n, name, r: a[: n[0]],
     r"(\d+) positions tiled to (\d+)": lambda a, n, name, r: a[[i % n[0] for i in range(n[1])]],
@@ -144,7 +144,7 @@ STEPS = {
     ),
     r"(\d+) token types to (\d+).*": lambda a, n, name, r: a[[i if i < n[0] else 0 for i in range(n[1])]],
     r"copied, the target's head is untied|copied into an added block|a chosen layer|becomes the gate": lambda a, *_: a,
-    r"the gate, without what it gated|.* centres?, .* did( not)?|read as .*": lambda a, *_: a,
+    r"the gate projection, without up_proj|.* centres?, .* did( not)?|read as .*": lambda a, *_: a,
 }
 
 
@@ -269,11 +269,11 @@ def test_strict_and_allow() -> None:
     stock = stock_model("BertModel")
     how = {"head": "ForSequenceClassification", "overrides": {"pooling": "mean"}}
     with pytest.raises(
-        NotAllowedError, match=r"strict: 2 parameters start anew and 2 tensors are not used, such as"
+        NotAllowedError, match=r"strict: 2 parameters are newly initialised and 2 tensors are not used, such as"
     ) as caught:
         warm_start("mybert", stock, strict=True, **how)
     assert caught.value.report.model is None and {row.status for row in caught.value.report.rows} >= {"new", "unused"}
-    with pytest.raises(NotAllowedError, match="strict: 0 parameters start anew and 2 tensors"):
+    with pytest.raises(NotAllowedError, match="strict: 0 parameters are newly initialised and 2 tensors"):
         warm_start("mybert", stock, strict=True, allow=["^classifier"], **how)
     assert warm_start("mybert", stock, strict=True, allow=["^classifier", "pooler"], **how).model is not None
 

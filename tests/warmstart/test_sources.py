@@ -45,7 +45,7 @@ def test_distilbert_classifier_has_another_way_to_pool() -> None:
     report = warm_start("mybert", distilbert("DistilBertForSequenceClassification"))
     how = {row.sources[0]: row.how for row in report.rows if row.status == "unused"}
     assert how["pre_classifier.weight"] == "it is followed by ReLU, MyBert's pooler by tanh"
-    assert how["classifier.weight"] == "it reads pre_classifier's output, which is not used"
+    assert how["classifier.weight"] == "its input is pre_classifier's output, which is not used"
 
 
 def test_distilgpt2_is_a_shallow_gpt2() -> None:
@@ -182,7 +182,7 @@ def test_rename() -> None:
     assert report.is_exact and difference(report.model, stock) <= 1e-5
     assert "blocks/0.mixer.c_mixer.weight" in {name for row in report.rows for name in row.sources}
     with pytest.raises(
-        CheckpointError, match=r"has the tensor names of no family that is known .* map them with rename="
+        CheckpointError, match=r"has tensor names of no known family .* map them with rename="
     ):
         warm_start("mygpt2", odd, config={"n_head": 4})
 

@@ -82,7 +82,7 @@ def test_the_sources_own_tokenizer_goes_along(gpt2: Path, tokenizers, tmp_path: 
 
 
 def test_no_tokenizer_to_compare_with(tokenizers) -> None:
-    with pytest.raises(CheckpointError, match=r"has no tokenizer beside it to compare with: pass source_tokenizer="):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer to match tokens with: pass source_tokenizer="):
         warm_start("mygpt2", stock_model("GPT2LMHeadModel"), tokenizer=tokenizers["new"])
     with pytest.raises(CheckpointError, match=r"no tokenizer could be loaded from nowhere"):
         warm_start("mygpt2", stock_model("GPT2LMHeadModel"), tokenizer="nowhere")

@@ -211,7 +211,9 @@ def _copy_to_experts(change: RoleChange) -> None:
         value = change.tensors.pop(role)
         for i in range(count):
             change.tensors[role.replace("mlp.", f"mlp.experts.{i}.", 1)] = value.then(step, same, kind=kind)
-    for role in [role for role in change.wanted if role.endswith(".mlp.router.weight")] if change.normalised else ():
+    for role in (
+        [role for role in change.parameters if role.endswith(".mlp.router.weight")] if change.normalised else ()
+    ):
         router = change.fresh(role)
         change.tensors[role] = replace(
             router, kind="exact", steps=("new: all experts are alike, so any choice gives the same",)

@@ -14,7 +14,7 @@ from ...checkpoints import CheckpointError
 from ...messages import first_line
 from ..checking import SMALL, Check, evaluating, largest
 from ..opening import Opened
-from ..reference import load_quietly
+from ..reference import load_without_warnings
 
 _OUTPUTS = ("logits", "start_logits", "end_logits", "prediction_logits", "last_hidden_state", "pooler_output")
 _ERRORS = (
@@ -102,7 +102,9 @@ class AnyChecker:
         fields = {key: value for key, value in raw.items() if key not in ("model_type", "architectures")}
         config = transformers.AutoConfig.for_model(raw["model_type"], **fields)
         floating = [n for n, info in self.opened.info.items() if info.dtype.is_floating_point]
-        loaded, missing = load_quietly(model_class, config, {n: self.opened.tensors[n].float() for n in floating})
+        loaded, missing = load_without_warnings(
+            model_class, config, {n: self.opened.tensors[n].float() for n in floating}
+        )
         if missing:
             raise CheckpointError(f"the source has no {missing[0]}, which transformers' {name} has")
         return loaded

@@ -11,10 +11,10 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ...checkpoints import CheckpointError
+from ...checkpoints.load_errors import only_errors_logged
 from ...checkpoints.safetensors_files import read_json
 from ...messages import first_line
 from ..key_mapping import CONFIGS, family_of
-from ..reference import quiet
 
 _ENDINGS = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _STOCK = {"LMHeadModel": "ForCausalLM", "DoubleHeadsModel": "ForCausalLM", "ForPreTraining": "ForMaskedLM"}
@@ -166,7 +166,7 @@ def load_target(
         CheckpointError: it cannot be loaded.
     """
     try:
-        with quiet():
+        with only_errors_logged(progress_bars=False):
             loaded: Any = model_class.from_pretrained(folder, config=config, trust_remote_code=trusted)
     except Exception as error:  # many kinds
         raise CheckpointError(f"the target {folder} cannot be loaded: {first_line(error, 200)}") from error

@@ -1,4 +1,4 @@
-"""What `warm_start` says in terms of its arguments, in terms of the command line's options."""
+"""Messages of `warm_start` with the names of command-line options in place of its arguments."""
 
 import ast
 import contextlib
@@ -32,14 +32,14 @@ def _renames(found: re.Match) -> str:
     """`rename={'a': 'b'}` → `--rename 'a=b'`."""
     try:
         entries = ast.literal_eval(found[1])
-    except (ValueError, SyntaxError):  # a rename of the caller's that is none
+    except (ValueError, SyntaxError):  # not a dict that can be parsed
         return found[0]
     return " ".join(f"--rename {shlex.quote(f'{pattern}={new}')}" for pattern, new in entries.items())
 
 
 @contextlib.contextmanager
 def in_options() -> Iterator[None]:
-    """Errors raised within name options of the command line."""
+    """Within it, errors name options of the command line."""
     try:
         yield
     except CheckpointError as error:
@@ -48,7 +48,7 @@ def in_options() -> Iterator[None]:
 
 
 def report_in_options(report: WarmStartReport) -> None:
-    """Let the report's notes name options of the command line."""
+    """Change the report's notes to name options of the command line."""
     report.notes = [as_options(note) for note in report.notes]
     if report.checked is not None:
         report.checked = replace(report.checked, what=as_options(report.checked.what))
