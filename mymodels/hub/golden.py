@@ -83,7 +83,7 @@ def recorded(
                 last = str(run.one("last"))
                 if wrong := re.match(r"mymodels_clean\.inputs\.(?:WrongInputs|FailedOnInputs): (.*)", last):
                     raise CheckpointError(f"{folder}: golden outputs cannot be recorded, {wrong[1]}")
-                unsuitable = re.match(r"mymodels_clean\.inputs\.Unsuitable: (.*)", last)
+                unsuitable = re.match(r"mymodels_clean\.inputs\.NoSuitableInputs: (.*)", last)
                 if unsuitable:
                     raise CheckpointError(
                         f"{folder}: golden outputs cannot be recorded, {unsuitable[1]}: leave them out (golden=False, "

@@ -227,7 +227,7 @@ def test_earlier_releases_count(tmp_path: Path) -> None:
     ("last", "sentence"),
     [
         (
-            "mymodels_clean.inputs.Unsuitable: the config has no vocab_size, so no token ids can be made up for it",
+            "mymodels_clean.inputs.NoSuitableInputs: the config has no vocab_size, so no token ids can be made up for it",
             "the config has no vocab_size, so no token ids can be made up for it: leave them out (golden=False, --no-golden)",
         ),
         (

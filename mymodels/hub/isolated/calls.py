@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .comparing import EQUAL, difference, floating, not_finite, row_of, run_model, shown_outputs
+from .comparing import EQUAL, difference, floating, not_finite, row_of, run_model, unpadded_outputs
 from .load_repo import describe
 from .stages import innermost, sentence
 
@@ -17,29 +17,29 @@ _OF_EVERY_MODULE = set(vars(torch.nn.Module()))
 def check_forward(check: Any, model: Any, inputs: dict[str, torch.Tensor], before: dict[str, Any]) -> None:
     """It runs, finite, and each time the same; the weights and the inputs stay as they are, and nothing piles up."""
     given = {name: tensor.clone() for name, tensor in inputs.items()}
-    first = shown_outputs(model, inputs)
+    first = unpadded_outputs(model, inputs)
     check.fail_if(not_finite(first))
     for name, tensor in given.items():
         if not torch.equal(inputs[name], tensor):
             check.fail(f"forward writes into {name}, which is the caller's: work on a copy")
-    second, kept = shown_outputs(model, inputs), held(model)
+    second, kept = unpadded_outputs(model, inputs), state_sizes(model)
     after = describe(model)
     changed = [n for n, t in before.items() if t["persistent"] and t["digest"] != after.get(n, {}).get("digest")]
     if changed:
         check.fail(f"forward changes what was loaded: {changed[0]} is another tensor after it", changed[0])
-    for again in (second, *(shown_outputs(model, inputs) for _ in range(2))):
-        wrong = difference(again, first) or _more(again, first)
+    for again in (second, *(unpadded_outputs(model, inputs) for _ in range(2))):
+        wrong = difference(again, first) or _extra_output(again, first)
         if wrong:
             check.fail(f"two runs on the same inputs in eval mode are not the same: {wrong}")
-    report_state(check, kept, held(model))
+    report_state(check, kept, state_sizes(model))
 
 
-def _more(seen: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+def _extra_output(seen: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     more = [name for name in seen if name not in expected]
     return f"there is an output {more[0]!r}, which there was not before" if more else ""
 
 
-def held(model: torch.nn.Module) -> dict[str, tuple[str, int | float]]:
+def state_sizes(model: torch.nn.Module) -> dict[str, tuple[str, int | float]]:
     """What the modules of a model, and the folder's own code, keep: by name the kind and size, or the number itself."""
     found: dict[str, tuple[str, int | float]] = {}
     for path, module in model.named_modules():
@@ -133,10 +133,10 @@ def check_batch(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None
             n: row_of(flipped[n], None if mask is None else mask.flip(0), count - 1 - row) for n in want if n in flipped
         }
         ordered = {n: row_of(want[n], mask, row) for n in seen if flipped[n].shape == want[n].shape}
-        check.fail_if(_after("the order of the rows changes their outputs", difference(seen, ordered, EQUAL)))
+        check.fail_if(_with_prefix("the order of the rows changes their outputs", difference(seen, ordered, EQUAL)))
     again = difference(run_model(model, inputs), together, EQUAL)
-    check.fail_if(_after("calls on other inputs in between change the outputs", again))
+    check.fail_if(_with_prefix("calls on other inputs in between change the outputs", again))
 
 
-def _after(what: str, wrong: str) -> str:
+def _with_prefix(what: str, wrong: str) -> str:
     return f"{what}: {wrong}" if wrong else ""

@@ -3,16 +3,16 @@
 from typing import Any
 
 from .comparing import EQUAL, difference, run_model
-from .inputs import room, tokens
+from .inputs import make_token_ids, prompt_length
 
 
-def sees_later(model: Any) -> str:
+def future_leak(model: Any) -> str:
     """What a change of the last token changes before it, in words; nothing if nothing does, or if it cannot be told."""
     if getattr(model.config, "is_encoder_decoder", False):
         return ""
-    ids = tokens(model, 1, room(model), seed=5)
+    ids = make_token_ids(model, 1, prompt_length(model), seed=5)
     changed = ids.clone()
-    changed[0, -1] = next(int(token) for token in tokens(model, 1, 50, seed=9)[0] if token != ids[0, -1])
+    changed[0, -1] = next(int(token) for token in make_token_ids(model, 1, 50, seed=9)[0] if token != ids[0, -1])
     before, after = run_model(model, {"input_ids": ids}), run_model(model, {"input_ids": changed})
     for name, tensor in before.items():
         if tensor.shape[:2] == ids.shape and tensor.shape[1] > 1:

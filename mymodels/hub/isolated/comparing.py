@@ -74,7 +74,7 @@ def row_of(tensor: torch.Tensor, mask: torch.Tensor | None, row: int) -> torch.T
     return tensor[row]
 
 
-def shown_outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unpadded_outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The outputs where they mean something: not at padding; of very large ones every n-th value."""
     mask, shown = inputs.get("attention_mask"), {}
     for name, tensor in run_model(model, inputs).items():

@@ -41,7 +41,9 @@ def run(job: dict[str, Any], events: Any) -> None:
             "forward_kwargs": any(p.kind is p.VAR_KEYWORD for p in [*parameters, *base_parameters]),
             "attention_backend": bool(getattr(model, "_supports_attention_backend", False)),
             "attention": attention,
-            "linears": targets(path for path, module in linears.items() if not _is_head(model, path, module)),
+            "linears": target_module_names(
+                path for path, module in linears.items() if not _is_head(model, path, module)
+            ),
             "conv1d": sorted({p.rpartition(".")[2] for p, m in model.named_modules() if type(m).__name__ == "Conv1D"}),
             "heads": [name for name, _ in model.named_children()],
             "fused": [name for name, fuses in FUSIONS.items() if any(map(fuses, model.modules()))],
@@ -53,7 +55,7 @@ def run(job: dict[str, Any], events: Any) -> None:
     )
 
 
-def targets(paths: Iterable[str]) -> list[str]:
+def target_module_names(paths: Iterable[str]) -> list[str]:
     """The names that PEFT takes for these modules: the last part of each path, and what stands before a number."""
     found = set()
     for path in paths:
@@ -122,7 +124,7 @@ def _is_name(node: ast.AST | None, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 
 
-def _plain(node: ast.AST | None) -> tuple[str, ast.expr] | None:
+def _plain_self_call(node: ast.AST | None) -> tuple[str, ast.expr] | None:
     """`name` and `x` of a call `self.name(x)`."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_name(node.func.value, "self")):
         return None
@@ -135,7 +137,7 @@ def _fuses_qkv(module: torch.nn.Module) -> bool:
     if len(linears) < 3:
         return False
     by_input: dict[str, list[str]] = {}
-    for name, given in filter(None, map(_plain, ast.walk(_source(module)))):
+    for name, given in filter(None, map(_plain_self_call, ast.walk(_source(module)))):
         if name in linears:
             by_input.setdefault(ast.dump(given), []).append(name)
     return any(len(names) == len(set(names)) == 3 for names in by_input.values())
@@ -148,8 +150,8 @@ def _fuses_glu(module: torch.nn.Module) -> bool:
     for node in ast.walk(_source(module)):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             for one, other in ((node.left, node.right), (node.right, node.left)):
-                act, up = _plain(one), _plain(other)
-                gate = _plain(act[1]) if act else None
+                act, up = _plain_self_call(one), _plain_self_call(other)
+                gate = _plain_self_call(act[1]) if act else None
                 if gate and up and ast.dump(gate[1]) == ast.dump(up[1]):
                     return True
     return False

@@ -6,9 +6,17 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from .causality import sees_later
+from .causality import future_leak
 from .comparing import EQUAL, difference, run_model
-from .inputs import NEW_TOKENS, beside_text, generates, pad_id, room, tokens, two_stacks
+from .inputs import (
+    NEW_TOKENS,
+    generates,
+    has_encoder_and_decoder,
+    make_token_ids,
+    non_text_inputs,
+    pad_id,
+    prompt_length,
+)
 from .stages import sentence
 
 BEAMS = 4
@@ -72,7 +80,7 @@ def first_step(model: Any, prompt: dict[str, torch.Tensor], made: Any) -> str:
     if type(model).generate is not GenerationMixin.generate or not start.shape[1]:
         return ""
     inputs = dict(prompt)
-    if two_stacks(model):
+    if has_encoder_and_decoder(model):
         inputs["decoder_input_ids"] = start
     logits = run_model(model, inputs).get("logits")
     if logits is None or logits.dim() != 3:
@@ -91,12 +99,12 @@ def check_generation(events: Any, name: str, model: Any, inputs: dict[str, torch
             return True
         prompt = inputs
         if "input_ids" in inputs:  # one row: what padding does to the cache is for the check of padding
-            prompt = {"input_ids": tokens(model, 1, room(model), seed=5), **beside_text(inputs)}
+            prompt = {"input_ids": make_token_ids(model, 1, prompt_length(model), seed=5), **non_text_inputs(inputs)}
         plain = generate(model, prompt, use_cache=False, **STEPS)
         made = generate(model, prompt, use_cache=True, **STEPS)
         wrong = same_steps([step[:1] for step in made.logits], [step[:1] for step in plain.logits], plain, made)
         if wrong:
-            cached.fail(sees_later(model) or f"generation with the cache is not generation without it: {wrong}")
+            cached.fail(future_leak(model) or f"generation with the cache is not generation without it: {wrong}")
         elif wrong := first_step(model, prompt, plain):
             cached.fail(f"the first token that generate makes has other logits than forward gives: {wrong}")
     with events.check("generation config", name) as check:
@@ -121,7 +129,7 @@ def check_configured(check: Any, model: Any, inputs: dict[str, torch.Tensor]) ->
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else [end for end in ends or [] if isinstance(end, int)]
-    known = "input_ids" in inputs and not two_stacks(model)
+    known = "input_ids" in inputs and not has_encoder_and_decoder(model)
     start = inputs["input_ids"].shape[1] if known else 1
     for number, row in enumerate(made[:, start:].tolist()):
         first = next((place for place, token in enumerate(row) if token in ends), None)

@@ -9,18 +9,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import tokenizers
-from .comparing import TOLERANCES, difference, not_finite, run_model, shown_outputs
+from .comparing import TOLERANCES, difference, not_finite, run_model, unpadded_outputs
 from .generating import generate, generate_as_configured
 from .inputs import (
     NEW_TOKENS,
-    beside_text,
-    check_given,
+    accepted_inputs,
+    check_caller_inputs,
     generates,
     kept_inputs,
     last_positions,
     make_inputs,
+    non_text_inputs,
     read_tensors,
-    taken,
 )
 from .load_repo import load
 from .processors import processed_inputs, record_processors
@@ -98,9 +98,9 @@ def run(job: dict[str, Any], events: Any) -> None:
             own = bool(inputs)
             inputs = choose_inputs(job, model)
             last = {} if own else last_positions(model)
-            last = {**beside_text(inputs), **last} if last else {}
+            last = {**non_text_inputs(inputs), **last} if last else {}
             made = {"dtype": str(model.dtype).removeprefix("torch."), "tolerance": TOLERANCES.get(model.dtype, 1e-5)}
-        outputs = shown_outputs(model, taken(model, inputs))
+        outputs = unpadded_outputs(model, accepted_inputs(model, inputs))
         if wrong := not_finite(outputs):
             raise RuntimeError(f"the outputs of {name} are not finite: {wrong}")
         tensors.update({f"output.{name}.{key}": tensor for key, tensor in outputs.items()})
@@ -137,11 +137,11 @@ def choose_inputs(job: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
     Raises:
         WrongInputs: the caller's have an argument that `forward` does not take, or not one that it needs.
         FailedOnInputs: `forward` fails on the caller's.
-        Unsuitable: there are none, and none that were tried suit the model.
+        NoSuitableInputs: there are none, and none that were tried suit the model.
     """
     inputs = read_inputs(job)
     if inputs and job.get("inputs"):
-        check_given(model, inputs)
+        check_caller_inputs(model, inputs)
     return inputs or make_inputs(model, processed_inputs(job))
 
 
@@ -159,7 +159,7 @@ def outputs_at(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.T
 def compare(model: Any, name: str, golden: Golden) -> str:
     """What the model makes of the golden inputs that it should not, in words; nothing if all is as recorded."""
     tolerance = golden.made["tolerance"]
-    wrong = difference(shown_outputs(model, taken(model, golden.inputs)), golden.outputs[name], tolerance)
+    wrong = difference(unpadded_outputs(model, accepted_inputs(model, golden.inputs)), golden.outputs[name], tolerance)
     if wrong or name not in golden.last_outputs:
         return wrong
     wrong = difference(outputs_at(model, golden.last_inputs), golden.last_outputs[name], tolerance)

@@ -23,7 +23,7 @@ _WINDOW = re.compile(r"window|attention_chunk_size|local_(attention|span|context
 _PICTURES, _SOUNDS = ("pixel_values",), ("input_features", "input_values")
 
 
-class Unsuitable(Exception):
+class NoSuitableInputs(Exception):
     """The model takes something else than what can be made up from its config."""
 
 
@@ -38,14 +38,14 @@ class FailedOnInputs(Exception):
 # ---- what the config says of text
 
 
-def vocabulary(model: Any) -> list[int]:
+def ordinary_token_ids(model: Any) -> list[int]:
     """Token ids that are not special, or all if that leaves too few."""
     config = text_config(model.config)
     size = getattr(config, "vocab_size", None)
     if not isinstance(size, int) or size < 2:
         size = getattr(_embeddings(model), "num_embeddings", None)
     if not isinstance(size, int) or size < 2:
-        raise Unsuitable("the config has no vocab_size, so no token ids can be made up for it")
+        raise NoSuitableInputs("the config has no vocab_size, so no token ids can be made up for it")
     special: set[Any] = set()
     for name in dir(config):
         if name.endswith("_token_id"):
@@ -62,16 +62,16 @@ def _embeddings(model: Any) -> Any:
         return None
 
 
-def tokens(model: Any, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+def make_token_ids(model: Any, rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """The same pseudo-random token ids on every machine."""
-    ids, state, values = vocabulary(model), seed + 1, []
+    ids, state, values = ordinary_token_ids(model), seed + 1, []
     for _ in range(rows * length):
         state = state * 6364136223846793005 + 1442695040888963407 & (2**64 - 1)
         values.append(ids[(state >> 33) % len(ids)])
     return torch.tensor(values).reshape(rows, length)
 
 
-def limit(model: Any) -> int:
+def max_positions(model: Any) -> int:
     """How many positions the config promises, 0 if it does not say.
 
     A table of positions with a padding index (as RoBERTa's) starts counting behind that index.
@@ -85,7 +85,7 @@ def limit(model: Any) -> int:
     return value
 
 
-def window(model: Any) -> int:
+def attention_window(model: Any) -> int:
     """The largest attention window that the config names and uses, 0 if there is none."""
     config = text_config(model.config)
     kinds = getattr(config, "layer_types", None)
@@ -101,17 +101,17 @@ def window(model: Any) -> int:
     return max(found)
 
 
-def affordable(model: Any) -> int:
+def affordable_length(model: Any) -> int:
     """How many tokens one forward may have, so that a check of a large model ends in time and memory."""
     size = sum(parameter.numel() for parameter in model.parameters())
     return max(LENGTH, min(LONGEST, int(WORK / max(size, 1))))
 
 
-def room(model: Any) -> int:
+def prompt_length(model: Any) -> int:
     """How many tokens of input reach past the window, and leave room for padding and for what is generated."""
-    most, wanted = limit(model) or 1_000_000, LENGTH
-    if window(model):
-        wanted = min(window(model) + LENGTH, affordable(model))
+    most, wanted = max_positions(model) or 1_000_000, LENGTH
+    if attention_window(model):
+        wanted = min(attention_window(model) + LENGTH, affordable_length(model))
     return max(2, min(wanted, most - NEW_TOKENS - 3))
 
 
@@ -124,7 +124,7 @@ def generates(model: Any) -> bool:
     return bool(getattr(model, "can_generate", bool)())
 
 
-def two_stacks(model: Any) -> bool:
+def has_encoder_and_decoder(model: Any) -> bool:
     """Whether there is an encoder and a decoder."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
@@ -134,8 +134,8 @@ def one_row_only(model: Any) -> bool:
     return "Classif" in type(model).__name__ and getattr(text_config(model.config), "pad_token_id", None) is None
 
 
-def side_of(model: Any) -> str:
-    return "left" if generates(model) and not two_stacks(model) else "right"
+def padding_side(model: Any) -> str:
+    return "left" if generates(model) and not has_encoder_and_decoder(model) else "right"
 
 
 def pad(model: Any, ids: torch.Tensor, side: str, padding: list[int]) -> dict[str, torch.Tensor]:
@@ -150,7 +150,7 @@ def pad(model: Any, ids: torch.Tensor, side: str, padding: list[int]) -> dict[st
 _TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
-def beside_text(inputs: Mapping[str, torch.Tensor], rows: int = 1) -> dict[str, torch.Tensor]:
+def non_text_inputs(inputs: Mapping[str, torch.Tensor], rows: int = 1) -> dict[str, torch.Tensor]:
     """What the inputs have besides text, such as a picture or a decoder's tokens: the first row, so many times."""
     return {n: x[:1].repeat(rows, *[1] * (x.dim() - 1)) for n, x in inputs.items() if n not in _TEXT}
 
@@ -160,21 +160,21 @@ def last_positions(model: Any) -> dict[str, torch.Tensor]:
 
     Empty if the config promises none, or the row would be too long and `forward` takes no positions.
     """
-    most = limit(model)
+    most = max_positions(model)
     if not most or getattr(model, "main_input_name", "input_ids") != "input_ids" or not accepts(model, "input_ids"):
         return {}
     inputs = {}
-    if most <= affordable(model):
-        inputs["input_ids"] = tokens(model, 1, most, seed=11)
-    elif accepts(model, "position_ids") and not two_stacks(model):
-        inputs["input_ids"] = tokens(model, 1, NEW_TOKENS, seed=11)
+    if most <= affordable_length(model):
+        inputs["input_ids"] = make_token_ids(model, 1, most, seed=11)
+    elif accepts(model, "position_ids") and not has_encoder_and_decoder(model):
+        inputs["input_ids"] = make_token_ids(model, 1, NEW_TOKENS, seed=11)
         inputs["position_ids"] = torch.arange(most - NEW_TOKENS, most)[None]
     else:
         return {}
     if accepts(model, "attention_mask"):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if two_stacks(model):
-        inputs["decoder_input_ids"] = tokens(model, 1, 5, seed=7)
+    if has_encoder_and_decoder(model):
+        inputs["decoder_input_ids"] = make_token_ids(model, 1, 5, seed=7)
     return inputs
 
 
@@ -188,7 +188,7 @@ def make_inputs(model: Any, processed: Mapping[str, torch.Tensor] | None = None)
         processed: what the folder's own processor makes of a picture or a sound.
 
     Raises:
-        Unsuitable: none of the inputs that were tried suits the model.
+        NoSuitableInputs: none of the inputs that were tried suits the model.
         Exception: whatever `forward` raises on inputs that are as the config says, or on all that were tried alike.
     """
     raised: list[Exception] = []
@@ -201,18 +201,18 @@ def make_inputs(model: Any, processed: Mapping[str, torch.Tensor] | None = None)
         except Exception as error:
             raised.append(error)
     takes = getattr(model, "main_input_name", "input_ids")
-    if len(raised) > 1 and len({_kind(error) for error in raised}) == 1:
+    if len(raised) > 1 and len({_error_key(error) for error in raised}) == 1:
         raise raised[0]  # whatever it is given
     why = f", of {len(raised)} that were tried the first gives {sentence(raised[0])}" if raised else ""
-    raise Unsuitable(f"no inputs could be made up for a model that takes {takes}{why}")
+    raise NoSuitableInputs(f"no inputs could be made up for a model that takes {takes}{why}")
 
 
-_WHATEVER_IS_GIVEN = (AttributeError, NameError, ImportError, NotImplementedError)
+_NOT_CAUSED_BY_INPUTS = (AttributeError, NameError, ImportError, NotImplementedError)
 
 
-def _kind(error: Exception) -> tuple[str, str]:
+def _error_key(error: Exception) -> tuple[str, str]:
     """What is raised, and where: the text of an error that no input can cause may name the input all the same."""
-    return (innermost(error), type(error).__name__ if isinstance(error, _WHATEVER_IS_GIVEN) else sentence(error))
+    return (innermost(error), type(error).__name__ if isinstance(error, _NOT_CAUSED_BY_INPUTS) else sentence(error))
 
 
 def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
@@ -223,7 +223,7 @@ def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tupl
     if known and main in known:
         yield known, False  # if it does not fit, the check of the processor tells it
     if main == "input_ids" and (accepts(model, main) or not required(model)):
-        text = _text(model)
+        text = _text_inputs(model)
         if not other and set(required(model)) <= set(text):
             yield text, True
         yield text, False
@@ -233,9 +233,9 @@ def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tupl
     elif main in (*_PICTURES, *_SOUNDS):
         exact = isinstance(getattr(model.config, "image_size", None), int) and main in _PICTURES
         for shape in shapes(model, main):
-            yield _with_decoder(model, {main: wave(shape)}), exact and not two_stacks(model)
+            yield _with_decoder(model, {main: wave(shape)}), exact and not has_encoder_and_decoder(model)
     else:
-        yield from ((inputs, False) for inputs in _unknown(model, main))
+        yield from ((inputs, False) for inputs in _guessed_inputs(model, main))
 
 
 def required(model: Any) -> list[str]:
@@ -244,19 +244,21 @@ def required(model: Any) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def _text(model: Any) -> dict[str, torch.Tensor]:
-    length = room(model)
-    inputs = {"input_ids": tokens(model, 1 if one_row_only(model) else 2, length)}
+def _text_inputs(model: Any) -> dict[str, torch.Tensor]:
+    length = prompt_length(model)
+    inputs = {"input_ids": make_token_ids(model, 1 if one_row_only(model) else 2, length)}
     if accepts(model, "attention_mask") and not one_row_only(model):
-        inputs = pad(model, inputs["input_ids"], side_of(model), [0, min(4, length - 1)])
-    if two_stacks(model):
-        inputs["decoder_input_ids"] = tokens(model, inputs["input_ids"].shape[0], max(1, min(length, LENGTH) // 2), 7)
+        inputs = pad(model, inputs["input_ids"], padding_side(model), [0, min(4, length - 1)])
+    if has_encoder_and_decoder(model):
+        inputs["decoder_input_ids"] = make_token_ids(
+            model, inputs["input_ids"].shape[0], max(1, min(length, LENGTH) // 2), 7
+        )
     return inputs
 
 
 def _with_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if two_stacks(model) and accepts(model, "decoder_input_ids"):
-        inputs["decoder_input_ids"] = tokens(model, 2, 5, seed=7)
+    if has_encoder_and_decoder(model) and accepts(model, "decoder_input_ids"):
+        inputs["decoder_input_ids"] = make_token_ids(model, 2, 5, seed=7)
     return inputs
 
 
@@ -274,30 +276,32 @@ def shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
     config = model.config
     parts = [config, *(getattr(config, part, None) for part in ("vision_config", "audio_config", "backbone_config"))]
 
-    def of(*names: str) -> Iterator[Any]:
+    def config_values(*names: str) -> Iterator[Any]:
         for part in parts:
             for attribute in names:
                 if getattr(part, attribute, None) is not None:
                     yield getattr(part, attribute)
 
     if name in _PICTURES:
-        channels = next((n for n in of("num_channels", "in_channels", "in_chans") if isinstance(n, int)), 3)
-        for size in [*of("image_size", "img_size", "input_size"), 224, 64, 32]:
+        channels = next((n for n in config_values("num_channels", "in_channels", "in_chans") if isinstance(n, int)), 3)
+        for size in [*config_values("image_size", "img_size", "input_size"), 224, 64, 32]:
             sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
             if len(sides) == 2 and all(isinstance(side, int) for side in sides):
                 yield (2, channels, *sides)
     elif name == "input_features":
-        bins = next(of("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"), 80)
-        frames = next(of("max_source_positions"), 0)
+        bins = next(
+            config_values("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"), 80
+        )
+        frames = next(config_values("max_source_positions"), 0)
         yield from ((2, bins, 2 * frames),) if frames else ()
         yield from ((2, 128, bins), (2, bins, 128), (2, 3000, bins), (2, bins, 3000))
     else:
-        bins, frames = next(of("num_mel_bins"), 0), next(of("max_length"), 0)
+        bins, frames = next(config_values("num_mel_bins"), 0), next(config_values("max_length"), 0)
         yield from ((2, frames, bins),) if bins and frames else ()
         yield from ((2, 4000), (2, 1, 4000), (2, 16000))
 
 
-def _unknown(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
+def _guessed_inputs(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
     """Guesses for a `forward` whose arguments have names of their own: numbers and tokens of a few shapes."""
     names = [name for name in dict.fromkeys([*required(model), main]) if accepts(model, name)]
     if not names:
@@ -311,8 +315,8 @@ def _unknown(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
         for shape in (*((2, steps, channels) for channels in width[:2]), (2, steps), (2, steps, 1)):
             yield {name: wave(shape) for name in names}
     try:
-        ids = tokens(model, 2, room(model))
-    except Unsuitable:
+        ids = make_token_ids(model, 2, prompt_length(model))
+    except NoSuitableInputs:
         ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 16
     yield dict.fromkeys(names, ids)
 
@@ -324,7 +328,7 @@ def _is_size(value: Any) -> bool:
 # ---- inputs that the caller gave
 
 
-def taken(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def accepted_inputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inputs that this class takes: a folder's other classes need not take all that its main class does."""
     return (
         {name: tensor for name, tensor in inputs.items() if accepts(model, name)} if _is_strict(model) else {**inputs}
@@ -336,7 +340,7 @@ def _is_strict(model: Any) -> bool:
     return all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def check_given(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
+def check_caller_inputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
     """Refuse inputs of the caller's that `forward` cannot be called with, in one sentence.
 
     Raises:
@@ -364,15 +368,15 @@ def check_given(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
 
 def keep_inputs(job: dict[str, Any], inputs: Mapping[str, torch.Tensor]) -> None:
     """Keep the inputs of the class of `architectures` for the stages that compare their outputs with its."""
-    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, _kept(job))
+    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, _kept_inputs_path(job))
 
 
 def kept_inputs(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What `keep_inputs` kept, or nothing."""
-    return read_tensors(_kept(job)) if _kept(job).is_file() else {}
+    return read_tensors(_kept_inputs_path(job)) if _kept_inputs_path(job).is_file() else {}
 
 
-def _kept(job: dict[str, Any]) -> Path:
+def _kept_inputs_path(job: dict[str, Any]) -> Path:
     return Path(job["scratch"], "inputs.safetensors")
 
 

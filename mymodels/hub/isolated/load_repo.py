@@ -29,14 +29,14 @@ def load(
     try:
         loaded = class_of(name).from_pretrained(folder or job["folder"], **options)
     except RuntimeError as error:
-        if "mismatch" in str(error) and (what := _other_sizes(name, folder or job["folder"], options)):
+        if "mismatch" in str(error) and (what := _describe_mismatched_sizes(name, folder or job["folder"], options)):
             raise RuntimeError(what) from error
         raise
     model, loading = loaded if isinstance(loaded, tuple) else (loaded, {})
     return model.eval(), loading
 
 
-def _other_sizes(name: str, folder: str, options: dict[str, Any]) -> str:
+def _describe_mismatched_sizes(name: str, folder: str, options: dict[str, Any]) -> str:
     """Which tensors have other sizes than in the files, in words: the error points to a log that nobody sees."""
     try:
         _, loading = class_of(name).from_pretrained(folder, ignore_mismatched_sizes=True, **options)
@@ -165,7 +165,7 @@ def loaded_event(job: dict[str, Any], model: Any, name: str, loading: dict[str, 
     return event
 
 
-def names(model: Any, argument: str) -> bool:
+def names_argument(model: Any, argument: str) -> bool:
     """Whether the model's own `forward` names this argument."""
     return argument in inspect.signature(model.forward).parameters
 
@@ -173,14 +173,14 @@ def names(model: Any, argument: str) -> bool:
 def accepts(model: Any, argument: str) -> bool:
     """Whether the model's `forward` names this argument, or hands its **kwargs to a base model whose forward does."""
     parameters = inspect.signature(model.forward).parameters
-    if names(model, argument):
+    if names_argument(model, argument):
         return True
     base = getattr(model, "base_model", model)
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return base is not model and hands_on and argument in inspect.signature(base.forward).parameters
 
 
-def forget_code_cache() -> None:
+def clear_code_cache() -> None:
     """Empty the module cache, as on a machine that never loaded this code."""
     from transformers.utils import HF_MODULES_CACHE
 

@@ -33,22 +33,24 @@ def lock(job: dict[str, Any]) -> None:
     if job["memory_limit"]:
         resource.setrlimit(resource.RLIMIT_DATA, (job["memory_limit"], job["memory_limit"]))
     if sys.platform == "linux":
-        _leave_the_network()
+        _enter_empty_network_namespace()
     events = os.open(job["events"], os.O_WRONLY | os.O_APPEND)
     roots = [os.path.realpath(job["scratch"]), "/dev", "/proc"]
 
-    def note(name: str, what: str) -> None:
-        where = place()
+    def report_attempt(name: str, what: str) -> None:
+        where = folder_code_line()
         if where:
             os.write(events, (json.dumps({"attempt": name, "what": what, "where": where}) + "\n").encode())
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "socket.__new__" and arguments[1] in (socket.AF_INET, socket.AF_INET6, -1):
             if sys._getframe(1).f_code.co_name != "_has_ipv6" and sys._getframe(2).f_code.co_name != "_has_ipv6":
-                note("network", "the code opens a network connection")  # urllib3 only looks whether there is IPv6
+                report_attempt(
+                    "network", "the code opens a network connection"
+                )  # urllib3 only looks whether there is IPv6
             raise ConnectionRefusedError("there is no network in the clean process")
         if event == "socket.getaddrinfo":
-            note("network", f"the code looks up {str(arguments[0])[:100]!r} in the network")
+            report_attempt("network", f"the code looks up {str(arguments[0])[:100]!r} in the network")
             raise ConnectionRefusedError("there is no network in the clean process")
         if event == "open" and arguments[2] & _WRITING:
             paths = arguments[:1]
@@ -58,13 +60,15 @@ def lock(job: dict[str, Any]) -> None:
             if isinstance(path, (str, bytes, os.PathLike)):
                 full = os.path.realpath(os.fsdecode(path))
                 if not any(full == root or full.startswith(root + "/") for root in roots):
-                    note("file writes", f"the code writes or deletes outside of its temporary folder: {full[:200]}")
+                    report_attempt(
+                        "file writes", f"the code writes or deletes outside of its temporary folder: {full[:200]}"
+                    )
                     raise PermissionError(f"{full} may not be changed in the clean process")
 
     sys.addaudithook(hook)
 
 
-def place(frame: Any = None) -> str:
+def folder_code_line(frame: Any = None) -> str:
     """File and line of the folder's code that is running, innermost first; empty if none is."""
     frame = frame or sys._getframe(1)
     while frame is not None:
@@ -74,7 +78,7 @@ def place(frame: Any = None) -> str:
     return ""
 
 
-def _leave_the_network() -> None:
+def _enter_empty_network_namespace() -> None:
     """Into a network namespace without devices, if the kernel lets us; else the audit hook has to do."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()

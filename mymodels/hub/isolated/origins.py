@@ -32,7 +32,7 @@ def origins(job: dict[str, Any], name: str, model: Any, tensors: dict[str, Any],
         `computed`: of these, the ones that a new model has likewise and that need not be in the files; or `error`:
         why it was not tried.
     """
-    unknown = _unknown(job, model, tensors, missing)
+    unknown = _not_in_files(job, model, tensors, missing)
     if not unknown:
         return {}
     if job["weights_size"] > LARGEST:
@@ -55,16 +55,16 @@ def origins(job: dict[str, Any], name: str, model: Any, tensors: dict[str, Any],
     }
 
 
-def _unknown(job: dict[str, Any], model: Any, tensors: dict[str, Any], missing: set[str]) -> list[str]:
+def _not_in_files(job: dict[str, Any], model: Any, tensors: dict[str, Any], missing: set[str]) -> list[str]:
     stored = _stored_names(Path(job["folder"]))
     prefix = getattr(model, "base_model_prefix", "") or ""
 
-    def found(name: str) -> bool:
+    def is_stored(name: str) -> bool:
         return bool(stored & {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")})
 
     held = {n: t for n, t in tensors.items() if t["persistent"] and not t["meta"] and n not in missing}
-    shared = {held[n]["memory"] for n in held if found(n)}  # tied to one that was found
-    return [n for n in held if not found(n) and held[n]["memory"] not in shared]
+    shared = {held[n]["memory"] for n in held if is_stored(n)}  # tied to one that was found
+    return [n for n in held if not is_stored(n) and held[n]["memory"] not in shared]
 
 
 def _computed(name: str, model: Any, tensors: dict[str, Any], unmoved: list[str]) -> list[str]:
@@ -105,7 +105,7 @@ def _other_values(job: dict[str, Any]) -> Iterator[str]:
     if not weights:
         raise FileNotFoundError("the folder has no weights that could be changed")
 
-    def place(path: str, target: str) -> None:
+    def copy_entry(path: str, target: str) -> None:
         if Path(path) in weights:
             _write_other_values(Path(path), Path(target))
         elif Path(path).is_symlink():
@@ -114,7 +114,7 @@ def _other_values(job: dict[str, Any]) -> Iterator[str]:
             shutil.copyfile(path, target)
 
     try:
-        shutil.copytree(source, copy, copy_function=place)
+        shutil.copytree(source, copy, copy_function=copy_entry)
         yield str(copy)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
@@ -124,16 +124,16 @@ def _write_other_values(path: Path, target: Path) -> None:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             metadata, held = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        save_file({name: _other(tensor) for name, tensor in held.items()}, target, metadata=metadata)
+        save_file({name: _with_other_values(tensor) for name, tensor in held.items()}, target, metadata=metadata)
     else:
-        torch.save(_other(torch.load(path, map_location="cpu", weights_only=True)), target)
+        torch.save(_with_other_values(torch.load(path, map_location="cpu", weights_only=True)), target)
 
 
-def _other(value: Any) -> Any:
+def _with_other_values(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _other(inner) for key, inner in value.items()}
+        return {key: _with_other_values(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_other(inner) for inner in value]
+        return [_with_other_values(inner) for inner in value]
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return (value.float() * 0.5 + 0.3125).to(value.dtype).contiguous()
     return value

@@ -10,29 +10,29 @@ from safetensors.torch import load_file, save_file
 
 from . import golden_outputs, tokenizers
 from .calls import check_batch, check_forward
-from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, shown_outputs
+from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, unpadded_outputs
 from .generating import STEPS, check_generation, generate, same_steps
 from .inputs import (
     FailedOnInputs,
-    Unsuitable,
+    NoSuitableInputs,
     WrongInputs,
-    affordable,
-    beside_text,
+    accepted_inputs,
+    affordable_length,
+    attention_window,
     generates,
+    has_encoder_and_decoder,
     keep_inputs,
     last_positions,
-    limit,
     make_inputs,
+    make_token_ids,
+    max_positions,
+    non_text_inputs,
     one_row_only,
     pad,
-    room,
-    side_of,
-    taken,
-    tokens,
-    two_stacks,
-    window,
+    padding_side,
+    prompt_length,
 )
-from .load_repo import accepts, class_of, describe, load, loaded_event, names
+from .load_repo import accepts, class_of, describe, load, loaded_event, names_argument
 from .processors import PROCESSORS, check_pipelines, check_processors, check_tokenizer_output, processed_inputs
 from .stages import sentence
 
@@ -60,7 +60,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             keep_inputs(job, inputs)
             check_forward(check, model, inputs, event["tensors"])
             check_head(check, name, model, run_model(model, inputs))
-        except Unsuitable as error:
+        except NoSuitableInputs as error:
             check.skip(f"{error}; give some by --inputs FILE")
         except WrongInputs as error:
             events.write(wrong_inputs=str(error))
@@ -81,7 +81,7 @@ def run(job: dict[str, Any], events: Any) -> None:
                         "the golden file holds no tokens that it generated, so none were compared: record it anew"
                     )
     if inputs:
-        save_file(shown_outputs(model, inputs), scratch / "outputs.safetensors")
+        save_file(unpadded_outputs(model, inputs), scratch / "outputs.safetensors")
     (scratch / "tensors.json").write_text(json.dumps(event["tensors"]))  # before forward, which may add buffers
     with events.check("save") as check:
         check_save(check, job, model)
@@ -138,10 +138,10 @@ def run_other_classes(job: dict[str, Any], events: Any) -> None:
             with events.check("forward", name) as check:
                 try:
                     inputs = golden_outputs.read_inputs(job) or make_inputs(model, processed_inputs(job))
-                    check_head(check, name, model, run_model(model, taken(model, inputs)))
+                    check_head(check, name, model, run_model(model, accepted_inputs(model, inputs)))
                     if golden:
                         check.note("the golden file holds no outputs of this class")
-                except Unsuitable as error:
+                except NoSuitableInputs as error:
                     check.skip(str(error))
 
 
@@ -172,14 +172,18 @@ def check_entry(check: Any, job: dict[str, Any], name: str, model: Any) -> None:
     inner = [module for module in model.modules() if module is not model]
     for other, place in job["auto_map"].items():
         klass = place.rpartition(".")[2]
-        if name == "AutoModel" and other.startswith("AutoModelFor") and any(_is(module, klass) for module in inner):
+        if (
+            name == "AutoModel"
+            and other.startswith("AutoModelFor")
+            and any(_is_class_named(module, klass) for module in inner)
+        ):
             what = f"auto_map exchanges AutoModel and {other}: AutoModel leads to {type(model).__name__}"
             check.fail(f"{what}, a model with a head around the {klass} of {other}", "config.json")
-        elif other == "AutoModel" and name.startswith("AutoModelFor") and _is(model, klass):
+        elif other == "AutoModel" and name.startswith("AutoModelFor") and _is_class_named(model, klass):
             check.warn(f"{name} and AutoModel lead to the same class, {klass}")
 
 
-def _is(module: Any, klass: str) -> bool:
+def _is_class_named(module: Any, klass: str) -> bool:
     return type(module).__name__ == klass
 
 
@@ -206,10 +210,10 @@ def run_reload(job: dict[str, Any], events: Any) -> None:
             check.fail(f"{len(changed)} tensors are not what was saved, the first is {changed[0]}")
         elif (scratch / "outputs.safetensors").exists():
             inputs = golden_outputs.read_inputs(job)
-            check.fail_if(difference(shown_outputs(model, inputs), load_file(scratch / "outputs.safetensors")))
+            check.fail_if(difference(unpadded_outputs(model, inputs), load_file(scratch / "outputs.safetensors")))
 
 
-def _needed(*names: str) -> list[Any]:
+def _imported_folder_modules(*names: str) -> list[Any]:
     """The modules of the folder that these modules take anything from, and they themselves: not the tokenizer's."""
     found: dict[str, Any] = {}
     queue = list(names)
@@ -227,7 +231,7 @@ def _needed(*names: str) -> list[Any]:
 def check_save(check: Any, job: dict[str, Any], model: Any) -> None:
     model.save_pretrained(job["saved"])
     source, saved = Path(job["folder"]), Path(job["saved"])
-    modules = _needed(type(model).__module__, type(model.config).__module__)
+    modules = _imported_folder_modules(type(model).__module__, type(model.config).__module__)
     used = {Path(getattr(module, "__file__", None) or "__init__.py").name for module in modules} - {"__init__.py"}
     for file in sorted(used):
         if not (saved / file).is_file():
@@ -253,10 +257,10 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
     if one_row_only(model):
         check.not_applicable("the config names no pad_token_id, so this model takes one row at a time")
         return
-    count, extra = room(model), 3
-    ids = tokens(model, 2, count + extra, seed=3)
-    rest, pair = beside_text(inputs), beside_text(inputs, rows=2)
-    for side in _sides(model, ids[:1], rest):
+    count, extra = prompt_length(model), 3
+    ids = make_token_ids(model, 2, count + extra, seed=3)
+    rest, pair = non_text_inputs(inputs), non_text_inputs(inputs, rows=2)
+    for side in _padding_sides(model, ids[:1], rest):
         kept = ids[:1, extra:] if side == "left" else ids[:1, :count]
         row = {"input_ids": kept, "attention_mask": torch.ones_like(kept), **rest}
         padded = {**pad(model, ids, side, [extra, 0]), **pair}
@@ -265,32 +269,35 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
         elif side == "left" and not generates(model):
             continue
         alone, beside = run_model(model, row), run_model(model, padded)
-        seen, want = _of_row(beside, padded["attention_mask"]), _of_row(alone, row["attention_mask"])
+        seen, want = (
+            _first_row_outputs(beside, padded["attention_mask"]),
+            _first_row_outputs(alone, row["attention_mask"]),
+        )
         for key in [k for k in want if k not in MUST_BE_FINITE and (k not in seen or seen[k].shape != want[k].shape)]:
             del want[key]  # no row for each input, such as similarities between rows
         wrong = difference(seen, want, EQUAL)
         if wrong:
             check.fail(f"padding on the {side} changes the outputs of the other tokens: {wrong}")
-        if side == side_of(model) and with_generation:
+        if side == padding_side(model) and with_generation:
             prompts = {name: padded[name] for name in ("input_ids", "attention_mask")}
             alone, beside = generate(model, row, **STEPS), generate(model, prompts, **STEPS)
             wrong = same_steps([step[:1] for step in beside.logits], alone.logits, alone, beside)
-            if wrong and accepts(model, "position_ids") and not names(model, "position_ids"):
+            if wrong and accepts(model, "position_ids") and not names_argument(model, "position_ids"):
                 why = "forward does not name position_ids, so generate passes none to the base model"
                 check.warn(f"{why}, and padding on the {side} changes what is generated: {wrong}")
             elif wrong:
                 check.fail(f"padding on the {side} changes what is generated: {wrong}")
 
 
-def _of_row(outputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def _first_row_outputs(outputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the first row gives, of the outputs that have as many rows as there are inputs."""
     rows = {n: t for n, t in floating(outputs).items() if t.dim() and t.shape[0] == len(mask)}
     return {name: row_of(tensor, mask, 0) for name, tensor in rows.items()}
 
 
-def _sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> list[str]:
+def _padding_sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> list[str]:
     """Right for all; left too for a model in which no token sees a later one."""
-    if rest or two_stacks(model):
+    if rest or has_encoder_and_decoder(model):
         return ["right"]
     changed = ids.clone()
     changed[0, -1] = changed[0, 0]
@@ -307,8 +314,8 @@ def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor])
     if "input_ids" not in inputs or not accepts(model, "inputs_embeds"):
         check.not_applicable("forward takes no input_ids with inputs_embeds as another way")
         return
-    ids = {"input_ids": tokens(model, 1, room(model), seed=3)}
-    rest = beside_text(inputs)
+    ids = {"input_ids": make_token_ids(model, 1, prompt_length(model), seed=3)}
+    rest = non_text_inputs(inputs)
     with torch.inference_mode():
         embedded = model.get_input_embeddings()(ids["input_ids"])
     try:
@@ -323,9 +330,11 @@ def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor])
 
 def check_last_position(check: Any, model: Any, others: dict[str, torch.Tensor]) -> None:
     """The config's last position can be reached, and so can the end of its window."""
-    inputs, most = last_positions(model), limit(model)
-    if window(model) >= affordable(model):
-        check.skip(f"the window of {window(model)} tokens was not passed: a row that long is too large for a check")
+    inputs, most = last_positions(model), max_positions(model)
+    if attention_window(model) >= affordable_length(model):
+        check.skip(
+            f"the window of {attention_window(model)} tokens was not passed: a row that long is too large for a check"
+        )
     if not inputs:
         if most and getattr(model, "main_input_name", "") == "input_ids" and accepts(model, "input_ids"):
             check.skip(f"a row of the {most} tokens that the config promises is too long for a check")
@@ -333,7 +342,7 @@ def check_last_position(check: Any, model: Any, others: dict[str, torch.Tensor])
             check.not_applicable("the config promises no number of positions")
         return
     try:
-        outputs = run_model(model, {**beside_text(others), **inputs})
+        outputs = run_model(model, {**non_text_inputs(others), **inputs})
     except Exception as error:
         raise RuntimeError(
             f"the config promises {most} positions, but up to the last of them forward raises {sentence(error)}"
@@ -352,7 +361,7 @@ def check_attention(check: Any, job: dict[str, Any], name: str, model: Any, inpu
         check.fail(
             f"attn_implementation={other!r} is ignored, the model stays with {second.config._attn_implementation}"
         )
-    seen, want = floating(shown_outputs(second, inputs)), floating(shown_outputs(model, inputs))
+    seen, want = floating(unpadded_outputs(second, inputs)), floating(unpadded_outputs(model, inputs))
     common = [key for key in want if key in seen or "attentions" not in key]  # which sdpa does not give
     if not inputs.get("attention_mask", torch.ones(1)).all():  # one number of a batch may count its padding
         common = [key for key in common if want[key].numel() > 1]

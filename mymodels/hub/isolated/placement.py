@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .comparing import difference, shown_outputs
+from .comparing import difference, unpadded_outputs
 from .golden_outputs import read_inputs
 from .load_repo import build, config_of, load
 
@@ -18,7 +18,7 @@ def run(job: dict[str, Any], events: Any) -> None:
         with torch.device("meta"):
             skeleton = build(name, config_of(job))
         real = [n for n, parameter in skeleton.named_parameters() if not parameter.is_meta]
-        own = [n for n in real if not _of_the_library(skeleton, n)]
+        own = [n for n in real if not _is_library_parameter(skeleton, n)]
         if own:
             check.fail(f"{len(own)} parameters have data under torch.device('meta'), the first is {own[0]}")
         elif real:
@@ -40,7 +40,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             return
         model, _ = load(job, name, device_map=device_map, offload_folder=f"{job['scratch']}/offload")
         try:
-            seen = shown_outputs(model, read_inputs(job))
+            seen = unpadded_outputs(model, read_inputs(job))
         except (RuntimeError, AssertionError):
             inner = [n for n, part in model.named_modules() if isinstance(part, torch.nn.MultiheadAttention)]
             if not any(
@@ -55,7 +55,7 @@ def run(job: dict[str, Any], events: Any) -> None:
         check.fail_if(difference(seen, load_file(expected)))
 
 
-def _of_the_library(model: torch.nn.Module, name: str) -> bool:
+def _is_library_parameter(model: torch.nn.Module, name: str) -> bool:
     """Whether the class that makes a parameter is one of transformers or torch."""
     path, _, attribute = name.rpartition(".")
     for klass in type(model.get_submodule(path)).__mro__:
@@ -88,15 +88,15 @@ def half_on_disk(skeleton: torch.nn.Module) -> dict[str, str]:
             on_disk.update(f"{path}.{number}" for number in range(len(module) // 2, len(module)))
     device_map: dict[str, str] = {}
 
-    def cover(path: str, module: torch.nn.Module) -> None:
+    def assign(path: str, module: torch.nn.Module) -> None:
         inner = f"{path}." if path else ""
         if path in on_disk or not any(name.startswith(inner) for name in on_disk):
             device_map[path] = "disk" if path in on_disk else "cpu"
             return
         for name, child in module.named_children():
-            cover(f"{inner}{name}", child)
+            assign(f"{inner}{name}", child)
         for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             device_map[f"{inner}{name}"] = "cpu"
 
-    cover("", skeleton)
+    assign("", skeleton)
     return device_map

@@ -10,7 +10,7 @@ import transformers
 
 from .comparing import run_model
 from .generating import generate
-from .inputs import generates, limit, wave
+from .inputs import generates, max_positions, wave
 from .load_repo import accepts
 from .stages import innermost, sentence
 
@@ -31,7 +31,7 @@ TASKS = {  # a class that ends like this: its pipeline
 # ---- processors
 
 
-class Untried(Exception):
+class NoProcessorInputs(Exception):
     """A processor takes something else than what can be made up."""
 
 
@@ -56,7 +56,7 @@ def run_processor(processor: Any) -> dict[str, torch.Tensor]:
     """What a processor makes of a picture and of a sound, whichever it takes.
 
     Raises:
-        Untried: it takes neither, nor a series of numbers.
+        NoProcessorInputs: it takes neither, nor a series of numbers.
         Exception: whatever its own code raises at the same place, whatever it is given.
     """
     parts = [processor, *(getattr(processor, part, None) for part in ("image_processor", "feature_extractor"))]
@@ -86,7 +86,7 @@ def run_processor(processor: Any) -> dict[str, torch.Tensor]:
     own = [error for error in raised if innermost(error)]
     if own and len({(innermost(error), type(error)) for error in own}) == 1:
         raise own[0]
-    raise Untried(
+    raise NoProcessorInputs(
         f"it takes something that cannot be made up; the first of {len(raised)} inputs gives {sentence(raised[0])}"
     )
 
@@ -125,7 +125,7 @@ def _sample(tensor: torch.Tensor) -> list[float]:
     return [round(value, 6) for value in values[places].tolist()] if values.numel() else []
 
 
-def _not_as_recorded(made: dict[str, torch.Tensor], recorded: dict[str, Any]) -> str:
+def _difference_from_recorded(made: dict[str, torch.Tensor], recorded: dict[str, Any]) -> str:
     """What a processor makes otherwise than when the golden outputs were recorded, in words."""
     for name, (shape, sample) in recorded.items():
         if name not in made:
@@ -151,13 +151,13 @@ def check_processors(job: dict[str, Any], events: Any, model: Any, recorded: dic
         with events.check("processor", name) as check:
             try:
                 made = run_processor(processor)
-            except (Untried, ImportError) as error:
+            except (NoProcessorInputs, ImportError) as error:
                 check.skip(f"it was not tried: {error}")
                 continue
             check_processed(check, model, made)
             known = recorded.get("processed", {}).get(name)
             if known:
-                check.fail_if(_not_as_recorded(made, known))
+                check.fail_if(_difference_from_recorded(made, known))
             elif recorded:
                 check.skip(
                     "the golden file records nothing that the processor makes, so it was not compared: record it anew"
@@ -192,21 +192,21 @@ def check_tokenizer_output(check: Any, job: dict[str, Any], model: Any) -> None:
         check.not_applicable("forward takes no input_ids")
         return
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["folder"], trust_remote_code=True)
-    how = {"return_tensors": "pt", "truncation": True, "max_length": max(3, (limit(model) or 512) - 2)}
+    how = {"return_tensors": "pt", "truncation": True, "max_length": max(3, (max_positions(model) or 512) - 2)}
     batch = tokenizer(TEXTS, padding=True, **how) if tokenizer.pad_token else None
     for given in ([batch] if batch is not None else []) + [tokenizer(TEXTS[0], **how)]:
         given = {name: value for name, value in given.items() if name != "overflow_to_sample_mapping"}
         if getattr(model.config, "is_encoder_decoder", False):
             given["decoder_input_ids"] = given["input_ids"][:, :2]
-        elif set(_others(model)):
-            check.not_applicable(f"the model takes {', '.join(_others(model))} besides")
+        elif set(_other_modalities(model)):
+            check.not_applicable(f"the model takes {', '.join(_other_modalities(model))} besides")
             return
         run_model(model, given)
         if generates(model) and given["input_ids"].shape[0] == 1:
             generate(model, given, max_new_tokens=2, min_new_tokens=2)
 
 
-def _others(model: Any) -> list[str]:
+def _other_modalities(model: Any) -> list[str]:
     return [name for name in ("pixel_values", "input_features", "input_values") if accepts(model, name)]
 
 
@@ -219,7 +219,7 @@ def check_pipelines(job: dict[str, Any], events: Any, name: str, model: Any) -> 
     for task in own if isinstance(own, dict) else {}:
         with events.check("pipeline", task) as check:
             made = PIPELINE(task, model=job["folder"], trust_remote_code=True)
-            _call(check, made)
+            _try_pipeline(check, made)
     task = next((task for ending, task in TASKS.items() if type(model).__name__.endswith(ending)), None)
     if task is None or not job["tokenizer"] or task == "image-classification" or own:
         return
@@ -230,7 +230,7 @@ def check_pipelines(job: dict[str, Any], events: Any, name: str, model: Any) -> 
         made(TEXTS[0], **how)
 
 
-def _call(check: Any, pipeline: Any) -> None:
+def _try_pipeline(check: Any, pipeline: Any) -> None:
     """A pipeline of the folder's own takes what it likes: a text, a picture, a sound, numbers."""
     given: list[Any] = [TEXTS[0], TEXTS, {"text": TEXTS[0], "text_pair": TEXTS[1]}]
     given += [((wave((96, 120, 3)) + 1) * 127).to(torch.uint8).numpy(), wave((16_000,)).numpy(), wave((1, 16))]

@@ -20,12 +20,12 @@ def run(job: dict[str, Any], events: Any) -> None:
     for name, want in read_tensors(job["reference"]).items():
         got = getattr(outputs, name, None)
         if not isinstance(got, torch.Tensor) or got.shape != want.shape or got.dtype != want.dtype:
-            wrong = wrong or f"{name} is {_shown(got)}, not {_shown(want)}"
+            wrong = wrong or f"{name} is {_describe_tensor(got)}, not {_describe_tensor(want)}"
         elif not torch.equal(got, want):
             apart = (got.double() - want.double()).abs().max().item()
             wrong = wrong or f"{name} differs by up to {apart:.3g}"
     events.write(reference=wrong)
 
 
-def _shown(value: Any) -> str:
+def _describe_tensor(value: Any) -> str:
     return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else "not there"

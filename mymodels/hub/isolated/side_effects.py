@@ -32,12 +32,12 @@ import transformers
 
 from .comparing import run_model
 from .generating import generate
-from .inputs import Unsuitable, generates, kept_inputs, make_inputs
+from .inputs import NoSuitableInputs, generates, kept_inputs, make_inputs
 from .load_repo import load
 from .processors import processed_inputs, processor_names
 
 SEED = 0x5EED_0F_7E57  # one that nobody else sets
-SHOWN = 12
+MAX_LISTED = 12
 BLOCKS = 2000  # of 624 numbers each: so many draws from a generator are recognised as draws
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
 
@@ -48,17 +48,17 @@ def run(job: dict[str, Any], events: Any) -> None:
     import_what_the_code_imports(Path(job["folder"]))
     transformers.dynamic_module_utils.init_hf_modules()  # puts its cache of modules into sys.path
     with events.check("side effects", "import and load") as check:
-        seeds, before, foreign = seed_all(), snapshot(), foreign_objects()
+        seeds, before, foreign = set_probe_seeds(), snapshot(), library_objects()
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             model, _ = load(job, name, seed=None)
-        found = changes(before, snapshot()) + reseeded(seeds) + replaced(foreign)
+        found = changed_settings(before, snapshot()) + reseeded_generators(seeds) + replaced_objects(foreign)
         report(check, found, printed.getvalue(), "importing the code and loading the model")
     if check.failed:
         return
     with events.check("side effects", "forward") as check:
         try:
             inputs = kept_inputs(job) or make_inputs(model)
-        except Unsuitable as error:
+        except NoSuitableInputs as error:
             check.skip(str(error))
             return
         observe(check, lambda: run_model(model, inputs), "the first forward")
@@ -73,14 +73,14 @@ def run(job: dict[str, Any], events: Any) -> None:
 
 def observe(check: Any, call: Callable[[], Any], moment: str) -> None:
     """Report what a call changes in the process; that it raises is for the check that is about it."""
-    seeds, before, foreign = seed_all(), snapshot(), foreign_objects()
+    seeds, before, foreign = set_probe_seeds(), snapshot(), library_objects()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             call()
         except Exception as error:
             check.skip(f"not checked, because {moment.rstrip(',')} raises {type(error).__name__}")
             return
-    found = changes(before, snapshot()) + reseeded(seeds) + replaced(foreign)
+    found = changed_settings(before, snapshot()) + reseeded_generators(seeds) + replaced_objects(foreign)
     report(check, found, printed.getvalue(), moment)
 
 
@@ -105,8 +105,8 @@ def _own_processor(job: dict[str, Any]) -> bool:
 
 def report(check: Any, found: list[str], printed: str, moment: str) -> None:
     if found:
-        more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        check.fail(f"{moment} changes the process: {'; '.join(found[:SHOWN])}{more}")
+        more = f", and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
+        check.fail(f"{moment} changes the process: {'; '.join(found[:MAX_LISTED])}{more}")
     elif printed.strip():
         check.warn(f"{moment} prints {printed.strip().splitlines()[0][:80]!r}")
 
@@ -213,17 +213,17 @@ def _children() -> list[str]:
     return []
 
 
-_SHOWN = (bool, int, float, str, torch.dtype)
+_PLAIN = (bool, int, float, str, torch.dtype)
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What is another value now, in words; values of environment variables are not shown."""
     found = []
     for name in before.keys() | after.keys():
         old, new = before.get(name), after.get(name)
         if old == new:
             continue
-        plain = isinstance(old, _SHOWN) and isinstance(new, _SHOWN) and "environment" not in name
+        plain = isinstance(old, _PLAIN) and isinstance(new, _PLAIN) and "environment" not in name
         short = plain and not name.startswith(("sys.", "warnings.", "torch's printing", "NumPy's printing"))
         found.append(f"{name} ({str(old)[:60]} became {str(new)[:60]})" if short else name)
     return sorted(found)
@@ -232,7 +232,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 # ---- random seeds
 
 
-def seed_all() -> tuple[Any, Any]:
+def set_probe_seeds() -> tuple[Any, Any]:
     """Set all generators to seeds that nobody else sets; the states of Python's and NumPy's."""
     torch.manual_seed(SEED)
     random.seed(SEED)
@@ -240,21 +240,21 @@ def seed_all() -> tuple[Any, Any]:
     return random.getstate(), numpy.random.get_state()
 
 
-def reseeded(states: tuple[Any, Any]) -> list[str]:
+def reseeded_generators(states: tuple[Any, Any]) -> list[str]:
     """The generators whose state cannot be reached from the one before by drawing from them."""
     found = []
     if torch.initial_seed() != SEED:
         found.append(f"torch's random seed (set to {torch.initial_seed()})")
     python, array = states
     numbers: Any = numpy.random.get_state()
-    if not _drawn(python[1][:-1], random.getstate()[1][:-1]):
+    if not _reached_by_drawing(python[1][:-1], random.getstate()[1][:-1]):
         found.append("the random seed of Python's random")
-    if not _drawn(tuple(array[1].tolist()), tuple(numbers[1].tolist())):
+    if not _reached_by_drawing(tuple(array[1].tolist()), tuple(numbers[1].tolist())):
         found.append("NumPy's random seed")
     return found
 
 
-def _drawn(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+def _reached_by_drawing(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     """Whether a Mersenne Twister gets from one state to the other by being drawn from."""
     if before == after:
         return True
@@ -272,7 +272,7 @@ def _drawn(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
 # ---- classes, functions and tables of others
 
 
-def foreign_objects() -> dict[str, tuple[Any, dict[str, Any]]]:
+def library_objects() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Of each module and class of the libraries: its functions, classes and, of its tables, their entries."""
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name, module in list(sys.modules.items()):
@@ -311,7 +311,7 @@ def _table(value: Any) -> dict[str, Any]:
     }
 
 
-def replaced(before: dict[str, tuple[Any, dict[str, Any]]]) -> list[str]:
+def replaced_objects(before: dict[str, tuple[Any, dict[str, Any]]]) -> list[str]:
     """What others held and no longer hold: functions and classes exchanged, entries of tables overwritten."""
     found = []
     for name, (owner, old) in before.items():

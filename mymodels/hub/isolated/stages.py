@@ -135,7 +135,7 @@ def run_stage(name: str, run: Callable, job: dict[str, Any], events: Events) -> 
     process = os.fork()
     if process == 0:
         os.setpgid(0, 0)
-        _in_the_fork(name, run, job, events, errors)
+        _run_in_fork(name, run, job, events, errors)
     with contextlib.suppress(OSError):
         os.setpgid(process, process)
     events.write(stage=name, pid=process)
@@ -150,17 +150,17 @@ def run_stage(name: str, run: Callable, job: dict[str, Any], events: Events) -> 
         os.killpg(process, signal.SIGKILL)  # also workers that it left behind
     if status is None:
         os.waitpid(process, 0)
-    if status != 0 or not _done(job, name).exists():
-        events.write(ended=name, how=_how(status, job["time_limit"]), **_last_words(errors))
+    if status != 0 or not _done_file(job, name).exists():
+        events.write(ended=name, how=_describe_exit(status, job["time_limit"]), **_last_output(errors))
     loaded = Path(job["scratch"], "loaded").exists()
     return name != "outputs" or (loaded and status is not None)
 
 
-def _done(job: dict[str, Any], name: str) -> Path:
+def _done_file(job: dict[str, Any], name: str) -> Path:
     return Path(job["scratch"], f"{name}.done")
 
 
-def _in_the_fork(name: str, run: Callable, job: dict[str, Any], events: Events, errors: Path) -> None:
+def _run_in_fork(name: str, run: Callable, job: dict[str, Any], events: Events, errors: Path) -> None:
     code = 1
     try:
         with errors.open("w", buffering=1) as file:
@@ -169,7 +169,7 @@ def _in_the_fork(name: str, run: Callable, job: dict[str, Any], events: Events, 
             faulthandler.enable(file)
             faulthandler.dump_traceback_later(max(job["time_limit"] - 1, 0.5), file=file)
             run(job, events)
-            _done(job, name).touch()
+            _done_file(job, name).touch()
             code = 0
     except BaseException:
         traceback.print_exc()
@@ -178,7 +178,7 @@ def _in_the_fork(name: str, run: Callable, job: dict[str, Any], events: Events, 
         os._exit(code)
 
 
-def _how(status: int | None, time_limit: float) -> str:
+def _describe_exit(status: int | None, time_limit: float) -> str:
     if status is None:
         return f"did not end within {time_limit:g} s"
     if status == -signal.SIGKILL:
@@ -188,7 +188,7 @@ def _how(status: int | None, time_limit: float) -> str:
     return f"ended with exit code {status}" if status else "left in the middle, as by os._exit"
 
 
-def _last_words(errors: Path) -> dict[str, str]:
+def _last_output(errors: Path) -> dict[str, str]:
     """The last line a stage printed that says something, and where in the folder's code it was."""
     text = errors.read_text(encoding="utf-8", errors="replace") if errors.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

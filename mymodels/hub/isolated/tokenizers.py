@@ -51,26 +51,26 @@ def check_tokenizer(check: Any, job: dict[str, Any], model: Any, recorded: dict[
     """It belongs to the model: as many tokens as the embeddings have rows, the same ids, the recorded ids."""
     tokenizer = load_tokenizer(job)
     ids = tokenizer(SENTENCE).input_ids
-    size = rows(model)
+    size = embedding_rows(model)
     if not ids:
         check.fail("the tokenizer makes no tokens of a plain English sentence")
     elif size is not None and max(ids) >= size:
         check.fail(f"the tokenizer makes the token id {max(ids)}, for which the model's {size} embeddings have no row")
     elif size is not None and len(tokenizer) > size:
         check.fail(f"the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {size}")
-    if wrong := _not_as_recorded(tokenizer, recorded):
+    if wrong := _difference_from_recorded(tokenizer, recorded):
         check.fail(wrong)
-    for serious, wrong in wrong_ids(model, tokenizer):
+    for serious, wrong in mismatched_special_ids(model, tokenizer):
         check.fail(wrong) if serious else check.warn(wrong)
     if getattr(tokenizer, "chat_template", None):
-        check.fail_if(wrong_template(tokenizer))
+        check.fail_if(chat_template_problem(tokenizer))
     if recorded and not isinstance(recorded.get("tokens"), dict):
         check.skip(
             "the golden file records no tokens of a text, so the tokenizer was not compared with it: record it anew"
         )
 
 
-def rows(model: Any) -> int | None:
+def embedding_rows(model: Any) -> int | None:
     """How many tokens the input embeddings know, or else the config's `vocab_size`."""
     try:
         weight = model.get_input_embeddings().weight
@@ -82,7 +82,7 @@ def rows(model: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _not_as_recorded(tokenizer: Any, recorded: dict[str, Any]) -> str:
+def _difference_from_recorded(tokenizer: Any, recorded: dict[str, Any]) -> str:
     tokens = recorded.get("tokens")
     if not isinstance(tokens, dict):
         return ""
@@ -116,7 +116,7 @@ def _ids(value: Any) -> list[int]:
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
 
 
-def wrong_ids(model: Any, tokenizer: Any) -> Iterator[tuple[bool, str]]:
+def mismatched_special_ids(model: Any, tokenizer: Any) -> Iterator[tuple[bool, str]]:
     """Special ids of the config that are other tokens of the tokenizer: whether it is a fault, and what is wrong."""
     config, generation = text_config(model.config), getattr(model, "generation_config", None)
     generates = bool(getattr(model, "can_generate", bool)())
@@ -131,8 +131,8 @@ def wrong_ids(model: Any, tokenizer: Any) -> Iterator[tuple[bool, str]]:
         serious = generates if kind != "pad" else bool(named)  # generation alone pads what the mask hides
         yield (
             serious,
-            f"{kind}_token_id in {file} is {theirs} ({_token(tokenizer, theirs)}), but the {kind} token of the tokenizer "
-            f"is {own} ({_token(tokenizer, own)})",
+            f"{kind}_token_id in {file} is {theirs} ({_token_repr(tokenizer, theirs)}), but the {kind} token of the tokenizer "
+            f"is {own} ({_token_repr(tokenizer, own)})",
         )
     if getattr(model.config, "is_encoder_decoder", False):
         start = _ids(getattr(generation, "decoder_start_token_id", None)) or _ids(
@@ -140,18 +140,18 @@ def wrong_ids(model: Any, tokenizer: Any) -> Iterator[tuple[bool, str]]:
         )
         special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
         if start and special and start[0] not in special:
-            what = f"decoder_start_token_id is {start[0]} ({_token(tokenizer, start[0])}), which is no special token of the tokenizer"
+            what = f"decoder_start_token_id is {start[0]} ({_token_repr(tokenizer, start[0])}), which is no special token of the tokenizer"
             yield True, what
 
 
-def _token(tokenizer: Any, number: int) -> str:
+def _token_repr(tokenizer: Any, number: int) -> str:
     try:
         return repr(tokenizer.convert_ids_to_tokens(number))[:40]
     except Exception:  # beyond the vocabulary
         return "no token"
 
 
-def wrong_template(tokenizer: Any) -> str:
+def chat_template_problem(tokenizer: Any) -> str:
     """What is wrong with the chat template, in words: it raises, or leaves out what the messages say."""
     import jinja2
 

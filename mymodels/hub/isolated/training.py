@@ -70,19 +70,19 @@ def check_backward(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> No
             check.fail(f"the gradient of {name} is not finite", name)
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     without = [n for n, p in model.named_parameters() if n not in found and n not in still and p.requires_grad]
-    lost = [name for name in without if _matters(model, batch, name)]
+    lost = [name for name in without if _affects_loss(model, batch, name)]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         check.fail(f"{lost[0]}{more} changes the loss, but gets no gradient: it is never trained", lost[0])
     elif without:
         check.warn(f"{len(without)} parameters take no part in the loss and get no gradient, the first is {without[0]}")
-    learned = [name for name in frozen if _matters(model, batch, name)]
+    learned = [name for name in frozen if _affects_loss(model, batch, name)]
     if learned and not check.failed:
         check.warn(f"{len(frozen)} parameters are frozen (requires_grad=False), the first is {learned[0]}")
 
 
 @torch.no_grad()
-def _matters(model: Any, batch: dict[str, torch.Tensor], name: str) -> bool:
+def _affects_loss(model: Any, batch: dict[str, torch.Tensor], name: str) -> bool:
     """Whether the loss is another one when a parameter is."""
     parameter, before = model.get_parameter(name), loss_of(model, batch).item()
     kept = parameter.detach().clone()

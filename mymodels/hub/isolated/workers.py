@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .comparing import difference, shown_outputs
+from .comparing import difference, unpadded_outputs
 from .golden_outputs import read_inputs
-from .load_repo import build, config_of, forget_code_cache, load
+from .load_repo import build, clear_code_cache, config_of, load
 from .stages import sentence
 
 PROCESSES = 8
@@ -28,7 +28,7 @@ class Outputs(Dataset):
         return 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return shown_outputs(self.model, self.inputs) if self.inputs else {"config": torch.ones(1)}
+        return unpadded_outputs(self.model, self.inputs) if self.inputs else {"config": torch.ones(1)}
 
 
 def run(job: dict[str, Any], events: Any) -> None:
@@ -81,7 +81,7 @@ def run_parallel(job: dict[str, Any], events: Any) -> None:
 
 def _load_at_once(job: dict[str, Any], name: str) -> list[Path]:
     """Load in many processes on a cold cache of code; the error files of those that failed."""
-    forget_code_cache()
+    clear_code_cache()
     start, go = os.pipe()
     processes = {}
     for number in range(PROCESSES):

@@ -408,11 +408,11 @@ def test_draws_are_no_change_of_the_process_a_seed_is_one() -> None:
     with torch.random.fork_rng():
         python, array = random.getstate(), np.random.get_state()
         try:
-            states = side_effects.seed_all()
+            states = side_effects.set_probe_seeds()
             torch.rand(3), [random.random() for _ in range(2000)], np.random.rand(1000)
-            assert side_effects.reseeded(states) == []
+            assert side_effects.reseeded_generators(states) == []
             torch.manual_seed(7), random.seed(7), np.random.seed(7)
-            assert side_effects.reseeded(states) == [
+            assert side_effects.reseeded_generators(states) == [
                 "torch's random seed (set to 7)",
                 "the random seed of Python's random",
                 "NumPy's random seed",
@@ -423,20 +423,22 @@ def test_draws_are_no_change_of_the_process_a_seed_is_one() -> None:
 
 
 def test_settings_and_what_is_exchanged_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, foreign = side_effects.snapshot(), side_effects.foreign_objects()
-    assert side_effects.changes(before, side_effects.snapshot()) == side_effects.replaced(foreign) == []
+    before, foreign = side_effects.snapshot(), side_effects.library_objects()
+    assert (
+        side_effects.changed_settings(before, side_effects.snapshot()) == side_effects.replaced_objects(foreign) == []
+    )
     monkeypatch.setenv("TINY_SECRET", "do not show me")
     monkeypatch.setattr(nn.functional, "gelu", torch.relu)
     monkeypatch.setitem(transformers.activations.ACT2CLS, "relu", nn.Tanh)
     torch.set_default_dtype(torch.float64)
     try:
-        assert side_effects.changes(before, side_effects.snapshot()) == [
+        assert side_effects.changed_settings(before, side_effects.snapshot()) == [
             "the environment variable TINY_SECRET",
             "torch's default dtype (torch.float32 became torch.float64)",
         ]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert side_effects.replaced(foreign) == [
+    assert side_effects.replaced_objects(foreign) == [
         "torch.nn.functional.gelu is another",
         "transformers.activations.ACT2CLS['relu'] is another",
     ]

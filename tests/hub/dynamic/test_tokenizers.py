@@ -137,7 +137,7 @@ def test_sounds_too(tmp_path: Path, bins: int, status: str) -> None:
 
 
 def test_a_token_that_sees_the_next_one_is_named() -> None:
-    assert causality.sees_later(gpt2()) == ""
+    assert causality.future_leak(gpt2()) == ""
     model = gpt2()
     plain = model.transformer.forward
 
@@ -147,13 +147,17 @@ def test_a_token_that_sees_the_next_one_is_named() -> None:
         return made
 
     model.transformer.forward = leaking
-    assert "the mask is not causal" in causality.sees_later(model)
+    assert "the mask is not causal" in causality.future_leak(model)
 
 
 def test_what_peft_takes_has_a_name() -> None:
-    from mymodels.hub.isolated.facts import _is_head, targets
+    from mymodels.hub.isolated.facts import _is_head, target_module_names
 
-    assert targets(["model.layers.0.mlp.0", "model.layers.0.mlp.2", "a.q_proj"]) == ["mlp.0", "mlp.2", "q_proj"]
+    assert target_module_names(["model.layers.0.mlp.0", "model.layers.0.mlp.2", "a.q_proj"]) == [
+        "mlp.0",
+        "mlp.2",
+        "q_proj",
+    ]
     model = bert().base_model
     with_head = transformers.BertForSequenceClassification(model.config)
     heads = [n for n, m in with_head.named_modules() if isinstance(m, torch.nn.Linear) and _is_head(with_head, n, m)]
