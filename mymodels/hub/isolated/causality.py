@@ -1,4 +1,4 @@
-"""Does a token see the ones after it? The reason why generation with a cache is not generation without it."""
+"""Whether the mask is causal: outputs at a position must not depend on later tokens, or a cache changes them."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ from .inputs import make_token_ids, prompt_length
 
 
 def future_leak(model: Any) -> str:
-    """What a change of the last token changes before it, in words; nothing if nothing does, or if it cannot be told."""
+    """A sentence on the first earlier position that changes with the last token; "" if there is none.
+
+    Also "" for encoder-decoder models, which are not examined.
+    """
     if getattr(model.config, "is_encoder_decoder", False):
         return ""
     ids = make_token_ids(model, 1, prompt_length(model), seed=5)
@@ -19,7 +22,7 @@ def future_leak(model: Any) -> str:
             for place in range(tensor.shape[1] - 1):
                 if difference({name: after[name][:, place]}, {name: tensor[:, place]}, EQUAL):
                     return (
-                        f"a token sees the ones after it: the last of {ids.shape[1]} tokens changes {name} at position "
+                        f"a token attends to later ones: the last of {ids.shape[1]} tokens changes {name} at position "
                         f"{place}, so the mask is not causal"
                     )
     return ""

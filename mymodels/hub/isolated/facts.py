@@ -1,4 +1,4 @@
-"""Stages: what serving engines look at, read off the model's structure; and whether it can be exported."""
+"""Stages: the properties of a model that serving engines depend on, and a try of `torch.export`."""
 
 import ast
 import inspect
@@ -15,7 +15,7 @@ from .stages import sentence
 
 
 def run(job: dict[str, Any], events: Any) -> None:
-    """Report facts about the class of `architectures`, built on the meta device; `engine_readiness.py` makes checks of them."""
+    """Report properties of the class of `architectures`, built on the meta device, for `engine_readiness.py`."""
     config = config_of(job)
     with torch.device("meta"):
         model = build(job["classes"][0], config)
@@ -56,7 +56,7 @@ def run(job: dict[str, Any], events: Any) -> None:
 
 
 def target_module_names(paths: Iterable[str]) -> list[str]:
-    """The names that PEFT takes for these modules: the last part of each path, and what stands before a number."""
+    """The `target_modules` that PEFT accepts for these paths: the last part, with the part before it if it is a number."""
     found = set()
     for path in paths:
         parts = path.split(".")
@@ -66,7 +66,7 @@ def target_module_names(paths: Iterable[str]) -> list[str]:
 
 
 def _is_head(model: Any, path: str, module: torch.nn.Module) -> bool:
-    """Whether a layer is the model's head: its output embeddings, or what a model with a head adds to its base."""
+    """Whether a layer is the model's head: its output embeddings, or a module outside of the base model."""
     try:
         if module is model.get_output_embeddings():
             return True
@@ -98,7 +98,7 @@ def _source(module: torch.nn.Module) -> ast.AST:
 
 
 def _calls_interface(source: ast.AST) -> bool:
-    """Whether a function is looked up in `ALL_ATTENTION_FUNCTIONS`, put under a name, and called once by that name."""
+    """Whether a function of `ALL_ATTENTION_FUNCTIONS` is assigned to a name and called once by that name."""
     names: set[str] = set()
     for node in ast.walk(source):
         if isinstance(node, ast.Assign | ast.AnnAssign) and any(map(_looks_up, _alternatives(node.value))):
@@ -109,7 +109,7 @@ def _calls_interface(source: ast.AST) -> bool:
 
 
 def _alternatives(node: ast.AST | None) -> list[ast.AST | None]:
-    """The expressions that a conditional one may give: `a if test else b` gives `a` or `b`."""
+    """The branches of a conditional expression: `a` and `b` of `a if test else b`."""
     if isinstance(node, ast.IfExp):
         return [*_alternatives(node.body), *_alternatives(node.orelse)]
     return [node]
@@ -132,7 +132,7 @@ def _plain_self_call(node: ast.AST | None) -> tuple[str, ast.expr] | None:
 
 
 def _fuses_qkv(module: torch.nn.Module) -> bool:
-    """Three `nn.Linear`s, no more and no fewer, called plainly on one and the same thing."""
+    """Exactly three `nn.Linear`s are called, as `self.name(x)`, on the same expression."""
     linears = {name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)}
     if len(linears) < 3:
         return False
@@ -144,7 +144,7 @@ def _fuses_qkv(module: torch.nn.Module) -> bool:
 
 
 def _fuses_glu(module: torch.nn.Module) -> bool:
-    """`act(gate(x)) * up(x)`, each a plain call."""
+    """`self.act(self.gate(x)) * self.up(x)` is computed."""
     if sum(isinstance(child, torch.nn.Linear) for child in module.children()) < 2:
         return False
     for node in ast.walk(_source(module)):
@@ -167,7 +167,7 @@ CONFIG_NAMES = ("num_attention_heads", "num_key_value_heads", "hidden_size", "he
 
 
 def run_export(job: dict[str, Any], events: Any) -> None:
-    """Try `torch.export`, the first step of an ONNX export, with a free number of rows."""
+    """Try `torch.export`, the first step of an ONNX export, with a dynamic batch size."""
     model, _ = load(job, job["classes"][0])
     inputs: dict[str, Any] = read_inputs(job) or make_inputs(model)
     free = {name: {0: torch.export.Dim.AUTO} for name in inputs}

@@ -69,7 +69,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
     "translate: positions of the decoder": translate(
         edit(("places = torch.arange(seen, seen + length,", "places = torch.arange(length,")),
         "cached generation",
-        "generation with the cache is not generation without it",
+        "generation with the cache differs from generation without it",
     ),
     "translate: labels copied": translate(
         edit(("torch.cat([start, labels[:, :-1]], 1)", "labels")),
@@ -99,7 +99,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
     "translate: sizes": translate(
         [config(vocab_size=120)],
         "load",
-        r"sizes in config\.json are not those of the weights: .* is \(97, 32\) in the files",
+        r"sizes in config\.json differ from those of the weights: .* is \(97, 32\) in the files",
     ),
     "translate: beams on a cache that stays": translate(
         edit(
@@ -113,7 +113,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
             after="\n\nclass Stays(EncoderDecoderCache):\n    def reorder_cache(self, beam_idx):\n        return None\n",
         ),
         "beams",
-        "it is not reordered",
+        "the cache is not reordered",
     ),
     "pictures: other size": pictures(processor(size=32), "processor", "which the model refuses"),
     "pictures: other names": pictures(
@@ -205,7 +205,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
             )
         ),
         "cached generation",
-        "the first token that generate makes has other logits than forward gives",
+        "generate computes other logits for the first token than forward does",
     ),
     "a number that is no tensor": Pair(
         extra("score", "pooled.mean().item()"),

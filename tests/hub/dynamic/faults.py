@@ -278,7 +278,7 @@ FAULTS: dict[str, Fault] = {
             )
         ),
         "cached generation",
-        "generation with the cache is not generation without it: at token 2",
+        "generation with the cache differs from generation without it: at token 2",
     ),
     "eager forgets the scaling": Fault(
         code(("key.transpose(2, 3) * scaling", "key.transpose(2, 3)")),

@@ -115,7 +115,7 @@ WEIGHTS = {
         edit(("        seen = past_key_values", "        self.norms = 2\n        seen = past_key_values")),
         edit(("self.norms = 2", "nn.init.ones_(self.layers[0].norm.weight)")),
         "forward",
-        "forward changes what was loaded",
+        "forward changes a loaded tensor",
     ),
 }
 
@@ -241,7 +241,7 @@ GENERATION = {
             )
         ),
         "cached generation",
-        "generation with the cache is not generation without it",
+        "generation with the cache differs from generation without it",
     ),
     "fewer positions than promised": Pair(
         [
@@ -265,7 +265,7 @@ GENERATION = {
         ],
         edit(("        return super().reorder_cache(beam_idx)\n", "        return None\n")),
         "beams",
-        "it is not reordered",
+        "the cache is not reordered",
     ),
     "static cache": Pair(
         edit(("    _supports_sdpa = True\n", "    _supports_sdpa = True\n    _can_compile_fullgraph = True\n")),
@@ -277,7 +277,7 @@ GENERATION = {
             )
         ),
         "static cache",
-        "generation with a static cache is not generation with a dynamic one",
+        "generation with a static cache differs from generation with a dynamic one",
     ),
     "embeddings scaled for ids only": Pair(
         edit(
@@ -302,7 +302,7 @@ GENERATION = {
             )
         ),
         "generation config",
-        "generate goes on after the eos token",
+        "generate continues after the eos token",
     ),
     "other generation config than recorded": Pair(
         [generation_config(no_repeat_ngram_size=1)],
