@@ -227,8 +227,8 @@ def test_earlier_releases_count(tmp_path: Path) -> None:
     ("last", "sentence"),
     [
         (
-            "mymodels_clean.inputs.NoSuitableInputs: the config has no vocab_size, so no token ids can be made up for it",
-            "the config has no vocab_size, so no token ids can be made up for it: leave them out (golden=False, --no-golden)",
+            "mymodels_clean.inputs.NoSuitableInputs: the config has no vocab_size, so no token ids can be generated",
+            "the config has no vocab_size, so no token ids can be generated: leave them out (golden=False, --no-golden)",
         ),
         (
             "transformers_modules.x.modeling_x.OddError: /tmp/mymodels-clean-ab12cd34/hf/modules/modeling_x.py is odd",

@@ -1,4 +1,4 @@
-"""Inputs that fit a model, chosen from its config: text past its window, pictures, sound, series."""
+"""Inputs for a model, generated from its config: text longer than its window, images, audio, time series."""
 
 import inspect
 import math
@@ -17,14 +17,14 @@ from .stages import innermost, sentence
 
 LENGTH, NEW_TOKENS = 11, 8
 LONGEST = 2560  # tokens
-WORK = 2e11  # multiply-adds of one forward that a check may cost
+WORK = 2e11  # the most multiply-adds of one forward in a check
 _LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length")
 _WINDOW = re.compile(r"window|attention_chunk_size|local_(attention|span|context)")
 _PICTURES, _SOUNDS = ("pixel_values",), ("input_features", "input_values")
 
 
 class NoSuitableInputs(Exception):
-    """The model takes something else than what can be made up from its config."""
+    """No inputs for the model could be generated from its config."""
 
 
 class WrongInputs(Exception):
@@ -35,7 +35,7 @@ class FailedOnInputs(Exception):
     """`forward` cannot compute with the caller's inputs."""
 
 
-# ---- what the config says of text
+# ---- text
 
 
 def ordinary_token_ids(model: Any) -> list[int]:
@@ -45,7 +45,7 @@ def ordinary_token_ids(model: Any) -> list[int]:
     if not isinstance(size, int) or size < 2:
         size = getattr(_embeddings(model), "num_embeddings", None)
     if not isinstance(size, int) or size < 2:
-        raise NoSuitableInputs("the config has no vocab_size, so no token ids can be made up for it")
+        raise NoSuitableInputs("the config has no vocab_size, so no token ids can be generated")
     special: set[Any] = set()
     for name in dir(config):
         if name.endswith("_token_id"):
@@ -72,9 +72,9 @@ def make_token_ids(model: Any, rows: int, length: int, seed: int = 0) -> torch.T
 
 
 def max_positions(model: Any) -> int:
-    """How many positions the config promises, 0 if it does not say.
+    """The config's maximum number of positions, 0 if it names none.
 
-    A table of positions with a padding index (as RoBERTa's) starts counting behind that index.
+    A position table with a padding index, as RoBERTa's, counts from the entry after that index.
     """
     config = text_config(model.config)
     value = next((v for v in (getattr(config, name, None) for name in _LIMITS) if isinstance(v, int) and v > 0), 0)
@@ -86,7 +86,7 @@ def max_positions(model: Any) -> int:
 
 
 def attention_window(model: Any) -> int:
-    """The largest attention window that the config names and uses, 0 if there is none."""
+    """The largest attention window in use by the config, 0 if there is none."""
     config = text_config(model.config)
     kinds = getattr(config, "layer_types", None)
     if getattr(config, "use_sliding_window", True) is False:
@@ -102,13 +102,13 @@ def attention_window(model: Any) -> int:
 
 
 def affordable_length(model: Any) -> int:
-    """How many tokens one forward may have, so that a check of a large model ends in time and memory."""
+    """The most tokens for one forward, so that a check of a large model fits into time and memory."""
     size = sum(parameter.numel() for parameter in model.parameters())
     return max(LENGTH, min(LONGEST, int(WORK / max(size, 1))))
 
 
 def prompt_length(model: Any) -> int:
-    """How many tokens of input reach past the window, and leave room for padding and for what is generated."""
+    """An input length beyond the attention window that leaves positions for padding and generated tokens."""
     most, wanted = max_positions(model) or 1_000_000, LENGTH
     if attention_window(model):
         wanted = min(attention_window(model) + LENGTH, affordable_length(model))
@@ -125,12 +125,12 @@ def generates(model: Any) -> bool:
 
 
 def has_encoder_and_decoder(model: Any) -> bool:
-    """Whether there is an encoder and a decoder."""
+    """Whether the model is an encoder-decoder."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def one_row_only(model: Any) -> bool:
-    """Whether the model finds the end of a row by its padding, and its config names none."""
+    """Whether the model takes one row at a time: a classifier that finds a row's end by a pad token, but has none."""
     return "Classif" in type(model).__name__ and getattr(text_config(model.config), "pad_token_id", None) is None
 
 
@@ -151,14 +151,14 @@ _TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 def non_text_inputs(inputs: Mapping[str, torch.Tensor], rows: int = 1) -> dict[str, torch.Tensor]:
-    """What the inputs have besides text, such as a picture or a decoder's tokens: the first row, so many times."""
+    """The inputs other than text, such as images or decoder tokens: their first row, repeated `rows` times."""
     return {n: x[:1].repeat(rows, *[1] * (x.dim() - 1)) for n, x in inputs.items() if n not in _TEXT}
 
 
 def last_positions(model: Any) -> dict[str, torch.Tensor]:
-    """Inputs that reach the last position the config promises: a row that long, or a few tokens placed there.
+    """Inputs that reach the config's last position: a row of that length, or a few tokens with the last position ids.
 
-    Empty if the config promises none, or the row would be too long and `forward` takes no positions.
+    Empty if the config names no maximum, or if the row would be too long and `forward` takes no `position_ids`.
     """
     most = max_positions(model)
     if not most or getattr(model, "main_input_name", "input_ids") != "input_ids" or not accepts(model, "input_ids"):
@@ -178,18 +178,18 @@ def last_positions(model: Any) -> dict[str, torch.Tensor]:
     return inputs
 
 
-# ---- inputs of every kind
+# ---- inputs of any modality
 
 
 def make_inputs(model: Any, processed: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """A batch of two; of text two rows, the second padded: on the left for decoders, else on the right.
+    """A batch of two rows; of text the second row is padded, on the left for decoders, else on the right.
 
     Args:
-        processed: what the folder's own processor makes of a picture or a sound.
+        processed: the output of the folder's processor for an image or audio.
 
     Raises:
-        NoSuitableInputs: none of the inputs that were tried suits the model.
-        Exception: whatever `forward` raises on inputs that are as the config says, or on all that were tried alike.
+        NoSuitableInputs: `forward` accepts none of the inputs that were tried.
+        Exception: the error of `forward`, if it is the same for all inputs that were tried.
     """
     raised: list[Exception] = []
     for inputs, sure in _candidates(model, dict(processed or {})):
@@ -202,26 +202,26 @@ def make_inputs(model: Any, processed: Mapping[str, torch.Tensor] | None = None)
             raised.append(error)
     takes = getattr(model, "main_input_name", "input_ids")
     if len(raised) > 1 and len({_error_key(error) for error in raised}) == 1:
-        raise raised[0]  # whatever it is given
-    why = f", of {len(raised)} that were tried the first gives {sentence(raised[0])}" if raised else ""
-    raise NoSuitableInputs(f"no inputs could be made up for a model that takes {takes}{why}")
+        raise raised[0]  # the error does not depend on the inputs
+    why = f"; of {len(raised)} that were tried, the first raises {sentence(raised[0])}" if raised else ""
+    raise NoSuitableInputs(f"no inputs could be generated for a model that takes {takes}{why}")
 
 
 _NOT_CAUSED_BY_INPUTS = (AttributeError, NameError, ImportError, NotImplementedError)
 
 
 def _error_key(error: Exception) -> tuple[str, str]:
-    """What is raised, and where: the text of an error that no input can cause may name the input all the same."""
+    """Where an error was raised, and its text; only its type where the text may contain the input."""
     return (innermost(error), type(error).__name__ if isinstance(error, _NOT_CAUSED_BY_INPUTS) else sentence(error))
 
 
 def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
-    """Inputs to try, and whether the config (or the processor) says that they suit."""
+    """Inputs to try, and whether the config determines them, so that an error of `forward` on them is a fault."""
     main = getattr(model, "main_input_name", "input_ids")
     other = [name for name in (*_PICTURES, *_SOUNDS) if accepts(model, name)]
     known = {name: value for name, value in processed.items() if accepts(model, name)}
     if known and main in known:
-        yield known, False  # if it does not fit, the check of the processor tells it
+        yield known, False  # the check "processor" reports it if these do not fit
     if main == "input_ids" and (accepts(model, main) or not required(model)):
         text = _text_inputs(model)
         if not other and set(required(model)) <= set(text):
@@ -263,16 +263,16 @@ def _with_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def wave(shape: tuple[int, ...]) -> torch.Tensor:
-    """Numbers between -1 and 1, no two neighbours alike, rows of other means, the same on every machine."""
+    """Numbers between -1 and 1, neighbours unequal, a different mean in each row, the same on every machine."""
     values = (torch.arange(math.prod(shape), dtype=torch.float64) * 0.6180339887 % 2 - 1).reshape(shape)
-    if len(shape) > 1 and shape[0] > 1:  # what mixes rows shows only where they differ
+    if len(shape) > 1 and shape[0] > 1:  # mixing of rows is detected only where they differ
         row = torch.arange(shape[0], dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1)) / shape[0]
         values = values * (1 - row) + row / 2
     return values.float()
 
 
 def shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
-    """Shapes that a picture or a sound may have, those that the config speaks of first."""
+    """Possible shapes of an image or audio input, those from the config first."""
     config = model.config
     parts = [config, *(getattr(config, part, None) for part in ("vision_config", "audio_config", "backbone_config"))]
 
@@ -302,7 +302,7 @@ def shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
 
 
 def _guessed_inputs(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Guesses for a `forward` whose arguments have names of their own: numbers and tokens of a few shapes."""
+    """Inputs of several shapes, floats and token ids, for a `forward` with argument names that are not standard."""
     names = [name for name in dict.fromkeys([*required(model), main]) if accepts(model, name)]
     if not names:
         return
@@ -325,11 +325,11 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 4096
 
 
-# ---- inputs that the caller gave
+# ---- the caller's inputs
 
 
 def accepted_inputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs that this class takes: a folder's other classes need not take all that its main class does."""
+    """The inputs that this class's `forward` takes; a folder's other classes may take fewer than its main class."""
     return (
         {name: tensor for name, tensor in inputs.items() if accepts(model, name)} if _is_strict(model) else {**inputs}
     )
@@ -341,10 +341,10 @@ def _is_strict(model: Any) -> bool:
 
 
 def check_caller_inputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Refuse inputs of the caller's that `forward` cannot be called with, in one sentence.
+    """Check that `forward` can be called with the caller's inputs.
 
     Raises:
-        WrongInputs: an argument is not known or missing.
+        WrongInputs: an argument is unknown or missing.
         FailedOnInputs: `forward` fails on these values.
     """
     takes = list(inspect.signature(model.forward).parameters)
@@ -363,16 +363,16 @@ def check_caller_inputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
         raise FailedOnInputs(f"forward fails on the given inputs ({shapes_given}): {sentence(error)}") from error
 
 
-# ---- the same inputs for every stage
+# ---- inputs shared by all stages
 
 
 def keep_inputs(job: dict[str, Any], inputs: Mapping[str, torch.Tensor]) -> None:
-    """Keep the inputs of the class of `architectures` for the stages that compare their outputs with its."""
+    """Store the inputs of the class of `architectures` for the stages after it."""
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, _kept_inputs_path(job))
 
 
 def kept_inputs(job: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What `keep_inputs` kept, or nothing."""
+    """The inputs that `keep_inputs` stored, or an empty dict."""
     return read_tensors(_kept_inputs_path(job)) if _kept_inputs_path(job).is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""The check of the training loss: against the loss that its own logits and labels give."""
+"""The check of the training loss: it must equal the loss computed from the model's logits and labels."""
 
 import inspect
 from collections.abc import Callable
@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 def make_labels(name: str, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Labels for the head of a class, -100 at padding; none if it has no loss that is known by its class."""
+    """Labels for the head of a class, -100 at padding; none for classes whose loss is not known."""
     kind, ids = f"{name} {type(model).__name__}", inputs.get("input_ids")
     if accepts(model, "start_positions") and ids is not None:
         last = ids.shape[1] - 1
@@ -47,9 +47,9 @@ def make_labels(name: str, model: Any, inputs: dict[str, torch.Tensor]) -> dict[
 
 
 def check_loss(check: Any, model: Any, inputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> None:
-    """The loss is there, and is the one that transformers computes of such logits and labels."""
+    """The loss is a finite number and equals what transformers computes from these logits and labels."""
     if not labels:
-        check.not_applicable("forward takes no labels of a kind that is known by the class")
+        check.not_applicable("forward takes no labels, or the loss of this class is not known")
         return
     batch = {**inputs, **labels}
     output = call(model, batch)
@@ -58,7 +58,7 @@ def check_loss(check: Any, model: Any, inputs: dict[str, torch.Tensor], labels: 
         check.fail(f"the loss is None though {' and '.join(labels)} were given")
         return
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.isfinite().all():
-        check.fail(f"the loss is not one finite number, but {_describe_value(loss)}")
+        check.fail(f"the loss is {_describe_value(loss)}, not one finite number")
         return
     logits, given = _output_field(output, "logits"), labels.get("labels")
     if not isinstance(logits, torch.Tensor) or given is None:
@@ -74,7 +74,7 @@ def check_loss(check: Any, model: Any, inputs: dict[str, torch.Tensor], labels: 
 
 
 def check_token_loss(check: Any, model: Any, batch: dict[str, torch.Tensor], logits: torch.Tensor, loss: float) -> None:
-    """The cross-entropy of each token's logits with its label, with the next one's in a causal language model."""
+    """The loss is the cross-entropy of each token's logits and label; in a causal model, the next token's label."""
     causal = not has_encoder_and_decoder(model) and _causal_head(model)
     if causal is None:
         check.note("there is a loss, a finite number; it was not recomputed")
@@ -95,12 +95,12 @@ def check_token_loss(check: Any, model: Any, batch: dict[str, torch.Tensor], log
 
 
 SOFTMAX_TWICE = "the loss is the cross-entropy of the softmax of the logits: cross_entropy takes the logits themselves"
-WRONG_SIGN = "the loss is the cross-entropy with the wrong sign: training raises it"
+WRONG_SIGN = "the loss is the cross-entropy with the wrong sign: training would increase it"
 Reference = Callable[[torch.Tensor, torch.Tensor], float]  # of logits and labels
 
 
 def _classification_loss(model: Any, logits: torch.Tensor, labels: torch.Tensor) -> Reference | None:
-    """The loss of one label (or one number, or one set of labels) a row; None for labels of another shape."""
+    """The loss for one label, one number or one set of labels per row; None for labels of another shape."""
     if labels.dim() == 1 and not labels.is_floating_point() and len(labels) == len(logits):
         return lambda made, wanted: cross_entropy(made.float(), wanted).item()
     if labels.numel() != logits.numel():
@@ -120,10 +120,11 @@ def check_scale(
     reference: Reference,
     shift: int = 0,
 ) -> None:
-    """A loss that is another one: a multiple of the right one for all labels (wrong), or one of the model's own.
+    """Tell a wrongly scaled loss, which fails, from a loss of the model's own, which is a warning.
 
-    The loss is taken for the labels that the logits like best and least. A term of the model's own, such as a
-    balance of experts or smoothed labels, shows as what is left where the right loss would be zero.
+    The loss is computed for the labels with the highest and with the lowest logits. If it is a multiple of the
+    reference loss for both, it is scaled wrongly. A remainder comes from a term of the model's own, such as an
+    auxiliary loss of experts or label smoothing.
     """
     if _is_close(loss, reference(logits, batch["labels"])):
         return
@@ -145,7 +146,7 @@ def check_scale(
             return
         seen.append(value.item())
         want.append(reference(logits, labels))
-    own = "the loss is one of the model's own, not the one that transformers computes of its logits: it was not recomputed"
+    own = "the loss differs from the one that transformers computes from the logits; as a loss of its own it was not checked"
     if abs(want[1] - want[0]) < 1e-2:
         check.warn(own)
         return
@@ -159,14 +160,14 @@ def check_scale(
     names = {
         float(scored): f"the loss is the sum over the {scored} labels, not their mean: it grows with the batch",
         scored / len(logits): "the loss is a sum over the tokens of a row, not the mean over all tokens",
-        scored / every: "the mean of the loss counts labels of -100, which add nothing to it",
+        scored / every: "the mean of the loss counts labels of -100, which are to be ignored",
     }
     named = next((text for factor, text in names.items() if _is_close(scale, factor)), "")
-    check.fail(named or f"the loss is {scale:.4g} times the one that transformers computes of these logits and labels")
+    check.fail(named or f"the loss is {scale:.4g} times the one that transformers computes from the logits and labels")
 
 
 def _extreme_labels(logits: torch.Tensor, labels: torch.Tensor, shift: int, best: bool) -> torch.Tensor:
-    """Labels that the logits like best, or least, ignored where `labels` are."""
+    """Labels with the highest, or the lowest, logits; -100 where `labels` are."""
     if labels.is_floating_point():
         binary = bool(((labels == 0) | (labels == 1)).all())
         liked = (logits > 0).float() if binary else logits.float()
@@ -181,7 +182,7 @@ def _extreme_labels(logits: torch.Tensor, labels: torch.Tensor, shift: int, best
 
 @torch.no_grad()
 def check_items_in_batch(check: Any, model: Any, batch: dict[str, torch.Tensor], loss: float, scored: int) -> None:
-    """`num_items_in_batch`, which the Trainer passes to a forward with **kwargs, divides the sum of the loss."""
+    """The summed loss is divided by `num_items_in_batch`, which the Trainer passes to a forward with **kwargs."""
     parameters = inspect.signature(model.forward).parameters.values()
     if not getattr(model, "accepts_loss_kwargs", any(p.kind is p.VAR_KEYWORD for p in parameters)):
         return
@@ -190,24 +191,24 @@ def check_items_in_batch(check: Any, model: Any, batch: dict[str, torch.Tensor],
         value = _output_field(call(model, {**batch, "num_items_in_batch": torch.tensor(items)}), "loss")
     except Exception as error:
         what = f"forward takes **kwargs, so the Trainer passes num_items_in_batch, and it raises {sentence(error)}"
-        check.fail(f"{what}: hand it on to the loss, or set accepts_loss_kwargs = False", innermost(error))
+        check.fail(f"{what}: pass it on to the loss, or set accepts_loss_kwargs = False", innermost(error))
         return
     value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else float("nan")
     if _is_close(value, loss):
         if not type(model).__module__.startswith("transformers_modules"):
-            return  # the library's code, where the folder's author cannot mend it
+            return  # the library's code, which the folder's author cannot change
         check.warn(
-            "forward takes **kwargs, so the Trainer passes num_items_in_batch, which the loss leaves out: with gradient "
-            "accumulation it is too large by the number of steps; hand it on, or set accepts_loss_kwargs = False"
+            "forward takes **kwargs, so the Trainer passes num_items_in_batch, which the loss ignores: with gradient "
+            "accumulation it is too large by the number of steps; pass it on, or set accepts_loss_kwargs = False"
         )
     elif not _is_close(value, loss * scored / items):
         what = f"with num_items_in_batch={items} the loss is {value:.4g}"
-        check.fail(f"{what}, and not the sum over the labels divided by it, {loss * scored / items:.4g}")
+        check.fail(f"{what}, but the sum over the labels divided by it is {loss * scored / items:.4g}")
 
 
 @torch.no_grad()
 def check_labels_alone(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """Without `decoder_input_ids` the decoder gets the labels, shifted by one to the right."""
+    """Without `decoder_input_ids` the decoder gets the labels shifted right by one."""
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     labels, alone = batch["labels"], {n: x for n, x in batch.items() if not n.startswith("decoder_")}
     try:
@@ -234,12 +235,12 @@ def check_labels_alone(check: Any, model: Any, batch: dict[str, torch.Tensor]) -
     if copies and not any(torch.equal(plain, ids) for ids in allowed[: len(starts)]):
         check.fail("the decoder gets the labels as they are, not shifted to the right: it learns to copy them")
     elif not copies and not any(map(same, allowed)):
-        check.fail("without decoder_input_ids the decoder does not get the labels shifted right behind its start token")
+        check.fail("without decoder_input_ids the decoder does not get its start token and the labels shifted right")
 
 
 WRONG_SHIFT = {
     True: {
-        0: "the labels are not shifted: the loss compares each token's logits with that token, and teaches to copy",
+        0: "the labels are not shifted: the loss compares each token's logits with that token, so the model learns to copy",
         2: "the labels are shifted twice: the loss compares each token's logits with the token after the next",
         -1: "the labels are shifted the wrong way: the loss compares each token's logits with the token before",
     },
@@ -248,7 +249,7 @@ WRONG_SHIFT = {
 
 
 def _known_mistake(loss: float, model: Any, logits: torch.Tensor, labels: torch.Tensor, shift: int) -> str:
-    """What was done wrong to make this loss, in words; empty if it is none of the mistakes that are known."""
+    """A sentence on the mistake that explains this loss; empty if no known mistake does."""
     if _is_close(loss, _cross_entropy(logits.softmax(-1), labels, shift)):
         return SOFTMAX_TWICE
     config = text_config(model.config)
@@ -261,7 +262,7 @@ def _known_mistake(loss: float, model: Any, logits: torch.Tensor, labels: torch.
 
 
 def _causal_head(model: Any) -> bool | None:
-    """Whether each token's logits are for the next one: a language model in which no token sees a later one."""
+    """Whether each token's logits predict the next token: a language model with a causal mask. None if unknown."""
     kind = type(model).__name__
     if "TokenClassification" in kind or "MaskedLM" in kind:
         return False
@@ -289,7 +290,7 @@ def _describe_value(value: Any) -> str:
 def _output_field(output: Any, name: str) -> Any:
     if isinstance(output, dict) or hasattr(output, "keys"):
         return output.get(name) if hasattr(output, "get") else None
-    if isinstance(output, (tuple, list)):  # the order that transformers wants
+    if isinstance(output, (tuple, list)):  # in the order of transformers' outputs
         return output[{"loss": 0, "logits": 1}[name]] if len(output) > 1 else None
     return getattr(output, name, None)
 
@@ -300,7 +301,7 @@ def call(model: Any, batch: dict[str, torch.Tensor], seed: int = 0) -> Any:
 
 
 def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss; of a model without labels the mean square of all that it returns."""
+    """The loss; for a model without labels the mean square of its outputs."""
     output = call(model, batch)
     loss = _output_field(output, "loss") if set(batch) & {"labels", "start_positions"} else None
     if isinstance(loss, torch.Tensor):

@@ -1,8 +1,8 @@
-"""Do tensors come from the files, when their names do not show it? Load again: other values in the files, another seed.
+"""Whether tensors whose names are not in the files were nevertheless made from them, by two more loads.
 
-A tensor that stays the same although every value in the files is another one was not read from them; a tensor that is
-another one under another seed was drawn at random. What follows the files and not the seed was made from the files,
-under whatever name and in whatever layout.
+One load reads files in which every value is changed: a tensor that stays the same was not read from them. Another
+load has a different seed: a tensor that changes was initialised at random. A tensor that follows the files and not
+the seed was made from the files, under any name and in any layout.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from .load_repo import build, describe, load
 from .stages import sentence
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-LARGEST = 8e9  # bytes of weights that are written once more
+LARGEST = 8e9  # bytes; larger weights are not copied
 
 
 def origins(job: dict[str, Any], name: str, model: Any, tensors: dict[str, Any], missing: set[str]) -> dict[str, Any]:
-    """What two more loads show of the tensors whose names are not in the files; empty if there are none.
+    """Load twice more and classify the tensors whose names are not in the files; empty if there are none.
 
     Returns:
         `random`: names that another seed changes; `unmoved`: names that other values in the files do not change;
-        `computed`: of these, the ones that a new model has likewise and that need not be in the files; or `error`:
-        why it was not tried.
+        `computed`: of the latter, those that a newly built model has too and that need not be in the files. Or
+        `error`: why this was not tried.
     """
     unknown = _not_in_files(job, model, tensors, missing)
     if not unknown:
@@ -98,7 +98,7 @@ def _stored_names(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def _other_values(job: dict[str, Any]) -> Iterator[str]:
-    """A copy of the folder, under the same name, in whose files every number is another one."""
+    """A copy of the folder, under the same name, with every value in its weight files changed."""
     source = Path(job["folder"])
     copy = Path(job["scratch"], "other-values", source.name)
     weights = set(_weight_files(source))

@@ -1,4 +1,4 @@
-"""Stage: build the model on the meta device, and load it with a part of it kept on the disk."""
+"""Stage: build the model on the meta device, and load it with some of its blocks offloaded to disk."""
 
 import inspect
 from pathlib import Path
@@ -23,7 +23,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             check.fail(f"{len(own)} parameters have data under torch.device('meta'), the first is {own[0]}")
         elif real:
             check.warn(
-                f"{real[0]} has data under torch.device('meta'), which is in the library's code, not the folder's"
+                f"{real[0]} has data under torch.device('meta'); the library's code creates it, not the folder's"
             )
     if check.failed:
         return
@@ -32,7 +32,7 @@ def run(job: dict[str, Any], events: Any) -> None:
     expected = Path(job["scratch"], "outputs.safetensors")
     with events.check("device map", name) as check:
         if not expected.exists():
-            check.skip("there are no outputs to compare with, because forward was not run")
+            check.skip("forward was not run, so there are no outputs to compare with")
             return
         device_map = half_on_disk(skeleton)
         if "disk" not in device_map.values():
@@ -48,15 +48,15 @@ def run(job: dict[str, Any], events: Any) -> None:
             ):
                 raise
             what = (
-                f"{inner[-1]} is an nn.MultiheadAttention, which reads the weights of its parts past accelerate's hooks"
+                f"{inner[-1]} is an nn.MultiheadAttention, which reads its weights without calling accelerate's hooks"
             )
-            check.warn(f"{what}: no weights of this model can be kept on the disk")
+            check.warn(f"{what}: this model cannot be offloaded to disk")
             return
         check.fail_if(difference(seen, load_file(expected)))
 
 
 def _is_library_parameter(model: torch.nn.Module, name: str) -> bool:
-    """Whether the class that makes a parameter is one of transformers or torch."""
+    """Whether the parameter is created by a class of transformers or torch."""
     path, _, attribute = name.rpartition(".")
     for klass in type(model.get_submodule(path)).__mro__:
         try:
@@ -69,19 +69,19 @@ def _is_library_parameter(model: torch.nn.Module, name: str) -> bool:
 
 
 def check_no_split(check: Any, job: dict[str, Any], skeleton: torch.nn.Module) -> None:
-    """`_no_split_modules` names classes of modules that a device map keeps together: some of them are there."""
+    """At least one class of `_no_split_modules`, which a device map keeps on one device, is in the model."""
     wanted = getattr(skeleton, "_no_split_modules", None)
     wanted = [wanted] if isinstance(wanted, str) else sorted(map(str, wanted or []))
     there = {type(module).__name__ for module in skeleton.modules()}
     if wanted and not there & set(wanted):
-        what = f"_no_split_modules names {', '.join(wanted)}, and no module of the model is of such a class"
+        what = f"_no_split_modules names {', '.join(wanted)}, but the model has no module of these classes"
         check.fail(what) if job["auto_map"] else check.warn(what)
     elif not wanted:
-        check.not_applicable("the class names no _no_split_modules")
+        check.not_applicable("the class has no _no_split_modules")
 
 
 def half_on_disk(skeleton: torch.nn.Module) -> dict[str, str]:
-    """A device map with the later half of the blocks on the disk; what is tied stays together."""
+    """A device map with the second half of each list of blocks on disk and all else on the CPU."""
     on_disk: set[str] = set()
     for path, module in skeleton.named_modules():
         if isinstance(module, torch.nn.ModuleList) and not any(f"{path}.".startswith(f"{done}.") for done in on_disk):

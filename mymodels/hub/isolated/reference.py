@@ -1,4 +1,4 @@
-"""Stage: the folder's model gives outputs that were computed elsewhere, bit for bit."""
+"""Stage: the folder's model reproduces outputs that were computed elsewhere, bit for bit."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .load_repo import load
 
 @torch.no_grad()
 def run(job: dict[str, Any], events: Any) -> None:
-    """Report what differs from the tensors of `job["reference"]` for those of `job["inputs"]`, `""` for nothing."""
+    """Report how the outputs for `job["inputs"]` differ from the tensors of `job["reference"]`; `""` if they do not."""
     model, loading = load(job, job["classes"][0])
     lost = sorted(map(str, [*loading.get("missing_keys", []), *loading.get("unexpected_keys", [])]))
     if lost:

@@ -185,7 +185,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
     "loss doubled": loss(f"{LOSS} * 2", "the loss is 2 times"),
     "loss summed": loss(LOSS.replace("flatten())", "flatten(), reduction='sum')"), "the sum over the 17 labels"),
     "loss with a term of its own": loss(
-        f"{LOSS} + 0.01 * logits.square().mean()", "one of the model's own", status="warning"
+        f"{LOSS} + 0.01 * logits.square().mean()", "as a loss of its own it was not checked", status="warning"
     ),
     "loss divided twice": loss(
         f"{LOSS} / kwargs.get('num_items_in_batch', 1)", "with num_items_in_batch=34 the loss is"

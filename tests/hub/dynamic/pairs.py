@@ -327,7 +327,7 @@ GENERATION = {
         [],
         edit(('_no_split_modules = ["TinyBlock"]', '_no_split_modules = ["TinyLayer"]')),
         "no split",
-        "names TinyLayer, and no module",
+        "names TinyLayer, but the model has no module",
         ["outputs", "placement"],
     ),
 }
@@ -398,7 +398,7 @@ UNUSUAL_INPUTS = {
             )
         ),
         "forward",
-        "no inputs could be made up for a model that takes series",
+        "no inputs could be generated for a model that takes series",
         status="skipped",
     ),
 }
