@@ -42,8 +42,8 @@ def negated(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = folder / "modeling_mygpt2.py"
     text = code.read_text()
     begin = text.index("class MyGPT2ForCausalLM")
-    assert "logits = soft_cap(" in text[begin:]
-    code.write_text(text[:begin] + text[begin:].replace("logits = soft_cap(", "logits = -soft_cap(", 1))
+    assert "return soft_cap(" in text[begin:]
+    code.write_text(text[:begin] + text[begin:].replace("return soft_cap(", "return -soft_cap(", 1))
     return folder
 
 
@@ -69,7 +69,7 @@ def test_auto_classes(ours: Path, negated: Path, tmp_path: Path) -> None:
         )
     shutil.copytree(negated, tmp_path / "negated")  # of the same name, and with the same code of the config
     code = tmp_path / "negated" / "modeling_mygpt2.py"
-    code.write_text(code.read_text().replace("logits = -soft_cap(", "logits = 2 * soft_cap("))
+    code.write_text(code.read_text().replace("return -soft_cap(", "return 2 * soft_cap("))
     with torch.no_grad():
         doubled = AutoModelForCausalLM.from_pretrained(code.parent, trust_remote_code=True).eval()
         assert doubled(IDS).logits.equal(-2 * expected)

@@ -1,4 +1,4 @@
-"""Stages on loaded models: outputs against golden ones and against each other, saving and reloading."""
+"""Stages on loaded models: compare outputs with golden ones and with each other, save and reload."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ from .stages import sentence
 
 
 def run(job: dict[str, Any], events: Any) -> None:
-    """Everything on the class of `architectures`: the one whose weights the folder holds."""
+    """All checks of the class of `architectures`, whose weights the folder holds."""
     name, scratch = job["classes"][0], Path(job["scratch"])
     with events.check("load", name) as check:
         model, loading = load(job, name)
@@ -61,7 +61,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             check_forward(check, model, inputs, event["tensors"])
             check_head(check, name, model, run_model(model, inputs))
         except NoSuitableInputs as error:
-            check.skip(f"{error}; give some by --inputs FILE")
+            check.skip(f"{error}; pass --inputs FILE")
         except WrongInputs as error:
             events.write(wrong_inputs=str(error))
             check.fail(str(error))
@@ -77,9 +77,7 @@ def run(job: dict[str, Any], events: Any) -> None:
                 if name in golden.greedy:
                     check.fail_if(golden_outputs.compare_tokens(model, name, golden))
                 else:
-                    check.skip(
-                        "the golden file holds no tokens that it generated, so none were compared: record it anew"
-                    )
+                    check.skip("the golden file has no generated tokens, so none were compared: record it again")
     if inputs:
         save_file(unpadded_outputs(model, inputs), scratch / "outputs.safetensors")
     (scratch / "tensors.json").write_text(json.dumps(event["tensors"]))  # before forward, which may add buffers
@@ -95,16 +93,16 @@ def run(job: dict[str, Any], events: Any) -> None:
             check_tokenizer_output(check, job, model)
         if not check.failed:
             check_pipelines(job, events, name, model)
-    model.float()  # from here on two ways are compared that round differently
+    model.float()  # the checks from here on compare computations that round differently
     same_cached = check_generation(events, name, model, inputs)
     with events.check("batch", name) as batch:
         check_batch(batch, model, inputs)
     with events.check("padding", name) as check:
         if batch.failed:
-            check.skip("not checked while the rows of a batch change each other")
+            check.skip("not checked while the rows of a batch affect each other")
         else:
             check_padding(check, model, inputs, with_generation=generates(model) and same_cached)
-    if check.failed:  # what padding does has been told: not again as a difference between two ways to attend
+    if check.failed:  # do not report the effect of padding again as a difference of attention implementations
         inputs = {name: torch.ones_like(x) if name == "attention_mask" else x for name, x in inputs.items()}
     with events.check("inputs_embeds", name) as check:
         check_inputs_embeds(check, model, inputs)
@@ -115,8 +113,8 @@ def run(job: dict[str, Any], events: Any) -> None:
 
 
 def run_other_classes(job: dict[str, Any], events: Any) -> None:
-    """Load through every other Auto class; outputs against golden ones where those were recorded."""
-    for name in job["companions"]:  # what is no processor: those are tried where there is a model
+    """Load through every other Auto class; compare outputs with golden ones where recorded."""
+    for name in job["companions"]:  # processors are checked in `run`, with a model
         if name not in PROCESSORS:
             with events.check("load", name):
                 class_of(name).from_pretrained(job["folder"], trust_remote_code=True)
@@ -140,19 +138,19 @@ def run_other_classes(job: dict[str, Any], events: Any) -> None:
                     inputs = golden_outputs.read_inputs(job) or make_inputs(model, processed_inputs(job))
                     check_head(check, name, model, run_model(model, accepted_inputs(model, inputs)))
                     if golden:
-                        check.note("the golden file holds no outputs of this class")
+                        check.note("the golden file has no outputs of this class")
                 except NoSuitableInputs as error:
                     check.skip(str(error))
 
 
 def compare_golden(check: Any, model: Any, name: str, golden: golden_outputs.Golden) -> None:
-    """Against the recorded outputs; what the golden file does not hold is named."""
+    """Compare with the recorded outputs, and report what the golden file lacks."""
     if name not in golden.outputs:
-        check.skip("the golden file holds no outputs of this class, so none were compared: record it anew")
+        check.skip("the golden file has no outputs of this class, so none were compared: record it again")
         return
     check.fail_if(golden_outputs.compare(model, name, golden))
     if name not in golden.last_outputs and last_positions(model):
-        check.note("nothing is recorded at the last positions that the config promises")
+        check.note("no outputs are recorded at the config's last positions")
 
 
 DIMENSIONS = {  # Auto class: dimensions of its logits
@@ -165,7 +163,7 @@ DIMENSIONS = {  # Auto class: dimensions of its logits
 
 
 def check_entry(check: Any, job: dict[str, Any], name: str, model: Any) -> None:
-    """The class that an entry of auto_map leads to is of the kind that the entry says."""
+    """Entries of auto_map are not exchanged: AutoModel names the base model, other Auto classes one with a head."""
     if name not in job["auto_map"]:
         check.not_applicable("a class of transformers")
         return
@@ -177,10 +175,10 @@ def check_entry(check: Any, job: dict[str, Any], name: str, model: Any) -> None:
             and other.startswith("AutoModelFor")
             and any(_is_class_named(module, klass) for module in inner)
         ):
-            what = f"auto_map exchanges AutoModel and {other}: AutoModel leads to {type(model).__name__}"
+            what = f"auto_map exchanges AutoModel and {other}: AutoModel names {type(model).__name__}"
             check.fail(f"{what}, a model with a head around the {klass} of {other}", "config.json")
         elif other == "AutoModel" and name.startswith("AutoModelFor") and _is_class_named(model, klass):
-            check.warn(f"{name} and AutoModel lead to the same class, {klass}")
+            check.warn(f"{name} and AutoModel name the same class, {klass}")
 
 
 def _is_class_named(module: Any, klass: str) -> bool:
@@ -188,33 +186,33 @@ def _is_class_named(module: Any, klass: str) -> bool:
 
 
 def check_head(check: Any, name: str, model: Any, outputs: dict[str, torch.Tensor]) -> None:
-    """The logits have the dimensions of the task that the Auto class names."""
+    """The logits have as many dimensions as the task of the Auto class needs."""
     want, logits = DIMENSIONS.get(name), outputs.get("logits")
     if want and logits is not None and logits.dim() != want:
-        what = f"{name} leads to {type(model).__name__}, whose logits have {logits.dim()} dimensions, not {want}"
-        check.fail(f"{what}: is this entry of auto_map another's?", "config.json")
+        what = f"{name} names {type(model).__name__}, whose logits have {logits.dim()} dimensions, not {want}"
+        check.fail(f"{what}: correct this entry of auto_map", "config.json")
 
 
 def run_reload(job: dict[str, Any], events: Any) -> None:
-    """What `save_pretrained` wrote, loaded by a process that never saw the first folder."""
+    """Load what `save_pretrained` wrote, in a process that never loaded the original folder."""
     scratch = Path(job["scratch"])
     name = job["classes"][0]
     with events.check("reload", name) as check:
         if not (scratch / "saved-ok").exists():
-            check.skip("there is no saved folder to load: save_pretrained failed, or was not reached")
+            check.skip("there is no saved folder to load: save_pretrained failed or was not run")
             return
         model, _ = load(job, name, folder=job["saved"])
         before, after = json.loads((scratch / "tensors.json").read_text()), describe(model)
         changed = sorted(n for n in before if before[n].get("digest") != after.get(n, {}).get("digest"))
         if changed:
-            check.fail(f"{len(changed)} tensors are not what was saved, the first is {changed[0]}")
+            check.fail(f"{len(changed)} tensors differ from those saved, the first is {changed[0]}")
         elif (scratch / "outputs.safetensors").exists():
             inputs = golden_outputs.read_inputs(job)
             check.fail_if(difference(unpadded_outputs(model, inputs), load_file(scratch / "outputs.safetensors")))
 
 
 def _imported_folder_modules(*names: str) -> list[Any]:
-    """The modules of the folder that these modules take anything from, and they themselves: not the tokenizer's."""
+    """These modules and those of the folder that they import from, directly or indirectly; not the tokenizer's."""
     found: dict[str, Any] = {}
     queue = list(names)
     while queue:
@@ -237,7 +235,7 @@ def check_save(check: Any, job: dict[str, Any], model: Any) -> None:
         if not (saved / file).is_file():
             check.fail(f"save_pretrained does not write {file}, which the model's code needs", file)
         elif (source / file).is_file() and (saved / file).read_bytes() != (source / file).read_bytes():
-            check.fail(f"save_pretrained writes another {file} than the one that was loaded", file)
+            check.fail(f"save_pretrained writes a {file} that differs from the one that was loaded", file)
     if job["auto_map"] and not check.failed:
         written = json.loads((saved / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
         lost = sorted(set(job["auto_map"]) - set(written))
@@ -250,7 +248,7 @@ def check_save(check: Any, job: dict[str, Any], model: Any) -> None:
 
 
 def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, with_generation: bool) -> None:
-    """A row alone, and the same row padded beside a longer one, give the same outputs and tokens."""
+    """A row has the same outputs and generated tokens alone and padded in a batch with a longer row."""
     if "input_ids" not in inputs or not accepts(model, "attention_mask"):
         check.not_applicable("forward takes no input_ids with an attention_mask")
         return
@@ -290,13 +288,13 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
 
 
 def _first_row_outputs(outputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the first row gives, of the outputs that have as many rows as there are inputs."""
+    """The first row, without padding, of the outputs whose first dimension is the batch."""
     rows = {n: t for n, t in floating(outputs).items() if t.dim() and t.shape[0] == len(mask)}
     return {name: row_of(tensor, mask, 0) for name, tensor in rows.items()}
 
 
 def _padding_sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> list[str]:
-    """Right for all; left too for a model in which no token sees a later one."""
+    """The sides to pad on: right for all models, left too for a causal one."""
     if rest or has_encoder_and_decoder(model):
         return ["right"]
     changed = ids.clone()
@@ -310,9 +308,9 @@ def _padding_sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor])
 
 
 def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """Embeddings handed over give what their ids give."""
+    """inputs_embeds of the same tokens give the same outputs as input_ids."""
     if "input_ids" not in inputs or not accepts(model, "inputs_embeds"):
-        check.not_applicable("forward takes no input_ids with inputs_embeds as another way")
+        check.not_applicable("forward does not take both input_ids and inputs_embeds")
         return
     ids = {"input_ids": make_token_ids(model, 1, prompt_length(model), seed=3)}
     rest = non_text_inputs(inputs)
@@ -321,31 +319,31 @@ def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor])
     try:
         seen = run_model(model, {"inputs_embeds": embedded, **rest})
     except NotImplementedError as error:
-        check.not_applicable(f"the model refuses inputs_embeds: {sentence(error)}")
+        check.not_applicable(f"the model does not support inputs_embeds: {sentence(error)}")
         return
     wrong = difference(floating(seen), floating(run_model(model, {**ids, **rest})), EQUAL)
     if wrong:
-        check.fail(f"inputs_embeds of the same tokens give other outputs than input_ids: {wrong}")
+        check.fail(f"inputs_embeds of the same tokens give different outputs than input_ids: {wrong}")
 
 
 def check_last_position(check: Any, model: Any, others: dict[str, torch.Tensor]) -> None:
-    """The config's last position can be reached, and so can the end of its window."""
+    """forward gives finite outputs up to the config's last position."""
     inputs, most = last_positions(model), max_positions(model)
     if attention_window(model) >= affordable_length(model):
         check.skip(
-            f"the window of {attention_window(model)} tokens was not passed: a row that long is too large for a check"
+            f"no row longer than the window of {attention_window(model)} tokens was tried: it is too large for a check"
         )
     if not inputs:
         if most and getattr(model, "main_input_name", "") == "input_ids" and accepts(model, "input_ids"):
-            check.skip(f"a row of the {most} tokens that the config promises is too long for a check")
+            check.skip(f"a row of {most} tokens, the config's maximum, is too long for a check")
         else:
-            check.not_applicable("the config promises no number of positions")
+            check.not_applicable("the config names no maximum number of positions")
         return
     try:
         outputs = run_model(model, {**non_text_inputs(others), **inputs})
     except Exception as error:
         raise RuntimeError(
-            f"the config promises {most} positions, but up to the last of them forward raises {sentence(error)}"
+            f"the config allows {most} positions, but on a row that reaches the last one forward raises {sentence(error)}"
         ) from error
     check.fail_if(not_finite(outputs))
 
@@ -359,7 +357,7 @@ def check_attention(check: Any, job: dict[str, Any], name: str, model: Any, inpu
     second, _ = load(job, name, attn_implementation=other, dtype=torch.float32)
     if second.config._attn_implementation != other:
         check.fail(
-            f"attn_implementation={other!r} is ignored, the model stays with {second.config._attn_implementation}"
+            f"attn_implementation={other!r} is ignored: the model still uses {second.config._attn_implementation}"
         )
     seen, want = floating(unpadded_outputs(second, inputs)), floating(unpadded_outputs(model, inputs))
     common = [key for key in want if key in seen or "attentions" not in key]  # which sdpa does not give
@@ -367,4 +365,4 @@ def check_attention(check: Any, job: dict[str, Any], name: str, model: Any, inpu
         common = [key for key in common if want[key].numel() > 1]
     wrong = difference(seen, {key: want[key] for key in common}, EQUAL)
     if wrong:
-        check.fail(f"{other} attention gives other outputs than {own}: {wrong}")
+        check.fail(f"{other} attention gives different outputs than {own}: {wrong}")

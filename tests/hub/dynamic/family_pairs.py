@@ -115,7 +115,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
         "beams",
         "the cache is not reordered",
     ),
-    "pictures: other size": pictures(processor(size=32), "processor", "which the model refuses"),
+    "pictures: other size": pictures(processor(size=32), "processor", "on which forward raises"),
     "pictures: other names": pictures(
         edit_in(IMAGE, 'BatchFeature({"pixel_values"', 'BatchFeature({"images"'),
         "processor",
@@ -127,7 +127,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
         "lost",
     ),
     "pictures: red and blue exchanged": pictures(
-        edit_in(IMAGE, "[:, columns]", "[:, columns, ::-1]"), "processor", "makes other pixel_values", golden=True
+        edit_in(IMAGE, "[:, columns]", "[:, columns, ::-1]"), "processor", "returns other pixel_values", golden=True
     ),
     "pictures: rows mixed": pictures(
         edit(
@@ -156,7 +156,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
         "forward",
         "modeling_tiny.SEEN grows with every call",
     ),
-    "sound: other bins": sound(processor(feature_size=12), "processor", "which the model refuses"),
+    "sound: other bins": sound(processor(feature_size=12), "processor", "on which forward raises"),
     "sound: extractor that raises": sound(
         edit_in(SOUND, "        width = 2", "        width = self.lost\n        width = 2"), "processor", "lost"
     ),
@@ -191,7 +191,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
         f"{LOSS} / kwargs.get('num_items_in_batch', 1)", "with num_items_in_batch=34 the loss is"
     ),
     "golden without tokens": Pair(
-        [], golden_without("greedy."), "generation", "holds no tokens", golden=True, status="skipped"
+        [], golden_without("greedy."), "generation", "has no generated tokens", golden=True, status="skipped"
     ),
     "first token at other positions": Pair(
         [],

@@ -188,7 +188,7 @@ FAULTS: dict[str, Fault] = {
     "class that is not there": Fault(
         auto_map_with(AutoModelForCausalLM="modeling_tiny.TinyForCausalLMs"), "load", "TinyForCausalLMs"
     ),
-    "leaves": Fault(code(before="import os\n\nos._exit(0)\n"), "load", r"left in the middle, as by os\._exit"),
+    "leaves": Fault(code(before="import os\n\nos._exit(0)\n"), "load", r"exited before it was done, as by os\._exit"),
     "hangs": Fault(
         code(before="import time\n\nwhile True:\n    time.sleep(0.1)\n"),
         "load",
@@ -226,7 +226,7 @@ FAULTS: dict[str, Fault] = {
         ),
         "side effects",
         r"the environment variable TINY; torch's random seed \(set to 0\); the random seed of Python's random; "
-        r"(?=.*Linear\.reset_parameters is another \(modeling_tiny\.py:7\))(?=.*Module\.tiny was added \(modeling_tiny\.py:8\))",
+        r"(?=.*Linear\.reset_parameters was replaced \(modeling_tiny\.py:7\))(?=.*Module\.tiny was added \(modeling_tiny\.py:8\))",
         "import and load",
     ),
     "seed in forward": Fault(
@@ -283,7 +283,7 @@ FAULTS: dict[str, Fault] = {
     "eager forgets the scaling": Fault(
         code(("key.transpose(2, 3) * scaling", "key.transpose(2, 3)")),
         "eager = sdpa",
-        "eager attention gives other outputs",
+        "eager attention gives different outputs",
     ),
     "weights read past the module": Fault(
         code(
@@ -345,7 +345,7 @@ FAULTS: dict[str, Fault] = {
             )
         ),
         "reload",
-        "tensors are not what was saved",
+        "tensors differ from those saved",
     ),
     "class that cannot be pickled": Fault(
         code(("self.scaling = ", "self.split = lambda y: y\n        self.scaling = ")),

@@ -149,7 +149,7 @@ OUTPUTS = {
         edit(("        seen = past_key_values", LAZY + "        seen = past_key_values")),
         edit(("    def get_output_embeddings", ROUNDS)),
         "reload",
-        "tensors are not what was saved",
+        "tensors differ from those saved",
         ["outputs", "reload"],
     ),
     "pooled otherwise": Pair(
@@ -251,7 +251,7 @@ GENERATION = {
         ],
         [config(max_position_embeddings=64)],
         "last position",
-        "the config promises 64 positions, but",
+        "the config allows 64 positions, but",
     ),
     "beams on a cache that stays": Pair(
         [
@@ -291,7 +291,7 @@ GENERATION = {
             ("inputs_embeds = self.embed_tokens(input_ids)", "inputs_embeds = self.embed_tokens(input_ids) * 2"),
         ),
         "inputs_embeds",
-        "inputs_embeds of the same tokens give other outputs",
+        "inputs_embeds of the same tokens give different outputs",
     ),
     "does not end at eos": Pair(
         [generation_config(eos_token_id=list(range(48)), num_beams=2, num_return_sequences=2)],
@@ -522,7 +522,7 @@ TRAINING = {
             )
         ),
         "resize",
-        "the head is left behind",
+        "the head was not resized",
         [
             *TRAINS,
             config(tie_word_embeddings=False),

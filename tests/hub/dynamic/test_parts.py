@@ -439,8 +439,8 @@ def test_settings_and_what_is_exchanged_are_named(monkeypatch: pytest.MonkeyPatc
     finally:
         torch.set_default_dtype(torch.float32)
     assert side_effects.replaced_objects(foreign) == [
-        "torch.nn.functional.gelu is another",
-        "transformers.activations.ACT2CLS['relu'] is another",
+        "torch.nn.functional.gelu was replaced",
+        "transformers.activations.ACT2CLS['relu'] was replaced",
     ]
 
 
