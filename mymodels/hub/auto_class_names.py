@@ -7,7 +7,7 @@ from functools import cache
 
 import transformers
 
-_ENDINGS = {  # those that are no `For…`; of the first nothing can be said
+_OTHER_SUFFIXES = {  # those that are no `For…`; of the first nothing can be said
     "PreTrainedModel": "",
     "Config": "AutoConfig",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -16,7 +16,7 @@ _ENDINGS = {  # those that are no `For…`; of the first nothing can be said
 _SOUNDS, _PICTURES = {"input_features", "input_values"}, {"pixel_values", "pixel_values_videos"}
 _SOUND_NAMES = re.compile("Speech|Audio|CTC|Wave|Spectrogram|RNNT|TDT")
 _PICTURE_NAMES = re.compile("Image|Visual|Vision|Video|Document|Object|Segmentation|Depth")
-_VAGUE = {
+_UNSPECIFIC = {
     "AutoModel",
     "AutoModelForPreTraining",
     "AutoModelForMultimodalLM",
@@ -24,7 +24,7 @@ _VAGUE = {
 
 
 @cache
-def _for_endings() -> dict[str, Counter[str]]:
+def _auto_classes_by_suffix() -> dict[str, Counter[str]]:
     """Ending such as `ForConditionalGeneration` → how many of transformers' classes that end so each Auto class has."""
     found: dict[str, Counter[str]] = {}
     for auto_class in dir(transformers):
@@ -33,12 +33,12 @@ def _for_endings() -> dict[str, Counter[str]]:
         mapping = getattr(getattr(transformers, auto_class), "_model_mapping", None)
         for names in getattr(mapping, "_model_mapping", {}).values():
             for name in names if isinstance(names, (tuple, list)) else [names]:
-                if ending := _for_ending(name):
+                if ending := _head_suffix(name):
                     found.setdefault(ending, Counter())[auto_class] += 1
     return found
 
 
-def _for_ending(class_name: str) -> str:
+def _head_suffix(class_name: str) -> str:
     """`ForSomething` at the end of a class's name, or nothing."""
     found = re.search(r"For[A-Z](?:(?!For[A-Z])\w)*$", class_name)
     return found[0] if found else ""
@@ -56,14 +56,14 @@ def auto_class_of(class_name: str, arguments: Collection[str] = ()) -> str:
         >>> auto_class_of("MyNetForImageClassification")
         'AutoModelForImageClassification'
     """
-    ending = _for_ending(class_name)
+    ending = _head_suffix(class_name)
     if not ending:
-        return next((auto for end, auto in _ENDINGS.items() if class_name.endswith(end)), "")
-    counts = _for_endings().get(ending, Counter())
+        return next((auto for end, auto in _OTHER_SUFFIXES.items() if class_name.endswith(end)), "")
+    counts = _auto_classes_by_suffix().get(ending, Counter())
     same = f"AutoModel{ending}"
     if hasattr(transformers, same) and same not in counts:
         return same
-    candidates = [name for name, _ in counts.most_common() if name not in _VAGUE] or list(counts)
+    candidates = [name for name, _ in counts.most_common() if name not in _UNSPECIFIC] or list(counts)
     sound = [name for name in candidates if _SOUND_NAMES.search(name)]
     picture = [name for name in candidates if _PICTURE_NAMES.search(name)]
     if _SOUNDS & set(arguments):

@@ -22,7 +22,7 @@ from ..models import configuration_mybert, configuration_mygpt2
 from ..released import OwnCodeError, check_code, own_code, reader
 from .build_code import NamedCode, check_code_arguments, check_parts, code_in_folder, named_code
 from .card import Card, card_of_folder
-from .code_files import collect_code, served
+from .code_files import auto_map_of_files, collect_code
 from .given_inputs import Inputs, read_inputs
 from .golden import record_golden
 from .own_classes import CodeNotSaved, code_of
@@ -36,7 +36,7 @@ _WITH_CODE = (
     "processor_config.json",
     "preprocessor_config.json",
 )  # may name code
-_TAKEN = ("config", "tokenizer", "document")  # kinds of files that a source folder's are copied as they are
+_COPIED_KINDS = ("config", "tokenizer", "document")  # kinds of files that a source folder's are copied as they are
 
 
 def build_repo(
@@ -93,7 +93,7 @@ def build_repo(
                 "inputs are what golden outputs are recorded of: leave out --no-golden (golden=False)"
             )
         inputs = read_inputs(inputs)  # before anything is written
-    with replace_folder(output_dir, finish=write_manifest) as folder, _named(folder, output_dir):
+    with replace_folder(output_dir, finish=write_manifest) as folder, _naming_output_dir(folder, output_dir):
         if isinstance(source, PreTrainedModel):
             _from_model(source, folder, size)
         elif where is not None:
@@ -114,7 +114,7 @@ def build_repo(
 
 
 @contextlib.contextmanager
-def _named(folder: Path, output_dir: Path) -> Iterator[None]:
+def _naming_output_dir(folder: Path, output_dir: Path) -> Iterator[None]:
     """Within it, errors name the folder that is built, not the temporary one."""
     try:
         yield
@@ -138,9 +138,9 @@ def check_output_dir(output_dir: str | os.PathLike, source: Path | None = None) 
         {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()} if path.exists() else set()
     )
     listed = {MANIFEST, *read_manifest(path)} if MANIFEST in there else set()
-    if strangers := sorted(there - listed):
-        names = ", ".join(map(printable, strangers[:4])) + (
-            f" and {len(strangers) - 4} more" if len(strangers) > 4 else ""
+    if unlisted := sorted(there - listed):
+        names = ", ".join(map(printable, unlisted[:4])) + (
+            f" and {len(unlisted) - 4} more" if len(unlisted) > 4 else ""
         )
         raise FileExistsError(
             f"{path} exists and is not a Hub repo folder as it was built: {names} would be lost; choose another output folder"
@@ -172,7 +172,7 @@ def _from_files(
         )
     stored = {name: checkpoint.info[name] for name in sorted(checkpoint) if name not in checkpoint.aliases}
     tensors = Checkpoint(checkpoint.path, checkpoint.format, stored, checkpoint.__getitem__)
-    for name in files_taken(where) if source.is_dir() else _beside(source):
+    for name in files_to_copy(where) if source.is_dir() else _companion_files(source):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(where, name, where), folder / name)
     even_out_tokenizer(folder)
@@ -184,7 +184,7 @@ def _from_files(
         _write_named_code(folder, code, config, where)
         return
     entries: list[Path] = []
-    targets = [target for file in _WITH_CODE for target in _targets(where / file)]
+    targets = [target for file in _WITH_CODE for target in _auto_map_targets(where / file)]
     first = [name for _, name in targets]
     if config.get("model_type") in _OURS and not own_code(config, reader(where)):
         _check_saved_class(config, where)
@@ -202,13 +202,13 @@ def _from_files(
         if all(name is None or str(name).split(".")[0] in own for name in names):
             known[auto_class] = target
     config_class = str(known.get("AutoConfig", "")).rpartition(".")[2]
-    found = served(files, [*first, *config.get("architectures", [])], config_class=config_class)
+    found = auto_map_of_files(files, [*first, *config.get("architectures", [])], config_class=config_class)
     _write_code(folder, files, {**found, **known})
 
 
-def _beside(file: Path) -> list[str]:
+def _companion_files(file: Path) -> list[str]:
     """What is taken from beside a file of weights: config and tokenizer."""
-    return [name for name in files_taken(file.parent) if "/" not in name and kind_of(name) in ("config", "tokenizer")]
+    return [name for name in files_to_copy(file.parent) if "/" not in name and kind_of(name) in ("config", "tokenizer")]
 
 
 def _write_named_code(folder: Path, code: NamedCode, config: Mapping[str, Any], where: Path) -> None:
@@ -219,7 +219,9 @@ def _write_named_code(folder: Path, code: NamedCode, config: Mapping[str, Any], 
     if code.model_type:
         changed["model_type"] = code.model_type
     path.write_text(json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    extra = [inside(where, f"{module}.py", where) for file in _WITH_CODE[1:] for module, _ in _targets(where / file)]
+    extra = [
+        inside(where, f"{module}.py", where) for file in _WITH_CODE[1:] for module, _ in _auto_map_targets(where / file)
+    ]
     _write_code(folder, {**collect_code(extra, within=where), **code.files}, {**others, **code.auto_map})
 
 
@@ -230,7 +232,7 @@ def _check_saved_class(config: Mapping[str, Any], where: Path) -> None:
         raise CheckpointError(str(error)) from None
 
 
-def files_taken(where: Path) -> list[str]:
+def files_to_copy(where: Path) -> list[str]:
     """The files of a source folder that a build copies as they are; of subfolders, weights too.
 
     Left out are its own weights, code and manifest, which are made anew, and whatever belongs to no model.
@@ -246,13 +248,13 @@ def files_taken(where: Path) -> list[str]:
         if (
             not hidden
             and not base.startswith(".")
-            and (kind_of(base) in _TAKEN or (folders and kind_of(base) == "weights"))
+            and (kind_of(base) in _COPIED_KINDS or (folders and kind_of(base) == "weights"))
         ):
             taken.append(name)
     return taken
 
 
-def _targets(path: Path) -> list[tuple[str, str]]:
+def _auto_map_targets(path: Path) -> list[tuple[str, str]]:
     """The (module, class) pairs that a config file's `auto_map` names in this folder.
 
     Raises:

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from ..checkpoints import CheckpointError
 from ..released import CONFIGS
 from .auto_class_names import auto_class_of, known_auto_classes
-from .code_files import collect_code, config_class_of, forward_arguments, is_a, served
+from .code_files import auto_map_of_files, collect_code, config_class_of, forward_arguments, is_a
 
 Classes = Mapping[str, tuple[str, ast.ClassDef]]
 
@@ -111,11 +111,11 @@ def check_code_arguments(code: Sequence[Path], auto_classes: Mapping[str, str]) 
     for auto_class in auto_classes:
         if auto_class not in known:
             raise CheckpointError(
-                f"transformers {transformers.__version__} has no {auto_class}: {_nearest(auto_class, known)}"
+                f"transformers {transformers.__version__} has no {auto_class}: {_suggest(auto_class, known)}"
             )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _suggest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, 3) or known[:6]
     return f"choose one such as {', '.join(near)}" if near else "there is none to choose from"
@@ -151,7 +151,7 @@ def named_code(
     chosen = [name for name in auto_classes.values() if name in models]
     wanted = [*chosen, *(name for name in architectures if name in models)]
     config_class = auto_classes.get("AutoConfig") or _config_class(config, wanted or models, classes)
-    found = served(files, [*(wanted or models), config_class], config_class=config_class)
+    found = auto_map_of_files(files, [*(wanted or models), config_class], config_class=config_class)
     given = {auto: f"{Path(classes[name][0]).stem}.{name}" for auto, name in auto_classes.items()}
     auto_map = {**found, **given}
     if config_class in classes:
@@ -178,7 +178,7 @@ def named_code(
 
 def _check_class(auto_class: str, name: str, classes: Classes, names: str) -> None:
     if name not in classes:
-        raise CheckpointError(f"{names} defines no class {name}: {_nearest(name, classes)}")
+        raise CheckpointError(f"{names} defines no class {name}: {_suggest(name, classes)}")
     base = "Config" if auto_class == "AutoConfig" else "PreTrainedModel"
     if not is_a(name, base, classes):
         place = f"{classes[name][0]}:{classes[name][1].lineno}"

@@ -31,7 +31,7 @@ PIPELINE_TAGS = {
     "AutoModelForTimeSeriesPrediction": "time-series-forecasting",
     "AutoModel": "feature-extraction",
 }
-_NEEDS_PROCESSOR = (
+_NEED_PROCESSOR = (
     "image",
     "audio",
     "video",
@@ -39,7 +39,7 @@ _NEEDS_PROCESSOR = (
     "object",
 )  # pipelines for these load one from the folder
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_UNSAID = "Its author has not said."
+_UNKNOWN = "Its author has not said."
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Card:
     name: str = ""
     repo_id: str = ""
     description: str = ""
-    training_data: str = _UNSAID
-    limits: str = _UNSAID
+    training_data: str = _UNKNOWN
+    limits: str = _UNKNOWN
     dataset: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     pictures: Mapping[str, str] = field(default_factory=dict)
@@ -88,9 +88,9 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
     parameters = sum(info.numel for info in open_checkpoint(folder).info.values())
     metrics, training = dict(card.metrics), card.training_data
     if history is not None and history.is_file():
-        measured, described = _trained(read_json(history))
+        measured, described = _from_trainer_state(read_json(history))
         metrics = metrics or measured
-        training = described if training == _UNSAID else training
+        training = described if training == _UNKNOWN else training
     title, repo_id, task = card.name or name, card.repo_id or name, PIPELINE_TAGS.get(auto_class, "feature-extraction")
     custom = bool(config.get("auto_map"))
     has_processor = any((folder / name).is_file() for name in _PROCESSORS)
@@ -101,7 +101,7 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
         language=card.language if card.language is None or isinstance(card.language, str) else list(card.language),
         license=card.license,
         library_name="transformers",
-        pipeline_tag=None if task.startswith(_NEEDS_PROCESSOR) and not has_processor else task,
+        pipeline_tag=None if task.startswith(_NEED_PROCESSOR) and not has_processor else task,
         tags=[*dict.fromkeys([str(config.get("model_type")), *(["custom_code"] if custom else []), *card.tags])],
         base_model=card.base_model,
         datasets=list(card.datasets) or None,
@@ -123,7 +123,7 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
     trust = ", trust_remote_code=True" if custom else ""
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items())
-    results = f"On {where}:\n\n| metric | value |\n|---|---|\n{rows}" if metrics else _UNSAID
+    results = f"On {where}:\n\n| metric | value |\n|---|---|\n{rows}" if metrics else _UNKNOWN
     results += "".join(f"\n\n![{caption}]({file})" for file, caption in card.pictures.items())
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})\n' if has_tokenizer else ""
     made_from = f" Made from [{card.base_model}](https://huggingface.co/{card.base_model})." if card.base_model else ""
@@ -171,7 +171,7 @@ def _metric_type(metric: str) -> str:
     return metric.lower().split(" (")[0].replace(" ", "_")
 
 
-def _trained(state: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+def _from_trainer_state(state: Mapping[str, Any]) -> tuple[dict[str, float], str]:
     """Metrics and a sentence from the Trainer's history."""
     log = [entry for entry in state.get("log_history", []) if isinstance(entry, dict)]
     last = next((entry for entry in reversed(log) if any(key.startswith("eval_") for key in entry)), {})
@@ -183,4 +183,4 @@ def _trained(state: Mapping[str, Any]) -> tuple[dict[str, float], str]:
     }
     steps, epochs = state.get("global_step"), state.get("epoch")
     told = f"Fine-tuned for {steps} steps" + (f" ({epochs:g} epochs)" if isinstance(epochs, (int, float)) else "")
-    return metrics, f"{told}; the data itself its author has not named." if steps else _UNSAID
+    return metrics, f"{told}; the data itself its author has not named." if steps else _UNKNOWN

@@ -28,11 +28,11 @@ from ..messages import one_line
 
 SCRIPT = Path(__file__).parent / "isolated" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
-_STARTING = 120.0  # seconds, for a machine that is busy: Python and the libraries
-_A_DAY = 86_400.0
+_STARTUP_LIMIT = 120.0  # seconds, for a machine that is busy: Python and the libraries
+_ONE_DAY = 86_400.0
 LONGEST = 1000  # characters of one message; a folder may have anything to say
-_COPIED = 10_000_000  # bytes; larger files are linked
-_KEPT = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
+_COPY_LIMIT = 10_000_000  # bytes; larger files are linked
+_INHERITED = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
 
 
 class CleanRun(NamedTuple):
@@ -91,7 +91,7 @@ def clean_process(
                 "saved": str(scratch / "saved" / f"{folder.name}-saved"),
                 "events": str(scratch / "events.jsonl"),
                 "release": str(release) if release else None,
-                "golden": _beside(golden, scratch, "golden-input.safetensors"),
+                "golden": _copy_into(golden, scratch, "golden-input.safetensors"),
                 "time_limit": time_limit,
                 "stages": stages,
                 **job,
@@ -100,7 +100,7 @@ def clean_process(
             everything["memory_limit"] = default if memory_limit is None else memory_limit
             (scratch / "events.jsonl").touch()
             (scratch / "job.json").write_text(json.dumps(everything), encoding="utf-8")
-            failure = _run(scratch, _STARTING + time_limit * len(stages))
+            failure = _run(scratch, _STARTUP_LIMIT + time_limit * len(stages))
             events = _read_events(scratch)
         except (OSError, CheckpointError) as error:
             events, failure = [], str(error)
@@ -164,14 +164,14 @@ def load_in_clean_process(
         RuntimeError: the process failed; the message says why.
     """
     how: dict[str, Any] = {"texts": texts, "prompt": prompt, "max_new_tokens": max_new_tokens, "device_map": device_map}
-    with clean_process(path, ["texts"], time_limit=_A_DAY, memory_limit=0, classes=auto_classes, **how) as run:
+    with clean_process(path, ["texts"], time_limit=_ONE_DAY, memory_limit=0, classes=auto_classes, **how) as run:
         if not (run.scratch / "report.json").exists():
-            raise RuntimeError(f"{path} did not load in a clean process: {why(run)}")
+            raise RuntimeError(f"{path} did not load in a clean process: {failure_reason(run)}")
         report = json.loads((run.scratch / "report.json").read_text(encoding="utf-8"))
         return report, load_file(run.scratch / "outputs.safetensors")
 
 
-def why(run: CleanRun) -> str:
+def failure_reason(run: CleanRun) -> str:
     """Why a run did not get to its end, in words."""
     for event in reversed(run.events):
         if "ended" in event:
@@ -195,14 +195,14 @@ def _copy(source: Path, parent: Path) -> Path:
             inside(source, origin.relative_to(source).as_posix(), source)
             if not origin.is_file():
                 continue
-            if origin.stat().st_size > _COPIED:
+            if origin.stat().st_size > _COPY_LIMIT:
                 (here / file).symlink_to(origin.resolve())
             else:
                 shutil.copyfile(origin, here / file)
     return copy
 
 
-def _beside(file: Path | None, scratch: Path, name: str) -> str | None:
+def _copy_into(file: Path | None, scratch: Path, name: str) -> str | None:
     if file is None:
         return None
     shutil.copyfile(file, scratch / name)
@@ -211,7 +211,7 @@ def _beside(file: Path | None, scratch: Path, name: str) -> str | None:
 
 def environment(scratch: Path) -> dict[str, str]:
     """The environment variables of a clean process: nothing of the user's own, no network, no progress bars."""
-    kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+    kept = {name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)}
     return kept | {
         "HF_HOME": str(scratch / "hf"),
         "HOME": str(scratch),

@@ -87,11 +87,11 @@ def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict
         if within is not None:
             for one in imports:
                 _check_inside(one, path, within)
-        texts[path.name] = _rewritten(text, imports)
+        texts[path.name] = _rewrite_imports(text, imports)
         direct[path.name] = {one.file.name for one in imports}
         queue += [one.file for one in imports]
     for name in entry_names:
-        texts[name] = _with_indirect(name, texts, direct)
+        texts[name] = _with_indirect_imports(name, texts, direct)
     return dict(sorted(texts.items()))
 
 
@@ -123,8 +123,8 @@ def own_imports(path: Path, tree: ast.Module) -> list[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 top = alias.name.split(".")[0]
-                if top in {package, "mymodels"} - {""} or (not package and _lies_beside(path, top)):
-                    raise _not_flat(path, node, f"import {alias.name}")
+                if top in {package, "mymodels"} - {""} or (not package and _is_sibling_module(path, top)):
+                    raise _not_flat_error(path, node, f"import {alias.name}")
         if not isinstance(node, ast.ImportFrom):
             continue
         parts = (node.module or "").split(".") if node.module else []
@@ -137,20 +137,20 @@ def own_imports(path: Path, tree: ast.Module) -> list[Import]:
         elif parts[:2] == ["mymodels", "models"] and len(parts) == 3:
             folder, parts = _MODELS, parts[2:]
         elif parts[:1] == ["mymodels"]:
-            found += _of_our_models(path, node)
+            found += _imports_of_mymodels(path, node)
             continue
-        elif parts and not package and _lies_beside(path, parts[0]):
+        elif parts and not package and _is_sibling_module(path, parts[0]):
             folder = root
         else:
             continue
         file = folder.joinpath(*parts).with_suffix(".py") if parts else folder / "__init__.py"
         if not parts or not file.is_file():
-            raise _not_flat(path, node, f"from {'.' * node.level}{node.module or ''} import …")
+            raise _not_flat_error(path, node, f"from {'.' * node.level}{node.module or ''} import …")
         found.append(Import(node, file))
     return found
 
 
-def _lies_beside(path: Path, name: str) -> bool:
+def _is_sibling_module(path: Path, name: str) -> bool:
     """Whether a script's `import name` finds a file or folder beside it, and not an installed package."""
     if name in sys.stdlib_module_names or not ((path.parent / f"{name}.py").is_file() or (path.parent / name).is_dir()):
         return False
@@ -163,7 +163,7 @@ def _lies_beside(path: Path, name: str) -> bool:
     return Path(spec.origin).is_relative_to(path.parent)
 
 
-def _of_our_models(path: Path, node: ast.ImportFrom) -> list[Import]:
+def _imports_of_mymodels(path: Path, node: ast.ImportFrom) -> list[Import]:
     """`from mymodels import …`, by the files of `mymodels.models` that define the names."""
     import mymodels
 
@@ -180,14 +180,14 @@ def _of_our_models(path: Path, node: ast.ImportFrom) -> list[Import]:
     return [Import(node, file, tuple(names)) for file, names in by_file.items()]
 
 
-def _not_flat(path: Path, node: ast.stmt, statement: str) -> CheckpointError:
+def _not_flat_error(path: Path, node: ast.stmt, statement: str) -> CheckpointError:
     return CheckpointError(
         f"{path}:{node.lineno}: `{statement}` cannot be made flat, or its file is not there: write `from .name import …` "
         "with the names that are needed"
     )
 
 
-def _rewritten(text: str, imports: list[Import]) -> str:
+def _rewrite_imports(text: str, imports: list[Import]) -> str:
     lines = text.split("\n")  # as Python counts them
     places: dict[tuple[int, int], list[Import]] = {}
     for one in imports:
@@ -199,11 +199,11 @@ def _rewritten(text: str, imports: list[Import]) -> str:
         if not names:
             heading = re.match(r"from\s+[.\w]+\s+import", rest)
             if heading is None:
-                raise _not_rewritten(file)
+                raise _not_rewritten_error(file)
             lines[line - 1] = f"{before}from .{file.stem} import{rest[heading.end() :]}"
             continue
         if before.strip() and len(found) > 1:
-            raise _not_rewritten(file)
+            raise _not_rewritten_error(file)
         after = lines[(node.end_lineno or line) - 1].encode()[node.end_col_offset :].decode()
         statements = [f"from .{f.stem} import {', '.join(map(ast.unparse, aliases))}" for _, f, aliases in found]
         indent = before if before.strip() == "" else ""
@@ -212,13 +212,13 @@ def _rewritten(text: str, imports: list[Import]) -> str:
     return "\n".join(lines)
 
 
-def _not_rewritten(file: Path) -> CheckpointError:
+def _not_rewritten_error(file: Path) -> CheckpointError:
     return CheckpointError(
         f"{file.name} is imported in a way that cannot be rewritten: write `from .name import …` in one line"
     )
 
 
-def _with_indirect(name: str, texts: dict[str, str], direct: dict[str, set[str]]) -> str:
+def _with_indirect_imports(name: str, texts: dict[str, str], direct: dict[str, set[str]]) -> str:
     """`name`'s text with an import of each file that it only needs through another one."""
     reached, queue = set(), list(direct[name])
     while queue:
@@ -228,20 +228,20 @@ def _with_indirect(name: str, texts: dict[str, str], direct: dict[str, set[str]]
     tree = ast.parse(texts[name])
     missing = sorted(reached - direct[name] - {name})
     lines = [
-        f"from .{Path(file).stem} import {_a_name(file, texts[file])}  # noqa: F401  needed indirectly\n"
+        f"from .{Path(file).stem} import {_first_definition(file, texts[file])}  # noqa: F401  needed indirectly\n"
         for file in missing
     ]
-    last = max((n.end_lineno or 0 for n in tree.body if _is_heading(n)), default=0)
+    last = max((n.end_lineno or 0 for n in tree.body if _precedes_imports(n)), default=0)
     parts = texts[name].split("\n")
     return "\n".join([*parts[:last], *lines, *parts[last:]])
 
 
-def _is_heading(node: ast.stmt) -> bool:
+def _precedes_imports(node: ast.stmt) -> bool:
     docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.lineno < 20
     return docstring or (isinstance(node, ast.ImportFrom) and node.module == "__future__")
 
 
-def _a_name(file: str, text: str) -> str:
+def _first_definition(file: str, text: str) -> str:
     for node in ast.parse(text).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             return node.name
@@ -250,7 +250,7 @@ def _a_name(file: str, text: str) -> str:
     raise CheckpointError(f"{file} defines nothing that could be imported: merge it into the file that needs it")
 
 
-def served(texts: dict[str, str], first: Iterable[str] = (), *, config_class: str = "") -> dict[str, str]:
+def auto_map_of_files(texts: dict[str, str], first: Iterable[str] = (), *, config_class: str = "") -> dict[str, str]:
     """The `auto_map` of code files: Auto class → `file.Class`.
 
     A class counts if it is a config or, however indirectly, a `PreTrainedModel`, and is called like one of `first` (the

@@ -62,7 +62,7 @@ _NO_DEFAULT_FROM_5 = frozenset(
 )
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads((folder / name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
@@ -87,7 +87,7 @@ def _attribute(match: re.Match, folder: Path) -> str:
 
 def _without_mixin(match: re.Match, folder: Path) -> str:
     name = match["name"].rpartition(".")[2]
-    text = "".join(_text(path) for path in sorted(folder.glob("*.py")))
+    text = "".join(_read_text(path) for path in sorted(folder.glob("*.py")))
     found = re.search(rf"^class {re.escape(name)}\((?P<bases>[^)]*)\)", text, re.MULTILINE)
     if found is None or "GenerationMixin" in found["bases"]:
         return ""
@@ -97,7 +97,7 @@ def _without_mixin(match: re.Match, folder: Path) -> str:
     )
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")[:1_000_000]
     except OSError:
@@ -105,11 +105,11 @@ def _text(path: Path) -> str:
 
 
 def _index(match: re.Match, folder: Path) -> str:
-    config = _read(folder, "config.json")
+    config = _read_json(folder, "config.json")
     inner = config.get("text_config")
     size = (inner if isinstance(inner, dict) else config).get("vocab_size")
     for name in ("config.json", "generation_config.json"):
-        for key, value in _read(folder, name).items():
+        for key, value in _read_json(folder, name).items():
             ids = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
             outside = [v for v in ids if isinstance(size, int) and (v >= size or v < 0)]
             if key.endswith("_token_id") and outside:
@@ -125,7 +125,7 @@ def _index(match: re.Match, folder: Path) -> str:
 
 def _class_entry(match: re.Match, folder: Path) -> str:
     for name in ("tokenizer_config.json", "config.json", "preprocessor_config.json", "processor_config.json"):
-        table = _read(folder, name).get("auto_map")
+        table = _read_json(folder, name).get("auto_map")
         for auto, entry in table.items() if isinstance(table, dict) else ():
             if auto == "AutoTokenizer" and isinstance(entry, str):
                 return f"auto_map.AutoTokenizer in {name} is a text: write a pair, [{json.dumps(entry)}, null]"
@@ -136,11 +136,13 @@ def _class_entry(match: re.Match, folder: Path) -> str:
 
 
 def _no_vocabulary(match: re.Match, folder: Path) -> str:
-    config = _read(folder, "tokenizer_config.json")
+    config = _read_json(folder, "tokenizer_config.json")
     if not config:
         return ""
     kind = config.get("tokenizer_class", "the tokenizer")
-    files = sorted({f for path in folder.glob("*.py") for f in re.findall(r'_file"\s*:\s*"([\w.-]+)"', _text(path))})
+    files = sorted(
+        {f for path in folder.glob("*.py") for f in re.findall(r'_file"\s*:\s*"([\w.-]+)"', _read_text(path))}
+    )
     missing = [name for name in files if not (folder / name).exists()]
     named = f" ({', '.join(missing)})" if missing else ""
     return f"{kind} has no vocabulary file{named} in the folder, so its path is None: add the file"
@@ -148,7 +150,7 @@ def _no_vocabulary(match: re.Match, folder: Path) -> str:
 
 def _not_json(match: re.Match, folder: Path) -> str:
     for path in sorted(folder.glob("*.json*")):
-        head = _head(path)
+        head = _first_bytes(path)
         if head.startswith(b"version https://git-lfs"):
             return f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again"
         if head.startswith(b"\xef\xbb\xbf"):
@@ -161,7 +163,7 @@ def _not_json(match: re.Match, folder: Path) -> str:
     return ""
 
 
-def _head(path: Path) -> bytes:
+def _first_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(40).strip(b" \n\t")
@@ -179,9 +181,9 @@ def _invalid(path: Path) -> bool:
     return False
 
 
-def _pointer(match: re.Match, folder: Path) -> str:
+def _lfs_pointer(match: re.Match, folder: Path) -> str:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_file() and _head(path).startswith(b"version https://git-lfs"):
+        if path.is_file() and _first_bytes(path).startswith(b"version https://git-lfs"):
             return f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again"
     return ""
 
@@ -194,7 +196,7 @@ def _plain_tuple(match: re.Match, folder: Path) -> str:
 
 
 def _unknown_type(match: re.Match, folder: Path) -> str:
-    config = _read(folder, "config.json")
+    config = _read_json(folder, "config.json")
     mapped = config.get("auto_map")
     if isinstance(mapped, dict) and "AutoConfig" in mapped:
         return ""
@@ -226,7 +228,7 @@ EXPLANATIONS: list[tuple[str, Explain]] = [
     ),
     (r"does not recognize this architecture|Unrecognized model in", _unknown_type),
     (r"'tuple' object has no attribute '(?P<name>\w+)'", _plain_tuple),
-    (r"header too large|HeaderTooLarge|invalid load key, 'v'|could not parse ModelProto|HeaderTooSmall", _pointer),
+    (r"header too large|HeaderTooLarge|invalid load key, 'v'|could not parse ModelProto|HeaderTooSmall", _lfs_pointer),
 ]
 
 

@@ -40,7 +40,7 @@ def read_inputs(inputs: Inputs) -> dict[str, torch.Tensor]:
     where, values = ("inputs", inputs) if isinstance(inputs, Mapping) else _read(Path(inputs))
     if not values:
         raise CheckpointError(f"{where} holds no array: give one for each argument of forward, by its name")
-    return {str(name): _checked(where, str(name), value) for name, value in sorted(values.items())}
+    return {str(name): _to_tensor(where, str(name), value) for name, value in sorted(values.items())}
 
 
 def write_inputs(inputs: Inputs, folder: Path) -> str:
@@ -89,7 +89,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     return arrays
 
 
-def _checked(where: str, name: str, value: Any) -> torch.Tensor:
+def _to_tensor(where: str, name: str, value: Any) -> torch.Tensor:
     what = f"{where}: {printable(name)!r}"
     if not isinstance(value, torch.Tensor):
         try:

@@ -13,7 +13,7 @@ from ..checkpoints.atomic_write import replace_file
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.integrity import update_manifest
 from ..checkpoints.safetensors_files import read_header
-from .clean_process import TIME_LIMIT, clean_process, why
+from .clean_process import TIME_LIMIT, clean_process, failure_reason
 from .given_inputs import Inputs, write_inputs
 from .isolated.golden_outputs import Golden
 from .isolated.golden_outputs import read as _read
@@ -55,7 +55,9 @@ def record_golden(
         )
     if (folder / GOLDEN).exists():
         raise CheckpointError(f"{folder} has {GOLDEN} already: remove it first, if the model is meant to have changed")
-    with recorded(folder, inputs=inputs, release=release, time_limit=time_limit, memory_limit=memory_limit) as made:
+    with temporary_golden(
+        folder, inputs=inputs, release=release, time_limit=time_limit, memory_limit=memory_limit
+    ) as made:
         with replace_file(folder / GOLDEN) as file:
             shutil.copyfile(made, file)
         update_manifest(folder, GOLDEN)
@@ -63,7 +65,7 @@ def record_golden(
 
 
 @contextlib.contextmanager
-def recorded(
+def temporary_golden(
     folder: Path,
     *,
     inputs: Inputs | None = None,
@@ -89,7 +91,9 @@ def recorded(
                         f"{folder}: golden outputs cannot be recorded, {unsuitable[1]}: leave them out (golden=False, "
                         "--no-golden), or give inputs by --inputs FILE (inputs=)"
                     )
-                raise CheckpointError(f"{folder}: golden outputs cannot be recorded, {_without_internals(why(run))}")
+                raise CheckpointError(
+                    f"{folder}: golden outputs cannot be recorded, {_without_internals(failure_reason(run))}"
+                )
             read_golden(made)
             yield made
 

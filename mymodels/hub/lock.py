@@ -61,7 +61,7 @@ def write_lock(
     elif found:
         repo_id, commit = found.groups()
         with tempfile.TemporaryDirectory(prefix="mymodels-lock-") as scratch:
-            folder = Remote(repo_id, token=token).ask(
+            folder = Remote(repo_id, token=token).request(
                 lambda: snapshot_download(
                     repo_id, revision=commit, allow_patterns=_PATTERNS, cache_dir=scratch, token=token
                 )
@@ -149,7 +149,7 @@ def load(
         repo_id = str(path_or_repo_id)
         if locked.repo_id not in (None, repo_id):
             raise LockError(f"the lock {lock} is for {locked.repo_id}, not for {printable(repo_id)}: lock that one too")
-        folder = Remote(repo_id, token=token).ask(lambda: locate(repo_id, revision=revision, token=token))
+        folder = Remote(repo_id, token=token).request(lambda: locate(repo_id, revision=revision, token=token))
     copy = _checked_copy(folder, locked, Path(lock))
     loaded = loader.from_pretrained(copy, **{"trust_remote_code": True, **kwargs})
     result = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info, return_unused_kwargs
@@ -230,7 +230,7 @@ def _read_code(folder: Path, files: list[str] | None = None) -> dict[str, bytes]
         code[name] = path.read_bytes()
         if not name.lower().endswith(".json"):
             continue
-        elsewhere = _elsewhere(parse_json(code[name], path))
+        elsewhere = _other_repo(parse_json(code[name], path))
         if name.rsplit("/", 1)[-1] == "adapter_config.json":
             elsewhere = "the repo of its base model"
         if elsewhere:
@@ -241,7 +241,7 @@ def _read_code(folder: Path, files: list[str] | None = None) -> dict[str, bytes]
     return code
 
 
-def _elsewhere(config: dict[str, Any]) -> str:
+def _other_repo(config: dict[str, Any]) -> str:
     """Something in a config that runs code of another repo; empty if nothing does."""
     values: list[tuple[str, Any]] = [("", config)]
     while values:

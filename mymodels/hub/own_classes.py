@@ -12,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..checkpoints import CheckpointError
 from ..released import is_installed
 from .auto_class_names import auto_class_of
-from .code_files import collect_code, file_of, served
+from .code_files import auto_map_of_files, collect_code, file_of
 
-_MADE_BY = {"torch", "accelerate", "transformers"}  # wrap a model's class in one of their own, as FSDP2 does
+_WRAPPERS = {"torch", "accelerate", "transformers"}  # wrap a model's class in one of their own, as FSDP2 does
 
 
 class Code(NamedTuple):
@@ -41,7 +41,7 @@ def code_of(config: PretrainedConfig, model: PreTrainedModel | None = None) -> C
     if all(cls.__module__.split(".")[0] == "transformers" for cls in classes):
         return Code({}, {})
     for cls in classes:
-        _check_place(cls)
+        _check_importable(cls)
     files = collect_code([file for file in map(file_of, classes) if file is not None])
     config_class = classes[-1]
     auto_map = {} if file_of(config_class) is None else {"AutoConfig": _target(config_class)}
@@ -49,14 +49,14 @@ def code_of(config: PretrainedConfig, model: PreTrainedModel | None = None) -> C
         return Code(files, auto_map)
     _check_config_class(classes[0], config_class)
     declared = vars(config_class).get("AUTO_MAP") or {}
-    siblings = served(files, [cls.__name__ for cls in classes], config_class=config_class.__name__)
+    siblings = auto_map_of_files(files, [cls.__name__ for cls in classes], config_class=config_class.__name__)
     body = defining_class(model.base_model) if isinstance(model.base_model, PreTrainedModel) else None
-    if _is_plain(model):
+    if _has_standard_body(model):
         auto_map = {**declared, **siblings, **auto_map}
     else:  # our other heads would be made with another body
         ours = {auto for auto, target in siblings.items() if target == declared.get(auto)}
         auto_map = {**{auto: target for auto, target in siblings.items() if auto not in ours}, **auto_map}
-        if body is not None and body is not classes[0] and _serves(body, config_class, files):
+        if body is not None and body is not classes[0] and _can_serve(body, config_class, files):
             auto_map["AutoModel"] = _target(body)
     if (auto_class := _auto_class(classes[0])) == "":
         raise CheckpointError(
@@ -90,7 +90,7 @@ def files_and_auto_map(config: Any, model: PreTrainedModel | None) -> tuple[dict
 
 def defining_class(thing: Any) -> type:
     """The class that someone wrote, not the one that a library made of it on the way."""
-    classes = [cls for cls in type(thing).__mro__ if cls.__module__.split(".")[0] not in _MADE_BY - {"transformers"}]
+    classes = [cls for cls in type(thing).__mro__ if cls.__module__.split(".")[0] not in _WRAPPERS - {"transformers"}]
     return classes[0]
 
 
@@ -100,7 +100,7 @@ def _target(cls: type) -> str:
     return f"{file.stem}.{cls.__name__}"
 
 
-def _check_place(cls: type) -> None:
+def _check_importable(cls: type) -> None:
     """Raise a `CheckpointError` unless other files could import the class."""
     if cls.__module__ == "__main__":
         raise CheckpointError(
@@ -121,7 +121,7 @@ def _check_config_class(model_class: Any, config_class: type) -> None:
         )
 
 
-def _serves(cls: type, config_class: type, files: dict[str, str]) -> bool:
+def _can_serve(cls: type, config_class: type, files: dict[str, str]) -> bool:
     taken, file = getattr(cls, "config_class", None), file_of(cls)
     same = taken is not None and taken.__name__ == config_class.__name__
     return (
@@ -139,7 +139,7 @@ def _auto_class(cls: Any) -> str:
     return registered or (named if named != "AutoModel" else "") or cls._auto_class or named
 
 
-def _is_plain(model: PreTrainedModel) -> bool:
+def _has_standard_body(model: PreTrainedModel) -> bool:
     """Whether a model's body has the modules, and parameters of the shapes, that its config alone makes."""
     body: Any = model.base_model
     if body is model or not is_installed(defining_class(body)):

@@ -27,13 +27,13 @@ from .push_files import (
     kind_of,
     scan,
 )
-from .remote import REPO_ID, SENTENCES, HubError, Remote, status_of
+from .remote import REPO_ID, STATUS_MESSAGES, HubError, Remote, status_of
 from .testing import failures
 from .verifying import Verification
 from .verifying import verify as standard_verify
 
 NEW, CHANGED, UNCHANGED, REMOVED, KEPT = "new", "changed", "unchanged", "removed", "only there, kept"
-_READ_AGAIN = 10_000_000  # bytes; of larger files the Hub's own SHA-256 is compared
+_DOWNLOAD_LIMIT = 10_000_000  # bytes; of larger files the Hub's own SHA-256 is compared
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -117,10 +117,10 @@ def push(
     if not no_verify:
         _verify(folder, verify)
     snippet = load_snippet(folder, repo_id, "COMMIT")  # also refuses a damaged config before anything is sent
-    info = _look(remote)
+    info = _repo_info(remote)
     if info is not None:
         _check_visibility(remote, info.private, private)
-    start = None if info is None else _head(remote, branch) or info.sha
+    start = None if info is None else _branch_head(remote, branch) or info.sha
     tag_is_there = tag is not None and info is not None and _tag_target(remote, tag)
     states = compare(files, _tree(remote, start) if start else {})
     todo = [state for state in states if state.state in (NEW, CHANGED, REMOVED)]
@@ -132,16 +132,16 @@ def push(
         return PushResult(repo_id, None, states, [], None, snippet)
     if info is None:
         start = _create(remote, private is not False)
-    if _head(remote, branch) is None:
-        remote.ask(lambda: remote.api.create_branch(repo_id, branch=branch, revision=start, exist_ok=True))
+    if _branch_head(remote, branch) is None:
+        remote.request(lambda: remote.api.create_branch(repo_id, branch=branch, revision=start, exist_ok=True))
     assert start is not None
     commit, pr_url = start, None
     if todo:
         message = _message(commit_message, no_verify)
         commit, pr_url = _upload(remote, files, todo, branch, start, create_pr, message)
-    read_again(remote, commit, files)
+    verify_upload(remote, commit, files)
     if tag is not None:
-        remote.ask(lambda: remote.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+        remote.request(lambda: remote.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
     snippet = load_snippet(folder, repo_id, commit)
     if console is not None:
         what = "every hash compared" if todo else "nothing had changed, every hash compared"
@@ -199,7 +199,7 @@ def load_snippet(folder: Path, repo_id: str, commit: str) -> str:
     return f"from transformers import {imports}\n\npinned = {{{pins}}}\n{calls}"
 
 
-def read_again(remote: Remote, commit: str, files: dict[str, LocalFile]) -> None:
+def verify_upload(remote: Remote, commit: str, files: dict[str, LocalFile]) -> None:
     """Compare what the repo holds at `commit` with the folder: sizes and hashes, and small files byte by byte.
 
     Raises:
@@ -211,9 +211,9 @@ def read_again(remote: Remote, commit: str, files: dict[str, LocalFile]) -> None
         problems[name] = "is missing" if name not in tree else _difference(file, tree[name])
     with tempfile.TemporaryDirectory(prefix="mymodels-push-") as scratch:
         for name, file in files.items():
-            if problems[name] or file.size > _READ_AGAIN:
+            if problems[name] or file.size > _DOWNLOAD_LIMIT:
                 continue
-            problems[name] = _difference_of_content(remote, commit, name, file, scratch)
+            problems[name] = _content_difference(remote, commit, name, file, scratch)
     found = [f"{printable(name)} {problem}" for name, problem in problems.items() if problem]
     leftover = [name for name in tree if name not in files and _is_loaded(name)]
     found += [f"{printable(name)} was to be removed" for name in leftover]
@@ -224,9 +224,9 @@ def read_again(remote: Remote, commit: str, files: dict[str, LocalFile]) -> None
         )
 
 
-def _difference_of_content(remote: Remote, commit: str, name: str, file: LocalFile, scratch: str) -> str:
+def _content_difference(remote: Remote, commit: str, name: str, file: LocalFile, scratch: str) -> str:
     try:
-        copy = remote.ask(
+        copy = remote.request(
             lambda: remote.api.hf_hub_download(remote.repo_id, name, revision=commit, cache_dir=scratch),
             what=f"reading {printable(name)} again",
         )
@@ -277,7 +277,7 @@ def _verify(folder: Path, verify: Callable[[Path], Verification] | None) -> None
         warnings.warn(f"{folder}: {check.name} was left out of its verification, {check.what}", stacklevel=3)
 
 
-def _look(remote: Remote) -> Any:
+def _repo_info(remote: Remote) -> Any:
     """The repo's own description, None if there is none."""
 
     def call() -> Any:
@@ -288,21 +288,23 @@ def _look(remote: Remote) -> Any:
                 raise
             return None
 
-    return remote.ask(call)
+    return remote.request(call)
 
 
-def _head(remote: Remote, revision: str) -> str | None:
+def _branch_head(remote: Remote, revision: str) -> str | None:
     def call() -> str | None:
         try:
             return remote.api.repo_info(remote.repo_id, revision=revision).sha
         except RevisionNotFoundError:
             return None
 
-    return remote.ask(call)
+    return remote.request(call)
 
 
 def _tree(remote: Remote, commit: str) -> dict[str, Any]:
-    return remote.ask(lambda: _entries(remote, commit), attempts=2)  # most releases of huggingface_hub repeat it, too
+    return remote.request(
+        lambda: _entries(remote, commit), attempts=2
+    )  # most releases of huggingface_hub repeat it, too
 
 
 def _entries(remote: Remote, commit: str) -> dict[str, Any]:
@@ -311,7 +313,7 @@ def _entries(remote: Remote, commit: str) -> dict[str, Any]:
 
 
 def _tag_target(remote: Remote, tag: str) -> str | None:
-    refs = remote.ask(lambda: remote.api.list_repo_refs(remote.repo_id))
+    refs = remote.request(lambda: remote.api.list_repo_refs(remote.repo_id))
     return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
 
@@ -330,8 +332,10 @@ def _check_visibility(remote: Remote, is_private: bool | None, private: bool | N
 
 
 def _create(remote: Remote, private: bool) -> str:
-    remote.ask(lambda: remote.api.create_repo(remote.repo_id, private=private, exist_ok=True), what="making the repo")
-    info = _look(remote)
+    remote.request(
+        lambda: remote.api.create_repo(remote.repo_id, private=private, exist_ok=True), what="making the repo"
+    )
+    info = _repo_info(remote)
     if info is None:
         raise HubError(f"{remote.repo_id} was made, but the Hub does not show it to this token: check its permissions")
     _check_visibility(remote, info.private, private)  # somebody else may have made it, or the Hub not listened
@@ -359,7 +363,7 @@ def _upload(
     api, repo_id = remote.api, remote.repo_id
     additions = [CommitOperationAdd(s.name, str(files[s.name].path)) for s in todo if s.state != REMOVED]
     deletions = [CommitOperationDelete(state.name) for state in todo if state.state == REMOVED]
-    remote.ask(
+    remote.request(
         lambda: api.preupload_lfs_files(
             repo_id, additions, revision=branch, create_pr=create_pr, free_memory=False, num_threads=4
         ),
@@ -373,7 +377,7 @@ def _upload(
             states = compare(files, _entries(remote, head))
             if not create_pr and all(state.state in (UNCHANGED, KEPT) for state in states):
                 return head, None  # an earlier attempt, whose answer was lost
-            raise HubError(SENTENCES[412].format(repo_id=repo_id))
+            raise HubError(STATUS_MESSAGES[412].format(repo_id=repo_id))
         info = api.create_commit(
             repo_id,
             [*additions, *deletions],
@@ -385,4 +389,4 @@ def _upload(
         return info.oid, info.pr_url
 
     # a second pull request would be made if only the answer to the first was lost
-    return remote.ask(commit, what="committing", **({"attempts": 1} if create_pr else {}))
+    return remote.request(commit, what="committing", **({"attempts": 1} if create_pr else {}))

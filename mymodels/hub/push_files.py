@@ -104,7 +104,7 @@ class LocalFile(NamedTuple):
 def kind_of(name: str) -> str | None:
     """The kind of file, a key of `KINDS`; None for what is not pushed."""
     base = name.rsplit("/", 1)[-1]
-    return next((kind for kind, patterns in KINDS.items() if _fits(base, patterns)), None)
+    return next((kind for kind, patterns in KINDS.items() if _matches_any(base, patterns)), None)
 
 
 def scan(folder: Path, allow: Iterable[str] = ()) -> dict[str, LocalFile]:
@@ -120,7 +120,7 @@ def scan(folder: Path, allow: Iterable[str] = ()) -> dict[str, LocalFile]:
         raise ValueError(f"{folder} is no folder, so there is nothing to push: name the folder of the model")
     names, refused = [], []
     for name, is_regular in _walk(folder):
-        reason = _refusal(name, tuple(allow)) if is_regular else "a link or no regular file"
+        reason = _reason_not_pushed(name, tuple(allow)) if is_regular else "a link or no regular file"
         refused.append(f"{printable(name)} ({reason})") if reason else names.append(name)
     if refused:
         more = f" and {len(refused) - 20} more" if len(refused) > 20 else ""
@@ -193,21 +193,21 @@ def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
                 yield path.relative_to(folder).as_posix(), path.is_file() and not path.is_symlink()
 
 
-def _refusal(name: str, allow: tuple[str, ...]) -> str:
+def _reason_not_pushed(name: str, allow: tuple[str, ...]) -> str:
     """Why a file is not pushed; empty if it is."""
     *folders, base = name.split("/")
     if not name.isprintable() or "\\" in name:
         return "a name with control characters or backslashes"
-    if _fits(base.lower(), PICKLES):
+    if _matches_any(base.lower(), PICKLES):
         return "a pickle or a format like it, which can run code when it is loaded"
-    if _fits(base.lower(), _SECRETS):
+    if _matches_any(base.lower(), _SECRETS):
         return "by its name a secret"
-    if any(_fits(part, _LEFTOVER_FOLDERS) for part in folders) or _fits(base, _LEFTOVERS):
+    if any(_matches_any(part, _LEFTOVER_FOLDERS) for part in folders) or _matches_any(base, _LEFTOVERS):
         return "left over from work"
-    if kind_of(name) is None and not _fits(base, allow) and not _fits(name, allow):
+    if kind_of(name) is None and not _matches_any(base, allow) and not _matches_any(name, allow):
         return "no kind of file that belongs to a model"
     return ""
 
 
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)

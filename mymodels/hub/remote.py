@@ -20,7 +20,7 @@ _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urll
 Result = TypeVar("Result")
 
 # what a status means, and what to do about it; {repo_id} and {wait} are filled in
-SENTENCES = {
+STATUS_MESSAGES = {
     400: "the Hub does not accept what was sent for {repo_id}",
     401: "{repo_id} needs a token that the Hub accepts: log in with `hf auth login`, or set HF_TOKEN",
     403: "the token may not do this with {repo_id}: use one with write permission for it",
@@ -42,7 +42,7 @@ def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def root_of(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """The answer or the broken connection that lies behind an exception of huggingface_hub."""
     seen: BaseException | None = error
     while seen is not None:
@@ -72,7 +72,7 @@ class Remote:
             text = text.replace(secret, "hf_…")
         return _TOKEN.sub("hf_…", text)
 
-    def ask(self, call: Callable[[], Result], *, attempts: int = ATTEMPTS, what: str = "") -> Result:
+    def request(self, call: Callable[[], Result], *, attempts: int = ATTEMPTS, what: str = "") -> Result:
         """`call()`, and again after a pause while the Hub is overloaded, has a fault, or drops the connection.
 
         Args:
@@ -84,11 +84,11 @@ class Remote:
             HubError: the last failure, as one sentence.
         """
         for attempt in range(1, attempts + 1):
-            with self.quiet():
+            with self.without_tokens_in_logs():
                 try:
                     return call()
                 except Exception as error:
-                    failure = root_of(error)
+                    failure = root_cause(error)
                     wait = self._wait(failure, attempt)
                     problem = HubError(f"{what}: {self.explain(failure)}" if what else self.explain(failure))
             if wait is None or attempt == attempts:
@@ -120,27 +120,27 @@ class Remote:
             return detail
         seconds = _retry_after(error)
         wait = "" if seconds is None else f" {seconds:.0f} seconds"
-        sentence = SENTENCES.get(status) or SENTENCES[500 if status >= 500 else 400]
+        sentence = STATUS_MESSAGES.get(status) or STATUS_MESSAGES[500 if status >= 500 else 400]
         return f"{sentence.format(repo_id=self.repo_id, wait=wait)} ({status}: {detail})"
 
     @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
+    def without_tokens_in_logs(self) -> Iterator[None]:
         """Within it, nothing that huggingface_hub logs or warns of shows a token."""
 
-        def clean(record: logging.LogRecord) -> bool:
+        def scrub_record(record: logging.LogRecord) -> bool:
             record.msg, record.args = self.scrub(record.getMessage()), ()
             return True
 
         handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
         for handler in handlers:
-            handler.addFilter(clean)
+            handler.addFilter(scrub_record)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 yield
         finally:
             for handler in handlers:
-                handler.removeFilter(clean)
+                handler.removeFilter(scrub_record)
             for warning in caught:
                 warnings.warn(self.scrub(str(warning.message)), warning.category, stacklevel=3)
 

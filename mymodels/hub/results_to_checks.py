@@ -6,7 +6,7 @@ from ..checkpoints import open_checkpoint
 from ..checkpoints.checkpoint import CheckpointError
 from ..messages import one_line
 from .checks import STATUSES, Check
-from .clean_process import LONGEST, CleanRun, why
+from .clean_process import LONGEST, CleanRun, failure_reason
 from .explain_errors import explain
 from .weights import Files, compare_weights
 
@@ -66,7 +66,7 @@ _INDEPENDENT = {
     "network",
     "file writes",
 }
-_OF_STAGE = {  # which check a stage is about, should it end before it began one
+_CHECK_OF_STAGE = {  # which check a stage is about, should it end before it began one
     "outputs": "load",
     "side effects": "side effects",
     "other classes": "load",
@@ -94,7 +94,7 @@ def checks_of_run(run: CleanRun, folder: Path, main: str) -> list[Check]:
             Check("clean process", "failed", what, "", "do not trust this folder's code: it meddled with the report")
         ]
     if run.failure:
-        checks.append(_failed("clean process", why(run), ""))
+        checks.append(_failed("clean process", failure_reason(run), ""))
     elif not checks:
         checks.append(_failed("clean process", "it reported nothing", ""))
     order = list(DYNAMIC)
@@ -102,7 +102,7 @@ def checks_of_run(run: CleanRun, folder: Path, main: str) -> list[Check]:
     checks = [
         check._replace(what=one_line(check.what, LONGEST), where=one_line(check.where, LONGEST)) for check in checks
     ]
-    return sorted(_without_consequences(checks), key=lambda check: order.index(check.name))
+    return sorted(_skip_consequences(checks), key=lambda check: order.index(check.name))
 
 
 def _failed(name: str, what: str, where: str) -> Check:
@@ -126,9 +126,9 @@ def _outcomes(run: CleanRun) -> list[Check]:
         elif "attempt" in event and (event["attempt"], event["where"]) not in attempts:
             attempts.add((event["attempt"], event["where"]))
             checks.append(_failed(event["attempt"], event["what"], event["where"]))
-        elif "ended" in event and (begun or event["ended"] in _OF_STAGE):
-            name, where = begun or (_OF_STAGE[event["ended"]], "")
-            cause = next((check for check, end in ends if _same_end(end, event)), None)
+        elif "ended" in event and (begun or event["ended"] in _CHECK_OF_STAGE):
+            name, where = begun or (_CHECK_OF_STAGE[event["ended"]], "")
+            cause = next((check for check, end in ends if _ended_alike(end, event)), None)
             if cause:
                 what = f"could not be checked: its process ends as that of {cause!r} does"
                 checks.append(Check(name, "skipped", what, where))
@@ -137,14 +137,14 @@ def _outcomes(run: CleanRun) -> list[Check]:
                 checks.append(_failed(name, f"the process {event['how']}{last}", event["where"] or where))
                 ends.append((name, event))
             begun = None
-        elif "not_run" in event and event["not_run"] in _OF_STAGE:
+        elif "not_run" in event and event["not_run"] in _CHECK_OF_STAGE:
             cause = next((check.name for check in checks if check.status == "failed"), "load")
-            if _OF_STAGE[event["not_run"]] != cause:
-                checks.append(Check(_OF_STAGE[event["not_run"]], "skipped", f"not run because {cause!r} failed"))
+            if _CHECK_OF_STAGE[event["not_run"]] != cause:
+                checks.append(Check(_CHECK_OF_STAGE[event["not_run"]], "skipped", f"not run because {cause!r} failed"))
     return checks
 
 
-def _same_end(one: dict, other: dict) -> bool:
+def _ended_alike(one: dict, other: dict) -> bool:
     """Whether two processes ended by the same cause: at the same line, or, where they were stopped, in the same file."""
     places = [
         event["where"] if "crashed" in event["how"] else event["where"].partition(":")[0] for event in (one, other)
@@ -163,7 +163,7 @@ def _weights(run: CleanRun, folder: Path, main: str) -> list[Check]:
         return [Check("weights", "failed", str(error), "", "see `mymodels check`")]
 
 
-def _without_consequences(checks: list[Check]) -> list[Check]:
+def _skip_consequences(checks: list[Check]) -> list[Check]:
     """Failures that follow from a failure of weights and such are no news, and become skipped."""
     failed = {check.name for check in checks if check.status == "failed"}
     root = next((name for name in _ROOTS if name in failed), None)

@@ -16,7 +16,7 @@ from .clean_process import LONGEST, TIME_LIMIT, clean_process, describe_folder
 from .engine_readiness import serving_checks
 from .explain_errors import point_to_cause
 from .given_inputs import Inputs, write_inputs
-from .golden import GOLDEN, read_golden, recorded
+from .golden import GOLDEN, read_golden, temporary_golden
 from .releases import PinnedRelease, install, resolve
 from .results_to_checks import DYNAMIC, checks_of_run
 from .static import static_checks
@@ -159,7 +159,7 @@ def verify(
         if inputs is not None:
             own = stack.enter_context(tempfile.TemporaryDirectory(prefix="mymodels-inputs-"))
             limits["inputs"] = write_inputs(inputs, Path(own))
-        golden, problem = _golden(folder, stack, limits, agree=len(wanted) > 1)
+        golden, problem = _golden(folder, stack, limits, several_releases=len(wanted) > 1)
         for release in wanted:
             other = release if release and release.transformers != version("transformers") else None
             place = install(other, cache_dir) if other else None
@@ -188,7 +188,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _golden(
-    folder: Path, stack: contextlib.ExitStack, limits: dict[str, Any], *, agree: bool
+    folder: Path, stack: contextlib.ExitStack, limits: dict[str, Any], *, several_releases: bool
 ) -> tuple[Path | None, Check | None]:
     """The golden file to compare with, and what is to be said of it.
 
@@ -200,7 +200,7 @@ def _golden(
             return folder / GOLDEN, None
         except (CheckpointError, OSError) as error:
             return None, Check("golden", "failed", str(error), GOLDEN, DYNAMIC["golden"])
-    if agree:
+    if several_releases:
         with contextlib.suppress(CheckpointError):  # why it does not run, the runs will say
-            return stack.enter_context(recorded(folder, **limits)), None
+            return stack.enter_context(temporary_golden(folder, **limits)), None
     return None, Check("golden", "n/a", f"the folder has no {GOLDEN}, `mymodels verify --record` makes one")

@@ -7,7 +7,7 @@ from ..checkpoints import Checkpoint
 from .checks import Check
 from .isolated.load_repo import digest
 
-_SHOWN = 3
+_MAX_NAMES = 3
 SET_DTYPE = 'save the weights in the dtype that "dtype" in config.json names, or change it there'
 INIT = (
     "let _init_weights touch leaf modules only, by nn.init.* on the parameter itself; no .data writes, and no custom "
@@ -62,8 +62,8 @@ def compare_weights(loaded: dict[str, Any], files: Files, main: bool) -> list[Ch
 
 
 def _names(names: list[str]) -> str:
-    shown = ", ".join(sorted(names)[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+    shown = ", ".join(sorted(names)[:_MAX_NAMES])
+    return shown if len(names) <= _MAX_NAMES else f"{shown} and {len(names) - _MAX_NAMES} more"
 
 
 def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[str, str, str]]:
@@ -98,11 +98,11 @@ def _problems(loaded: dict[str, Any], files: Files, main: bool) -> list[tuple[st
         what = f"not what is in the files, overwritten or initialised anew after loading: {_names(changed)}"
         problems.append(("failed", what, INIT))
 
-    new, more = _unfound(loaded, files, homes, found, main)
-    return problems + more + _left_over(loaded, (missing | new) - untied, files, main)
+    new, more = _not_in_files(loaded, files, homes, found, main)
+    return problems + more + _missing_or_unexpected(loaded, (missing | new) - untied, files, main)
 
 
-def _unfound(
+def _not_in_files(
     loaded: dict[str, Any], files: Files, homes: dict[str, str | None], found: list[tuple[str, str]], main: bool
 ) -> tuple[set[str], list[tuple[str, str, str]]]:
     """Of the tensors whose name is not in the files: those that nothing shows to come from there, and problems.
@@ -111,10 +111,10 @@ def _unfound(
     loads them with other values, and does not follow the seed; see `isolated/origins.py`.
     """
     tensors, origins = loaded["tensors"], loaded.get("origins") or {}
-    unfound = [name for name, home in homes.items() if home is None]
-    known = {files.digest(name) for name in files.checkpoint} if unfound else set()
+    unnamed = [name for name, home in homes.items() if home is None]
+    known = {files.digest(name) for name in files.checkpoint} if unnamed else set()
     known |= {tensors[name]["digest"] for name, _ in found}  # as they are after a cast
-    new = [name for name in unfound if tensors[name]["digest"] not in known]
+    new = [name for name in unnamed if tensors[name]["digest"] not in known]
     follow = set() if "random" not in origins else set(new) - {*origins["random"], *origins["unmoved"]}
     problems = []
     if follow:
@@ -143,7 +143,9 @@ def _stored_dtype(files: Files, name: str | None) -> str:
     return str(files.checkpoint.info[name].dtype).removeprefix("torch.") if name else ""
 
 
-def _left_over(loaded: dict[str, Any], missing: set[str], files: Files, main: bool) -> list[tuple[str, str, str]]:
+def _missing_or_unexpected(
+    loaded: dict[str, Any], missing: set[str], files: Files, main: bool
+) -> list[tuple[str, str, str]]:
     problems = []
     unexpected = set(loaded["unexpected"])
     if main:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mymodels import build_repo, cli
 from mymodels.checkpoints import CheckpointError
-from mymodels.hub.auto_class_names import _for_endings, auto_class_of
+from mymodels.hub.auto_class_names import _auto_classes_by_suffix, auto_class_of
 from mymodels.hub.static import static_checks
 
 CODE = Path(__file__).parents[1] / "own_models"
@@ -37,7 +37,7 @@ def save_without_code(name: str, folder: Path):
 
 
 def test_every_ending_of_transformers_own_classes_leads_to_an_auto_class_that_has_such_classes() -> None:
-    for ending, counts in _for_endings().items():
+    for ending, counts in _auto_classes_by_suffix().items():
         assert auto_class_of(f"My{ending}") in counts, ending
     for name, arguments, auto_class in [
         ("MyForConditionalGeneration", ("input_ids",), "AutoModelForSeq2SeqLM"),

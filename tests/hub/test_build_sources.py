@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from mymodels import MyGPT2ForCausalLM, cli
 from mymodels.checkpoints import CheckpointError, check_checkpoint
 from mymodels.hub import build_repo
-from mymodels.hub.code_files import auto_class_of, collect_code, served
+from mymodels.hub.code_files import auto_class_of, auto_map_of_files, collect_code
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 MODELING = '''"""A model of one's own."""
@@ -390,8 +390,10 @@ class ADataModel: ...
 class BModel(APreTrainedModel): ...
 """
     ours = {"AutoConfig": "m.AConfig", "AutoModel": "m.AModel", "AutoModelForCausalLM": "m.AForCausalLM"}
-    assert served({"m.py": code}, ["AForImageClassification"]) == ours  # no sub-model, nothing that is no model
-    assert served({"m.py": code}, ["BModel"]) == {"AutoModel": "m.BModel"}
+    assert (
+        auto_map_of_files({"m.py": code}, ["AForImageClassification"]) == ours
+    )  # no sub-model, nothing that is no model
+    assert auto_map_of_files({"m.py": code}, ["BModel"]) == {"AutoModel": "m.BModel"}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
