@@ -1,4 +1,4 @@
-"""Which Auto class a model class is for, by how its name ends: read from transformers' own tables."""
+"""The Auto class of a model class by the suffix of its name, from transformers' own mappings."""
 
 import re
 from collections import Counter
@@ -7,7 +7,7 @@ from functools import cache
 
 import transformers
 
-_OTHER_SUFFIXES = {  # those that are no `For…`; of the first nothing can be said
+_OTHER_SUFFIXES = {  # suffixes other than `For…`; "" for a class without an Auto class
     "PreTrainedModel": "",
     "Config": "AutoConfig",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -20,12 +20,12 @@ _UNSPECIFIC = {
     "AutoModel",
     "AutoModelForPreTraining",
     "AutoModelForMultimodalLM",
-}  # list classes of other Auto classes again
+}  # their mappings repeat classes of other Auto classes
 
 
 @cache
 def _auto_classes_by_suffix() -> dict[str, Counter[str]]:
-    """Ending such as `ForConditionalGeneration` → how many of transformers' classes that end so each Auto class has."""
+    """Suffix such as `ForConditionalGeneration` → Auto class → number of its model classes with this suffix."""
     found: dict[str, Counter[str]] = {}
     for auto_class in dir(transformers):
         if not auto_class.startswith("AutoModelFor"):
@@ -39,16 +39,16 @@ def _auto_classes_by_suffix() -> dict[str, Counter[str]]:
 
 
 def _head_suffix(class_name: str) -> str:
-    """`ForSomething` at the end of a class's name, or nothing."""
+    """The suffix `ForSomething` of a class name, or ""."""
     found = re.search(r"For[A-Z](?:(?!For[A-Z])\w)*$", class_name)
     return found[0] if found else ""
 
 
 def auto_class_of(class_name: str, arguments: Collection[str] = ()) -> str:
-    """The Auto class that a class is for, by how its name ends; `""` if that says none.
+    """The Auto class of a class by the suffix of its name; `""` if no Auto class has this suffix.
 
     Args:
-        arguments: of its `forward`. They decide where several Auto classes have such names:
+        arguments: of its `forward`. They decide where several Auto classes have the suffix:
             `ForConditionalGeneration` is `AutoModelForSpeechSeq2Seq` with `input_features`,
             `AutoModelForImageTextToText` with `pixel_values`, else `AutoModelForSeq2SeqLM`.
 
@@ -76,5 +76,5 @@ def auto_class_of(class_name: str, arguments: Collection[str] = ()) -> str:
 
 
 def known_auto_classes() -> list[str]:
-    """Every Auto class of models that the installed transformers has."""
+    """The Auto classes of models in the installed transformers."""
     return sorted(name for name in dir(transformers) if re.fullmatch(r"AutoModel(For\w+)?", name))

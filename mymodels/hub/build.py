@@ -36,7 +36,7 @@ _WITH_CODE = (
     "processor_config.json",
     "preprocessor_config.json",
 )  # may name code
-_COPIED_KINDS = ("config", "tokenizer", "document")  # kinds of files that a source folder's are copied as they are
+_COPIED_KINDS = ("config", "tokenizer", "document")  # kinds of a source folder's files that are copied unchanged
 
 
 def build_repo(
@@ -53,22 +53,22 @@ def build_repo(
 ) -> Path:
     """Write a folder that `AutoModel.from_pretrained(output_dir, trust_remote_code=True)` loads anywhere.
 
-    The folder takes `output_dir`'s place in one step when it is complete, so an interruption leaves what was there;
-    its `manifest.json` lists the size and SHA-256 of every file. The same input gives the same bytes.
+    The complete folder replaces `output_dir` in one step, so an interruption leaves the old content in place. Its
+    `manifest.json` lists the size and SHA-256 of every file. The same input gives the same bytes.
 
     Args:
-        source: a model, or a folder (or Hub repo) with a config and weights of any format, such as what fine-tuning
-            left, or a file of weights with `config.json` beside it; nothing of a folder is executed but for `golden`.
-            Code files are copied flat, imports rewritten, and `auto_map` names every Auto class that they serve.
+        source: a model; or a folder or Hub repo with a config and weights of any format, such as the output of a
+            training; or a file of weights with `config.json` beside it. Code of a folder runs only for `golden`.
+            Code files are copied into one flat folder with rewritten imports, and `auto_map` lists their classes.
         tokenizer: saved so that every supported transformers release can load it; None takes a source folder's own.
         output_dir: created, or replaced if it is empty or an older Hub repo folder: one whose manifest lists all its files.
-        card: content of `README.md`, or what it is made from. Default: the source folder's own, or one made from what
-            the folder says.
+        card: content of `README.md`, or a `Card` to write it from. Default: the source folder's `README.md`, or a
+            card written from the folder's content.
         max_shard_size: as in `save_pretrained`: bytes, or a string like `"500MB"`.
         golden: record `golden.safetensors` by running the models in a clean process.
-        inputs: what golden outputs are recorded of, see `given_inputs.read_inputs`. Default: made up from the config.
-        code: `.py` files with the classes of the model, for weights that were saved without; default: those that the
-            folder's `auto_map` names, or that lie in the folder and define the class in its `architectures`.
+        inputs: inputs for the golden outputs, see `given_inputs.read_inputs`. Default: generated from the config.
+        code: `.py` files with the classes of the model, for weights that were saved without code. Default: the files
+            that the folder's `auto_map` names, or files in the folder that define the class in its `architectures`.
         auto_classes: Auto class → class of the code, such as `{"AutoModel": "MyNet"}`, for a class whose name does not
             end in `ForCausalLM`, `ForImageClassification` or the like.
 
@@ -76,23 +76,26 @@ def build_repo(
         `output_dir` as a `Path`.
 
     Raises:
-        FileExistsError: `output_dir` holds something that would be lost.
+        FileExistsError: `output_dir` holds files that would be lost.
         CheckpointError: the weights cannot be read, the code cannot be made flat, or the models do not run.
+
+    Examples:
+        >>> build_repo("runs/tuned", None, "my-model", card=Card(license="apache-2.0"))
     """
     named = [Path(code)] if isinstance(code, (str, os.PathLike)) else [Path(file) for file in code or []]
     if isinstance(source, PreTrainedModel) and (named or auto_classes):
-        raise CheckpointError("a model in memory knows its code: leave out code= and auto_classes=")
+        raise CheckpointError(
+            "the code of a model in memory is found from its class: leave out code= and auto_classes="
+        )
     check_code_arguments(named, auto_classes or {})
     where = None if isinstance(source, PreTrainedModel) else locate(source)
     output_dir, size = check_output_dir(output_dir, where), parse_size(max_shard_size)
     if isinstance(source, PreTrainedModel) and card is None:
-        raise CheckpointError("a model in memory does not say what it is: pass card=, see mymodels.hub.card.Card")
+        raise CheckpointError("build_repo needs card= for a model in memory: pass a text or a mymodels.hub.card.Card")
     if inputs is not None:
         if not golden:
-            raise CheckpointError(
-                "inputs are what golden outputs are recorded of: leave out --no-golden (golden=False)"
-            )
-        inputs = read_inputs(inputs)  # before anything is written
+            raise CheckpointError("inputs are only used for golden outputs: leave out --no-golden (golden=False)")
+        inputs = read_inputs(inputs)  # errors are raised before anything is written
     with replace_folder(output_dir, finish=write_manifest) as folder, _naming_output_dir(folder, output_dir):
         if isinstance(source, PreTrainedModel):
             _from_model(source, folder, size)
@@ -115,7 +118,7 @@ def build_repo(
 
 @contextlib.contextmanager
 def _naming_output_dir(folder: Path, output_dir: Path) -> Iterator[None]:
-    """Within it, errors name the folder that is built, not the temporary one."""
+    """Errors inside this context name the output folder instead of the temporary one."""
     try:
         yield
     except (CheckpointError, OSError) as error:
@@ -124,10 +127,10 @@ def _naming_output_dir(folder: Path, output_dir: Path) -> Iterator[None]:
 
 
 def check_output_dir(output_dir: str | os.PathLike, source: Path | None = None) -> Path:
-    """`output_dir` as a `Path`, if `build_repo` may write there.
+    """`output_dir` as a `Path`, after a check that `build_repo` may write there.
 
     Raises:
-        FileExistsError: it holds files that its `manifest.json` does not list, which would be lost; or it is the source.
+        FileExistsError: it holds files that its `manifest.json` does not list, which would be lost, or the source.
     """
     path = Path(output_dir)
     if source is not None and path.exists() and source.resolve().is_relative_to(path.resolve()):
@@ -143,7 +146,7 @@ def check_output_dir(output_dir: str | os.PathLike, source: Path | None = None) 
             f" and {len(unlisted) - 4} more" if len(unlisted) > 4 else ""
         )
         raise FileExistsError(
-            f"{path} exists and is not a Hub repo folder as it was built: {names} would be lost; choose another output folder"
+            f"{path} exists and its manifest.json does not list {names}, which would be lost: choose another output folder"
         )
     return path
 
@@ -153,7 +156,7 @@ def _from_model(model: PreTrainedModel, folder: Path, max_shard_size: int) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CodeNotSaved)
         save_model_files(model, folder, max_shard_size)
-    for stale in folder.glob("*.py"):  # of a class that is not ours, `save_pretrained` copies imports as they are
+    for stale in folder.glob("*.py"):  # written by `save_pretrained` without rewriting imports
         stale.unlink()
     _write_code(folder, code.files, code.auto_map)
 
@@ -168,7 +171,7 @@ def _from_files(
     checkpoint = open_checkpoint(source)
     if len(checkpoint.sections) > 1:
         raise CheckpointError(
-            f"{where} holds several models ({', '.join(checkpoint.sections)}): `mymodels convert` one first"
+            f"{where} holds several models ({', '.join(checkpoint.sections)}): extract one with `mymodels convert`"
         )
     stored = {name: checkpoint.info[name] for name in sorted(checkpoint) if name not in checkpoint.aliases}
     tensors = Checkpoint(checkpoint.path, checkpoint.format, stored, checkpoint.__getitem__)
@@ -207,12 +210,12 @@ def _from_files(
 
 
 def _companion_files(file: Path) -> list[str]:
-    """What is taken from beside a file of weights: config and tokenizer."""
+    """The config and tokenizer files beside a file of weights."""
     return [name for name in files_to_copy(file.parent) if "/" not in name and kind_of(name) in ("config", "tokenizer")]
 
 
 def _write_named_code(folder: Path, code: NamedCode, config: Mapping[str, Any], where: Path) -> None:
-    """Code files named by the user or found in the folder, those of its tokenizer, and the config that names their classes."""
+    """Write code files given by the user or found in the folder, those of its tokenizer, and the config."""
     others = {auto: target for auto, target in (config.get("auto_map") or {}).items() if not auto.startswith("Auto")}
     path = folder / CONFIG_NAME
     changed = {**read_json(path), "architectures": [code.architecture]}
@@ -233,9 +236,9 @@ def _check_saved_class(config: Mapping[str, Any], where: Path) -> None:
 
 
 def files_to_copy(where: Path) -> list[str]:
-    """The files of a source folder that a build copies as they are; of subfolders, weights too.
+    """The files of a source folder that a build copies unchanged; in subfolders, weights too.
 
-    Left out are its own weights, code and manifest, which are made anew, and whatever belongs to no model.
+    Excluded are weights, code and manifest, which the build writes itself, and files that do not belong to a model.
     """
     names = sorted(file.relative_to(where).as_posix() for file in where.rglob("*") if file.is_file())
     taken = []
@@ -258,7 +261,7 @@ def _auto_map_targets(path: Path) -> list[tuple[str, str]]:
     """The (module, class) pairs that a config file's `auto_map` names in this folder.
 
     Raises:
-        CheckpointError: one is no module and class.
+        CheckpointError: an entry is not of the form `file.Class`.
     """
     auto_map = read_json(path).get("auto_map") if path.is_file() else None
     values = list(auto_map.values()) if isinstance(auto_map, dict) else []
@@ -270,7 +273,7 @@ def _auto_map_targets(path: Path) -> list[tuple[str, str]]:
         if "--" in entry:
             continue
         if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", entry):
-            raise CheckpointError(f"{path}: auto_map names {printable(entry)!r}, which is no file.Class: correct it")
+            raise CheckpointError(f"{path}: the auto_map entry {printable(entry)!r} is not file.Class: correct it")
         module, _, name = entry.rpartition(".")
         found.append((module, name))
     return found

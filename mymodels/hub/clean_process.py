@@ -1,7 +1,7 @@
-"""Run a folder's code as a stranger would: in a new process without mymodels, with an empty cache, offline, in limits.
+"""Run a folder's code in a new process: without mymodels, offline, with an empty cache and limits of time and memory.
 
-`isolated/run.py` is what runs there. Its job goes in as JSON, its results come out as a file of events, and nothing it
-does, crashing and hanging included, raises here.
+The process runs `isolated/run.py`. It reads its job as JSON and writes its results to a file of events. Whatever
+happens in it, crashes and timeouts included, raises nothing here.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ from ..messages import one_line
 
 SCRIPT = Path(__file__).parent / "isolated" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
-_STARTUP_LIMIT = 120.0  # seconds, for a machine that is busy: Python and the libraries
+_STARTUP_LIMIT = 120.0  # seconds to start Python and import the libraries, on a busy machine
 _ONE_DAY = 86_400.0
-LONGEST = 1000  # characters of one message; a folder may have anything to say
+LONGEST = 1000  # characters of one message, whose text the folder's code may determine
 _COPY_LIMIT = 10_000_000  # bytes; larger files are linked
 _INHERITED = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
 
 
 class CleanRun(NamedTuple):
-    """What came out of a clean process.
+    """The results of a clean process.
 
     Attributes:
-        events: what it reported, in order.
-        failure: why it did not come to its end, in words; empty if it did.
-        scratch: its temporary folder, gone after the `with` block.
-        seconds: how long it took.
+        events: its reports, in order.
+        failure: a sentence on why it did not complete; empty if it did.
+        scratch: its temporary folder, deleted after the `with` block.
+        seconds: its duration.
     """
 
     events: list[dict[str, Any]]
@@ -75,10 +75,10 @@ def clean_process(
         time_limit: seconds for each stage.
         memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         golden: a golden file to compare with.
-        job: more that the stages want.
+        job: further settings of the stages.
 
     Yields:
-        the `CleanRun`; whatever happened in there, this raises nothing.
+        The `CleanRun`. Failures of the process are reported there and raise nothing.
     """
     with tempfile.TemporaryDirectory(prefix="mymodels-clean-", ignore_cleanup_errors=True) as name:
         scratch = Path(name).resolve()
@@ -108,10 +108,10 @@ def clean_process(
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """What the stages need to know of a folder: the classes to load, the first being that of `architectures`.
+    """The settings of the stages that depend on the folder: the classes to load, that of `architectures` first.
 
     Raises:
-        CheckpointError: `config.json` is missing or no JSON object.
+        CheckpointError: `config.json` is missing or is no JSON object.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: name the folder of a model")
@@ -172,17 +172,17 @@ def load_in_clean_process(
 
 
 def failure_reason(run: CleanRun) -> str:
-    """Why a run did not get to its end, in words."""
+    """A sentence on why a run did not complete."""
     for event in reversed(run.events):
         if "ended" in event:
             place = f" ({event['where']})" if event["where"] else ""
-            said = f"it {event['how']}: {event['last']}{place}" if event["last"] else f"it {event['how']}{place}"
-            return one_line(said, LONGEST)
+            last = f": {event['last']}" if event["last"] else ""
+            return one_line(f"it {event['how']}{last}{place}", LONGEST)
     return one_line(run.failure, LONGEST) or "it reported nothing"
 
 
 def _copy(source: Path, parent: Path) -> Path:
-    """A copy of a folder that may be changed without changing the folder; its name, which names modules, is kept."""
+    """Copy a folder, large files as links; the name is kept, because transformers names modules after it."""
     name = re.sub(r"[^\w.-]", "_", source.resolve().name) or "folder"
     copy = parent / name
     copy.mkdir(parents=True)
@@ -210,7 +210,7 @@ def _copy_into(file: Path | None, scratch: Path, name: str) -> str | None:
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """The environment variables of a clean process: nothing of the user's own, no network, no progress bars."""
+    """The environment variables of a clean process: no user settings, no network, no progress bars."""
     kept = {name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)}
     return kept | {
         "HF_HOME": str(scratch / "hf"),
@@ -218,9 +218,9 @@ def environment(scratch: Path) -> dict[str, str]:
         "TMPDIR": str(scratch),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",  # a progress bar makes a lock of multiprocessing, which shows as a side effect
+        "TQDM_DISABLE": "1",  # progress bars create a multiprocessing lock, which would be reported as a side effect
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",  # the same order of sums each time
+        "OMP_NUM_THREADS": "1",  # a fixed order of summation
         "MKL_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "USE_TF": "0",
@@ -229,7 +229,7 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 def _run(scratch: Path, time_limit: float) -> str:
-    """Start the process and wait for it; why it failed, in words."""
+    """Start the process and wait for it; returns a sentence on why it failed, or ""."""
     with (scratch / "stderr").open("wb") as errors:
         # -I: no PYTHONPATH, no user packages, nothing from the script's own folder
         process = subprocess.Popen(
@@ -254,13 +254,13 @@ def _run(scratch: Path, time_limit: float) -> str:
             process.wait()
     if code == 0:
         return ""
-    said = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    printed = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     how = f"did not end within {time_limit:g} s" if code is None else f"ended with exit code {code}"
-    return f"it {how}: {said[-1].strip()[:300]}" if said else f"it {how}"
+    return f"it {how}: {printed[-1].strip()[:300]}" if printed else f"it {how}"
 
 
 def _read_events(scratch: Path) -> list[dict[str, Any]]:
-    """The events so far, temporary paths shortened; lines that are none, by the folder's own code, left out."""
+    """The events so far, with temporary paths shortened; skips invalid lines, which the folder's code may write."""
     events = []
     text = (scratch / "events.jsonl").read_text(encoding="utf-8", errors="replace")
     for line in text.replace(f"{scratch / 'folder'}/", "").splitlines():

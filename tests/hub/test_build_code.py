@@ -126,7 +126,7 @@ def test_what_is_missing_or_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message) as caught:
             build_repo(source, None, tmp_path / "out", golden=False, **options)
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-    with pytest.raises(CheckpointError, match="a model in memory knows its code"):
+    with pytest.raises(CheckpointError, match="the code of a model in memory is found"):
         build_repo(make("moe_gpt2"), None, tmp_path / "out", card="# x", code=code)
 
 

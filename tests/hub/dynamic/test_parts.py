@@ -89,7 +89,7 @@ def test_nothing_is_recorded_of_a_folder_that_is_not_whole(tmp_path: Path) -> No
 )
 def test_something_else_is_no_golden_file(tensors: dict, metadata: dict | None, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "golden.safetensors", metadata=metadata)
-    with pytest.raises(CheckpointError, match=r"golden\.safetensors: .*record it anew"):
+    with pytest.raises(CheckpointError, match=r"golden\.safetensors: .*record it again"):
         read_golden(tmp_path / "golden.safetensors")
 
 
