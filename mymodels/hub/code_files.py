@@ -1,7 +1,7 @@
-"""The code files of a model, flat as the Hub wants them, and the Auto classes that they serve.
+"""The code files of a model, for one flat folder as the Hub requires, and the `auto_map` of their classes.
 
-transformers copies a model's file and what it imports relatively into one folder, without changing a line: `from ..x`
-and absolute imports of one's own package then fail elsewhere. Here such imports are rewritten.
+transformers copies a model's file and its relative imports into one folder unchanged, where `from ..x` and absolute
+imports of the model's own package fail. Here such imports are rewritten.
 """
 
 import ast
@@ -21,22 +21,22 @@ from ..checkpoints import CheckpointError
 from ..checkpoints.safetensors_files import inside
 from .auto_class_names import auto_class_of
 
-_MODELS = Path(__file__).parent.parent / "models"  # copied along wherever they are imported
+_MODELS = Path(__file__).parent.parent / "models"  # files that are copied wherever they are imported
 
 
 class Import(NamedTuple):
-    """One `from … import …` of one's own code, or what it takes from one of several files."""
+    """A `from … import …` statement of the model's own code, or the part of it that one file defines."""
 
     node: ast.ImportFrom
     file: Path
-    names: tuple[ast.alias, ...] = ()  # of several files, those that are taken from this one
+    names: tuple[ast.alias, ...] = ()  # if several files define the names: those from `file`
 
 
 def file_of(cls: type) -> Path | None:
-    """The file a class is defined in, None if it is one of transformers' own.
+    """The file that defines a class; None for a class of transformers.
 
     Raises:
-        CheckpointError: it is in no file, such as a notebook's cell.
+        CheckpointError: the class is not defined in a file, but for example in a notebook.
     """
     if cls.__module__.split(".")[0] == "transformers":
         return None
@@ -49,17 +49,17 @@ def file_of(cls: type) -> Path | None:
 
 
 def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict[str, str]:
-    """The text of `entries` and of all that they import of their own code, by file name, ready to lie in one folder.
+    """File name → text of `entries` and of the files of their package that they import, for one flat folder.
 
-    Imports of one's own package, relative or absolute, become `from .name import …`; what an entry needs only
-    indirectly it also imports itself, because transformers before 5.7 fetches no more than that.
+    Imports of the own package, relative or absolute, become `from .name import …`. An entry also imports the files
+    that it needs indirectly, because transformers before 5.7 fetches only direct imports.
 
     Args:
-        within: a folder that nothing may be taken from outside of, but for the models that mymodels ships.
+        within: no file may be outside of this folder, except for the models that mymodels ships.
 
     Raises:
-        CheckpointError: an import cannot be made flat or leads out of `within`, two files have one name, or a file is no Python; the message
-            names file and line.
+        CheckpointError: an import cannot be made flat or leads out of `within`, two files have the same name, or a file
+            is not valid Python; the message names file and line.
     """
     found: dict[str, Path] = {}
     texts: dict[str, str] = {}
@@ -76,13 +76,13 @@ def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict
             continue
         if not path.stem.isidentifier():
             raise CheckpointError(
-                f"{path}: auto_map can name no file with such a name: rename it, to letters, digits and underscores"
+                f"{path}: auto_map cannot name a file with such a name: rename it to letters, digits and underscores"
             )
         try:
             text = path.read_text(encoding="utf-8")
             tree = ast.parse(text)
         except (SyntaxError, ValueError, OSError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no Python file that could be copied: {error}") from error
+            raise CheckpointError(f"{path} is not valid Python: {error}") from error
         imports = own_imports(path, tree)
         if within is not None:
             for one in imports:
@@ -96,7 +96,7 @@ def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict
 
 
 def _check_inside(one: Import, path: Path, within: Path) -> None:
-    """Refuse what a folder's code takes from elsewhere on this machine."""
+    """Raise a `CheckpointError` for an import of a file outside of the folder."""
     root = within.resolve()
     if one.file.parent.resolve() == _MODELS.resolve():
         return
@@ -109,10 +109,10 @@ def _check_inside(one: Import, path: Path, within: Path) -> None:
 
 
 def own_imports(path: Path, tree: ast.Module) -> list[Import]:
-    """The imports of a file that are of its own package, or of the models that mymodels ships.
+    """The imports of a file from its own package, or from the models that mymodels ships.
 
     Raises:
-        CheckpointError: one cannot be made flat.
+        CheckpointError: an import cannot be made flat.
     """
     root = path.parent
     while (root / "__init__.py").is_file():
@@ -151,11 +151,11 @@ def own_imports(path: Path, tree: ast.Module) -> list[Import]:
 
 
 def _is_sibling_module(path: Path, name: str) -> bool:
-    """Whether a script's `import name` finds a file or folder beside it, and not an installed package."""
+    """Whether a script's `import name` imports a file or folder beside it, and not an installed package."""
     if name in sys.stdlib_module_names or not ((path.parent / f"{name}.py").is_file() or (path.parent / name).is_dir()):
         return False
     try:
-        spec = find_spec(name)  # of a package that is not there it is None, of a module without spec an error
+        spec = find_spec(name)  # None for a missing package; a module without spec raises
     except (ImportError, ValueError):
         spec = None
     if spec is None or spec.origin is None:
@@ -164,7 +164,7 @@ def _is_sibling_module(path: Path, name: str) -> bool:
 
 
 def _imports_of_mymodels(path: Path, node: ast.ImportFrom) -> list[Import]:
-    """`from mymodels import …`, by the files of `mymodels.models` that define the names."""
+    """The imports of `from mymodels import …`, one for each file of `mymodels.models` that defines the names."""
     import mymodels
 
     by_file: dict[Path, list[ast.alias]] = {}
@@ -173,8 +173,8 @@ def _imports_of_mymodels(path: Path, node: ast.ImportFrom) -> list[Import]:
         module = getattr(found, "__module__", "")
         if not module.startswith("mymodels.models."):
             raise CheckpointError(
-                f"{path}:{node.lineno} imports {node.module}, which is not there on other machines: import from "
-                "mymodels.models.modeling_… (or configuration_…, base), which is copied along"
+                f"{path}:{node.lineno} imports {node.module}, which is not installed on other machines: import from "
+                "mymodels.models.modeling_… (or configuration_…, base), which is copied with the code"
             )
         by_file.setdefault(_MODELS / f"{module.rpartition('.')[2]}.py", []).append(alias)
     return [Import(node, file, tuple(names)) for file, names in by_file.items()]
@@ -182,8 +182,8 @@ def _imports_of_mymodels(path: Path, node: ast.ImportFrom) -> list[Import]:
 
 def _not_flat_error(path: Path, node: ast.stmt, statement: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}:{node.lineno}: `{statement}` cannot be made flat, or its file is not there: write `from .name import …` "
-        "with the names that are needed"
+        f"{path}:{node.lineno}: `{statement}` cannot be made flat, or its file does not exist: write "
+        "`from .name import …` with the names that are needed"
     )
 
 
@@ -213,13 +213,11 @@ def _rewrite_imports(text: str, imports: list[Import]) -> str:
 
 
 def _not_rewritten_error(file: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{file.name} is imported in a way that cannot be rewritten: write `from .name import …` in one line"
-    )
+    return CheckpointError(f"the import of {file.name} cannot be rewritten: write `from .name import …` in one line")
 
 
 def _with_indirect_imports(name: str, texts: dict[str, str], direct: dict[str, set[str]]) -> str:
-    """`name`'s text with an import of each file that it only needs through another one."""
+    """The text of `name` with imports of the files that it needs only indirectly."""
     reached, queue = set(), list(direct[name])
     while queue:
         if (file := queue.pop()) not in reached:
@@ -247,15 +245,15 @@ def _first_definition(file: str, text: str) -> str:
             return node.name
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             return node.targets[0].id
-    raise CheckpointError(f"{file} defines nothing that could be imported: merge it into the file that needs it")
+    raise CheckpointError(f"{file} defines no name to import: merge it into the file that imports it")
 
 
 def auto_map_of_files(texts: dict[str, str], first: Iterable[str] = (), *, config_class: str = "") -> dict[str, str]:
     """The `auto_map` of code files: Auto class → `file.Class`.
 
-    A class counts if it is a config or, however indirectly, a `PreTrainedModel`, and is called like one of `first` (the
-    classes that are known: `X` of `XForCausalLM` and `XModel`); of several for one Auto class, those in `first` come
-    first. With `config_class`, models that take another config are left out, because Auto classes would refuse them.
+    Included are configs and, directly or indirectly, subclasses of `PreTrainedModel` that share the name's stem with a
+    class of `first` (`X` of `XForCausalLM` and `XModel`). If several classes are for one Auto class, those in `first`
+    take precedence. With `config_class`, models of another config class are excluded, because Auto classes reject them.
     """
     wanted = list(first)
     stems = {stem for name in wanted if (stem := _stem(name))}
@@ -286,13 +284,13 @@ def _stem(name: str) -> str:
 
 
 def stock_model(name: str) -> type[PreTrainedModel] | None:
-    """transformers' own model class of this name, if there is one."""
+    """The model class of transformers with this name, or None."""
     found = getattr(transformers, name, None) if name.isidentifier() and name[:1].isupper() else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def forward_arguments(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> list[str]:
-    """The arguments of a class's `forward`, its own or inherited from what is written here or is transformers' own."""
+    """The arguments of a class's `forward`, its own or inherited from these classes or from transformers."""
     if name not in classes or depth == 0:
         stock: Any = stock_model(name)
         return list(inspect.signature(stock.forward).parameters)[1:] if stock else []
@@ -304,7 +302,7 @@ def forward_arguments(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]]
 
 
 def config_class_of(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> str:
-    """The name of a model's `config_class`, its own or inherited, also from transformers; `""` if none is known."""
+    """The name of a model's `config_class`, its own or inherited, also from transformers; `""` if there is none."""
     if name not in classes or depth == 0:
         return getattr(getattr(stock_model(name), "config_class", None), "__name__", "")
     for node in classes[name][1].body:
@@ -317,7 +315,7 @@ def config_class_of(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], 
 
 
 def is_a(name: str, ending: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> bool:
-    """Whether a class has an ancestor whose name ends so, or for `PreTrainedModel` a model class of transformers."""
+    """Whether a base class's name has this suffix; for `PreTrainedModel`, a model class of transformers counts too."""
     if name not in classes or depth == 0:
         return name.endswith(ending) or (ending == "PreTrainedModel" and stock_model(name) is not None)
     bases = [ast.unparse(base).split(".")[-1] for base in classes[name][1].bases]

@@ -1,4 +1,4 @@
-"""What serving engines and tools want of a model, each yes or no with the reason. Informational: never a failure."""
+"""Requirements of serving engines and tools: whether a model meets them, and what is missing. Never a failure."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +14,15 @@ def _first_attention(facts: Facts) -> dict[str, Any]:
 
 
 def _missing_for_backends(facts: Facts) -> list[str]:
-    """What the Transformers backends of vLLM and SGLang share; each line is a thing that is missing."""
+    """The missing requirements that the Transformers backends of vLLM and SGLang share, a sentence each."""
     attention, forward = _first_attention(facts), set(facts["forward"])
     missing = []
     if not facts["attention_backend"]:
         missing.append("the class does not set _supports_attention_backend = True")
     if not facts["forward_kwargs"]:
-        missing.append("forward takes no **kwargs, so nothing can be handed down to the attention")
+        missing.append("forward takes no **kwargs, so the engine cannot pass arguments to the attention")
     if not attention:
-        missing.append("no class with Attention in its name that holds the projections was found")
+        missing.append("there is no class with Attention in its name that holds the projections")
     elif not attention["kwargs"]:
         missing.append(f"{attention['path']} takes no **kwargs")
     if absent := [name for name in ("layer_idx", "scaling", "is_causal") if attention and not attention[name]]:
@@ -39,13 +39,13 @@ def _vllm(facts: Facts) -> list[str]:
     attention = _first_attention(facts)
     if attention and not attention["interface"]:
         missing.append(
-            f"the forward of {attention['path']} does not look the attention function up in ALL_ATTENTION_FUNCTIONS "
-            "and call it there, once"
+            f"the forward of {attention['path']} does not take the attention function from ALL_ATTENTION_FUNCTIONS "
+            "and call it once"
         )
     if facts["conv1d"]:
         missing.append(f"{', '.join(facts['conv1d'])} are Conv1D, not nn.Linear")
     if not facts["input_embeddings"]:
-        missing.append("get_input_embeddings gives nothing")
+        missing.append("get_input_embeddings returns None")
     if not KNOWN_HEAD_NAMES & set(facts["heads"]) and facts["head_expected"]:
         missing.append(f"the head is none of {', '.join(sorted(KNOWN_HEAD_NAMES))}")
     return missing
@@ -79,34 +79,34 @@ def _peft_targets(facts: Facts) -> str:
 
 def _fused_by_engine(facts: Facts) -> str:
     fused = ", ".join(facts["fused"])
-    return f"the engine can fuse {fused}" if fused else "no projections or norms were found that the engine fuses"
+    return f"the engine can fuse {fused}" if fused else "there are no projections or norms that the engine fuses"
 
 
-# name, what is missing, what to say if nothing is
+# name, function that lists what is missing, note if nothing is
 READINESS: list[tuple[str, Callable[[Facts], list[str]], Callable[[Facts], str]]] = [
     ("vLLM", _vllm, _fused_by_engine),
-    ("SGLang", _sglang, lambda facts: "the attention is handed what the engine hands down"),
+    ("SGLang", _sglang, lambda facts: "the attention receives the engine's arguments"),
     ("PEFT", _peft, _peft_targets),
     ("tensor parallel", _tensor_parallel, lambda facts: "there is a plan"),
-    ("ONNX export", _onnx, lambda facts: "torch.export takes the model"),
+    ("ONNX export", _onnx, lambda facts: "torch.export exports the model"),
 ]
 
 
 def serving_checks(facts: Facts | None, *, classes: list[str], custom_code: bool, export: str | None) -> list[Check]:
-    """Judge what the clean process read off the model.
+    """Checks of the model's structure, as the clean process reported it.
 
     Args:
-        facts: its event of this name, see `isolated/facts.py`; None if it could not tell.
-        classes: the Auto classes that the folder serves, that of `architectures` first.
-        custom_code: whether the folder brings its code.
-        export: what `torch.export` said, empty for success, None if it was not tried.
+        facts: the event of this name, see `isolated/facts.py`; None if there is none.
+        classes: the folder's Auto classes, that of `architectures` first.
+        custom_code: whether the folder has custom code.
+        export: the error of `torch.export`, "" for success, None if it was not tried.
 
     Returns:
-        One check for each engine or tool, `"ok"` for ready, `"warning"` for what is in the way, or `"skipped"`.
+        One check for each engine or tool: `"ok"` for ready, `"warning"` with what is missing, or `"skipped"`.
     """
     try:
         return _checks_of(dict(facts or {}), classes, custom_code, export)
-    except (KeyError, TypeError, ValueError, AttributeError):  # none, or made up by the folder's own code
+    except (KeyError, TypeError, ValueError, AttributeError):  # missing, or forged by the folder's code
         return [Check(name, "skipped", "the model's structure could not be read") for name, _, _ in READINESS]
 
 
