@@ -1,4 +1,4 @@
-"""What `verify` found, for people: a table, and the matrix of releases for the model card."""
+"""Print the results of `verify` as tables, and write the matrix of releases into the model card."""
 
 import os
 from pathlib import Path
@@ -20,14 +20,14 @@ _START, _END = "<!-- mymodels verify: begin -->", "<!-- mymodels verify: end -->
 
 
 def show_verification(verification: Verification, console: Console | None = None) -> None:
-    """Print one line per check (what is wrong, where, how to mend it), the matrix of releases, and the verdict."""
+    """Print a table of the checks (problem, place, remedy), the matrix of releases, and a summary line."""
     console = console or Console()
-    groups = [("read, nothing executed", verification.static)]
+    groups = [("static, no code executed", verification.static)]
     several = len(verification.runs) > 1
     for release, checks in verification.runs.items():
-        shown = [c for c in checks if c.status == "failed"] if several else checks
-        groups.append((f"in a clean process, transformers {release}", shown))
-    groups.append(("ready for serving and tools", verification.serving))
+        listed = [c for c in checks if c.status == "failed"] if several else checks
+        groups.append((f"in a clean process, transformers {release}", listed))
+    groups.append(("readiness for serving and tools", verification.serving))
     for title, checks in groups:
         if checks:
             console.print(_table(title, checks, narrow=console.width < _WIDE))
@@ -38,7 +38,7 @@ def show_verification(verification: Verification, console: Console | None = None
 
 
 def verdict(verification: Verification) -> str:
-    """The last line: what failed, what was left out, or that every check held; and that nothing ran, if so."""
+    """A summary: how many checks failed, which were skipped, and whether the folder's code was run."""
     failed, skipped = len(verification.failed), verification.skipped
     left_out = list(dict.fromkeys(f"{c.name} ({c.where})" if c.where else c.name for _, c in skipped))
     if failed:
@@ -51,9 +51,9 @@ def verdict(verification: Verification) -> str:
 
 
 def _table(title: str, checks: list[Check], *, narrow: bool) -> Table:
-    """A row for each check that holds, then for each thing there is to say, the failures last, where one looks.
+    """A row for each passed check, then a row for each check with a message, failures last.
 
-    In a narrow terminal, where, what and remedy are lines of one column.
+    In a narrow terminal, place, message and remedy are lines of one column.
     """
     silent: dict[str, list[str]] = {}
     for check in checks:
@@ -62,7 +62,7 @@ def _table(title: str, checks: list[Check], *, narrow: bool) -> Table:
     columns = [
         "check",
         "",
-        *(["what is wrong, where, how to mend it"] if narrow else ["where", "what", "how to mend it"]),
+        *(["where, what is wrong, how to fix it"] if narrow else ["where", "what", "how to fix it"]),
     ]
     table = Table(*columns, title=title, title_justify="left")
     for column in table.columns:
@@ -81,7 +81,7 @@ def _table(title: str, checks: list[Check], *, narrow: bool) -> Table:
 
 
 def matrix(verification: Verification) -> tuple[list[str], list[list[str]]]:
-    """Releases, and for each check its name and the worst of its outcomes under each release, as a sign."""
+    """The releases, and for each check a row of its name and a symbol of its worst outcome under each release."""
     releases = list(verification.runs)
     rows = []
     for name in DYNAMIC:
@@ -104,11 +104,11 @@ def _matrix(verification: Verification) -> Table:
 
 
 def write_matrix(verification: Verification, folder: str | os.PathLike) -> Path:
-    """Write the matrix into the folder's model card, in place of an older one or at its end; refresh the manifest.
+    """Write the matrix into the folder's model card, replacing an older one, and update the manifest.
 
     Args:
-        verification: what `verify` returned.
-        folder: the folder that was verified.
+        verification: the result of `verify`.
+        folder: the verified folder.
 
     Returns:
         The path of the card.

@@ -258,7 +258,7 @@ def test_nothing_to_lock(tmp_path) -> None:
 def test_a_commit_that_cannot_be_read_is_one_sentence_without_the_token(hub, tmp_path, monkeypatch, waits) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
     hub.fail("GET", 403, times=99, message=f"no {TOKEN}")
-    with pytest.raises(HubError, match="the token may not do this with me/none") as refused:
+    with pytest.raises(HubError, match="the token has no permission for this on me/none") as refused:
         write_lock(f"me/none@{'a' * 40}", tmp_path / "lock", token=TOKEN)
     assert TOKEN not in str(refused.value) and not (tmp_path / "lock").exists()
 

@@ -105,7 +105,7 @@ FAULTS: dict[str, Fault] = {
     "init writes .data, 5.0": Fault(
         code((_INIT, "            module.weight.data.normal_(std=0.02)\n")),
         "weights",
-        "overwritten or initialised anew after loading",
+        "overwritten or initialised after loading",
         "AutoModel",
         {"releases": "5.0"},
     ),
@@ -125,7 +125,7 @@ FAULTS: dict[str, Fault] = {
             ),
         ),
         "weights",
-        r"anew after loading: (model\.)?layers\.0\.self_attn\.o_proj\.weight",
+        r"initialised after loading: (model\.)?layers\.0\.self_attn\.o_proj\.weight",
     ),
     "head untied": Fault(
         code(('    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}\n\n', "")),
@@ -136,12 +136,12 @@ FAULTS: dict[str, Fault] = {
         lambda folder: None, "tied", "they are two tensors", "AutoModelForCausalLM", {"releases": "5.3"}
     ),
     "saved tied, config untied": Fault(
-        config(tie_word_embeddings=False), "weights", r"not in the files, so started at random: lm_head\.weight"
+        config(tie_word_embeddings=False), "weights", r"not in the files, so initialised at random: lm_head\.weight"
     ),
     "missing tensor": Fault(
         tensors(lambda held: held.pop("model.layers.1.up_proj.bias")),
         "weights",
-        r"not in the files, so started at random: model\.layers\.1\.up_proj\.bias",
+        r"not in the files, so initialised at random: model\.layers\.1\.up_proj\.bias",
         "AutoModelForCausalLM",
     ),
     "unexpected tensor": Fault(
@@ -162,7 +162,7 @@ FAULTS: dict[str, Fault] = {
     "base_model_prefix": Fault(
         code(('base_model_prefix = "model"', 'base_model_prefix = "decoder"')),
         "weights",
-        "in the files under another prefix, so started at random",
+        "in the files under another prefix, so initialised at random",
         "^AutoModel$",
     ),
     "buffer that is not saved": Fault(
@@ -173,7 +173,7 @@ FAULTS: dict[str, Fault] = {
             )
         ),
         "buffers",
-        r"not what __init__ computes: (model\.)?table",
+        r"different from what __init__ computes: (model\.)?table",
     ),
     # code that does not load
     "module that is not there": Fault(code(before="import flash_attention_nine\n"), "load", "flash_attention_nine"),

@@ -89,7 +89,7 @@ def fuse(held: dict[str, torch.Tensor]) -> None:
         held[f"net.layers.{layer}.up_proj.weight"] = up.T.contiguous()
 
 
-NOT_FROM_FILES = "nothing shows that these come from the files"
+NOT_FROM_FILES = "not found to come from the files"
 WEIGHTS = {
     "keys that do not match": Pair(own_loading(), renamed(lambda n: f"net.{n}"), "weights", NOT_FROM_FILES),
     "half of the keys do not match": Pair(
@@ -105,11 +105,11 @@ WEIGHTS = {
         "weights",
         "up_proj.weight",
     ),
-    "initialised anew after loading": Pair(
+    "initialised after loading": Pair(
         own_loading(),
         edit(("        pass\n        return model", "        model.apply(model._init_weights)\n        return model")),
         "weights",
-        "initialised anew after loading",
+        "initialised after loading",
     ),
     "initialised anew in forward": Pair(
         edit(("        seen = past_key_values", "        self.norms = 2\n        seen = past_key_values")),
