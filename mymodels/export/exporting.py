@@ -122,23 +122,23 @@ def export_model(
             raise ValueError("int8 starts from float32 weights: leave out dtype")
         tokenizer = None if path is None else _tokenizer(path, trust_remote_code)
         _save_companions(model, tokenizer, folder)
-        with _in_one_sentence(model, to):
+        with _as_value_error(model, to):
             graph = Graph(model, task, cache=to == "onnx" and task == "text-generation")
-        cases = _cases(graph, tokenizer, texts) if int8 else parity.make_cases(graph)
-        _next(bar, "running torch")
-        with _in_one_sentence(model, to):
+        cases = _make_cases(graph, tokenizer, texts) if int8 else parity.make_cases(graph)
+        _advance(bar, "running torch")
+        with _as_value_error(model, to):
             parity.compute_expected(model, graph, cases)
-        _next(bar, "tracing")
+        _advance(bar, "tracing")
         options: dict[str, Any] = {}
         if to == "onnx":
             opset = opset or onnx_files.DEFAULT_OPSET
             options = {"opset": opset, "int8": int8, "external_data_above": external_data_above}
             options["metadata"] = {"task": task, "model_type": str(model.config.model_type)}
-        with _in_one_sentence(model, to):
+        with _as_value_error(model, to):
             if to == "onnx":
                 model.set_attn_implementation("eager")  # in plain operations, which every runtime knows
             file = WRITERS[to](graph, folder, **options)
-        _next(bar, "comparing")
+        _advance(bar, "comparing")
         parity.run_in_new_process(to, file, graph, cases)
         quality, differences = None, {}
         limit = parity.TOLERANCES[model.dtype] if tolerance is None else tolerance
@@ -171,7 +171,7 @@ def export_model(
         }
         code = snippet(to, task, file.name, model.config, **given)
         write_readme(folder, name, to, task, exported.compared, code)
-        _next(bar, "done")
+        _advance(bar, "done")
     return exported
 
 
@@ -190,7 +190,7 @@ def _check_options(to: str, task: str | None, int8: bool, opset: int | None, tex
 
 
 @contextlib.contextmanager
-def _in_one_sentence(model: PreTrainedModel, to: str) -> Iterator[None]:
+def _as_value_error(model: PreTrainedModel, to: str) -> Iterator[None]:
     """Errors of many kinds, from deep inside torch, in one sentence; those of the disk pass."""
     try:
         yield
@@ -200,7 +200,7 @@ def _in_one_sentence(model: PreTrainedModel, to: str) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {first_line(error)}") from error
 
 
-def _next(bar: tqdm, stage: str) -> None:
+def _advance(bar: tqdm, stage: str) -> None:
     bar.set_description(stage)
     bar.update()
 
@@ -257,7 +257,9 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase |
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _cases(graph: Graph, tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str] | None) -> list[parity.Case]:
+def _make_cases(
+    graph: Graph, tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str] | None
+) -> list[parity.Case]:
     if texts is not None and tokenizer is None:
         raise ValueError("the folder has no tokenizer to cut texts with: leave out texts=")
     if tokenizer is None:

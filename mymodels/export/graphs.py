@@ -108,7 +108,7 @@ class Graph(nn.Module):
             for i in range(len(past_key_values) // 2):
                 cache.update(past_key_values[2 * i], past_key_values[2 * i + 1], i)
             given["past_key_values"] = cache
-        outputs = call(self.model, self.task, given, cache=past_key_values is not None)
+        outputs = run_forward(self.model, self.task, given, cache=past_key_values is not None)
         results = named_outputs(self.task, outputs)
         if past_key_values is not None:
             states = [part for layer in outputs.past_key_values.layers for part in (layer.keys, layer.values)]
@@ -137,7 +137,7 @@ class Graph(nn.Module):
         return found
 
 
-def call(model: PreTrainedModel, task: str, given: dict[str, Any], *, cache: bool = False) -> Any:
+def run_forward(model: PreTrainedModel, task: str, given: dict[str, Any], *, cache: bool = False) -> Any:
     """The model's outputs, as a mapping where `forward` lets one ask for it; a cache is kept only if it is wanted."""
     options: dict[str, Any] = {"return_dict": True}
     if task in ("text-generation", "text2text-generation"):
@@ -152,7 +152,7 @@ def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
         return []
     tokens = torch.zeros(1, 2, dtype=torch.long)
     given = {"input_ids": tokens, "attention_mask": tokens + 1}
-    cache = as_mapping(call(model, "text-generation", given, cache=True)).get("past_key_values")
+    cache = as_mapping(run_forward(model, "text-generation", given, cache=True)).get("past_key_values")
     keys: list[Any] = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
     if any(not isinstance(key, torch.Tensor) or key.ndim != 4 for key in keys):
         return []  # another kind of state, such as that of a recurrence

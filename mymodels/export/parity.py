@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .graphs import TASKS, Graph, call, named_outputs
+from .graphs import TASKS, Graph, named_outputs, run_forward
 
 Tensors = dict[str, torch.Tensor]
 
@@ -78,7 +78,7 @@ def make_cases(graph: Graph) -> list[Case]:
             hidden = slice(None, row) if padding == "left" else slice(-row, None)
             mask[row, hidden] = 0
         ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
-        cases.append(_case(graph, ids, mask, generator))
+        cases.append(_make_case(graph, ids, mask, generator))
     return cases
 
 
@@ -96,11 +96,11 @@ def text_cases(graph: Graph, tokenizer: PreTrainedTokenizerBase, texts: Sequence
         for i, row in enumerate(batch):
             place = slice(length - len(row), None) if side == "left" else slice(len(row))
             ids[i, place], mask[i, place] = torch.tensor(row), 1
-        cases.append(_case(graph, ids, mask))
+        cases.append(_make_case(graph, ids, mask))
     return cases
 
 
-def _case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: torch.Generator | None = None) -> Case:
+def _make_case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: torch.Generator | None = None) -> Case:
     config, length = graph.model.config, ids.shape[1]
     padding = getattr(config, "pad_token_id", None)
     if padding is not None:  # some models tell padding by the token
@@ -127,7 +127,7 @@ def _case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: torch.
 def compute_expected(model: PreTrainedModel, graph: Graph, cases: Sequence[Case]) -> None:
     """What the model itself gives, each batch in one call and by its fastest way."""
     for case in cases:
-        case.expected = named_outputs(graph.task, call(model, graph.task, case.inputs))
+        case.expected = named_outputs(graph.task, run_forward(model, graph.task, case.inputs))
         if graph.past:
             cache = model(**case.inputs, use_cache=True, past_key_values=DynamicCache()).past_key_values
             states = [part for layer in cache.layers for part in (layer.keys, layer.values)]
@@ -158,9 +158,9 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
             reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
             raise ParityError(f"{file.name} cannot be run in another process: {reason.strip()[:300]}")
         with safe_open(outputs, "pt") as opened:
-            strangers = json.loads(opened.metadata()["strangers"])
-        if strangers:
-            raise ParityError(f"{file.name} needs {' and '.join(strangers)} to run, so it does not stand by itself")
+            unwanted = json.loads(opened.metadata()["unwanted"])
+        if unwanted:
+            raise ParityError(f"{file.name} needs {' and '.join(unwanted)} to run, so it does not stand by itself")
         found = load_file(outputs)
     for number, case in enumerate(cases):
         last = len(case.pieces) - 1

@@ -45,7 +45,7 @@ for _ in range(20):
     if tokens[0, 0] in {ends}:
         break"""
 
-_GENERATE_ANEW = """\
+_GENERATE_WITHOUT_CACHE = """\
 for _ in range(20):
     feed = {{{feed}}}
     logits = {run}
@@ -105,7 +105,7 @@ def snippet(
             'ids = np.array([tokenizer.encode("Once upon a time").ids])' if tokenizer else "ids = np.array([[5, 6, 7]])"
         )
         run = _RUN.get(kind, _RUN_TORCH).format(name="logits")
-        body = _GENERATE if any(name.startswith("past") for name in inputs) else _GENERATE_ANEW
+        body = _GENERATE if any(name.startswith("past") for name in inputs) else _GENERATE_WITHOUT_CACHE
         ids = "ids"
         if task == "text2text-generation":
             body, ids = _TEXT_TO_TEXT, "decoder_ids"

@@ -70,8 +70,8 @@ def main(kind: str, graph: str, inputs: str, outputs: str) -> None:
         past = {name.replace("present", "past_key_values"): results[name] for name in results if "present" in name}
         results = run({**given, **past} if call else given)
         found |= {f"{case}/{call}/{name}": np.ascontiguousarray(value) for name, value in results.items()}
-    strangers = {"mymodels", "transformers"} & set(sys.modules)
-    save_file(found, outputs, metadata={"strangers": json.dumps(sorted(strangers))})
+    unwanted = {"mymodels", "transformers"} & set(sys.modules)
+    save_file(found, outputs, metadata={"unwanted": json.dumps(sorted(unwanted))})
 
 
 if __name__ == "__main__":

@@ -67,11 +67,11 @@ def _read(line: Line, raw: bytes, column: str, pair_column: str | None, plain: b
         line.text = text
         return
     try:
-        row = json.loads(text, parse_constant=_no_number)
+        row = json.loads(text, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({str(error) or type(error).__name__})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"it is {_kind(row)}, not a JSON object with the field {column!r}")
+        raise ValueError(f"it is {_json_type(row)}, not a JSON object with the field {column!r}")
     line.text = _text(row, column)
     if pair_column is not None or "text_pair" in row:
         line.pair = _text(row, pair_column or "text_pair")
@@ -89,16 +89,16 @@ def _text(row: dict[str, Any], column: str) -> str:
     if column not in row:
         raise ValueError(f"it has no field {column!r}, but {', '.join(map(repr, list(row)[:6])) or 'none at all'}")
     if not isinstance(row[column], str):
-        raise ValueError(f"its field {column!r} is {_kind(row[column])}, not a text")
+        raise ValueError(f"its field {column!r} is {_json_type(row[column])}, not a text")
     if not row[column].strip():
         raise ValueError(f"its field {column!r} is empty")
     return row[column]
 
 
-def _kind(value: Any) -> str:
+def _json_type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
-def _no_number(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number there")

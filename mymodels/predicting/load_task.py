@@ -54,7 +54,7 @@ def load_task(
     path: Path | None = None
     notes: list[str] = []
     if isinstance(source, PreTrainedModel):
-        chosen, model = _in_memory(source, task), source
+        chosen, model = _task_of_model(source, task), source
         source = type(model).__name__
         if (wanted := resolve_dtype(dtype)) is not None:
             model.to(dtype=wanted)  # type: ignore[call-arg]
@@ -67,11 +67,11 @@ def load_task(
         )
     if path is None and tokenizer is None:
         raise ValueError("a model in memory does not say how to cut texts into tokens: pass tokenizer=")
-    cutter = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
-    fit_tokenizer(model, cutter, source, "pass the right one by --tokenizer")
+    loaded_tokenizer = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
+    fit_tokenizer(model, loaded_tokenizer, source, "pass the right one by --tokenizer")
     if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = cutter.pad_token_id
-    longest = longest_input(model, cutter, None)
+        model.config.pad_token_id = loaded_tokenizer.pad_token_id
+    longest = longest_input(model, loaded_tokenizer, None)
     if chosen is TASKS["text-generation"]:
         longest -= max_new_tokens
         if longest < 1:
@@ -79,7 +79,7 @@ def load_task(
     if max_length is not None and not 0 < max_length <= longest:
         raise ValueError(f"max_length={max_length}, but here it may be 1 to {longest}")
     options = {"max_length": max_length or longest, "top_k": top_k, "max_new_tokens": max_new_tokens}
-    ready = chosen(model.to(device).eval(), cutter, **options)  # type: ignore[arg-type]
+    ready = chosen(model.to(device).eval(), loaded_tokenizer, **options)  # type: ignore[arg-type]
     if isinstance(ready, Embedding):
         ready.pooled = not notes
     return ready, notes
@@ -95,16 +95,16 @@ def _from_folder(
             "merge the adapter into its model first (merge_and_unload)" if adapter else "name the folder of a model"
         )
         raise ValueError(f"{path} has no config.json: {remedy}")
-    chosen = _choose(task, read_json(path / "config.json"), source)
+    chosen = _choose_task(task, read_json(path / "config.json"), source)
     return chosen, *_load_model(chosen, path, source, trust_remote_code, dtype)
 
 
-def _in_memory(model: PreTrainedModel, task: str | None) -> type[Task]:
+def _task_of_model(model: PreTrainedModel, task: str | None) -> type[Task]:
     name = type(model).__name__
     auto_class = getattr(type(model), "_auto_class", None) or auto_class_of(
         name, inspect.signature(model.forward).parameters
     )
-    return _choose(task, {"architectures": [name], "auto_map": {auto_class: name}}, name)
+    return _choose_task(task, {"architectures": [name], "auto_map": {auto_class: name}}, name)
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:
@@ -115,7 +115,7 @@ def _device(wanted: str | torch.device | None) -> torch.device:
         raise ValueError(f"device={str(device)!r} cannot be used here: {first_line(error)}") from error
 
 
-def _choose(task: str | None, config: Mapping[str, Any], source: Any) -> type[Task]:
+def _choose_task(task: str | None, config: Mapping[str, Any], source: Any) -> type[Task]:
     """The task of that name, or the one that the folder's class is for."""
     if task is not None:
         if task not in TASKS:

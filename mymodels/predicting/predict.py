@@ -94,8 +94,8 @@ def predict(
                     if os.path.isfile(place) and os.path.samefile(input, place):
                         raise ValueError(f"{os.fspath(place)} is the input, too: name another file for the output")
         if isinstance(output, (str, os.PathLike)):
-            _check_place(output)  # before the model is loaded, and before it has answered
-        asked, notes = load_task(
+            _check_output(output)  # before the model is loaded, and before it has answered
+        ready_task, notes = load_task(
             model,
             task,
             tokenizer=tokenizer,
@@ -107,20 +107,20 @@ def predict(
             max_new_tokens=max_new_tokens,
             top_k=top_k,
         )
-        target = stack.enter_context(_opened(output))
+        target = stack.enter_context(_open_output(output))
         unit: dict[str, Any] = {"unit": "line"} if size is None else {"unit": "B", "unit_scale": True, "total": size}
         bar = stack.enter_context(tqdm(desc="predicting", disable=None, **unit))
-        say = report or (lambda sentence: bar.write(sentence, file=sys.stderr))
+        notify = report or (lambda sentence: bar.write(sentence, file=sys.stderr))
         for note in notes:
-            say(f"{type(model).__name__ if isinstance(model, PreTrainedModel) else os.fspath(model)}: {note}")
+            notify(f"{type(model).__name__ if isinstance(model, PreTrainedModel) else os.fspath(model)}: {note}")
         counts = Counts()
 
         def usable() -> Iterator[Line]:
             for line in read_lines(source, column=column, pair_column=pair_column, plain=text):
                 bar.update(1 if size is None else line.size)
-                if line.problem is None and line.pair is not None and not asked.takes_pairs:
-                    line.problem = f"it has a second text, and {type(asked).__name__} takes one"
-                if line.problem is None and line.pair is None and isinstance(asked, Span):
+                if line.problem is None and line.pair is not None and not ready_task.takes_pairs:
+                    line.problem = f"it has a second text, and {type(ready_task).__name__} takes one"
+                if line.problem is None and line.pair is None and isinstance(ready_task, Span):
                     line.problem = "it has no context: give it as text_pair, or name its field by --pair-column"
                 if line.problem is None:
                     yield line
@@ -129,13 +129,13 @@ def predict(
 
         def skip(line: Line, problem: str) -> None:
             counts.skipped += 1
-            say(f"line {line.number} skipped: {problem}")
+            notify(f"line {line.number} skipped: {problem}")
 
-        for answered in answer(asked, usable(), batch_size=batch_size, window=window, skip=skip):
+        for answered in answer(ready_task, usable(), batch_size=batch_size, window=window, skip=skip):
             target.write(b"".join(answered))
             target.flush()
             counts.answered += len(answered)
-    counts.cut = asked.cut
+    counts.cut = ready_task.cut
     return counts
 
 
@@ -143,7 +143,7 @@ def _partial(output: str | os.PathLike) -> Path:
     return Path(f"{os.path.realpath(output)}.partial")  # beside the file itself, so that a link stays one
 
 
-def _check_place(output: str | os.PathLike) -> None:
+def _check_output(output: str | os.PathLike) -> None:
     if os.path.isdir(output):
         raise IsADirectoryError(f"{os.fspath(output)} is a folder: name a file for the output")
     if not os.path.exists(output) and not _partial(output).parent.is_dir():
@@ -151,7 +151,7 @@ def _check_place(output: str | os.PathLike) -> None:
 
 
 @contextmanager
-def _opened(output: str | os.PathLike | BinaryIO) -> Iterator[Any]:
+def _open_output(output: str | os.PathLike | BinaryIO) -> Iterator[Any]:
     if not isinstance(output, (str, os.PathLike)):
         yield output
     elif os.path.exists(output) and not os.path.isfile(output):  # a pipe or a device, whose place no file may take
@@ -175,19 +175,19 @@ def answer(
 ) -> Iterator[list[bytes]]:
     """Answers as lines of JSON, for a window of `window * batch_size` lines at a time, in their order."""
     lines = iter(lines)
-    while some := list(islice(lines, window * batch_size)):
-        encoded = task.encode([(line.text, line.pair) for line in some])
+    while window_lines := list(islice(lines, window * batch_size)):
+        encoded = task.encode([(line.text, line.pair) for line in window_lines])
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        for line, length in zip(some, lengths):
+        for line, length in zip(window_lines, lengths):
             if not length:
                 skip(line, "the tokenizer finds no token in it")
         found: dict[int, bytes] = {}
         order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
         for chosen in _batches(order, lengths, batch_size, mixed=task.pads):
             rows = {name: [column[i] for i in chosen] for name, column in encoded.items()}
-            texts = [(some[i].text, some[i].pair) for i in chosen]
-            for i, given in zip(chosen, _answered(task, rows, texts, [some[i].number for i in chosen])):
-                found[i] = _line(some[i], given)
+            texts = [(window_lines[i].text, window_lines[i].pair) for i in chosen]
+            for i, given in zip(chosen, _answers_or_error(task, rows, texts, [window_lines[i].number for i in chosen])):
+                found[i] = _to_json_line(window_lines[i], given)
         yield [found[i] for i in sorted(found)]
 
 
@@ -199,7 +199,7 @@ def _batches(order: list[int], lengths: list[int], batch_size: int, *, mixed: bo
             yield group[start : start + batch_size]
 
 
-def _answered(task: Task, rows: dict[str, Any], texts: Any, numbers: list[int]) -> list[dict[str, Any]]:
+def _answers_or_error(task: Task, rows: dict[str, Any], texts: Any, numbers: list[int]) -> list[dict[str, Any]]:
     """The task's answers; what a model's own code raises is one sentence."""
     try:
         return task(rows, texts)
@@ -212,7 +212,7 @@ def _answered(task: Task, rows: dict[str, Any], texts: Any, numbers: list[int]) 
         ) from error
 
 
-def _line(line: Line, given: dict[str, Any]) -> bytes:
+def _to_json_line(line: Line, given: dict[str, Any]) -> bytes:
     try:
         return json.dumps({**line.key, **given}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except ValueError:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from ..models.compat import TRANSFORMERS_VERSION
-from .datasets_io import need
+from .datasets_io import require_module
 
 # where they differ from transformers.TrainingArguments
 DEFAULTS: dict[str, Any] = {
@@ -81,7 +81,7 @@ def make_arguments(
         steps = int(options.get("max_steps", -1))
         options["logging_steps"] = max(1, (steps if steps > 0 else total) // 50)
     if "tensorboard" in str(options["report_to"]):
-        need("tensorboard", "tensorboard")
+        require_module("tensorboard", "tensorboard")
     if bf16 and not torch.accelerator.is_available():
         options.setdefault("use_cpu", True)  # else TrainingArguments takes bfloat16 for a mistake
     options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import shorten
-from .datasets_io import DataError, need, read_files, read_splits
+from .datasets_io import DataError, read_files, read_splits, require_module
 
 _TEXT_NAMES = ("text", "sentence", "content", "document")
 _SOURCE_NAMES = (*_TEXT_NAMES, "source", "input", "article", "question", "prompt")
@@ -69,7 +69,7 @@ def load_data(
     Raises:
         DataError: the data cannot be read, or not be trained on; the sentence names file, row and column.
     """
-    datasets = need("datasets", "finetune")
+    datasets = require_module("datasets", "finetune")
     splits, name, hub_id = read_splits(data, data_config, datasets)
     for split, path in (("validation", validation), ("test", test)):
         if path is not None and not isinstance(path, (int, float)):
@@ -78,13 +78,13 @@ def load_data(
     if task == "classification":
         if running:
             raise DataError(f"{splits['train'][1]} is a text file, which has no labels: use CSV, JSONL or Parquet")
-        loaded = _classified(splits, text_column, label_column, known_labels, datasets)
+        loaded = _read_labelled_texts(splits, text_column, label_column, known_labels, datasets)
     elif task == "seq2seq":
         if running:
             raise DataError(f"{splits['train'][1]} is a text file, which has no targets: use CSV, JSONL or Parquet")
-        loaded = _pairs(splits, text_column, target_column)
+        loaded = _read_pairs(splits, text_column, target_column)
     else:
-        loaded = _texts(splits, text_column)
+        loaded = _read_texts(splits, text_column)
     train, held_out = loaded.train, loaded.validation
     if held_out is None:
         share = 0.1 if validation is None else float(validation)  # type: ignore[arg-type]  # a path was read above
@@ -95,14 +95,14 @@ def load_data(
         if shared := len(set(held_out["text"]) & set(train["text"])):
             loaded.notes.append(f"{shared} of the validation texts are training texts too: results are too good")
         if loaded.labels and (lacking := set(range(len(loaded.labels))) - set(held_out["label"])):
-            names = _some(loaded.labels[number] for number in sorted(lacking))
+            names = _quote_names(loaded.labels[number] for number in sorted(lacking))
             loaded.notes.append(f"the validation data have no example of {names}: the metrics say nothing about it")
     loaded.train, loaded.validation = train, held_out
     loaded.name, loaded.hub_id, loaded.is_running_text = name, hub_id, running
     return loaded
 
 
-def _texts(splits: dict[str, tuple[Any, str]], text_column: str | None) -> Data:
+def _read_texts(splits: dict[str, tuple[Any, str]], text_column: str | None) -> Data:
     """For a language model: one column."""
     found: dict[str, Any] = {}
     for split, (rows, where) in splits.items():
@@ -113,13 +113,13 @@ def _texts(splits: dict[str, tuple[Any, str]], text_column: str | None) -> Data:
     return Data(found["train"], found.get("validation"), found.get("test"))
 
 
-def _pairs(splits: dict[str, tuple[Any, str]], text_column: str | None, target_column: str | None) -> Data:
+def _read_pairs(splits: dict[str, tuple[Any, str]], text_column: str | None, target_column: str | None) -> Data:
     """For an encoder-decoder: a text and the text to make of it."""
     found: dict[str, Any] = {}
     for split, (rows, where) in splits.items():
         names = rows.column_names
         if target_column is not None:
-            target = _existing(rows, where, target_column, "--target-column")
+            target = _require_column(rows, where, target_column, "--target-column")
         else:
             named = [name for name in _TARGET_NAMES if name in names and name != text_column]
             named = named[:1] if named[:1] == ["target"] else [n for n in named if n not in _LABEL_NAMES] or named
@@ -127,27 +127,31 @@ def _pairs(splits: dict[str, tuple[Any, str]], text_column: str | None, target_c
             others = others if text_column is not None and len(others) == 1 else []
             if len(named or others) != 1:
                 raise DataError(
-                    f"{where} has the columns {_some(names)}: name the one with the targets by --target-column"
+                    f"{where} has the columns {_quote_names(names)}: name the one with the targets by --target-column"
                 )
             target = (named or others)[0]
         if text_column is not None:
-            source = _existing(rows, where, text_column, "--text-column")
+            source = _require_column(rows, where, text_column, "--text-column")
         else:
             texts = [name for name in _SOURCE_NAMES if name in names and name != target]
             rest = [name for name in names if "string" in str(rows.features[name]) and name != target]
             if not texts and len(rest) != 1:
-                raise DataError(f"{where} has the columns {_some(names)}: name the one with the texts by --text-column")
+                raise DataError(
+                    f"{where} has the columns {_quote_names(names)}: name the one with the texts by --text-column"
+                )
             source = (texts or rest)[0]
         if source == target:
             raise DataError(f"{where}, column {source!r} is named as text and as target: name two columns")
         _check_texts(rows, where, source)
         _check_texts(rows, where, target, "--target-column")
-        rows = need("datasets", "finetune").Dataset.from_dict({"text": rows[source][:], "target": rows[target][:]})
+        rows = require_module("datasets", "finetune").Dataset.from_dict(
+            {"text": rows[source][:], "target": rows[target][:]}
+        )
         found[split] = rows
     return Data(found["train"], found.get("validation"), found.get("test"))
 
 
-def _classified(
+def _read_labelled_texts(
     splits: dict[str, tuple[Any, str]],
     text_column: str | None,
     label_column: str | None,
@@ -164,7 +168,7 @@ def _classified(
         names[split] = _label_names(rows, where, label)
     if "test" in splits and not any(names["test"]):  # as on the Hub, where the answers of a contest are kept back
         del splits["test"], names["test"]
-    labels = _order(splits["train"][0].features[columns["train"][1]], names["train"], known_labels)
+    labels = _order_labels(splits["train"][0].features[columns["train"][1]], names["train"], known_labels)
     numbers = {name: i for i, name in enumerate(labels)}
     found = {}
     for split, (rows, where) in splits.items():
@@ -177,7 +181,7 @@ def _classified(
             if name not in numbers:
                 raise DataError(
                     f"{where} row {row}, column {label!r}: the label {name!r} does not occur in {splits['train'][1]}, "
-                    f"which has {_some(labels)}: correct it, or add training examples of it"
+                    f"which has {_quote_names(labels)}: correct it, or add training examples of it"
                 )
         encoded = [numbers[str(name)] for name in names[split]]
         features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=labels)})
@@ -196,7 +200,7 @@ def _classified(
     return Data(found["train"], found.get("validation"), found.get("test"), labels)
 
 
-def _order(feature: Any, names: Sequence[str | None], known: Sequence[str]) -> list[str]:
+def _order_labels(feature: Any, names: Sequence[str | None], known: Sequence[str]) -> list[str]:
     """The labels in a stable order: the data set's or the model's own, else by number, else by alphabet."""
     present = {name for name in names if name is not None}
     if hasattr(feature, "names"):
@@ -241,17 +245,19 @@ def _check_texts(rows: Any, where: str, column: str, option: str = "--text-colum
 
 def _text_column(rows: Any, where: str, asked: str | None, without: str | None = None) -> str:
     if asked is not None:
-        return _existing(rows, where, asked, "--text-column")
+        return _require_column(rows, where, asked, "--text-column")
     named = [name for name in _TEXT_NAMES if name in rows.column_names and name != without]
     texts = [name for name in rows.column_names if "string" in str(rows.features[name]) and name != without]
     if named or len(texts) == 1:
         return (named or texts)[0]
-    raise DataError(f"{where} has the columns {_some(rows.column_names)}: name the one with the texts by --text-column")
+    raise DataError(
+        f"{where} has the columns {_quote_names(rows.column_names)}: name the one with the texts by --text-column"
+    )
 
 
 def _label_column(rows: Any, where: str, asked: str | None, text_column: str | None) -> str:
     if asked is not None:
-        return _existing(rows, where, asked, "--label-column")
+        return _require_column(rows, where, asked, "--label-column")
     others = [name for name in rows.column_names if name != text_column]
     named = [name for name in _LABEL_NAMES if name in others]
     if len(named) == 1:
@@ -262,13 +268,13 @@ def _label_column(rows: Any, where: str, asked: str | None, text_column: str | N
     if not named and len(others) == 1:
         return others[0]
     raise DataError(
-        f"{where} has the columns {_some(rows.column_names)}: name the one with the labels by --label-column"
+        f"{where} has the columns {_quote_names(rows.column_names)}: name the one with the labels by --label-column"
     )
 
 
-def _existing(rows: Any, where: str, column: str, option: str) -> str:
+def _require_column(rows: Any, where: str, column: str, option: str) -> str:
     if column not in rows.column_names:
-        raise DataError(f"{where} has no column {column!r}, but {_some(rows.column_names)}: correct {option}")
+        raise DataError(f"{where} has no column {column!r}, but {_quote_names(rows.column_names)}: correct {option}")
     return column
 
 
@@ -309,9 +315,11 @@ def _one_of_each(giving: Any, taking: Any) -> tuple[Any, Any]:
     if not moved:
         return giving, taking
     rest = [i for i in range(len(giving)) if i not in moved]
-    return giving.select(rest), need("datasets", "finetune").concatenate_datasets([taking, giving.select(moved)])
+    return giving.select(rest), require_module("datasets", "finetune").concatenate_datasets(
+        [taking, giving.select(moved)]
+    )
 
 
-def _some(names: Iterable[str], most: int = 12) -> str:
+def _quote_names(names: Iterable[str], most: int = 12) -> str:
     names = list(map(str, names))
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -31,7 +31,7 @@ class DataError(ValueError):
     """Data that cannot be trained on as they are; the message says what, in which file, row and column, and what to do."""
 
 
-def need(module: str, extra: str) -> Any:
+def require_module(module: str, extra: str) -> Any:
     """Import a module of an optional dependency.
 
     Raises:
@@ -47,7 +47,7 @@ def read_splits(data: Any, config: str | None, datasets: Any) -> tuple[dict[str,
     """Split → (rows, what to call it), a name for all, and the Hub's id."""
     if isinstance(data, (datasets.Dataset, datasets.DatasetDict)):
         found = data if isinstance(data, datasets.DatasetDict) else {"train": data}
-        return _named(found, "the data set"), "a data set in memory", None
+        return _canonical_splits(found, "the data set"), "a data set in memory", None
     if str(data) == SAMPLE and not Path(SAMPLE).exists():
         rows = {
             split: [{"text": text, "label": label} for text, label in passages(load_sample_text(part))]
@@ -78,10 +78,10 @@ def read_splits(data: Any, config: str | None, datasets: Any) -> tuple[dict[str,
         raise DataError(
             f"there is no file or folder {data}, and no Hub data set could be fetched: {_reason(error)}"
         ) from error
-    return _named(found, str(data)), str(data), str(data)
+    return _canonical_splits(found, str(data)), str(data), str(data)
 
 
-def _named(found: Any, name: str) -> dict[str, tuple[Any, str]]:
+def _canonical_splits(found: Any, name: str) -> dict[str, tuple[Any, str]]:
     """The splits of a `DatasetDict` under our names."""
     splits = {
         split: (found[there], f"{name}, split {there}")

@@ -24,14 +24,14 @@ from ..hub.card import Card
 from .arguments import bf16_is_faster, checked_options, make_arguments
 from .checkpoint_dirs import list_checkpoints
 from .data import Data, load_data
-from .datasets_io import need
+from .datasets_io import require_module
 from .generated import measure_texts
-from .load_base import KINDS, Start, check_task, known_labels, start
-from .output import FineTuned, best_step, end, measure, try_to_write_repo, write_repo
+from .load_base import KINDS, LoadedBase, check_task, known_labels, load_base
+from .output import FineTuned, best_step, evaluate_splits, finish_run, try_to_write_repo, write_repo
 from .parameters import add_lora, freeze
 from .plots import class_table, confusion_matrix, metric_table
 from .preprocessing import choose_collator, encode_blocks, encode_classification, encode_pairs, longest_input
-from .run_record import ADAPTER, MAY_CHANGE, begin, checkpoint_to_resume, fingerprint, vocabulary
+from .run_record import ADAPTER, MAY_CHANGE, checkpoint_to_resume, hash_data, hash_vocabulary, write_run_record
 from .training_state import check_code_of_checkpoint
 from .tuner import FineTuner, Progress, apply_class_weights, class_weights_of, compute_metrics
 
@@ -121,7 +121,7 @@ def finetune(
     if task not in KINDS:
         raise ValueError(f"task={task!r} is none of {', '.join(map(repr, KINDS))}")
     for module in ("datasets", "sklearn", "matplotlib"):
-        need(module, "finetune")
+        require_module(module, "finetune")
     output_dir = check_output_dir(output_dir)
     where = Path(checkpoint_dir or f"{str(output_dir).rstrip('/')}-checkpoints")
     console = console or Console(quiet=not PartialState().is_main_process)
@@ -145,7 +145,7 @@ def finetune(
         seed=seed,
     )
     set_seed(seed)
-    begun = start(
+    base = load_base(
         model,
         task,
         labels=loaded.labels,
@@ -155,11 +155,11 @@ def finetune(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    length = longest_input(begun.model, begun.tokenizer, max_length)
+    length = longest_input(base.model, base.tokenizer, max_length)
     weights = class_weights_of(class_weights, loaded)
-    loss_function = apply_class_weights(begun.model, weights)
+    loss_function = apply_class_weights(base.model, weights)
     if freeze_embeddings or freeze_layers:
-        freeze(begun.model, embeddings=freeze_embeddings, layers=freeze_layers)
+        freeze(base.model, embeddings=freeze_embeddings, layers=freeze_layers)
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} is no factor between 0 and 1")
     bf16 = bf16_is_faster() if bf16 is None else bf16
@@ -168,7 +168,7 @@ def finetune(
         "model": type(model).__name__ if isinstance(model, PreTrainedModel) else str(model),
         "to": to,
         "overrides": dict(overrides or {}),
-        "data": fingerprint(loaded),
+        "data": hash_data(loaded),
         "labels": loaded.labels,
         "max_length": length,
         "class_weights": weights,
@@ -177,40 +177,40 @@ def finetune(
         "lora": [lora_r, lora_alpha, list(lora_target_modules or [])],
         "warmup_ratio": warmup_ratio,
         "bf16": bf16,
-        "tokenizer": vocabulary(begun.tokenizer),
+        "tokenizer": hash_vocabulary(base.tokenizer),
         "revision": revision,
         **{name: value for name, value in options.items() if name not in MAY_CHANGE},
     }
     checkpoint = checkpoint_to_resume(where, output_dir, record, resume_from_checkpoint)
-    known = is_known(begun.model)
+    known = is_known(base.model)
     if (isinstance(model, PreTrainedModel) or not known) and PartialState().is_main_process:
-        try_to_write_repo(begun.model, where, golden=golden)
+        try_to_write_repo(base.model, where, golden=golden)
     if checkpoint:
-        check_code_of_checkpoint(begun.model, Path(checkpoint))
+        check_code_of_checkpoint(base.model, Path(checkpoint))
 
     if task == "classification":
-        examples = encode_classification(loaded, begun.tokenizer, length)
+        examples = encode_classification(loaded, base.tokenizer, length)
     elif task == "seq2seq":
-        examples = encode_pairs(loaded, begun.tokenizer, length)
+        examples = encode_pairs(loaded, base.tokenizer, length)
     else:
-        examples = encode_blocks(loaded, begun.tokenizer, length, masked=begun.kind == "masked", seed=seed)
-    collator = choose_collator(begun.kind, begun.tokenizer, begun.model)
+        examples = encode_blocks(loaded, base.tokenizer, length, masked=base.kind == "masked", seed=seed)
+    collator = choose_collator(base.kind, base.tokenizer, base.model)
     if not known:
-        collator = fitting_collator(begun.model, collator)
-        check_task(begun, loaded, collator([examples["train"][i] for i in range(min(2, len(examples["train"])))]))
-    trained: Any = begun.model
-    use_cache = getattr(begun.model.config, "use_cache", None)
+        collator = fitting_collator(base.model, collator)
+        check_task(base, loaded, collator([examples["train"][i] for i in range(min(2, len(examples["train"])))]))
+    trained: Any = base.model
+    use_cache = getattr(base.model.config, "use_cache", None)
     if lora_r is not None:
-        trained = add_lora(begun.model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, new=begun.new)
+        trained = add_lora(base.model, r=lora_r, alpha=lora_alpha, target_modules=lora_target_modules, new=base.new)
     arguments = make_arguments(where, options, len(examples["train"]), warmup_ratio, bf16)
-    _print_plan(console, begun, loaded, examples, trained, arguments, checkpoint)
+    _print_plan(console, base, loaded, examples, trained, arguments, checkpoint)
     trainer = FineTuner(
         model=trained,
         args=arguments,
         data_collator=collator,
         train_dataset=examples["train"],
         eval_dataset=examples["validation"],
-        processing_class=begun.tokenizer,
+        processing_class=base.tokenizer,
         compute_metrics=compute_metrics if task == "classification" else None,
         compute_loss_func=loss_function,
         callbacks=[] if early_stopping_patience is None else [EarlyStoppingCallback(early_stopping_patience)],
@@ -219,11 +219,11 @@ def finetune(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Progress)
     if trainer.is_world_process_zero():
-        begin(where, record)
+        write_run_record(where, record)
     try:
         with nullcontext() if known else uniform_outputs(trained):
             trainer.train(resume_from_checkpoint=checkpoint)
-            metrics, logits = measure(trainer, examples, task)
+            metrics, logits = evaluate_splits(trainer, examples, task)
     except KeyboardInterrupt:
         there = list_checkpoints(where)
         remedy = f"{there[-1]}: the same command with --resume goes on from there" if there else "no checkpoint yet"
@@ -231,9 +231,9 @@ def finetune(
         raise
 
     if task == "seq2seq":
-        measure_texts(metrics, begun, loaded, length)
+        measure_texts(metrics, base, loaded, length)
     matrix = None if logits is None else confusion_matrix(logits, np.asarray(loaded.validation["label"]))
-    final: Any = begun.model
+    final: Any = base.model
     if lora_r is not None:
         if trainer.is_world_process_zero():
             trained.save_pretrained(where / ADAPTER)
@@ -243,7 +243,7 @@ def finetune(
     result = FineTuned(
         path=output_dir,
         model=final.eval(),
-        tokenizer=begun.tokenizer,
+        tokenizer=base.tokenizer,
         metrics=metrics,
         history=trainer.state.log_history,
         best_step=best_step(trainer),
@@ -253,8 +253,8 @@ def finetune(
         confusion_matrix=matrix,
     )
     if trainer.is_world_process_zero():
-        write_repo(result, begun, card or Card(), task, max_shard_size=max_shard_size, golden=golden)
-        end(result, keep_checkpoints)
+        write_repo(result, base, card or Card(), task, max_shard_size=max_shard_size, golden=golden)
+        finish_run(result, keep_checkpoints)
         if matrix is not None and loaded.labels is not None:
             console.print(class_table(matrix, loaded.labels, "on the validation data"))
         console.print(metric_table(metrics))
@@ -266,7 +266,7 @@ def finetune(
 
 def _print_plan(
     console: Console,
-    begun: Start,
+    base: LoadedBase,
     data: Data,
     examples: Mapping[str, Any],
     trained: Any,
@@ -274,12 +274,12 @@ def _print_plan(
     checkpoint: str | None,
 ) -> None:
     """Print what is trained, on what, and from where."""
-    console.print(begun.how, highlight=False, soft_wrap=True)
+    console.print(base.how, highlight=False, soft_wrap=True)
     for note in data.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     count = sum(parameter.numel() for parameter in trained.parameters())
     learning = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-    kind = "texts" if data.labels else "pairs" if begun.kind == "seq2seq" else "blocks"
+    kind = "texts" if data.labels else "pairs" if base.kind == "seq2seq" else "blocks"
     sizes = ", ".join(f"{len(rows):,} {kind} for {split}" for split, rows in examples.items())
     labels = f", {len(data.labels)} labels" if data.labels else ""
     console.print(

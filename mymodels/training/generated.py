@@ -8,28 +8,28 @@ import torch
 
 from ..messages import first_line
 from .data import Data
-from .load_base import Start
+from .load_base import LoadedBase
 
 TEXTS = 64  # of each split, so that measuring costs little
 BATCH = 16
 NEW_TOKENS = 128
 
 
-def measure_texts(metrics: dict[str, dict[str, float]], begun: Start, data: Data, max_length: int) -> None:
+def measure_texts(metrics: dict[str, dict[str, float]], base: LoadedBase, data: Data, max_length: int) -> None:
     """Add `exact_match` and `token_f1` of greedily generated texts to the metrics of each split.
 
     Both are over the first `TEXTS` texts of the split, which `data.notes` says. A model that cannot generate has none.
     """
-    if not begun.model.can_generate():
+    if not base.model.can_generate():
         data.notes.append(
-            f"{type(begun.model).__name__} does not generate, so its texts were not compared with the targets"
+            f"{type(base.model).__name__} does not generate, so its texts were not compared with the targets"
         )
         return
     for split in metrics:
         rows = getattr(data, split)
         texts, targets = list(rows["text"][:TEXTS]), list(rows["target"][:TEXTS])
         try:
-            found = generate_texts(begun.model, begun.tokenizer, texts, max_length)
+            found = generate_texts(base.model, base.tokenizer, texts, max_length)
         except Exception as error:  # of someone's own `generate` or `forward`: the training is done and is kept
             data.notes.append(f"texts could not be generated, so they were not compared: {first_line(error)}")
             return

@@ -13,7 +13,7 @@ from ..checkpoints.dispatch import load_in_place, without_wrapper
 from ..checkpoints.torch_files import unread
 
 _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
-_TELLING = {
+_DISTINCTIVE_OPTIONS = {
     "amsgrad",
     "momentum",
     "momentum_decay",
@@ -72,10 +72,10 @@ def import_checkpoint(
     taken, states = [], []
     for kind, wanted in (("optim", optimizer), ("sched", scheduler)):
         if wanted is not None:
-            key = _find(opened, kind, ours)
+            key = _find_state_key(opened, kind, ours)
             state = copy.deepcopy(_single(opened.extras[key]))  # not the file's memory
             if wanted is optimizer:
-                state = _fitted(f"{path}: {key}", state, model, optimizer)
+                state = _fit_optimizer_state(f"{path}: {key}", state, model, optimizer)
             else:
                 _check_scheduler(f"{path}: {key}", state, scheduler)
             taken.append(key)
@@ -110,7 +110,7 @@ def _is_scheduler(value: Any) -> bool:
     return isinstance(value, Mapping) and "last_epoch" in value
 
 
-def _find(checkpoint: Checkpoint, kind: str, section: str) -> str:
+def _find_state_key(checkpoint: Checkpoint, kind: str, section: str) -> str:
     """The key of the optimizer or scheduler that belongs to a model: the one named like it, or the only one."""
     looks_like = {"optim": _is_optimizer, "sched": _is_scheduler}
     values = {key: _single(value) for key, value in unread(checkpoint.extras).items()}
@@ -129,7 +129,7 @@ def _find(checkpoint: Checkpoint, kind: str, section: str) -> str:
     return chosen[0]
 
 
-def _fitted(
+def _fit_optimizer_state(
     where: str, state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """The saved state in the order of the optimizer's parameters, if it fits them.
@@ -145,12 +145,12 @@ def _fitted(
         raise CheckpointError(
             f"{where} has {len(saved)} parameter groups, the optimizer has {len(groups)}: make it with the same groups"
         )
-    fitted = []
-    by_names = {frozenset(_named(group)): group for group in saved if _named(group)}
+    fitted_groups = []
+    by_names = {frozenset(_keys_by_name(group)): group for group in saved if _keys_by_name(group)}
     for number, now in enumerate(groups):
         names = [known.get(id(parameter), "?") for parameter in now["params"]]
         before = by_names.get(frozenset(names), saved[number])  # groups with names may come in another order
-        if differ := sorted((set(before) ^ set(now)) & _TELLING):
+        if differ := sorted((set(before) ^ set(now)) & _DISTINCTIVE_OPTIONS):
             raise CheckpointError(
                 f"{where} is of another kind of optimizer than {type(optimizer).__name__}, only one of them has "
                 f"{differ[0]!r}: make the optimizer that was saved, or import without optimizer"
@@ -161,7 +161,7 @@ def _fitted(
                 f"{where}: group {number} has {len(keys)} parameters, the optimizer's has {len(now['params'])}: give it "
                 "the parameters it had (frozen ones too, if it had them)"
             )
-        if by_name := _named(before):
+        if by_name := _keys_by_name(before):
             if missing := [name for name in names if name not in by_name]:
                 raise CheckpointError(f"{where}: group {number} has no state for parameter {missing[0]!r}")
             keys = [by_name[name] for name in names]
@@ -172,11 +172,11 @@ def _fitted(
                         f"{where}: {kind} of parameter {key} has shape {tuple(value.shape)}, but {name!r} has "
                         f"{tuple(parameter.shape)}: give the optimizer its parameters in the order they had"
                     )
-        fitted.append({**before, "params": keys} | ({"param_names": names} if "param_names" in before else {}))
-    return {**state, "param_groups": fitted}
+        fitted_groups.append({**before, "params": keys} | ({"param_names": names} if "param_names" in before else {}))
+    return {**state, "param_groups": fitted_groups}
 
 
-def _named(group: Mapping[str, Any]) -> dict[str, Any]:
+def _keys_by_name(group: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a saved group's parameters by their names; empty if it has no names."""
     keys = list(group["params"])
     names = group.get("param_names") or (keys if all(isinstance(key, str) for key in keys) else [])

@@ -33,7 +33,7 @@ _OURS = {"mygpt2": "causal", "mybert": "masked"}
 
 
 @dataclass
-class Start:
+class LoadedBase:
     """What is fine-tuned.
 
     Attributes:
@@ -53,7 +53,7 @@ class Start:
 
 def known_labels(model: PreTrainedModel | str | os.PathLike, revision: str | None = None) -> list[str]:
     """The labels of a classifier, by number; none of a model whose labels nobody has named."""
-    _check_kind_of_model(model)
+    _check_model_argument(model)
     if isinstance(model, PreTrainedModel):
         found: Mapping[Any, str] = model.config.id2label or {}
     else:
@@ -64,7 +64,7 @@ def known_labels(model: PreTrainedModel | str | os.PathLike, revision: str | Non
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
-def _check_kind_of_model(model: Any) -> None:
+def _check_model_argument(model: Any) -> None:
     if not isinstance(model, (PreTrainedModel, str, os.PathLike)):
         raise ValueError(
             f"finetune takes a transformers model or the name of one, and {type(model).__name__} is neither: a model of "
@@ -72,7 +72,7 @@ def _check_kind_of_model(model: Any) -> None:
         )
 
 
-def start(
+def load_base(
     model: PreTrainedModel | str | os.PathLike,
     task: str,
     *,
@@ -82,14 +82,14 @@ def start(
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> Start:
+) -> LoadedBase:
     """Load what `finetune` was given; its arguments. The weights are float32, so that small steps count.
 
     Raises:
         ValueError: the model has no such head, or another number of labels, or no tokenizer.
         OSError: there is no such folder or Hub repo.
     """
-    _check_kind_of_model(model)
+    _check_model_argument(model)
     known = known_labels(model, revision) if task == "classification" else []
     if isinstance(model, PreTrainedModel):
         if to or overrides:
@@ -110,13 +110,13 @@ def start(
     return found
 
 
-def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, tokenizer: Any) -> Start:
+def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, tokenizer: Any) -> LoadedBase:
     name = type(model).__name__
-    kind = next(filter(None, map(_kind, type(model).__mro__)), "")  # a subclass may be called anything
+    kind = next(filter(None, map(_head_kind, type(model).__mro__)), "")  # a subclass may be called anything
     if kind not in KINDS[task]:
         wanted = " or ".join(f"AutoModel{CLASS_SUFFIXES[kind]}" for kind in KINDS[task])
         raise ValueError(
-            f"{name} is no model for --task {task} by its name: give one that ends in {_wanted(task)}, or call "
+            f"{name} is no model for --task {task} by its name: give one that ends in {_class_suffixes(task)}, or call "
             f"{name}.register_for_auto_class with {wanted}"
         )
     if labels is not None:
@@ -125,13 +125,13 @@ def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, 
                 f"{name} has num_labels={model.config.num_labels}, but the data have {len(labels)} labels: make it with "
                 f"num_labels={len(labels)}"
             )
-        _label(model.config, labels)
+        _set_labels(model.config, labels)
     if tokenizer is None:
         raise ValueError("a model in memory does not say how to cut texts into tokens: pass tokenizer=")
-    return Start(model.float(), _tokenizer(tokenizer, False), kind, how=f"{name} in memory")
+    return LoadedBase(model.float(), _tokenizer(tokenizer, False), kind, how=f"{name} in memory")
 
 
-def _kind(cls: type) -> str:
+def _head_kind(cls: type) -> str:
     """The kind of head that a class has, by the Auto class it is registered for or by its name; `""`: none trained here."""
     by_name = auto_class_of(cls.__name__, inspect.signature(cls.forward).parameters) if hasattr(cls, "forward") else ""
     auto_class = vars(cls).get("_auto_class") or by_name
@@ -147,7 +147,7 @@ def _from_checkpoint(
     tokenizer: Any,
     revision: str | None,
     trust_remote_code: bool,
-) -> Start:
+) -> LoadedBase:
     path = locate(source, revision=revision)
     hub_id = None if Path(source).expanduser().exists() else str(source)
     raw = read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -161,7 +161,7 @@ def _from_checkpoint(
         kind = "classification" if task == "classification" else _OURS[to]
         if labels is not None:
             named = PretrainedConfig()
-            _label(named, labels)
+            _set_labels(named, labels)
             label_fields = {name: getattr(named, name) for name in ("id2label", "label2id", "problem_type")}
             overrides = (
                 {"class_weights": None} | label_fields | overrides if to == "mybert" else label_fields | overrides
@@ -171,8 +171,8 @@ def _from_checkpoint(
         assert report.model is not None
         new = [name for row in report.rows if row.status == "new" for name in row.targets]
         cut = tokenizer if tokenizer is not None else report.tokenizer
-        how_loaded = f"{type(report.model).__name__}, warm-started from {source}: {_list_new(new)}"
-        return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, how_loaded)
+        how_loaded = f"{type(report.model).__name__}, warm-started from {source}: {_describe_new(new)}"
+        return LoadedBase(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, how_loaded)
     if not raw:
         raise ValueError(f"{path} has no config.json: name the folder of a model, or say --to mygpt2 or --to mybert")
     with refusing(source):
@@ -183,13 +183,13 @@ def _from_checkpoint(
         raise ValueError(
             f"{source} is a {config.model_type}, which has no field {', '.join(unknown)}: switches need --to mygpt2 or mybert"
         )
-    kind = task if task != "lm" else _language_model(config, raw)
+    kind = task if task != "lm" else _language_model_kind(config, raw)
     if labels is not None:
-        _label(config, labels)
+        _set_labels(config, labels)
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
     auto_class = getattr(transformers, f"AutoModel{CLASS_SUFFIXES[kind]}")
-    with without_load_report(), refusing(source), _naming_the_head(source, config, task):
+    with without_load_report(), refusing(source), _explain_missing_head(source, config, task):
         model, info = auto_class.from_pretrained(
             path,
             config=config,
@@ -204,12 +204,12 @@ def _from_checkpoint(
     base = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
     if base and set(base) <= set(new):
         raise ValueError(f"{source}: no weight has the name of one of {type(model).__name__}: see `mymodels inspect`")
-    how_loaded = f"{type(model).__name__} from {source}: {_list_new(new)}"
-    return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, how_loaded)
+    how_loaded = f"{type(model).__name__} from {source}: {_describe_new(new)}"
+    return LoadedBase(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, how_loaded)
 
 
 @contextlib.contextmanager
-def _naming_the_head(source: Any, config: PretrainedConfig, task: str) -> Iterator[None]:
+def _explain_missing_head(source: Any, config: PretrainedConfig, task: str) -> Iterator[None]:
     """Around `from_pretrained` of an Auto class: a model without such a head is refused in one sentence."""
     try:
         yield
@@ -217,7 +217,7 @@ def _naming_the_head(source: Any, config: PretrainedConfig, task: str) -> Iterat
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ValueError(
-            f"{source} is a {config.model_type}, which has no class for AutoModel{_wanted(task).split(' ')[0]}: choose "
+            f"{source} is a {config.model_type}, which has no class for AutoModel{_class_suffixes(task).split(' ')[0]}: choose "
             "another --task, or add the class to auto_map in its config.json"
         ) from None
 
@@ -232,22 +232,22 @@ def _reinitialize_head(model: PreTrainedModel, inside: str) -> None:
                 torch.nn.init.zeros_(module.bias)
 
 
-def _label(config: PretrainedConfig, labels: Sequence[str]) -> None:
+def _set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
 
 
-def _language_model(config: PretrainedConfig, raw: Mapping[str, Any]) -> str:
+def _language_model_kind(config: PretrainedConfig, raw: Mapping[str, Any]) -> str:
     """`"masked"` for an encoder, `"causal"` for a decoder."""
-    served = {
+    available = {
         kind: type(config) in getattr(transformers, f"MODEL_FOR_{name}_MAPPING")
         or f"AutoModel{CLASS_SUFFIXES[kind]}" in (raw.get("auto_map") or {})
         for kind, name in (("masked", "MASKED_LM"), ("causal", "CAUSAL_LM"))
     }
-    if served["masked"] and not getattr(config, "is_decoder", False):
+    if available["masked"] and not getattr(config, "is_decoder", False):
         return "masked"
-    if served["causal"]:
+    if available["causal"]:
         return "causal"
     raise ValueError(f"{config.model_type} models have no language-model head: choose another model or --task")
 
@@ -266,7 +266,7 @@ def _tokenizer(given: Any, trust_remote_code: bool, source: Any = "the model") -
         ) from error
 
 
-def _fit_tokenizer(found: Start) -> None:
+def _fit_tokenizer(found: LoadedBase) -> None:
     """Make model and tokenizer agree: a token to pad with, on the right, and a row for every token."""
     model, tokenizer = found.model, found.tokenizer
     remedy = "take the model's own, or warm-start one with --to and --tokenizer"
@@ -282,33 +282,33 @@ def _fit_tokenizer(found: Start) -> None:
         tokenizer.padding_side = "right"  # positions count from the first token, at inference as in training
 
 
-def check_task(begun: Start, data: Data, batch: Mapping[str, Any]) -> None:
+def check_task(base: LoadedBase, data: Data, batch: Mapping[str, Any]) -> None:
     """Run a batch through a model of a class that is not known here, before it is trained.
 
     Raises:
         ValueError: `forward` fails, gives no loss, or logits of another shape than the task's.
     """
-    outputs = check_loss(begun.model, batch)
-    logits, name = logits_of(outputs), type(begun.model).__name__
+    outputs = check_loss(base.model, batch)
+    logits, name = logits_of(outputs), type(base.model).__name__
     if data.labels is not None and (logits is None or logits.shape != (len(batch["labels"]), len(data.labels))):
         shape = "none" if logits is None else str(list(logits.shape))
         raise ValueError(
             f"{name}.forward gives logits of the shape {shape}, but {len(data.labels)} labels need "
             f"[batch, {len(data.labels)}]: make its head with config.num_labels"
         )
-    if "attention_mask" not in batch and begun.kind in ("classification", "seq2seq"):
+    if "attention_mask" not in batch and base.kind in ("classification", "seq2seq"):
         data.notes.append(
             f"{name}.forward takes no attention_mask, so padding counts as text unless it looks for it itself"
         )
 
 
-def _list_new(new: Sequence[str]) -> str:
+def _describe_new(new: Sequence[str]) -> str:
     if not new:
         return "every weight loaded"
     return f"new are {', '.join(new[:6])}" + (f" and {len(new) - 6} more" if len(new) > 6 else "")
 
 
-def _wanted(task: str) -> str:
+def _class_suffixes(task: str) -> str:
     return " or ".join(CLASS_SUFFIXES[kind] for kind in KINDS[task]) + (
         " or ForConditionalGeneration" if task == "seq2seq" else ""
     )

@@ -24,7 +24,7 @@ from .training_state import (
     load_weights,
     save_training_checkpoint,
     save_weights,
-    trial,
+    trial_save,
 )
 
 
@@ -76,7 +76,7 @@ def train(
     check_loss(model, accepted(model, SeededCollator(data_collator, seed)([dataset[i] for i in range(min(2, len(dataset)))])))
     set_seed(seed, device_specific=True)  # each process drops out other units
     if output_dir is not None and accelerator.is_main_process:
-        with trial(model, output_dir) as scratch:
+        with trial_save(model, output_dir) as scratch:
             save_weights(model, scratch, "2GB")
     if checkpoint := find_checkpoint(output_dir, resume_from_checkpoint):
         check_code_of_checkpoint(model, checkpoint)

@@ -20,10 +20,10 @@ from ..hub.own_classes import code_of
 from ..released import is_installed
 from .checkpoint_dirs import list_checkpoints
 from .data import Data
-from .load_base import Start
+from .load_base import LoadedBase
 from .plots import draw_confusion_matrix, draw_loss_curve
 from .run_record import METRICS
-from .training_state import trial
+from .training_state import trial_save
 from .tuner import is_metric
 
 
@@ -55,7 +55,7 @@ class FineTuned:
     confusion_matrix: np.ndarray | None = None
 
 
-def measure(
+def evaluate_splits(
     trainer: Trainer, examples: Mapping[str, Any], task: str
 ) -> tuple[dict[str, dict[str, float]], np.ndarray | None]:
     """Metrics on validation and test data, and a classifier's validation logits."""
@@ -82,13 +82,13 @@ def best_step(trainer: Trainer) -> int | None:
 
 
 def write_repo(
-    result: FineTuned, begun: Start, card: Card, task: str, *, max_shard_size: int | str, golden: bool
+    result: FineTuned, base: LoadedBase, card: Card, task: str, *, max_shard_size: int | str, golden: bool
 ) -> None:
     """The Hub repo folder, from a folder with model, tokenizer and pictures."""
     for left in result.checkpoint_dir.glob(".finished-????????"):  # by a run that was killed here
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=result.checkpoint_dir, prefix=".finished-") as staging:
-        _write_repo(result, begun, card, task, Path(staging), max_shard_size, golden)
+        _write_repo(result, base, card, task, Path(staging), max_shard_size, golden)
 
 
 def try_to_write_repo(model: PreTrainedModel, where: Path, *, golden: bool) -> None:
@@ -100,7 +100,7 @@ def try_to_write_repo(model: PreTrainedModel, where: Path, *, golden: bool) -> N
         ValueError: it cannot be saved or built, or does not run elsewhere.
     """
     known = is_installed(type(model)) or type(model).__module__.startswith("transformers.")
-    with trial(model, where) as scratch:
+    with trial_save(model, where) as scratch:
         if not known:
             code_of(model.config, model)
         save_model_files(model, scratch / "saved", "2GB")
@@ -108,7 +108,7 @@ def try_to_write_repo(model: PreTrainedModel, where: Path, *, golden: bool) -> N
 
 
 def _write_repo(
-    result: FineTuned, begun: Start, card: Card, task: str, finished: Path, max_shard_size: int | str, golden: bool
+    result: FineTuned, base: LoadedBase, card: Card, task: str, finished: Path, max_shard_size: int | str, golden: bool
 ) -> None:
     save_model_files(result.model, finished, max_shard_size)
     save_tokenizer_files(result.tokenizer, finished)
@@ -117,11 +117,11 @@ def _write_repo(
     if result.confusion_matrix is not None and result.data.labels is not None:
         pictures["confusion_matrix.png"] = "Confusion matrix on the validation data"
         draw_confusion_matrix(result.confusion_matrix, result.data.labels, finished / "confusion_matrix.png")
-    full_card = _card(result, begun, card, task, pictures)
+    full_card = _card(result, base, card, task, pictures)
     build_repo(finished, None, result.path, card=full_card, max_shard_size=max_shard_size, golden=golden)
 
 
-def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapping[str, str]) -> Card:
+def _card(result: FineTuned, base: LoadedBase, card: Card, task: str, pictures: Mapping[str, str]) -> Card:
     """The user's card, with what the training knows where it says nothing."""
     data, empty = result.data, Card()
     split = "test" if "test" in result.metrics else "validation"
@@ -139,7 +139,7 @@ def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapp
         "dataset": f"{len(rows):,} {split} rows of {data.name}{chosen}",
         "training_data": f"{len(data.train):,} rows of {data.name}"
         + (f", with the labels {', '.join(data.labels)}." if data.labels and len(data.labels) <= 30 else "."),
-        "base_model": begun.hub_id,
+        "base_model": base.hub_id,
         "datasets": [data.hub_id] if data.hub_id else [],
         "pictures": pictures,
     }
@@ -148,7 +148,7 @@ def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapp
     )
 
 
-def end(result: FineTuned, keep_checkpoints: bool) -> None:
+def finish_run(result: FineTuned, keep_checkpoints: bool) -> None:
     """Write `metrics.json`, which says that the training is finished, and remove the checkpoints."""
     record = {name: getattr(result, name) for name in ("metrics", "history", "best_step")}
     record["labels"] = result.data.labels

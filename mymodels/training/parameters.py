@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .datasets_io import need
+from .datasets_io import require_module
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)(?:\.|$)")
@@ -95,7 +95,7 @@ def add_lora(
     Raises:
         ValueError: PEFT is not installed; no module has such a name.
     """
-    peft = need("peft", "lora")
+    peft = require_module("peft", "lora")
     matrices = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     if target_modules:
         targets = [name for name in matrices if any(f".{name}".endswith(f".{end}") for end in target_modules)]

@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from ..messages import shorten
-from .datasets_io import need
+from .datasets_io import require_module
 
 _INK, _BLUE, _ORANGE, _GRID = "#333333", "#0072b2", "#d55e00", "#d9d9d9"  # Okabe and Ito's, apart for every eye
 
@@ -20,15 +20,15 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
         logits: `[examples, classes]`.
         labels: `[examples]` class numbers.
     """
-    sklearn = need("sklearn.metrics", "finetune")
-    guesses = logits.argmax(-1)
-    macro = sklearn.f1_score(labels, guesses, average="macro", zero_division=0)
-    return {"accuracy": float((guesses == labels).mean()), "f1_macro": float(macro)}
+    sklearn = require_module("sklearn.metrics", "finetune")
+    predictions = logits.argmax(-1)
+    macro = sklearn.f1_score(labels, predictions, average="macro", zero_division=0)
+    return {"accuracy": float((predictions == labels).mean()), "f1_macro": float(macro)}
 
 
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """`[classes, classes]` counts: row the true class, column the predicted one."""
-    sklearn = need("sklearn.metrics", "finetune")
+    sklearn = require_module("sklearn.metrics", "finetune")
     return sklearn.confusion_matrix(labels, logits.argmax(-1), labels=range(logits.shape[-1]))
 
 
@@ -40,9 +40,9 @@ def class_table(matrix: np.ndarray, names: Sequence[str], title: str) -> Table:
     for column in table.columns[1:5]:
         column.justify = "right"
     for number, name in enumerate(names):
-        right, true, guessed = matrix[number, number], matrix[number].sum(), matrix[:, number].sum()
-        precision, recall = right / max(guessed, 1), right / max(true, 1)
-        f1 = 2 * right / max(true + guessed, 1)
+        right, true, predicted = matrix[number, number], matrix[number].sum(), matrix[:, number].sum()
+        precision, recall = right / max(predicted, 1), right / max(true, 1)
+        f1 = 2 * right / max(true + predicted, 1)
         wrong = matrix[number].copy()
         wrong[number] = 0
         taken = f"{names[wrong.argmax()]} ({wrong.max()})" if wrong.max() else ""
@@ -101,8 +101,8 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
         for row, column in zip(*np.nonzero(matrix)):
             color = "white" if share[row, column] > 0.55 else _INK
             axes.text(column, row, f"{matrix[row, column]}", ha="center", va="center", color=color, fontsize=size)
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if count > 4 or longest > 12 else {}
-    axes.set_xticks(range(count), ticks, fontsize=size, **turned)
+    rotation = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if count > 4 or longest > 12 else {}
+    axes.set_xticks(range(count), ticks, fontsize=size, **rotation)
     axes.set_yticks(range(count), ticks, fontsize=size)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_xticks(np.arange(-0.5, count), minor=True)
@@ -116,7 +116,7 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    need("matplotlib", "finetune")
+    require_module("matplotlib", "finetune")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -17,13 +17,13 @@ RECORD, METRICS, ADAPTER = "finetune.json", "metrics.json", "adapter"
 MAY_CHANGE = {"report_to", "disable_tqdm", "logging_steps", "save_total_limit", "dataloader_num_workers"}  # to resume
 
 
-def fingerprint(data: Data) -> str:
+def hash_data(data: Data) -> str:
     """Of the texts and labels that are trained and measured on, in their order."""
     splits = [rows for rows in (data.train, data.validation, data.test) if rows is not None]
     return _hash(value for rows in splits for column in rows.column_names for value in rows[column])
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of the tokens and their numbers."""
     return _hash(sorted(tokenizer.get_vocab().items()))
 
@@ -85,7 +85,7 @@ def checkpoint_to_resume(
     return str(newest_checkpoint(where)) if there else None
 
 
-def begin(where: Path, record: Mapping[str, Any]) -> None:
+def write_run_record(where: Path, record: Mapping[str, Any]) -> None:
     """Note which training this folder is of."""
     where.mkdir(parents=True, exist_ok=True)
     (where / METRICS).unlink(missing_ok=True)

@@ -105,21 +105,21 @@ class FiniteCheck:
         if empty := [batches[n] for n in bad if not counts[n]]:
             raise ValueError(
                 f"there is nothing to predict at step {step + 1} of {self.steps}: no label that counts (a single token or "
-                f"nothing but -100){_look_at(self.sampler.batches(empty, self.size), ' in')}: leave such examples out"
+                f"nothing but -100){_name_examples(self.sampler.batches(empty, self.size), ' in')}: leave such examples out"
             )
         examples = self.sampler.batches([batches[n] for n in bad] or batches, self.size)
         what = f"loss is {losses[bad[0]].item()}" if bad else f"gradient's norm is {float(norm)}"
-        raise bad_number(what, step + 1, self.steps, self.learning_rate, examples)
+        raise non_finite_error(what, step + 1, self.steps, self.learning_rate, examples)
 
 
-def bad_number(what: str, step: int, steps: int, learning_rate: float, examples: list[int]) -> FloatingPointError:
+def non_finite_error(what: str, step: int, steps: int, learning_rate: float, examples: list[int]) -> FloatingPointError:
     """The error for a loss that is NaN or infinite."""
-    look = _look_at(examples, ", or look at the examples of this batch,") if examples else ""
+    look = _name_examples(examples, ", or look at the examples of this batch,") if examples else ""
     return FloatingPointError(
         f"the {what} at step {step} of {steps}: lower learning_rate={learning_rate:g}{look}; the weights are those of the "
         "step before, and the checkpoints are as they were"
     )
 
 
-def _look_at(examples: list[int], how: str) -> str:
+def _name_examples(examples: list[int], how: str) -> str:
     return f"{how} dataset[i] for i in {', '.join(map(str, examples[:32]))}{', …' * (len(examples) > 32)}"

@@ -20,7 +20,7 @@ from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import torch_save
 from ..models.losses import LOSS_FIELDS
 from .checkpoint_dirs import STATE, find_checkpoint, remove_old_checkpoints
-from .sampling import SeededCollator, bad_number
+from .sampling import SeededCollator, non_finite_error
 from .training_state import check_same_run, versions
 
 RUN = "run.json"
@@ -53,7 +53,7 @@ class Trainer(transformers.Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._check_label_smoothing()
-        self.add_callback(_Watch(self))
+        self.add_callback(_EpochStart(self))
 
     def _check_label_smoothing(self) -> None:
         """Raise a `ValueError` where `label_smoothing_factor` would be ignored, or replace a loss of the model's own."""
@@ -92,11 +92,11 @@ class Trainer(transformers.Trainer):
         if resume_from_checkpoint or self.args.save_strategy != "no":
             checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
             if checkpoint and (checkpoint / RUN).is_file():  # the stock Trainer writes none
-                check_same_run(checkpoint, read_json(checkpoint / RUN), self._fixed())
+                check_same_run(checkpoint, read_json(checkpoint / RUN), self._invariants())
             resume_from_checkpoint = str(checkpoint) if checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _fixed(self) -> dict[str, Any]:
+    def _invariants(self) -> dict[str, Any]:
         """What must be the same in a resumed run."""
         size, accumulate = self.args.train_batch_size, self.args.gradient_accumulation_steps
         known = isinstance(self.train_dataset, Sized)  # a stream has no length
@@ -115,7 +115,7 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss).all():
-            self._stop(f"loss is {loss.sum().item()}", self._batches_done)
+            self._raise_non_finite(f"loss is {loss.sum().item()}", self._batches_done)
         self._batches_done += 1
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # it looks for its scale by overflowing
             self._check_gradient(model)  # here, because clipping by an infinite norm leaves zeros
@@ -125,7 +125,7 @@ class Trainer(transformers.Trainer):
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if not math.isfinite(float(norm)):
             accumulated = (self._batches_done - 1) % self.args.gradient_accumulation_steps + 1
-            self._stop(f"gradient's norm is {float(norm)}", self._batches_done - accumulated)
+            self._raise_non_finite(f"gradient's norm is {float(norm)}", self._batches_done - accumulated)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -145,7 +145,7 @@ class Trainer(transformers.Trainer):
             if self.args.should_save:
                 written = staging / folder.name
                 self.state.save_to_json(str(written / STATE))
-                run = {**self._fixed(), "num_processes": self.args.world_size, "versions": versions()}
+                run = {**self._invariants(), "num_processes": self.args.world_size, "versions": versions()}
                 (written / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
                 for path in list(written.iterdir()):
                     path.rename(staging / path.name)
@@ -186,7 +186,7 @@ class Trainer(transformers.Trainer):
         name, keys, *rest = state["numpy"]
         torch_save({**state, "numpy": (name, keys.tolist(), *rest)}, path)  # an array is more than plain data
 
-    def _stop(self, what: str, first_batch: int) -> None:
+    def _raise_non_finite(self, what: str, first_batch: int) -> None:
         """Raise for a number that is not finite, naming the examples of this process's batches since `first_batch`."""
         loader: Any = self.callback_handler.train_dataloader
         examples: list[int] = []
@@ -194,10 +194,12 @@ class Trainer(transformers.Trainer):
             loader.set_epoch(int(self.state.epoch or 0))
             batches = islice(loader.batch_sampler, first_batch, max(self._batches_done, first_batch + 1))
             examples = [example for batch in batches for example in batch]
-        raise bad_number(what, self.state.global_step + 1, self.state.max_steps, self.args.learning_rate, examples)
+        raise non_finite_error(
+            what, self.state.global_step + 1, self.state.max_steps, self.args.learning_rate, examples
+        )
 
 
-class _Watch(TrainerCallback):
+class _EpochStart(TrainerCallback):
     """Numbers a trainer's batches."""
 
     def __init__(self, trainer: Trainer):

@@ -119,7 +119,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def _without_progress_bars() -> Iterator[None]:
     """Keep transformers' bars out of the one of training."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -177,7 +177,7 @@ def save_training_checkpoint(
             "arguments": dict(arguments or {}),
             "versions": versions(),
         }
-        with _without_bars(), replace_folder(folder, finish=write_manifest) as new:
+        with _without_progress_bars(), replace_folder(folder, finish=write_manifest) as new:
             plain = accelerator.unwrap_model(model)
             save_weights(plain, new, max_shard_size, weights)
             torch_save(optimizer_state, new / OPTIMIZER)
@@ -205,7 +205,7 @@ def save_weights(
 
 
 @contextlib.contextmanager
-def trial(model: torch.nn.Module, where: str | os.PathLike) -> Iterator[Path]:
+def trial_save(model: torch.nn.Module, where: str | os.PathLike) -> Iterator[Path]:
     """A scratch folder in `where` to save a model into before it is trained in vain.
 
     Raises:
@@ -215,7 +215,7 @@ def trial(model: torch.nn.Module, where: str | os.PathLike) -> Iterator[Path]:
     where, existed = Path(where), Path(where).exists()
     try_to_write(where)
     try:
-        with _without_bars(), tempfile.TemporaryDirectory(dir=where, prefix=".trial-") as scratch:
+        with _without_progress_bars(), tempfile.TemporaryDirectory(dir=where, prefix=".trial-") as scratch:
             yield Path(scratch)
     except OSError:
         raise

@@ -42,8 +42,8 @@ class Progress(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}", refresh=False)
         if "eval_loss" in logs:
-            shown = {name.removeprefix("eval_"): logs[name] for name in logs if is_metric(name)}
-            values = ", ".join(f"{name} {float(value):.4f}" for name, value in shown.items())
+            metrics = {name.removeprefix("eval_"): logs[name] for name in logs if is_metric(name)}
+            values = ", ".join(f"{name} {float(value):.4f}" for name, value in metrics.items())
             self.training_bar.write(f"step {state.global_step}: validation {values}")
 
 

@@ -18,7 +18,7 @@ from mymodels.export.exporting import _load as load_for_export
 from mymodels.hub import write_lock
 from mymodels.hub.clean_process import CleanRun
 from mymodels.released import released
-from mymodels.training.load_base import start
+from mymodels.training.load_base import load_base
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 HUB_REPO = Path(__file__).parents[2] / "hub_repo"
@@ -278,9 +278,9 @@ def test_a_model_in_memory_may_be_called_anything(tmp_path: Path, recwarn: pytes
     """What is trained is the head that its class derives from; a module that is no model of transformers is refused."""
     tokenizer = train_gpt2_tokenizer(["the cat sat on the mat"], vocab_size=290, model_max_length=64)
     model = type("Own", (MyGPT2ForCausalLM,), {})(mygpt2_config(vocab_size=len(tokenizer)))
-    assert start(model, "lm", tokenizer=tokenizer).kind == "causal"
+    assert load_base(model, "lm", tokenizer=tokenizer).kind == "causal"
     with pytest.raises(ValueError, match=r"^Own is no model for --task classification"):
-        start(model, "classification", tokenizer=tokenizer)
+        load_base(model, "classification", tokenizer=tokenizer)
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:

@@ -26,10 +26,10 @@ from transformers import (
 
 from mymodels import MyBertForSequenceClassification, MyGPT2ForCausalLM, cli, finetune
 from mymodels.training.arguments import checked_options, make_arguments
-from mymodels.training.load_base import start as start_model
+from mymodels.training.load_base import load_base as start_model
 from mymodels.training.parameters import add_lora, decayed_groups, freeze
 from mymodels.training.plots import class_table, draw_confusion_matrix, draw_loss_curve
-from mymodels.training.run_record import begin, checkpoint_to_resume
+from mymodels.training.run_record import checkpoint_to_resume, write_run_record
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
 from mymodels.training.tuner import FineTuner, apply_class_weights
 
@@ -413,8 +413,8 @@ def test_only_a_checkpoint_of_the_same_training_is_resumed(tmp_path: Path) -> No
     for folder in ("run", "other", "bare"):
         (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
         (tmp_path / folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    begin(tmp_path / "run", record)
-    begin(tmp_path / "other", record)
+    write_run_record(tmp_path / "run", record)
+    write_run_record(tmp_path / "other", record)
     where, named = tmp_path / "run", tmp_path / "run" / "checkpoint-2"
     assert checkpoint_to_resume(where, tmp_path / "out", record, named) == str(named)
     assert checkpoint_to_resume(tmp_path / "new", tmp_path / "out", record, named) == str(named)

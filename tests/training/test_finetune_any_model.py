@@ -25,7 +25,7 @@ from mymodels.forward_calls import as_mapping
 from mymodels.predicting.load_task import load_task
 from mymodels.training.data import DataError, load_data
 from mymodels.training.generated import compare_texts, generate_texts
-from mymodels.training.load_base import start
+from mymodels.training.load_base import load_base
 from mymodels.training.preprocessing import encode_pairs
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_tuned_or_asked_is_said_before_training(own: Path, tmp_pa
     with pytest.raises(ValueError, match="pass tokenizer="):
         load_task(make("moe_gpt2"))
     NoLoss._auto_class = "AutoModelForSequenceClassification"
-    begun = start(NoLoss(make("conv_bert").config), "classification", tokenizer=train_bert_tokenizer(TEXTS, 97, 64))
+    begun = load_base(NoLoss(make("conv_bert").config), "classification", tokenizer=train_bert_tokenizer(TEXTS, 97, 64))
     assert begun.kind == "classification"
 
 
