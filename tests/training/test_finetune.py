@@ -381,7 +381,7 @@ def test_a_folder_with_something_else_is_refused_before_training(start: Path, tm
         (["--arg", "per_device_eval_batch_size=many"], "per_device_eval_batch_size='many', but"),
         (["--class-weights", "a"], "--class-weights 'a': say balanced, or a number for each label, with commas"),
         (["--seed", "1", "--arg", "seed=2"], "--arg seed=2: say it once, as --seed"),
-        (["--arg", "save_strategy=steps", "--arg", "eval_strategy=epoch"], "transformers.TrainingArguments refuses"),
+        (["--arg", "save_strategy=steps", "--arg", "eval_strategy=epoch"], "transformers.TrainingArguments rejects"),
     ],
 )
 def test_bad_options_get_one_sentence(how: list[str], sentence: str, start: Path, tmp_path: Path, capsys) -> None:
