@@ -64,7 +64,9 @@ def read_splits(data: Any, config: str | None, datasets: Any) -> tuple[dict[str,
     if path.is_dir():
         files = {split: _files(path, names) for split, names in _SPLITS.items()}
         if not files["train"]:
-            raise DataError(f"{data} has no train.csv, train.jsonl, train.parquet or train.txt: rename the training file")
+            raise DataError(
+                f"{data} has no train.csv, train.jsonl, train.parquet or train.txt: rename the training file"
+            )
         return (
             {s: (read_files(f, datasets), str(f[0] if len(f) == 1 else path / s)) for s, f in files.items() if f},
             path.resolve().name,
@@ -105,7 +107,9 @@ def read_files(paths: list[Path], datasets: Any) -> Any:
         if not path.is_file():
             raise DataError(f"there is no file {path}: check the path")
         if kind is None or _KINDS.get(path.suffix.lower()) != kind:
-            raise DataError(f"{path} is none of {', '.join(_KINDS)}, or of another kind than the other files: convert it")
+            raise DataError(
+                f"{path} is none of {', '.join(_KINDS)}, or of another kind than the other files: convert it"
+            )
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty: choose another file")
         if kind != "parquet":

@@ -1,4 +1,4 @@
-"""`finetune`: a model and your data to a complete Hub repo folder, on transformers' `Trainer`."""
+"""`finetune`: train a model on your data with transformers' `Trainer`, and write a complete Hub repo folder."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -75,44 +75,44 @@ def finetune(
 ) -> FineTuned:
     """Fine-tune a model on your data with transformers' `Trainer`, and write it as a Hub repo folder.
 
-    The weights that are kept are the best by `metric_for_best_model` on the validation data, which are measured after
-    each epoch, or with `max_steps` ten times on the way. While it trains, checkpoints lie in `checkpoint_dir`; they are
-    removed when the folder is complete, and `metrics.json`, TensorBoard logs and LoRA's `adapter/` stay there.
+    The result has the best weights by `metric_for_best_model` on the validation data, which are evaluated after each
+    epoch, or with `max_steps` ten times. Checkpoints are written to `checkpoint_dir` and removed when the folder is
+    complete; `metrics.json`, TensorBoard logs and LoRA's `adapter/` stay there.
 
     Args:
         model: a folder or Hub id of a mymodels or any other model, or a model in memory (then with `tokenizer`).
         data, validation, test, text_column, label_column, target_column, data_config: see `mymodels.training.data.load_data`.
         output_dir: the new folder; an older Hub repo folder there is replaced.
-        task: `"classification"`; `"lm"`: the next token for a decoder, hidden ones for an encoder; or `"seq2seq"`: an
-            encoder-decoder makes the target of the text.
+        task: `"classification"`; `"lm"`: next tokens for a decoder, masked tokens for an encoder; or `"seq2seq"`: the
+            target text for an encoder-decoder.
         to, overrides: warm-start a `"mybert"` or `"mygpt2"` with these config fields from `model`; see `warm_start`.
         tokenizer: default: the model's.
-        max_length: tokens of the longest example, the rest of it is cut; for `"lm"` of every block. Default: what the
-            model takes, for `"lm"` at most 1024.
-        class_weights: `"balanced"` (`examples / (classes * examples of the class)` in the training data), or one per
-            label: weights in the loss. MyBert keeps them in its config.
-        freeze_embeddings, freeze_layers: leave the embeddings and the first so many layers as they are.
-        layer_decay: learning rates fall by this factor from layer to layer, down from the head.
+        max_length: longer examples are truncated to this many tokens; for `"lm"` the length of every block. Default: the
+            model's maximum, for `"lm"` at most 1024.
+        class_weights: weights in the loss: `"balanced"` (`examples / (classes * examples of the class)` in the training
+            data), or one per label. MyBert stores them in its config.
+        freeze_embeddings, freeze_layers: freeze the embeddings, and this many layers from the first.
+        layer_decay: the factor of the learning rates from one layer to the next, downwards from the head.
         lora_r, lora_alpha, lora_target_modules: train adapters of this rank and the head only, see
-            `mymodels.training.parameters.add_lora`; they are added into the weights at the end.
-        warmup_ratio: of the steps, until the learning rate is reached; `warmup_steps` goes before it.
-        early_stopping_patience: stop after so many evaluations without a better one.
-        bf16: default: if this machine computes in bfloat16 by hardware. The weights stay float32.
-        checkpoint_dir: default: `output_dir` with `-checkpoints` behind its name.
-        keep_checkpoints: leave them there.
-        resume_from_checkpoint: true: go on after the newest checkpoint in `checkpoint_dir`, from the start if there is
-            none; or the path of one.
+            `mymodels.training.parameters.add_lora`; they are merged into the weights at the end.
+        warmup_ratio: share of the steps in which the learning rate rises; `warmup_steps` takes precedence.
+        early_stopping_patience: stop after this many evaluations without an improvement.
+        bf16: default: whether the hardware supports bfloat16. The weights stay float32.
+        checkpoint_dir: default: `output_dir` with the suffix `-checkpoints`.
+        keep_checkpoints: do not remove the checkpoints.
+        resume_from_checkpoint: true: resume from the newest checkpoint in `checkpoint_dir`, or start if there is none;
+            or the path of a checkpoint.
         max_shard_size, golden: see `build_repo`.
-        card: what the model card should say; what is left out is filled in from the training.
-        training_arguments: any of `transformers.TrainingArguments`, by their names. Defaults that are not the library's:
-            `DEFAULTS`; `learning_rate` 5e-5, with LoRA 4e-4.
+        card: content of the model card; missing fields are filled in from the training.
+        training_arguments: any arguments of `transformers.TrainingArguments`. Defaults that differ from the library's:
+            `DEFAULTS` in `arguments.py`; `learning_rate` 5e-5, with LoRA 4e-4.
 
     Returns:
-        a `FineTuned`.
+        A `FineTuned`.
 
     Raises:
-        ValueError: data, model and options do not go together; the sentence says what to change. Nothing was trained.
-        FileExistsError: `output_dir` or `checkpoint_dir` holds something that would be lost.
+        ValueError: data, model and options do not fit together; the message says what to change. Nothing was trained.
+        FileExistsError: `output_dir` or `checkpoint_dir` holds files that would be lost.
 
     Examples:
         >>> tuned = finetune("bert-base-uncased", "reviews.csv", "my-bert", to="mybert", overrides={"pooling": "mean"})
@@ -126,7 +126,7 @@ def finetune(
     where = Path(checkpoint_dir or f"{str(output_dir).rstrip('/')}-checkpoints")
     console = console or Console(quiet=not PartialState().is_main_process)
     if lora_r is not None and (freeze_embeddings or freeze_layers):
-        raise ValueError("LoRA trains nothing but adapters and the head: leave out what freezes layers or embeddings")
+        raise ValueError("LoRA trains only adapters and the head: leave out freeze_layers and freeze_embeddings")
     options = checked_options(task, training_arguments, lora=lora_r is not None)
     if early_stopping_patience is not None and options["eval_strategy"] == "no":
         raise ValueError("early stopping needs evaluations: leave out eval_strategy='no'")
@@ -161,7 +161,7 @@ def finetune(
     if freeze_embeddings or freeze_layers:
         freeze(base.model, embeddings=freeze_embeddings, layers=freeze_layers)
     if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay={layer_decay} is no factor between 0 and 1")
+        raise ValueError(f"layer_decay={layer_decay} is not between 0 and 1")
     bf16 = bf16_is_faster() if bf16 is None else bf16
     record = {
         "task": task,
@@ -226,7 +226,7 @@ def finetune(
             metrics, logits = evaluate_splits(trainer, examples, task)
     except KeyboardInterrupt:
         there = list_checkpoints(where)
-        remedy = f"{there[-1]}: the same command with --resume goes on from there" if there else "no checkpoint yet"
+        remedy = f"{there[-1]}: the same command with --resume resumes from there" if there else "no checkpoint yet"
         console.print(f"\nstopped; {remedy}", highlight=False, soft_wrap=True)
         raise
 
@@ -239,7 +239,7 @@ def finetune(
             trained.save_pretrained(where / ADAPTER)
         final = trained.merge_and_unload()
     if use_cache is not None:
-        final.config.use_cache = use_cache  # the Trainer of 5.x switches it off, also in what is saved
+        final.config.use_cache = use_cache  # the Trainer of transformers 5 disables it, also in the saved config
     result = FineTuned(
         path=output_dir,
         model=final.eval(),
@@ -273,7 +273,7 @@ def _print_plan(
     arguments: TrainingArguments,
     checkpoint: str | None,
 ) -> None:
-    """Print what is trained, on what, and from where."""
+    """Print the model, the data, the numbers of examples and parameters, and the checkpoint to resume from."""
     console.print(base.how, highlight=False, soft_wrap=True)
     for note in data.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
@@ -284,9 +284,9 @@ def _print_plan(
     labels = f", {len(data.labels)} labels" if data.labels else ""
     console.print(
         f"{data.name}: {sizes}{labels}; {learning / 1e6:.2f} of {count / 1e6:.2f} million parameters are trained"
-        f"{', in bfloat16 by hardware' if arguments.bf16 else ''}",
+        f"{', in bfloat16' if arguments.bf16 else ''}",
         highlight=False,
         soft_wrap=True,
     )
     if checkpoint:
-        console.print(f"going on from {checkpoint}", highlight=False, soft_wrap=True)
+        console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)

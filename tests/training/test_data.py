@@ -140,7 +140,7 @@ BAD = {  # what is in the file → a part of the sentence
     "as many labels as rows": ([(text, text) for text, _ in ROWS], "each of 30 rows has a different label"),
     "a label once": ([*ROWS, ("text", "odd")], "row 31 is the only one with the label 'odd'"),
     "fractions": ([(text, 0.5) for text, _ in ROWS], "row 1, column 'label': the label is 0.5"),
-    "numbers for texts": ([(i, label) for i, (_, label) in enumerate(ROWS)], r"row 1 \(and 29 more\), column 'text': 0 is no text: .* --text-column"),
+    "numbers for texts": ([(i, label) for i, (_, label) in enumerate(ROWS)], r"row 1 \(and 29 more\), column 'text': 0 is not a text: .* --text-column"),
 }  # fmt: skip
 
 

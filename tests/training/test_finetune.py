@@ -341,10 +341,10 @@ def test_options_are_checked_before_anything_is_read(start: Path, tmp_path: Path
         ({"learning_rat": 1}, "learning_rat: .* no such option"),
         ({"metric_for_best_model": "f2"}, "'f2' is none of accuracy, f1_macro, loss"),
         ({"early_stopping_patience": 2, "eval_strategy": "no"}, "early stopping needs evaluations"),
-        ({"lora_r": 2, "freeze_layers": 1}, "LoRA trains nothing but"),
+        ({"lora_r": 2, "freeze_layers": 1}, "LoRA trains only"),
         ({"max_length": 65}, "max_length=65, but this model takes 3 to 64 tokens"),
         ({"class_weights": [1.0]}, "one positive number for each of 3 labels"),
-        ({"layer_decay": 2.0}, "layer_decay=2.0 is no factor"),
+        ({"layer_decay": 2.0}, "layer_decay=2.0 is not between"),
         ({"to": "mygpt3"}, "mygpt2 and mybert"),
         ({"overrides": {"poolig": "mean"}}, "bert, which has no field poolig"),
         ({"overrides": {"pooling": "mode"}, "to": "mybert"}, "pooling='mode', but it must be"),
@@ -442,7 +442,7 @@ def test_an_interrupted_training_says_how_to_go_on(start: Path, tmp_path: Path, 
     monkeypatch.setattr(FineTuner, "train", interrupted)
     arguments = ["--model", str(start / "bert"), "--data", str(start / "data.csv"), "--out", str(tmp_path / "out")]
     assert cli.main(["finetune", *arguments, "--max-length", "16"]) == 130
-    assert "out-checkpoints/checkpoint-4: the same command with --resume goes on" in capsys.readouterr().out
+    assert "out-checkpoints/checkpoint-4: the same command with --resume resumes" in capsys.readouterr().out
 
 
 def test_a_missing_package_is_named(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,9 @@ def test_a_damaged_checkpoint_is_passed_over(run, file, tmp_path, caplog) -> Non
     assert len(said) == 2 and file in said[0] and file in said[1]
     assert said[0].startswith(f"{tmp_path / 'checkpoint-8'} is damaged and was skipped: ")
     damage(tmp_path / "checkpoint-4" / file)
-    with pytest.raises(CheckpointError, match=f"{file}.*resume_from_checkpoint=True uses the newest complete checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=f"{file}.*resume_from_checkpoint=True uses the newest complete checkpoint"
+    ):
         run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
