@@ -1,4 +1,4 @@
-"""A finished fine-tuning: measured, and written as a Hub repo folder with pictures and card."""
+"""The result of a fine-tuning: evaluate it, and write it as a Hub repo folder with plots and model card."""
 
 import json
 import math
@@ -29,18 +29,18 @@ from .tuner import is_metric
 
 @dataclass
 class FineTuned:
-    """What `finetune` made.
+    """The result of `finetune`.
 
     Attributes:
         path: the Hub repo folder.
-        model, tokenizer: what is in it.
+        model, tokenizer: its model and tokenizer.
         metrics: `"validation"`, and `"test"` if there is a test split → metric → value.
         history: the Trainer's log: losses, learning rates and metrics by step.
-        best_step: the step whose weights were kept; None if nothing chose.
-        data: texts and labels as they were split.
-        logits: of a classifier, for the validation texts in their order, `[texts, labels]`.
+        best_step: the step of the weights; None for those of the last step.
+        data: the splits of the data.
+        logits: a classifier's logits of the validation texts, `[texts, labels]`.
         confusion_matrix: `[true, predicted]` counts on the validation texts.
-        checkpoint_dir: what else the training left.
+        checkpoint_dir: the folder with the other files of the training.
     """
 
     path: Path
@@ -76,7 +76,7 @@ def evaluate_splits(
 
 
 def best_step(trainer: Trainer) -> int | None:
-    """The step whose weights the Trainer has loaded at the end."""
+    """The step of the best weights, if the Trainer loaded them at the end; else None."""
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     return int(best.rsplit("-", 1)[-1]) if best else None
 
@@ -84,20 +84,20 @@ def best_step(trainer: Trainer) -> int | None:
 def write_repo(
     result: FineTuned, base: LoadedBase, card: Card, task: str, *, max_shard_size: int | str, golden: bool
 ) -> None:
-    """The Hub repo folder, from a folder with model, tokenizer and pictures."""
-    for left in result.checkpoint_dir.glob(".finished-????????"):  # by a run that was killed here
+    """Write the Hub repo folder from a temporary folder with model, tokenizer and plots."""
+    for left in result.checkpoint_dir.glob(".finished-????????"):  # of a run that was killed here
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=result.checkpoint_dir, prefix=".finished-") as staging:
         _write_repo(result, base, card, task, Path(staging), max_shard_size, golden)
 
 
 def try_to_write_repo(model: PreTrainedModel, where: Path, *, golden: bool) -> None:
-    """Save a model and build its folder in a scratch folder beside the checkpoints, as will be done after the training.
+    """Save a model and build its repo in a scratch folder, so that errors are raised before the training.
 
-    Golden outputs are recorded where the model's code is not ours: only running it elsewhere shows whether it does.
+    Golden outputs are recorded for custom code, because only running it in another process shows that it works there.
 
     Raises:
-        ValueError: it cannot be saved or built, or does not run elsewhere.
+        ValueError: the model cannot be saved, its repo cannot be built, or its code does not run in another process.
     """
     known = is_installed(type(model)) or type(model).__module__.startswith("transformers.")
     with trial_save(model, where) as scratch:
@@ -122,11 +122,11 @@ def _write_repo(
 
 
 def _card(result: FineTuned, base: LoadedBase, card: Card, task: str, pictures: Mapping[str, str]) -> Card:
-    """The user's card, with what the training knows where it says nothing."""
+    """The user's card, with missing fields filled in from the training."""
     data, empty = result.data, Card()
     split = "test" if "test" in result.metrics else "validation"
     names = {"f1_macro": "f1 (macro)", "loss": "loss" if task == "classification" else "loss (nats per token)"}
-    last = sorted(result.metrics[split].items(), key=lambda item: item[0] == "loss")  # what people ask for first
+    last = sorted(result.metrics[split].items(), key=lambda item: item[0] == "loss")  # the loss last
     measured = {names.get(name, name): value for name, value in last}
     chosen = (
         f", which also chose the weights (step {result.best_step})"
@@ -149,7 +149,7 @@ def _card(result: FineTuned, base: LoadedBase, card: Card, task: str, pictures: 
 
 
 def finish_run(result: FineTuned, keep_checkpoints: bool) -> None:
-    """Write `metrics.json`, which says that the training is finished, and remove the checkpoints."""
+    """Write `metrics.json`, which marks the training as finished, and remove the checkpoints."""
     record = {name: getattr(result, name) for name in ("metrics", "history", "best_step")}
     record["labels"] = result.data.labels
     record["confusion_matrix"] = None if result.confusion_matrix is None else result.confusion_matrix.tolist()

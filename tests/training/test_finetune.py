@@ -346,7 +346,7 @@ def test_options_are_checked_before_anything_is_read(start: Path, tmp_path: Path
         ({"class_weights": [1.0]}, "one positive number for each of 3 labels"),
         ({"layer_decay": 2.0}, "layer_decay=2.0 is not between"),
         ({"to": "mygpt3"}, "mygpt2 and mybert"),
-        ({"overrides": {"poolig": "mean"}}, "bert, which has no field poolig"),
+        ({"overrides": {"poolig": "mean"}}, "bert, whose config has no field poolig"),
         ({"overrides": {"pooling": "mode"}, "to": "mybert"}, "pooling='mode', but it must be"),
         ({"freeze_layers": 9}, "has 2 layers"),
     ):
@@ -473,7 +473,7 @@ def test_a_killed_training_goes_on(start: Path, tmp_path: Path) -> None:
     model, data, out = start / "bert", start / "data.csv", tmp_path / "killed"
     run = subprocess.run([sys.executable, "-c", KILLED, str(model), str(data), str(out), "5"], capture_output=True)
     assert run.returncode == -9 and not out.exists()
-    with pytest.raises(FileExistsError, match=r"the newest is checkpoint-4: go on with --resume"):
+    with pytest.raises(FileExistsError, match=r"the newest is checkpoint-4: pass --resume"):
         finetune(model, data, out, **how)
     with pytest.raises(ValueError, match=r"is of another training \(learning_rate was 0.003, now 0.001\)"):
         finetune(model, data, out, resume_from_checkpoint=True, **{**how, "learning_rate": 1e-3})
