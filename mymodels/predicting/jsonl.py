@@ -1,11 +1,11 @@
-"""Texts out of lines, JSON or plain; a bad line is reported in a sentence and skipped."""
+"""Read texts from JSON or plain lines; invalid lines carry a sentence on the problem."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-LONGEST = 1 << 24  # bytes of a line: a file without line breaks is not read into memory whole
+LONGEST = 1 << 24  # bytes of a line, so that a file without line breaks is not read into memory completely
 
 
 @dataclass
@@ -15,9 +15,9 @@ class Line:
     Attributes:
         number: counted from 1.
         size: in bytes.
-        text, pair: what the model is given; `pair` is the second text, if there is one.
-        key: what the answer begins with: the line's `id`, or its number as `line`.
-        problem: why it cannot be used, a sentence; None if it can.
+        text, pair: the model's input; `pair` is the second text, or None.
+        key: the first field of the answer: the line's `id`, or its number as `line`.
+        problem: a sentence on why the line is invalid; None for a valid line.
     """
 
     number: int
@@ -31,11 +31,11 @@ class Line:
 def read_lines(
     file: BinaryIO, *, column: str = "text", pair_column: str | None = None, plain: bool = False
 ) -> Iterator[Line]:
-    """Lines one by one, as they come.
+    """Read lines lazily.
 
     Args:
-        column: the field of each JSON object that holds the text.
-        pair_column: of the second text of a pair. Default: `text_pair`, in the lines that have it.
+        column: the field of each JSON object with the text.
+        pair_column: the field with the second text of a pair. Default: `text_pair`, in lines that have it.
         plain: each line is a text, not JSON.
     """
     number = 0
@@ -82,7 +82,7 @@ def _read(line: Line, raw: bytes, column: str, pair_column: str | None, plain: b
     except UnicodeEncodeError as error:
         raise ValueError(f"it has half of a character (\\u{ord(error.object[error.start]):04x})") from None
     except ValueError:
-        raise ValueError("its field 'id' has a number that is too large, which would be read as infinite") from None
+        raise ValueError("its field 'id' has a number too large for JSON, which is read as infinite") from None
 
 
 def _text(row: dict[str, Any], column: str) -> str:
@@ -101,4 +101,4 @@ def _json_type(value: Any) -> str:
 
 
 def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number there")
+    raise ValueError(f"{name} is not a JSON number")

@@ -202,7 +202,7 @@ def test_the_answer_to_a_question_is_the_span_of_stock_logits(tmp_path: Path) ->
     said: list[str] = []
     counts = predict(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", tokenizer=tokenizer, report=said.append)
     assert counts.answered == 2 and said == [
-        "line 3 skipped: it has no context: give it as text_pair, or name its field by --pair-column"
+        "line 3 skipped: it has no context: add it as text_pair, or name its field by --pair-column"
     ]
     for (question, context), line in zip(rows, (tmp_path / "out.jsonl").read_text().splitlines(), strict=True):
         found, row = json.loads(line), tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True)
