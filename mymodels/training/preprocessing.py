@@ -35,6 +35,17 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ma
     return max_length or limit
 
 
+def _map_splits(data: Data, encode: Callable[[dict[str, list]], dict[str, list]]) -> dict[str, Any]:
+    """Split → its rows, encoded in batches and without their own columns."""
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    options: dict[str, Any] = {"batched": True, "load_from_cache_file": False}
+    return {
+        split: rows.map(encode, remove_columns=rows.column_names, desc=f"encoding {split}", **options)
+        for split, rows in splits.items()
+        if rows is not None
+    }
+
+
 def encode_classification(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
     """Split → unpadded examples with `input_ids`, `labels` and the tokenizer's other outputs."""
     cut = 0
@@ -48,14 +59,7 @@ def encode_classification(data: Data, tokenizer: PreTrainedTokenizerBase, max_le
             cut += sum(len(ids) > max_length for ids in longer)
         return {**encoded, "labels": rows["label"]}
 
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    found = {
-        split: rows.map(
-            encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"encoding {split}"
-        )
-        for split, rows in splits.items()
-        if rows is not None
-    }
+    found = _map_splits(data, encode)
     if cut:
         total = sum(len(rows) for rows in found.values())
         data.notes.append(f"{cut} of {total} texts are longer than max_length={max_length} tokens and are truncated")
@@ -78,14 +82,7 @@ def encode_pairs(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int
             )
         return {**encoded, "labels": targets}
 
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    found = {
-        split: rows.map(
-            encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"encoding {split}"
-        )
-        for split, rows in splits.items()
-        if rows is not None
-    }
+    found = _map_splits(data, encode)
     total = sum(len(rows) for rows in found.values())
     for name, count in cut.items():
         if count:
@@ -134,12 +131,7 @@ def encode_blocks(
         return blocks | {"attention_mask": [[1] * block] * count, "labels": labels}
 
     found = {}
-    for split, rows in (("train", data.train), ("validation", data.validation), ("test", data.test)):
-        if rows is None:
-            continue
-        ids = rows.map(
-            encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, desc=f"encoding {split}"
-        )
+    for split, ids in _map_splits(data, encode).items():
         blocks = ids.map(
             join,
             batched=True,
