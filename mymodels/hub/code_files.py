@@ -65,10 +65,13 @@ def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict
     texts: dict[str, str] = {}
     direct: dict[str, set[str]] = {}
     queue = [Path(entry) for entry in entries]
-    entry_names = [path.name for path in queue]
+    entry_names = list(dict.fromkeys(path.name for path in queue))
     while queue:
         path = queue.pop(0)
-        if found.setdefault(path.name, path).resolve() != path.resolve():
+        first = found.setdefault(path.name, path)
+        if first.resolve() != path.resolve():
+            if path.is_file() and first.read_bytes() == path.read_bytes():
+                continue  # a copy: transformers caches a remote model and its config in folders of their own
             raise CheckpointError(
                 f"{path} and {found[path.name]} have the same name, and the Hub has no folders: rename one"
             )
