@@ -74,11 +74,11 @@ def train(
     size, accumulate = per_device_train_batch_size, gradient_accumulation_steps
     check_sizes(arguments, dataset=dataset, eval_dataset=eval_dataset)
     accelerator = make_accelerator(mixed_precision)  # an `Accelerator`
-    check_loss(model, accepted(model, SeededCollator(data_collator, seed)([dataset[i] for i in range(min(2, len(dataset)))])))
-    set_seed(seed, device_specific=True)  # different dropout on each process
     if output_dir is not None and accelerator.is_main_process:
         with trial_save(model, output_dir) as scratch:
             save_weights(model, scratch, "2GB")
+    check_loss(model, accepted(model, SeededCollator(data_collator, seed)([dataset[i] for i in range(min(2, len(dataset)))])))
+    set_seed(seed, device_specific=True)  # different dropout on each process
     if checkpoint := find_checkpoint(output_dir, resume_from_checkpoint):
         check_code_of_checkpoint(model, checkpoint)
         load_weights(model, checkpoint)
