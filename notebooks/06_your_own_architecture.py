@@ -187,7 +187,12 @@ print(
 # %%
 train(model, chunks(texts), output_dir=work / "run", max_steps=100, per_device_train_batch_size=16, learning_rate=1e-3)
 train(
-    gpt2, chunks(texts), output_dir=work / "gpt2-more", max_steps=100, per_device_train_batch_size=16, learning_rate=1e-3
+    gpt2,
+    chunks(texts),
+    output_dir=work / "gpt2-more",
+    max_steps=100,
+    per_device_train_batch_size=16,
+    learning_rate=1e-3,
 )
 print(f"after 100 steps more: with the convolution {held_out_loss(model):.4f}, stock GPT-2 {held_out_loss(gpt2):.4f}")
 

@@ -18,7 +18,7 @@ def test_an_output_folder_with_something_else_is_refused_before_training(
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("mymodels demo: ") and captured.err.count("\n") == 1
-    assert "mybert exists and is not a Hub repo folder" in captured.err
+    assert "mybert exists and its manifest.json does not list" in captured.err
     assert not (tmp_path / "mygpt2").exists()
 
 

@@ -23,7 +23,7 @@ from ..checkpoints import CheckpointError, replace_folder, write_manifest
 from ..hub import build_repo, verify
 from ..hub.build import check_output_dir
 from ..hub.card import Card
-from ..hub.clean_process import clean_process, why
+from ..hub.clean_process import clean_process, failure_reason
 from ..hub.golden import GOLDEN
 from ..hub.verifying import Verification
 from ..messages import one_line
@@ -325,11 +325,11 @@ def _check_outputs(folder: Path, scratch: Path, found: Mapping[str, Any]) -> Non
         event = run.one("reference")
         made = run.scratch / "golden.safetensors"
         if event is None:
-            raise CheckpointError(f"{found['model']} does not run: {why(run)}")
+            raise CheckpointError(f"{found['model']} does not run: {failure_reason(run)}")
         if event:
             raise CheckpointError(f"{found['model']} does not give the module's outputs: {event}")
         if not made.is_file():
-            raise CheckpointError(f"the outputs of {found['model']} could not be recorded: {why(run)}")
+            raise CheckpointError(f"the outputs of {found['model']} could not be recorded: {failure_reason(run)}")
         shutil.copyfile(made, folder / GOLDEN)
     write_manifest(folder)
 

@@ -1,4 +1,4 @@
-"""Models as graphs that run without this package: ONNX, torch.export, AOTInductor, TorchScript; each compared with torch."""
+"""Export models to ONNX, torch.export, AOTInductor and TorchScript, each compared with the original in torch."""
 
 from .exporting import export_model
 from .parity import ParityError

@@ -1,4 +1,4 @@
-"""Export: load a model, write its graph with all that belongs to it, compare, and only then put the folder in place."""
+"""Export: load a model, write its graph and companion files, compare the outputs, and put the folder in place."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ from .graphs import TASKS, Graph, task_of
 from .readme import snippet, write_readme
 from .result import Exported
 
-# what a graph can be exported to → how
+# format → function that writes it
 WRITERS: dict[str, Callable[..., Path]] = {
     "onnx": onnx_files.write_onnx,
     "pt2": programs.write_pt2,
@@ -56,41 +56,41 @@ def export_model(
     tolerance: float | None = None,
     external_data_above: int = onnx_files.PROTOBUF_LIMIT,
 ) -> Exported:
-    """Export a model as a graph that runs without mymodels, compare it with torch, and write it as a folder of its own.
+    """Export a model as a graph that runs without mymodels, compare its outputs with torch, and write a folder.
 
-    The folder gets the graph, `config.json`, the tokenizer, `generation_config.json`, and a `README.md` with lines that
-    run it. It appears whole, after the graph has given torch's outputs in a fresh process on batches of several sizes
-    and lengths, or not at all.
+    The folder contains the graph, `config.json`, the tokenizer, `generation_config.json`, and a `README.md` with code to
+    run it. It is written only if the graph gives torch's outputs in a new process, on batches of several sizes and
+    lengths.
 
-    A language model's ONNX graph takes and gives keys and values (`past_key_values.N.key`, `present.N.key`, …, those of
-    a sliding window whole: the mask is the window), so that one graph serves the prompt, with a past of length 0, and
-    each step after it. The other kinds have no cache, nor has the graph of a model without keys and values. An
-    encoder-decoder is one graph of both: a step of its generation computes all tokens anew.
+    The ONNX graph of a language model has keys and values as inputs and outputs (`past_key_values.N.key`,
+    `present.N.key`, …; for sliding windows too all of them, because the mask applies the window), so that one graph
+    computes the prompt, with a past of length 0, and each step. Other formats, and models without a cache, have none. An
+    encoder-decoder is exported as one graph without a cache: each step of generation computes all tokens.
 
     Args:
-        pretrained_model_name_or_path: a folder or Hub repo that an Auto class loads; ours need no `trust_remote_code`. Or a
-            model in memory, which is copied; the exported folder then has no tokenizer.
+        pretrained_model_name_or_path: a folder or Hub repo that an Auto class loads; MyGPT2 and MyBert need no
+            `trust_remote_code`. Or a model in memory, which is copied; the exported folder then has no tokenizer.
         to: `"onnx"`, `"pt2"` (`torch.export`), `"aoti"` (AOTInductor) or `"torchscript"` (legacy).
-        out: the folder; must not exist, or be empty. Default: `NAME-onnx` and the like, here.
+        out: the output folder, which must be empty or not exist. Default: `NAME-onnx` or the like in the current folder.
         task: a key of `graphs.TASKS`; default: by the class in the config's `architectures`.
-        int8: quantise the weights (ONNX only). The graph then differs; how much is measured on texts and returned.
-        dtype: of the weights and outputs, or its name; `"auto"`: the checkpoint's.
+        int8: quantise the weights (ONNX only). The loss of quality is measured on texts and returned.
+        dtype: dtype of weights and outputs, or its name; `"auto"`: the checkpoint's.
         opset: of ONNX; default 20.
         revision: branch, tag or commit of a Hub repo.
-        trust_remote_code: run the folder's own code, if mymodels does not know the model.
-        texts: what int8 is measured on; default: the sample text that ships with mymodels.
-        tolerance: largest difference to accept, of an output's largest value where that exceeds 1. Default: 1e-4 in
+        trust_remote_code: run custom code of the folder.
+        texts: texts to measure int8 on; default: the sample text that ships with mymodels.
+        tolerance: largest accepted difference, relative to an output's largest value if that exceeds 1. Default: 1e-4 in
             float32, 1e-2 in float16, 5e-2 in bfloat16.
-        external_data_above: ONNX weights of more bytes go into `model.onnx_data` beside the graph; default: near the
-            2 GB that one file may have.
+        external_data_above: ONNX weights of more bytes are stored in `model.onnx_data` beside the graph; default: close
+            to the limit of 2 GB for one file.
 
     Returns:
-        What was written and how it compared.
+        The files and the results of the comparison.
 
     Raises:
-        ParityError: the graph does not give what torch gives; nothing is left behind.
-        ValueError: unknown kind or task, a head without weights, a missing package, a model that has no such form.
-        OSError: there is no such model, or `out` cannot be written.
+        ParityError: the graph's outputs differ from torch's; nothing is written.
+        ValueError: unknown format or task, a head without weights, a missing package, or a model that cannot be exported.
+        OSError: the model does not exist, or `out` cannot be written.
 
     Examples:
         >>> export_model("hub_repo/mygpt2", "onnx", "mygpt2-onnx").differences["logits"] < 1e-4
@@ -119,26 +119,26 @@ def export_model(
         if to == "onnx" and model.dtype in (torch.bfloat16, torch.float64):
             raise ValueError("ONNX Runtime has no CPU kernels for bfloat16 and few for float64: use float32 or float16")
         if int8 and model.dtype is not torch.float32:
-            raise ValueError("int8 starts from float32 weights: leave out dtype")
+            raise ValueError("int8 quantises float32 weights: leave out dtype")
         tokenizer = None if path is None else _tokenizer(path, trust_remote_code)
         _save_companions(model, tokenizer, folder)
-        with _in_one_sentence(model, to):
+        with _as_value_error(model, to):
             graph = Graph(model, task, cache=to == "onnx" and task == "text-generation")
-        cases = _cases(graph, tokenizer, texts) if int8 else parity.make_cases(graph)
-        _next(bar, "running torch")
-        with _in_one_sentence(model, to):
+        cases = _make_cases(graph, tokenizer, texts) if int8 else parity.make_cases(graph)
+        _advance(bar, "running torch")
+        with _as_value_error(model, to):
             parity.compute_expected(model, graph, cases)
-        _next(bar, "tracing")
+        _advance(bar, "tracing")
         options: dict[str, Any] = {}
         if to == "onnx":
             opset = opset or onnx_files.DEFAULT_OPSET
             options = {"opset": opset, "int8": int8, "external_data_above": external_data_above}
             options["metadata"] = {"task": task, "model_type": str(model.config.model_type)}
-        with _in_one_sentence(model, to):
+        with _as_value_error(model, to):
             if to == "onnx":
-                model.set_attn_implementation("eager")  # in plain operations, which every runtime knows
+                model.set_attn_implementation("eager")  # basic operations, which every runtime supports
             file = WRITERS[to](graph, folder, **options)
-        _next(bar, "comparing")
+        _advance(bar, "comparing")
         parity.run_in_new_process(to, file, graph, cases)
         quality, differences = None, {}
         limit = parity.TOLERANCES[model.dtype] if tolerance is None else tolerance
@@ -171,7 +171,7 @@ def export_model(
         }
         code = snippet(to, task, file.name, model.config, **given)
         write_readme(folder, name, to, task, exported.compared, code)
-        _next(bar, "done")
+        _advance(bar, "done")
     return exported
 
 
@@ -183,15 +183,15 @@ def _check_options(to: str, task: str | None, int8: bool, opset: int | None, tex
     if to != "onnx" and (int8 or opset):
         raise ValueError(f"{'int8' if int8 else 'opset'} is for ONNX: leave it out, or export to onnx")
     if texts is not None and not int8:
-        raise ValueError("texts are what int8 is measured on: leave them out, or say int8 too")
+        raise ValueError("texts are only used to measure int8: leave them out, or pass int8 too")
     for module in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
         if find_spec(module) is None:
             raise ValueError(f"this needs the package {module}: run {install_command('onnx')}")
 
 
 @contextlib.contextmanager
-def _in_one_sentence(model: PreTrainedModel, to: str) -> Iterator[None]:
-    """Errors of many kinds, from deep inside torch, in one sentence; those of the disk pass."""
+def _as_value_error(model: PreTrainedModel, to: str) -> Iterator[None]:
+    """Turn errors of torch and custom code into a `ValueError` with one sentence; `OSError` is not changed."""
     try:
         yield
     except OSError:
@@ -200,7 +200,7 @@ def _in_one_sentence(model: PreTrainedModel, to: str) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {first_line(error)}") from error
 
 
-def _next(bar: tqdm, stage: str) -> None:
+def _advance(bar: tqdm, stage: str) -> None:
     bar.set_description(stage)
     bar.update()
 
@@ -215,34 +215,34 @@ def _load(
     architecture = str((raw.get("architectures") or [""])[0])
     task = task or task_of(architecture, raw.get("auto_map"))
     if task is None:
-        what = f"is a {architecture}" if architecture else "does not say which class it holds"
-        raise ValueError(f"{path} {what}, and models of text are exported: say task=, one of {', '.join(TASKS)}")
+        what = f"is a {architecture}" if architecture else "has a config without architectures"
+        raise ValueError(f"{path} {what}, so its task is not known: pass task=, one of {', '.join(TASKS)}")
     with only_errors_logged(), clear_load_errors(path):
         model, info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
             path,
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # `refuse_mismatched` raises with their names
         )
     refuse_other_class(model, raw.get("auto_map"), TASKS[task].auto_class, path)
     refuse_mismatched(info, path)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{path} has no weights for {missing[0]}{' and others' if len(missing) > 1 else ''}, which {task} needs: "
-            f"its class is {architecture or 'not said'}"
+            f"its class is {architecture or 'not named'}"
         )
     return model, task
 
 
 def _copy(model: PreTrainedModel, task: str | None, dtype: torch.dtype | None) -> tuple[PreTrainedModel, str]:
-    """A copy of a model in memory, because its way to attend is changed for the graph, and its task."""
+    """A copy of a model in memory, whose attention implementation is changed for the graph, and its task."""
     name = type(model).__name__
     auto_class = getattr(type(model), "_auto_class", None)
     task = task or task_of(name, {auto_class: name} if auto_class else None)
     if task is None:
         raise ValueError(
-            f"{name} does not say what it is for, and models of text are exported: say task=, one of {', '.join(TASKS)}"
+            f"the task of {name} cannot be determined from its name: pass task=, one of {', '.join(TASKS)}"
         )
     copied = copy.deepcopy(model).cpu()
     if dtype is not None:
@@ -251,15 +251,17 @@ def _copy(model: PreTrainedModel, task: str | None, dtype: torch.dtype | None) -
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """None if the folder has none."""
+    """The folder's tokenizer, None if it has none."""
     if all(file.suffix == ".py" for file in [*path.glob("*token*"), *path.glob("vocab*")]):
         return None
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _cases(graph: Graph, tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str] | None) -> list[parity.Case]:
+def _make_cases(
+    graph: Graph, tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str] | None
+) -> list[parity.Case]:
     if texts is not None and tokenizer is None:
-        raise ValueError("the folder has no tokenizer to cut texts with: leave out texts=")
+        raise ValueError("the folder has no tokenizer for texts: leave out texts=")
     if tokenizer is None:
         return parity.make_cases(graph)
     if texts is None:
@@ -268,12 +270,12 @@ def _cases(graph: Graph, tokenizer: PreTrainedTokenizerBase | None, texts: Seque
         texts = [text for text, _ in passages(load_sample_text("held_out"), words=48)][:64]
     cases = parity.text_cases(graph, tokenizer, texts)
     if not cases:
-        raise ValueError("none of the texts has two tokens: give longer ones")
+        raise ValueError("none of the texts has two tokens: pass longer ones")
     return cases
 
 
 def _save_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """What a runtime reads beside the graph; of a model's own code that of its config, and no weights."""
+    """Save config, generation config and tokenizer; of custom code only that of the config."""
     config = model.config
     if getattr(config, "auto_map", None):
         config.auto_map = {name: value for name, value in config.auto_map.items() if name == "AutoConfig"}

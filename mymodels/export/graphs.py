@@ -1,4 +1,4 @@
-"""What is exported: a model with the head of a task, tensors in and a dict of tensors out."""
+"""The module to export: a model for a task, from tensors to a dict of tensors."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,14 +11,14 @@ from ..forward_calls import accepted, as_mapping, takes
 
 
 class Task(NamedTuple):
-    """The Auto class that loads a model for it, the ends of such classes' names, and what comes out of the graph."""
+    """The Auto class of a task, suffixes of its model classes, and the names of the graph's outputs."""
 
     auto_class: str
     endings: tuple[str, ...]
     outputs: tuple[str, ...] = ("logits",)
 
 
-# by the names that pipelines and optimum have for them
+# names as in transformers' pipelines and optimum
 TASKS = {
     "text-generation": Task("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
     "text2text-generation": Task("AutoModelForSeq2SeqLM", ("ForConditionalGeneration", "ForSeq2SeqLM")),
@@ -33,7 +33,7 @@ TASKS = {
 
 
 def task_of(architecture: str, auto_map: Mapping[str, Any] | None = None) -> str | None:
-    """The task that a model class is for, by its entry in `auto_map`, else by how its name ends; None for none of `TASKS`."""
+    """The task of a model class, by its entry in `auto_map`, else by its suffix; None if it is none of `TASKS`."""
     for auto_class, target in (auto_map or {}).items():
         found = next((name for name, task in TASKS.items() if task.auto_class == auto_class), None)
         if found and isinstance(target, str) and target.rpartition(".")[2] == architecture:
@@ -42,21 +42,21 @@ def task_of(architecture: str, auto_map: Mapping[str, Any] | None = None) -> str
 
 
 def input_names(task: str, model: PreTrainedModel) -> list[str]:
-    """The tensors that a model for `task` takes, all `[batch, length]`, but for cached keys and values."""
+    """The input tensors of a model for `task`, all `[batch, length]`, without cached keys and values."""
     wanted = ["input_ids", "attention_mask"]
     if getattr(model.config, "type_vocab_size", 0):
         wanted.append("token_type_ids")
     if task == "text-generation":
-        wanted.append("position_ids")  # an input, because a row may be padded on the left
+        wanted.append("position_ids")  # an input, because rows may be padded on the left
     names = [name for name in wanted if takes(model, name)]
     return [*names, "decoder_input_ids"] if task == "text2text-generation" else names
 
 
 def named_outputs(task: str, outputs: Any) -> dict[str, torch.Tensor]:
-    """The outputs of a task by their names, in whatever form a model returns them.
+    """The outputs of a task by name, from any form of output.
 
     Raises:
-        ValueError: there is none of them.
+        ValueError: the model returns none of them.
     """
     found, names = as_mapping(outputs), TASKS[task].outputs
     if named := {name: found[name] for name in names if isinstance(found.get(name), torch.Tensor)}:
@@ -64,19 +64,19 @@ def named_outputs(task: str, outputs: Any) -> dict[str, torch.Tensor]:
     tensors = [value for value in found.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
     count = 2 if task == "question-answering" else 1
     if len(tensors) < count:
-        raise ValueError(f"forward gives no {' and '.join(names[:count])}")
+        raise ValueError(f"forward returns no {' and '.join(names[:count])}")
     return dict(zip(names[:count], tensors))
 
 
 class Graph(nn.Module):
-    """A model as a function from tensors to a dict of tensors, by the names that optimum gives them.
+    """A model as a function from tensors to a dict of tensors, with optimum's names.
 
     Args:
-        model: is put into eval mode.
+        model: is set to eval mode.
         task: a key of `TASKS`.
-        cache: keys and values go in, `[batch, kv_heads, past, head_dim]` for each layer, and come out with the new
-            tokens' at their end. A layer with a sliding window gets, and gives, all of them: the mask is the window. A
-            model without such a cache gets a graph without.
+        cache: whether keys and values, `[batch, kv_heads, past, head_dim]` for each layer, are inputs and, with those of
+            the new tokens appended, outputs. For layers with a sliding window too all of them, because the mask applies
+            the window. Ignored for a model without such a cache.
     """
 
     def __init__(self, model: PreTrainedModel, task: str, *, cache: bool = False):
@@ -99,16 +99,16 @@ class Graph(nn.Module):
         decoder_input_ids: torch.Tensor | None = None,
         past_key_values: list[torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Arguments that the task has no use for stay None; `past_key_values` are key, value, key, value, …"""
+        """Arguments that the task does not use are None; `past_key_values` are key, value, key, value, …"""
         named = {"token_type_ids": token_type_ids, "position_ids": position_ids, "decoder_input_ids": decoder_input_ids}
         given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **named}
         given = {name: value for name, value in given.items() if value is not None}
         if past_key_values is not None:
-            cache = DynamicCache()  # without the config, so that no layer forgets
+            cache = DynamicCache()  # without the config, so that sliding-window layers keep all tokens
             for i in range(len(past_key_values) // 2):
                 cache.update(past_key_values[2 * i], past_key_values[2 * i + 1], i)
             given["past_key_values"] = cache
-        outputs = call(self.model, self.task, given, cache=past_key_values is not None)
+        outputs = run_forward(self.model, self.task, given, cache=past_key_values is not None)
         results = named_outputs(self.task, outputs)
         if past_key_values is not None:
             states = [part for layer in outputs.past_key_values.layers for part in (layer.keys, layer.values)]
@@ -116,7 +116,7 @@ class Graph(nn.Module):
         return results
 
     def example(self) -> dict[str, Any]:
-        """Inputs to trace with: no size is 0 or 1, which a graph would be made for, and no two are alike."""
+        """Inputs for tracing: no size is 0 or 1, which tracing specialises on, and no two sizes are equal."""
         batch, length, past = 3, 5, 7 if self.past else 0
         ids = torch.arange(batch * length).view(batch, length) % (self.model.config.vocab_size - 1) + 1
         found: dict[str, Any] = {"input_ids": ids}
@@ -137,8 +137,8 @@ class Graph(nn.Module):
         return found
 
 
-def call(model: PreTrainedModel, task: str, given: dict[str, Any], *, cache: bool = False) -> Any:
-    """The model's outputs, as a mapping where `forward` lets one ask for it; a cache is kept only if it is wanted."""
+def run_forward(model: PreTrainedModel, task: str, given: dict[str, Any], *, cache: bool = False) -> Any:
+    """The model's outputs, with `return_dict=True` if `forward` takes it, and a cache only if `cache`."""
     options: dict[str, Any] = {"return_dict": True}
     if task in ("text-generation", "text2text-generation"):
         options["use_cache"] = cache
@@ -147,13 +147,13 @@ def call(model: PreTrainedModel, task: str, given: dict[str, Any], *, cache: boo
 
 @torch.no_grad()
 def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """Heads and width of each layer's keys and values; empty for a model that keeps none."""
+    """(heads, head_dim) of each layer's keys and values; empty for a model without a cache."""
     if not takes(model, "past_key_values"):
         return []
     tokens = torch.zeros(1, 2, dtype=torch.long)
     given = {"input_ids": tokens, "attention_mask": tokens + 1}
-    cache = as_mapping(call(model, "text-generation", given, cache=True)).get("past_key_values")
+    cache = as_mapping(run_forward(model, "text-generation", given, cache=True)).get("past_key_values")
     keys: list[Any] = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
     if any(not isinstance(key, torch.Tensor) or key.ndim != 4 for key in keys):
-        return []  # another kind of state, such as that of a recurrence
+        return []  # another kind of cache, such as a recurrent state
     return [(key.shape[1], key.shape[3]) for key in keys]

@@ -1,4 +1,4 @@
-"""ONNX: the graph by `torch.onnx.export`, int8 by onnxruntime, files that onnxruntime alone loads."""
+"""ONNX: export by `torch.onnx.export`, and int8 quantisation by onnxruntime."""
 
 import logging
 import tempfile
@@ -11,8 +11,8 @@ from .graphs import Graph
 from .programs import without_tracing_logs
 
 FILE, DATA_FILE = "model.onnx", "model.onnx_data"
-DEFAULT_OPSET = 20  # the first with Gelu; onnxruntime 1.18 and newer
-PROTOBUF_LIMIT = 2**31 - 2**24  # bytes in one file; a little is left for the nodes
+DEFAULT_OPSET = 20  # the first with Gelu; needs onnxruntime 1.18 or newer
+PROTOBUF_LIMIT = 2**31 - 2**24  # bytes of weights in one file; the rest is left for the nodes
 
 
 def write_onnx(
@@ -27,10 +27,10 @@ def write_onnx(
     """Write `model.onnx` into `folder`, beside it `model.onnx_data` if the weights exceed `external_data_above` bytes.
 
     Raises:
-        ValueError: something in the model has no ONNX form, or `onnx.checker` refuses the file.
+        ValueError: an operation of the model has no ONNX form, or `onnx.checker` rejects the file.
     """
     import onnx
-    import onnxscript  # noqa: F401  torch.onnx.export needs it: said here, not deep inside
+    import onnxscript  # noqa: F401  needed by torch.onnx.export; a clear ImportError here
 
     target = folder / FILE
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
@@ -41,8 +41,8 @@ def write_onnx(
             raw = quantized
         model = onnx.load(raw)
     written = next(entry.version for entry in model.opset_import if not entry.domain)
-    if written != opset:  # torch writes another one, with a warning
-        raise ValueError(f"torch cannot write opset {opset} for it, but {written}: say that or a newer one, or none")
+    if written != opset:  # torch falls back to another opset with a warning
+        raise ValueError(f"torch cannot write opset {opset} for it, but {written}: pass that or a newer one, or none")
     model.producer_name = "mymodels"
     onnx.helper.set_model_props(model, {**(metadata or {}), "opset": str(opset)})
     _remove_source_lines(model.graph)
@@ -82,7 +82,7 @@ def _trace(graph: Graph, opset: int) -> Any:
 
 
 def _remove_source_lines(graph: Any) -> None:
-    """Without the lines of source that each node came from: they name folders of this machine."""
+    """Remove each node's source lines, which contain paths of this machine."""
     for node in graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -94,14 +94,14 @@ def _remove_source_lines(graph: Any) -> None:
 
 
 def _quantize(source: Path, target: Path) -> None:
-    """Weights of matrix products and tables to int8, a scale for each column; activations as they come, at run time.
+    """Quantise weights of matrix products and embeddings to int8 per column, and activations dynamically.
 
-    Seven of the eight bits: on x86 processors without VNNI the sum of two products of eight would not fit.
+    Weights use seven of the eight bits, because on x86 processors without VNNI the sum of two products overflows.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it would advise a pre-processing that is done already
+    logging.disable(logging.WARNING)  # onnxruntime recommends a pre-processing that was done already
     try:
         quantize_dynamic(
             source,

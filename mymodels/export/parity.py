@@ -1,4 +1,4 @@
-"""Whether a graph computes what the model does: it runs in a process of its own, on batches of several shapes."""
+"""Compare an exported graph with its model: the graph runs in a new process, on batches of several shapes."""
 
 import json
 import subprocess
@@ -14,24 +14,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .graphs import TASKS, Graph, call, named_outputs
+from .graphs import TASKS, Graph, named_outputs, run_forward
 
 Tensors = dict[str, torch.Tensor]
 
-# of the largest value of an output where that exceeds 1
+# relative to the largest value of an output if that exceeds 1
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-KL_LIMIT, COSINE_LIMIT = 0.1, 0.95  # what int8 may cost before it is called broken
+KL_LIMIT, COSINE_LIMIT = 0.1, 0.95  # the limits for int8
 SHAPES = ((1, 1, ""), (1, 9, ""), (2, 12, "left"), (4, 6, "right"), (3, 32, "right"))  # batch, length, padding
 RUNNER = Path(__file__).with_name("run_graph.py")
 
 
 class ParityError(ValueError):
-    """A graph that does not compute what the model does."""
+    """The outputs of a graph differ from the model's."""
 
 
 @dataclass
 class Case:
-    """One batch: its `[batch, length]` inputs, and into which pieces of tokens it is cut for a graph with a cache."""
+    """A batch: its `[batch, length]` inputs, and the lengths of the pieces in which a graph with a cache gets it."""
 
     inputs: Tensors
     pieces: list[int]
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def mask(self) -> torch.Tensor:
-        """`[batch, length]`, which of the outputs' tokens are no padding; of an encoder-decoder those of the decoder."""
+        """`[batch, length]`, true for the outputs' tokens that are no padding; for an encoder-decoder the decoder's."""
         if "decoder_input_ids" in self.inputs:
             return torch.ones_like(self.inputs["decoder_input_ids"], dtype=torch.bool)
         if "attention_mask" in self.inputs:
@@ -54,19 +54,17 @@ class Case:
 
 
 def make_cases(graph: Graph) -> list[Case]:
-    """Batches of random tokens, each unlike the one that the graph was traced with, padded as the task has it.
+    """Batches of random tokens, of other shapes than the traced one, padded on the task's side.
 
     Raises:
-        ValueError: the config does not say how many tokens there are.
+        ValueError: the config has no `vocab_size`.
     """
     config: Any = graph.model.config
     if not isinstance(getattr(config, "vocab_size", None), int):
-        raise ValueError(
-            f"the config of {type(graph.model).__name__} has no vocab_size, so no tokens can be compared on"
-        )
+        raise ValueError(f"the config of {type(graph.model).__name__} has no vocab_size, so no inputs can be generated")
     limit = getattr(config, "max_position_embeddings", None) or 64
     window = getattr(config, "sliding_window", None) or 0
-    longest = max(32, window + 4 if window < 1024 else 0)  # some tokens fall out of the window
+    longest = max(32, window + 4 if window < 1024 else 0)  # some tokens are outside of the window
     generator = torch.Generator().manual_seed(0)
     cases = []
     for rows, length, padding in SHAPES:
@@ -78,7 +76,7 @@ def make_cases(graph: Graph) -> list[Case]:
             hidden = slice(None, row) if padding == "left" else slice(-row, None)
             mask[row, hidden] = 0
         ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
-        cases.append(_case(graph, ids, mask, generator))
+        cases.append(_make_case(graph, ids, mask, generator))
     return cases
 
 
@@ -96,14 +94,14 @@ def text_cases(graph: Graph, tokenizer: PreTrainedTokenizerBase, texts: Sequence
         for i, row in enumerate(batch):
             place = slice(length - len(row), None) if side == "left" else slice(len(row))
             ids[i, place], mask[i, place] = torch.tensor(row), 1
-        cases.append(_case(graph, ids, mask))
+        cases.append(_make_case(graph, ids, mask))
     return cases
 
 
-def _case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: torch.Generator | None = None) -> Case:
+def _make_case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: torch.Generator | None = None) -> Case:
     config, length = graph.model.config, ids.shape[1]
     padding = getattr(config, "pad_token_id", None)
-    if padding is not None:  # some models tell padding by the token
+    if padding is not None:  # some models detect padding by the token
         other = (padding + 1) % config.vocab_size
         ids = torch.where((ids == padding) & (mask == 1), other, ids).masked_fill(mask == 0, padding)
     inputs = {"input_ids": ids} | ({"attention_mask": mask} if "attention_mask" in graph.inputs else {})
@@ -125,9 +123,9 @@ def _case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: torch.
 
 @torch.no_grad()
 def compute_expected(model: PreTrainedModel, graph: Graph, cases: Sequence[Case]) -> None:
-    """What the model itself gives, each batch in one call and by its fastest way."""
+    """Compute the model's own outputs, each batch in one call."""
     for case in cases:
-        case.expected = named_outputs(graph.task, call(model, graph.task, case.inputs))
+        case.expected = named_outputs(graph.task, run_forward(model, graph.task, case.inputs))
         if graph.past:
             cache = model(**case.inputs, use_cache=True, past_key_values=DynamicCache()).past_key_values
             states = [part for layer in cache.layers for part in (layer.keys, layer.values)]
@@ -135,10 +133,10 @@ def compute_expected(model: PreTrainedModel, graph: Graph, cases: Sequence[Case]
 
 
 def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case]) -> None:
-    """Fill in what the exported `file` gives in a fresh process, which must not need mymodels or transformers.
+    """Run the exported `file` in a new process, which must not need mymodels or transformers, and fill in `found`.
 
     Raises:
-        ParityError: it cannot be run there.
+        ParityError: the graph cannot be run there.
     """
     calls: Tensors = {}
     for number, case in enumerate(cases):
@@ -158,21 +156,23 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
             reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
             raise ParityError(f"{file.name} cannot be run in another process: {reason.strip()[:300]}")
         with safe_open(outputs, "pt") as opened:
-            strangers = json.loads(opened.metadata()["strangers"])
-        if strangers:
-            raise ParityError(f"{file.name} needs {' and '.join(strangers)} to run, so it does not stand by itself")
+            unwanted = json.loads(opened.metadata()["unwanted"])
+        if unwanted:
+            raise ParityError(f"{file.name} needs {' and '.join(unwanted)} to run, so it is not self-contained")
         found = load_file(outputs)
     for number, case in enumerate(cases):
         last = len(case.pieces) - 1
         case.found = {}
         for name in case.expected:
-            steps = range(last + 1) if name in TASKS[graph.task].outputs and last else [last]  # a cache holds all
+            steps = (
+                range(last + 1) if name in TASKS[graph.task].outputs and last else [last]
+            )  # the last cache holds all tokens
             parts = [found[f"{number}/{step}/{name}"] for step in steps]
             case.found[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def largest_difference(cases: Sequence[Case]) -> dict[str, float]:
-    """For each output the largest difference at a token, of the largest value there where that exceeds 1; NaN if one is."""
+    """Output → largest difference at a token, relative to the largest value there if that exceeds 1; NaN if one is."""
     worst: dict[str, float] = {}
     for case in cases:
         for name, expected in case.expected.items():
@@ -196,7 +196,7 @@ def check(cases: Sequence[Case], tolerance: float) -> dict[str, float]:
     """`largest_difference`.
 
     Raises:
-        ParityError: one of them is beyond `tolerance`; the message says which, and in a batch of which shape.
+        ParityError: a difference exceeds `tolerance`; the message names the output and the shape of the batch.
     """
     worst = largest_difference(cases)
     for name, difference in worst.items():
@@ -213,13 +213,13 @@ def check(cases: Sequence[Case], tolerance: float) -> dict[str, float]:
 
 @dataclass
 class Quality:
-    """What quantisation costs.
+    """The loss of quality by quantisation.
 
     Attributes:
-        agreement: share of decisions that are the same: labels, next tokens, answers' ends.
+        agreement: share of equal decisions: labels, next tokens, starts and ends of answers.
         kl: mean Kullback-Leibler divergence from the model's distribution to the graph's, in nats per decision.
-        cosine: mean cosine of vectors, where there is no distribution.
-        decisions: how many were compared.
+        cosine: mean cosine of vectors, for outputs that are no distributions.
+        decisions: number of decisions or vectors compared.
     """
 
     agreement: float | None = None
@@ -235,7 +235,7 @@ class Quality:
 
 
 def measure_quality(cases: Sequence[Case], config: object, task: str) -> Quality:
-    """Compare distributions at tokens, not numbers."""
+    """Compare the distributions, or else the vectors, of all cases."""
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for case in cases:
         for name in TASKS[task].outputs:
@@ -262,10 +262,12 @@ def measure_quality(cases: Sequence[Case], config: object, task: str) -> Quality
 
 
 def check_quality(quality: Quality) -> None:
-    """Raises:
-    ParityError: quantisation has made another model of it.
+    """Check the quality against the limits.
+
+    Raises:
+        ParityError: quantisation changes the outputs too much.
     """
     if quality.cosine is not None and not quality.cosine >= COSINE_LIMIT:
-        raise ParityError(f"int8 changes its vectors too much ({quality.sentence}, at least {COSINE_LIMIT} is wanted)")
+        raise ParityError(f"int8 changes the vectors too much ({quality.sentence}, the limit is {COSINE_LIMIT})")
     if quality.kl is not None and not quality.kl <= KL_LIMIT:
-        raise ParityError(f"int8 changes its answers too much ({quality.sentence}, at most {KL_LIMIT} nats are wanted)")
+        raise ParityError(f"int8 changes the answers too much ({quality.sentence}, the limit is {KL_LIMIT} nats)")

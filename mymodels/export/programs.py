@@ -1,4 +1,4 @@
-"""`torch.export`, AOTInductor and TorchScript: files that torch alone loads."""
+"""`torch.export`, AOTInductor and TorchScript: files that torch loads without other packages."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ FILES = {"pt2": "model.pt2", "aoti": "model_aoti.pt2", "torchscript": "model_tor
 
 @contextlib.contextmanager
 def without_tracing_logs() -> Iterator[None]:
-    """Silence warnings and logs of tracing, which are about torch's own internals."""
+    """Silence warnings and logs of tracing, which concern torch's internals."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -40,12 +40,12 @@ def export_program(graph: Graph) -> ExportedProgram:
     with without_tracing_logs(), torch.no_grad():
         program = torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names folders of this machine
+        node.meta.pop("stack_trace", None)  # it contains paths of this machine
     return program
 
 
 def write_pt2(graph: Graph, folder: Path) -> Path:
-    """`model.pt2`: `torch.export.load(file).module()(input_ids=…, attention_mask=…)` gives a dict."""
+    """Write `model.pt2`: `torch.export.load(file).module()(input_ids=…, attention_mask=…)` returns a dict."""
     target = folder / FILES["pt2"]
     torch.export.save(export_program(graph), target)
     return target
@@ -62,7 +62,7 @@ def write_aoti(graph: Graph, folder: Path) -> Path:
     try:
         with without_tracing_logs():
             get_cpp_compiler()
-    except Exception as error:  # torch's own InvalidCxxCompiler, not to be found under one name in every release
+    except Exception as error:  # InvalidCxxCompiler, whose module varies by torch release
         raise ValueError("AOTInductor compiles C++: install g++ or clang++, or set CXX to a compiler") from error
     target = folder / FILES["aoti"]
     program = export_program(graph)
@@ -72,11 +72,11 @@ def write_aoti(graph: Graph, folder: Path) -> Path:
 
 
 def write_torchscript(graph: Graph, folder: Path) -> Path:
-    """`model_torchscript.pt`: `torch.jit.load(file)`. Legacy: PyTorch keeps it, and advises `torch.export` instead."""
+    """Write `model_torchscript.pt`: `torch.jit.load(file)`. Legacy: PyTorch recommends `torch.export` instead."""
     target = folder / FILES["torchscript"]
     example: dict[str, Any] = graph.example()
     with without_tracing_logs(), torch.no_grad():
-        # strict=False: a dict comes out
+        # strict=False permits a dict as output
         traced = torch.jit.trace(graph, example_kwarg_inputs=example, strict=False, check_trace=False)
         torch.jit.save(traced, target)
     return target

@@ -1,4 +1,4 @@
-"""The README of an exported folder: what is in it, how it compared, and lines that run it without mymodels."""
+"""The README of an exported folder: its content, the comparison, and code that runs it without mymodels."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ for _ in range(20):
     if tokens[0, 0] in {ends}:
         break"""
 
-_GENERATE_ANEW = """\
+_GENERATE_WITHOUT_CACHE = """\
 for _ in range(20):
     feed = {{{feed}}}
     logits = {run}
@@ -63,7 +63,7 @@ for _ in range(20):
     if decoder_ids[0, -1] in {ends}:
         break"""
 
-# input of a graph without a cache → what it is fed with
+# input of a graph without a cache → expression for its value
 _FEED = {
     "input_ids": "ids",
     "attention_mask": "np.ones_like(ids)",
@@ -83,14 +83,14 @@ def snippet(
     dtype: str,
     tokenizer: bool,
 ) -> str:
-    """Python that loads `file` from the current folder and runs it with its runtime, numpy and tokenizers alone.
+    """Python code that runs `file` in the current folder with its runtime, numpy and tokenizers only.
 
     Args:
         kind, task: as for `export_model`.
-        file: name of the graph.
-        inputs, outputs: names of the graph's; of a language model with a cache the outputs are not looked at.
-        dtype: of a cache, as numpy names it.
-        tokenizer: whether a `tokenizer.json` is there; else token numbers stand in the text's place.
+        file: name of the graph's file.
+        inputs, outputs: names of the graph's inputs and outputs.
+        dtype: numpy's name of the cache's dtype.
+        tokenizer: whether there is a `tokenizer.json`; otherwise the code uses token ids instead of a text.
     """
     lines = ["import numpy as np", *_OPEN[kind]]
     if tokenizer:
@@ -105,7 +105,7 @@ def snippet(
             'ids = np.array([tokenizer.encode("Once upon a time").ids])' if tokenizer else "ids = np.array([[5, 6, 7]])"
         )
         run = _RUN.get(kind, _RUN_TORCH).format(name="logits")
-        body = _GENERATE if any(name.startswith("past") for name in inputs) else _GENERATE_ANEW
+        body = _GENERATE if any(name.startswith("past") for name in inputs) else _GENERATE_WITHOUT_CACHE
         ids = "ids"
         if task == "text2text-generation":
             body, ids = _TEXT_TO_TEXT, "decoder_ids"

@@ -1,4 +1,4 @@
-"""What an export gives back, and the table that shows it."""
+"""The result of an export, and its table."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +13,20 @@ from .readme import RUNS_WITH
 
 @dataclass
 class Exported:
-    """What was exported.
+    """The result of an export.
 
     Attributes:
-        folder: holds everything.
+        folder: the output folder.
         file: the graph.
         kind: `"onnx"`, `"pt2"`, `"aoti"` or `"torchscript"`.
         task: a key of `graphs.TASKS`.
-        dtype: of the weights and outputs before any quantisation.
-        inputs, outputs: names of the graph's, in order.
-        differences: for each output (`present`: all keys and values) the largest difference from torch's, of the
-            largest value where that exceeds 1. Empty for int8.
-        tolerance: what they were held against.
-        quality: what int8 costs.
-        shapes: the `(batch, length)` that were compared.
+        dtype: dtype of weights and outputs before quantisation.
+        inputs, outputs: names of the graph's inputs and outputs, in order.
+        differences: output (`present`: all keys and values) → largest difference from torch, relative to the largest
+            value if that exceeds 1. Empty for int8.
+        tolerance: the largest accepted difference.
+        quality: the loss of quality by int8.
+        shapes: the compared `(batch, length)`.
         size: bytes of the graph with its weights.
         opset: of ONNX.
     """
@@ -47,7 +47,7 @@ class Exported:
 
     @property
     def compared(self) -> str:
-        """How it compared, in a sentence."""
+        """A sentence on the comparison."""
         if self.quality is not None:
             return f"int8 weights: against float32, {self.quality.sentence}."
         worst = max(self.differences.values())
@@ -58,9 +58,9 @@ class Exported:
         if self.task == "text-generation":
             cached = any(name.startswith("past") for name in self.inputs)
             kept = "keys and values are kept, one graph for the prompt and each step after it"
-            text += f"; {kept if cached else 'no cache: a step computes all tokens anew'}"
+            text += f"; {kept if cached else 'no cache: each step computes all tokens'}"
         if self.task == "text2text-generation":
-            text += "; one graph of encoder and decoder, no cache: a step computes all tokens anew"
+            text += "; one graph of encoder and decoder, no cache: each step computes all tokens"
         if self.kind == "torchscript":
             text += f"; fixed by the trace: {self.dtype}, the CPU; inputs are not checked"
         return text

@@ -1,12 +1,12 @@
-"""Run an exported graph on recorded inputs, in a process that knows neither mymodels nor transformers.
+"""Run an exported graph on recorded inputs, in a process that imports neither mymodels nor transformers.
 
 `python run_graph.py KIND GRAPH INPUTS OUTPUTS`. INPUTS and OUTPUTS are safetensors files with names such as
-`3/1/input_ids`: case 3, its second call. Of a graph with a cache, a call gets what the one before it gave.
+`3/1/input_ids`: case 3, its second call. With a cache, each call gets the keys and values of the one before it.
 """
 
 import sys
 
-sys.path.pop(0)  # this folder: no file of it shall pass for a library
+sys.path.pop(0)  # this folder, whose files must not shadow libraries
 
 import json
 from collections.abc import Callable
@@ -70,8 +70,8 @@ def main(kind: str, graph: str, inputs: str, outputs: str) -> None:
         past = {name.replace("present", "past_key_values"): results[name] for name in results if "present" in name}
         results = run({**given, **past} if call else given)
         found |= {f"{case}/{call}/{name}": np.ascontiguousarray(value) for name, value in results.items()}
-    strangers = {"mymodels", "transformers"} & set(sys.modules)
-    save_file(found, outputs, metadata={"strangers": json.dumps(sorted(strangers))})
+    unwanted = {"mymodels", "transformers"} & set(sys.modules)
+    save_file(found, outputs, metadata={"unwanted": json.dumps(sorted(unwanted))})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hub repo folders: build one, prove that it loads and gives the same numbers elsewhere, push it, pin what was read."""
+"""Hub repo folders: build, verify in clean processes, push, and load reviewed code only."""
 
 from .build import build_repo
 from .clean_process import load_in_clean_process

@@ -1,4 +1,4 @@
-"""Which Auto class a model class is for, by how its name ends: read from transformers' own tables."""
+"""The Auto class of a model class by the suffix of its name, from transformers' own mappings."""
 
 import re
 from collections import Counter
@@ -7,7 +7,7 @@ from functools import cache
 
 import transformers
 
-_ENDINGS = {  # those that are no `For…`; of the first nothing can be said
+_OTHER_SUFFIXES = {  # suffixes other than `For…`; "" for a class without an Auto class
     "PreTrainedModel": "",
     "Config": "AutoConfig",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -16,16 +16,16 @@ _ENDINGS = {  # those that are no `For…`; of the first nothing can be said
 _SOUNDS, _PICTURES = {"input_features", "input_values"}, {"pixel_values", "pixel_values_videos"}
 _SOUND_NAMES = re.compile("Speech|Audio|CTC|Wave|Spectrogram|RNNT|TDT")
 _PICTURE_NAMES = re.compile("Image|Visual|Vision|Video|Document|Object|Segmentation|Depth")
-_VAGUE = {
+_UNSPECIFIC = {
     "AutoModel",
     "AutoModelForPreTraining",
     "AutoModelForMultimodalLM",
-}  # list classes of other Auto classes again
+}  # their mappings repeat classes of other Auto classes
 
 
 @cache
-def _for_endings() -> dict[str, Counter[str]]:
-    """Ending such as `ForConditionalGeneration` → how many of transformers' classes that end so each Auto class has."""
+def _auto_classes_by_suffix() -> dict[str, Counter[str]]:
+    """Suffix such as `ForConditionalGeneration` → Auto class → number of its model classes with this suffix."""
     found: dict[str, Counter[str]] = {}
     for auto_class in dir(transformers):
         if not auto_class.startswith("AutoModelFor"):
@@ -33,22 +33,22 @@ def _for_endings() -> dict[str, Counter[str]]:
         mapping = getattr(getattr(transformers, auto_class), "_model_mapping", None)
         for names in getattr(mapping, "_model_mapping", {}).values():
             for name in names if isinstance(names, (tuple, list)) else [names]:
-                if ending := _for_ending(name):
+                if ending := _head_suffix(name):
                     found.setdefault(ending, Counter())[auto_class] += 1
     return found
 
 
-def _for_ending(class_name: str) -> str:
-    """`ForSomething` at the end of a class's name, or nothing."""
+def _head_suffix(class_name: str) -> str:
+    """The suffix `ForSomething` of a class name, or ""."""
     found = re.search(r"For[A-Z](?:(?!For[A-Z])\w)*$", class_name)
     return found[0] if found else ""
 
 
 def auto_class_of(class_name: str, arguments: Collection[str] = ()) -> str:
-    """The Auto class that a class is for, by how its name ends; `""` if that says none.
+    """The Auto class of a class by the suffix of its name; `""` if no Auto class has this suffix.
 
     Args:
-        arguments: of its `forward`. They decide where several Auto classes have such names:
+        arguments: of its `forward`. They decide where several Auto classes have the suffix:
             `ForConditionalGeneration` is `AutoModelForSpeechSeq2Seq` with `input_features`,
             `AutoModelForImageTextToText` with `pixel_values`, else `AutoModelForSeq2SeqLM`.
 
@@ -56,14 +56,14 @@ def auto_class_of(class_name: str, arguments: Collection[str] = ()) -> str:
         >>> auto_class_of("MyNetForImageClassification")
         'AutoModelForImageClassification'
     """
-    ending = _for_ending(class_name)
+    ending = _head_suffix(class_name)
     if not ending:
-        return next((auto for end, auto in _ENDINGS.items() if class_name.endswith(end)), "")
-    counts = _for_endings().get(ending, Counter())
+        return next((auto for end, auto in _OTHER_SUFFIXES.items() if class_name.endswith(end)), "")
+    counts = _auto_classes_by_suffix().get(ending, Counter())
     same = f"AutoModel{ending}"
     if hasattr(transformers, same) and same not in counts:
         return same
-    candidates = [name for name, _ in counts.most_common() if name not in _VAGUE] or list(counts)
+    candidates = [name for name, _ in counts.most_common() if name not in _UNSPECIFIC] or list(counts)
     sound = [name for name in candidates if _SOUND_NAMES.search(name)]
     picture = [name for name in candidates if _PICTURE_NAMES.search(name)]
     if _SOUNDS & set(arguments):
@@ -76,5 +76,5 @@ def auto_class_of(class_name: str, arguments: Collection[str] = ()) -> str:
 
 
 def known_auto_classes() -> list[str]:
-    """Every Auto class of models that the installed transformers has."""
+    """The Auto classes of models in the installed transformers."""
     return sorted(name for name in dir(transformers) if re.fullmatch(r"AutoModel(For\w+)?", name))

@@ -28,7 +28,7 @@ from ..models import configuration_mybert, configuration_mygpt2
 from ..released import OwnCodeError, check_code, own_code, reader
 from .build_code import NamedCode, check_code_arguments, check_parts, code_in_folder, named_code
 from .card import Card, card_of_folder
-from .code_files import collect_code, served
+from .code_files import auto_map_of_files, collect_code
 from .given_inputs import Inputs, read_inputs
 from .golden import record_golden
 from .own_classes import CodeNotSaved, code_of
@@ -42,7 +42,7 @@ _WITH_CODE = (
     "processor_config.json",
     "preprocessor_config.json",
 )  # may name code
-_TAKEN = ("config", "tokenizer", "document")  # kinds of files that a source folder's are copied as they are
+_COPIED_KINDS = ("config", "tokenizer", "document")  # kinds of a source folder's files that are copied unchanged
 
 
 def build_repo(
@@ -59,22 +59,22 @@ def build_repo(
 ) -> Path:
     """Write a folder that `AutoModel.from_pretrained(output_dir, trust_remote_code=True)` loads anywhere.
 
-    The folder takes `output_dir`'s place in one step when it is complete, so an interruption leaves what was there;
-    its `manifest.json` lists the size and SHA-256 of every file. The same input gives the same bytes.
+    The complete folder replaces `output_dir` in one step, so an interruption leaves the old content in place. Its
+    `manifest.json` lists the size and SHA-256 of every file. The same input gives the same bytes.
 
     Args:
-        source: a model, or a folder (or Hub repo) with a config and weights of any format, such as what fine-tuning
-            left, or a file of weights with `config.json` beside it; nothing of a folder is executed but for `golden`.
-            Code files are copied flat, imports rewritten, and `auto_map` names every Auto class that they serve.
+        source: a model; or a folder or Hub repo with a config and weights of any format, such as the output of a
+            training; or a file of weights with `config.json` beside it. Code of a folder runs only for `golden`.
+            Code files are copied into one flat folder with rewritten imports, and `auto_map` lists their classes.
         tokenizer: saved so that every supported transformers release can load it; None takes a source folder's own.
         output_dir: created, or replaced if it is empty or an older Hub repo folder: one whose manifest lists all its files.
-        card: content of `README.md`, or what it is made from. Default: the source folder's own, or one made from what
-            the folder says.
+        card: content of `README.md`, or a `Card` to write it from. Default: the source folder's `README.md`, or a
+            card written from the folder's content.
         max_shard_size: as in `save_pretrained`: bytes, or a string like `"500MB"`.
         golden: record `golden.safetensors` by running the models in a clean process.
-        inputs: what golden outputs are recorded of, see `given_inputs.read_inputs`. Default: made up from the config.
-        code: `.py` files with the classes of the model, for weights that were saved without; default: those that the
-            folder's `auto_map` names, or that lie in the folder and define the class in its `architectures`.
+        inputs: inputs for the golden outputs, see `given_inputs.read_inputs`. Default: generated from the config.
+        code: `.py` files with the classes of the model, for weights that were saved without code. Default: the files
+            that the folder's `auto_map` names, or files in the folder that define the class in its `architectures`.
         auto_classes: Auto class → class of the code, such as `{"AutoModel": "MyNet"}`, for a class whose name does not
             end in `ForCausalLM`, `ForImageClassification` or the like.
 
@@ -82,24 +82,27 @@ def build_repo(
         `output_dir` as a `Path`.
 
     Raises:
-        FileExistsError: `output_dir` holds something that would be lost.
+        FileExistsError: `output_dir` holds files that would be lost.
         CheckpointError: the weights cannot be read, the code cannot be made flat, or the models do not run.
+
+    Examples:
+        >>> build_repo("runs/tuned", None, "my-model", card=Card(license="apache-2.0"))
     """
     named = [Path(code)] if isinstance(code, (str, os.PathLike)) else [Path(file) for file in code or []]
     if isinstance(source, PreTrainedModel) and (named or auto_classes):
-        raise CheckpointError("a model in memory knows its code: leave out code= and auto_classes=")
+        raise CheckpointError(
+            "the code of a model in memory is found from its class: leave out code= and auto_classes="
+        )
     check_code_arguments(named, auto_classes or {})
     where = None if isinstance(source, PreTrainedModel) else locate(source)
     output_dir, size = check_output_dir(output_dir, where), parse_size(max_shard_size)
     if isinstance(source, PreTrainedModel) and card is None:
-        raise CheckpointError("a model in memory does not say what it is: pass card=, see mymodels.hub.card.Card")
+        raise CheckpointError("build_repo needs card= for a model in memory: pass a text or a mymodels.hub.card.Card")
     if inputs is not None:
         if not golden:
-            raise CheckpointError(
-                "inputs are what golden outputs are recorded of: leave out --no-golden (golden=False)"
-            )
-        inputs = read_inputs(inputs)  # before anything is written
-    with replace_folder(output_dir, finish=write_manifest) as folder, _named(folder, output_dir):
+            raise CheckpointError("inputs are only used for golden outputs: leave out --no-golden (golden=False)")
+        inputs = read_inputs(inputs)  # errors are raised before anything is written
+    with replace_folder(output_dir, finish=write_manifest) as folder, _naming_output_dir(folder, output_dir):
         if isinstance(source, PreTrainedModel):
             _from_model(source, folder, size)
         elif where is not None:
@@ -120,8 +123,8 @@ def build_repo(
 
 
 @contextlib.contextmanager
-def _named(folder: Path, output_dir: Path) -> Iterator[None]:
-    """Within it, errors name the folder that is built, not the temporary one."""
+def _naming_output_dir(folder: Path, output_dir: Path) -> Iterator[None]:
+    """Errors inside this context name the output folder instead of the temporary one."""
     try:
         yield
     except (CheckpointError, OSError) as error:
@@ -130,10 +133,10 @@ def _named(folder: Path, output_dir: Path) -> Iterator[None]:
 
 
 def check_output_dir(output_dir: str | os.PathLike, source: Path | None = None) -> Path:
-    """`output_dir` as a `Path`, if `build_repo` may write there.
+    """`output_dir` as a `Path`, after a check that `build_repo` may write there.
 
     Raises:
-        FileExistsError: it holds files that its `manifest.json` does not list, which would be lost; or it is the source.
+        FileExistsError: it holds files that its `manifest.json` does not list, which would be lost, or the source.
     """
     path = Path(output_dir)
     if source is not None and path.exists() and source.resolve().is_relative_to(path.resolve()):
@@ -144,12 +147,12 @@ def check_output_dir(output_dir: str | os.PathLike, source: Path | None = None) 
         {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()} if path.exists() else set()
     )
     listed = {MANIFEST, *read_manifest(path)} if MANIFEST in there else set()
-    if strangers := sorted(there - listed):
-        names = ", ".join(map(printable, strangers[:4])) + (
-            f" and {len(strangers) - 4} more" if len(strangers) > 4 else ""
+    if unlisted := sorted(there - listed):
+        names = ", ".join(map(printable, unlisted[:4])) + (
+            f" and {len(unlisted) - 4} more" if len(unlisted) > 4 else ""
         )
         raise FileExistsError(
-            f"{path} exists and is not a Hub repo folder as it was built: {names} would be lost; choose another output folder"
+            f"{path} exists and its manifest.json does not list {names}, which would be lost: choose another output folder"
         )
     return path
 
@@ -159,7 +162,7 @@ def _from_model(model: PreTrainedModel, folder: Path, max_shard_size: int) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CodeNotSaved)
         save_model_files(model, folder, max_shard_size)
-    for stale in folder.glob("*.py"):  # of a class that is not ours, `save_pretrained` copies imports as they are
+    for stale in folder.glob("*.py"):  # written by `save_pretrained` without rewriting imports
         stale.unlink()
     _write_code(folder, code.files, code.auto_map)
 
@@ -174,11 +177,11 @@ def _from_files(
     checkpoint = open_checkpoint(source)
     if len(checkpoint.sections) > 1:
         raise CheckpointError(
-            f"{where} holds several models ({', '.join(checkpoint.sections)}): `mymodels convert` one first"
+            f"{where} holds several models ({', '.join(checkpoint.sections)}): extract one with `mymodels convert`"
         )
     stored = {name: checkpoint.info[name] for name in sorted(checkpoint) if name not in checkpoint.aliases}
     tensors = Checkpoint(checkpoint.path, checkpoint.format, stored, checkpoint.__getitem__)
-    for name in files_taken(where) if source.is_dir() else _beside(source):
+    for name in files_to_copy(where) if source.is_dir() else _companion_files(source):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(where, name, where), folder / name)
     normalise_tokenizer_config(folder)
@@ -190,7 +193,7 @@ def _from_files(
         _write_named_code(folder, code, config, where)
         return
     entries: list[Path] = []
-    targets = [target for file in _WITH_CODE for target in _targets(where / file)]
+    targets = [target for file in _WITH_CODE for target in _auto_map_targets(where / file)]
     first = [name for _, name in targets]
     if config.get("model_type") in _OURS and not own_code(config, reader(where)):
         _check_saved_class(config, where)
@@ -208,24 +211,26 @@ def _from_files(
         if all(name is None or str(name).split(".")[0] in own for name in names):
             known[auto_class] = target
     config_class = str(known.get("AutoConfig", "")).rpartition(".")[2]
-    found = served(files, [*first, *config.get("architectures", [])], config_class=config_class)
+    found = auto_map_of_files(files, [*first, *config.get("architectures", [])], config_class=config_class)
     _write_code(folder, files, {**found, **known})
 
 
-def _beside(file: Path) -> list[str]:
-    """What is taken from beside a file of weights: config and tokenizer."""
-    return [name for name in files_taken(file.parent) if "/" not in name and kind_of(name) in ("config", "tokenizer")]
+def _companion_files(file: Path) -> list[str]:
+    """The config and tokenizer files beside a file of weights."""
+    return [name for name in files_to_copy(file.parent) if "/" not in name and kind_of(name) in ("config", "tokenizer")]
 
 
 def _write_named_code(folder: Path, code: NamedCode, config: Mapping[str, Any], where: Path) -> None:
-    """Code files named by the user or found in the folder, those of its tokenizer, and the config that names their classes."""
+    """Write code files given by the user or found in the folder, those of its tokenizer, and the config."""
     others = {auto: target for auto, target in (config.get("auto_map") or {}).items() if not auto.startswith("Auto")}
     path = folder / CONFIG_NAME
     changed = {**read_json(path), "architectures": [code.architecture]}
     if code.model_type:
         changed["model_type"] = code.model_type
     path.write_text(json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    extra = [inside(where, f"{module}.py", where) for file in _WITH_CODE[1:] for module, _ in _targets(where / file)]
+    extra = [
+        inside(where, f"{module}.py", where) for file in _WITH_CODE[1:] for module, _ in _auto_map_targets(where / file)
+    ]
     _write_code(folder, {**collect_code(extra, within=where), **code.files}, {**others, **code.auto_map})
 
 
@@ -236,10 +241,10 @@ def _check_saved_class(config: Mapping[str, Any], where: Path) -> None:
         raise CheckpointError(str(error)) from None
 
 
-def files_taken(where: Path) -> list[str]:
-    """The files of a source folder that a build copies as they are; of subfolders, weights too.
+def files_to_copy(where: Path) -> list[str]:
+    """The files of a source folder that a build copies unchanged; in subfolders, weights too.
 
-    Left out are its own weights, code and manifest, which are made anew, and whatever belongs to no model.
+    Excluded are weights, code and manifest, which the build writes itself, and files that do not belong to a model.
     """
     names = sorted(file.relative_to(where).as_posix() for file in where.rglob("*") if file.is_file())
     taken = []
@@ -252,17 +257,17 @@ def files_taken(where: Path) -> list[str]:
         if (
             not hidden
             and not base.startswith(".")
-            and (kind_of(base) in _TAKEN or (folders and kind_of(base) == "weights"))
+            and (kind_of(base) in _COPIED_KINDS or (folders and kind_of(base) == "weights"))
         ):
             taken.append(name)
     return taken
 
 
-def _targets(path: Path) -> list[tuple[str, str]]:
+def _auto_map_targets(path: Path) -> list[tuple[str, str]]:
     """The (module, class) pairs that a config file's `auto_map` names in this folder.
 
     Raises:
-        CheckpointError: one is no module and class.
+        CheckpointError: an entry is not of the form `file.Class`.
     """
     auto_map = read_json(path).get("auto_map") if path.is_file() else None
     values = list(auto_map.values()) if isinstance(auto_map, dict) else []
@@ -274,7 +279,7 @@ def _targets(path: Path) -> list[tuple[str, str]]:
         if "--" in entry:
             continue
         if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", entry):
-            raise CheckpointError(f"{path}: auto_map names {printable(entry)!r}, which is no file.Class: correct it")
+            raise CheckpointError(f"{path}: the auto_map entry {printable(entry)!r} is not file.Class: correct it")
         module, _, name = entry.rpartition(".")
         found.append((module, name))
     return found

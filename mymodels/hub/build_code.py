@@ -1,4 +1,4 @@
-"""`build --code`: the model classes of files that the user names, and the Auto classes that they are for."""
+"""`build --code`: the model classes in files that the user names, and their Auto classes."""
 
 import ast
 import difflib
@@ -13,13 +13,13 @@ from ..checkpoints import CheckpointError
 from ..checkpoints.opening import shard_problem
 from ..released import CONFIGS
 from .auto_class_names import auto_class_of, known_auto_classes
-from .code_files import collect_code, config_class_of, forward_arguments, is_a, served
+from .code_files import auto_map_of_files, collect_code, config_class_of, forward_arguments, is_a
 
 Classes = Mapping[str, tuple[str, ast.ClassDef]]
 
 
 class NamedCode(NamedTuple):
-    """Code files by name, `auto_map`, the class that the weights are of, and the `model_type` of its config class."""
+    """Code files by name, `auto_map`, the class of the weights, and the `model_type` of its config class."""
 
     files: dict[str, str]
     auto_map: dict[str, str]
@@ -34,19 +34,19 @@ def check_parts(source: Path, where: Path) -> None:
     if not (where / "config.json").is_file():
         what = f"{source} has" if source.is_dir() else f"{source} is a file of weights alone, and {where} has"
         raise CheckpointError(
-            f"{what} no config.json, so nobody could load it: put it beside the weights, "
-            f"by model.config.save_pretrained({str(where)!r})"
+            f"{what} no config.json, without which the model cannot be loaded: write it beside the weights with "
+            f"model.config.save_pretrained({str(where)!r})"
         )
 
 
 def code_in_folder(where: Path, config: Mapping[str, Any], *, asked: bool) -> list[Path]:
-    """The code files that lie in a folder without an `auto_map`, if they define what its weights are of.
+    """The code files in a folder without an `auto_map` that define the class of its weights.
 
     Args:
-        asked: whether the user has named a class, so that code is wanted.
+        asked: whether the user passed `auto_classes`, so that code is required.
 
     Raises:
-        CheckpointError: neither transformers nor the folder's code knows the model.
+        CheckpointError: neither transformers nor the folder's code defines the model.
     """
     auto_map = config.get("auto_map") or {}
     if asked:
@@ -75,20 +75,20 @@ def code_in_folder(where: Path, config: Mapping[str, Any], *, asked: bool) -> li
 
 
 def files_with_models(where: Path) -> list[Path]:
-    """The `.py` files of a folder that define a class derived from `PreTrainedModel`: what is used if no code is named."""
+    """The `.py` files of a folder that define a class derived from `PreTrainedModel`."""
     found = []
     for path in sorted(where.glob("*.py")):
         try:
             classes = classes_of({path.name: path.read_text(encoding="utf-8")})
         except (SyntaxError, ValueError, RecursionError):
-            continue  # not a file that could be imported either
+            continue  # it could not be imported either
         if any(is_a(name, "PreTrainedModel", classes) for name in classes):
             found.append(path)
     return found
 
 
 def classes_of(texts: Mapping[str, str]) -> dict[str, tuple[str, ast.ClassDef]]:
-    """Class name → (file, definition), of classes at the top level of code files."""
+    """Class name → (file, definition) of the top-level classes in code files."""
     return {
         node.name: (file, node)
         for file, text in texts.items()
@@ -98,7 +98,7 @@ def classes_of(texts: Mapping[str, str]) -> dict[str, tuple[str, ast.ClassDef]]:
 
 
 def check_code_arguments(code: Sequence[Path], auto_classes: Mapping[str, str]) -> None:
-    """Raise a `CheckpointError` for a code file that is not there, or an Auto class that transformers does not have."""
+    """Raise a `CheckpointError` for a code file that does not exist, or an Auto class that transformers does not have."""
     for path in code:
         if not path.is_file() or path.suffix != ".py":
             what = "is no .py file" if path.exists() else "does not exist"
@@ -107,11 +107,11 @@ def check_code_arguments(code: Sequence[Path], auto_classes: Mapping[str, str]) 
     for auto_class in auto_classes:
         if auto_class not in known:
             raise CheckpointError(
-                f"transformers {transformers.__version__} has no {auto_class}: {_nearest(auto_class, known)}"
+                f"transformers {transformers.__version__} has no {auto_class}: {_suggest(auto_class, known)}"
             )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _suggest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, 3) or known[:6]
     return f"choose one such as {', '.join(near)}" if near else "there is none to choose from"
@@ -120,16 +120,16 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def named_code(
     code: Sequence[Path], config: Mapping[str, Any], auto_classes: Mapping[str, str], *, within: Path | None = None
 ) -> NamedCode:
-    """The code files, flat, and the Auto classes that they serve; nothing of them is executed.
+    """The code files for a flat folder, and the `auto_map` of their classes; none of the code is executed.
 
     Args:
-        code: files with the model's classes; what they import of their own code is copied along.
+        code: files with the model's classes; files that they import from their own package are included.
         config: the content of `config.json`.
-        auto_classes: Auto class → class; for classes whose names do not say which Auto class they are for.
+        auto_classes: Auto class → class, for classes whose suffix does not determine the Auto class.
         within: see `collect_code`.
 
     Raises:
-        CheckpointError: a class is not there or no model, or no Auto class is known for the model.
+        CheckpointError: a class does not exist or is no model, or the model's Auto class cannot be determined.
     """
     files = collect_code(code, within=within)
     classes = classes_of(files)
@@ -147,7 +147,7 @@ def named_code(
     chosen = [name for name in auto_classes.values() if name in models]
     wanted = [*chosen, *(name for name in architectures if name in models)]
     config_class = auto_classes.get("AutoConfig") or _config_class(config, wanted or models, classes)
-    found = served(files, [*(wanted or models), config_class], config_class=config_class)
+    found = auto_map_of_files(files, [*(wanted or models), config_class], config_class=config_class)
     given = {auto: f"{Path(classes[name][0]).stem}.{name}" for auto, name in auto_classes.items()}
     auto_map = {**found, **given}
     if config_class in classes:
@@ -164,8 +164,8 @@ def named_code(
             raise _no_auto_class(models[0], classes)
         if len(set(candidates)) > 1:
             raise CheckpointError(
-                f"{names} defines {', '.join(sorted(set(candidates)))}, and config.json does not say which the weights are "
-                'of: set "architectures" there, or pass one by --auto-class AutoModelFor…=CLASS (auto_classes=)'
+                f"{names} defines {', '.join(sorted(set(candidates)))}, and config.json does not name the class of the "
+                'weights: set "architectures" there, or pass --auto-class AutoModelFor…=CLASS (auto_classes=)'
             )
         main = candidates[0]
     model_type = _model_type(classes[config_class][1]) if config_class in classes else None
@@ -174,7 +174,7 @@ def named_code(
 
 def _check_class(auto_class: str, name: str, classes: Classes, names: str) -> None:
     if name not in classes:
-        raise CheckpointError(f"{names} defines no class {name}: {_nearest(name, classes)}")
+        raise CheckpointError(f"{names} defines no class {name}: {_suggest(name, classes)}")
     base = "Config" if auto_class == "AutoConfig" else "PreTrainedModel"
     if not is_a(name, base, classes):
         place = f"{classes[name][0]}:{classes[name][1].lineno}"
@@ -187,7 +187,7 @@ def _check_class(auto_class: str, name: str, classes: Classes, names: str) -> No
 
 
 def _config_class(config: Mapping[str, Any], models: Sequence[str], classes: Classes) -> str:
-    """The name of the config class: what the models' `config_class` says, else the one of this `model_type`, else the only one."""
+    """The name of the config class: the models' `config_class`, else the one with this `model_type`, else the only one."""
     for name in models:
         if found := config_class_of(name, classes):
             return found
@@ -197,8 +197,8 @@ def _config_class(config: Mapping[str, Any], models: Sequence[str], classes: Cla
         return (of_type or configs)[0]
     if len(configs) > 1:
         raise CheckpointError(
-            f"the code defines {', '.join(sorted(configs))}, and none is the config_class of the model: set config_class, "
-            "or pass --auto-class AutoConfig=CLASS"
+            f"the code defines {', '.join(sorted(configs))}, but the model has no config_class: set it, or pass "
+            "--auto-class AutoConfig=CLASS"
         )
     return ""
 
@@ -216,7 +216,7 @@ def _no_auto_class(name: str, classes: Classes) -> CheckpointError:
     file, node = classes[name]
     takes = [argument for argument in forward_arguments(name, classes) if argument != "labels"]
     return CheckpointError(
-        f"{file}:{node.lineno}: the name {name} does not say which Auto class it is for (forward takes "
-        f"{', '.join(takes[:4]) or 'nothing that is written here'}): pass --auto-class AutoModelFor…={name}, or "
+        f"{file}:{node.lineno}: the Auto class of {name} cannot be determined from its name (forward takes "
+        f"{', '.join(takes[:4]) or 'unknown arguments'}): pass --auto-class AutoModelFor…={name}, or "
         f"--auto-class AutoModel={name} for a model without a head (auto_classes=)"
     )

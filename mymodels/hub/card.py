@@ -31,7 +31,7 @@ PIPELINE_TAGS = {
     "AutoModelForTimeSeriesPrediction": "time-series-forecasting",
     "AutoModel": "feature-extraction",
 }
-_NEEDS_PROCESSOR = (
+_NEED_PROCESSOR = (
     "image",
     "audio",
     "video",
@@ -39,31 +39,32 @@ _NEEDS_PROCESSOR = (
     "object",
 )  # pipelines for these load one from the folder
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_UNSAID = "Its author has not said."
+_UNKNOWN = "Not specified by the author."
 
 
 @dataclass
 class Card:
-    """What a model card says beyond what the folder shows by itself.
+    """The content of a model card that cannot be read from the folder.
 
     Attributes:
         name: title; default: the folder's name.
-        repo_id: what the snippet loads, a folder or `user/name`; default: the folder's name.
-        license: an identifier the Hub knows, such as `"apache-2.0"`; `"other"` where nobody has said.
-        language: one code or several.
-        base_model: the Hub id of the model that it was made from.
-        datasets: Hub ids of the data it was trained on.
-        dataset: name of the data that `metrics` were measured on.
-        metrics: measured values by metric name, on data held out from training.
-        pictures: picture files of the folder, shown under the results, with their captions.
+        repo_id: the folder or `user/name` in the code example; default: the folder's name.
+        license: a license identifier of the Hub, such as `"apache-2.0"`; `"other"` if unknown.
+        language: one language code or several.
+        base_model: Hub id of the model that this one was derived from.
+        datasets: Hub ids of the training data.
+        dataset: name of the data on which `metrics` were measured.
+        metrics: metric name → value, measured on data held out from training.
+        pictures: image file in the folder → caption, shown under the results.
+        tags: further tags of the Hub.
         training_data, limits, description: texts.
     """
 
     name: str = ""
     repo_id: str = ""
     description: str = ""
-    training_data: str = _UNSAID
-    limits: str = _UNSAID
+    training_data: str = _UNKNOWN
+    limits: str = _UNKNOWN
     dataset: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     pictures: Mapping[str, str] = field(default_factory=dict)
@@ -75,12 +76,12 @@ class Card:
 
 
 def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None = None) -> str:
-    """The text of a card: what the model is, how to load it, what it was trained on, how well it does, its limits.
+    """The text of a model card: metadata, architecture, code example, training data, results, limits.
 
     Args:
-        folder: a Hub repo folder with config and weights; its architecture decides the task and the Auto class shown.
-        name: what to call it where the card does not say.
-        history: a `trainer_state.json` of transformers' Trainer, for metrics and training where the card has none.
+        folder: a Hub repo folder with config and weights; its architecture determines the task and the Auto class.
+        name: the title if the card has none.
+        history: a `trainer_state.json` of transformers' Trainer, for metrics and training data that the card lacks.
     """
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["AutoModel"])[0]
@@ -88,20 +89,20 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
     parameters = sum(info.numel for info in open_checkpoint(folder).info.values())
     metrics, training = dict(card.metrics), card.training_data
     if history is not None and history.is_file():
-        measured, described = _trained(read_json(history))
+        measured, described = _from_trainer_state(read_json(history))
         metrics = metrics or measured
-        training = described if training == _UNSAID else training
+        training = described if training == _UNKNOWN else training
     title, repo_id, task = card.name or name, card.repo_id or name, PIPELINE_TAGS.get(auto_class, "feature-extraction")
     custom = bool(config.get("auto_map"))
     has_processor = any((folder / name).is_file() for name in _PROCESSORS)
     where = card.dataset or (
-        "the evaluation data of its training" if not card.metrics else "data its author has not named"
+        "the evaluation data of its training" if not card.metrics else "data not named by the author"
     )
     data = ModelCardData(
         language=card.language if card.language is None or isinstance(card.language, str) else list(card.language),
         license=card.license,
         library_name="transformers",
-        pipeline_tag=None if task.startswith(_NEEDS_PROCESSOR) and not has_processor else task,
+        pipeline_tag=None if task.startswith(_NEED_PROCESSOR) and not has_processor else task,
         tags=[*dict.fromkeys([str(config.get("model_type")), *(["custom_code"] if custom else []), *card.tags])],
         base_model=card.base_model,
         datasets=list(card.datasets) or None,
@@ -123,7 +124,7 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
     trust = ", trust_remote_code=True" if custom else ""
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items())
-    results = f"On {where}:\n\n| metric | value |\n|---|---|\n{rows}" if metrics else _UNSAID
+    results = f"On {where}:\n\n| metric | value |\n|---|---|\n{rows}" if metrics else _UNKNOWN
     results += "".join(f"\n\n![{caption}]({file})" for file, caption in card.pictures.items())
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})\n' if has_tokenizer else ""
     made_from = f" Made from [{card.base_model}](https://huggingface.co/{card.base_model})." if card.base_model else ""
@@ -144,7 +145,7 @@ def card_of_folder(folder: Path, card: Card, *, name: str, history: Path | None 
 
 
 def _auto_class(config: Mapping[str, Any], architecture: str) -> str:
-    """The Auto class for the class that was saved: as `auto_map` says, else by its name."""
+    """The Auto class of the saved class, from `auto_map` or else from its name."""
     for auto_class, target in (config.get("auto_map") or {}).items():
         if isinstance(target, str) and target.rpartition(".")[2] == architecture and auto_class.startswith("AutoModel"):
             return auto_class
@@ -171,8 +172,8 @@ def _metric_type(metric: str) -> str:
     return metric.lower().split(" (")[0].replace(" ", "_")
 
 
-def _trained(state: Mapping[str, Any]) -> tuple[dict[str, float], str]:
-    """Metrics and a sentence from the Trainer's history."""
+def _from_trainer_state(state: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+    """Metrics, and a sentence on the training data, from the Trainer's history."""
     log = [entry for entry in state.get("log_history", []) if isinstance(entry, dict)]
     last = next((entry for entry in reversed(log) if any(key.startswith("eval_") for key in entry)), {})
     skipped = ("runtime", "per_second", "samples", "steps")
@@ -182,5 +183,5 @@ def _trained(state: Mapping[str, Any]) -> tuple[dict[str, float], str]:
         if key.startswith("eval_") and isinstance(value, (int, float)) and not key.endswith(skipped)
     }
     steps, epochs = state.get("global_step"), state.get("epoch")
-    told = f"Fine-tuned for {steps} steps" + (f" ({epochs:g} epochs)" if isinstance(epochs, (int, float)) else "")
-    return metrics, f"{told}; the data itself its author has not named." if steps else _UNSAID
+    trained = f"Fine-tuned for {steps} steps" + (f" ({epochs:g} epochs)" if isinstance(epochs, (int, float)) else "")
+    return metrics, f"{trained} on data not named by the author." if steps else _UNKNOWN

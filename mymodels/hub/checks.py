@@ -1,4 +1,4 @@
-"""What every check of a Hub repo folder returns."""
+"""The result of a check of a Hub repo folder."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,12 @@ class Check(NamedTuple):
     """The outcome of one check.
 
     Attributes:
-        name: which check, stable and short, such as `"auto_map"` or `"cached generation"`; several outcomes may share it.
-        status: `"ok"`, `"failed"`, `"warning"` (a reader should see it, but it is no fault), `"skipped"` (left out
-            though it should have been looked at) or `"n/a"` (the folder has nothing that the check is about, such as
-            generation for an encoder, or files beside the needed ones).
-        what: one clear sentence on what is wrong; for `"skipped"` and `"n/a"` why; for `"ok"` what was found, or nothing.
-        where: file, line, tensor or key it is about, such as `"modeling_x.py:42"`.
-        remedy: what to do about it.
+        name: a short, stable name, such as `"auto_map"` or `"cached generation"`; several outcomes may share it.
+        status: `"ok"`, `"failed"`, `"warning"` (worth reading, but no fault), `"skipped"` (applicable, but not
+            checked) or `"n/a"` (not applicable to this folder, such as generation for an encoder).
+        what: one sentence on what is wrong; for `"skipped"` and `"n/a"` the reason; for `"ok"` what was found, or "".
+        where: the file, line, tensor or key concerned, such as `"modeling_x.py:42"`.
+        remedy: how to fix it.
     """
 
     name: str

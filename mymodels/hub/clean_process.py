@@ -1,7 +1,7 @@
-"""Run a folder's code as a stranger would: in a new process without mymodels, with an empty cache, offline, in limits.
+"""Run a folder's code in a new process: without mymodels, offline, with an empty cache and limits of time and memory.
 
-`isolated/run.py` is what runs there. Its job goes in as JSON, its results come out as a file of events, and nothing it
-does, crashing and hanging included, raises here.
+The process runs `isolated/run.py`. It reads its job as JSON and writes its results to a file of events. Whatever
+happens in it, crashes and timeouts included, raises nothing here.
 """
 
 import contextlib
@@ -28,22 +28,22 @@ from ..messages import one_line
 
 SCRIPT = Path(__file__).parent / "isolated" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
-_STARTING = 120.0  # seconds, for a machine that is busy: Python and the libraries
+_STARTUP_LIMIT = 120.0  # seconds, for a machine that is busy: Python and the libraries
 _INTERVAL = 0.25  # seconds between two reports of progress
-_A_DAY = 86_400.0
+_ONE_DAY = 86_400.0
 LONGEST = 1000  # characters of one message; a folder may have anything to say
-_COPIED = 10_000_000  # bytes; larger files are linked
-_KEPT = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
+_COPY_LIMIT = 10_000_000  # bytes; larger files are linked
+_INHERITED = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
 
 
 class CleanRun(NamedTuple):
-    """What came out of a clean process.
+    """The results of a clean process.
 
     Attributes:
-        events: what it reported, in order.
-        failure: why it did not come to its end, in words; empty if it did.
-        scratch: its temporary folder, gone after the `with` block.
-        seconds: how long it took.
+        events: its reports, in order.
+        failure: a sentence on why it did not complete; empty if it did.
+        scratch: its temporary folder, deleted after the `with` block.
+        seconds: its duration.
     """
 
     events: list[dict[str, Any]]
@@ -81,7 +81,7 @@ def clean_process(
         job: more that the stages want.
 
     Yields:
-        the `CleanRun`; whatever happened in there, this raises nothing.
+        The `CleanRun`. Failures of the process are reported there and raise nothing.
     """
     with tempfile.TemporaryDirectory(prefix="mymodels-clean-", ignore_cleanup_errors=True) as name:
         scratch = Path(name).resolve()
@@ -94,7 +94,7 @@ def clean_process(
                 "saved": str(scratch / "saved" / f"{folder.name}-saved"),
                 "events": str(scratch / "events.jsonl"),
                 "release": str(release) if release else None,
-                "golden": _beside(golden, scratch, "golden-input.safetensors"),
+                "golden": _copy_into(golden, scratch, "golden-input.safetensors"),
                 "time_limit": time_limit,
                 "stages": stages,
                 **job,
@@ -103,7 +103,7 @@ def clean_process(
             everything["memory_limit"] = default if memory_limit is None else memory_limit
             (scratch / "events.jsonl").touch()
             (scratch / "job.json").write_text(json.dumps(everything), encoding="utf-8")
-            failure = _run(scratch, _STARTING + time_limit * len(stages), progress)
+            failure = _run(scratch, _STARTUP_LIMIT + time_limit * len(stages), progress)
             events = _read_events(scratch)
         except (OSError, CheckpointError) as error:
             events, failure = [], str(error)
@@ -111,10 +111,10 @@ def clean_process(
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """What the stages need to know of a folder: the classes to load, the first being that of `architectures`.
+    """The settings of the stages that depend on the folder: the classes to load, that of `architectures` first.
 
     Raises:
-        CheckpointError: `config.json` is missing or no JSON object.
+        CheckpointError: `config.json` is missing or is no JSON object.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: name the folder of a model")
@@ -167,25 +167,25 @@ def load_in_clean_process(
         RuntimeError: the process failed; the message says why.
     """
     how: dict[str, Any] = {"texts": texts, "prompt": prompt, "max_new_tokens": max_new_tokens, "device_map": device_map}
-    with clean_process(path, ["texts"], time_limit=_A_DAY, memory_limit=0, classes=auto_classes, **how) as run:
+    with clean_process(path, ["texts"], time_limit=_ONE_DAY, memory_limit=0, classes=auto_classes, **how) as run:
         if not (run.scratch / "report.json").exists():
-            raise RuntimeError(f"{path} did not load in a clean process: {why(run)}")
+            raise RuntimeError(f"{path} did not load in a clean process: {failure_reason(run)}")
         report = json.loads((run.scratch / "report.json").read_text(encoding="utf-8"))
         return report, load_file(run.scratch / "outputs.safetensors")
 
 
-def why(run: CleanRun) -> str:
-    """Why a run did not get to its end, in words."""
+def failure_reason(run: CleanRun) -> str:
+    """A sentence on why a run did not complete."""
     for event in reversed(run.events):
         if "ended" in event:
             place = f" ({event['where']})" if event["where"] else ""
-            said = f"it {event['how']}: {event['last']}{place}" if event["last"] else f"it {event['how']}{place}"
-            return one_line(said, LONGEST)
+            last = f": {event['last']}" if event["last"] else ""
+            return one_line(f"it {event['how']}{last}{place}", LONGEST)
     return one_line(run.failure, LONGEST) or "it reported nothing"
 
 
 def _copy(source: Path, parent: Path) -> Path:
-    """A copy of a folder that may be changed without changing the folder; its name, which names modules, is kept."""
+    """Copy a folder, large files as links; the name is kept, because transformers names modules after it."""
     name = re.sub(r"[^\w.-]", "_", source.resolve().name) or "folder"
     copy = parent / name
     copy.mkdir(parents=True)
@@ -198,14 +198,14 @@ def _copy(source: Path, parent: Path) -> Path:
             inside(source, origin.relative_to(source).as_posix(), source)
             if not origin.is_file():
                 continue
-            if origin.stat().st_size > _COPIED:
+            if origin.stat().st_size > _COPY_LIMIT:
                 (here / file).symlink_to(origin.resolve())
             else:
                 shutil.copyfile(origin, here / file)
     return copy
 
 
-def _beside(file: Path | None, scratch: Path, name: str) -> str | None:
+def _copy_into(file: Path | None, scratch: Path, name: str) -> str | None:
     if file is None:
         return None
     shutil.copyfile(file, scratch / name)
@@ -213,17 +213,17 @@ def _beside(file: Path | None, scratch: Path, name: str) -> str | None:
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """The environment variables of a clean process: nothing of the user's own, no network, no progress bars."""
-    kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+    """The environment variables of a clean process: no user settings, no network, no progress bars."""
+    kept = {name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)}
     return kept | {
         "HF_HOME": str(scratch / "hf"),
         "HOME": str(scratch),
         "TMPDIR": str(scratch),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",  # a progress bar makes a lock of multiprocessing, which shows as a side effect
+        "TQDM_DISABLE": "1",  # progress bars create a multiprocessing lock, which would be reported as a side effect
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",  # the same order of sums each time
+        "OMP_NUM_THREADS": "1",  # a fixed order of summation
         "MKL_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "USE_TF": "0",
@@ -232,7 +232,7 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 def _run(scratch: Path, time_limit: float, progress: Callable[[str], None] | None = None) -> str:
-    """Start the process and wait for it; why it failed, in words."""
+    """Start the process and wait for it; returns a sentence on why it failed, or ""."""
     with (scratch / "stderr").open("wb") as errors:
         # -I: no PYTHONPATH, no user packages, nothing from the script's own folder
         process = subprocess.Popen(
@@ -257,9 +257,9 @@ def _run(scratch: Path, time_limit: float, progress: Callable[[str], None] | Non
             process.wait()
     if code == 0:
         return ""
-    said = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    printed = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     how = f"did not end within {time_limit:g} s" if code is None else f"ended with exit code {code}"
-    return f"it {how}: {said[-1].strip()[:300]}" if said else f"it {how}"
+    return f"it {how}: {printed[-1].strip()[:300]}" if printed else f"it {how}"
 
 
 def _wait(process: subprocess.Popen, scratch: Path, time_limit: float, progress: Callable[[str], None] | None) -> int:
@@ -275,7 +275,7 @@ def _wait(process: subprocess.Popen, scratch: Path, time_limit: float, progress:
 
 
 def _read_events(scratch: Path) -> list[dict[str, Any]]:
-    """The events so far, temporary paths shortened; lines that are none, by the folder's own code, left out."""
+    """The events so far, with temporary paths shortened; skips invalid lines, which the folder's code may write."""
     events = []
     text = (scratch / "events.jsonl").read_text(encoding="utf-8", errors="replace")
     for line in text.replace(f"{scratch / 'folder'}/", "").splitlines():

@@ -1,7 +1,7 @@
-"""The code files of a model, flat as the Hub wants them, and the Auto classes that they serve.
+"""The code files of a model, for one flat folder as the Hub requires, and the `auto_map` of their classes.
 
-transformers copies a model's file and what it imports relatively into one folder, without changing a line: `from ..x`
-and absolute imports of one's own package then fail elsewhere. Here such imports are rewritten.
+transformers copies a model's file and its relative imports into one folder unchanged, where `from ..x` and absolute
+imports of the model's own package fail. Here such imports are rewritten.
 """
 
 import ast
@@ -21,22 +21,22 @@ from ..checkpoints import CheckpointError
 from ..checkpoints.safetensors_files import inside
 from .auto_class_names import auto_class_of
 
-_MODELS = Path(__file__).parent.parent / "models"  # copied along wherever they are imported
+_MODELS = Path(__file__).parent.parent / "models"  # files that are copied wherever they are imported
 
 
 class Import(NamedTuple):
-    """One `from … import …` of one's own code, or what it takes from one of several files."""
+    """A `from … import …` statement of the model's own code, or the part of it that one file defines."""
 
     node: ast.ImportFrom
     file: Path
-    names: tuple[ast.alias, ...] = ()  # of several files, those that are taken from this one
+    names: tuple[ast.alias, ...] = ()  # if several files define the names: those from `file`
 
 
 def file_of(cls: type) -> Path | None:
-    """The file a class is defined in, None if it is one of transformers' own.
+    """The file that defines a class; None for a class of transformers.
 
     Raises:
-        CheckpointError: it is in no file, such as a notebook's cell.
+        CheckpointError: the class is not defined in a file, but for example in a notebook.
     """
     if cls.__module__.split(".")[0] == "transformers":
         return None
@@ -49,23 +49,23 @@ def file_of(cls: type) -> Path | None:
 
 
 def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict[str, str]:
-    """The text of `entries` and of all that they import of their own code, by file name, ready to lie in one folder.
+    """File name → text of `entries` and of the files of their package that they import, for one flat folder.
 
-    Imports of one's own package, relative or absolute, become `from .name import …`; what an entry needs only
-    indirectly it also imports itself, because transformers before 5.7 fetches no more than that.
+    Imports of the own package, relative or absolute, become `from .name import …`. An entry also imports the files
+    that it needs indirectly, because transformers before 5.7 fetches only direct imports.
 
     Args:
-        within: a folder that nothing may be taken from outside of, but for the models that mymodels ships.
+        within: no file may be outside of this folder, except for the models that mymodels ships.
 
     Raises:
-        CheckpointError: an import cannot be made flat or leads out of `within`, two files have one name, or a file is no Python; the message
-            names file and line.
+        CheckpointError: an import cannot be made flat or leads out of `within`, two files have the same name, or a file
+            is not valid Python; the message names file and line.
     """
     found: dict[str, Path] = {}
     texts: dict[str, str] = {}
     direct: dict[str, set[str]] = {}
     queue = [Path(entry) for entry in entries]
-    entry_names = [path.name for path in queue]
+    entry_names = list(dict.fromkeys(path.name for path in queue))
     while queue:
         path = queue.pop(0)
         first = found.setdefault(path.name, path)
@@ -76,27 +76,27 @@ def collect_code(entries: Iterable[Path], *, within: Path | None = None) -> dict
             continue
         if not path.stem.isidentifier():
             raise CheckpointError(
-                f"{path}: auto_map can name no file with such a name: rename it, to letters, digits and underscores"
+                f"{path}: auto_map cannot name a file with such a name: rename it to letters, digits and underscores"
             )
         try:
             text = path.read_text(encoding="utf-8")
             tree = ast.parse(text)
         except (SyntaxError, ValueError, OSError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no Python file that could be copied: {error}") from error
+            raise CheckpointError(f"{path} is not valid Python: {error}") from error
         imports = own_imports(path, tree)
         if within is not None:
             for one in imports:
                 _check_inside(one, path, within)
-        texts[path.name] = _rewritten(text, imports)
+        texts[path.name] = _rewrite_imports(text, imports)
         direct[path.name] = {one.file.name for one in imports}
         queue += [one.file for one in imports]
     for name in entry_names:
-        texts[name] = _with_indirect(name, texts, direct)
+        texts[name] = _with_indirect_imports(name, texts, direct)
     return dict(sorted(texts.items()))
 
 
 def _check_inside(one: Import, path: Path, within: Path) -> None:
-    """Refuse what a folder's code takes from elsewhere on this machine."""
+    """Raise a `CheckpointError` for an import of a file outside of the folder."""
     root = within.resolve()
     if one.file.parent.resolve() == _MODELS.resolve():
         return
@@ -109,10 +109,10 @@ def _check_inside(one: Import, path: Path, within: Path) -> None:
 
 
 def own_imports(path: Path, tree: ast.Module) -> list[Import]:
-    """The imports of a file that are of its own package, or of the models that mymodels ships.
+    """The imports of a file from its own package, or from the models that mymodels ships.
 
     Raises:
-        CheckpointError: one cannot be made flat.
+        CheckpointError: an import cannot be made flat.
     """
     root = path.parent
     while (root / "__init__.py").is_file():
@@ -123,8 +123,8 @@ def own_imports(path: Path, tree: ast.Module) -> list[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 top = alias.name.split(".")[0]
-                if top in {package, "mymodels"} - {""} or (not package and _lies_beside(path, top)):
-                    raise _not_flat(path, node, f"import {alias.name}")
+                if top in {package, "mymodels"} - {""} or (not package and _is_sibling_module(path, top)):
+                    raise _not_flat_error(path, node, f"import {alias.name}")
         if not isinstance(node, ast.ImportFrom):
             continue
         parts = (node.module or "").split(".") if node.module else []
@@ -137,25 +137,25 @@ def own_imports(path: Path, tree: ast.Module) -> list[Import]:
         elif parts[:2] == ["mymodels", "models"] and len(parts) == 3:
             folder, parts = _MODELS, parts[2:]
         elif parts[:1] == ["mymodels"]:
-            found += _of_our_models(path, node)
+            found += _imports_of_mymodels(path, node)
             continue
-        elif parts and not package and _lies_beside(path, parts[0]):
+        elif parts and not package and _is_sibling_module(path, parts[0]):
             folder = root
         else:
             continue
         file = folder.joinpath(*parts).with_suffix(".py") if parts else folder / "__init__.py"
         if not parts or not file.is_file():
-            raise _not_flat(path, node, f"from {'.' * node.level}{node.module or ''} import …")
+            raise _not_flat_error(path, node, f"from {'.' * node.level}{node.module or ''} import …")
         found.append(Import(node, file))
     return found
 
 
-def _lies_beside(path: Path, name: str) -> bool:
-    """Whether a script's `import name` finds a file or folder beside it, and not an installed package."""
+def _is_sibling_module(path: Path, name: str) -> bool:
+    """Whether a script's `import name` imports a file or folder beside it, and not an installed package."""
     if name in sys.stdlib_module_names or not ((path.parent / f"{name}.py").is_file() or (path.parent / name).is_dir()):
         return False
     try:
-        spec = find_spec(name)  # of a package that is not there it is None, of a module without spec an error
+        spec = find_spec(name)  # None for a missing package; a module without spec raises
     except (ImportError, ValueError):
         spec = None
     if spec is None or spec.origin is None:
@@ -163,8 +163,8 @@ def _lies_beside(path: Path, name: str) -> bool:
     return Path(spec.origin).is_relative_to(path.parent)
 
 
-def _of_our_models(path: Path, node: ast.ImportFrom) -> list[Import]:
-    """`from mymodels import …`, by the files of `mymodels.models` that define the names."""
+def _imports_of_mymodels(path: Path, node: ast.ImportFrom) -> list[Import]:
+    """The imports of `from mymodels import …`, one for each file of `mymodels.models` that defines the names."""
     import mymodels
 
     by_file: dict[Path, list[ast.alias]] = {}
@@ -173,21 +173,21 @@ def _of_our_models(path: Path, node: ast.ImportFrom) -> list[Import]:
         module = getattr(found, "__module__", "")
         if not module.startswith("mymodels.models."):
             raise CheckpointError(
-                f"{path}:{node.lineno} imports {node.module}, which is not there on other machines: import from "
-                "mymodels.models.modeling_… (or configuration_…, base), which is copied along"
+                f"{path}:{node.lineno} imports {node.module}, which is not installed on other machines: import from "
+                "mymodels.models.modeling_… (or configuration_…, base), which is copied with the code"
             )
         by_file.setdefault(_MODELS / f"{module.rpartition('.')[2]}.py", []).append(alias)
     return [Import(node, file, tuple(names)) for file, names in by_file.items()]
 
 
-def _not_flat(path: Path, node: ast.stmt, statement: str) -> CheckpointError:
+def _not_flat_error(path: Path, node: ast.stmt, statement: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}:{node.lineno}: `{statement}` cannot be made flat, or its file is not there: write `from .name import …` "
-        "with the names that are needed"
+        f"{path}:{node.lineno}: `{statement}` cannot be made flat, or its file does not exist: write "
+        "`from .name import …` with the names that are needed"
     )
 
 
-def _rewritten(text: str, imports: list[Import]) -> str:
+def _rewrite_imports(text: str, imports: list[Import]) -> str:
     lines = text.split("\n")  # as Python counts them
     places: dict[tuple[int, int], list[Import]] = {}
     for one in imports:
@@ -199,11 +199,11 @@ def _rewritten(text: str, imports: list[Import]) -> str:
         if not names:
             heading = re.match(r"from\s+[.\w]+\s+import", rest)
             if heading is None:
-                raise _not_rewritten(file)
+                raise _not_rewritten_error(file)
             lines[line - 1] = f"{before}from .{file.stem} import{rest[heading.end() :]}"
             continue
         if before.strip() and len(found) > 1:
-            raise _not_rewritten(file)
+            raise _not_rewritten_error(file)
         after = lines[(node.end_lineno or line) - 1].encode()[node.end_col_offset :].decode()
         statements = [f"from .{f.stem} import {', '.join(map(ast.unparse, aliases))}" for _, f, aliases in found]
         indent = before if before.strip() == "" else ""
@@ -212,14 +212,12 @@ def _rewritten(text: str, imports: list[Import]) -> str:
     return "\n".join(lines)
 
 
-def _not_rewritten(file: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{file.name} is imported in a way that cannot be rewritten: write `from .name import …` in one line"
-    )
+def _not_rewritten_error(file: Path) -> CheckpointError:
+    return CheckpointError(f"the import of {file.name} cannot be rewritten: write `from .name import …` in one line")
 
 
-def _with_indirect(name: str, texts: dict[str, str], direct: dict[str, set[str]]) -> str:
-    """`name`'s text with an import of each file that it only needs through another one."""
+def _with_indirect_imports(name: str, texts: dict[str, str], direct: dict[str, set[str]]) -> str:
+    """The text of `name` with imports of the files that it needs only indirectly."""
     reached, queue = set(), list(direct[name])
     while queue:
         if (file := queue.pop()) not in reached:
@@ -228,34 +226,34 @@ def _with_indirect(name: str, texts: dict[str, str], direct: dict[str, set[str]]
     tree = ast.parse(texts[name])
     missing = sorted(reached - direct[name] - {name})
     lines = [
-        f"from .{Path(file).stem} import {_a_name(file, texts[file])}  # noqa: F401  needed indirectly\n"
+        f"from .{Path(file).stem} import {_first_definition(file, texts[file])}  # noqa: F401  needed indirectly\n"
         for file in missing
     ]
-    last = max((n.end_lineno or 0 for n in tree.body if _is_heading(n)), default=0)
+    last = max((n.end_lineno or 0 for n in tree.body if _precedes_imports(n)), default=0)
     parts = texts[name].split("\n")
     return "\n".join([*parts[:last], *lines, *parts[last:]])
 
 
-def _is_heading(node: ast.stmt) -> bool:
+def _precedes_imports(node: ast.stmt) -> bool:
     docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.lineno < 20
     return docstring or (isinstance(node, ast.ImportFrom) and node.module == "__future__")
 
 
-def _a_name(file: str, text: str) -> str:
+def _first_definition(file: str, text: str) -> str:
     for node in ast.parse(text).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             return node.name
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             return node.targets[0].id
-    raise CheckpointError(f"{file} defines nothing that could be imported: merge it into the file that needs it")
+    raise CheckpointError(f"{file} defines no name to import: merge it into the file that imports it")
 
 
-def served(texts: dict[str, str], first: Iterable[str] = (), *, config_class: str = "") -> dict[str, str]:
+def auto_map_of_files(texts: dict[str, str], first: Iterable[str] = (), *, config_class: str = "") -> dict[str, str]:
     """The `auto_map` of code files: Auto class → `file.Class`.
 
-    A class counts if it is a config or, however indirectly, a `PreTrainedModel`, and is called like one of `first` (the
-    classes that are known: `X` of `XForCausalLM` and `XModel`); of several for one Auto class, those in `first` come
-    first. With `config_class`, models that take another config are left out, because Auto classes would refuse them.
+    Included are configs and, directly or indirectly, subclasses of `PreTrainedModel` that share the name's stem with a
+    class of `first` (`X` of `XForCausalLM` and `XModel`). If several classes are for one Auto class, those in `first`
+    take precedence. With `config_class`, models of another config class are excluded, because Auto classes reject them.
     """
     wanted = list(first)
     stems = {stem for name in wanted if (stem := _stem(name))}
@@ -286,13 +284,13 @@ def _stem(name: str) -> str:
 
 
 def stock_model(name: str) -> type[PreTrainedModel] | None:
-    """transformers' own model class of this name, if there is one."""
+    """The model class of transformers with this name, or None."""
     found = getattr(transformers, name, None) if name.isidentifier() and name[:1].isupper() else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def forward_arguments(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> list[str]:
-    """The arguments of a class's `forward`, its own or inherited from what is written here or is transformers' own."""
+    """The arguments of a class's `forward`, its own or inherited from these classes or from transformers."""
     if name not in classes or depth == 0:
         stock: Any = stock_model(name)
         return list(inspect.signature(stock.forward).parameters)[1:] if stock else []
@@ -304,7 +302,7 @@ def forward_arguments(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]]
 
 
 def config_class_of(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> str:
-    """The name of a model's `config_class`, its own or inherited, also from transformers; `""` if none is known."""
+    """The name of a model's `config_class`, its own or inherited, also from transformers; `""` if there is none."""
     if name not in classes or depth == 0:
         return getattr(getattr(stock_model(name), "config_class", None), "__name__", "")
     for node in classes[name][1].body:
@@ -317,7 +315,7 @@ def config_class_of(name: str, classes: Mapping[str, tuple[str, ast.ClassDef]], 
 
 
 def is_a(name: str, ending: str, classes: Mapping[str, tuple[str, ast.ClassDef]], depth: int = 20) -> bool:
-    """Whether a class has an ancestor whose name ends so, or for `PreTrainedModel` a model class of transformers."""
+    """Whether a base class's name has this suffix; for `PreTrainedModel`, a model class of transformers counts too."""
     if name not in classes or depth == 0:
         return name.endswith(ending) or (ending == "PreTrainedModel" and stock_model(name) is not None)
     bases = [ast.unparse(base).split(".")[-1] for base in classes[name][1].bases]

@@ -1,4 +1,4 @@
-"""What serving engines and tools want of a model, each yes or no with the reason. Informational: never a failure."""
+"""Requirements of serving engines and tools: whether a model meets them, and what is missing. Never a failure."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,49 +13,49 @@ def _first_attention(facts: Facts) -> dict[str, Any]:
     return facts["attention"][0] if facts["attention"] else {}
 
 
-def _backend_wants(facts: Facts) -> list[str]:
-    """What the Transformers backends of vLLM and SGLang share; each line is a thing that is missing."""
+def _missing_for_backends(facts: Facts) -> list[str]:
+    """The missing requirements that the Transformers backends of vLLM and SGLang share, a sentence each."""
     attention, forward = _first_attention(facts), set(facts["forward"])
-    wants = []
+    missing = []
     if not facts["attention_backend"]:
-        wants.append("the class does not set _supports_attention_backend = True")
+        missing.append("the class does not set _supports_attention_backend = True")
     if not facts["forward_kwargs"]:
-        wants.append("forward takes no **kwargs, so nothing can be handed down to the attention")
+        missing.append("forward takes no **kwargs, so the engine cannot pass arguments to the attention")
     if not attention:
-        wants.append("no class with Attention in its name that holds the projections was found")
+        missing.append("there is no class with Attention in its name that holds the projections")
     elif not attention["kwargs"]:
-        wants.append(f"{attention['path']} takes no **kwargs")
-    if lacking := [name for name in ("layer_idx", "scaling", "is_causal") if attention and not attention[name]]:
-        wants.append(f"{attention['path']} has no attribute {', '.join(lacking)}")
-    if lacking := [name for name in ("input_ids", "inputs_embeds", "position_ids") if name not in forward]:
-        wants.append(f"the base model's forward does not name {', '.join(lacking)}")
-    return wants
+        missing.append(f"{attention['path']} takes no **kwargs")
+    if absent := [name for name in ("layer_idx", "scaling", "is_causal") if attention and not attention[name]]:
+        missing.append(f"{attention['path']} has no attribute {', '.join(absent)}")
+    if absent := [name for name in ("input_ids", "inputs_embeds", "position_ids") if name not in forward]:
+        missing.append(f"the base model's forward does not name {', '.join(absent)}")
+    return missing
 
 
 def _vllm(facts: Facts) -> list[str]:
-    wants = _backend_wants(facts)
+    missing = _missing_for_backends(facts)
     if facts["custom_code"] and not facts["auto_model"]:
-        wants.insert(0, "auto_map has no AutoModel")
+        missing.insert(0, "auto_map has no AutoModel")
     attention = _first_attention(facts)
     if attention and not attention["interface"]:
-        wants.append(
-            f"the forward of {attention['path']} does not look the attention function up in ALL_ATTENTION_FUNCTIONS "
-            "and call it there, once"
+        missing.append(
+            f"the forward of {attention['path']} does not take the attention function from ALL_ATTENTION_FUNCTIONS "
+            "and call it once"
         )
     if facts["conv1d"]:
-        wants.append(f"{', '.join(facts['conv1d'])} are Conv1D, not nn.Linear")
+        missing.append(f"{', '.join(facts['conv1d'])} are Conv1D, not nn.Linear")
     if not facts["input_embeddings"]:
-        wants.append("get_input_embeddings gives nothing")
+        missing.append("get_input_embeddings returns None")
     if not KNOWN_HEAD_NAMES & set(facts["heads"]) and facts["head_expected"]:
-        wants.append(f"the head is none of {', '.join(sorted(KNOWN_HEAD_NAMES))}")
-    return wants
+        missing.append(f"the head is none of {', '.join(sorted(KNOWN_HEAD_NAMES))}")
+    return missing
 
 
 def _sglang(facts: Facts) -> list[str]:
     needed = ("num_attention_heads", "hidden_size")
-    lacking = [name for name in needed if name not in facts["config"]]
-    wants = _backend_wants(facts)
-    return wants + ([f"the config has no {', '.join(lacking)}"] if lacking else [])
+    absent = [name for name in needed if name not in facts["config"]]
+    missing = _missing_for_backends(facts)
+    return missing + ([f"the config has no {', '.join(absent)}"] if absent else [])
 
 
 def _peft(facts: Facts) -> list[str]:
@@ -72,41 +72,41 @@ def _onnx(facts: Facts) -> list[str]:
     return [f"torch.export fails: {facts['export']}"] if facts["export"] else []
 
 
-def _peft_says(facts: Facts) -> str:
+def _peft_targets(facts: Facts) -> str:
     names = facts["linears"] or facts["conv1d"]
     return f"target_modules can be any of {', '.join(names)}"
 
 
-def _engine_says(facts: Facts) -> str:
+def _fused_by_engine(facts: Facts) -> str:
     fused = ", ".join(facts["fused"])
-    return f"the engine can fuse {fused}" if fused else "no projections or norms were found that the engine fuses"
+    return f"the engine can fuse {fused}" if fused else "there are no projections or norms that the engine fuses"
 
 
-# name, what is missing, what to say if nothing is
+# name, function that lists what is missing, note if nothing is
 READINESS: list[tuple[str, Callable[[Facts], list[str]], Callable[[Facts], str]]] = [
-    ("vLLM", _vllm, _engine_says),
-    ("SGLang", _sglang, lambda facts: "the attention is handed what the engine hands down"),
-    ("PEFT", _peft, _peft_says),
+    ("vLLM", _vllm, _fused_by_engine),
+    ("SGLang", _sglang, lambda facts: "the attention receives the engine's arguments"),
+    ("PEFT", _peft, _peft_targets),
     ("tensor parallel", _tensor_parallel, lambda facts: "there is a plan"),
-    ("ONNX export", _onnx, lambda facts: "torch.export takes the model"),
+    ("ONNX export", _onnx, lambda facts: "torch.export exports the model"),
 ]
 
 
 def serving_checks(facts: Facts | None, *, classes: list[str], custom_code: bool, export: str | None) -> list[Check]:
-    """Judge what the clean process read off the model.
+    """Checks of the model's structure, as the clean process reported it.
 
     Args:
-        facts: its event of this name, see `isolated/facts.py`; None if it could not tell.
-        classes: the Auto classes that the folder serves, that of `architectures` first.
-        custom_code: whether the folder brings its code.
-        export: what `torch.export` said, empty for success, None if it was not tried.
+        facts: the event of this name, see `isolated/facts.py`; None if there is none.
+        classes: the folder's Auto classes, that of `architectures` first.
+        custom_code: whether the folder has custom code.
+        export: the error of `torch.export`, "" for success, None if it was not tried.
 
     Returns:
-        One check for each engine or tool, `"ok"` for ready, `"warning"` for what is in the way, or `"skipped"`.
+        One check for each engine or tool: `"ok"` for ready, `"warning"` with what is missing, or `"skipped"`.
     """
     try:
         return _checks_of(dict(facts or {}), classes, custom_code, export)
-    except (KeyError, TypeError, ValueError, AttributeError):  # none, or made up by the folder's own code
+    except (KeyError, TypeError, ValueError, AttributeError):  # missing, or forged by the folder's code
         return [Check(name, "skipped", "the model's structure could not be read") for name, _, _ in READINESS]
 
 
@@ -119,12 +119,14 @@ def _checks_of(facts: Facts, classes: list[str], custom_code: bool, export: str 
         "export": export,
     }
     checks = []
-    for name, missing, says in READINESS:
+    for name, find_missing, describe in READINESS:
         if name == "ONNX export" and export is None:
             checks.append(Check(name, "skipped", "not tried"))
             continue
-        wants = missing(facts)
+        missing = find_missing(facts)
         checks.append(
-            Check(name, "warning", f"not ready: {'; '.join(wants)}") if wants else Check(name, "ok", says(facts))
+            Check(name, "warning", f"not ready: {'; '.join(missing)}")
+            if missing
+            else Check(name, "ok", describe(facts))
         )
     return checks

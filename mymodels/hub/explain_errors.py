@@ -1,4 +1,4 @@
-"""From an error that was raised to a sentence that names the cause, with the file: one table, looked up by text."""
+"""Explain errors: from the text of an exception to a sentence with the cause and the file, by one table."""
 
 import json
 import re
@@ -8,11 +8,11 @@ from typing import Any
 
 from .checks import Check
 
-_STANDARD = {  # names that transformers' own code reads from every config
+_STANDARD = {  # attributes that transformers reads from every config
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim"),
     *("max_position_embeddings", "intermediate_size"),
 }
-# what `PretrainedConfig` sets by itself through 4.57 and not from 5.0 on, as measured in 4.57.6 and 5.0.0
+# attributes that `PretrainedConfig` sets by default in 4.57.6 but not in 5.0.0
 _NO_DEFAULT_FROM_5 = frozenset(
     [
         "add_cross_attention",
@@ -62,7 +62,7 @@ _NO_DEFAULT_FROM_5 = frozenset(
 )
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads((folder / name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
@@ -74,8 +74,8 @@ def _attribute(match: re.Match, folder: Path) -> str:
     owner, name = match["owner"], match["name"]
     if name in _STANDARD:
         return (
-            f"{owner} has no {name}, the name by which transformers reads it: call the field so, or add "
-            f'attribute_map = {{"{name}": "the name you have"}} to the class'
+            f"{owner} has no {name}, which transformers reads: rename the field, or add "
+            f'attribute_map = {{"{name}": "your name"}} to the class'
         )
     if name in _NO_DEFAULT_FROM_5:
         return (
@@ -87,17 +87,17 @@ def _attribute(match: re.Match, folder: Path) -> str:
 
 def _without_mixin(match: re.Match, folder: Path) -> str:
     name = match["name"].rpartition(".")[2]
-    text = "".join(_text(path) for path in sorted(folder.glob("*.py")))
+    text = "".join(_read_text(path) for path in sorted(folder.glob("*.py")))
     found = re.search(rf"^class {re.escape(name)}\((?P<bases>[^)]*)\)", text, re.MULTILINE)
     if found is None or "GenerationMixin" in found["bases"]:
         return ""
     return (
-        f"{name} cannot be pickled: it does not derive from GenerationMixin, so transformers makes another class of that "
-        f"name; write class {name}({found['bases'].strip()}, GenerationMixin)"
+        f"{name} cannot be pickled: it does not derive from GenerationMixin, so transformers creates a subclass of the "
+        f"same name; write class {name}({found['bases'].strip()}, GenerationMixin)"
     )
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")[:1_000_000]
     except OSError:
@@ -105,11 +105,11 @@ def _text(path: Path) -> str:
 
 
 def _index(match: re.Match, folder: Path) -> str:
-    config = _read(folder, "config.json")
+    config = _read_json(folder, "config.json")
     inner = config.get("text_config")
     size = (inner if isinstance(inner, dict) else config).get("vocab_size")
     for name in ("config.json", "generation_config.json"):
-        for key, value in _read(folder, name).items():
+        for key, value in _read_json(folder, name).items():
             ids = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
             outside = [v for v in ids if isinstance(size, int) and (v >= size or v < 0)]
             if key.endswith("_token_id") and outside:
@@ -125,10 +125,10 @@ def _index(match: re.Match, folder: Path) -> str:
 
 def _class_entry(match: re.Match, folder: Path) -> str:
     for name in ("tokenizer_config.json", "config.json", "preprocessor_config.json", "processor_config.json"):
-        table = _read(folder, name).get("auto_map")
+        table = _read_json(folder, name).get("auto_map")
         for auto, entry in table.items() if isinstance(table, dict) else ():
             if auto == "AutoTokenizer" and isinstance(entry, str):
-                return f"auto_map.AutoTokenizer in {name} is a text: write a pair, [{json.dumps(entry)}, null]"
+                return f"auto_map.AutoTokenizer in {name} is a string: write a pair, [{json.dumps(entry)}, null]"
             for one in entry if isinstance(entry, list) else [entry]:
                 if isinstance(one, str) and one.count(".") != 1:
                     return f"auto_map.{auto} in {name} is {one[:80]!r}, which is not file.Class"
@@ -136,11 +136,13 @@ def _class_entry(match: re.Match, folder: Path) -> str:
 
 
 def _no_vocabulary(match: re.Match, folder: Path) -> str:
-    config = _read(folder, "tokenizer_config.json")
+    config = _read_json(folder, "tokenizer_config.json")
     if not config:
         return ""
     kind = config.get("tokenizer_class", "the tokenizer")
-    files = sorted({f for path in folder.glob("*.py") for f in re.findall(r'_file"\s*:\s*"([\w.-]+)"', _text(path))})
+    files = sorted(
+        {f for path in folder.glob("*.py") for f in re.findall(r'_file"\s*:\s*"([\w.-]+)"', _read_text(path))}
+    )
     missing = [name for name in files if not (folder / name).exists()]
     named = f" ({', '.join(missing)})" if missing else ""
     return f"{kind} has no vocabulary file{named} in the folder, so its path is None: add the file"
@@ -148,7 +150,7 @@ def _no_vocabulary(match: re.Match, folder: Path) -> str:
 
 def _not_json(match: re.Match, folder: Path) -> str:
     for path in sorted(folder.glob("*.json*")):
-        head = _head(path)
+        head = _first_bytes(path)
         if head.startswith(b"version https://git-lfs"):
             return f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again"
         if head.startswith(b"\xef\xbb\xbf"):
@@ -161,7 +163,7 @@ def _not_json(match: re.Match, folder: Path) -> str:
     return ""
 
 
-def _head(path: Path) -> bytes:
+def _first_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(40).strip(b" \n\t")
@@ -179,9 +181,9 @@ def _invalid(path: Path) -> bool:
     return False
 
 
-def _pointer(match: re.Match, folder: Path) -> str:
+def _lfs_pointer(match: re.Match, folder: Path) -> str:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_file() and _head(path).startswith(b"version https://git-lfs"):
+        if path.is_file() and _first_bytes(path).startswith(b"version https://git-lfs"):
             return f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again"
     return ""
 
@@ -194,7 +196,7 @@ def _plain_tuple(match: re.Match, folder: Path) -> str:
 
 
 def _unknown_type(match: re.Match, folder: Path) -> str:
-    config = _read(folder, "config.json")
+    config = _read_json(folder, "config.json")
     mapped = config.get("auto_map")
     if isinstance(mapped, dict) and "AutoConfig" in mapped:
         return ""
@@ -205,12 +207,12 @@ def _unknown_type(match: re.Match, folder: Path) -> str:
     )
     return (
         f"in config.json {known}, and {code}: save the model with its code (`mymodels build`, or "
-        "register_for_auto_class before save_pretrained), or use the release that knows it"
+        "register_for_auto_class before save_pretrained), or use a release that has it"
     )
 
 
 Explain = Callable[[re.Match, Path], str]
-# text of an error → the sentence, or "" where the folder does not bear it out
+# pattern of an error's text → function that returns the explanation, or "" if the folder does not confirm it
 EXPLANATIONS: list[tuple[str, Explain]] = [
     (r"'(?P<owner>\w+)' object has no attribute '(?P<name>\w+)'", _attribute),
     (r"Can't pickle <class '(?P<name>[\w.]+)'>: it's not the same object as", _without_mixin),
@@ -226,16 +228,16 @@ EXPLANATIONS: list[tuple[str, Explain]] = [
     ),
     (r"does not recognize this architecture|Unrecognized model in", _unknown_type),
     (r"'tuple' object has no attribute '(?P<name>\w+)'", _plain_tuple),
-    (r"header too large|HeaderTooLarge|invalid load key, 'v'|could not parse ModelProto|HeaderTooSmall", _pointer),
+    (r"header too large|HeaderTooLarge|invalid load key, 'v'|could not parse ModelProto|HeaderTooSmall", _lfs_pointer),
 ]
 
 
 def explain(what: str, folder: Path) -> str:
-    """The sentence for an error, the error itself after it; `what` unchanged where nothing explains it.
+    """An explanation followed by the error; `what` unchanged if no explanation is known.
 
     Args:
         what: the error in one line, as a clean process reports it.
-        folder: the folder that it was raised for; its files are read, not run.
+        folder: the folder whose code raised it; its files are read, not run.
     """
     for pattern, sentence in EXPLANATIONS:
         match = re.search(pattern, what)
@@ -244,7 +246,7 @@ def explain(what: str, folder: Path) -> str:
     return what
 
 
-# a check of a clean process that fails → the static checks that can say why
+# a check of a clean process → the static checks that can name the cause of its failure
 _CAUSES = {
     "load": (
         *("json files", "config", "auto_map", "auto classes", "config code", "code files", "relative imports"),
@@ -259,7 +261,7 @@ _CAUSES = {
     "device map": ("devices", "no split modules"),
     "save": ("generation config", "tied weights"),
 }
-# text of an error → the static check that is about it
+# pattern of an error's text → the static check that covers it
 _ABOUT = [
     (r"all_tied_weights_keys|post_init", "post_init"),
     (r"_tied_weights_keys|'list' object has no attribute '(keys|items)'", "tied weights"),
@@ -270,9 +272,9 @@ _ABOUT = [
 
 
 def point_to_cause(checks: Sequence[Check], static: Sequence[Check]) -> list[Check]:
-    """Failures of a clean process that a static finding explains, with the place of that finding in their remedy.
+    """The checks, with the remedy of failures that a static check explains replaced by a reference to it.
 
-    A finding explains a failure if it is about the same line, names the same thing, or is what such an error comes from.
+    A static check explains a failure if it concerns the same line, mentions the same name, or covers such errors.
     """
     found = [check for check in static if check.status == "failed"]
     pointed = []

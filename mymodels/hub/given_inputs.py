@@ -1,4 +1,4 @@
-"""Inputs of `forward` from a file or a mapping, for models whose inputs cannot be made up: pictures, sound, series."""
+"""Inputs of `forward` from a file or a mapping, for models whose inputs cannot be generated from the config."""
 
 import json
 import os
@@ -26,12 +26,12 @@ def read_inputs(inputs: Inputs) -> dict[str, torch.Tensor]:
     Args:
         inputs: a `.safetensors`, `.npz` or JSON file that holds one array for each argument of `forward`, or a mapping
             from names to tensors, arrays or nested lists. The first dimension is the batch. Floating-point numbers of
-            JSON and float64 arrays of NumPy become float32, which models compute in; tensors keep their dtype.
+            JSON and float64 arrays of NumPy become float32; tensors keep their dtype.
 
     Raises:
         CheckpointError: the file cannot be read, holds pickled objects, or an array is ragged, empty, has no batch
-            dimension, or holds NaN or infinite values; the sentence names file and argument.
-        FileNotFoundError: there is no such file.
+            dimension, or holds NaN or infinite values; the message names file and argument.
+        FileNotFoundError: the file does not exist.
 
     Example:
         >>> read_inputs({"pixel_values": torch.rand(2, 3, 32, 32)})["pixel_values"].shape
@@ -39,12 +39,12 @@ def read_inputs(inputs: Inputs) -> dict[str, torch.Tensor]:
     """
     where, values = ("inputs", inputs) if isinstance(inputs, Mapping) else _read(Path(inputs))
     if not values:
-        raise CheckpointError(f"{where} holds no array: give one for each argument of forward, by its name")
-    return {str(name): _checked(where, str(name), value) for name, value in sorted(values.items())}
+        raise CheckpointError(f"{where} holds no array: pass one for each argument of forward, by its name")
+    return {str(name): _to_tensor(where, str(name), value) for name, value in sorted(values.items())}
 
 
 def write_inputs(inputs: Inputs, folder: Path) -> str:
-    """What `read_inputs` gives, as a file in `folder` that a clean process reads; its path."""
+    """Write the result of `read_inputs` to a file in `folder`, for a clean process; returns its path."""
     path = folder / "inputs.safetensors"
     save_file(read_inputs(inputs), path)
     return str(path)
@@ -52,7 +52,7 @@ def write_inputs(inputs: Inputs, folder: Path) -> str:
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: name the one with the inputs")
+        raise FileNotFoundError(f"there is no file {path}: name the file with the inputs")
     kind = path.suffix.lower()
     if kind not in READERS:
         raise CheckpointError(f"{path}: inputs are read from {', '.join(READERS)} files, not from {kind or 'this one'}")
@@ -72,9 +72,9 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:  # a bare pickle or a .npy under this name
-        if not zipfile.is_zipfile(file):
-            raise CheckpointError(f"{path} is no .npz archive: write it by numpy.savez")
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):  # such as a pickle or a .npy file with this suffix
+            raise CheckpointError(f"{path} is no .npz archive: write it with numpy.savez")
     arrays = {}
     with np.load(path, allow_pickle=False) as archive:
         for name in archive.files:
@@ -89,7 +89,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     return arrays
 
 
-def _checked(where: str, name: str, value: Any) -> torch.Tensor:
+def _to_tensor(where: str, name: str, value: Any) -> torch.Tensor:
     what = f"{where}: {printable(name)!r}"
     if not isinstance(value, torch.Tensor):
         try:
@@ -101,8 +101,8 @@ def _checked(where: str, name: str, value: Any) -> torch.Tensor:
         value = torch.tensor(array.astype(np.float32) if array.dtype == np.float64 else array)
     if value.dim() == 0 or value.numel() == 0:
         raise CheckpointError(
-            f"{what} has the shape {tuple(value.shape)}: give at least one row, the batch dimension first"
+            f"{what} has the shape {tuple(value.shape)}: pass at least one row, the batch dimension first"
         )
     if value.is_floating_point() and not value.isfinite().all():
-        raise CheckpointError(f"{what} holds NaN or infinite values: outputs of them would prove nothing")
+        raise CheckpointError(f"{what} holds NaN or infinite values: pass finite numbers")
     return value.detach().cpu().contiguous()

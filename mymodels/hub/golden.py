@@ -1,4 +1,4 @@
-"""`golden.safetensors`: recorded inputs and outputs that prove, anywhere and later, that a folder still loads right."""
+"""`golden.safetensors`: recorded inputs and outputs, with which later loads of the folder are compared."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from ..checkpoints.atomic_write import replace_file
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.integrity import update_manifest
 from ..checkpoints.safetensors_files import read_header
-from .clean_process import TIME_LIMIT, clean_process, why
+from .clean_process import TIME_LIMIT, clean_process, failure_reason
 from .given_inputs import Inputs, write_inputs
 from .isolated.golden_outputs import Golden
 from .isolated.golden_outputs import read as _read
@@ -29,16 +29,16 @@ def record_golden(
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
 ) -> Path:
-    """Run a folder's models in a clean process and keep what they make of known inputs as `golden.safetensors`.
+    """Run a folder's models in a clean process and record their inputs and outputs as `golden.safetensors`.
 
-    Recorded are, for each Auto class whose weights are all in the folder, its outputs (logits, or hidden states), and
-    for a generator the tokens it continues the inputs with. Do this while the folder is known to be right: later
-    verifications compare with it. The file appears whole or not at all, and in a `manifest.json` its entry.
+    For each Auto class whose weights are all in the folder, its outputs (logits or hidden states) are recorded, and for
+    a model that generates, the tokens. Record while the folder is known to be correct: later verifications compare
+    with the file. It is written atomically, and a `manifest.json` is updated.
 
     Args:
-        folder: a Hub repo folder on this machine; its code is run.
-        inputs: arguments of `forward` by name, or a file of them, see `given_inputs.read_inputs`; default: made up from
-            the config, of text two rows, one of them padded.
+        folder: a local Hub repo folder; its code is run.
+        inputs: arguments of `forward` by name, or a file of them, see `given_inputs.read_inputs`. Default: generated
+            from the config; for text, two rows of which one is padded.
         release: a folder with another transformers release, see `releases.install`.
         time_limit, memory_limit: as in `clean_process`.
 
@@ -46,16 +46,23 @@ def record_golden(
         The path of the file.
 
     Raises:
-        CheckpointError: the models do not load or run, or lack weights, or there is a golden file; nothing was written.
+        CheckpointError: the models do not load or run, weights are missing, or the folder has a golden file already;
+            nothing is written.
+
+    Examples:
+        >>> record_golden("my-model")
+        PosixPath('my-model/golden.safetensors')
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is no folder on this machine: golden outputs are recorded where a model is built"
+            f"{folder} is no local folder: golden outputs are recorded in the folder of a model on this machine"
         )
     if (folder / GOLDEN).exists():
-        raise CheckpointError(f"{folder} has {GOLDEN} already: remove it first, if the model is meant to have changed")
-    with recorded(folder, inputs=inputs, release=release, time_limit=time_limit, memory_limit=memory_limit) as made:
+        raise CheckpointError(f"{folder} has {GOLDEN} already: remove it first if the model was changed on purpose")
+    with temporary_golden(
+        folder, inputs=inputs, release=release, time_limit=time_limit, memory_limit=memory_limit
+    ) as made:
         with replace_file(folder / GOLDEN) as file:
             shutil.copyfile(made, file)
         update_manifest(folder, GOLDEN)
@@ -63,7 +70,7 @@ def record_golden(
 
 
 @contextlib.contextmanager
-def recorded(
+def temporary_golden(
     folder: Path,
     *,
     inputs: Inputs | None = None,
@@ -71,7 +78,7 @@ def recorded(
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
 ) -> Iterator[Path]:
-    """The golden file of a folder in a temporary place, for as long as the `with` block lasts; see `record_golden`."""
+    """A golden file of the folder in a temporary folder, deleted after the `with` block; see `record_golden`."""
     limits: dict[str, Any] = {"time_limit": time_limit, "memory_limit": memory_limit}
     with tempfile.TemporaryDirectory(prefix="mymodels-golden-") as own:
         job: dict[str, Any] = {}
@@ -83,19 +90,21 @@ def recorded(
                 last = str(run.one("last"))
                 if wrong := re.match(r"mymodels_clean\.inputs\.(?:WrongInputs|FailedOnInputs): (.*)", last):
                     raise CheckpointError(f"{folder}: golden outputs cannot be recorded, {wrong[1]}")
-                unsuitable = re.match(r"mymodels_clean\.inputs\.Unsuitable: (.*)", last)
+                unsuitable = re.match(r"mymodels_clean\.inputs\.NoSuitableInputs: (.*)", last)
                 if unsuitable:
                     raise CheckpointError(
                         f"{folder}: golden outputs cannot be recorded, {unsuitable[1]}: leave them out (golden=False, "
-                        "--no-golden), or give inputs by --inputs FILE (inputs=)"
+                        "--no-golden), or pass --inputs FILE (inputs=)"
                     )
-                raise CheckpointError(f"{folder}: golden outputs cannot be recorded, {_without_internals(why(run))}")
+                raise CheckpointError(
+                    f"{folder}: golden outputs cannot be recorded, {_without_internals(failure_reason(run))}"
+                )
             read_golden(made)
             yield made
 
 
 def _without_internals(reason: str) -> str:
-    """A process's last words without its temporary folder and our own modules' names there."""
+    """The last message of a process without temporary paths and internal module names."""
     reason = re.sub(r"[^\s'\"]*/mymodels-(clean|golden)-\w+/([^\s'\"]*/)?", "", reason)
     return re.sub(r"\b(mymodels_clean|transformers_modules)(\.\w+)*\.(?=[A-Z])", "", reason)
 
@@ -104,11 +113,11 @@ def read_golden(path: str | os.PathLike) -> Golden:
     """The content of a golden file.
 
     Raises:
-        CheckpointError: it is damaged, or no golden file.
+        CheckpointError: the file is damaged or is no golden file.
     """
     path = Path(path)
     read_header(path)
     try:
         return _read(path)
     except Exception as error:  # also what the safetensors library raises
-        raise CheckpointError(f"{path}: {error}; record it anew with `mymodels verify --record`") from error
+        raise CheckpointError(f"{path}: {error}; record it again with `mymodels verify --record`") from error

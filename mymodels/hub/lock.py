@@ -18,20 +18,20 @@ from ..messages import printable
 from .remote import REPO_ID, Remote
 
 LOCK_NAME = "mymodels.lock"
-# configs too, they name the classes that are loaded; `config.5.0.0.json` is what `configuration_files` may name
+# configs too, because they name the classes to load; `configuration_files` may name `config.5.0.0.json`
 _CODE = re.compile(r".*\.(py|so|pyd)|(.*/)?[^/]*config[^/]*\.json", re.IGNORECASE | re.DOTALL)
 _PATTERNS = ["*.py", "*.so", "*.pyd", "*config*.json"]
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 _AT_COMMIT = re.compile(rf"({REPO_ID})@([0-9a-f]{{40}})", re.ASCII)
-_COPIES: list[tempfile.TemporaryDirectory] = []  # kept until the process ends: offloaded weights are read from there
+_COPIES: list[tempfile.TemporaryDirectory] = []  # kept until the process ends, because offloaded weights are read later
 
 
 class LockError(ValueError):
-    """A folder or repo is not what its lock says; nothing of it was executed."""
+    """A folder or repo differs from its lock; none of its code was executed."""
 
 
 class Lock(NamedTuple):
-    """What was reviewed: a Hub repo's commit, or a folder (both None), and the size and SHA-256 of each code file."""
+    """The reviewed code: a Hub repo and commit, or None for a folder, and name → (size, SHA-256) of each code file."""
 
     repo_id: str | None
     commit: str | None
@@ -41,19 +41,22 @@ class Lock(NamedTuple):
 def write_lock(
     source: str | os.PathLike, file: str | os.PathLike = LOCK_NAME, *, token: str | bool | None = None
 ) -> Lock:
-    """Record the code that is in a folder or a commit, once it has been reviewed. Nothing of it is executed.
+    """Record the hashes of the code in a folder or commit, after it has been reviewed. The code is not executed.
 
-    Locked are all `.py` files and all `…config.json`, which name the classes to load.
+    Includes all `.py` files, and all `…config.json`, which name the classes to load.
 
     Args:
         source: a folder, or `user/name@SHA` with the 40 digits of the commit.
-        file: the lock, a JSON file.
+        file: the JSON file to write.
         token: as in `huggingface_hub`.
 
     Raises:
-        LockError: the code is partly in another repo, so a lock cannot cover it; or there is no code.
-        ValueError: `source` is neither.
+        LockError: some of the code is in another repo, which a lock cannot cover; or there is no code.
+        ValueError: `source` is neither a folder nor a commit.
         HubError: the commit could not be read.
+
+    Examples:
+        >>> write_lock("my-model", "mymodels.lock")
     """
     found = _AT_COMMIT.fullmatch(str(source))
     if Path(source).expanduser().is_dir():
@@ -61,7 +64,7 @@ def write_lock(
     elif found:
         repo_id, commit = found.groups()
         with tempfile.TemporaryDirectory(prefix="mymodels-lock-") as scratch:
-            folder = Remote(repo_id, token=token).ask(
+            folder = Remote(repo_id, token=token).request(
                 lambda: snapshot_download(
                     repo_id, revision=commit, allow_patterns=_PATTERNS, cache_dir=scratch, token=token
                 )
@@ -69,8 +72,8 @@ def write_lock(
             lock = Lock(repo_id, commit, _hashes(_read_code(Path(folder))))
     else:
         raise ValueError(
-            f"{printable(str(source))} is no folder and no commit: write user/name@SHA with all 40 digits of the commit "
-            "that was reviewed, as a branch or tag may move"
+            f"{printable(str(source))} is neither a folder nor a commit: write user/name@SHA with all 40 digits of the "
+            "reviewed commit, because branches and tags can move"
         )
     if not lock.files:
         raise LockError(f"{source} has no code and no config, so there is nothing to lock: name the model's folder")
@@ -85,8 +88,8 @@ def read_lock(file: str | os.PathLike) -> Lock:
     """The lock in `file`.
 
     Raises:
-        LockError: it is damaged.
-        FileNotFoundError: there is none.
+        LockError: the file is no valid lock.
+        FileNotFoundError: the file does not exist.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -101,7 +104,7 @@ def read_lock(file: str | os.PathLike) -> Lock:
             files[name] = (size, digest)
     of_a_commit = _AT_COMMIT.fullmatch(f"{repo_id}@{commit}") is not None
     if not files or len(files) < len(table) or not (of_a_commit or repo_id is commit is None):
-        raise LockError(f"{path} is no lock as `mymodels lock` writes it: review the code again, and lock it anew")
+        raise LockError(f"{path} is no valid lock: review the code again, and write a new one with `mymodels lock`")
     return Lock(repo_id, commit, files)
 
 
@@ -112,18 +115,18 @@ def load(
     auto_class: str = "AutoModel",
     **kwargs: Any,
 ) -> Any:
-    """`auto_class.from_pretrained`, which with a lock runs the reviewed code or none.
+    """`auto_class.from_pretrained`, which with a lock runs only the reviewed code.
 
-    With a lock, a Hub repo is fetched at the lock's commit; the code files are read once, compared with the lock, and
-    written to a private folder, from which the model is loaded: what is imported is what was compared, whatever
-    happens to the repo, the cache or the folder meanwhile. Weights are linked, not copied. `trust_remote_code=True` is
-    implied. (MyGPT2 and MyBert are registered by this package, so for them its own classes are used.)
+    With a lock, a Hub repo is fetched at the lock's commit. The code files are read once, compared with the lock, and
+    written to a private folder from which the model is loaded, so that later changes of the repo, the cache or the
+    folder have no effect. Weights are linked, not copied. `trust_remote_code=True` is implied. MyGPT2 and MyBert are
+    registered by this package, so their classes in this package are used.
 
     Args:
         path_or_repo_id: a folder or `user/name`.
-        lock: a file that `write_lock` wrote; None loads as transformers does.
+        lock: a file written by `write_lock`; None loads as transformers does.
         auto_class: name of the class in transformers, such as `"AutoModelForCausalLM"` or `"AutoTokenizer"`.
-        kwargs: go to `from_pretrained`. With a lock, `revision` and `code_revision` may only repeat its commit.
+        kwargs: passed to `from_pretrained`. With a lock, `revision` and `code_revision` must equal its commit.
 
     Raises:
         LockError: a code file differs from the lock, is not in it, or is missing; nothing was executed.
@@ -148,8 +151,10 @@ def load(
     if not is_local:
         repo_id = str(path_or_repo_id)
         if locked.repo_id not in (None, repo_id):
-            raise LockError(f"the lock {lock} is for {locked.repo_id}, not for {printable(repo_id)}: lock that one too")
-        folder = Remote(repo_id, token=token).ask(lambda: locate(repo_id, revision=revision, token=token))
+            raise LockError(
+                f"the lock {lock} is for {locked.repo_id}, not for {printable(repo_id)}: write a lock for it"
+            )
+        folder = Remote(repo_id, token=token).request(lambda: locate(repo_id, revision=revision, token=token))
     copy = _checked_copy(folder, locked, Path(lock))
     loaded = loader.from_pretrained(copy, **{"trust_remote_code": True, **kwargs})
     result = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info, return_unused_kwargs
@@ -165,16 +170,16 @@ def _check_options(kwargs: dict[str, Any], locked: Lock, is_local: bool) -> None
         if asked is not None and locked.commit is not None and asked != locked.commit:
             raise LockError(f"{name}={asked!r} is not the commit of the lock, {locked.commit}: leave it out")
     if isinstance(kwargs.get("config"), (str, os.PathLike)):
-        raise LockError("config names another place, which the lock does not cover: pass a config object or none")
+        raise LockError("config= is a path or repo, which the lock does not cover: pass a config object or none")
     for name in () if is_local else ("cache_dir", "force_download", "local_files_only", "proxies"):
         if name in kwargs:
             raise ValueError(
-                f"{name} does nothing with a lock: set huggingface_hub's environment variables (HF_HUB_CACHE, …)"
+                f"{name} has no effect with a lock: set huggingface_hub's environment variables (HF_HUB_CACHE, …)"
             )
 
 
 def _checked_copy(folder: Path, locked: Lock, lock: Path) -> Path:
-    """A private folder with the code of `folder`, which is the lock's, and links to its other files."""
+    """A private folder with copies of the code of `folder`, checked against the lock, and links to its other files."""
     files = _walk(folder)
     code = _read_code(folder, files)
     found = _hashes(code)
@@ -186,18 +191,18 @@ def _checked_copy(folder: Path, locked: Lock, lock: Path) -> Path:
         elif found[name] != locked.files[name]:
             (size, digest), (locked_size, locked_digest) = found[name], locked.files[name]
             problem = (
-                f"is not the one that was reviewed: {size:,} bytes with SHA-256 {digest[:16]}…, in the lock "
+                f"differs from the reviewed file: {size:,} bytes with SHA-256 {digest[:16]}…, in the lock "
                 f"{locked_size:,} bytes with {locked_digest[:16]}…"
             )
         else:
             continue
         raise LockError(
-            f"{folder / printable(name)} {problem}; nothing was loaded: get the version that {lock} locks, or review this "
-            "one and lock it"
+            f"{folder / printable(name)} {problem}; nothing was loaded: use the version in {lock}, or review this one and "
+            "write a new lock"
         )
     holder = tempfile.TemporaryDirectory(prefix="mymodels-locked-", ignore_cleanup_errors=True)
     _COPIES.append(holder)
-    # transformers names the modules after the folder, so that of other code must have another name
+    # transformers names modules after the folder, so folders with different code need different names
     copy = Path(holder.name) / f"locked_{hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:24]}"
     for name in files:
         target = copy / name
@@ -216,10 +221,10 @@ def _walk(folder: Path) -> list[str]:
 
 
 def _read_code(folder: Path, files: list[str] | None = None) -> dict[str, bytes]:
-    """The content of every code file among `files` (default: all of the folder), each read once.
+    """Name → content of the code files among `files` (default: all files of the folder), each read once.
 
     Raises:
-        LockError: one of them takes code from another repo, or is a pipe or the like.
+        LockError: a config names code of another repo, or a file is not regular.
         CheckpointError: a link leads out of the folder.
     """
     code = {}
@@ -230,19 +235,19 @@ def _read_code(folder: Path, files: list[str] | None = None) -> dict[str, bytes]
         code[name] = path.read_bytes()
         if not name.lower().endswith(".json"):
             continue
-        elsewhere = _elsewhere(parse_json(code[name], path))
+        other_repo = _other_repo(parse_json(code[name], path))
         if name.rsplit("/", 1)[-1] == "adapter_config.json":
-            elsewhere = "the repo of its base model"
-        if elsewhere:
+            other_repo = "the repo of its base model"
+        if other_repo:
             raise LockError(
-                f"{path} takes code from {printable(elsewhere)}, which a lock of this folder does not "
+                f"{path} loads code from {printable(other_repo)}, which a lock of this folder does not "
                 "cover: copy that code into the folder"
             )
     return code
 
 
-def _elsewhere(config: dict[str, Any]) -> str:
-    """Something in a config that runs code of another repo; empty if nothing does."""
+def _other_repo(config: dict[str, Any]) -> str:
+    """The value in a config that names code of another repo; "" if there is none."""
     values: list[tuple[str, Any]] = [("", config)]
     while values:
         key, value = values.pop()

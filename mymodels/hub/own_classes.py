@@ -1,4 +1,4 @@
-"""The code files and the `auto_map` of a model in memory, whatever classes it is made of."""
+"""The code files and the `auto_map` of a model in memory."""
 
 import copy
 import inspect
@@ -12,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..checkpoints import CheckpointError
 from ..released import is_installed
 from .auto_class_names import auto_class_of
-from .code_files import collect_code, file_of, served
+from .code_files import auto_map_of_files, collect_code, file_of
 
-_MADE_BY = {"torch", "accelerate", "transformers"}  # wrap a model's class in one of their own, as FSDP2 does
+_WRAPPERS = {"torch", "accelerate", "transformers"}  # packages that subclass a model's class at run time, as FSDP2 does
 
 
 class Code(NamedTuple):
@@ -25,23 +25,23 @@ class Code(NamedTuple):
 
 
 class CodeNotSaved(UserWarning):
-    """`save_pretrained` saved a model of a class whose code it cannot save."""
+    """`save_pretrained` saved a model without its code."""
 
 
 def code_of(config: PretrainedConfig, model: PreTrainedModel | None = None) -> Code:
-    """The code of a config, and of a model with its config, ready to lie in one folder; none of transformers' own classes.
+    """The code of a config, or of a model and its config, for one flat folder; empty for classes of transformers.
 
-    Served are the model's own class, the class of its body, heads of the same name in the code files that take this
-    config, and what a config's own `AUTO_MAP` names, as long as the model's body is the one that these are made with.
+    `auto_map` contains the model's class, the class of its base model, other heads of the same name and config class in
+    the code files, and the config's `AUTO_MAP` if the model has the base model that those heads create.
 
     Raises:
-        CheckpointError: a class is in no file, its imports cannot be made flat, or no Auto class would take the model.
+        CheckpointError: a class is not defined in a file, its imports cannot be made flat, or it has no Auto class.
     """
     classes = [defining_class(thing) for thing in (model, config) if thing is not None]
     if all(cls.__module__.split(".")[0] == "transformers" for cls in classes):
         return Code({}, {})
     for cls in classes:
-        _check_place(cls)
+        _check_importable(cls)
     files = collect_code([file for file in map(file_of, classes) if file is not None])
     config_class = classes[-1]
     auto_map = {} if file_of(config_class) is None else {"AutoConfig": _target(config_class)}
@@ -49,19 +49,19 @@ def code_of(config: PretrainedConfig, model: PreTrainedModel | None = None) -> C
         return Code(files, auto_map)
     _check_config_class(classes[0], config_class)
     declared = vars(config_class).get("AUTO_MAP") or {}
-    siblings = served(files, [cls.__name__ for cls in classes], config_class=config_class.__name__)
+    siblings = auto_map_of_files(files, [cls.__name__ for cls in classes], config_class=config_class.__name__)
     body = defining_class(model.base_model) if isinstance(model.base_model, PreTrainedModel) else None
-    if _is_plain(model):
+    if _has_standard_body(model):
         auto_map = {**declared, **siblings, **auto_map}
-    else:  # our other heads would be made with another body
+    else:  # our other heads would create another base model
         ours = {auto for auto, target in siblings.items() if target == declared.get(auto)}
         auto_map = {**{auto: target for auto, target in siblings.items() if auto not in ours}, **auto_map}
-        if body is not None and body is not classes[0] and _serves(body, config_class, files):
+        if body is not None and body is not classes[0] and _can_serve(body, config_class, files):
             auto_map["AutoModel"] = _target(body)
     if (auto_class := _auto_class(classes[0])) == "":
         raise CheckpointError(
-            f"{classes[0].__name__} says no Auto class that it is for: call "
-            f"{classes[0].__name__}.register_for_auto_class('AutoModelFor…') once, or let its name end in ForCausalLM or the like"
+            f"the Auto class of {classes[0].__name__} cannot be determined: call "
+            f"{classes[0].__name__}.register_for_auto_class('AutoModelFor…') once, or give it a name that ends in ForCausalLM or the like"
         )
     if file_of(classes[0]) is not None:
         auto_map[auto_class] = _target(classes[0])
@@ -69,7 +69,7 @@ def code_of(config: PretrainedConfig, model: PreTrainedModel | None = None) -> C
 
 
 def files_and_auto_map(config: Any, model: PreTrainedModel | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """For `save_pretrained`: `code_of`, and what `auto_map` names beside models; what cannot be saved, a warning says."""
+    """`code_of` for `save_pretrained`, with the `auto_map` entries of tokenizers and processors; warns on errors."""
     named = getattr(config, "auto_map", None) or {}
     others = {
         auto: target for auto, target in named.items() if auto != "AutoConfig" and not auto.startswith("AutoModel")
@@ -80,7 +80,7 @@ def files_and_auto_map(config: Any, model: PreTrainedModel | None) -> tuple[dict
         name = type(config if model is None else model).__name__
         warnings.warn(
             f"{name} was saved without its code, so it loads only where that is imported ({error}); "
-            "mymodels.build_repo writes a folder with code once this is mended",
+            "mymodels.build_repo writes a folder with code once this is fixed",
             CodeNotSaved,
             stacklevel=5,
         )
@@ -89,8 +89,8 @@ def files_and_auto_map(config: Any, model: PreTrainedModel | None) -> tuple[dict
 
 
 def defining_class(thing: Any) -> type:
-    """The class that someone wrote, not the one that a library made of it on the way."""
-    classes = [cls for cls in type(thing).__mro__ if cls.__module__.split(".")[0] not in _MADE_BY - {"transformers"}]
+    """The class as its author defined it, without subclasses that a library created at run time."""
+    classes = [cls for cls in type(thing).__mro__ if cls.__module__.split(".")[0] not in _WRAPPERS - {"transformers"}]
     return classes[0]
 
 
@@ -100,8 +100,8 @@ def _target(cls: type) -> str:
     return f"{file.stem}.{cls.__name__}"
 
 
-def _check_place(cls: type) -> None:
-    """Raise a `CheckpointError` unless other files could import the class."""
+def _check_importable(cls: type) -> None:
+    """Raise a `CheckpointError` unless the class can be imported from its module."""
     if cls.__module__ == "__main__":
         raise CheckpointError(
             f"{cls.__name__} is defined in __main__, a notebook or script: put it into a .py file and import it from there"
@@ -116,12 +116,12 @@ def _check_config_class(model_class: Any, config_class: type) -> None:
     taken = getattr(model_class, "config_class", None)
     if taken is not None and taken.__name__ != config_class.__name__:
         raise CheckpointError(
-            f"{model_class.__name__} takes a {taken.__name__}, and Auto classes refuse it a {config_class.__name__}: subclass it "
-            f"with config_class = {config_class.__name__}"
+            f"{model_class.__name__} has config_class = {taken.__name__}, so Auto classes reject a {config_class.__name__}: "
+            f"subclass it with config_class = {config_class.__name__}"
         )
 
 
-def _serves(cls: type, config_class: type, files: dict[str, str]) -> bool:
+def _can_serve(cls: type, config_class: type, files: dict[str, str]) -> bool:
     taken, file = getattr(cls, "config_class", None), file_of(cls)
     same = taken is not None and taken.__name__ == config_class.__name__
     return (
@@ -133,14 +133,14 @@ def _serves(cls: type, config_class: type, files: dict[str, str]) -> bool:
 
 
 def _auto_class(cls: Any) -> str:
-    """The Auto class of a model class: as registered, by the name of its head, as of the class it is derived from."""
+    """The Auto class of a model class: as registered, else by its suffix, else that of its base class."""
     registered = vars(cls).get("_auto_class")
     named = auto_class_of(cls.__name__, inspect.signature(cls.forward).parameters)
     return registered or (named if named != "AutoModel" else "") or cls._auto_class or named
 
 
-def _is_plain(model: PreTrainedModel) -> bool:
-    """Whether a model's body has the modules, and parameters of the shapes, that its config alone makes."""
+def _has_standard_body(model: PreTrainedModel) -> bool:
+    """Whether the base model has the modules and parameter shapes that its class creates from the config."""
     body: Any = model.base_model
     if body is model or not is_installed(defining_class(body)):
         return is_installed(defining_class(model))
@@ -150,7 +150,7 @@ def _is_plain(model: PreTrainedModel) -> bool:
     def modules(module: Any) -> list[tuple[str, str]]:
         return [(name, defining_class(part).__qualname__) for name, part in module.named_modules()]
 
-    if getattr(model, "hf_quantizer", None) is not None:  # has other modules in their places
+    if getattr(model, "hf_quantizer", None) is not None:  # quantisers replace modules
         return True
     return modules(fresh) == modules(body) and [(n, p.shape) for n, p in fresh.named_parameters()] == [
         (n, p.shape) for n, p in body.named_parameters()

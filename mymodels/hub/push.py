@@ -1,4 +1,4 @@
-"""Push a folder to a Hub repo: privately, verified before, only what changed, and read again afterwards."""
+"""Push a folder to a Hub repo: private by default, verified first, only changed files, and checked afterwards."""
 
 import os
 import re
@@ -27,18 +27,18 @@ from .push_files import (
     kind_of,
     scan,
 )
-from .remote import REPO_ID, SENTENCES, HubError, Remote, status_of
+from .remote import REPO_ID, STATUS_MESSAGES, HubError, Remote, status_of
 from .testing import failures
 from .verifying import Verification
 from .verifying import verify as standard_verify
 
 NEW, CHANGED, UNCHANGED, REMOVED, KEPT = "new", "changed", "unchanged", "removed", "only there, kept"
-_READ_AGAIN = 10_000_000  # bytes; of larger files the Hub's own SHA-256 is compared
+_DOWNLOAD_LIMIT = 10_000_000  # bytes; larger files are compared by the Hub's SHA-256 without a download
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class FileState(NamedTuple):
-    """A file of the folder or the repo, and what a push does with it."""
+    """A file of the folder or the repo, and what a push does to it."""
 
     name: str
     size: int
@@ -46,13 +46,13 @@ class FileState(NamedTuple):
 
 
 class PushResult(NamedTuple):
-    """What a push did.
+    """The result of a push.
 
     Attributes:
-        commit: SHA of the commit that holds the folder now; None after a dry run.
+        commit: SHA of the commit that holds the folder; None after a dry run.
         files: every file of the folder and the repo, as compared before the upload.
-        uploaded: names of the files that were sent.
-        pr_url: the pull request, if one was asked for.
+        uploaded: names of the uploaded files.
+        pr_url: address of the pull request, if one was created.
         snippet: Python code that loads exactly this commit.
     """
 
@@ -81,32 +81,35 @@ def push(
     endpoint: str | None = None,
     console: Console | None = None,
 ) -> PushResult:
-    """Make the repo `repo_id` hold what the folder `path` holds, and prove that it does.
+    """Upload the folder `path` to the repo `repo_id`, and check the result.
 
-    The folder is verified first. Files that the repo has already are not sent again, also those of an interrupted
-    push. Files that only the repo has are removed if a loader would read them (older shards, code, tokenizer files),
-    and kept otherwise. Everything is one commit on top of the state that was compared. Then the repo is read again:
-    every file's hash is compared with the folder's, files of up to 10 MB are downloaded for it.
+    The folder is verified first. Files that the repo has already, also from an interrupted push, are not uploaded
+    again. Files that only the repo has are removed if a loader would read them (older shards, code, tokenizer files),
+    and kept otherwise. All changes are one commit on top of the state that was compared. Afterwards every file's hash
+    in the repo is compared with the folder's; files of up to 10 MB are downloaded for this.
 
     Args:
         path: a folder as `build_repo` writes it; only known kinds of files, see `mymodels.hub.push_files`.
-        private: True makes a private repo and refuses a public one, False the opposite; None takes it as it is, and
-            makes a private one if there is none.
-        revision: a branch, made if need be; default `main`.
+        private: True creates a private repo and rejects an existing public one, False the opposite; None accepts an
+            existing repo of either kind, and creates a private one.
+        revision: a branch, created if it does not exist; default `main`.
         create_pr: commit to a new pull request instead.
-        dry_run: compare and stop; nothing is made or sent.
-        tag: name given to the commit at the end.
-        token: as in `huggingface_hub`: None takes it from HF_TOKEN or from where `hf auth login` put it.
+        dry_run: compare only; nothing is created or uploaded.
+        tag: name of a tag for the commit.
+        token: as in `huggingface_hub`: None reads HF_TOKEN or the login of `hf auth login`.
         commit_message: default "Push with mymodels <version>".
-        no_verify: skip the verification; the commit message says so.
-        verify: called with the folder; default `mymodels.hub.verify`.
-        allow: patterns of further file names to push; pickles and secrets stay refused.
-        endpoint: another Hub than HF_ENDPOINT or huggingface.co.
-        console: where the files are listed before the upload, and the snippet after it; None shows nothing.
+        no_verify: skip the verification; this is added to the commit message.
+        verify: function that verifies the folder; default `mymodels.hub.verify`.
+        allow: patterns of further file names to push; pickles and secrets are never allowed.
+        endpoint: address of the Hub; default HF_ENDPOINT or huggingface.co.
+        console: where the files are listed before the upload, and the snippet after it; None prints nothing.
 
     Raises:
-        ValueError: the folder or the arguments are refused, or the verification failed.
-        HubError: the Hub refused, failed or could not be reached, or does not hold what was pushed.
+        ValueError: the folder or the arguments are invalid, or the verification failed.
+        HubError: the Hub rejected a request, failed or could not be reached, or the uploaded files differ.
+
+    Examples:
+        >>> push("my-model", "me/my-model").snippet
     """
     branch = _check_arguments(repo_id, revision, create_pr, tag)
     folder = Path(path).expanduser()
@@ -116,11 +119,11 @@ def push(
     check_no_secret_inside(files, remote.secrets)
     if not no_verify:
         _verify(folder, verify)
-    snippet = load_snippet(folder, repo_id, "COMMIT")  # also refuses a damaged config before anything is sent
-    info = _look(remote)
+    snippet = load_snippet(folder, repo_id, "COMMIT")  # also raises for a damaged config before the upload
+    info = _repo_info(remote)
     if info is not None:
         _check_visibility(remote, info.private, private)
-    start = None if info is None else _head(remote, branch) or info.sha
+    start = None if info is None else _branch_head(remote, branch) or info.sha
     tag_is_there = tag is not None and info is not None and _tag_target(remote, tag)
     states = compare(files, _tree(remote, start) if start else {})
     todo = [state for state in states if state.state in (NEW, CHANGED, REMOVED)]
@@ -132,16 +135,16 @@ def push(
         return PushResult(repo_id, None, states, [], None, snippet)
     if info is None:
         start = _create(remote, private is not False)
-    if _head(remote, branch) is None:
-        remote.ask(lambda: remote.api.create_branch(repo_id, branch=branch, revision=start, exist_ok=True))
+    if _branch_head(remote, branch) is None:
+        remote.request(lambda: remote.api.create_branch(repo_id, branch=branch, revision=start, exist_ok=True))
     assert start is not None
     commit, pr_url = start, None
     if todo:
         message = _message(commit_message, no_verify)
         commit, pr_url = _upload(remote, files, todo, branch, start, create_pr, message)
-    read_again(remote, commit, files)
+    verify_upload(remote, commit, files)
     if tag is not None:
-        remote.ask(lambda: remote.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+        remote.request(lambda: remote.api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
     snippet = load_snippet(folder, repo_id, commit)
     if console is not None:
         what = "every hash compared" if todo else "nothing had changed, every hash compared"
@@ -153,7 +156,7 @@ def push(
 
 
 def compare(files: dict[str, LocalFile], tree: dict[str, Any]) -> list[FileState]:
-    """What a push would do with every file of the folder and of the repo, whose `RepoFile`s are `tree`."""
+    """The state of every file of the folder and of the repo, whose `RepoFile`s are `tree`."""
     states = []
     for name in sorted(set(files) | set(tree)):
         if name not in files:
@@ -167,7 +170,7 @@ def compare(files: dict[str, LocalFile], tree: dict[str, Any]) -> list[FileState
 
 
 def show_files(states: list[FileState], repo_id: str, console: Console) -> None:
-    """The comparison as a table, and in one line how much will be sent."""
+    """Print the comparison as a table, and the number and size of the files to upload."""
     table = Table("file", "size", "on the Hub", title=f"push to {printable(repo_id)}", title_justify="left", box=None)
     table.columns[1].justify = "right"
     styles = {NEW: "green", CHANGED: "yellow", REMOVED: "red"}
@@ -175,7 +178,7 @@ def show_files(states: list[FileState], repo_id: str, console: Console) -> None:
         table.add_row(Text(printable(name)), f"{size:,}", Text(state, style=styles.get(state, "dim")))
     console.print(table)
     sent = [state.size for state in states if state.state in (NEW, CHANGED)]
-    console.print(Text(f"{len(sent)} files to send, {sum(sent):,} bytes" if sent else "no file to send"))
+    console.print(Text(f"{len(sent)} files to upload, {sum(sent):,} bytes" if sent else "no files to upload"))
 
 
 def load_snippet(folder: Path, repo_id: str, commit: str) -> str:
@@ -199,11 +202,11 @@ def load_snippet(folder: Path, repo_id: str, commit: str) -> str:
     return f"from transformers import {imports}\n\npinned = {{{pins}}}\n{calls}"
 
 
-def read_again(remote: Remote, commit: str, files: dict[str, LocalFile]) -> None:
-    """Compare what the repo holds at `commit` with the folder: sizes and hashes, and small files byte by byte.
+def verify_upload(remote: Remote, commit: str, files: dict[str, LocalFile]) -> None:
+    """Compare the repo at `commit` with the folder: sizes and hashes, and small files after a download.
 
     Raises:
-        HubError: a file is missing or another one there.
+        HubError: a file is missing or differs, or a file was not removed.
     """
     tree = _tree(remote, commit)
     problems = {}
@@ -211,35 +214,37 @@ def read_again(remote: Remote, commit: str, files: dict[str, LocalFile]) -> None
         problems[name] = "is missing" if name not in tree else _difference(file, tree[name])
     with tempfile.TemporaryDirectory(prefix="mymodels-push-") as scratch:
         for name, file in files.items():
-            if problems[name] or file.size > _READ_AGAIN:
+            if problems[name] or file.size > _DOWNLOAD_LIMIT:
                 continue
-            problems[name] = _difference_of_content(remote, commit, name, file, scratch)
+            problems[name] = _content_difference(remote, commit, name, file, scratch)
     found = [f"{printable(name)} {problem}" for name, problem in problems.items() if problem]
     leftover = [name for name in tree if name not in files and _is_loaded(name)]
-    found += [f"{printable(name)} was to be removed" for name in leftover]
+    found += [f"{printable(name)} was not removed" for name in leftover]
     if found:
         raise HubError(
-            f"{remote.repo_id} does not hold at {commit} what was pushed: {'; '.join(found)}: do not use this commit, "
+            f"{remote.repo_id} at {commit} differs from what was pushed: {'; '.join(found)}: do not use this commit, "
             "push again"
         )
 
 
-def _difference_of_content(remote: Remote, commit: str, name: str, file: LocalFile, scratch: str) -> str:
+def _content_difference(remote: Remote, commit: str, name: str, file: LocalFile, scratch: str) -> str:
     try:
-        copy = remote.ask(
+        copy = remote.request(
             lambda: remote.api.hf_hub_download(remote.repo_id, name, revision=commit, cache_dir=scratch),
-            what=f"reading {printable(name)} again",
+            what=f"downloading {printable(name)}",
         )
     except HubError as error:
-        return f"could not be read again ({error})"
+        return f"could not be downloaded again ({error})"
     found = hash_file(Path(copy))
     return (
-        "" if found.sha256 == file.sha256 else f"comes back with SHA-256 {found.sha256[:16]}…, not {file.sha256[:16]}…"
+        ""
+        if found.sha256 == file.sha256
+        else f"was downloaded with SHA-256 {found.sha256[:16]}…, not {file.sha256[:16]}…"
     )
 
 
 def _difference(file: LocalFile, there: Any) -> str:
-    """How a file of the repo, as its listing has it, differs from one of the folder; empty if it does not."""
+    """How the repo's listing of a file differs from the folder's file; "" if it does not."""
     if there.size != file.size:
         return f"has {there.size:,} bytes, not {file.size:,}"
     kind, found, expected = ("git hash", there.blob_id, file.git_oid)
@@ -249,7 +254,7 @@ def _difference(file: LocalFile, there: Any) -> str:
 
 
 def _is_loaded(name: str) -> bool:
-    """Whether a loader could read a file that only the repo has, and so load something else than the folder."""
+    """Whether a loader could read a file that only the repo has, and so load another model than the folder's."""
     if "/" in name:
         return kind_of(name) == "code"
     return kind_of(name) in LOADED or any(name.endswith(pattern[1:]) for pattern in PICKLES)
@@ -258,13 +263,13 @@ def _is_loaded(name: str) -> bool:
 def _check_arguments(repo_id: str, revision: str | None, create_pr: bool, tag: str | None) -> str:
     named = re.fullmatch(REPO_ID, repo_id, re.ASCII) and "/" in repo_id
     if not named or re.search(r"--|\.\.|\.git$", repo_id):
-        raise ValueError(f"{printable(repo_id)} is no name of a Hub repo: write it as user/name")
+        raise ValueError(f"{printable(repo_id)} is not the name of a Hub repo: write it as user/name")
     if revision is not None and _COMMIT.fullmatch(revision):
         raise ValueError(f"a push makes a new commit and cannot go to {revision}: name a branch")
     if create_pr and revision not in (None, "main"):
-        raise ValueError(f"a pull request is made to main, not to {revision}: leave out one of both")
+        raise ValueError(f"a pull request is always to main, not to {revision}: leave out one of the two")
     if create_pr and tag is not None:
-        raise ValueError(f"a pull request gets no tag: set {tag} when it is merged")
+        raise ValueError(f"a pull request cannot be tagged: set the tag {tag} when it is merged")
     return revision or "main"
 
 
@@ -274,35 +279,35 @@ def _verify(folder: Path, verify: Callable[[Path], Verification] | None) -> None
         lines = "".join(f"\n  {line}" for line in failures(found))
         raise ValueError(f"{folder} is not pushed, its verification failed ({len(found.failed)} checks):{lines}")
     for _, check in found.skipped:
-        warnings.warn(f"{folder}: {check.name} was left out of its verification, {check.what}", stacklevel=3)
+        warnings.warn(f"{folder}: the verification skipped {check.name}, {check.what}", stacklevel=3)
 
 
-def _look(remote: Remote) -> Any:
-    """The repo's own description, None if there is none."""
+def _repo_info(remote: Remote) -> Any:
+    """The Hub's information on the repo, None if the repo does not exist."""
 
     def call() -> Any:
         try:
             return remote.api.repo_info(remote.repo_id)
         except RepositoryNotFoundError as error:
-            if status_of(error) != 404:  # without a token the Hub does not say whether there is one
+            if status_of(error) != 404:  # without a valid token the Hub answers 401 for missing repos too
                 raise
             return None
 
-    return remote.ask(call)
+    return remote.request(call)
 
 
-def _head(remote: Remote, revision: str) -> str | None:
+def _branch_head(remote: Remote, revision: str) -> str | None:
     def call() -> str | None:
         try:
             return remote.api.repo_info(remote.repo_id, revision=revision).sha
         except RevisionNotFoundError:
             return None
 
-    return remote.ask(call)
+    return remote.request(call)
 
 
 def _tree(remote: Remote, commit: str) -> dict[str, Any]:
-    return remote.ask(lambda: _entries(remote, commit), attempts=2)  # most releases of huggingface_hub repeat it, too
+    return remote.request(lambda: _entries(remote, commit), attempts=2)  # most releases of huggingface_hub retry too
 
 
 def _entries(remote: Remote, commit: str) -> dict[str, Any]:
@@ -311,7 +316,7 @@ def _entries(remote: Remote, commit: str) -> dict[str, Any]:
 
 
 def _tag_target(remote: Remote, tag: str) -> str | None:
-    refs = remote.ask(lambda: remote.api.list_repo_refs(remote.repo_id))
+    refs = remote.request(lambda: remote.api.list_repo_refs(remote.repo_id))
     return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
 
@@ -320,21 +325,25 @@ def _check_visibility(remote: Remote, is_private: bool | None, private: bool | N
         return
     if private:
         raise HubError(
-            f"{remote.repo_id} is public on the Hub, and a push is private unless told otherwise: nothing was sent; "
-            "ask for a public push, or make the repo private in its settings"
+            f"{remote.repo_id} is public on the Hub, but a push is private by default: nothing was uploaded; pass "
+            "--public (private=False), or make the repo private in its settings"
         )
     raise HubError(
-        f"{remote.repo_id} is private on the Hub, and a push does not make it public: nothing was sent; push "
-        "privately, or make the repo public in its settings"
+        f"{remote.repo_id} is private on the Hub, and a push does not make it public: nothing was uploaded; push "
+        "without --public (private=True), or make the repo public in its settings"
     )
 
 
 def _create(remote: Remote, private: bool) -> str:
-    remote.ask(lambda: remote.api.create_repo(remote.repo_id, private=private, exist_ok=True), what="making the repo")
-    info = _look(remote)
+    remote.request(
+        lambda: remote.api.create_repo(remote.repo_id, private=private, exist_ok=True), what="creating the repo"
+    )
+    info = _repo_info(remote)
     if info is None:
-        raise HubError(f"{remote.repo_id} was made, but the Hub does not show it to this token: check its permissions")
-    _check_visibility(remote, info.private, private)  # somebody else may have made it, or the Hub not listened
+        raise HubError(f"{remote.repo_id} was created, but this token cannot read it: check its permissions")
+    _check_visibility(
+        remote, info.private, private
+    )  # another process may have created it, or the Hub ignored `private`
     return info.sha
 
 
@@ -355,15 +364,15 @@ def _upload(
     create_pr: bool,
     message: str,
 ) -> tuple[str, str | None]:
-    """Send what is to be sent and commit it on top of `start`; the new commit, and the pull request's address."""
+    """Upload the changed files and commit on top of `start`; returns the commit and the pull request's address."""
     api, repo_id = remote.api, remote.repo_id
     additions = [CommitOperationAdd(s.name, str(files[s.name].path)) for s in todo if s.state != REMOVED]
     deletions = [CommitOperationDelete(state.name) for state in todo if state.state == REMOVED]
-    remote.ask(
+    remote.request(
         lambda: api.preupload_lfs_files(
             repo_id, additions, revision=branch, create_pr=create_pr, free_memory=False, num_threads=4
         ),
-        attempts=1,  # huggingface_hub repeats each of its requests itself
+        attempts=1,  # huggingface_hub retries each of its requests
         what="uploading",
     )
 
@@ -372,8 +381,8 @@ def _upload(
         if head != start:
             states = compare(files, _entries(remote, head))
             if not create_pr and all(state.state in (UNCHANGED, KEPT) for state in states):
-                return head, None  # an earlier attempt, whose answer was lost
-            raise HubError(SENTENCES[412].format(repo_id=repo_id))
+                return head, None  # committed by an earlier attempt whose answer was lost
+            raise HubError(STATUS_MESSAGES[412].format(repo_id=repo_id))
         info = api.create_commit(
             repo_id,
             [*additions, *deletions],
@@ -384,5 +393,5 @@ def _upload(
         )
         return info.oid, info.pr_url
 
-    # a second pull request would be made if only the answer to the first was lost
-    return remote.ask(commit, what="committing", **({"attempts": 1} if create_pr else {}))
+    # a retry after a lost answer would create a second pull request
+    return remote.request(commit, what="committing", **({"attempts": 1} if create_pr else {}))

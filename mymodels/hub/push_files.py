@@ -1,4 +1,4 @@
-"""What may leave the house: the files of a Hub repo folder, by kind, with their sizes and hashes."""
+"""The files of a Hub repo folder that may be pushed, by kind, with their sizes and hashes."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..checkpoints.integrity import MANIFEST, read_manifest
 from ..messages import printable
 
-# kind → patterns for a file's own name, in any subfolder; what none of them fits is not pushed
+# kind → patterns for a file's name, in any subfolder; files that match none are not pushed
 KINDS = {
     "code": ("*.py",),
     "weights": ("*.safetensors", "*.safetensors.index.json"),
@@ -64,7 +64,7 @@ KINDS = {
     ),
     "other format": ("*.gguf", "*.onnx", "*.onnx_data", "*.onnx.data"),
 }
-LOADED = ("code", "weights", "config", "tokenizer", "record")  # what loaders read, or what speaks of it
+LOADED = ("code", "weights", "config", "tokenizer", "record")  # files that loaders read, and records of them
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.dill", "*.npy", "*.npz", "*.msgpack")
 _SECRETS = (
     ".env",
@@ -88,12 +88,12 @@ _SECRETS = (
 )
 _LEFTOVERS = ("*.pyc", "*.ipynb", ".DS_Store", "Thumbs.db", "*.log", "*.tmp", "*~", "*tfevents*", "trainer_state.json")
 _LEFTOVER_FOLDERS = ("__pycache__", ".ipynb_checkpoints", "runs", "wandb", "checkpoint-*", ".*")
-_NEVER = (".git", ".cache")  # of git and of `hf download --local-dir`; huggingface_hub leaves them out as well
+_NEVER = (".git", ".cache")  # of git and `hf download --local-dir`; huggingface_hub ignores them too
 _TEXT_BYTES = 10_000_000
 
 
 class LocalFile(NamedTuple):
-    """A file of the folder, by its `/`-separated name in there; `git_oid` is how git names its content."""
+    """A file of the folder: path, size in bytes, SHA-256, and git's object id of its content."""
 
     path: Path
     size: int
@@ -102,31 +102,31 @@ class LocalFile(NamedTuple):
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of file, a key of `KINDS`; None for what is not pushed."""
+    """The kind of a file, a key of `KINDS`; None for files that are not pushed."""
     base = name.rsplit("/", 1)[-1]
-    return next((kind for kind, patterns in KINDS.items() if _fits(base, patterns)), None)
+    return next((kind for kind, patterns in KINDS.items() if _matches_any(base, patterns)), None)
 
 
 def scan(folder: Path, allow: Iterable[str] = ()) -> dict[str, LocalFile]:
-    """Every file of `folder`, hashed.
+    """Name → size and hashes of every file in `folder`; names are `/`-separated.
 
     Args:
-        allow: patterns of further file names to take along; pickles and secrets stay refused.
+        allow: patterns of further file names to include; pickles and secrets are never allowed.
 
     Raises:
-        ValueError: something in the folder is not pushed: pickles, secrets, links, leftovers, unknown kinds. All are named.
+        ValueError: the folder has pickles, secrets, links, temporary files, or unknown kinds; the message lists them.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder, so there is nothing to push: name the folder of the model")
+        raise ValueError(f"{folder} is not a folder, so there is nothing to push: name the folder of the model")
     names, refused = [], []
     for name, is_regular in _walk(folder):
-        reason = _refusal(name, tuple(allow)) if is_regular else "a link or no regular file"
+        reason = _reason_not_pushed(name, tuple(allow)) if is_regular else "a link or no regular file"
         refused.append(f"{printable(name)} ({reason})") if reason else names.append(name)
     if refused:
         more = f" and {len(refused) - 20} more" if len(refused) > 20 else ""
         raise ValueError(
-            f"{folder} is not pushed because of {', '.join(refused[:20])}{more}: remove what does not belong to the "
-            "model; a kind of file that does can be allowed by its name"
+            f"{folder} is not pushed because of {', '.join(refused[:20])}{more}: remove files that do not belong to the "
+            "model, and allow other kinds of files by name (--allow PATTERN)"
         )
     if not names:
         raise ValueError(f"{folder} is empty, so there is nothing to push: name the folder of the model")
@@ -137,7 +137,7 @@ def check_manifest(folder: Path, files: dict[str, LocalFile]) -> None:
     """Compare the files with `manifest.json`, if there is one.
 
     Raises:
-        ValueError: a file differs from it, or one of both is missing.
+        ValueError: a file differs from the manifest, is missing, or is not listed.
     """
     if MANIFEST not in files:
         return
@@ -154,26 +154,26 @@ def check_manifest(folder: Path, files: dict[str, LocalFile]) -> None:
         else:
             continue
         raise ValueError(
-            f"{folder / MANIFEST} {problem}: if the folder is as you want it, write the manifest anew with "
+            f"{folder / MANIFEST} {problem}: if the folder is correct, write a new manifest with "
             "`mymodels check --write-manifest`"
         )
 
 
 def check_no_secret_inside(files: dict[str, LocalFile], secrets: list[str]) -> None:
-    """Refuse texts that hold one of `secrets`, the caller's own tokens.
+    """Check that no file of up to 10 MB contains one of `secrets`, the user's tokens.
 
     Raises:
-        ValueError: one does; its name is given, the secret is not.
+        ValueError: a file does; the message names the file, not the secret.
     """
     for name, file in files.items():
         if file.size <= _TEXT_BYTES:
             content = file.path.read_bytes()
             if any(secret.encode() in content for secret in secrets):
-                raise ValueError(f"{printable(name)} contains your Hub token: remove it there, and make a new token")
+                raise ValueError(f"{printable(name)} contains your Hub token: remove it there, and create a new token")
 
 
 def hash_file(path: Path) -> LocalFile:
-    """Size, SHA-256 and git's name for a file, in one reading."""
+    """Size, SHA-256 and git's object id of a file, from one read."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -184,7 +184,7 @@ def hash_file(path: Path) -> LocalFile:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Everything in a folder that is not a folder itself: `/`-separated name, and whether it is a regular file."""
+    """Every entry of a folder, recursively, except folders: `/`-separated name, and whether it is a regular file."""
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in sorted(folders) if name not in _NEVER or Path(parent) != folder]
         for name in [*folders, *files]:
@@ -193,21 +193,21 @@ def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
                 yield path.relative_to(folder).as_posix(), path.is_file() and not path.is_symlink()
 
 
-def _refusal(name: str, allow: tuple[str, ...]) -> str:
+def _reason_not_pushed(name: str, allow: tuple[str, ...]) -> str:
     """Why a file is not pushed; empty if it is."""
     *folders, base = name.split("/")
     if not name.isprintable() or "\\" in name:
         return "a name with control characters or backslashes"
-    if _fits(base.lower(), PICKLES):
-        return "a pickle or a format like it, which can run code when it is loaded"
-    if _fits(base.lower(), _SECRETS):
-        return "by its name a secret"
-    if any(_fits(part, _LEFTOVER_FOLDERS) for part in folders) or _fits(base, _LEFTOVERS):
-        return "left over from work"
-    if kind_of(name) is None and not _fits(base, allow) and not _fits(name, allow):
-        return "no kind of file that belongs to a model"
+    if _matches_any(base.lower(), PICKLES):
+        return "a pickle or similar format, which can run code when it is loaded"
+    if _matches_any(base.lower(), _SECRETS):
+        return "the name of a secret"
+    if any(_matches_any(part, _LEFTOVER_FOLDERS) for part in folders) or _matches_any(base, _LEFTOVERS):
+        return "a temporary file"
+    if kind_of(name) is None and not _matches_any(base, allow) and not _matches_any(name, allow):
+        return "not a known kind of model file"
     return ""
 
 
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)

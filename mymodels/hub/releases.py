@@ -1,4 +1,4 @@
-"""The supported transformers releases, and how to install one beside the others without a second torch."""
+"""The supported transformers releases, and their installation side by side with a shared torch."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..checkpoints.atomic_write import replace_folder
 
-# minor: its last release, and the huggingface_hub and tokenizers that it takes
+# minor: its last release, and compatible releases of huggingface_hub and tokenizers
 RELEASES = {
     "4.56": ("4.56.2", "0.36.2", "0.22.2"),
     "4.57": ("4.57.6", "0.36.2", "0.22.2"),
@@ -42,7 +42,7 @@ RELEASES = {
 
 
 class PinnedRelease(NamedTuple):
-    """One transformers release and the libraries that go with it."""
+    """A transformers release and compatible releases of its dependencies."""
 
     transformers: str
     huggingface_hub: str
@@ -50,14 +50,18 @@ class PinnedRelease(NamedTuple):
 
 
 def resolve(wanted: str | Iterable[str]) -> list[PinnedRelease]:
-    """The exact releases that a wish such as `"4.57,5.0"`, `"latest"` or `"all"` means, oldest first.
+    """The exact releases for a specification such as `"4.57,5.0"`, `"latest"` or `"all"`, oldest first.
 
     Args:
-        wanted: minors (their last release is taken), exact releases of a supported minor, `"latest"` for the newest
-            supported one, `"all"` for the last release of every supported minor; as a list, or separated by commas.
+        wanted: minors, for which the last release is used, exact releases of a supported minor, `"latest"` for the
+            newest supported one, `"all"` for the last release of every supported minor; a list, or separated by commas.
 
     Raises:
-        ValueError: a release is not supported; the message says which are.
+        ValueError: a release is not supported; the message lists those that are.
+
+    Examples:
+        >>> [release.transformers for release in resolve("4.57,5.0")]
+        ['4.57.6', '5.0.0']
     """
     names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
     found: dict[str, PinnedRelease] = {}
@@ -69,7 +73,7 @@ def resolve(wanted: str | Iterable[str]) -> list[PinnedRelease]:
         if minor not in RELEASES or not re.fullmatch(r"latest|\d+\.\d+(\.\d+)?", name):
             supported = f"{next(iter(RELEASES))} to {list(RELEASES)[-1]}"
             raise ValueError(
-                f"{name!r} is no supported transformers release: name one from {supported}, latest, or all"
+                f"{name!r} is not a supported transformers release: name one from {supported}, latest, or all"
             )
         last, *companions = RELEASES[minor]
         exact = name if name.count(".") == 2 else last
@@ -78,13 +82,13 @@ def resolve(wanted: str | Iterable[str]) -> list[PinnedRelease]:
 
 
 def default_cache_dir() -> Path:
-    """Where releases are kept: `$MYMODELS_CACHE` or `~/.cache/mymodels`, below it `transformers`."""
+    """The folder of installed releases: `transformers` in `$MYMODELS_CACHE` or `~/.cache/mymodels`."""
     home = os.environ.get("MYMODELS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mymodels")
     return Path(home).expanduser() / "transformers"
 
 
 def install(release: PinnedRelease, cache_dir: str | os.PathLike | None = None) -> Path:
-    """The folder of a release, installed on first use by pip without its dependencies: torch is shared.
+    """The folder of a release, installed on first use by pip without dependencies, so that torch is shared.
 
     Args:
         cache_dir: holds one folder per release; default `default_cache_dir()`.
@@ -93,7 +97,7 @@ def install(release: PinnedRelease, cache_dir: str | os.PathLike | None = None) 
         The folder to put in front of `sys.path`.
 
     Raises:
-        RuntimeError: pip cannot install it; the message ends with pip's last line.
+        RuntimeError: pip failed; the message ends with pip's last line.
     """
     target = Path(cache_dir or default_cache_dir()) / release.transformers
     if (target / "transformers" / "__init__.py").is_file():
@@ -101,12 +105,12 @@ def install(release: PinnedRelease, cache_dir: str | os.PathLike | None = None) 
     packages = [f"{name}=={version}" for name, version in release._asdict().items()]
     if release.huggingface_hub.startswith(
         "0."
-    ):  # it still speaks through requests, which newer ones do not bring along
+    ):  # it depends on requests, which newer releases of huggingface_hub do not
         packages += ["requests", "urllib3", "certifi", "charset-normalizer", "idna"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     with replace_folder(target) as folder:
         pip = subprocess.run([*command, "--target", str(folder), *packages], capture_output=True, text=True)
         if pip.returncode:
-            said = [line for line in pip.stderr.splitlines() if line.strip()] or [f"exit code {pip.returncode}"]
-            raise RuntimeError(f"pip cannot install transformers {release.transformers}: {said[-1].strip()}")
+            printed = [line for line in pip.stderr.splitlines() if line.strip()] or [f"exit code {pip.returncode}"]
+            raise RuntimeError(f"pip cannot install transformers {release.transformers}: {printed[-1].strip()}")
     return target

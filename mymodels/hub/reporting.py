@@ -150,7 +150,7 @@ def _show_the_rest(verification: Verification, console: Console) -> None:
 
 
 def verdict(verification: Verification) -> str:
-    """The last line: what failed, what was left out, or that every check held; and that nothing ran, if so."""
+    """A summary: how many checks failed, which were skipped, and whether the folder's code was run."""
     failed, skipped = len(verification.failed), verification.skipped
     left_out = list(dict.fromkeys(f"{c.name} ({c.where})" if c.where else c.name for _, c in skipped))
     if failed:
@@ -163,7 +163,7 @@ def verdict(verification: Verification) -> str:
 
 
 def matrix(verification: Verification) -> tuple[list[str], list[list[str]]]:
-    """Releases, and for each check its name and the worst of its outcomes under each release, as a sign."""
+    """The releases, and for each check a row of its name and a symbol of its worst outcome under each release."""
     releases = list(verification.runs)
     rows = []
     for name in DYNAMIC:
@@ -198,11 +198,11 @@ def _show_matrix(verification: Verification, console: Console, *, every_check: b
 
 
 def write_matrix(verification: Verification, folder: str | os.PathLike) -> Path:
-    """Write the matrix into the folder's model card, in place of an older one or at its end; refresh the manifest.
+    """Write the matrix into the folder's model card, replacing an older one, and update the manifest.
 
     Args:
-        verification: what `verify` returned.
-        folder: the folder that was verified.
+        verification: the result of `verify`.
+        folder: the verified folder.
 
     Returns:
         The path of the card.

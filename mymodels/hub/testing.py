@@ -1,4 +1,4 @@
-"""For the tests of model authors: `check_repo(folder)` fails with the lines of `mymodels verify` that failed."""
+"""An assertion for model authors' tests: `check_repo(folder)` raises with the failures of `mymodels verify`."""
 
 import os
 from typing import Any
@@ -7,18 +7,18 @@ from .verifying import Verification, verify
 
 
 def check_repo(path: str | os.PathLike, *, allow_skipped: bool = False, **how: Any) -> Verification:
-    """Assert that a Hub repo folder holds what it promises.
+    """Assert that a Hub repo folder passes verification.
 
     Args:
         path: as in `mymodels.hub.verify`.
-        allow_skipped: whether checks may have been left out, such as those of a model whose inputs cannot be made up.
-        how: its other arguments, such as `releases="4.57,latest"` or `quick=True`.
+        allow_skipped: accept skipped checks, such as those of a model whose inputs cannot be generated.
+        how: further arguments of `verify`, such as `releases="4.57,latest"` or `quick=True`.
 
     Returns:
-        What `verify` found, if nothing failed.
+        The result of `verify`, if nothing failed.
 
     Raises:
-        AssertionError: a check failed, or was left out; one line for each, what is wrong, where, and how to mend it.
+        AssertionError: a check failed or was skipped; one line for each, with the problem, the place and the remedy.
 
     Examples:
         >>> def test_my_model():
@@ -27,10 +27,12 @@ def check_repo(path: str | os.PathLike, *, allow_skipped: bool = False, **how: A
     __tracebackhide__ = True
     verification = verify(path, **how)
     if verification.failed:
-        raise AssertionError("\n".join([f"{path} does not hold what it promises:", *failures(verification)]))
+        raise AssertionError("\n".join([f"{path} fails verification:", *failures(verification)]))
     if verification.skipped and not allow_skipped:
-        lines = [f"{check.name} was left out: {check.what}" for _, check in verification.skipped]
-        raise AssertionError("\n".join([f"{path} was not looked at completely (allow_skipped=True):", *lines]))
+        lines = [f"{check.name} was skipped: {check.what}" for _, check in verification.skipped]
+        raise AssertionError(
+            "\n".join([f"{path} was not verified completely (allow_skipped=True accepts this):", *lines])
+        )
     return verification
 
 

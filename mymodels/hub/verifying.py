@@ -1,4 +1,4 @@
-"""`verify`: does a Hub repo folder hold what it promises? Read, run in clean processes, under several releases."""
+"""`verify`: check a Hub repo folder statically and by running it in clean processes, under several releases."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from .clean_process import LONGEST, TIME_LIMIT, clean_process, describe_folder
 from .engine_readiness import serving_checks
 from .explain_errors import point_to_cause
 from .given_inputs import Inputs, write_inputs
-from .golden import GOLDEN, read_golden, recorded
+from .golden import GOLDEN, read_golden, temporary_golden
 from .releases import PinnedRelease, install, resolve
 from .results_to_checks import DYNAMIC, checks_of_run
 from .static import static_checks
@@ -27,11 +27,11 @@ QUICK = [*_ALWAYS, "facts"]
 
 
 class Verification(NamedTuple):
-    """All that `verify` found.
+    """The results of `verify`.
 
     Attributes:
         path: what was verified.
-        static: the checks that run nothing.
+        static: the checks that execute no code.
         runs: transformers release → the checks in a clean process under it.
         serving: readiness for serving engines and tools; informational.
     """
@@ -43,7 +43,7 @@ class Verification(NamedTuple):
 
     @property
     def rows(self) -> list[tuple[str, Check]]:
-        """Every check with the transformers release it was made under; empty for what runs nothing."""
+        """Every check with the transformers release it was run under; "" for static checks."""
         rows = [("", check) for check in self.static]
         rows += [(release, check) for release, checks in self.runs.items() for check in checks]
         return rows + [("", check) for check in self.serving]
@@ -55,10 +55,10 @@ class Verification(NamedTuple):
 
     @property
     def skipped(self) -> list[tuple[str, Check]]:
-        """The rows that were left out though they should have been looked at.
+        """The rows of applicable checks that were skipped.
 
-        What the caller left out (`execute`, `quick`, `training`), what the folder has nothing of (`"n/a"`), and the
-        readiness for serving are not among them.
+        Not included: checks that the caller excluded (`execute`, `quick`, `training`), checks that do not apply
+        (`"n/a"`), and readiness for serving.
         """
         rows = [("", check) for check in self.static]
         rows += [(release, check) for release, checks in self.runs.items() for check in checks]
@@ -66,16 +66,16 @@ class Verification(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed; see `skipped` for whether everything was looked at."""
+        """Whether nothing failed; checks may have been skipped, see `complete`."""
         return not self.failed
 
     @property
     def complete(self) -> bool:
-        """Whether nothing failed and nothing was left out."""
+        """Whether nothing failed and nothing was skipped."""
         return not self.failed and not self.skipped
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON."""
+        """All results as plain data, for JSON."""
         return {
             "path": self.path,
             "passed": self.passed,
@@ -105,30 +105,30 @@ def verify(
     """Check a Hub repo folder, with custom code or without: statically, then by running it in clean processes.
 
     Such a process has no mymodels, no network, an empty Hugging Face cache, limits of time and memory, and a copy of
-    the folder. It is no sandbox against code that wants to break out: of a folder you do not trust, read the static
-    checks first (`execute=False`).
+    the folder. It is no sandbox against code that is written to break out: for a folder you do not trust, read the
+    static checks first (`execute=False`).
 
     Args:
         path: a folder, or the id of a Hub repo.
         revision: branch, tag or commit of a Hub repo.
         token: as in `huggingface_hub`.
-        releases: transformers releases to run under, as `releases.resolve` takes them; other than the installed one,
-            each is installed on first use into `cache_dir`. None: the installed one.
-        execute: if false, no code of the folder runs.
-        quick: leave out what takes longest: worker processes, loading in parallel, export.
-        training: if false, leave out the stage that trains: loss, gradients, checkpointing, a step, resizing.
+        releases: transformers releases to run under, see `releases.resolve`. Releases other than the installed one are
+            installed on first use into `cache_dir`. Default: the installed release.
+        execute: if false, none of the folder's code runs.
+        quick: skip the slowest stages: worker processes, parallel loading, export.
+        training: if false, skip the training stage: loss, gradients, checkpointing, optimizer step, resizing.
         time_limit: seconds for each stage of a clean process.
         memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         cache_dir: where releases are installed, see `releases.install`.
-        inputs: arguments of `forward` to run the model on, for models whose inputs cannot be made up; a file or a
+        inputs: arguments of `forward` to run the model on, for models whose inputs cannot be generated; a file or a
             mapping, see `given_inputs.read_inputs`. Golden outputs are compared on the inputs they were recorded with.
         progress: called with what is being done, in a few words, whenever that changes.
 
     Returns:
-        A `Verification`; whatever is wrong with the folder is in there, and raises nothing.
+        A `Verification`. Faults of the folder are reported in it and raise nothing.
 
     Raises:
-        FileNotFoundError: there is no such folder or repo.
+        FileNotFoundError: the folder or repo does not exist.
         ValueError: a release is not supported, or `inputs` cannot be read or are not what `forward` takes.
         RuntimeError: a release cannot be installed.
 
@@ -148,7 +148,7 @@ def verify(
     if not execute:
         return result
     if is_adapter(folder):
-        what = "an adapter alone has no model to run, so it was read only"
+        what = "the folder holds only an adapter, without a model to run, so only static checks were made"
         result.runs["installed"] = [Check("load", "skipped", what, "adapter_config.json")]
         return result
     try:
@@ -164,7 +164,7 @@ def verify(
             own = stack.enter_context(tempfile.TemporaryDirectory(prefix="mymodels-inputs-"))
             limits["inputs"] = write_inputs(inputs, Path(own))
         tell("starting a clean process")
-        golden, problem = _golden(folder, stack, limits, agree=len(wanted) > 1)
+        golden, problem = _golden(folder, stack, limits, several_releases=len(wanted) > 1)
         for release in wanted:
             other = release if release and release.transformers != version("transformers") else None
             under = f"transformers {release.transformers}, " if release and len(wanted) > 1 else ""
@@ -193,16 +193,16 @@ def verify(
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter alone, which has no model to run."""
+    """Whether a folder holds only an adapter, without a model to run."""
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def _golden(
-    folder: Path, stack: contextlib.ExitStack, limits: dict[str, Any], *, agree: bool
+    folder: Path, stack: contextlib.ExitStack, limits: dict[str, Any], *, several_releases: bool
 ) -> tuple[Path | None, Check | None]:
-    """The golden file to compare with, and what is to be said of it.
+    """The golden file to compare with, and a check if it is damaged or missing.
 
-    A folder without one that runs under several releases is compared with what the installed release makes of it.
+    Without a golden file, and with several releases, one is recorded under the installed release.
     """
     if (folder / GOLDEN).is_file():
         try:
@@ -210,7 +210,7 @@ def _golden(
             return folder / GOLDEN, None
         except (CheckpointError, OSError) as error:
             return None, Check("golden", "failed", str(error), GOLDEN, DYNAMIC["golden"])
-    if agree:
-        with contextlib.suppress(CheckpointError):  # why it does not run, the runs will say
-            return stack.enter_context(recorded(folder, **limits)), None
+    if several_releases:
+        with contextlib.suppress(CheckpointError):  # the checks of the runs report why it does not run
+            return stack.enter_context(temporary_golden(folder, **limits)), None
     return None, Check("golden", "n/a", f"the folder has no {GOLDEN}, `mymodels verify --record` makes one")

@@ -1,4 +1,4 @@
-"""A model's answers to lines of text, in constant memory: what `mymodels predict` does."""
+"""Batch prediction: a model's answers to lines of text, in constant memory."""
 
 from .predict import Counts, predict
 

@@ -1,11 +1,11 @@
-"""Texts out of lines, JSON or plain; a bad line is reported in a sentence and skipped."""
+"""Read texts from JSON or plain lines; invalid lines carry a sentence on the problem."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-LONGEST = 1 << 24  # bytes of a line: a file without line breaks is not read into memory whole
+LONGEST = 1 << 24  # bytes of a line, so that a file without line breaks is not read into memory completely
 
 
 @dataclass
@@ -15,9 +15,9 @@ class Line:
     Attributes:
         number: counted from 1.
         size: in bytes.
-        text, pair: what the model is given; `pair` is the second text, if there is one.
-        key: what the answer begins with: the line's `id`, or its number as `line`.
-        problem: why it cannot be used, a sentence; None if it can.
+        text, pair: the model's input; `pair` is the second text, or None.
+        key: the first field of the answer: the line's `id`, or its number as `line`.
+        problem: a sentence on why the line is invalid; None for a valid line.
     """
 
     number: int
@@ -31,11 +31,11 @@ class Line:
 def read_lines(
     file: BinaryIO, *, column: str = "text", pair_column: str | None = None, plain: bool = False
 ) -> Iterator[Line]:
-    """Lines one by one, as they come.
+    """Read lines lazily.
 
     Args:
-        column: the field of each JSON object that holds the text.
-        pair_column: of the second text of a pair. Default: `text_pair`, in the lines that have it.
+        column: the field of each JSON object with the text.
+        pair_column: the field with the second text of a pair. Default: `text_pair`, in lines that have it.
         plain: each line is a text, not JSON.
     """
     number = 0
@@ -67,11 +67,11 @@ def _read(line: Line, raw: bytes, column: str, pair_column: str | None, plain: b
         line.text = text
         return
     try:
-        row = json.loads(text, parse_constant=_no_number)
+        row = json.loads(text, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({str(error) or type(error).__name__})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"it is {_kind(row)}, not a JSON object with the field {column!r}")
+        raise ValueError(f"it is {_json_type(row)}, not a JSON object with the field {column!r}")
     line.text = _text(row, column)
     if pair_column is not None or "text_pair" in row:
         line.pair = _text(row, pair_column or "text_pair")
@@ -82,23 +82,23 @@ def _read(line: Line, raw: bytes, column: str, pair_column: str | None, plain: b
     except UnicodeEncodeError as error:
         raise ValueError(f"it has half of a character (\\u{ord(error.object[error.start]):04x})") from None
     except ValueError:
-        raise ValueError("its field 'id' has a number that is too large, which would be read as infinite") from None
+        raise ValueError("its field 'id' has a number too large for JSON, which is read as infinite") from None
 
 
 def _text(row: dict[str, Any], column: str) -> str:
     if column not in row:
         raise ValueError(f"it has no field {column!r}, but {', '.join(map(repr, list(row)[:6])) or 'none at all'}")
     if not isinstance(row[column], str):
-        raise ValueError(f"its field {column!r} is {_kind(row[column])}, not a text")
+        raise ValueError(f"its field {column!r} is {_json_type(row[column])}, not a text")
     if not row[column].strip():
         raise ValueError(f"its field {column!r} is empty")
     return row[column]
 
 
-def _kind(value: Any) -> str:
+def _json_type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number there")
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

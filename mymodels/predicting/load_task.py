@@ -1,4 +1,4 @@
-"""The model, its tokenizer, and what it is asked for, from a folder or the Hub."""
+"""Load the model, its tokenizer and its task, from a folder, the Hub or memory."""
 
 import inspect
 import os
@@ -42,19 +42,19 @@ def load_task(
     max_new_tokens: int = 50,
     top_k: int | None = None,
 ) -> tuple[Task, list[str]]:
-    """A model ready to answer, and what a user should know about it, a sentence each; arguments as of `predict`.
+    """A task with a loaded model, and notes for the user, a sentence each; arguments as of `predict`.
 
     Raises:
-        ValueError: the task is none, or its weights are not there; the folder brings code that is not trusted; model and
-            tokenizer do not fit each other.
-        OSError: there is no such folder or Hub repo.
+        ValueError: the task is unknown or its weights are missing, the folder has code that is not trusted, or model and
+            tokenizer do not fit.
+        OSError: the folder or Hub repo does not exist.
     """
     device = _device(device)
     refuse_plain_module(source, "predict")
     path: Path | None = None
     notes: list[str] = []
     if isinstance(source, PreTrainedModel):
-        chosen, model = _in_memory(source, task), source
+        chosen, model = _task_of_model(source, task), source
         source = type(model).__name__
         if (wanted := resolve_dtype(dtype)) is not None:
             model.to(dtype=wanted)  # type: ignore[call-arg]
@@ -66,20 +66,20 @@ def load_task(
             f"{type(model).__name__} has no generate: derive its class from GenerationMixin, or choose another --task"
         )
     if path is None and tokenizer is None:
-        raise ValueError("a model in memory does not say how to cut texts into tokens: pass tokenizer=")
-    cutter = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
-    fit_tokenizer(model, cutter, source, "pass the right one by --tokenizer")
+        raise ValueError("a model in memory has no tokenizer: pass tokenizer=")
+    loaded_tokenizer = _load_tokenizer(path if tokenizer is None else tokenizer, source, trust_remote_code)
+    fit_tokenizer(model, loaded_tokenizer, source, "pass the right one by --tokenizer")
     if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = cutter.pad_token_id
-    longest = longest_input(model, cutter, None)
+        model.config.pad_token_id = loaded_tokenizer.pad_token_id
+    longest = longest_input(model, loaded_tokenizer, None)
     if chosen is TASKS["text-generation"]:
         longest -= max_new_tokens
         if longest < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a text: lower it")
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no positions for a prompt: lower it")
     if max_length is not None and not 0 < max_length <= longest:
-        raise ValueError(f"max_length={max_length}, but here it may be 1 to {longest}")
+        raise ValueError(f"max_length={max_length}, but it must be between 1 and {longest}")
     options = {"max_length": max_length or longest, "top_k": top_k, "max_new_tokens": max_new_tokens}
-    ready = chosen(model.to(device).eval(), cutter, **options)  # type: ignore[arg-type]
+    ready = chosen(model.to(device).eval(), loaded_tokenizer, **options)  # type: ignore[arg-type]
     if isinstance(ready, Embedding):
         ready.pooled = not notes
     return ready, notes
@@ -88,23 +88,23 @@ def load_task(
 def _from_folder(
     path: Path, task: str | None, source: Any, trust_remote_code: bool, dtype: str | torch.dtype
 ) -> tuple[type[Task], PreTrainedModel, list[str]]:
-    """The task, the model, and notes."""
+    """The task, the model, and notes for the user."""
     if not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
         remedy = (
             "merge the adapter into its model first (merge_and_unload)" if adapter else "name the folder of a model"
         )
         raise ValueError(f"{path} has no config.json: {remedy}")
-    chosen = _choose(task, read_json(path / "config.json"), source)
+    chosen = _choose_task(task, read_json(path / "config.json"), source)
     return chosen, *_load_model(chosen, path, source, trust_remote_code, dtype)
 
 
-def _in_memory(model: PreTrainedModel, task: str | None) -> type[Task]:
+def _task_of_model(model: PreTrainedModel, task: str | None) -> type[Task]:
     name = type(model).__name__
     auto_class = getattr(type(model), "_auto_class", None) or auto_class_of(
         name, inspect.signature(model.forward).parameters
     )
-    return _choose(task, {"architectures": [name], "auto_map": {auto_class: name}}, name)
+    return _choose_task(task, {"architectures": [name], "auto_map": {auto_class: name}}, name)
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:
@@ -115,22 +115,22 @@ def _device(wanted: str | torch.device | None) -> torch.device:
         raise ValueError(f"device={str(device)!r} cannot be used here: {first_line(error)}") from error
 
 
-def _choose(task: str | None, config: Mapping[str, Any], source: Any) -> type[Task]:
-    """The task of that name, or the one that the folder's class is for."""
+def _choose_task(task: str | None, config: Mapping[str, Any], source: Any) -> type[Task]:
+    """The task with that name, or the task of the folder's class."""
     if task is not None:
         if task not in TASKS:
             raise ValueError(f"task={task!r}: choose one of {', '.join(TASKS)}")
         return TASKS[task]
     name = next(iter(config.get("architectures") or []), "")
-    for auto_class, target in (config.get("auto_map") or {}).items():  # says more than the name of a class
+    for auto_class, target in (config.get("auto_map") or {}).items():  # takes precedence over the suffix of the class
         kinds = [kind for kind in TASKS.values() if kind.auto_class == auto_class]
         if kinds and isinstance(target, str) and target.rpartition(".")[2] == name:
             return kinds[0]
-    for kind in sorted(TASKS.values(), key=lambda kind: kind is Embedding):  # …LMHeadModel ends in Model too
+    for kind in sorted(TASKS.values(), key=lambda kind: kind is Embedding):  # last, because …LMHeadModel ends in Model
         if name.endswith(kind.heads):
             return kind
     raise ValueError(
-        f"{source} is a {name or 'model of unnamed class'}, which says nothing about texts by itself: choose --task, such as "
+        f"{source} is a {name or 'model of unnamed class'}, whose task cannot be determined: choose --task, such as "
         "feature-extraction"
     )
 
@@ -145,7 +145,7 @@ def _load_model(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
+                ignore_mismatched_sizes=True,  # `refuse_mismatched` raises with their names
             )
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
@@ -155,12 +155,12 @@ def _load_model(
     refuse_mismatched(info, source)
     missing = sorted(info["missing_keys"])
     if task is Embedding and missing and all("pooler." in name for name in missing):
-        return model, ["it has no weights for the pooling: embeddings are the mean of the hidden states"]
+        return model, ["it has no weights of a pooler: embeddings are the mean of the hidden states"]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"{source} has no weights for {', '.join(missing[:3])}{more}, so {type(model).__name__} would answer at random: "
-            "choose another --task"
+            f"{source} has no weights for {', '.join(missing[:3])}{more}, so the answers of {type(model).__name__} would be "
+            "random: choose another --task"
         )
     return model, []
 

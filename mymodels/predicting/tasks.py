@@ -1,4 +1,4 @@
-"""What a model is asked for: one class per task, each from a batch of texts to one answer per text."""
+"""Tasks: one class for each, which answers batches of texts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..forward_calls import accepted, as_mapping, logits_of, takes
 
-Texts = Sequence[tuple[str, str | None]]  # each with the second one of its pair
+Texts = Sequence[tuple[str, str | None]]  # (text, second text of a pair or None)
 Answer = dict[str, Any]
 
 
 class Task(ABC):
-    """How one kind of head answers.
+    """Base class of the tasks.
 
     Args:
-        top_k: how many labels with their scores; 0 for all.
-        max_length: tokens that a text is cut to.
-        max_new_tokens: of a continuation.
+        top_k: number of labels to return with scores; 0 for all.
+        max_length: texts are truncated to this many tokens.
+        max_new_tokens: for generated texts.
     """
 
     auto_class = "AutoModel"
-    heads: tuple[str, ...] = ()  # ends of the class names in `architectures` that this task is the natural one for
-    padding_side = "right"  # positions count from the first token
+    heads: tuple[str, ...] = ()  # suffixes of classes for which this is the default task
+    padding_side = "right"
     takes_pairs = True
     needs_offsets = False
 
@@ -40,24 +40,24 @@ class Task(ABC):
     ):
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.top_k, self.max_new_tokens = max_length, top_k, max_new_tokens
-        self.cut = 0  # texts that were longer
+        self.cut = 0  # number of truncated texts
 
     def encode(self, texts: Texts) -> dict[str, Any]:
-        """Lists of token ids and what else the tokenizer makes, cut but not padded."""
+        """Lists of token ids and the tokenizer's other outputs, truncated but not padded."""
         firsts, seconds = [text for text, _ in texts], [pair for _, pair in texts]
         options = {"truncation": True, "max_length": self.max_length, "return_offsets_mapping": self.needs_offsets}
         if not any(pair is not None for pair in seconds):
             encoded = dict(self.tokenizer(firsts, **options))
-        else:  # a batch may mix texts and pairs, which the tokenizer takes apart only
+        else:  # a batch may mix texts and pairs, which the tokenizer takes only separately
             rows = [
                 dict(self.tokenizer(*([text] if pair is None else [text, pair]), **options)) for text, pair in texts
             ]
             names = sorted(set().union(*rows))
             encoded = {name: [row[name] for row in rows] for name in names}
         full = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) >= self.max_length]
-        for i in full:  # as long as can be: cut, or just so long
-            whole = self.tokenizer(*(text for text in texts[i] if text is not None), verbose=False)["input_ids"]
-            self.cut += len(whole) > self.max_length
+        for i in full:  # of the maximum length: truncated, or exactly that long
+            complete = self.tokenizer(*(text for text in texts[i] if text is not None), verbose=False)["input_ids"]
+            self.cut += len(complete) > self.max_length
         return encoded
 
     def __call__(self, encoded: dict[str, Any], texts: Texts) -> list[Answer]:
@@ -77,34 +77,34 @@ class Task(ABC):
 
     @property
     def pads(self) -> bool:
-        """Whether texts of several lengths may be in one batch: the model is told by a mask what is padding."""
+        """Whether texts of different lengths may be in one batch: `forward` takes an attention mask."""
         return takes(self.model, "attention_mask")
 
     def run(self, batch: dict[str, torch.Tensor], **options: Any) -> Any:
-        """The model's outputs for the part of a batch, and of options, that its `forward` takes."""
+        """The model's outputs for those tensors of the batch, and options, that its `forward` takes."""
         return self.model(**accepted(self.model, {**batch, **options}))
 
     def logits(self, batch: dict[str, torch.Tensor], dimensions: int, **options: Any) -> torch.Tensor:
         """The logits of a batch, float32.
 
         Raises:
-            ValueError: the model gives none, or of another number of dimensions.
+            ValueError: the model returns none, or with another number of dimensions.
         """
         logits = logits_of(self.run(batch, **options))
         if logits is None or logits.ndim != dimensions:
             shape = "none" if logits is None else f"some of the shape {list(logits.shape)}"
             raise ValueError(
-                f"{type(self.model).__name__}.forward gives no logits of {dimensions} dimensions, but {shape}: choose "
+                f"{type(self.model).__name__}.forward returns no logits of {dimensions} dimensions, but {shape}: choose "
                 "another --task"
             )
         return logits
 
     @abstractmethod
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
-        """One to each text, of a batch that is on the model's device."""
+        """One answer for each text of a batch on the model's device."""
 
     def generate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The tokens of a greedy generation."""
+        """Greedily generated tokens."""
         batch.pop("token_type_ids", None)
         if not self.pads:
             batch.pop("attention_mask", None)
@@ -116,10 +116,10 @@ class Task(ABC):
 
 
 class Classification(Task):
-    """`label` and `score` of the best label, and with `top_k` as `scores` so many, the best first.
+    """`label` and `score` of the best label, and with `top_k` the `scores` of that many labels, the best first.
 
-    Scores are probabilities: a softmax, or for `problem_type="multi_label_classification"` a sigmoid for each label,
-    all of which are given. Regression gives the bare `score`.
+    Scores are probabilities: a softmax, or for `problem_type="multi_label_classification"` the sigmoids of all labels.
+    Regression returns only `score`.
     """
 
     auto_class = "AutoModelForSequenceClassification"
@@ -141,7 +141,7 @@ class Classification(Task):
 
 
 class TokenClassification(Task):
-    """`tokens`: each with its place in the text (`start`, `end`, in characters), `label` and `score`."""
+    """`tokens`: each with `text`, its `start` and `end` in characters, `label` and `score`."""
 
     auto_class = "AutoModelForTokenClassification"
     heads = ("ForTokenClassification",)
@@ -157,17 +157,17 @@ class TokenClassification(Task):
             tokens = [
                 {"text": text[a:b], "start": a, "end": b, "label": self.label(number), "score": score}
                 for (a, b), number, score in rows
-                if b > a  # special tokens stand nowhere
+                if b > a  # special tokens have no position in the text
             ]
             found.append({"tokens": tokens})
         return found
 
 
 class Embedding(Task):
-    """`embedding`: the model's `pooler_output`, or where it has none the mean of its last hidden states over the tokens."""
+    """`embedding`: the model's `pooler_output`, or else the mean of its last hidden states over the tokens."""
 
     heads = ("Model",)
-    pooled = True  # whether the weights of the pooling are the checkpoint's
+    pooled = True  # whether the checkpoint has the pooler's weights
 
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
         outputs = as_mapping(self.run(batch))
@@ -176,7 +176,7 @@ class Embedding(Task):
             states = outputs.get("last_hidden_state", logits_of(outputs))
             if states is None or states.ndim != 3 or states.shape[:2] != batch["attention_mask"].shape:
                 raise ValueError(
-                    f"{type(self.model).__name__}.forward gives no hidden state for each token: choose another --task"
+                    f"{type(self.model).__name__}.forward returns no hidden state for each token: choose another --task"
                 )
             share = batch["attention_mask"][..., None].float()
             vectors = (states.float() * share).sum(dim=1) / share.sum(dim=1)
@@ -184,7 +184,7 @@ class Embedding(Task):
 
 
 class Generation(Task):
-    """`continuation`: what the model writes after the text, greedily, by the folder's other generation settings."""
+    """`continuation`: the text that follows, generated greedily with the folder's other generation settings."""
 
     auto_class = "AutoModelForCausalLM"
     heads = ("ForCausalLM", "LMHeadModel")
@@ -192,7 +192,7 @@ class Generation(Task):
     takes_pairs = False
 
     def encode(self, texts: Texts) -> dict[str, Any]:
-        self.tokenizer.truncation_side = "left"  # what is continued is the end
+        self.tokenizer.truncation_side = "left"  # keep the end, which is continued
         return super().encode(texts)
 
     def answers(self, batch: dict[str, torch.Tensor], encoded: dict[str, Any], texts: Texts) -> list[Answer]:
@@ -201,7 +201,7 @@ class Generation(Task):
 
 
 class TextToText(Task):
-    """`generated`: what an encoder-decoder makes of the text, greedily, by the folder's other generation settings."""
+    """`generated`: an encoder-decoder's text, generated greedily with the folder's other generation settings."""
 
     auto_class = "AutoModelForSeq2SeqLM"
     heads = ("ForConditionalGeneration", "ForSeq2SeqLM")
@@ -213,10 +213,10 @@ class TextToText(Task):
 
 
 class Span(Task):
-    """`answer` to the question `text` in the context `text_pair`: with `start` and `end` there in characters, and `score`.
+    """`answer` to the question `text` in the context `text_pair`, its `start` and `end` there in characters, and `score`.
 
-    The span of at most `LONGEST` tokens whose start and end are most probable together, by a softmax over the tokens of
-    the context that fit into the model; what does not fit is cut, and counted as such.
+    The answer is the span of at most `LONGEST` tokens with the largest product of the probabilities of start and end, a
+    softmax over the tokens of the context. A context that is too long is truncated, and counted in `cut`.
     """
 
     auto_class = "AutoModelForQuestionAnswering"
@@ -227,9 +227,7 @@ class Span(Task):
         rows = []
         for question, context in texts:
             if context is None:
-                raise ValueError(
-                    "a question needs its context: give it as text_pair, or name its field by --pair-column"
-                )
+                raise ValueError("a question needs a context: add it as text_pair, or name its field by --pair-column")
             options = {"truncation": "only_second", "max_length": self.max_length, "return_offsets_mapping": True}
             row = self.tokenizer(question, context, **options)
             rows.append({**row, "in_context": [part == 1 for part in row.sequence_ids(0)]})
@@ -244,7 +242,7 @@ class Span(Task):
         ends: list[torch.Tensor] = named if "start_logits" in outputs else tensors[:2]
         if len(ends) != 2 or any(end is None or end.shape != batch["input_ids"].shape for end in ends):
             raise ValueError(
-                f"{type(self.model).__name__}.forward gives no start_logits and end_logits: choose another --task"
+                f"{type(self.model).__name__}.forward returns no start_logits and end_logits: choose another --task"
             )
         found: list[Answer] = []
         for i, (_, context) in enumerate(texts):
@@ -259,7 +257,7 @@ class Span(Task):
 
 
 class Loss(Task):
-    """`loss`: the mean cross-entropy of a text's tokens but the first, in nats, and the number of `tokens` it is over."""
+    """`loss`: the mean cross-entropy of a text's tokens except the first, in nats, and the number of these `tokens`."""
 
     auto_class = "AutoModelForCausalLM"
     takes_pairs = False

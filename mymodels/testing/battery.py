@@ -75,7 +75,7 @@ class ModelBattery:
         """The arguments of `forward` for two rows; override it where they cannot be made up from the config."""
         try:
             return inputs.make_inputs(model)
-        except inputs.Unsuitable as error:
+        except inputs.NoSuitableInputs as error:
             pytest.skip(f"{error}: override make_inputs")
 
     @pytest.fixture
@@ -95,7 +95,7 @@ class ModelBattery:
         """Outputs are finite, and the same twice; neither weights nor inputs are changed."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         kept = {name: tensor.clone() for name, tensor in given.items()}
-        first, second = (comparing.shown_outputs(model, given) for _ in range(2))
+        first, second = (comparing.unpadded_outputs(model, given) for _ in range(2))
         assert not comparing.not_finite(first)
         assert not comparing.difference(second, first), "two runs on the same inputs differ in eval mode"
         for name, tensor in model.state_dict().items():
@@ -139,7 +139,7 @@ class ModelBattery:
             assert torch.equal(got, want), f"the buffer {name} is another one after loading"
         assert tie(loaded) == tie(model)
         assert not comparing.difference(
-            comparing.shown_outputs(loaded.eval(), given), comparing.shown_outputs(model, given)
+            comparing.unpadded_outputs(loaded.eval(), given), comparing.unpadded_outputs(model, given)
         )
 
     def test_clean_process(self, tmp_path: Path) -> None:
@@ -158,7 +158,9 @@ class ModelBattery:
         second = self.make_model()
         for (name, want), (_, got) in zip(model.state_dict().items(), second.state_dict().items(), strict=True):
             assert torch.equal(got, want), f"{name} starts differently each time"
-        assert not comparing.difference(comparing.shown_outputs(second, given), comparing.shown_outputs(model, given))
+        assert not comparing.difference(
+            comparing.unpadded_outputs(second, given), comparing.unpadded_outputs(model, given)
+        )
 
     # ---- text
 
@@ -196,7 +198,7 @@ class ModelBattery:
             pytest.skip("the class does not set packs = True")
         if not accepts(model, "position_ids"):
             pytest.fail("packs is True, but forward takes no position_ids", pytrace=False)
-        pieces = [inputs.tokens(model, 1, length, seed=length) for length in (5, 3, 6)]
+        pieces = [inputs.make_token_ids(model, 1, length, seed=length) for length in (5, 3, 6)]
         positions = torch.cat([torch.arange(piece.shape[1]) for piece in pieces])[None]
         packed = comparing.run_model(model, {"input_ids": torch.cat(pieces, 1), "position_ids": positions})
         alone = [comparing.run_model(model, {"input_ids": piece}) for piece in pieces]
@@ -220,7 +222,7 @@ class ModelBattery:
             other = type(model)._from_config(config, attn_implementation=name).eval()
             assert other.config._attn_implementation == name
             other.load_state_dict(model.state_dict())
-            seen.append({n: t for n, t in comparing.shown_outputs(other, given).items() if "attentions" not in n})
+            seen.append({n: t for n, t in comparing.unpadded_outputs(other, given).items() if "attentions" not in n})
         wrong = self.difference(*seen)
         assert not wrong, wrong
 
@@ -259,18 +261,20 @@ class ModelBattery:
         split = self.model_class.from_pretrained(
             tmp_path / "saved", device_map=device_map, offload_folder=str(tmp_path / "offload")
         )
-        wrong = self.difference(comparing.shown_outputs(split.eval(), given), comparing.shown_outputs(model, given))
+        wrong = self.difference(
+            comparing.unpadded_outputs(split.eval(), given), comparing.unpadded_outputs(model, given)
+        )
         assert not wrong, wrong
 
     def test_dtype(self, model: PreTrainedModel, given: dict[str, torch.Tensor], tmp_path: Path) -> None:
         """Saved and loaded in bfloat16 it runs, with outputs near those in float32."""
-        want = comparing.floating(comparing.shown_outputs(model, given))
+        want = comparing.floating(comparing.unpadded_outputs(model, given))
         model.save_pretrained(tmp_path)
         half = self.model_class.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
         assert half.dtype == torch.bfloat16
         cast = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in given.items()}
         seen = {
-            name: tensor.float() for name, tensor in comparing.floating(comparing.shown_outputs(half, cast)).items()
+            name: tensor.float() for name, tensor in comparing.floating(comparing.unpadded_outputs(half, cast)).items()
         }
         wrong = comparing.difference(seen, want, 0.1)
         assert not wrong, wrong
@@ -279,8 +283,8 @@ class ModelBattery:
         """`torch.export` makes a program that gives the same outputs."""
         how = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         program = torch.export.export(_Exported(model, how), (), kwargs=given, strict=False)
-        want = comparing.shown_outputs(_Exported(model, how), given)
-        wrong = self.difference(comparing.shown_outputs(program.module(), given), want)
+        want = comparing.unpadded_outputs(_Exported(model, how), given)
+        wrong = self.difference(comparing.unpadded_outputs(program.module(), given), want)
         assert not wrong, wrong
 
 

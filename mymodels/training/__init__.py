@@ -1,1 +1,1 @@
-"""Training: the sample text, tokenizers made from text, and an explicit training loop on accelerate."""
+"""Training: data sets, tokenizers, fine-tuning on transformers' Trainer, and a training loop on accelerate."""

@@ -1,4 +1,4 @@
-"""`TrainingArguments` for a fine-tuning: the defaults, the checks, and what differs between transformers releases."""
+"""`TrainingArguments` for `finetune`: defaults, checks, and differences between transformers releases."""
 
 import math
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from ..models.compat import TRANSFORMERS_VERSION
-from .datasets_io import need
+from .datasets_io import require_module
 
-# where they differ from transformers.TrainingArguments
+# defaults that differ from transformers.TrainingArguments
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3,
     "per_device_train_batch_size": 16,
@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
     "load_best_model_at_end": True,
-    "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
+    "restore_callback_states_from_checkpoint": True,  # the counter of early stopping
     "remove_unused_columns": False,
     "label_names": ["labels"],
 }
@@ -35,7 +35,7 @@ _POSITIVE = {
     "save_steps",
     "logging_steps",
 }
-LEARNING_RATE, LORA_LEARNING_RATE = 5e-5, 4e-4  # the second: of the LoRA paper's table 9, arXiv 2106.09685
+LEARNING_RATE, LORA_LEARNING_RATE = 5e-5, 4e-4  # the latter from table 9 of the LoRA paper, arXiv 2106.09685
 
 
 def checked_options(task: str, given: Mapping[str, Any], lora: bool) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def checked_options(task: str, given: Mapping[str, Any], lora: bool) -> dict[str
     possible = ["accuracy", "f1_macro", "loss"] if task == "classification" else ["loss", "perplexity"]
     if best.removeprefix("eval_") not in possible:
         raise ValueError(f"metric_for_best_model={best!r} is none of {', '.join(possible)}")
-    if best.endswith("perplexity"):  # what has the least loss has the least of it
+    if best.endswith("perplexity"):  # the minimum of both is at the same step
         options["metric_for_best_model"] = "loss"
     if task != "classification":
         options["prediction_loss_only"] = True
@@ -64,7 +64,7 @@ def checked_options(task: str, given: Mapping[str, Any], lora: bool) -> dict[str
     if options["save_strategy"] == "steps" and "eval_steps" in options:
         options.setdefault("save_steps", options["eval_steps"])
     if "load_best_model_at_end" not in given and "no" in (strategy, options["save_strategy"]):
-        options["load_best_model_at_end"] = False  # nothing to choose from
+        options["load_best_model_at_end"] = False  # no evaluations or no checkpoints to choose from
     return options
 
 
@@ -73,26 +73,26 @@ def make_arguments(
 ) -> TrainingArguments:
     """`TrainingArguments` under this transformers release."""
     options = dict(options)
-    if "warmup_steps" not in options:  # a share of the steps since 5.0 too; before, an option of its own
+    if "warmup_steps" not in options:  # since transformers 5.0 a ratio too; before, warmup_ratio
         options["warmup_steps" if TRANSFORMERS_VERSION >= (5, 0) else "warmup_ratio"] = warmup_ratio
-    if "logging_steps" not in options and "logging_strategy" not in options:  # some 50 points for the picture
+    if "logging_steps" not in options and "logging_strategy" not in options:  # about 50 points of the loss curve
         batch = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
         total = math.ceil(options["num_train_epochs"] * math.ceil(examples / (batch * PartialState().num_processes)))
         steps = int(options.get("max_steps", -1))
         options["logging_steps"] = max(1, (steps if steps > 0 else total) // 50)
     if "tensorboard" in str(options["report_to"]):
-        need("tensorboard", "tensorboard")
+        require_module("tensorboard", "tensorboard")
     if bf16 and not torch.accelerator.is_available():
-        options.setdefault("use_cpu", True)  # else TrainingArguments takes bfloat16 for a mistake
+        options.setdefault("use_cpu", True)  # otherwise TrainingArguments rejects bf16
     options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     try:
         return TrainingArguments(output_dir=str(where), bf16=bf16, **options)
     except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"transformers.TrainingArguments refuses this: {' '.join(str(error).split())}") from error
+        raise ValueError(f"transformers.TrainingArguments rejects this: {' '.join(str(error).split())}") from error
 
 
 def bf16_is_faster() -> bool:
-    """Whether this machine computes in bfloat16 by hardware: the accelerator, or the CPU (AVX-512 BF16 or AMX)."""
+    """Whether the accelerator, or else the CPU (AVX-512 BF16 or AMX), supports bfloat16 in hardware."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if hasattr(torch, "xpu") and torch.xpu.is_available():

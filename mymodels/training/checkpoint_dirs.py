@@ -1,4 +1,4 @@
-"""The checkpoint folders of a run: which are whole, which to resume from, which to remove."""
+"""The checkpoint folders of a run: check them, choose one to resume from, remove old ones."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from ..checkpoints.torch_files import load_plain
 
 logger = logging.getLogger(__name__)
 
-STATE = "trainer_state.json"  # transformers' name; without it a folder is no training checkpoint
+STATE = "trainer_state.json"  # transformers' name; every training checkpoint has one
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -34,14 +34,16 @@ def _step(path: Path) -> int:
 
 
 def check_training_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a training checkpoint, in a sentence; None if it is whole, every file's hash compared.
+    """A sentence on what is wrong with a training checkpoint; None if it is complete and every file's hash is right.
 
-    A folder without a manifest, as transformers' own Trainer writes, is whole if its weights and its state can be read.
+    A folder without a manifest, as transformers' Trainer writes, is complete if its weights and its state can be read.
     """
     if not (folder / STATE).is_file():
-        return f"{folder} has no {STATE}: it was not written to its end, or is no training checkpoint"
+        return f"{folder} has no {STATE}: it is incomplete, or is no training checkpoint"
     if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):  # DeepSpeed's
-        return f"{folder} has no state of an optimizer: with save_only_model=True, or without optimizer.pt, none can resume"
+        return (
+            f"{folder} has no optimizer state, so it cannot be resumed: save checkpoints without save_only_model=True"
+        )
     if (folder / MANIFEST).is_file():
         problems = check_manifest(folder, full=True)
         return problems[0].message if problems else None
@@ -58,15 +60,15 @@ def check_training_checkpoint(folder: Path) -> str | None:
 def find_checkpoint(
     output_dir: str | os.PathLike | None, resume_from_checkpoint: bool | str | os.PathLike | None
 ) -> Path | None:
-    """The checkpoint to resume from: the one named, or for `True` the newest whole one of `output_dir`; else None.
+    """The checkpoint to resume from: the given one, or for `True` the newest complete one of `output_dir`; else None.
 
-    Damaged ones are passed over, with a warning each. The main process looks; every process gets its answer, so all
-    must see the same files. That `output_dir` can be written is tried at once, rather than at the first checkpoint.
+    Damaged checkpoints are skipped with a warning. The main process chooses and sends its choice to all processes, which
+    must see the same files. Writing to `output_dir` is tried here, so that it does not fail at the first checkpoint.
 
     Raises:
-        FileNotFoundError: there is none.
-        FileExistsError: nothing is to be resumed, but `output_dir` has checkpoints of an earlier run.
-        CheckpointError: the one named is damaged, or all are.
+        FileNotFoundError: there is no checkpoint.
+        FileExistsError: the run is not resumed, but `output_dir` has checkpoints of an earlier run.
+        CheckpointError: the given checkpoint, or every checkpoint, is damaged.
         OSError: `output_dir` cannot be written.
     """
     answer: list[Any] = [None]
@@ -74,7 +76,7 @@ def find_checkpoint(
         try:
             answer = [_find(output_dir, resume_from_checkpoint)]
         except (OSError, ValueError) as error:
-            answer = [error]  # for the others to stop too, instead of waiting
+            answer = [error]  # so that the other processes stop too
     found = broadcast_object_list(answer)[0]
     if isinstance(found, Exception):
         raise found
@@ -88,8 +90,8 @@ def _find(output_dir: str | os.PathLike | None, resume: bool | str | os.PathLike
         earlier = list_checkpoints(output_dir) if output_dir is not None else []
         if earlier:
             raise FileExistsError(
-                f"{output_dir} holds {earlier[-1].name} of an earlier run: pass resume_from_checkpoint=True to go on "
-                "with it, or choose another folder"
+                f"{output_dir} holds {earlier[-1].name} of an earlier run: pass resume_from_checkpoint=True to resume "
+                "it, or choose another folder"
             )
         return None
     if resume is not True:
@@ -97,7 +99,7 @@ def _find(output_dir: str | os.PathLike | None, resume: bool | str | os.PathLike
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no checkpoint folder {folder} to resume from")
         if problem := check_training_checkpoint(folder):
-            raise CheckpointError(f"{problem}. resume_from_checkpoint=True takes the newest whole one")
+            raise CheckpointError(f"{problem}. resume_from_checkpoint=True uses the newest complete checkpoint")
         return folder
     if output_dir is None:
         raise ValueError("resume_from_checkpoint=True needs output_dir, the folder with the checkpoints")
@@ -105,11 +107,11 @@ def _find(output_dir: str | os.PathLike | None, resume: bool | str | os.PathLike
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
-    """The newest whole checkpoint of `output_dir`; a warning for each damaged one that is passed over.
+    """The newest complete checkpoint of `output_dir`; warns of each damaged one that is skipped.
 
     Raises:
-        FileNotFoundError: there are none.
-        CheckpointError: none is whole.
+        FileNotFoundError: there are no checkpoints.
+        CheckpointError: every checkpoint is damaged.
     """
     if not output_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {output_dir} to resume from: start without resume_from_checkpoint")
@@ -120,14 +122,14 @@ def newest_checkpoint(output_dir: Path) -> Path:
         problem = check_training_checkpoint(folder) or ""
         if not problem:
             return folder
-        logger.warning("%s is damaged and passed over: %s", folder, problem)
+        logger.warning("%s is damaged and was skipped: %s", folder, problem)
     if problem:
-        raise CheckpointError(f"{output_dir} has no whole checkpoint: {problem}")
+        raise CheckpointError(f"{output_dir} has no complete checkpoint: {problem}")
     raise FileNotFoundError(f"{output_dir} has no checkpoint to resume from: start without resume_from_checkpoint")
 
 
 def _repair(output_dir: Path) -> None:
-    """Clear away what killed writers and removers left."""
+    """Finish or remove what killed processes left half written or half removed."""
     for path in output_dir.glob(".checkpoint-*"):
         if found := re.fullmatch(r"\.(checkpoint-\d+)\.saving-\w{8}", path.name):
             repair(output_dir / found[1])
@@ -136,7 +138,7 @@ def _repair(output_dir: Path) -> None:
 
 
 def try_to_write(output_dir: Path) -> None:
-    """Make the folder if need be; raise an OSError in a sentence if it cannot be written to."""
+    """Create the folder if it does not exist; raise an `OSError` with one sentence if it cannot be written to."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
@@ -146,7 +148,7 @@ def try_to_write(output_dir: Path) -> None:
 
 
 def remove_old_checkpoints(output_dir: Path, newest: Path, best: Path | None, save_total_limit: int | None) -> None:
-    """Keep `newest`, `best` and as many of the latest others as make `save_total_limit` in all; at least those two."""
+    """Keep `newest`, `best` and the latest others, `save_total_limit` in all but at least these two; remove the rest."""
     _repair(output_dir)
     if not save_total_limit or save_total_limit < 1:
         return
@@ -154,7 +156,7 @@ def remove_old_checkpoints(output_dir: Path, newest: Path, best: Path | None, sa
     others = [path for path in list_checkpoints(output_dir) if path.name not in kept]
     others.sort(key=lambda path: path.stat().st_mtime)
     for path in others[: max(len(others) + len(kept) - save_total_limit, 0)]:
-        doomed = path.with_name(f".{path.name}.removing")  # never half a checkpoint under its own name
+        doomed = path.with_name(f".{path.name}.removing")  # so that no half removed checkpoint has its name
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Rows from files, folders and Hub data sets, through the `datasets` library, with an error in one sentence for what cannot be read."""
+"""Read rows from files, folders and Hub data sets through the `datasets` library, with one-sentence errors."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from ..extras import install_command
 from ..messages import first_line
 from .sample_text import load_sample_text, passages
 
-SAMPLE = "sample_text"  # as `data`: what ships with the package
+SAMPLE = "sample_text"  # value of `data` for the text that ships with the package
 _KINDS = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -24,18 +24,18 @@ _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
-}  # of folders and Hub data sets: split → its names
+}  # split → its names in folders and Hub data sets
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on as they are; the message says what, in which file, row and column, and what to do."""
+    """Data that cannot be used for training; the message names file, row and column, and what to do."""
 
 
-def need(module: str, extra: str) -> Any:
+def require_module(module: str, extra: str) -> Any:
     """Import a module of an optional dependency.
 
     Raises:
-        ValueError: it is not installed; the sentence names the command that installs it.
+        ValueError: the module is not installed; the message names the command that installs it.
     """
     try:
         return import_module(module)
@@ -44,10 +44,10 @@ def need(module: str, extra: str) -> Any:
 
 
 def read_splits(data: Any, config: str | None, datasets: Any) -> tuple[dict[str, tuple[Any, str]], str, str | None]:
-    """Split → (rows, what to call it), a name for all, and the Hub's id."""
+    """Split → (rows, name for messages), the name of the data, and its Hub id or None."""
     if isinstance(data, (datasets.Dataset, datasets.DatasetDict)):
         found = data if isinstance(data, datasets.DatasetDict) else {"train": data}
-        return _named(found, "the data set"), "a data set in memory", None
+        return _canonical_splits(found, "the data set"), "a data set in memory", None
     if str(data) == SAMPLE and not Path(SAMPLE).exists():
         rows = {
             split: [{"text": text, "label": label} for text, label in passages(load_sample_text(part))]
@@ -64,7 +64,9 @@ def read_splits(data: Any, config: str | None, datasets: Any) -> tuple[dict[str,
     if path.is_dir():
         files = {split: _files(path, names) for split, names in _SPLITS.items()}
         if not files["train"]:
-            raise DataError(f"{data} has no file train.csv, train.jsonl, train.parquet or train.txt: name one file so")
+            raise DataError(
+                f"{data} has no train.csv, train.jsonl, train.parquet or train.txt: rename the training file"
+            )
         return (
             {s: (read_files(f, datasets), str(f[0] if len(f) == 1 else path / s)) for s, f in files.items() if f},
             path.resolve().name,
@@ -78,11 +80,11 @@ def read_splits(data: Any, config: str | None, datasets: Any) -> tuple[dict[str,
         raise DataError(
             f"there is no file or folder {data}, and no Hub data set could be fetched: {_reason(error)}"
         ) from error
-    return _named(found, str(data)), str(data), str(data)
+    return _canonical_splits(found, str(data)), str(data), str(data)
 
 
-def _named(found: Any, name: str) -> dict[str, tuple[Any, str]]:
-    """The splits of a `DatasetDict` under our names."""
+def _canonical_splits(found: Any, name: str) -> dict[str, tuple[Any, str]]:
+    """The splits of a `DatasetDict` under the names train, validation and test."""
     splits = {
         split: (found[there], f"{name}, split {there}")
         for split, names in _SPLITS.items()
@@ -105,7 +107,9 @@ def read_files(paths: list[Path], datasets: Any) -> Any:
         if not path.is_file():
             raise DataError(f"there is no file {path}: check the path")
         if kind is None or _KINDS.get(path.suffix.lower()) != kind:
-            raise DataError(f"{path} is none of {', '.join(_KINDS)}, or not of its neighbours' kind: convert it")
+            raise DataError(
+                f"{path} is none of {', '.join(_KINDS)}, or of another kind than the other files: convert it"
+            )
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty: choose another file")
         if kind != "parquet":
@@ -120,7 +124,7 @@ def read_files(paths: list[Path], datasets: Any) -> Any:
         rows = getattr(datasets.Dataset, f"from_{kind}")([str(path) for path in paths], **options)
     except Exception as error:  # the readers' own, of many kinds
         reason = _reason(error)
-        if "corresponds to no data" in reason:  # a table of nothing but its head
+        if "corresponds to no data" in reason:  # a table with only a header
             raise DataError(f"{', '.join(map(str, paths))} has no rows: choose another file") from None
         raise DataError(f"{', '.join(map(str, paths))} cannot be read as {kind}: {reason}") from error
     finally:
@@ -144,7 +148,7 @@ def _check_encoding(path: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an error."""
+    """The first line of an error's root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)

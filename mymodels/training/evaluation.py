@@ -1,4 +1,4 @@
-"""What a model makes of held-out examples."""
+"""Losses of a model on held-out examples."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ from ..forward_calls import accepted, loss_of
 
 
 def count_labels(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """How many labels the model's loss of `batch` is the mean of, `[]`: those not -100, and predicted.
+    """The number of labels over which the model's loss of `batch` is the mean, `[]`: those that are not -100.
 
-    Nothing predicts the first of a row in a causal language model. Without `labels` (answers to questions), its rows. Of
-    a module that is no transformers model, all labels but -100 count.
+    In a causal language model the first label of a row is not predicted, so it does not count. Without `labels`, as for
+    question answering, the number of rows. For a module that is no transformers model, all labels but -100 count.
     """
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor):
@@ -25,7 +25,7 @@ def count_labels(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tens
     plain = extract_model_from_parallel(model)
     if not isinstance(plain, PreTrainedModel):
         return (labels != -100).sum()
-    # transformers takes a causal language model's loss for a class whose name says nothing, such as GPT2LMHeadModel
+    # transformers falls back to the causal language model's loss, for example for GPT2LMHeadModel
     shifted = LOSS_MAPPING.get(getattr(plain, "loss_type", None) or "ForCausalLM") is ForCausalLMLoss
     if shifted and labels.ndim > 1 and not getattr(plain.config, "is_encoder_decoder", False):
         return (labels[..., 1:] != -100).sum()
@@ -33,10 +33,10 @@ def count_labels(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tens
 
 
 def required_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The loss of a batch, in whatever form the model returns it.
+    """The loss of a batch, from any form of output.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model returns no loss.
     """
     loss = loss_of(model(**accepted(model, batch)))
     if loss is None:
@@ -46,14 +46,14 @@ def required_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Ten
 
 @torch.no_grad()  # not inference_mode, whose tensors a sharded model could not train on
 def mean_loss(model: torch.nn.Module, dataset: Sequence[Any], data_collator: Callable, batch_size: int) -> float:
-    """Mean loss over `dataset`, each label of `count_labels` weighing alike; `model` goes back to the mode it was in.
+    """Mean loss over `dataset`, every label of `count_labels` weighted equally; restores the mode of `model`.
 
-    A batch without any counts for nothing; NaN if there is no label at all.
+    A batch without labels is ignored; NaN if there are no labels at all.
     """
     mode, device = model.training, next(model.parameters()).device
     model.eval()
     total = weight = 0.0
-    # a loader draws from its generator, and training's random numbers are not to depend on evaluations
+    # a loader draws from its generator; its own one keeps training's random numbers independent of evaluations
     for batch in DataLoader(dataset, batch_size, collate_fn=data_collator, generator=torch.Generator()):  # type: ignore[arg-type]
         moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         loss, count = required_loss(model, moved).item(), count_labels(model, batch).item()
@@ -67,7 +67,7 @@ def mean_loss(model: torch.nn.Module, dataset: Sequence[Any], data_collator: Cal
 def evaluate(
     model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Mean loss over `batches` (each counts alike), all logits and all labels, on the CPU."""
+    """Mean loss over `batches`, weighted equally, and all logits and labels, on the CPU."""
     model.eval()
     losses, logits, labels = [], [], []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""A small MyGPT2 trained on the sample text by the loop: what to start, kill and start again.
+"""Train a small MyGPT2 on the sample text with the loop; the run can be killed and resumed.
 
 python -m mymodels.training.example --output_dir run
 accelerate launch --config_file mymodels/training/accelerate_configs/ddp.yaml -m mymodels.training.example --output_dir run
@@ -21,7 +21,7 @@ WINDOW = 64  # tokens per example
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="gets the checkpoints")
-    parser.add_argument("--resume_from_checkpoint", action="store_true", help="go on with the newest one there")
+    parser.add_argument("--resume_from_checkpoint", action="store_true", help="resume from the newest checkpoint there")
     for name, default in {
         "num_train_epochs": 2,
         "max_steps": -1,

@@ -1,4 +1,4 @@
-"""How well an encoder-decoder's texts agree with the targets."""
+"""Metrics of the texts that an encoder-decoder generates, compared with the targets."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,29 +8,30 @@ import torch
 
 from ..messages import first_line
 from .data import Data
-from .load_base import Start
+from .load_base import LoadedBase
 
-TEXTS = 64  # of each split, so that measuring costs little
+TEXTS = 64  # generated for each split
 BATCH = 16
 NEW_TOKENS = 128
 
 
-def measure_texts(metrics: dict[str, dict[str, float]], begun: Start, data: Data, max_length: int) -> None:
+def measure_texts(metrics: dict[str, dict[str, float]], base: LoadedBase, data: Data, max_length: int) -> None:
     """Add `exact_match` and `token_f1` of greedily generated texts to the metrics of each split.
 
-    Both are over the first `TEXTS` texts of the split, which `data.notes` says. A model that cannot generate has none.
+    Both are over the first `TEXTS` texts of the split, as a note in `data.notes` says. Models that cannot generate get
+    neither.
     """
-    if not begun.model.can_generate():
+    if not base.model.can_generate():
         data.notes.append(
-            f"{type(begun.model).__name__} does not generate, so its texts were not compared with the targets"
+            f"{type(base.model).__name__} does not generate, so its texts were not compared with the targets"
         )
         return
     for split in metrics:
         rows = getattr(data, split)
         texts, targets = list(rows["text"][:TEXTS]), list(rows["target"][:TEXTS])
         try:
-            found = generate_texts(begun.model, begun.tokenizer, texts, max_length)
-        except Exception as error:  # of someone's own `generate` or `forward`: the training is done and is kept
+            found = generate_texts(base.model, base.tokenizer, texts, max_length)
+        except Exception as error:  # raised by custom code; the trained model is kept
             data.notes.append(f"texts could not be generated, so they were not compared: {first_line(error)}")
             return
         metrics[split] |= compare_texts(found, targets)
@@ -40,7 +41,7 @@ def measure_texts(metrics: dict[str, dict[str, float]], begun: Start, data: Data
 
 @torch.no_grad()
 def generate_texts(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> list[str]:
-    """What the model makes of each text, greedily."""
+    """The text that the model generates greedily for each text."""
     model.eval()
     found: list[str] = []
     for start in range(0, len(texts), BATCH):
@@ -58,7 +59,7 @@ def generate_texts(model: Any, tokenizer: Any, texts: Sequence[str], max_length:
 
 
 def compare_texts(found: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    """`exact_match`: the share of texts that are equal but for space; `token_f1`: the mean F1 of their words, as in SQuAD.
+    """`exact_match`: the share of texts that are equal except for white space; `token_f1`: mean F1 of their words.
 
     Example:
         >>> compare_texts(["a b"], ["a c"])

@@ -1,4 +1,4 @@
-"""Old training checkpoints, one dict in one file, into a model and its optimizer."""
+"""Import training checkpoints that are one dict in one file into a model, an optimizer and a scheduler."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ from ..checkpoints.dispatch import load_in_place, without_wrapper
 from ..checkpoints.nested_objects import unread
 
 _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
-_TELLING = {
+_DISTINCTIVE_OPTIONS = {
     "amsgrad",
     "momentum",
     "momentum_decay",
@@ -21,7 +21,7 @@ _TELLING = {
     "rho",
     "lr_decay",
     "etas",
-}  # of which kind an optimizer is
+}  # options by which kinds of optimizers are told apart
 _KIND = re.compile(r"model|net(work)?|optim(izer)?|(lr_?)?sched(uler)?|state(_?dict)?|weights|opt|[_.-]", re.IGNORECASE)
 
 
@@ -37,27 +37,27 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Load a checkpoint that a training script wrote, such as `{'epoch', 'model_state_dict', 'optimizer_state_dict', …}`.
 
-    All of it fits, or nothing is changed. States fit an optimizer and a scheduler of the kind that saved them.
+    If a part does not fit, nothing is changed. Optimizer and scheduler must be of the kind that was saved.
 
     Args:
-        path: what `open_checkpoint` opens.
-        model: gets the weights; what `DataParallel`, `torch.compile`, FSDP or DeepSpeed put into names is taken off.
-        optimizer: gets its state. An optimizer's state has no names: its parameters are matched by their order, and
-            each state must have its parameter's shape.
-        scheduler: gets its state.
-        section: of a file with several models, the one to take (`Checkpoint.sections`), such as `"modelA_state_dict"`;
-            optimizer and scheduler are then those named alike, `"optimizerA_state_dict"`.
+        path: anything that `open_checkpoint` opens.
+        model: receives the weights; prefixes of `DataParallel`, `torch.compile`, FSDP or DeepSpeed in names are removed.
+        optimizer: receives its state. Optimizer states have no names, so parameters are matched by their order, and each
+            state must have its parameter's shape.
+        scheduler: receives its state.
+        section: which model of a file with several (`Checkpoint.sections`), such as `"modelA_state_dict"`; the states
+            of optimizer and scheduler are then those with the matching name, `"optimizerA_state_dict"`.
         allow_pickle: as for `open_checkpoint`.
-        strict: whether names that are missing or left over, and shapes that do not fit, are an error. If not, what was
-            not loaded is warned of and returned.
+        strict: raise for missing and unexpected names and for mismatched shapes. If false, they are warned of and
+            returned.
 
     Returns:
-        what else the file holds: `epoch`, `loss`, …; unless `strict`, also `loading_info`, with the lists
-        `missing_keys`, `unexpected_keys` and `mismatched_keys`.
+        The rest of the file: `epoch`, `loss`, …; unless `strict`, also `loading_info`, with the lists `missing_keys`,
+        `unexpected_keys` and `mismatched_keys`.
 
     Raises:
-        CheckpointError: names, shapes, groups or kinds do not fit, or something asked for is not there; the message says
-            which.
+        CheckpointError: names, shapes, groups or kinds do not match, or a requested state is missing; the message names
+            it.
 
     Examples:
         >>> rest = import_checkpoint("old.pt", model, optimizer)
@@ -72,10 +72,10 @@ def import_checkpoint(
     taken, states = [], []
     for kind, wanted in (("optim", optimizer), ("sched", scheduler)):
         if wanted is not None:
-            key = _find(opened, kind, ours)
-            state = copy.deepcopy(_single(opened.extras[key]))  # not the file's memory
+            key = _find_state_key(opened, kind, ours)
+            state = copy.deepcopy(_single(opened.extras[key]))  # a copy, independent of the file's memory
             if wanted is optimizer:
-                state = _fitted(f"{path}: {key}", state, model, optimizer)
+                state = _fit_optimizer_state(f"{path}: {key}", state, model, optimizer)
             else:
                 _check_scheduler(f"{path}: {key}", state, scheduler)
             taken.append(key)
@@ -85,9 +85,9 @@ def import_checkpoint(
         for key, (wanted, state) in zip(taken, states):
             try:
                 wanted.load_state_dict(state)
-            except Exception as error:  # whatever a class of one's own may raise
+            except Exception as error:  # custom classes may raise anything
                 kind = type(wanted).__name__
-                raise CheckpointError(f"{path}: {key} is no state that {kind} takes: {error!r}") from error
+                raise CheckpointError(f"{path}: {key} is not a state of {kind}: {error!r}") from error
         account = load_in_place(model, checkpoint, strict=strict)
     except BaseException:
         for wanted, before in undo:
@@ -98,7 +98,7 @@ def import_checkpoint(
 
 
 def _single(value: Any) -> Any:
-    """Lightning keeps its states in lists, of one optimizer as a rule."""
+    """The only element of a list, as Lightning stores the state of a single optimizer; else the value itself."""
     return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
@@ -110,8 +110,8 @@ def _is_scheduler(value: Any) -> bool:
     return isinstance(value, Mapping) and "last_epoch" in value
 
 
-def _find(checkpoint: Checkpoint, kind: str, section: str) -> str:
-    """The key of the optimizer or scheduler that belongs to a model: the one named like it, or the only one."""
+def _find_state_key(checkpoint: Checkpoint, kind: str, section: str) -> str:
+    """The key of a model's optimizer or scheduler state: the one with the matching name, or the only one."""
     looks_like = {"optim": _is_optimizer, "sched": _is_scheduler}
     values = {key: _single(value) for key, value in unread(checkpoint.extras).items()}
     found = [key for key, value in values.items() if kind in key.lower() and isinstance(value, Mapping)]
@@ -124,15 +124,15 @@ def _find(checkpoint: Checkpoint, kind: str, section: str) -> str:
         has = ", ".join(map(repr, chosen or checkpoint.extras)) or "nothing"
         raise CheckpointError(
             f"{checkpoint.path} has {'several states' if chosen else 'no state'} of {article} {what} for the model {section!r}; "
-            f"beside the weights it has {has}: import without {what}"
+            f"in addition to the weights it has {has}: import without {what}"
         )
     return chosen[0]
 
 
-def _fitted(
+def _fit_optimizer_state(
     where: str, state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """The saved state in the order of the optimizer's parameters, if it fits them.
+    """The saved state in the order of the optimizer's parameters.
 
     Raises:
         CheckpointError: groups, names or shapes differ.
@@ -143,25 +143,25 @@ def _fitted(
     saved, groups = state["param_groups"], optimizer.param_groups
     if len(saved) != len(groups):
         raise CheckpointError(
-            f"{where} has {len(saved)} parameter groups, the optimizer has {len(groups)}: make it with the same groups"
+            f"{where} has {len(saved)} parameter groups, the optimizer has {len(groups)}: create it with the same groups"
         )
-    fitted = []
-    by_names = {frozenset(_named(group)): group for group in saved if _named(group)}
+    fitted_groups = []
+    by_names = {frozenset(_keys_by_name(group)): group for group in saved if _keys_by_name(group)}
     for number, now in enumerate(groups):
         names = [known.get(id(parameter), "?") for parameter in now["params"]]
         before = by_names.get(frozenset(names), saved[number])  # groups with names may come in another order
-        if differ := sorted((set(before) ^ set(now)) & _TELLING):
+        if differ := sorted((set(before) ^ set(now)) & _DISTINCTIVE_OPTIONS):
             raise CheckpointError(
                 f"{where} is of another kind of optimizer than {type(optimizer).__name__}, only one of them has "
-                f"{differ[0]!r}: make the optimizer that was saved, or import without optimizer"
+                f"{differ[0]!r}: create the kind that was saved, or import without optimizer"
             )
         keys = list(before["params"])
         if len(keys) != len(now["params"]):
             raise CheckpointError(
-                f"{where}: group {number} has {len(keys)} parameters, the optimizer's has {len(now['params'])}: give it "
-                "the parameters it had (frozen ones too, if it had them)"
+                f"{where}: group {number} has {len(keys)} parameters, the optimizer's has {len(now['params'])}: pass it "
+                "the parameters it was saved with (frozen ones too, if it had them)"
             )
-        if by_name := _named(before):
+        if by_name := _keys_by_name(before):
             if missing := [name for name in names if name not in by_name]:
                 raise CheckpointError(f"{where}: group {number} has no state for parameter {missing[0]!r}")
             keys = [by_name[name] for name in names]
@@ -170,30 +170,30 @@ def _fitted(
                 if kind in _SHAPED and isinstance(value, torch.Tensor) and value.shape != parameter.shape:
                     raise CheckpointError(
                         f"{where}: {kind} of parameter {key} has shape {tuple(value.shape)}, but {name!r} has "
-                        f"{tuple(parameter.shape)}: give the optimizer its parameters in the order they had"
+                        f"{tuple(parameter.shape)}: pass the optimizer its parameters in the saved order"
                     )
-        fitted.append({**before, "params": keys} | ({"param_names": names} if "param_names" in before else {}))
-    return {**state, "param_groups": fitted}
+        fitted_groups.append({**before, "params": keys} | ({"param_names": names} if "param_names" in before else {}))
+    return {**state, "param_groups": fitted_groups}
 
 
-def _named(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a saved group's parameters by their names; empty if it has no names."""
+def _keys_by_name(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Name → key of a saved group's parameters; empty if it has no names."""
     keys = list(group["params"])
     names = group.get("param_names") or (keys if all(isinstance(key, str) for key in keys) else [])
     return {without_wrapper(name): key for name, key in zip(names, keys)}
 
 
 def _check_scheduler(where: str, state: Mapping[str, Any], scheduler: Any) -> None:
-    """Raise if the state has other fields than the scheduler's; private ones come and go with torch's releases."""
+    """Raise if the state has other fields than the scheduler's, except private ones, which vary by torch release."""
     now = scheduler.state_dict()
     differ = [name for name in sorted(set(state) ^ set(now)) if not name.startswith("_") and name != "verbose"]
     if differ:
         raise CheckpointError(
             f"{where} is of another kind of scheduler than {type(scheduler).__name__}, only one of them has {differ[0]!r}: "
-            "make the scheduler that was saved, or import without scheduler"
+            "create the kind that was saved, or import without scheduler"
         )
     if len(state.get("base_lrs", ())) != len(now.get("base_lrs", ())):
         raise CheckpointError(
             f"{where} is for {len(state['base_lrs'])} parameter groups, the scheduler's optimizer has "
-            f"{len(now['base_lrs'])}: make it with the same groups"
+            f"{len(now['base_lrs'])}: create it with the same groups"
         )

@@ -1,4 +1,4 @@
-"""The model and the tokenizer that a fine-tuning starts from, whatever they are given as."""
+"""Load the model and the tokenizer that a fine-tuning starts from: from a folder, the Hub or memory."""
 
 import contextlib
 import inspect
@@ -33,14 +33,14 @@ _OURS = {"mygpt2": "causal", "mybert": "masked"}
 
 
 @dataclass
-class Start:
-    """What is fine-tuned.
+class LoadedBase:
+    """The model and tokenizer to fine-tune.
 
     Attributes:
         kind: a key of `CLASS_SUFFIXES`.
-        new: names of the parameters that come from no checkpoint, and of a classifier's head.
-        hub_id: of the model, if it came from the Hub.
-        how: a sentence.
+        new: names of the newly initialised parameters, and of a classifier's head.
+        hub_id: the model's Hub id, if it was loaded from the Hub.
+        how: a sentence on how it was loaded.
     """
 
     model: PreTrainedModel
@@ -52,8 +52,8 @@ class Start:
 
 
 def known_labels(model: PreTrainedModel | str | os.PathLike, revision: str | None = None) -> list[str]:
-    """The labels of a classifier, by number; none of a model whose labels nobody has named."""
-    _check_kind_of_model(model)
+    """The labels of a classifier in order of their numbers; empty if they have only default names."""
+    _check_model_argument(model)
     if isinstance(model, PreTrainedModel):
         found: Mapping[Any, str] = model.config.id2label or {}
     else:
@@ -64,15 +64,15 @@ def known_labels(model: PreTrainedModel | str | os.PathLike, revision: str | Non
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
-def _check_kind_of_model(model: Any) -> None:
+def _check_model_argument(model: Any) -> None:
     if not isinstance(model, (PreTrainedModel, str, os.PathLike)):
         raise ValueError(
-            f"finetune takes a transformers model or the name of one, and {type(model).__name__} is neither: a model of "
-            "your own derives from PreTrainedModel"
+            f"finetune takes a transformers model or the name of one, and {type(model).__name__} is neither: derive your "
+            "model from PreTrainedModel, or wrap it with `mymodels adopt`"
         )
 
 
-def start(
+def load_base(
     model: PreTrainedModel | str | os.PathLike,
     task: str,
     *,
@@ -82,18 +82,18 @@ def start(
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> Start:
-    """Load what `finetune` was given; its arguments. The weights are float32, so that small steps count.
+) -> LoadedBase:
+    """Load the model and tokenizer; arguments as of `finetune`. Weights are float32, so that small updates are not lost.
 
     Raises:
-        ValueError: the model has no such head, or another number of labels, or no tokenizer.
-        OSError: there is no such folder or Hub repo.
+        ValueError: the model has no head for the task, another number of labels, or no tokenizer.
+        OSError: the folder or Hub repo does not exist.
     """
-    _check_kind_of_model(model)
+    _check_model_argument(model)
     known = known_labels(model, revision) if task == "classification" else []
     if isinstance(model, PreTrainedModel):
         if to or overrides:
-            raise ValueError("a model in memory is trained as it is: leave out to= and overrides=")
+            raise ValueError("to= and overrides= do not apply to a model in memory: leave them out")
         found = _in_memory(model, task, labels, tokenizer)
     else:
         found = _from_checkpoint(model, task, labels, to, dict(overrides or {}), tokenizer, revision, trust_remote_code)
@@ -110,29 +110,31 @@ def start(
     return found
 
 
-def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, tokenizer: Any) -> Start:
+def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, tokenizer: Any) -> LoadedBase:
     name = type(model).__name__
-    kind = next(filter(None, map(_kind, type(model).__mro__)), "")  # a subclass may be called anything
+    kind = next(
+        filter(None, map(_head_kind, type(model).__mro__)), ""
+    )  # a subclass's own name need not have the suffix
     if kind not in KINDS[task]:
         wanted = " or ".join(f"AutoModel{CLASS_SUFFIXES[kind]}" for kind in KINDS[task])
         raise ValueError(
-            f"{name} is no model for --task {task} by its name: give one that ends in {_wanted(task)}, or call "
+            f"{name} is no model for --task {task} by its name: use a class that ends in {_class_suffixes(task)}, or call "
             f"{name}.register_for_auto_class with {wanted}"
         )
     if labels is not None:
         if model.config.num_labels != len(labels):
             raise ValueError(
-                f"{name} has num_labels={model.config.num_labels}, but the data have {len(labels)} labels: make it with "
+                f"{name} has num_labels={model.config.num_labels}, but the data have {len(labels)} labels: create it with "
                 f"num_labels={len(labels)}"
             )
-        _label(model.config, labels)
+        _set_labels(model.config, labels)
     if tokenizer is None:
-        raise ValueError("a model in memory does not say how to cut texts into tokens: pass tokenizer=")
-    return Start(model.float(), _tokenizer(tokenizer, False), kind, how=f"{name} in memory")
+        raise ValueError("a model in memory has no tokenizer: pass tokenizer=")
+    return LoadedBase(model.float(), _tokenizer(tokenizer, False), kind, how=f"{name} in memory")
 
 
-def _kind(cls: type) -> str:
-    """The kind of head that a class has, by the Auto class it is registered for or by its name; `""`: none trained here."""
+def _head_kind(cls: type) -> str:
+    """The kind of a class's head, by its registered Auto class or its name; `""` for kinds that cannot be trained."""
     by_name = auto_class_of(cls.__name__, inspect.signature(cls.forward).parameters) if hasattr(cls, "forward") else ""
     auto_class = vars(cls).get("_auto_class") or by_name
     return next((kind for kind, head in CLASS_SUFFIXES.items() if auto_class == f"AutoModel{head}"), "")
@@ -147,7 +149,7 @@ def _from_checkpoint(
     tokenizer: Any,
     revision: str | None,
     trust_remote_code: bool,
-) -> Start:
+) -> LoadedBase:
     path = locate(source, revision=revision)
     hub_id = None if Path(source).expanduser().exists() else str(source)
     raw = read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -161,7 +163,7 @@ def _from_checkpoint(
         kind = "classification" if task == "classification" else _OURS[to]
         if labels is not None:
             named = PretrainedConfig()
-            _label(named, labels)
+            _set_labels(named, labels)
             label_fields = {name: getattr(named, name) for name in ("id2label", "label2id", "problem_type")}
             overrides = (
                 {"class_weights": None} | label_fields | overrides if to == "mybert" else label_fields | overrides
@@ -171,30 +173,30 @@ def _from_checkpoint(
         assert report.model is not None
         new = [name for row in report.rows if row.status == "new" for name in row.targets]
         cut = tokenizer if tokenizer is not None else report.tokenizer
-        how_loaded = f"{type(report.model).__name__}, warm-started from {source}: {_list_new(new)}"
-        return Start(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, how_loaded)
+        how_loaded = f"{type(report.model).__name__}, warm-started from {source}: {_describe_new(new)}"
+        return LoadedBase(report.model, _tokenizer(cut, trust_remote_code, source), kind, new, hub_id, how_loaded)
     if not raw:
-        raise ValueError(f"{path} has no config.json: name the folder of a model, or say --to mygpt2 or --to mybert")
+        raise ValueError(f"{path} has no config.json: name the folder of a model, or pass --to mygpt2 or --to mybert")
     with clear_load_errors(source):
         config, unknown = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **overrides
         )
     if unknown:
         raise ValueError(
-            f"{source} is a {config.model_type}, which has no field {', '.join(unknown)}: switches need --to mygpt2 or mybert"
+            f"{source} is a {config.model_type}, whose config has no field {', '.join(unknown)}: pass --to mygpt2 or mybert"
         )
-    kind = task if task != "lm" else _language_model(config, raw)
+    kind = task if task != "lm" else _language_model_kind(config, raw)
     if labels is not None:
-        _label(config, labels)
+        _set_labels(config, labels)
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
     auto_class = getattr(transformers, f"AutoModel{CLASS_SUFFIXES[kind]}")
-    with only_errors_logged(), clear_load_errors(source), _naming_the_head(source, config, task):
+    with only_errors_logged(), clear_load_errors(source), _explain_missing_head(source, config, task):
         model, info = auto_class.from_pretrained(
             path,
             config=config,
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # a head for other labels
+            ignore_mismatched_sizes=True,  # a head for another number of labels
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
@@ -203,27 +205,27 @@ def _from_checkpoint(
     new = sorted({*info["missing_keys"], *mismatched} & dict(model.named_parameters()).keys())
     base = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
     if base and set(base) <= set(new):
-        raise ValueError(f"{source}: no weight has the name of one of {type(model).__name__}: see `mymodels inspect`")
-    how_loaded = f"{type(model).__name__} from {source}: {_list_new(new)}"
-    return Start(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, how_loaded)
+        raise ValueError(f"{source} has no weights of {type(model).__name__} by their names: see `mymodels inspect`")
+    how_loaded = f"{type(model).__name__} from {source}: {_describe_new(new)}"
+    return LoadedBase(model, _tokenizer(tokenizer or path, trust_remote_code, source), kind, new, hub_id, how_loaded)
 
 
 @contextlib.contextmanager
-def _naming_the_head(source: Any, config: PretrainedConfig, task: str) -> Iterator[None]:
-    """Around `from_pretrained` of an Auto class: a model without such a head is refused in one sentence."""
+def _explain_missing_head(source: Any, config: PretrainedConfig, task: str) -> Iterator[None]:
+    """Context of `from_pretrained` that raises one sentence for a model without a head for the task."""
     try:
         yield
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ValueError(
-            f"{source} is a {config.model_type}, which has no class for AutoModel{_wanted(task).split(' ')[0]}: choose "
+            f"{source} is a {config.model_type}, which has no class for AutoModel{_class_suffixes(task).split(' ')[0]}: choose "
             "another --task, or add the class to auto_map in its config.json"
         ) from None
 
 
 def _reinitialize_head(model: PreTrainedModel, inside: str) -> None:
-    """Initialise the layer that gives the logits again, as it is done for another number of labels."""
+    """Initialise the layer of the logits, as transformers does for another number of labels."""
     for name, module in model.named_modules():
         last = isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
         if last and not name.startswith(inside):
@@ -232,22 +234,22 @@ def _reinitialize_head(model: PreTrainedModel, inside: str) -> None:
                 torch.nn.init.zeros_(module.bias)
 
 
-def _label(config: PretrainedConfig, labels: Sequence[str]) -> None:
+def _set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
 
 
-def _language_model(config: PretrainedConfig, raw: Mapping[str, Any]) -> str:
+def _language_model_kind(config: PretrainedConfig, raw: Mapping[str, Any]) -> str:
     """`"masked"` for an encoder, `"causal"` for a decoder."""
-    served = {
+    available = {
         kind: type(config) in getattr(transformers, f"MODEL_FOR_{name}_MAPPING")
         or f"AutoModel{CLASS_SUFFIXES[kind]}" in (raw.get("auto_map") or {})
         for kind, name in (("masked", "MASKED_LM"), ("causal", "CAUSAL_LM"))
     }
-    if served["masked"] and not getattr(config, "is_decoder", False):
+    if available["masked"] and not getattr(config, "is_decoder", False):
         return "masked"
-    if served["causal"]:
+    if available["causal"]:
         return "causal"
     raise ValueError(f"{config.model_type} models have no language-model head: choose another model or --task")
 
@@ -257,7 +259,7 @@ def _tokenizer(given: Any, trust_remote_code: bool, source: Any = "the model") -
         return given
     try:
         if given is None:
-            raise OSError("none is there")
+            raise OSError("it does not exist")
         return AutoTokenizer.from_pretrained(given, trust_remote_code=trust_remote_code)
     except Exception as error:  # of many kinds, by what is missing
         where = source if given is None or isinstance(given, Path) else given
@@ -266,49 +268,49 @@ def _tokenizer(given: Any, trust_remote_code: bool, source: Any = "the model") -
         ) from error
 
 
-def _fit_tokenizer(found: Start) -> None:
-    """Make model and tokenizer agree: a token to pad with, on the right, and a row for every token."""
+def _fit_tokenizer(found: LoadedBase) -> None:
+    """Check that every token has an embedding, and set the same pad token, and padding on the right for classifiers."""
     model, tokenizer = found.model, found.tokenizer
-    remedy = "take the model's own, or warm-start one with --to and --tokenizer"
+    remedy = "use the model's own, or warm-start a model with --to and --tokenizer"
     fit_tokenizer(model, tokenizer, "the model", remedy)
     if found.kind == "masked" and tokenizer.mask_token is None:
         raise ValueError(
-            "the tokenizer has no mask token, which a masked language model is trained with: choose another"
+            "the tokenizer has no mask token, which training a masked language model needs: choose another"
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if found.kind == "classification":
-        tokenizer.padding_side = "right"  # positions count from the first token, at inference as in training
+        tokenizer.padding_side = "right"  # so that positions are the same in training and inference
 
 
-def check_task(begun: Start, data: Data, batch: Mapping[str, Any]) -> None:
-    """Run a batch through a model of a class that is not known here, before it is trained.
+def check_task(base: LoadedBase, data: Data, batch: Mapping[str, Any]) -> None:
+    """Run a batch through a model with custom code before training.
 
     Raises:
-        ValueError: `forward` fails, gives no loss, or logits of another shape than the task's.
+        ValueError: `forward` fails, returns no loss, or logits of the wrong shape for the task.
     """
-    outputs = check_loss(begun.model, batch)
-    logits, name = logits_of(outputs), type(begun.model).__name__
+    outputs = check_loss(base.model, batch)
+    logits, name = logits_of(outputs), type(base.model).__name__
     if data.labels is not None and (logits is None or logits.shape != (len(batch["labels"]), len(data.labels))):
         shape = "none" if logits is None else str(list(logits.shape))
         raise ValueError(
-            f"{name}.forward gives logits of the shape {shape}, but {len(data.labels)} labels need "
-            f"[batch, {len(data.labels)}]: make its head with config.num_labels"
+            f"{name}.forward returns logits of the shape {shape}, but {len(data.labels)} labels need "
+            f"[batch, {len(data.labels)}]: create its head with config.num_labels"
         )
-    if "attention_mask" not in batch and begun.kind in ("classification", "seq2seq"):
+    if "attention_mask" not in batch and base.kind in ("classification", "seq2seq"):
         data.notes.append(
-            f"{name}.forward takes no attention_mask, so padding counts as text unless it looks for it itself"
+            f"{name}.forward takes no attention_mask, so padding counts as text unless it detects the pad token itself"
         )
 
 
-def _list_new(new: Sequence[str]) -> str:
+def _describe_new(new: Sequence[str]) -> str:
     if not new:
         return "every weight loaded"
     return f"new are {', '.join(new[:6])}" + (f" and {len(new) - 6} more" if len(new) > 6 else "")
 
 
-def _wanted(task: str) -> str:
+def _class_suffixes(task: str) -> str:
     return " or ".join(CLASS_SUFFIXES[kind] for kind in KINDS[task]) + (
         " or ForConditionalGeneration" if task == "seq2seq" else ""
     )

@@ -1,4 +1,4 @@
-"""A training loop you can read, on accelerate: one file for one device, several processes (DDP), and FSDP2."""
+"""A readable training loop on accelerate, for one device, several processes (DDP) and FSDP2."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ from .training_state import (
     load_weights,
     save_training_checkpoint,
     save_weights,
-    trial,
+    trial_save,
 )
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and embeddings; leave norms and biases (every tensor of one dimension) alone."""
+    """Two groups: weight decay for matrices and embeddings, none for norms and biases (tensors of one dimension)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -52,32 +52,33 @@ def train(
 
     Args:
         model: a transformers model, or any module whose `forward` returns its loss: as `loss` of a mapping or a
-            dataclass, or as the only number of a tuple. Checkpoints of a plain module hold its weights without a config.
-        dataset: examples that `data_collator` makes the model's keyword arguments of, `labels` among them.
-        eval_dataset: its loss is taken before each save, and the checkpoint with the lowest one stays.
-        output_dir: gets a folder `checkpoint-STEP` every `save_steps` and at the end; None saves nothing.
-        learning_rate: its peak, reached after `warmup_ratio` of the steps.
-        resume_from_checkpoint: a folder, or True for the newest whole one of `output_dir`. The run goes on as if it had
-            not stopped: bit for bit, on as many devices of the same kind.
-        seed: of the order of the examples and of dropout.
+            dataclass, or as the only scalar of a tuple. Checkpoints of a plain module hold its weights without a config.
+        dataset: examples from which `data_collator` makes the model's keyword arguments, including `labels`.
+        eval_dataset: evaluated before each save; the checkpoint with the lowest loss is never removed.
+        output_dir: where a folder `checkpoint-STEP` is written every `save_steps` and at the end; None saves nothing.
+        learning_rate: the peak, reached after `warmup_ratio` of the steps.
+        resume_from_checkpoint: a folder, or True for the newest complete one of `output_dir`. On the same number and kind
+            of devices, the resumed run is equal bit for bit to one that was not interrupted.
+        seed: for the order of the examples and dropout.
 
     Returns:
-        The loss of each step since the beginning: the mean over all its labels, of every batch and process alike.
+        The loss of each step since the beginning: the mean over all labels of all batches and processes.
 
     Raises:
-        FloatingPointError: a loss or the gradient is NaN or infinite; the message says at which step and for which
-            examples. The weights are those of the step before, and the checkpoints stay.
-        ValueError: no examples, a size below 1, or a batch without a label to predict; the model cannot be saved, or gives no loss.
+        FloatingPointError: a loss or the gradient is NaN or infinite; the message names the step and the examples. The
+            weights are those of the step before, and the checkpoints are kept.
+        ValueError: no examples, a size below 1, or a batch without labels to predict; the model cannot be saved, or
+            returns no loss.
     """
     arguments = {name: value for name, value in locals().items() if isinstance(value, (int, float, str))}
     size, accumulate = per_device_train_batch_size, gradient_accumulation_steps
     check_sizes(arguments, dataset=dataset, eval_dataset=eval_dataset)
     accelerator = make_accelerator(mixed_precision)  # an `Accelerator`
-    check_loss(model, accepted(model, SeededCollator(data_collator, seed)([dataset[i] for i in range(min(2, len(dataset)))])))
-    set_seed(seed, device_specific=True)  # each process drops out other units
     if output_dir is not None and accelerator.is_main_process:
-        with trial(model, output_dir) as scratch:
+        with trial_save(model, output_dir) as scratch:
             save_weights(model, scratch, "2GB")
+    check_loss(model, accepted(model, SeededCollator(data_collator, seed)([dataset[i] for i in range(min(2, len(dataset)))])))
+    set_seed(seed, device_specific=True)  # different dropout on each process
     if checkpoint := find_checkpoint(output_dir, resume_from_checkpoint):
         check_code_of_checkpoint(model, checkpoint)
         load_weights(model, checkpoint)
@@ -86,10 +87,10 @@ def train(
     collate = SeededCollator(data_collator, seed, accelerator.process_index)
     loader: Any = DataLoader(dataset, size, sampler=sampler, generator=sampler.generator, collate_fn=collate)  # type: ignore[arg-type]
     optimizer: Any = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.95))
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # shares the batches out
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # distributes the batches
     steps_per_epoch = math.ceil(len(loader) / accumulate)
     steps = max_steps if max_steps > 0 else num_train_epochs * steps_per_epoch
-    # the schedule counts the optimizer's steps itself, so it is not prepared
+    # the scheduler is not prepared, because it steps once for each optimizer step
     scheduler = get_scheduler(lr_scheduler_type, optimizer, math.ceil(warmup_ratio * steps), steps)
 
     parts = (accelerator, model, optimizer, scheduler)
@@ -108,7 +109,7 @@ def train(
         batches = iter(accelerator.skip_first_batches(loader, done * accumulate))
         while progress.step < steps and (group := list(islice(batches, accumulate))):
             every_count = accelerator.gather(counts := torch.stack([count_labels(model, batch) for batch in group]))
-            shares, losses = counts / every_count.sum() * accelerator.num_processes, []  # each label weighs alike
+            shares, losses = counts / every_count.sum() * accelerator.num_processes, []  # every label has the same weight
             for batch, share in zip(group, shares):  # gradients add up, and with the last one are averaged over processes
                 with nullcontext() if batch is group[-1] else accelerator.no_sync(model):
                     loss = required_loss(model, batch)
@@ -118,7 +119,7 @@ def train(
             norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
             check_finite(every_loss, every_count, norm, progress.step, done * accumulate)
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # as fp16 does to find its scale
+            if not accelerator.optimizer_step_was_skipped:  # as fp16 does while it adjusts the loss scale
                 scheduler.step()
             optimizer.zero_grad()
             progress.add(((every_loss * every_count).sum() / every_count.sum()).item())

@@ -1,4 +1,4 @@
-"""A finished fine-tuning: measured, and written as a Hub repo folder with pictures and card."""
+"""The result of a fine-tuning: evaluate it, and write it as a Hub repo folder with plots and model card."""
 
 import json
 import math
@@ -20,27 +20,27 @@ from ..hub.own_classes import code_of
 from ..released import is_installed
 from .checkpoint_dirs import list_checkpoints
 from .data import Data
-from .load_base import Start
+from .load_base import LoadedBase
 from .plots import draw_confusion_matrix, draw_loss_curve
 from .run_record import METRICS
-from .training_state import trial
+from .training_state import trial_save
 from .tuner import is_metric
 
 
 @dataclass
 class FineTuned:
-    """What `finetune` made.
+    """The result of `finetune`.
 
     Attributes:
         path: the Hub repo folder.
-        model, tokenizer: what is in it.
+        model, tokenizer: its model and tokenizer.
         metrics: `"validation"`, and `"test"` if there is a test split → metric → value.
         history: the Trainer's log: losses, learning rates and metrics by step.
-        best_step: the step whose weights were kept; None if nothing chose.
-        data: texts and labels as they were split.
-        logits: of a classifier, for the validation texts in their order, `[texts, labels]`.
+        best_step: the step of the weights; None for those of the last step.
+        data: the splits of the data.
+        logits: a classifier's logits of the validation texts, `[texts, labels]`.
         confusion_matrix: `[true, predicted]` counts on the validation texts.
-        checkpoint_dir: what else the training left.
+        checkpoint_dir: the folder with the other files of the training.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class FineTuned:
     confusion_matrix: np.ndarray | None = None
 
 
-def measure(
+def evaluate_splits(
     trainer: Trainer, examples: Mapping[str, Any], task: str
 ) -> tuple[dict[str, dict[str, float]], np.ndarray | None]:
     """Metrics on validation and test data, and a classifier's validation logits."""
@@ -76,31 +76,31 @@ def measure(
 
 
 def best_step(trainer: Trainer) -> int | None:
-    """The step whose weights the Trainer has loaded at the end."""
+    """The step of the best weights, if the Trainer loaded them at the end; else None."""
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     return int(best.rsplit("-", 1)[-1]) if best else None
 
 
 def write_repo(
-    result: FineTuned, begun: Start, card: Card, task: str, *, max_shard_size: int | str, golden: bool
+    result: FineTuned, base: LoadedBase, card: Card, task: str, *, max_shard_size: int | str, golden: bool
 ) -> None:
-    """The Hub repo folder, from a folder with model, tokenizer and pictures."""
-    for left in result.checkpoint_dir.glob(".finished-????????"):  # by a run that was killed here
+    """Write the Hub repo folder from a temporary folder with model, tokenizer and plots."""
+    for left in result.checkpoint_dir.glob(".finished-????????"):  # of a run that was killed here
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=result.checkpoint_dir, prefix=".finished-") as staging:
-        _write_repo(result, begun, card, task, Path(staging), max_shard_size, golden)
+        _write_repo(result, base, card, task, Path(staging), max_shard_size, golden)
 
 
 def try_to_write_repo(model: PreTrainedModel, where: Path, *, golden: bool) -> None:
-    """Save a model and build its folder in a scratch folder beside the checkpoints, as will be done after the training.
+    """Save a model and build its repo in a scratch folder, so that errors are raised before the training.
 
-    Golden outputs are recorded where the model's code is not ours: only running it elsewhere shows whether it does.
+    Golden outputs are recorded for custom code, because only running it in another process shows that it works there.
 
     Raises:
-        ValueError: it cannot be saved or built, or does not run elsewhere.
+        ValueError: the model cannot be saved, its repo cannot be built, or its code does not run in another process.
     """
     known = is_installed(type(model)) or type(model).__module__.startswith("transformers.")
-    with trial(model, where) as scratch:
+    with trial_save(model, where) as scratch:
         if not known:
             code_of(model.config, model)
         save_model_files(model, scratch / "saved", "2GB")
@@ -108,7 +108,7 @@ def try_to_write_repo(model: PreTrainedModel, where: Path, *, golden: bool) -> N
 
 
 def _write_repo(
-    result: FineTuned, begun: Start, card: Card, task: str, finished: Path, max_shard_size: int | str, golden: bool
+    result: FineTuned, base: LoadedBase, card: Card, task: str, finished: Path, max_shard_size: int | str, golden: bool
 ) -> None:
     save_model_files(result.model, finished, max_shard_size)
     save_tokenizer_files(result.tokenizer, finished)
@@ -117,16 +117,16 @@ def _write_repo(
     if result.confusion_matrix is not None and result.data.labels is not None:
         pictures["confusion_matrix.png"] = "Confusion matrix on the validation data"
         draw_confusion_matrix(result.confusion_matrix, result.data.labels, finished / "confusion_matrix.png")
-    full_card = _card(result, begun, card, task, pictures)
+    full_card = _card(result, base, card, task, pictures)
     build_repo(finished, None, result.path, card=full_card, max_shard_size=max_shard_size, golden=golden)
 
 
-def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapping[str, str]) -> Card:
-    """The user's card, with what the training knows where it says nothing."""
+def _card(result: FineTuned, base: LoadedBase, card: Card, task: str, pictures: Mapping[str, str]) -> Card:
+    """The user's card, with missing fields filled in from the training."""
     data, empty = result.data, Card()
     split = "test" if "test" in result.metrics else "validation"
     names = {"f1_macro": "f1 (macro)", "loss": "loss" if task == "classification" else "loss (nats per token)"}
-    last = sorted(result.metrics[split].items(), key=lambda item: item[0] == "loss")  # what people ask for first
+    last = sorted(result.metrics[split].items(), key=lambda item: item[0] == "loss")  # the loss last
     measured = {names.get(name, name): value for name, value in last}
     chosen = (
         f", which also chose the weights (step {result.best_step})"
@@ -139,7 +139,7 @@ def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapp
         "dataset": f"{len(rows):,} {split} rows of {data.name}{chosen}",
         "training_data": f"{len(data.train):,} rows of {data.name}"
         + (f", with the labels {', '.join(data.labels)}." if data.labels and len(data.labels) <= 30 else "."),
-        "base_model": begun.hub_id,
+        "base_model": base.hub_id,
         "datasets": [data.hub_id] if data.hub_id else [],
         "pictures": pictures,
     }
@@ -148,8 +148,8 @@ def _card(result: FineTuned, begun: Start, card: Card, task: str, pictures: Mapp
     )
 
 
-def end(result: FineTuned, keep_checkpoints: bool) -> None:
-    """Write `metrics.json`, which says that the training is finished, and remove the checkpoints."""
+def finish_run(result: FineTuned, keep_checkpoints: bool) -> None:
+    """Write `metrics.json`, which marks the training as finished, and remove the checkpoints."""
     record = {name: getattr(result, name) for name in ("metrics", "history", "best_step")}
     record["labels"] = result.data.labels
     record["confusion_matrix"] = None if result.confusion_matrix is None else result.confusion_matrix.tolist()

@@ -1,4 +1,4 @@
-"""Batches without padding: the examples of a batch laid end to end in one row."""
+"""Batches without padding: the examples of a batch concatenated into one row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ _NAMES = {"label": "labels", "label_ids": "labels"}
 
 @dataclass
 class DataCollatorForPacking:
-    """Lay the examples of a batch end to end; `position_ids` that start over tell the models where each begins.
+    """Concatenate the examples of a batch; `position_ids` restart at 0 where an example begins.
 
-    Both families then compute what they compute for the padded batch: each example attends to itself alone, and is
-    pooled and classified by itself. (transformers' `DataCollatorWithFlattening` does this for causal language models.)
+    MyGPT2 and MyBert compute the same as for the padded batch: each example attends only to itself, and is pooled and
+    classified separately. (transformers' `DataCollatorWithFlattening` does this for causal language models.)
 
     Args:
-        labels: what a label belongs to: `"next_token"`, a token predicted from the one before it, so that the first
-            label of an example, which would be predicted from the example before, is left out (-100); `"token"`, for
-            masked language models and token classification; `"sequence"`, for classifiers.
+        labels: `"next_token"`: a token predicted from the one before it; the first label of an example becomes -100,
+            because it would be predicted from the previous example. `"token"`: for masked language models and token
+            classification. `"sequence"`: for classifiers.
 
     Returns (called with a list of examples, each a mapping with `input_ids`, padded or not, and with `labels`, or as
     transformers' collators take it `label` or `label_ids`):
@@ -28,8 +28,9 @@ class DataCollatorForPacking:
         `[1, tokens]`, or for sequences `[examples, …]`.
 
     Raises:
-        ValueError: an unknown kind of labels; no examples, one without tokens, or with other numbers of labels and tokens.
-        KeyError: an example lacks what the first one has.
+        ValueError: an unknown kind of labels; no examples, an example without tokens, or with different numbers of
+            labels and tokens.
+        KeyError: an example lacks a field of the first one.
     """
 
     labels: str = "next_token"
@@ -55,7 +56,7 @@ class DataCollatorForPacking:
                 if not len(values) or len(values) != len(row["input_ids"]):
                     raise ValueError(
                         f"example {number} of the batch has {len(values)} {name} for {len(row['input_ids'])} tokens: "
-                        "leave out what is empty, and give one for each token"
+                        "leave out empty examples, and pass one for each token"
                     )
                 pieces[name].append(values)
             if self.labels == "next_token" and "labels" in row:

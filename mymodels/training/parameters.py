@@ -1,4 +1,4 @@
-"""What of a model is trained, and how fast: freezing, layer-wise learning rates, LoRA; for any model with numbered layers."""
+"""Freezing, layer-wise learning rates and LoRA, for any model with numbered layers."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,33 +8,36 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .datasets_io import need
+from .datasets_io import require_module
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)(?:\.|$)")
 
 
 def depth_of(name: str, num_layers: int) -> int:
-    """How deep a parameter or module lies: 0 for embeddings, 1 to `num_layers` for layers, one more for all after them."""
+    """The depth of a parameter or module: 0 for embeddings, 1 to `num_layers` for layers, `num_layers + 1` for the rest."""
     if found := _LAYER.search(name):
         return int(found[1]) + 1
     return 0 if _EMBEDDING.search(name) else num_layers + 1
 
 
 def count_layers(model: nn.Module) -> int:
-    """How many numbered layers a model has.
+    """The number of a model's layers, by their numbered names.
 
     Raises:
-        ValueError: none, or not one run of them.
+        ValueError: there are none, or their numbers are not consecutive from 0.
     """
     numbers = {int(found[1]) for name, _ in model.named_parameters() if (found := _LAYER.search(name))}
     if not numbers or numbers != set(range(len(numbers))):
-        raise ValueError(f"{type(model).__name__} has no run of numbered layers: leave out what counts layers")
+        raise ValueError(
+            f"{type(model).__name__} has no consecutively numbered layers: leave out freeze_layers, freeze_embeddings and "
+            "layer_decay"
+        )
     return len(numbers)
 
 
 def freeze(model: nn.Module, *, embeddings: bool = False, layers: int = 0) -> list[str]:
-    """Take the embeddings and the first `layers` layers out of the training; returns the names of their parameters.
+    """Freeze the embeddings and the first `layers` layers; returns the names of the frozen parameters.
 
     A head that is tied to the embeddings is frozen with them.
 
@@ -60,8 +63,8 @@ def decayed_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups whose learning rate falls by `layer_decay` with each layer down from the head (ELECTRA, arXiv 2003.10555).
 
-    With n layers, what lies above them has `learning_rate`, layer i of 1 … n `learning_rate * layer_decay ** (n + 1 - i)`,
-    the embeddings `learning_rate * layer_decay ** (n + 1)`. Only the parameters in `decay_names` have weight decay.
+    With n layers, the head has `learning_rate`, layer i of 1 … n `learning_rate * layer_decay ** (n + 1 - i)`, and the
+    embeddings `learning_rate * layer_decay ** (n + 1)`. Only the parameters in `decay_names` have weight decay.
     """
     num_layers, decayed = count_layers(model), set(decay_names)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -81,21 +84,21 @@ def decayed_groups(
 def add_lora(
     model: PreTrainedModel, *, r: int, alpha: int | None, target_modules: Sequence[str] | None, new: Iterable[str]
 ) -> Any:
-    """Put LoRA adapters (arXiv 2106.09685) on a model, through PEFT; everything else is frozen.
+    """Add LoRA adapters (arXiv 2106.09685) to a model through PEFT; all other parameters are frozen.
 
     Args:
         r: rank of the adapters.
         alpha: their scale is `alpha / r`. Default: `2 * r`.
-        target_modules: ends of the names of the matrices that get one. Default: every matrix of every layer.
-        new: parameters that come from no checkpoint; their modules are trained fully.
+        target_modules: suffixes of the names of the matrices to adapt. Default: every matrix of every layer.
+        new: newly initialised parameters; their modules are trained fully.
 
     Returns:
-        the `PeftModel`; its `merge_and_unload()` gives the model back, adapters added in.
+        The `PeftModel`; its `merge_and_unload()` returns the model with the adapters merged.
 
     Raises:
-        ValueError: PEFT is not installed; no module has such a name.
+        ValueError: PEFT is not installed, or no module has such a name.
     """
-    peft = need("peft", "lora")
+    peft = require_module("peft", "lora")
     matrices = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     if target_modules:
         targets = [name for name in matrices if any(f".{name}".endswith(f".{end}") for end in target_modules)]

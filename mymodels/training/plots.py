@@ -1,4 +1,4 @@
-"""What came out of a fine-tuning: metrics, tables and pictures."""
+"""Metrics, tables and plots of a fine-tuning."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,41 +8,46 @@ import numpy as np
 from rich.table import Table
 
 from ..messages import shorten
-from .datasets_io import need
+from .datasets_io import require_module
 
-_INK, _BLUE, _ORANGE, _GRID = "#333333", "#0072b2", "#d55e00", "#d9d9d9"  # Okabe and Ito's, apart for every eye
+_INK, _BLUE, _ORANGE, _GRID = (
+    "#333333",
+    "#0072b2",
+    "#d55e00",
+    "#d9d9d9",
+)  # by Okabe and Ito, distinguishable with colour blindness
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, and the mean of the F1 scores of the classes that occur (one that is never predicted has 0).
+    """Accuracy, and the mean F1 score of the classes that occur (0 for a class that is never predicted).
 
     Args:
         logits: `[examples, classes]`.
         labels: `[examples]` class numbers.
     """
-    sklearn = need("sklearn.metrics", "finetune")
-    guesses = logits.argmax(-1)
-    macro = sklearn.f1_score(labels, guesses, average="macro", zero_division=0)
-    return {"accuracy": float((guesses == labels).mean()), "f1_macro": float(macro)}
+    sklearn = require_module("sklearn.metrics", "finetune")
+    predictions = logits.argmax(-1)
+    macro = sklearn.f1_score(labels, predictions, average="macro", zero_division=0)
+    return {"accuracy": float((predictions == labels).mean()), "f1_macro": float(macro)}
 
 
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """`[classes, classes]` counts: row the true class, column the predicted one."""
-    sklearn = need("sklearn.metrics", "finetune")
+    sklearn = require_module("sklearn.metrics", "finetune")
     return sklearn.confusion_matrix(labels, logits.argmax(-1), labels=range(logits.shape[-1]))
 
 
 def class_table(matrix: np.ndarray, names: Sequence[str], title: str) -> Table:
-    """Precision, recall and F1 of each class, and what it is most often taken for."""
+    """Precision, recall and F1 of each class, and the class it is most often confused with."""
     table = Table(
-        "class", "examples", "precision", "recall", "F1", "most often taken for", title=title, title_justify="left"
+        "class", "examples", "precision", "recall", "F1", "most often confused with", title=title, title_justify="left"
     )
     for column in table.columns[1:5]:
         column.justify = "right"
     for number, name in enumerate(names):
-        right, true, guessed = matrix[number, number], matrix[number].sum(), matrix[:, number].sum()
-        precision, recall = right / max(guessed, 1), right / max(true, 1)
-        f1 = 2 * right / max(true + guessed, 1)
+        right, true, predicted = matrix[number, number], matrix[number].sum(), matrix[:, number].sum()
+        precision, recall = right / max(predicted, 1), right / max(true, 1)
+        f1 = 2 * right / max(true + predicted, 1)
         wrong = matrix[number].copy()
         wrong[number] = 0
         taken = f"{names[wrong.argmax()]} ({wrong.max()})" if wrong.max() else ""
@@ -51,7 +56,7 @@ def class_table(matrix: np.ndarray, names: Sequence[str], title: str) -> Table:
 
 
 def metric_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
-    """Metrics by the data that they were measured on."""
+    """A row of metrics for each split."""
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     table = Table("measured on", *names)
     for where, metrics in rows.items():
@@ -60,11 +65,11 @@ def metric_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def draw_loss_curve(history: Sequence[Mapping[str, Any]], path: Path, best_step: int | None = None) -> None:
-    """A PNG: training and validation loss against the step.
+    """Write a PNG of training and validation loss by step.
 
     Args:
         history: the Trainer's `log_history`.
-        best_step: of the weights that were kept.
+        best_step: the step of the best weights, marked by a line.
     """
     figure, axes = _figure(6.4, 3.8)
     for key, label, color, style in (
@@ -85,9 +90,9 @@ def draw_loss_curve(history: Sequence[Mapping[str, Any]], path: Path, best_step:
 
 
 def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """A PNG: the share of each true class (row) that was taken for each class (column), with the counts.
+    """Write a PNG with the share of each true class (row) that was predicted as each class (column).
 
-    Without colour it reads as well: each cell that is not empty says its count, up to 40 classes.
+    Up to 40 classes, each cell that is not 0 contains its count, so that it can be read without colour.
     """
     count = len(names)
     side = max(3.2, 0.36 * count + 1.0)
@@ -101,8 +106,8 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
         for row, column in zip(*np.nonzero(matrix)):
             color = "white" if share[row, column] > 0.55 else _INK
             axes.text(column, row, f"{matrix[row, column]}", ha="center", va="center", color=color, fontsize=size)
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if count > 4 or longest > 12 else {}
-    axes.set_xticks(range(count), ticks, fontsize=size, **turned)
+    rotation = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if count > 4 or longest > 12 else {}
+    axes.set_xticks(range(count), ticks, fontsize=size, **rotation)
     axes.set_yticks(range(count), ticks, fontsize=size)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_xticks(np.arange(-0.5, count), minor=True)
@@ -116,13 +121,13 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path) 
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    need("matplotlib", "finetune")
+    require_module("matplotlib", "finetune")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(
         figsize=(width, height), layout="constrained"
-    )  # no pyplot: it would keep figures and choose windows
+    )  # without pyplot, which would keep figures and choose a window system
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for spine in axes.spines.values():
@@ -131,4 +136,4 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})  # the same data, the same bytes
+    figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})  # the same data give the same bytes

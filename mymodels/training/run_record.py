@@ -1,4 +1,4 @@
-"""The folder beside the result: checkpoints while it trains, and a record by which a later run knows whether they are its own."""
+"""The record of a training's data and options, by which a resumed run checks that the checkpoints are its own."""
 
 import hashlib
 import json
@@ -14,17 +14,18 @@ from .checkpoint_dirs import STATE, list_checkpoints, newest_checkpoint
 from .data import Data
 
 RECORD, METRICS, ADAPTER = "finetune.json", "metrics.json", "adapter"
-MAY_CHANGE = {"report_to", "disable_tqdm", "logging_steps", "save_total_limit", "dataloader_num_workers"}  # to resume
+# options that a resumed run may change
+MAY_CHANGE = {"report_to", "disable_tqdm", "logging_steps", "save_total_limit", "dataloader_num_workers"}
 
 
-def fingerprint(data: Data) -> str:
-    """Of the texts and labels that are trained and measured on, in their order."""
+def hash_data(data: Data) -> str:
+    """SHA-256 of the texts and labels of all splits, in order."""
     splits = [rows for rows in (data.train, data.validation, data.test) if rows is not None]
     return _hash(value for rows in splits for column in rows.column_names for value in rows[column])
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the tokens and their numbers."""
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the tokens and their ids."""
     return _hash(sorted(tokenizer.get_vocab().items()))
 
 
@@ -38,11 +39,11 @@ def _hash(parts: Iterable[Any]) -> str:
 def checkpoint_to_resume(
     where: Path, output_dir: Path, record: Mapping[str, Any], resume: bool | str | os.PathLike
 ) -> str | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from, None to start.
 
     Raises:
-        FileExistsError: there are some, and resuming was not asked for, or they are not of `finetune`.
-        ValueError: they are of another training, all are damaged, or the training is finished.
+        FileExistsError: there are checkpoints and `resume` is false, or they were not written by `finetune`.
+        ValueError: the checkpoints are of another training, all are damaged, or the training is finished.
     """
     there = list_checkpoints(where)
     if not (where / RECORD).is_file():
@@ -55,7 +56,7 @@ def checkpoint_to_resume(
         raise ValueError(f"{named} is no checkpoint of a training: name a folder checkpoint-N")
     if there and (folder is None or folder.resolve() != where.resolve()):
         raise FileExistsError(
-            f"{where} holds checkpoints of an earlier training, the newest is {there[-1].name}: go on with --resume, or "
+            f"{where} holds checkpoints of an earlier training, the newest is {there[-1].name}: pass --resume, or "
             "remove the folder, or choose another --checkpoint-dir"
         )
     if folder is None:
@@ -75,18 +76,18 @@ def checkpoint_to_resume(
                 "--resume and choose another --checkpoint-dir"
             )
     elif named:
-        raise ValueError(f"{named} has no {RECORD} beside it, which says what it was trained on: name the original")
+        raise ValueError(f"{named} has no {RECORD} beside it, the record of its training: name the original folder")
     if named:
         return str(named)
     if (where / METRICS).is_file():
         raise ValueError(
-            f"the training in {where} is finished, {output_dir} is its result: leave out --resume to train anew"
+            f"the training in {where} is finished, {output_dir} is its result: leave out --resume to train again"
         )
     return str(newest_checkpoint(where)) if there else None
 
 
-def begin(where: Path, record: Mapping[str, Any]) -> None:
-    """Note which training this folder is of."""
+def write_run_record(where: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of the training into its folder."""
     where.mkdir(parents=True, exist_ok=True)
     (where / METRICS).unlink(missing_ok=True)
     with replace_file(where / RECORD) as file:

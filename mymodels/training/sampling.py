@@ -1,4 +1,4 @@
-"""The order of the examples, and a collator's random numbers, such that a resumed run gets what it would have got."""
+"""The order of the examples and a collator's random numbers, reproducible when a run is resumed."""
 
 import math
 import random
@@ -12,9 +12,9 @@ from torch.utils.data import RandomSampler
 
 
 class Shuffled(RandomSampler):
-    """A `RandomSampler` that remembers the order of the current epoch, so that an error can name examples.
+    """A `RandomSampler` that stores the order of the current epoch, so that an error can name examples.
 
-    Its whole state is that of its generator before an epoch: set it back, and the epoch is the same again.
+    Its only state is that of its generator: restored to the state before an epoch, it repeats that epoch.
     """
 
     def __iter__(self) -> Iterator[int]:
@@ -22,20 +22,20 @@ class Shuffled(RandomSampler):
         return iter(self.order)
 
     def batches(self, numbers: list[int], size: int) -> list[int]:
-        """The examples, by their place in the data set, of these batches (from 0) of the current epoch."""
+        """The indices in the data set of the examples in these batches (from 0) of the current epoch."""
         return [i for number in numbers for i in self.order[number * size : (number + 1) * size]]
 
 
 class SeededCollator:
-    """A collator whose random numbers (masking, augmentation) depend on the seed and the batch's number alone.
+    """A collator whose random numbers (masking, augmentation) depend only on the seed and the batch's number.
 
-    Data loaders collate ahead of the training step; with the random numbers of dropout they would not be the same
-    again after a resume. Collators without random numbers give what they give anyway. With workers
-    (`dataloader_num_workers`), each counts its own batches, and random collators are not repeated exactly.
+    Data loaders collate ahead of the training step, so drawing from dropout's generator would not be reproducible after a
+    resume. Collators without random numbers are not affected. With workers (`dataloader_num_workers`), each counts its
+    own batches, and random collators are not reproduced exactly.
 
     Args:
-        collator: what makes a batch of examples.
-        seed: anything hashable that tells runs and processes apart, numbers only.
+        collator: makes a batch of a list of examples.
+        seed: integers that differ between runs and processes.
 
     Attributes:
         count: the number of the next batch since the beginning of training; set it after skipping batches.
@@ -50,7 +50,7 @@ class SeededCollator:
         self.count += 1
         random.seed(seed)
         np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # the CPU's only: `torch.manual_seed` is for every device
+        torch.default_generator.manual_seed(seed)  # the CPU's only; `torch.manual_seed` seeds every device
         try:
             return self.collator(examples)
         finally:
@@ -60,7 +60,7 @@ class SeededCollator:
 
 
 def check_sizes(arguments: Mapping[str, Any], **datasets: Sequence[Any] | None) -> None:
-    """Raise a ValueError for a data set that is empty, or an argument that must be at least 1 and is not."""
+    """Raise a `ValueError` for an empty data set, or for a size below 1."""
     for name, dataset in datasets.items():
         if dataset is not None and not len(dataset):
             raise ValueError(f"{name} is empty")
@@ -70,11 +70,11 @@ def check_sizes(arguments: Mapping[str, Any], **datasets: Sequence[Any] | None) 
 
 
 class FiniteCheck:
-    """Stops a run at a step whose loss or gradient is NaN or infinite, naming the step and its examples.
+    """Raise at a step whose loss or gradient is NaN or infinite, with the step and its examples.
 
     Args:
         size: examples in a batch of one process.
-        steps: of the run.
+        steps: number of steps of the run.
     """
 
     def __init__(self, accelerator: Accelerator, sampler: Shuffled, size: int, steps: int, learning_rate: float):
@@ -87,39 +87,39 @@ class FiniteCheck:
         """Check a step.
 
         Args:
-            losses, counts: of the step's batches and of their labels, those of one process after those of another.
-            norm: of the gradient, before clipping.
-            step: steps done.
-            first_batch: each process's batches of this epoch before this step.
+            losses, counts: loss and number of labels of each of the step's batches, process by process.
+            norm: norm of the gradient before clipping.
+            step: number of completed steps.
+            first_batch: number of each process's batches in this epoch before this step.
 
         Raises:
-            FloatingPointError: something is not finite.
-            ValueError: because there is nothing to predict.
+            FloatingPointError: a loss or the gradient is not finite.
+            ValueError: a batch has no labels to predict.
         """
         bad = [number for number, finite in enumerate(losses.isfinite().tolist()) if not finite]
-        if not bad and (math.isfinite(float(norm)) or self.accelerator.scaler):  # it looks for its scale by overflowing
+        if not bad and (math.isfinite(float(norm)) or self.accelerator.scaler):  # fp16 overflows until its scale fits
             return
         processes = self.accelerator.num_processes
         accumulated = len(losses) // processes
         batches = [(first_batch + n % accumulated) * processes + n // accumulated for n in range(len(losses))]
         if empty := [batches[n] for n in bad if not counts[n]]:
             raise ValueError(
-                f"there is nothing to predict at step {step + 1} of {self.steps}: no label that counts (a single token or "
-                f"nothing but -100){_look_at(self.sampler.batches(empty, self.size), ' in')}: leave such examples out"
+                f"there is nothing to predict at step {step + 1} of {self.steps}: no labels (a single token or "
+                f"only -100){_name_examples(self.sampler.batches(empty, self.size), ' in')}: leave such examples out"
             )
         examples = self.sampler.batches([batches[n] for n in bad] or batches, self.size)
         what = f"loss is {losses[bad[0]].item()}" if bad else f"gradient's norm is {float(norm)}"
-        raise bad_number(what, step + 1, self.steps, self.learning_rate, examples)
+        raise non_finite_error(what, step + 1, self.steps, self.learning_rate, examples)
 
 
-def bad_number(what: str, step: int, steps: int, learning_rate: float, examples: list[int]) -> FloatingPointError:
-    """The error for a loss that is NaN or infinite."""
-    look = _look_at(examples, ", or look at the examples of this batch,") if examples else ""
+def non_finite_error(what: str, step: int, steps: int, learning_rate: float, examples: list[int]) -> FloatingPointError:
+    """The error for a loss or gradient that is NaN or infinite."""
+    check = _name_examples(examples, ", or check the examples of this batch,") if examples else ""
     return FloatingPointError(
-        f"the {what} at step {step} of {steps}: lower learning_rate={learning_rate:g}{look}; the weights are those of the "
-        "step before, and the checkpoints are as they were"
+        f"the {what} at step {step} of {steps}: lower learning_rate={learning_rate:g}{check}; the weights are those of the "
+        "step before, and the checkpoints are unchanged"
     )
 
 
-def _look_at(examples: list[int], how: str) -> str:
+def _name_examples(examples: list[int], how: str) -> str:
     return f"{how} dataset[i] for i in {', '.join(map(str, examples[:32]))}{', …' * (len(examples) > 32)}"

@@ -1,4 +1,4 @@
-"""Tokenizers trained from text, of the kinds GPT-2 and BERT use, by the `tokenizers` library."""
+"""Train tokenizers of GPT-2's and BERT's kind from texts, with the `tokenizers` library."""
 
 from collections.abc import Iterable
 
@@ -26,7 +26,7 @@ def train_gpt2_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length
         eos_token=end,
         pad_token=end,
         unk_token=end,
-        padding_side="left",  # so that the last position of each row is a token, as generation needs
+        padding_side="left",  # generation needs a token at the last position of each row
         model_max_length=model_max_length,
         model_input_names=["input_ids", "attention_mask"],
     )

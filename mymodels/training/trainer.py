@@ -20,7 +20,7 @@ from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import torch_save
 from ..models.losses import LOSS_FIELDS
 from .checkpoint_dirs import STATE, find_checkpoint, remove_old_checkpoints
-from .sampling import SeededCollator, bad_number
+from .sampling import SeededCollator, non_finite_error
 from .training_state import check_same_run, versions
 
 RUN = "run.json"
@@ -29,34 +29,35 @@ RUN = "run.json"
 class Trainer(transformers.Trainer):
     """`transformers.Trainer`, its arguments and methods, with these differences:
 
-    - A folder `checkpoint-N` appears complete, with a `manifest.json` of hashes, or not at all: a kill or a full disk while
-      it is written leaves the ones before. Only then are old ones removed.
-    - `train(resume_from_checkpoint=True)` takes the newest complete checkpoint, and warns of damaged ones that it skips.
-      It refuses to go on with data of another size, another seed, or other numbers of examples per step.
-    - A run that is not to be resumed needs an `output_dir` without checkpoints, for it would mix with another (with
-      `save_strategy="no"` any will do). This also holds for a second `train()` of the same trainer.
+    - Checkpoints are atomic: a folder `checkpoint-N` is complete, with a `manifest.json` of hashes, or does not exist, also
+      after a kill or with a full disk. Older checkpoints are removed only afterwards.
+    - `train(resume_from_checkpoint=True)` uses the newest complete checkpoint, and warns of damaged ones that it skips.
+      It raises if the size of the data, the seed, or the number of examples per step differ.
+    - Without resuming, `output_dir` must have no checkpoints, so that runs do not mix (unless `save_strategy="no"`). This
+      also applies to a second `train()` of the same trainer.
     - Each checkpoint has a `run.json` with the versions of the packages it depends on.
     - Resuming is exact also with a collator that draws random numbers, such as masking (without data loader workers).
-    - No file needs more than `torch.load(weights_only=True)`; `training_args.bin`, a pickle, becomes `training_args.json`.
-    - A loss or gradient that is NaN or infinite stops the run with a `FloatingPointError` that names step and examples,
-      before it gets into the weights.
+    - All files can be read with `torch.load(weights_only=True)`; `training_args.bin`, a pickle, becomes
+      `training_args.json`.
+    - A loss or gradient that is NaN or infinite raises a `FloatingPointError` that names step and examples, before the
+      weights are updated.
 
-    DeepSpeed puts files of its own into a checkpoint (`global_step…`, pickles), and takes its step within `backward`: there
-    the `FloatingPointError` comes after it.
+    DeepSpeed adds its own files to a checkpoint (`global_step…`, pickles), and updates the weights within `backward`, so
+    there the `FloatingPointError` is raised after the update.
 
-    What is logged between two `logging_steps` is averaged anew after a resume: save on a logging step to log the same.
+    The averages between two `logging_steps` restart after a resume: save on a logging step to log the same values.
     """
 
-    _staging: str | None = None  # where a checkpoint is being written
-    _batches_done = 0  # of the current epoch, by this process
+    _staging: str | None = None  # the temporary folder of the checkpoint that is being written
+    _batches_done = 0  # in the current epoch, by this process
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._check_label_smoothing()
-        self.add_callback(_Watch(self))
+        self.add_callback(_EpochStart(self))
 
     def _check_label_smoothing(self) -> None:
-        """Raise a `ValueError` where `label_smoothing_factor` would be ignored, or replace a loss of the model's own."""
+        """Raise a `ValueError` if `label_smoothing_factor` would be ignored, or would replace the model's own loss."""
         factor = self.args.label_smoothing_factor
         if not factor:
             return
@@ -64,17 +65,17 @@ class Trainer(transformers.Trainer):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         given = f"label_smoothing_factor={factor}"
         if self.compute_loss_func is not None:
-            raise ValueError(f"{given} has no effect beside compute_loss_func or class weights: leave one of them out")
+            raise ValueError(f"{given} has no effect with compute_loss_func or class weights: leave one of them out")
         if "labels" not in inspect.signature(model.forward).parameters:
             raise ValueError(f"{given} has no effect: {type(model).__name__} takes no labels to smooth")
         config = getattr(model, "config", None)
-        own_loss = all(hasattr(config, name) for name in LOSS_FIELDS)  # MyBert's, whatever file it was loaded from
+        own_loss = all(hasattr(config, name) for name in LOSS_FIELDS)  # MyBert's, also when loaded as remote code
         on = [
             f"{name}={getattr(config, name)}" for name, off in LOSS_FIELDS.items() if getattr(config, name, off) != off
         ]
         if own_loss and on:
             raise ValueError(
-                f"{given} would replace the loss of this model, which its config asks for by {', '.join(on)}: "
+                f"{given} would replace the loss that this model's config sets by {', '.join(on)}: "
                 "set config.label_smoothing instead"
             )
 
@@ -83,21 +84,21 @@ class Trainer(transformers.Trainer):
 
         Raises:
             FileNotFoundError: there is no checkpoint to resume from.
-            FileExistsError: nothing is to be resumed, but `output_dir` has checkpoints of an earlier run.
-            CheckpointError: the one named is damaged, or all are.
-            ValueError: it is of another run.
+            FileExistsError: the run is not resumed, but `output_dir` has checkpoints of an earlier run.
+            CheckpointError: the given checkpoint, or every checkpoint, is damaged.
+            ValueError: the checkpoint is of another run.
             FloatingPointError: a loss or gradient is NaN or infinite.
-            OSError: a checkpoint could not be written; those before stay.
+            OSError: a checkpoint could not be written; earlier ones are kept.
         """
         if resume_from_checkpoint or self.args.save_strategy != "no":
             checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
             if checkpoint and (checkpoint / RUN).is_file():  # the stock Trainer writes none
-                check_same_run(checkpoint, read_json(checkpoint / RUN), self._fixed())
+                check_same_run(checkpoint, read_json(checkpoint / RUN), self._invariants())
             resume_from_checkpoint = str(checkpoint) if checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _fixed(self) -> dict[str, Any]:
-        """What must be the same in a resumed run."""
+    def _invariants(self) -> dict[str, Any]:
+        """The settings that must be the same in a resumed run."""
         size, accumulate = self.args.train_batch_size, self.args.gradient_accumulation_steps
         known = isinstance(self.train_dataset, Sized)  # a stream has no length
         return {
@@ -108,16 +109,16 @@ class Trainer(transformers.Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        plain: Any = getattr(loader, "base_dataloader", loader)  # accelerate puts its own around it
+        plain: Any = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
         plain.collate_fn = SeededCollator(plain.collate_fn, self.args.seed, self.args.process_index)
         return loader
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss).all():
-            self._stop(f"loss is {loss.sum().item()}", self._batches_done)
+            self._raise_non_finite(f"loss is {loss.sum().item()}", self._batches_done)
         self._batches_done += 1
-        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # it looks for its scale by overflowing
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # fp16 overflows until its scale fits
             self._check_gradient(model)  # here, because clipping by an infinite norm leaves zeros
         return loss
 
@@ -125,7 +126,7 @@ class Trainer(transformers.Trainer):
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if not math.isfinite(float(norm)):
             accumulated = (self._batches_done - 1) % self.args.gradient_accumulation_steps + 1
-            self._stop(f"gradient's norm is {float(norm)}", self._batches_done - accumulated)
+            self._raise_non_finite(f"gradient's norm is {float(norm)}", self._batches_done - accumulated)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -145,7 +146,7 @@ class Trainer(transformers.Trainer):
             if self.args.should_save:
                 written = staging / folder.name
                 self.state.save_to_json(str(written / STATE))
-                run = {**self._fixed(), "num_processes": self.args.world_size, "versions": versions()}
+                run = {**self._invariants(), "num_processes": self.args.world_size, "versions": versions()}
                 (written / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
                 for path in list(written.iterdir()):
                     path.rename(staging / path.name)
@@ -167,7 +168,7 @@ class Trainer(transformers.Trainer):
             yield broadcast_object_list([None])[0]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else it comes when the folder is in its place
+        if self._staging is None:  # otherwise `_save_checkpoint` pushes the finished folder
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -181,23 +182,25 @@ class Trainer(transformers.Trainer):
         super()._save_rng_state(output_dir)
         index = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         path = Path(output_dir) / f"rng_state{index}.pth"
-        with path.open("rb") as file:  # not mapped into memory, as it is written anew
+        with path.open("rb") as file:  # not memory-mapped, because it is overwritten
             state = load_plain(file, path)
         name, keys, *rest = state["numpy"]
         torch_save({**state, "numpy": (name, keys.tolist(), *rest)}, path)  # an array is more than plain data
 
-    def _stop(self, what: str, first_batch: int) -> None:
-        """Raise for a number that is not finite, naming the examples of this process's batches since `first_batch`."""
+    def _raise_non_finite(self, what: str, first_batch: int) -> None:
+        """Raise for a value that is not finite, with the examples of this process's batches since `first_batch`."""
         loader: Any = self.callback_handler.train_dataloader
         examples: list[int] = []
-        with contextlib.suppress(Exception):  # samplers of other kinds, which cannot be asked again
+        with contextlib.suppress(Exception):  # other samplers may not be repeatable
             loader.set_epoch(int(self.state.epoch or 0))
             batches = islice(loader.batch_sampler, first_batch, max(self._batches_done, first_batch + 1))
             examples = [example for batch in batches for example in batch]
-        raise bad_number(what, self.state.global_step + 1, self.state.max_steps, self.args.learning_rate, examples)
+        raise non_finite_error(
+            what, self.state.global_step + 1, self.state.max_steps, self.args.learning_rate, examples
+        )
 
 
-class _Watch(TrainerCallback):
+class _EpochStart(TrainerCallback):
     """Numbers a trainer's batches."""
 
     def __init__(self, trainer: Trainer):

@@ -1,4 +1,4 @@
-"""Training checkpoints: all that a run needs to go on exactly where it was, in one folder that is complete or absent."""
+"""Training checkpoints: the complete state of a run in one folder that is written atomically."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ from .checkpoint_dirs import STATE, remove_old_checkpoints, try_to_write
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = {  # when a run goes on; batch size and accumulation have their product in `fixed`
+_MAY_CHANGE = {  # when a run is resumed; the product of batch size and accumulation is in `fixed`
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "description"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
@@ -47,12 +47,12 @@ OPTIMIZER, SCHEDULER, RANDOM = "optimizer.pt", "scheduler.pt", "rng_state.pth"  
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        fixed: what must be the same in a resumed run: `examples_per_step`, `num_examples` and `seed`.
-        step: optimizer steps done.
-        losses: of each of them, mean over the labels of all batches and processes.
+        fixed: settings that must be the same in a resumed run: `examples_per_step`, `num_examples` and `seed`.
+        step: number of completed optimizer steps.
+        losses: the loss of each step, the mean over the labels of all batches and processes.
         sampler: state of the shuffling generator before the current epoch; None before the first.
         best_metric: the lowest held-out loss so far, reached at step `best_step`; `metric`, the latest.
     """
@@ -66,29 +66,29 @@ class Progress:
     best_step: int | None = None
 
     def add(self, loss: float) -> None:
-        """One step done."""
+        """Count a completed step."""
         self.step += 1
         self.losses.append(loss)
 
     @property
     def recent_loss(self) -> float:
-        """Mean of the last 20 steps."""
+        """Mean loss of the last 20 steps."""
         return sum(self.losses[-20:]) / len(self.losses[-20:])
 
     def note_held_out(self, loss: float) -> None:
-        """Remember the held-out loss after this step, and whether it is the best."""
+        """Store the held-out loss after this step, and the step if it is the best."""
         self.metric = loss
         if math.isfinite(loss) and (self.best_metric is None or loss < self.best_metric):
             self.best_metric, self.best_step = loss, self.step
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a run depends on."""
+    """Versions of the packages that a run depends on."""
     return {name: version(name) for name in ("mymodels", "torch", "transformers", "accelerate")}
 
 
 def check_same_run(folder: Path, state: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Raise a ValueError if what must be the same in a resumed run is not."""
+    """Raise a `ValueError` if a setting that must be the same in a resumed run differs."""
     for name, value in fixed.items():
         if state.get(name) != value:
             raise ValueError(
@@ -110,7 +110,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Set back what `random_state` gave."""
+    """Restore the states that `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
@@ -119,8 +119,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers' bars out of the one of training."""
+def _without_progress_bars() -> Iterator[None]:
+    """Disable transformers' progress bars, which would interrupt the one of training."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -142,21 +142,21 @@ def save_training_checkpoint(
     *,
     max_shard_size: int | str = "2GB",
 ) -> Path:
-    """Write `output_dir/checkpoint-STEP`, then remove old ones; to be called by every process at once.
+    """Write `output_dir/checkpoint-STEP`, then remove old checkpoints; every process must call this.
 
-    The folder is what `save_checkpoint` makes of the model (sharded safetensors, config, code, manifest), gathered from
-    all processes, and `optimizer.pt` (its state by parameter name, so that any number of processes can load it),
-    `scheduler.pt` (with the loss scaler), `rng_state.pth` (of every process, with the sampler and all losses) and
-    `trainer_state.json` (step, losses, arguments, versions). None of them needs more than `weights_only=True`.
+    The folder contains the model as `save_checkpoint` writes it (sharded safetensors, config, code, manifest), gathered
+    from all processes; `optimizer.pt` (its state by parameter name, for any number of processes), `scheduler.pt` (with
+    the loss scaler), `rng_state.pth` (of every process, with the sampler and all losses) and `trainer_state.json` (step,
+    losses, arguments, versions). All files can be read with `weights_only=True`.
 
     Args:
         model, optimizer: as prepared by `accelerator`.
-        save_total_limit: how many checkpoints stay, the newest and the best among them.
+        save_total_limit: number of checkpoints to keep, including the newest and the best.
         max_shard_size: of the weights, bytes or text such as `"500MB"`.
-        arguments: what to note in `trainer_state.json`.
+        arguments: arguments to record in `trainer_state.json`.
 
     Raises:
-        OSError: the disk is full or read-only. The checkpoints that were there stay.
+        OSError: the disk is full or read-only. Earlier checkpoints are kept.
     """
     folder = Path(output_dir) / f"checkpoint-{progress.step}"
     weights = accelerator.get_state_dict(model)
@@ -177,7 +177,7 @@ def save_training_checkpoint(
             "arguments": dict(arguments or {}),
             "versions": versions(),
         }
-        with _without_bars(), replace_folder(folder, finish=write_manifest) as new:
+        with _without_progress_bars(), replace_folder(folder, finish=write_manifest) as new:
             plain = accelerator.unwrap_model(model)
             save_weights(plain, new, max_shard_size, weights)
             torch_save(optimizer_state, new / OPTIMIZER)
@@ -193,10 +193,10 @@ def save_training_checkpoint(
 def save_weights(
     model: torch.nn.Module, folder: Path, max_shard_size: int | str, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """A model as it is: a transformers model with config and code, of any other module the weights alone.
+    """Save a transformers model with config and code, or the weights of any other module.
 
     Raises:
-        CheckpointError: something in the state dict is no tensor.
+        CheckpointError: the state dict contains something other than tensors.
     """
     if isinstance(model, PreTrainedModel):
         save_model_files(model, folder, max_shard_size, weights)
@@ -205,17 +205,17 @@ def save_weights(
 
 
 @contextlib.contextmanager
-def trial(model: torch.nn.Module, where: str | os.PathLike) -> Iterator[Path]:
-    """A scratch folder in `where` to save a model into before it is trained in vain.
+def trial_save(model: torch.nn.Module, where: str | os.PathLike) -> Iterator[Path]:
+    """A scratch folder in `where` to try saving a model before it is trained.
 
     Raises:
-        ValueError: something in the `with` block failed, in one sentence.
+        ValueError: the `with` block raised an error, which becomes one sentence.
         OSError: the disk is full or read-only.
     """
     where, existed = Path(where), Path(where).exists()
     try_to_write(where)
     try:
-        with _without_bars(), tempfile.TemporaryDirectory(dir=where, prefix=".trial-") as scratch:
+        with _without_progress_bars(), tempfile.TemporaryDirectory(dir=where, prefix=".trial-") as scratch:
             yield Path(scratch)
     except OSError:
         raise
@@ -228,7 +228,7 @@ def trial(model: torch.nn.Module, where: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_code_of_checkpoint(model: torch.nn.Module, folder: Path) -> None:
-    """Raise a ValueError if a checkpoint was saved from code that is not the model's, so that its weights mean something else."""
+    """Raise a `ValueError` if a checkpoint was saved with other code than the model's, so that its weights may not fit."""
     if not isinstance(model, PreTrainedModel) or not (folder / "config.json").is_file():
         return
     if is_installed(type(model)):
@@ -254,15 +254,15 @@ def _flat(file: Path) -> bytes:
 
 
 def _load(path: Path) -> Any:
-    with path.open("rb") as file:  # not mapped into memory: the file may be removed while its tensors are in use
+    with path.open("rb") as file:  # not memory-mapped, because the file may be removed while its tensors are in use
         return load_plain(file, path)
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """The model's weights from a training checkpoint; to be called before `accelerator.prepare`.
+    """Load the model's weights from a training checkpoint; call it before `accelerator.prepare`.
 
     Raises:
-        CheckpointError: names or shapes are not the model's.
+        CheckpointError: names or shapes differ from the model's.
     """
     load_in_place(model, folder)
 
@@ -276,23 +276,25 @@ def load_training_state(
     fixed: dict[str, int],
     arguments: Mapping[str, Any] | None = None,
 ) -> Progress:
-    """All but the weights from a training checkpoint, on whatever devices and number of processes; the progress it made.
+    """Load everything but the weights from a training checkpoint, for any devices and number of processes.
 
     Args:
-        model, optimizer: as prepared by `accelerator`.
-        fixed: `examples_per_step`, `num_examples` and `seed` of this run, which must be those of the checkpoint.
-        arguments: of this run; a warning names those that change the training. Learning rate and weight decay are those
-            that `optimizer` was made with.
+        model, optimizer: as prepared by `accelerator`. Learning rate and weight decay stay those of `optimizer`.
+        fixed: `examples_per_step`, `num_examples` and `seed` of this run, which must equal those of the checkpoint.
+        arguments: arguments of this run; a warning names those that differ.
+
+    Returns:
+        The progress of the saved run.
 
     Raises:
-        ValueError: they are not, so that the run could not go on as it began; or the optimizer is for other parameters.
+        ValueError: `fixed` differs from the checkpoint's, or the optimizer is for other parameters.
     """
     state = read_json(folder / STATE)
     check_same_run(folder, state, fixed)
     before, now = state["arguments"], arguments or {}
     if differ := [name for name in sorted({*before, *now} - _MAY_CHANGE) if now and before.get(name) != now.get(name)]:
         logger.warning(
-            "%s was made with %s: the run goes on, not as it would have",
+            "%s was made with %s: the resumed run differs from an uninterrupted one",
             *(folder, ", ".join(f"{name}={before.get(name)} (now {now.get(name)})" for name in differ)),
         )
     chosen = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
@@ -302,7 +304,8 @@ def load_training_state(
     if then != trained:
         name = sorted(then ^ trained)[0]
         raise ValueError(
-            f"{folder}: parameter {name!r} was{' not' if name in trained else ''} trained then, unlike now"
+            f"{folder}: parameter {name!r} was{' not' if name in trained else ''} trained in the saved run, unlike now: "
+            "freeze the same parameters"
         )
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(model, optimizer.optimizer, optim_state_dict=saved, options=options)
@@ -318,10 +321,10 @@ def load_training_state(
     rest = _load(folder / RANDOM)
     if len(rest["processes"]) == accelerator.num_processes:
         set_random_state(rest["processes"][accelerator.process_index])
-    else:  # new ones, that are neither those of the beginning nor alike
+    else:  # seeds that differ from the initial ones and between processes
         set_seed(state["global_step"] + 1, device_specific=True)
         logger.warning(
-            "%s was made by %d processes, this run has %d: the weights go on exactly, dropout with new random numbers",
+            "%s was made by %d processes, this run has %d: weights are restored exactly, dropout uses new random numbers",
             *(folder, len(rest["processes"]), accelerator.num_processes),
         )
     names = {"metric": "metric", "best_metric": "best_metric", "best_step": "best_global_step"}

@@ -34,7 +34,7 @@ class FineTuner(Trainer):
 
 
 class Progress(ProgressCallback):
-    """The Trainer's bar, with the loss in it and a line for each evaluation, instead of a dict for each log."""
+    """The Trainer's progress bar with the loss, and one line for each evaluation instead of a dict for each log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
@@ -42,8 +42,8 @@ class Progress(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}", refresh=False)
         if "eval_loss" in logs:
-            shown = {name.removeprefix("eval_"): logs[name] for name in logs if is_metric(name)}
-            values = ", ".join(f"{name} {float(value):.4f}" for name, value in shown.items())
+            metrics = {name.removeprefix("eval_"): logs[name] for name in logs if is_metric(name)}
+            values = ", ".join(f"{name} {float(value):.4f}" for name, value in metrics.items())
             self.training_bar.write(f"step {state.global_step}: validation {values}")
 
 
@@ -67,13 +67,13 @@ def class_weights_of(given: str | Sequence[float] | None, data: Data) -> list[fl
         return [len(data.train) / (len(data.labels) * max(counts[i], 1)) for i in range(len(data.labels))]
     if isinstance(given, str) or len(given) != len(data.labels) or min(given) <= 0:
         raise ValueError(
-            f"class_weights={given!r}: say 'balanced', or one positive number for each of {len(data.labels)} labels"
+            f"class_weights={given!r}: pass 'balanced', or one positive number for each of {len(data.labels)} labels"
         )
     return [float(weight) for weight in given]
 
 
 def apply_class_weights(model: PreTrainedModel, weights: list[float] | None) -> Callable | None:
-    """MyBert's config has a field for them; for other models, the loss function for the Trainer."""
+    """Set MyBert's `config.class_weights`; for other models, return a loss function for the Trainer."""
     if weights is None:
         return None
     if hasattr(model.config, "class_weights"):

@@ -71,12 +71,12 @@ def test_something_else_is_never_replaced(parts, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("dear")
     with pytest.raises(FileExistsError, match="file is a file: choose another output folder"):
         build_repo(*parts, tmp_path / "file", card="# card", golden=False)
-    with pytest.raises(FileExistsError, match=r"thesis exists .*: chapter1\.tex would be lost"):
+    with pytest.raises(FileExistsError, match=r"thesis exists .* chapter1\.tex, which would be lost"):
         build_repo(*parts, tmp_path / "thesis", card="# card", golden=False)
     clone = build_repo(*parts, tmp_path / "clone", card="# card", golden=False)
     (clone / ".git").mkdir()
     (clone / ".git" / "config").write_text("dear")
-    with pytest.raises(FileExistsError, match=r"clone exists .*: \.git/config would be lost"):
+    with pytest.raises(FileExistsError, match=r"clone exists .* \.git/config, which would be lost"):
         build_repo(*parts, clone, card="# card", golden=False)
     (clone / ".git" / "config").unlink()
     with pytest.raises(FileExistsError, match="clone holds the source itself"):

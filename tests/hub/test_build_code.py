@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mymodels import build_repo, cli
 from mymodels.checkpoints import CheckpointError
-from mymodels.hub.auto_class_names import _for_endings, auto_class_of
+from mymodels.hub.auto_class_names import _auto_classes_by_suffix, auto_class_of
 from mymodels.hub.static import static_checks
 
 CODE = Path(__file__).parents[1] / "own_models"
@@ -37,7 +37,7 @@ def save_without_code(name: str, folder: Path):
 
 
 def test_every_ending_of_transformers_own_classes_leads_to_an_auto_class_that_has_such_classes() -> None:
-    for ending, counts in _for_endings().items():
+    for ending, counts in _auto_classes_by_suffix().items():
         assert auto_class_of(f"My{ending}") in counts, ending
     for name, arguments, auto_class in [
         ("MyForConditionalGeneration", ("input_ids",), "AutoModelForSeq2SeqLM"),
@@ -121,13 +121,13 @@ def test_what_is_missing_or_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
         (tmp_path / "moe", {"code": code, "auto_classes": {"AutoModel": "MoeGPT2"}}, "defines no class MoeGPT2: .*MoeGPT2Model"),
         (tmp_path / "moe", {"code": code, "auto_classes": {"AutoModel": "Experts"}}, r"moe_gpt2\.py:\d+: Experts does not derive from PreTrainedModel"),
         (tmp_path / "moe", {"auto_classes": {"AutoModel": "Experts"}}, r"no \.py file that defines a model: name it by --code"),
-        (tmp_path / "bert", {"code": CODE / "conv_bert.py"}, r"conv_bert\.py:\d+: the name ConvBert does not say .* --auto-class AutoModelFor…=ConvBert"),
+        (tmp_path / "bert", {"code": CODE / "conv_bert.py"}, r"conv_bert\.py:\d+: the Auto class of ConvBert cannot be determined .* --auto-class AutoModelFor…=ConvBert"),
         (tmp_path / "bert", {"code": tmp_path / "two.py"}, "defines AForSequenceClassification, BForTokenClassification, and config.json does not say"),
     ]:  # fmt: skip
         with pytest.raises(CheckpointError, match=message) as caught:
             build_repo(source, None, tmp_path / "out", golden=False, **options)
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-    with pytest.raises(CheckpointError, match="a model in memory knows its code"):
+    with pytest.raises(CheckpointError, match="the code of a model in memory is found"):
         build_repo(make("moe_gpt2"), None, tmp_path / "out", card="# x", code=code)
 
 

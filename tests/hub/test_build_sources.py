@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from mymodels import MyGPT2ForCausalLM, cli
 from mymodels.checkpoints import CheckpointError, check_checkpoint
 from mymodels.hub import build_repo
-from mymodels.hub.code_files import auto_class_of, collect_code, served
+from mymodels.hub.code_files import auto_class_of, auto_map_of_files, collect_code
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 MODELING = '''"""A model of one's own."""
@@ -254,9 +254,9 @@ def test_a_folder_is_a_fixed_point(tmp_path: Path) -> None:
 
 def test_what_cannot_be_built(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match=r"has no config\.json, so nobody could load it"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json, without which the model cannot be loaded"):
         build_repo(tmp_path, None, tmp_path / "out", golden=False)
-    with pytest.raises(CheckpointError, match=r"a model in memory does not say what it is: pass card="):
+    with pytest.raises(CheckpointError, match=r"build_repo needs card= for a model in memory: pass"):
         build_repo(MyGPT2ForCausalLM(mygpt2_config()), None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -267,16 +267,16 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
         ("from . import parts\n", r"main\.py:1: `from \. import …` cannot be made flat"),
         (
             "import os\nfrom .gone import x\n",
-            r"main\.py:2: `from \.gone import …` cannot be made flat, or its file is not there",
+            r"main\.py:2: `from \.gone import …` cannot be made flat, or its file does not exist",
         ),
         ("import mymodels.hub\n", r"main\.py:1: `import mymodels\.hub` cannot be made flat"),
         (
             "from mymodels.hub import build_repo\n",
-            r"main\.py:1 imports mymodels\.hub, which is not there on other machines",
+            r"main\.py:1 imports mymodels\.hub, which is not installed on other machines",
         ),
-        ("def broken(:\n", r"main\.py is no Python file that could be copied"),
+        ("def broken(:\n", r"main\.py is not valid Python"),
         ("from .folder import x\n", r"main\.py:1: `from \.folder import …` cannot be made flat"),
-        ("from \\\n    .sibling import x\n", r"sibling\.py is imported in a way that cannot be rewritten"),
+        ("from \\\n    .sibling import x\n", r"the import of sibling\.py cannot be rewritten"),
     ],
 )
 def test_code_that_cannot_be_flat(text: str, sentence: str, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ class TestHostileSources:
 
     def test_a_path_in_auto_map(self, source: Path) -> None:
         for target in (f"{source.parent}/private.X", "../private.X", "a b.X", "x.\x1b[31mX", "X"):
-            self.refused(source, r"auto_map names .*, which is no file\.Class", auto_map={"AutoModel": target})
+            self.refused(source, r"the auto_map entry .* is not file\.Class", auto_map={"AutoModel": target})
 
     def test_a_link(self, source: Path) -> None:
         (source / "modeling_x.py").symlink_to(source.parent / "private.py")
@@ -407,8 +407,10 @@ class ADataModel: ...
 class BModel(APreTrainedModel): ...
 """
     ours = {"AutoConfig": "m.AConfig", "AutoModel": "m.AModel", "AutoModelForCausalLM": "m.AForCausalLM"}
-    assert served({"m.py": code}, ["AForImageClassification"]) == ours  # no sub-model, nothing that is no model
-    assert served({"m.py": code}, ["BModel"]) == {"AutoModel": "m.BModel"}
+    assert (
+        auto_map_of_files({"m.py": code}, ["AForImageClassification"]) == ours
+    )  # no sub-model, nothing that is no model
+    assert auto_map_of_files({"m.py": code}, ["BModel"]) == {"AutoModel": "m.BModel"}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -114,7 +114,7 @@ def test_push_and_lock(hub: Hub, client, folder: Path, tmp_path: Path, capsys: p
     code, said = sent
     assert code == 0 and hub.repos["me/mine"].private and "code_revision" in said and TOKEN not in said
     code, said = refused
-    assert code == 1 and "is no folder" in said and "Traceback" not in said
+    assert code == 1 and "is not a folder" in said and "Traceback" not in said
     lock = tmp_path / "mine.lock"
     assert cli.main(["lock", str(folder), "--out", str(lock)]) == 0
     assert "code files locked" in capsys.readouterr().out and json.loads(lock.read_text())

@@ -93,6 +93,6 @@ def test_given_inputs_are_what_is_recorded_and_run(tmp_path: Path) -> None:
 
     seen: dict[str, torch.Tensor] = {}
     status, what = forward_check()
-    assert status == "skipped" and "give some by --inputs FILE" in what and not seen
+    assert status == "skipped" and "pass --inputs FILE" in what and not seen
     assert forward_check(inputs=write_inputs(INPUTS, tmp_path)) == ("ok", "")
     torch.testing.assert_close(seen["prediction"], model(**INPUTS).prediction.detach().flatten())

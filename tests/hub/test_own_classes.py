@@ -213,7 +213,9 @@ def test_every_kind_of_place(imported, tmp_path: Path) -> None:
 
     ranker = imported({"kind_n": RANKER}).Ranker
     model = ranker(mybert_config()).eval()
-    with pytest.warns(CodeNotSaved, match=r"Ranker says no Auto class .*: call Ranker\.register_for_auto_class"):
+    with pytest.warns(
+        CodeNotSaved, match=r"the Auto class of Ranker cannot be determined: call Ranker\.register_for_auto_class"
+    ):
         model.save_pretrained(tmp_path / "silent")
     ranker.register_for_auto_class("AutoModelForSequenceClassification")
     model.save_pretrained(tmp_path / "registered")
@@ -254,7 +256,7 @@ def test_what_cannot_be_saved_with_its_code(imported, tmp_path: Path, monkeypatc
     impossible = {
         "Local is not at the top level": Local(mygpt2_config()),
         "InNotebook is defined in __main__, a notebook or script: put it into a .py file": here(mygpt2_config()),
-        "takes a MyGPT2Config, and Auto classes refuse it a ScaledConfig: subclass it with config_class = ScaledConfig": (
+        "has config_class = MyGPT2Config, so Auto classes reject a ScaledConfig: subclass it with config_class = ScaledConfig": (
             MyGPT2ForCausalLM(config_only(**GPT2))
         ),
         "`from . import …` cannot be made flat": nested(mygpt2_config()),
@@ -303,7 +305,7 @@ def test_a_file_that_auto_map_cannot_name(tmp_path: Path) -> None:
     try:
         spec.loader.exec_module(module)
         with pytest.warns(
-            CodeNotSaved, match=r"my-model\.v2\.py: auto_map can name no file with such a name: rename it"
+            CodeNotSaved, match=r"my-model\.v2\.py: auto_map cannot name a file with such a name: rename it"
         ):
             module.Scaled(mygpt2_config()).save_pretrained(tmp_path / "own")
     finally:

@@ -18,7 +18,7 @@ from mymodels.export.exporting import _load as load_for_export
 from mymodels.hub import write_lock
 from mymodels.hub.clean_process import CleanRun
 from mymodels.released import released
-from mymodels.training.load_base import start
+from mymodels.training.load_base import load_base
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
 HUB_REPO = Path(__file__).parents[2] / "hub_repo"
@@ -42,8 +42,8 @@ def negated(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = folder / "modeling_mygpt2.py"
     text = code.read_text()
     begin = text.index("class MyGPT2ForCausalLM")
-    assert "logits = soft_cap(" in text[begin:]
-    code.write_text(text[:begin] + text[begin:].replace("logits = soft_cap(", "logits = -soft_cap(", 1))
+    assert "return soft_cap(" in text[begin:]
+    code.write_text(text[:begin] + text[begin:].replace("return soft_cap(", "return -soft_cap(", 1))
     return folder
 
 
@@ -69,7 +69,7 @@ def test_auto_classes(ours: Path, negated: Path, tmp_path: Path) -> None:
         )
     shutil.copytree(negated, tmp_path / "negated")  # of the same name, and with the same code of the config
     code = tmp_path / "negated" / "modeling_mygpt2.py"
-    code.write_text(code.read_text().replace("logits = -soft_cap(", "logits = 2 * soft_cap("))
+    code.write_text(code.read_text().replace("return -soft_cap(", "return 2 * soft_cap("))
     with torch.no_grad():
         doubled = AutoModelForCausalLM.from_pretrained(code.parent, trust_remote_code=True).eval()
         assert doubled(IDS).logits.equal(-2 * expected)
@@ -227,8 +227,8 @@ def test_earlier_releases_count(tmp_path: Path) -> None:
     ("last", "sentence"),
     [
         (
-            "mymodels_clean.inputs.Unsuitable: the config has no vocab_size, so no token ids can be made up for it",
-            "the config has no vocab_size, so no token ids can be made up for it: leave them out (golden=False, --no-golden)",
+            "mymodels_clean.inputs.NoSuitableInputs: the config has no vocab_size, so no token ids can be generated",
+            "the config has no vocab_size, so no token ids can be generated: leave them out (golden=False, --no-golden)",
         ),
         (
             "transformers_modules.x.modeling_x.OddError: /tmp/mymodels-clean-ab12cd34/hf/modules/modeling_x.py is odd",
@@ -278,9 +278,9 @@ def test_a_model_in_memory_may_be_called_anything(tmp_path: Path, recwarn: pytes
     """What is trained is the head that its class derives from; a module that is no model of transformers is refused."""
     tokenizer = train_gpt2_tokenizer(["the cat sat on the mat"], vocab_size=290, model_max_length=64)
     model = type("Own", (MyGPT2ForCausalLM,), {})(mygpt2_config(vocab_size=len(tokenizer)))
-    assert start(model, "lm", tokenizer=tokenizer).kind == "causal"
+    assert load_base(model, "lm", tokenizer=tokenizer).kind == "causal"
     with pytest.raises(ValueError, match=r"^Own is no model for --task classification"):
-        start(model, "classification", tokenizer=tokenizer)
+        load_base(model, "classification", tokenizer=tokenizer)
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
@@ -291,7 +291,7 @@ def test_a_model_in_memory_may_be_called_anything(tmp_path: Path, recwarn: pytes
         with pytest.raises(ValueError, match=r"^finetune takes a transformers model or the name of one, and Plain is"):
             finetune(Plain(), "sample_text", tmp_path / "tuned", task=task, tokenizer=tokenizer)
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
-    with pytest.raises(ValueError, match=r"^Plain is no transformers model, so nothing says which of the labels"):
+    with pytest.raises(ValueError, match=r"^Plain\.forward fails on a batch of the data"):
         train(Plain(), rows, max_steps=1)
 
     recwarn.clear()

@@ -140,7 +140,7 @@ def test_dry_run_changes_nothing(hub, send) -> None:
     result = send(dry_run=True, console=console)
     text = console.export_text()
     assert not hub.repos and result.commit is None and not result.uploaded
-    assert "modeling_mygpt2.py" in text and "new" in text and "files to send" in text
+    assert "modeling_mygpt2.py" in text and "new" in text and "files to upload" in text
     assert all(method == "GET" for method, _, _ in hub.requests)
     repo = hub.create(REPO)
     repo.commit("refs/heads/main", {"\x1b[31m[red]evil.png": Blob.regular(b"x")}, "hostile")
@@ -165,8 +165,8 @@ def test_branch_tag_pull_request_and_message(hub, send, folder) -> None:
     assert repo.refs["refs/heads/next"] == branch.commit and repo.refs["refs/heads/main"] == first.commit
     for options, reason in (
         ({"revision": first.commit}, "a push makes a new commit and cannot go to"),
-        ({"create_pr": True, "revision": "next"}, "a pull request is made to main, not to next"),
-        ({"create_pr": True, "tag": "v2"}, "a pull request gets no tag"),
+        ({"create_pr": True, "revision": "next"}, "a pull request is always to main, not to next"),
+        ({"create_pr": True, "tag": "v2"}, "a pull request cannot be tagged"),
     ):
         with pytest.raises(ValueError, match=reason):
             send(**options)
@@ -239,17 +239,17 @@ def test_a_passed_verification_leaves_no_remark(hub, send, folder) -> None:
         ("training_args.bin", "a pickle"),
         ("optimizer.pt", "a pickle"),
         ("rng.PKL", "a pickle"),
-        (".env", "by its name a secret"),
-        ("id_rsa", "by its name a secret"),
-        ("credentials.json", "by its name a secret"),
-        ("my_secrets.py", "by its name a secret"),
-        ("hf_token.txt", "by its name a secret"),
-        ("notes.txt", "no kind of file that belongs to a model"),
-        ("data.parquet", "no kind of file that belongs to a model"),
-        ("explore.ipynb", "left over from work"),
-        (".ipynb_checkpoints/base.py", "left over from work"),
-        ("__pycache__/layers.cpython-311.pyc", "left over from work"),
-        ("checkpoint-500/model.safetensors", "left over from work"),
+        (".env", "the name of a secret"),
+        ("id_rsa", "the name of a secret"),
+        ("credentials.json", "the name of a secret"),
+        ("my_secrets.py", "the name of a secret"),
+        ("hf_token.txt", "the name of a secret"),
+        ("notes.txt", "not a known kind of model file"),
+        ("data.parquet", "not a known kind of model file"),
+        ("explore.ipynb", "a temporary file"),
+        (".ipynb_checkpoints/base.py", "a temporary file"),
+        ("__pycache__/layers.cpython-311.pyc", "a temporary file"),
+        ("checkpoint-500/model.safetensors", "a temporary file"),
         ("model\x1b[31m.safetensors", "a name with control characters"),
     ],
 )
@@ -318,7 +318,7 @@ def test_a_folder_that_is_not_its_manifest_is_refused(hub, send, folder) -> None
 
 def test_a_public_repo_is_refused_unless_asked_for_and_the_other_way_round(hub, send) -> None:
     repo = hub.create(REPO, private=False)
-    with pytest.raises(HubError, match=r"me/private-model is public on the Hub, and a push is private unless told"):
+    with pytest.raises(HubError, match=r"me/private-model is public on the Hub, but a push is private by default"):
         send()
     assert not hub.asked("POST|PUT") and len(repo.commits) == 1
     send(private=False)
@@ -393,16 +393,16 @@ def test_an_upload_cut_in_the_middle_of_a_part_goes_on(hub, send, folder, waits)
     [
         ("GET /api/models", 401, "needs a token that the Hub accepts: log in with `hf auth login`, or set HF_TOKEN"),
         ("repos/create", 403, "use one with write permission for it"),
-        ("preupload", 404, "is not there or not visible to this token"),
-        ("/commit/", 409, "is there already, or is being changed by someone else"),
+        ("preupload", 404, "does not exist or is not visible to this token"),
+        ("/commit/", 409, "has this already, or is being changed by someone else"),
         ("/commit/", 412, "was changed by someone else in the meantime, nothing was committed"),
         ("batch", 413, "save the model in smaller shards"),
         ("/commit/", 429, "or by this account: wait 3 seconds, and try again"),
-        ("/commit/", 500, "has a fault of its own with me/private-model and kept having it: try again later"),
-        ("PUT /storage", 503, "has a fault of its own with me/private-model and kept having it: try again later"),
-        ("validate-yaml", 502, "has a fault of its own with me/private-model and kept having it: try again later"),
-        ("/commit/", "cut", "failed or broke off: check it and try again; what arrived stays"),
-        ("PUT /storage", "cut", "failed or broke off: check it and try again; what arrived stays"),
+        ("/commit/", 500, "the Hub had repeated server errors for me/private-model: try again later"),
+        ("PUT /storage", 503, "the Hub had repeated server errors for me/private-model: try again later"),
+        ("validate-yaml", 502, "the Hub had repeated server errors for me/private-model: try again later"),
+        ("/commit/", "cut", "failed: check it and try again; uploaded files are kept"),
+        ("PUT /storage", "cut", "failed: check it and try again; uploaded files are kept"),
     ],
 )
 def test_every_status_is_one_sentence_without_the_token(
@@ -447,7 +447,7 @@ def test_real_refusals_of_the_server(hub, send) -> None:
         send(token="hf_unknown_token_99999")
     assert "hf_unknown_token_99999" not in str(refused.value)
     for name in ("gpt2", "me/../x", "me/a--b", "me/x.git", "https://me/x"):
-        with pytest.raises(ValueError, match="is no name of a Hub repo"):
+        with pytest.raises(ValueError, match="is not the name of a Hub repo"):
             send(repo_id=name)
     assert not hub.repos
 
@@ -503,11 +503,11 @@ def test_corruption_on_the_hub_is_found_by_reading_again(hub, send, waits, monke
 
     monkeypatch.setattr(hub.RequestHandlerClass, "commit", corrupt)
     what = {
-        "content": "config.json comes back with",
+        "content": "config.json was downloaded with",
         "missing": "base.py is missing",
         "size": "base.py has .* bytes",
     }
-    what |= {"large content": "model-00001.* comes back with", "listing": "base.py has the git hash 0000"}
+    what |= {"large content": "model-00001.* was downloaded with", "listing": "base.py has the git hash 0000"}
     what |= {"large listing": "model-00001.* has the SHA-256 0000"}
-    with pytest.raises(HubError, match=f"does not hold at .* what was pushed: {what[damage]}.*do not use this commit"):
+    with pytest.raises(HubError, match=f"at .* differs from what was pushed: {what[damage]}.*do not use this commit"):
         send()

@@ -156,7 +156,7 @@ def test_embeddings(saved) -> None:
             assert answer["embedding"] == pytest.approx(embedding_alone(folder, text, mean), abs=1e-5)
     out, notes = io.BytesIO(), []
     predict(headless, jsonl([{"text": TEXTS[1]}]), out, task="feature-extraction", report=notes.append)
-    assert notes == [f"{headless}: it has no weights for the pooling: embeddings are the mean of the hidden states"]
+    assert notes == [f"{headless}: it has no weights of a pooler: embeddings are the mean of the hidden states"]
     expected = embedding_alone(headless, TEXTS[1], mean=True)
     assert json.loads(out.getvalue())["embedding"] == pytest.approx(expected, abs=1e-5)
 
@@ -189,9 +189,9 @@ def test_long_texts_are_cut_and_counted() -> None:
     counts = predict(HUB / "mybert", jsonl(rows), out)
     first, _, third = (json.loads(line) for line in out.getvalue().splitlines())
     assert counts.cut == 2 and first["score"] == third["score"]
-    with pytest.raises(ValueError, match="max_length=300, but here it may be 1 to 256"):
+    with pytest.raises(ValueError, match="max_length=300, but it must be between 1 and 256"):
         predict(HUB / "mybert", jsonl(rows), out, max_length=300)
-    with pytest.raises(ValueError, match="max_new_tokens=256 leaves no room"):
+    with pytest.raises(ValueError, match="max_new_tokens=256 leaves no positions"):
         predict(HUB / "mygpt2", jsonl(rows), out, max_new_tokens=256)
 
 
@@ -207,8 +207,8 @@ BAD = {
     b'{"text": " "}': "its field 'text' is empty",
     b'{"text": "a", "text_pair": 3}': "its field 'text_pair' is a number, not a text",
     b'{"text": "\\ud83d"}': "it has half of a character (\\ud83d)",
-    b'{"id": 1e999, "text": "a"}': "its field 'id' has a number that is too large, which would be read as infinite",
-    b'{"id": NaN, "text": "a"}': "it is not JSON (NaN is no number there)",
+    b'{"id": 1e999, "text": "a"}': "its field 'id' has a number too large for JSON, which is read as infinite",
+    b'{"id": NaN, "text": "a"}': "it is not JSON (NaN is not a JSON number)",
     b'{"text":' + b"[" * 100_000: "it is not JSON (maximum recursion depth exceeded while decoding a JSON array",
 }
 
@@ -252,7 +252,7 @@ def test_an_output_that_is_no_plain_file_stays_what_it_is(tmp_path: Path, capsys
     for arguments, sentence in (
         ([tmp_path / "folder"], "folder is a folder: name a file for the output"),
         ([tmp_path / "none" / "out.jsonl"], "out.jsonl is in a folder that does not exist"),
-        ([tmp_path / "old.jsonl", "--input", tmp_path / "old.jsonl.partial"], "is the input, too"),
+        ([tmp_path / "old.jsonl", "--input", tmp_path / "old.jsonl.partial"], "is also the input"),
         ([tmp_path / "old.jsonl", "--task", "loss"], "choose another --task"),
     ):
         capsys.readouterr()
@@ -361,16 +361,16 @@ def test_what_cannot_be_asked_is_said_in_one_sentence(
             "no weights for score.weight, so MyGPT2ForSequenceClassification would",
         ),
         ([mine, "--task", "token-classification"], "has no AutoModelForTokenClassification: choose another --task"),
-        ([str(masked)], "is a MyBertForMaskedLM, which says nothing about texts by itself: choose --task"),
+        ([str(masked)], "is a MyBertForMaskedLM, whose task cannot be determined: choose --task"),
         ([str(small)], "the tokenizer has 97 tokens, but MyBertForSequenceClassification has embeddings for 50"),
-        ([str(saved(broken))], "line 1: the model's answer is not a number but NaN or infinite"),
+        ([str(saved(broken))], "line 1: the model's answer is NaN or infinite"),
         ([str(tmp_path / "adapter")], "has no config.json: merge the adapter into its model first"),
         ([str(tmp_path / "nowhere" / "at" / "all")], "there is no file or folder"),
         ([mine, "--batch-size", "0"], "batch_size=0: it must be 1 or more"),
         ([mine, "--input", str(tmp_path / "none.jsonl")], "none.jsonl"),
         (
             [mine, "--output", str(tmp_path / "in.jsonl")],
-            "in.jsonl is the input, too: name another file for the output",
+            "in.jsonl is also the input: name another file for the output",
         ),
     ]
     for arguments, sentence in cases:

@@ -100,7 +100,7 @@ def test_a_label_that_nothing_measures_is_told(tmp_path: Path) -> None:
     data = load_data(
         write(tmp_path / "d.csv", ROWS), task="classification", validation=write(tmp_path / "v.csv", [("new", "good")])
     )
-    assert data.notes == ["the validation data have no example of 'bad': the metrics say nothing about it"]
+    assert data.notes == ["the validation data have no example of 'bad': the metrics do not cover it"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -137,10 +137,10 @@ BAD = {  # what is in the file → a part of the sentence
     "empty text": ([*ROWS[:6], ("  ", "good"), *ROWS[6:], ("", "bad")], r"row 7 \(and 1 more\), column 'text': the text is empty"),
     "missing label": ([*ROWS, ("text", "")], "row 31, column 'label': the label is missing"),
     "single class": ([(text, "good") for text, _ in ROWS], "every row has the label 'good'"),
-    "as many labels as rows": ([(text, text) for text, _ in ROWS], "each of 30 rows has a label of its own"),
+    "as many labels as rows": ([(text, text) for text, _ in ROWS], "each of 30 rows has a different label"),
     "a label once": ([*ROWS, ("text", "odd")], "row 31 is the only one with the label 'odd'"),
     "fractions": ([(text, 0.5) for text, _ in ROWS], "row 1, column 'label': the label is 0.5"),
-    "numbers for texts": ([(i, label) for i, (_, label) in enumerate(ROWS)], r"row 1 \(and 29 more\), column 'text': 0 is no text: .* --text-column"),
+    "numbers for texts": ([(i, label) for i, (_, label) in enumerate(ROWS)], r"row 1 \(and 29 more\), column 'text': 0 is not a text: .* --text-column"),
 }  # fmt: skip
 
 
@@ -174,13 +174,13 @@ def test_bad_files_get_one_sentence(tmp_path: Path) -> None:
         ({"data": "broken.jsonl"}, "broken.jsonl cannot be read as json"),
         ({"data": "data.xlsx"}, "data.xlsx is none of .csv, .tsv, .json"),
         ({"data": "missing.csv"}, "there is no file or folder .*missing.csv"),
-        ({"data": "folder"}, "folder has no file train.csv"),
+        ({"data": "folder"}, "folder has no train.csv"),
         ({"data": "prose.txt"}, "is a text file, which has no labels"),
-        ({"data": "one.txt", "task": "lm"}, "has 1 paragraphs, set apart by empty lines, too few"),
+        ({"data": "one.txt", "task": "lm"}, "has 1 paragraphs, separated by empty lines, too few"),
         ({"data": "many.jsonl"}, r"row 1, column 'label': the label is \['a', 'b'\]"),
         ({"data": "good.csv", "text_column": "review"}, "has no column 'review', but 'text', 'label': correct --text-column"),
         ({"data": "good.csv", "label_column": "class"}, "has no column 'class', but .* correct --label-column"),
-        ({"data": "good.csv", "validation": 1.5}, "validation=1.5 is no share"),
+        ({"data": "good.csv", "validation": 1.5}, "validation=1.5 is not between 0 and 1"),
         ({"data": "good.csv", "validation": tmp_path / "none.csv"}, "there is no file .*none.csv"),
         ({"data": "good.csv", "validation": tmp_path / "other.csv"}, "other.csv row 6, column 'label': the label 'unheard' does not occur in"),
     ):  # fmt: skip
@@ -195,4 +195,4 @@ def test_bad_files_get_one_sentence(tmp_path: Path) -> None:
 def test_validation_texts_that_were_trained_on_are_told(tmp_path: Path) -> None:
     path = write(tmp_path / "d.csv", ROWS)
     data = load_data(path, task="classification", validation=write(tmp_path / "v.csv", ROWS[:5]))
-    assert data.notes == ["5 of the validation texts are training texts too: results are too good"]
+    assert data.notes == ["5 of the validation texts are also training texts: the metrics are too good"]

@@ -41,7 +41,7 @@ def test_another_number_of_processes_goes_on(saved, resumed, runs_of_four, expec
     folder = tmp_path / "run"
     shutil.copytree(runs_of_four[saved][0], folder)
     torch.testing.assert_close(train(resumed, folder, 8), expected, rtol=0, atol=1e-5)
-    assert "dropout with new random numbers" in folder.with_name("run.log").read_text()
+    assert "dropout uses new random numbers" in folder.with_name("run.log").read_text()
 
 
 @pytest.fixture(scope="module")

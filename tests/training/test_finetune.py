@@ -26,10 +26,10 @@ from transformers import (
 
 from mymodels import MyBertForSequenceClassification, MyGPT2ForCausalLM, cli, finetune
 from mymodels.training.arguments import checked_options, make_arguments
-from mymodels.training.load_base import start as start_model
+from mymodels.training.load_base import load_base as start_model
 from mymodels.training.parameters import add_lora, decayed_groups, freeze
 from mymodels.training.plots import class_table, draw_confusion_matrix, draw_loss_curve
-from mymodels.training.run_record import begin, checkpoint_to_resume
+from mymodels.training.run_record import checkpoint_to_resume, write_run_record
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
 from mymodels.training.tuner import FineTuner, apply_class_weights
 
@@ -341,12 +341,12 @@ def test_options_are_checked_before_anything_is_read(start: Path, tmp_path: Path
         ({"learning_rat": 1}, "learning_rat: .* no such option"),
         ({"metric_for_best_model": "f2"}, "'f2' is none of accuracy, f1_macro, loss"),
         ({"early_stopping_patience": 2, "eval_strategy": "no"}, "early stopping needs evaluations"),
-        ({"lora_r": 2, "freeze_layers": 1}, "LoRA trains nothing but"),
+        ({"lora_r": 2, "freeze_layers": 1}, "LoRA trains only"),
         ({"max_length": 65}, "max_length=65, but this model takes 3 to 64 tokens"),
         ({"class_weights": [1.0]}, "one positive number for each of 3 labels"),
-        ({"layer_decay": 2.0}, "layer_decay=2.0 is no factor"),
+        ({"layer_decay": 2.0}, "layer_decay=2.0 is not between"),
         ({"to": "mygpt3"}, "mygpt2 and mybert"),
-        ({"overrides": {"poolig": "mean"}}, "bert, which has no field poolig"),
+        ({"overrides": {"poolig": "mean"}}, "bert, whose config has no field poolig"),
         ({"overrides": {"pooling": "mode"}, "to": "mybert"}, "pooling='mode', but it must be"),
         ({"freeze_layers": 9}, "has 2 layers"),
     ):
@@ -381,7 +381,7 @@ def test_a_folder_with_something_else_is_refused_before_training(start: Path, tm
         (["--arg", "per_device_eval_batch_size=many"], "per_device_eval_batch_size='many', but"),
         (["--class-weights", "a"], "--class-weights 'a': say balanced, or a number for each label, with commas"),
         (["--seed", "1", "--arg", "seed=2"], "--arg seed=2: say it once, as --seed"),
-        (["--arg", "save_strategy=steps", "--arg", "eval_strategy=epoch"], "transformers.TrainingArguments refuses"),
+        (["--arg", "save_strategy=steps", "--arg", "eval_strategy=epoch"], "transformers.TrainingArguments rejects"),
     ],
 )
 def test_bad_options_get_one_sentence(how: list[str], sentence: str, start: Path, tmp_path: Path, capsys) -> None:
@@ -413,8 +413,8 @@ def test_only_a_checkpoint_of_the_same_training_is_resumed(tmp_path: Path) -> No
     for folder in ("run", "other", "bare"):
         (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
         (tmp_path / folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    begin(tmp_path / "run", record)
-    begin(tmp_path / "other", record)
+    write_run_record(tmp_path / "run", record)
+    write_run_record(tmp_path / "other", record)
     where, named = tmp_path / "run", tmp_path / "run" / "checkpoint-2"
     assert checkpoint_to_resume(where, tmp_path / "out", record, named) == str(named)
     assert checkpoint_to_resume(tmp_path / "new", tmp_path / "out", record, named) == str(named)
@@ -442,7 +442,7 @@ def test_an_interrupted_training_says_how_to_go_on(start: Path, tmp_path: Path, 
     monkeypatch.setattr(FineTuner, "train", interrupted)
     arguments = ["--model", str(start / "bert"), "--data", str(start / "data.csv"), "--out", str(tmp_path / "out")]
     assert cli.main(["finetune", *arguments, "--max-length", "16"]) == 130
-    assert "out-checkpoints/checkpoint-4: the same command with --resume goes on" in capsys.readouterr().out
+    assert "out-checkpoints/checkpoint-4: the same command with --resume resumes" in capsys.readouterr().out
 
 
 def test_a_missing_package_is_named(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +473,7 @@ def test_a_killed_training_goes_on(start: Path, tmp_path: Path) -> None:
     model, data, out = start / "bert", start / "data.csv", tmp_path / "killed"
     run = subprocess.run([sys.executable, "-c", KILLED, str(model), str(data), str(out), "5"], capture_output=True)
     assert run.returncode == -9 and not out.exists()
-    with pytest.raises(FileExistsError, match=r"the newest is checkpoint-4: go on with --resume"):
+    with pytest.raises(FileExistsError, match=r"the newest is checkpoint-4: pass --resume"):
         finetune(model, data, out, **how)
     with pytest.raises(ValueError, match=r"is of another training \(learning_rate was 0.003, now 0.001\)"):
         finetune(model, data, out, resume_from_checkpoint=True, **{**how, "learning_rate": 1e-3})

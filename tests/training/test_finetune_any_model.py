@@ -25,7 +25,7 @@ from mymodels.forward_calls import as_mapping
 from mymodels.predicting.load_task import load_task
 from mymodels.training.data import DataError, load_data
 from mymodels.training.generated import compare_texts, generate_texts
-from mymodels.training.load_base import start
+from mymodels.training.load_base import load_base
 from mymodels.training.preprocessing import encode_pairs
 from mymodels.training.tokenizers import train_bert_tokenizer, train_gpt2_tokenizer
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_tuned_or_asked_is_said_before_training(own: Path, tmp_pa
     with pytest.raises(ValueError, match="pass tokenizer="):
         load_task(make("moe_gpt2"))
     NoLoss._auto_class = "AutoModelForSequenceClassification"
-    begun = start(NoLoss(make("conv_bert").config), "classification", tokenizer=train_bert_tokenizer(TEXTS, 97, 64))
+    begun = load_base(NoLoss(make("conv_bert").config), "classification", tokenizer=train_bert_tokenizer(TEXTS, 97, 64))
     assert begun.kind == "classification"
 
 
@@ -202,7 +202,7 @@ def test_the_answer_to_a_question_is_the_span_of_stock_logits(tmp_path: Path) ->
     said: list[str] = []
     counts = predict(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", tokenizer=tokenizer, report=said.append)
     assert counts.answered == 2 and said == [
-        "line 3 skipped: it has no context: give it as text_pair, or name its field by --pair-column"
+        "line 3 skipped: it has no context: add it as text_pair, or name its field by --pair-column"
     ]
     for (question, context), line in zip(rows, (tmp_path / "out.jsonl").read_text().splitlines(), strict=True):
         found, row = json.loads(line), tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True)

@@ -50,9 +50,11 @@ def test_a_damaged_checkpoint_is_passed_over(run, file, tmp_path, caplog) -> Non
     assert run(tmp_path, resume_from_checkpoint=True) == whole
     said = [record.getMessage() for record in caplog.records if record.name == checkpoint_dirs.__name__]
     assert len(said) == 2 and file in said[0] and file in said[1]
-    assert said[0].startswith(f"{tmp_path / 'checkpoint-8'} is damaged and passed over: ")
+    assert said[0].startswith(f"{tmp_path / 'checkpoint-8'} is damaged and was skipped: ")
     damage(tmp_path / "checkpoint-4" / file)
-    with pytest.raises(CheckpointError, match=f"{file}.*resume_from_checkpoint=True takes the newest whole one"):
+    with pytest.raises(
+        CheckpointError, match=f"{file}.*resume_from_checkpoint=True uses the newest complete checkpoint"
+    ):
         run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
@@ -67,7 +69,7 @@ def test_nothing_to_resume_from(run, tmp_path) -> None:
     run(tmp_path)
     for folder in checkpoint_dirs.list_checkpoints(tmp_path):
         (folder / "trainer_state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no whole checkpoint: .*checkpoint-2 has no trainer_state\.json"):
+    with pytest.raises(CheckpointError, match=r"has no complete checkpoint: .*checkpoint-2 has no trainer_state\.json"):
         run(tmp_path, resume_from_checkpoint=True)
 
 
@@ -182,7 +184,7 @@ def test_a_checkpoint_of_the_model_alone_is_no_whole_one(tmp_path, caplog) -> No
     by_trainer(tmp_path, max_steps=2)
     by_trainer(tmp_path, max_steps=4, save_only_model=True, resume_from_checkpoint=True)
     assert checkpoint_dirs.newest_checkpoint(tmp_path).name == "checkpoint-2"
-    assert "checkpoint-4 has no state of an optimizer: with save_only_model=True" in caplog.text
+    assert "checkpoint-4 has no optimizer state, so it cannot be resumed" in caplog.text
     with pytest.raises(CheckpointError, match="save_only_model=True"):
         by_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 

@@ -172,9 +172,7 @@ def test_whatever_a_scheduler_raises_changes_nothing(tmp_path) -> None:
     new, other, _ = fresh()
     picky = Picky(other, 2)
     before = snapshot(new, other, picky)
-    with pytest.raises(
-        CheckpointError, match=r"scheduler_state_dict is no state that Picky takes: RuntimeError\('no'\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"scheduler_state_dict is not a state of Picky: RuntimeError\('no'\)"):
         import_checkpoint(tmp_path / "old.pt", new, other, picky)
     assert_unchanged(before, new, other, picky)
 

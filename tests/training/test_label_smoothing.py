@@ -167,5 +167,5 @@ def test_smoothing_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"label_smoothing_factor=0\.3 has no effect: MyBertForQuestionAnswering takes no"
     ):
         trainer_of("mymodels", model, tmp_path)
-    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.3 has no effect beside compute_loss_func"):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.3 has no effect with compute_loss_func"):
         trainer_of("mymodels", MyGPT2ForCausalLM(mygpt2_config()), tmp_path, compute_loss_func=lambda *a, **k: None)

@@ -192,7 +192,9 @@ def test_the_command_writes_nothing_when_it_fails(folder: Path, tmp_path: Path, 
     assert cli.main([*command, "--set", "position_embedding_type=rope", "--strict"]) == 1
     captured = capsys.readouterr()
     assert "has no table" in captured.out
-    assert captured.err.startswith("mymodels warm-start: strict: 0 parameters are newly initialised and 1 tensors are not used")
+    assert captured.err.startswith(
+        "mymodels warm-start: strict: 0 parameters are newly initialised and 1 tensors are not used"
+    )
     damage(folder, spoil)
     assert cli.main(command) == 1
     error = capsys.readouterr().err

@@ -119,7 +119,9 @@ def test_what_is_not_run_is_said(
     assert json.loads((tmp_path / "r.json").read_text())["check"]["agrees"] is True
     monkeypatch.undo()
     report = warm_start("mygpt2", stock, skip="wpe")
-    assert not report.checked.ran and "are newly initialised, such as model.embed_positions.weight" in str(report.checked)
+    assert not report.checked.ran and "are newly initialised, such as model.embed_positions.weight" in str(
+        report.checked
+    )
 
 
 def test_roberta_says_for_which_padding_it_holds() -> None:

@@ -89,7 +89,9 @@ class TestNanoGPT:
         torch.save(nano.state_dict(), tmp_path / "w.pt")
         assert cli.main(["warm-start", str(tmp_path / "w.pt"), "--to", "mygpt2"]) == 0
         shown = " ".join(capsys.readouterr().out.split())
-        assert "num_attention_heads=2" in shown and "set them with --config or --set" in shown and "overrides" not in shown
+        assert (
+            "num_attention_heads=2" in shown and "set them with --config or --set" in shown and "overrides" not in shown
+        )
         sets = [
             "n_head=4",
             "activation_function=gelu",
@@ -305,7 +307,9 @@ def test_a_head_that_roberta_does_not_have() -> None:
     parts = {f"roberta.{name}": tensor for name, tensor in stock.state_dict().items()}
     parts |= {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
     report = warm_start("mybert", parts, config=stock.config, head="ForSequenceClassification")
-    assert not report.is_exact and any("its input is assumed to be the pooler's output" in note for note in report.notes)
+    assert not report.is_exact and any(
+        "its input is assumed to be the pooler's output" in note for note in report.notes
+    )
 
 
 class TestNextToNothingFits:
@@ -327,7 +331,8 @@ class TestNextToNothingFits:
         torch.save(odd, tmp_path / "odd.pt")
         how = {"config": {"n_head": 4}}
         with pytest.raises(
-            NotAllowedError, match=r"6,176 of 126,176 elements \(4\.9%\): \d+ parameters are newly initialised and 3 tensors"
+            NotAllowedError,
+            match=r"6,176 of 126,176 elements \(4\.9%\): \d+ parameters are newly initialised and 3 tensors",
         ) as e:
             warm_start("mygpt2", tmp_path / "odd.pt", **how)
         assert e.value.report.model is None

@@ -181,9 +181,7 @@ def test_rename() -> None:
     report = warm_start("mygpt2", odd, rename=rules, config=stock.config)
     assert report.is_exact and difference(report.model, stock) <= 1e-5
     assert "blocks/0.mixer.c_mixer.weight" in {name for row in report.rows for name in row.sources}
-    with pytest.raises(
-        CheckpointError, match=r"has tensor names of no known family .* map them with rename="
-    ):
+    with pytest.raises(CheckpointError, match=r"has tensor names of no known family .* map them with rename="):
         warm_start("mygpt2", odd, config={"n_head": 4})
 
 

@@ -1,5 +1,5 @@
-"""What runs inside the clean process: started by `run.py`, under the name `mymodels_clean`, without mymodels.
+"""The code of the clean process: started by `run.py` under the package name `mymodels_clean`, without mymodels.
 
-Nothing here may import mymodels outside this folder, and nothing outside may rely on what a process reports that ran
-somebody's code: the weights, for one, are compared by `weights.py` outside.
+Modules here import nothing of mymodels outside this folder. A process that ran untrusted code may report anything, so
+what matters most is checked outside of it: `hub/weights.py` compares the weights.
 """

@@ -6,41 +6,41 @@ from typing import Any
 
 import torch
 
-from .comparing import EQUAL, difference, floating, not_finite, row_of, run_model, shown_outputs
+from .comparing import EQUAL, difference, floating, not_finite, row_of, run_model, unpadded_outputs
 from .load_repo import describe
 from .stages import innermost, sentence
 
-DEPTH = 3  # of containers in containers that are counted
+DEPTH = 3  # how deep nested containers are counted
 _OF_EVERY_MODULE = set(vars(torch.nn.Module()))
 
 
 def check_forward(check: Any, model: Any, inputs: dict[str, torch.Tensor], before: dict[str, Any]) -> None:
-    """It runs, finite, and each time the same; the weights and the inputs stay as they are, and nothing piles up."""
+    """forward runs, is finite and deterministic, changes neither weights nor inputs, and accumulates no state."""
     given = {name: tensor.clone() for name, tensor in inputs.items()}
-    first = shown_outputs(model, inputs)
+    first = unpadded_outputs(model, inputs)
     check.fail_if(not_finite(first))
     for name, tensor in given.items():
         if not torch.equal(inputs[name], tensor):
-            check.fail(f"forward writes into {name}, which is the caller's: work on a copy")
-    second, kept = shown_outputs(model, inputs), held(model)
+            check.fail(f"forward writes into {name}, a tensor of the caller: work on a copy")
+    second, kept = unpadded_outputs(model, inputs), state_sizes(model)
     after = describe(model)
     changed = [n for n, t in before.items() if t["persistent"] and t["digest"] != after.get(n, {}).get("digest")]
     if changed:
-        check.fail(f"forward changes what was loaded: {changed[0]} is another tensor after it", changed[0])
-    for again in (second, *(shown_outputs(model, inputs) for _ in range(2))):
-        wrong = difference(again, first) or _more(again, first)
+        check.fail(f"forward changes a loaded tensor: {changed[0]} has other values after it", changed[0])
+    for again in (second, *(unpadded_outputs(model, inputs) for _ in range(2))):
+        wrong = difference(again, first) or _extra_output(again, first)
         if wrong:
             check.fail(f"two runs on the same inputs in eval mode are not the same: {wrong}")
-    report_state(check, kept, held(model))
+    report_state(check, kept, state_sizes(model))
 
 
-def _more(seen: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+def _extra_output(seen: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     more = [name for name in seen if name not in expected]
-    return f"there is an output {more[0]!r}, which there was not before" if more else ""
+    return f"there is a new output {more[0]!r}" if more else ""
 
 
-def held(model: torch.nn.Module) -> dict[str, tuple[str, int | float]]:
-    """What the modules of a model, and the folder's own code, keep: by name the kind and size, or the number itself."""
+def state_sizes(model: torch.nn.Module) -> dict[str, tuple[str, int | float]]:
+    """State kept by the model's modules and by the folder's code: name → (kind, size), or ("number", its value)."""
     found: dict[str, tuple[str, int | float]] = {}
     for path, module in model.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
@@ -84,7 +84,7 @@ def _count(value: Any, depth: int) -> int | None:
 
 
 def report_state(check: Any, before: Mapping[str, tuple[str, Any]], after: Mapping[str, tuple[str, Any]]) -> None:
-    """What two more calls on the same inputs made grow is a leak; a number that they changed is worth a look."""
+    """Fail for state that grew in two more calls on the same inputs (a leak); warn of a number that changed."""
     for name, (kind, size) in after.items():
         kept, old = before.get(name, (kind, 0))
         if size == old or kept != kind:
@@ -99,10 +99,10 @@ def report_state(check: Any, before: Mapping[str, tuple[str, Any]], after: Mappi
 
 
 def check_batch(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """A row alone gives what it gives beside others, in any order, and whatever was called before."""
+    """A row has the same outputs alone, in a batch, in a batch of another order, and after calls on other inputs."""
     rows = {len(tensor) if tensor.dim() else 0 for tensor in inputs.values()}
     if rows == {1} or len(rows) != 1:
-        check.not_applicable("the inputs are one row, or not of as many rows each")
+        check.not_applicable("the inputs have one row, or different numbers of rows")
         return
     count, mask = rows.pop(), inputs.get("attention_mask")
     together = run_model(model, inputs)
@@ -113,12 +113,12 @@ def check_batch(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None
             alone = run_model(model, one)
         except Exception as error:
             what = f"{count} rows together run, but one of them alone raises {sentence(error)}"
-            check.fail(f"{what}: is something squeezed, or a batch size fixed?", innermost(error))
+            check.fail(f"{what}: look for squeeze() or a fixed batch size", innermost(error))
             return
         for name in [n for n in want if n in alone]:
             if alone[name].dim() != want[name].dim():
                 shapes = f"{tuple(alone[name].shape)}, of {count} rows {tuple(want[name].shape)}"
-                check.fail(f"of one row {name} has the shape {shapes}: is it squeezed?")
+                check.fail(f"of one row {name} has the shape {shapes}: look for squeeze()")
                 return
             if alone[name].shape != (1, *want[name].shape[1:]):
                 continue  # no row for each input, such as similarities between rows
@@ -133,10 +133,10 @@ def check_batch(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None
             n: row_of(flipped[n], None if mask is None else mask.flip(0), count - 1 - row) for n in want if n in flipped
         }
         ordered = {n: row_of(want[n], mask, row) for n in seen if flipped[n].shape == want[n].shape}
-        check.fail_if(_after("the order of the rows changes their outputs", difference(seen, ordered, EQUAL)))
+        check.fail_if(_with_prefix("the order of the rows changes their outputs", difference(seen, ordered, EQUAL)))
     again = difference(run_model(model, inputs), together, EQUAL)
-    check.fail_if(_after("calls on other inputs in between change the outputs", again))
+    check.fail_if(_with_prefix("calls on other inputs in between change the outputs", again))
 
 
-def _after(what: str, wrong: str) -> str:
+def _with_prefix(what: str, wrong: str) -> str:
     return f"{what}: {wrong}" if wrong else ""

@@ -1,4 +1,4 @@
-"""What a model returns, every tensor of it by name, and how two results are compared."""
+"""The tensors of a model's output by name, and the comparison of two outputs."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -8,15 +8,17 @@ import numpy
 import torch
 
 MAX_VALUES = 200_000
-EQUAL = 5e-5  # two ways to the same numbers in float32, another order of sums
+EQUAL = 5e-5  # tolerance in float32 between two orders of summation
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 MUST_BE_FINITE = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output", "0")
 LEFT_OUT = ("loss", "past_key_values", "cache_params")
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor and number of an output with its path, such as `hidden_states.0`: of mappings, dataclasses, tuples,
-    lists, and objects of the folder's own plain classes."""
+    """Every tensor and number of an output with its path, such as `hidden_states.0`.
+
+    Descends into mappings, dataclasses, tuples, lists, and instances of the folder's own plain classes.
+    """
     if (tensor := _as_tensor(value)) is not None:
         yield name or "0", tensor
         return
@@ -53,7 +55,7 @@ def _as_tensor(value: Any) -> torch.Tensor | None:
 
 @torch.inference_mode()
 def run_model(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor the model returns, wherever it is in the output; the loss and the cache left out.
+    """Every tensor the model returns, by its path in the output, without the loss and the cache.
 
     Raises:
         ValueError: there is no floating-point tensor among them.
@@ -74,8 +76,8 @@ def row_of(tensor: torch.Tensor, mask: torch.Tensor | None, row: int) -> torch.T
     return tensor[row]
 
 
-def shown_outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The outputs where they mean something: not at padding; of very large ones every n-th value."""
+def unpadded_outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The outputs, flat, without those at padding; of more than `MAX_VALUES` values every n-th."""
     mask, shown = inputs.get("attention_mask"), {}
     for name, tensor in run_model(model, inputs).items():
         rows = [row_of(tensor, mask, row).reshape(-1) for row in range(tensor.shape[0])] if tensor.dim() else [tensor]
@@ -85,12 +87,12 @@ def shown_outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def floating(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The outputs that may be compared with a tolerance: an index can jump where two numbers are nearly equal."""
+    """The floating-point outputs. Integers, such as an argmax, may differ where two numbers are nearly equal."""
     return {name: tensor for name, tensor in outputs.items() if tensor.is_floating_point()}
 
 
 def not_finite(outputs: Mapping[str, torch.Tensor]) -> str:
-    """Which output has values that mean nothing, in words, or nothing. Scores may be masked with -inf by design."""
+    """A sentence on the first output with NaN or infinite values, or "". Other scores than logits may hold -inf."""
     for name, tensor in floating(outputs).items():
         wrong = ~tensor.isfinite() if name in MUST_BE_FINITE else tensor.isnan()
         if wrong.any():
@@ -101,14 +103,14 @@ def not_finite(outputs: Mapping[str, torch.Tensor]) -> str:
 def difference(
     seen: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float | None = None
 ) -> str:
-    """What is wrong with `seen`, in words, or nothing.
+    """A sentence on the first output in which `seen` differs from `expected`, or "".
 
     Args:
         tolerance: times the largest expected value or 1; default by dtype. Integers must be equal.
     """
     for name, want in expected.items():
         if name not in seen:
-            return f"there is no output {name!r}, which there was before"
+            return f"the output {name!r} is missing"
         got = seen[name]
         if got.shape != want.shape:
             return f"{name} has {tuple(got.shape)} values, {tuple(want.shape)} were expected"

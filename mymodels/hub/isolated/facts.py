@@ -1,4 +1,4 @@
-"""Stages: what serving engines look at, read off the model's structure; and whether it can be exported."""
+"""Stages: the properties of a model that serving engines depend on, and a try of `torch.export`."""
 
 import ast
 import inspect
@@ -15,7 +15,7 @@ from .stages import sentence
 
 
 def run(job: dict[str, Any], events: Any) -> None:
-    """Report facts about the class of `architectures`, built on the meta device; `engine_readiness.py` makes checks of them."""
+    """Report properties of the class of `architectures`, built on the meta device, for `engine_readiness.py`."""
     config = config_of(job)
     with torch.device("meta"):
         model = build(job["classes"][0], config)
@@ -41,7 +41,9 @@ def run(job: dict[str, Any], events: Any) -> None:
             "forward_kwargs": any(p.kind is p.VAR_KEYWORD for p in [*parameters, *base_parameters]),
             "attention_backend": bool(getattr(model, "_supports_attention_backend", False)),
             "attention": attention,
-            "linears": targets(path for path, module in linears.items() if not _is_head(model, path, module)),
+            "linears": target_module_names(
+                path for path, module in linears.items() if not _is_head(model, path, module)
+            ),
             "conv1d": sorted({p.rpartition(".")[2] for p, m in model.named_modules() if type(m).__name__ == "Conv1D"}),
             "heads": [name for name, _ in model.named_children()],
             "fused": [name for name, fuses in FUSIONS.items() if any(map(fuses, model.modules()))],
@@ -53,8 +55,8 @@ def run(job: dict[str, Any], events: Any) -> None:
     )
 
 
-def targets(paths: Iterable[str]) -> list[str]:
-    """The names that PEFT takes for these modules: the last part of each path, and what stands before a number."""
+def target_module_names(paths: Iterable[str]) -> list[str]:
+    """The `target_modules` that PEFT accepts for these paths: the last part, with the part before it if it is a number."""
     found = set()
     for path in paths:
         parts = path.split(".")
@@ -64,7 +66,7 @@ def targets(paths: Iterable[str]) -> list[str]:
 
 
 def _is_head(model: Any, path: str, module: torch.nn.Module) -> bool:
-    """Whether a layer is the model's head: its output embeddings, or what a model with a head adds to its base."""
+    """Whether a layer is the model's head: its output embeddings, or a module outside of the base model."""
     try:
         if module is model.get_output_embeddings():
             return True
@@ -96,7 +98,7 @@ def _source(module: torch.nn.Module) -> ast.AST:
 
 
 def _calls_interface(source: ast.AST) -> bool:
-    """Whether a function is looked up in `ALL_ATTENTION_FUNCTIONS`, put under a name, and called once by that name."""
+    """Whether a function of `ALL_ATTENTION_FUNCTIONS` is assigned to a name and called once by that name."""
     names: set[str] = set()
     for node in ast.walk(source):
         if isinstance(node, ast.Assign | ast.AnnAssign) and any(map(_looks_up, _alternatives(node.value))):
@@ -107,7 +109,7 @@ def _calls_interface(source: ast.AST) -> bool:
 
 
 def _alternatives(node: ast.AST | None) -> list[ast.AST | None]:
-    """The expressions that a conditional one may give: `a if test else b` gives `a` or `b`."""
+    """The branches of a conditional expression: `a` and `b` of `a if test else b`."""
     if isinstance(node, ast.IfExp):
         return [*_alternatives(node.body), *_alternatives(node.orelse)]
     return [node]
@@ -122,7 +124,7 @@ def _is_name(node: ast.AST | None, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 
 
-def _plain(node: ast.AST | None) -> tuple[str, ast.expr] | None:
+def _plain_self_call(node: ast.AST | None) -> tuple[str, ast.expr] | None:
     """`name` and `x` of a call `self.name(x)`."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_name(node.func.value, "self")):
         return None
@@ -130,26 +132,26 @@ def _plain(node: ast.AST | None) -> tuple[str, ast.expr] | None:
 
 
 def _fuses_qkv(module: torch.nn.Module) -> bool:
-    """Three `nn.Linear`s, no more and no fewer, called plainly on one and the same thing."""
+    """Exactly three `nn.Linear`s are called, as `self.name(x)`, on the same expression."""
     linears = {name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)}
     if len(linears) < 3:
         return False
     by_input: dict[str, list[str]] = {}
-    for name, given in filter(None, map(_plain, ast.walk(_source(module)))):
+    for name, given in filter(None, map(_plain_self_call, ast.walk(_source(module)))):
         if name in linears:
             by_input.setdefault(ast.dump(given), []).append(name)
     return any(len(names) == len(set(names)) == 3 for names in by_input.values())
 
 
 def _fuses_glu(module: torch.nn.Module) -> bool:
-    """`act(gate(x)) * up(x)`, each a plain call."""
+    """`self.act(self.gate(x)) * self.up(x)` is computed."""
     if sum(isinstance(child, torch.nn.Linear) for child in module.children()) < 2:
         return False
     for node in ast.walk(_source(module)):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             for one, other in ((node.left, node.right), (node.right, node.left)):
-                act, up = _plain(one), _plain(other)
-                gate = _plain(act[1]) if act else None
+                act, up = _plain_self_call(one), _plain_self_call(other)
+                gate = _plain_self_call(act[1]) if act else None
                 if gate and up and ast.dump(gate[1]) == ast.dump(up[1]):
                     return True
     return False
@@ -165,7 +167,7 @@ CONFIG_NAMES = ("num_attention_heads", "num_key_value_heads", "hidden_size", "he
 
 
 def run_export(job: dict[str, Any], events: Any) -> None:
-    """Try `torch.export`, the first step of an ONNX export, with a free number of rows."""
+    """Try `torch.export`, the first step of an ONNX export, with a dynamic batch size."""
     model, _ = load(job, job["classes"][0])
     inputs: dict[str, Any] = read_inputs(job) or make_inputs(model)
     free = {name: {0: torch.export.Dim.AUTO} for name in inputs}

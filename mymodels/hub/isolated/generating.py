@@ -1,4 +1,4 @@
-"""Checks of generation: with and without a cache, with beams, with a static cache, by the folder's own config."""
+"""Checks of generation: with and without a cache, beams, a static cache, and the folder's generation config."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,9 +6,18 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from .causality import sees_later
+from .causality import future_leak
 from .comparing import EQUAL, difference, run_model
-from .inputs import NEW_TOKENS, beside_text, generates, pad_id, room, tokens, two_stacks, with_required
+from .inputs import (
+    NEW_TOKENS,
+    generates,
+    has_encoder_and_decoder,
+    make_token_ids,
+    non_text_inputs,
+    pad_id,
+    prompt_length,
+    with_required,
+)
 from .stages import sentence
 
 BEAMS = 4
@@ -16,7 +25,7 @@ BEAMS = 4
 
 @torch.inference_mode()
 def generate(model: Any, inputs: Mapping[str, torch.Tensor], **how: Any) -> Any:
-    """Greedy tokens, always `NEW_TOKENS` of them."""
+    """Generate exactly `NEW_TOKENS` tokens, greedily by default."""
     how = {
         "do_sample": False,
         "num_beams": 1,
@@ -30,12 +39,12 @@ def generate(model: Any, inputs: Mapping[str, torch.Tensor], **how: Any) -> Any:
 
 @torch.inference_mode()
 def generate_as_configured(model: Any, inputs: Mapping[str, torch.Tensor], **how: Any) -> Any:
-    """Tokens as the folder's own generation config wants them (its eos and pad, its beams), without sampling."""
+    """Generate by the folder's generation config (eos, pad, beams), without sampling."""
     own = getattr(model, "generation_config", None)
     kept = None if own is None else {name: getattr(own, name, None) for name in _SAMPLING}
     try:
         if own is not None:
-            for name in _SAMPLING:  # they may be set although nothing is sampled, which newer releases refuse
+            for name in _SAMPLING:  # newer transformers raises for these without do_sample
                 setattr(own, name, None)
         made = model.generate(**_prompt(inputs), do_sample=False, **{"max_new_tokens": NEW_TOKENS, **how})
         return made if isinstance(made, torch.Tensor) else made.sequences
@@ -52,7 +61,7 @@ def _prompt(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def same_steps(seen: Any, expected: Any, first: Any, second: Any) -> str:
-    """Compare logits step by step, up to the first token that differs (a tie may fall either way)."""
+    """Compare logits step by step, up to the first token that differs (equal scores may be resolved either way)."""
     for step, (got, want) in enumerate(zip(seen, expected)):
         wrong = difference({"logits": got}, {"logits": want}, EQUAL)
         if wrong:
@@ -64,7 +73,7 @@ def same_steps(seen: Any, expected: Any, first: Any, second: Any) -> str:
 
 
 def first_step(model: Any, prompt: dict[str, torch.Tensor], made: Any) -> str:
-    """How the logits of the first generated token differ from those of forward on the same tokens, in words.
+    """A sentence on how the logits of the first generated token differ from forward on the same tokens, or "".
 
     `generate` passes a mask and positions that a plain call of forward leaves to the model.
     """
@@ -72,7 +81,7 @@ def first_step(model: Any, prompt: dict[str, torch.Tensor], made: Any) -> str:
     if type(model).generate is not GenerationMixin.generate or not start.shape[1]:
         return ""
     inputs = dict(prompt)
-    if two_stacks(model):
+    if has_encoder_and_decoder(model):
         inputs["decoder_input_ids"] = start
     logits = run_model(model, with_required(model, inputs)).get("logits")
     if logits is None or logits.dim() != 3:
@@ -84,21 +93,25 @@ STEPS = {"return_dict_in_generate": True, "output_logits": True}
 
 
 def check_generation(events: Any, name: str, model: Any, inputs: dict[str, torch.Tensor]) -> bool:
-    """The four checks; whether the tokens with a cache are those without."""
+    """Run the four checks.
+
+    Returns:
+        Whether generation with a cache gives what generation without it gives.
+    """
     with events.check("cached generation", name) as cached:
         if not generates(model):
             cached.not_applicable("this model does not generate")
             return True
         prompt = inputs
-        if "input_ids" in inputs:  # one row: what padding does to the cache is for the check of padding
-            prompt = {"input_ids": tokens(model, 1, room(model), seed=5), **beside_text(inputs)}
+        if "input_ids" in inputs:  # one row: the check "padding" covers padded batches
+            prompt = {"input_ids": make_token_ids(model, 1, prompt_length(model), seed=5), **non_text_inputs(inputs)}
         plain = generate(model, prompt, use_cache=False, **STEPS)
         made = generate(model, prompt, use_cache=True, **STEPS)
         wrong = same_steps([step[:1] for step in made.logits], [step[:1] for step in plain.logits], plain, made)
         if wrong:
-            cached.fail(sees_later(model) or f"generation with the cache is not generation without it: {wrong}")
+            cached.fail(future_leak(model) or f"generation with the cache differs from generation without it: {wrong}")
         elif wrong := first_step(model, prompt, plain):
-            cached.fail(f"the first token that generate makes has other logits than forward gives: {wrong}")
+            cached.fail(f"generate computes other logits for the first token than forward does: {wrong}")
     with events.check("generation config", name) as check:
         check_configured(check, model, inputs)
     if not cached.failed:
@@ -111,43 +124,43 @@ def check_generation(events: Any, name: str, model: Any, inputs: dict[str, torch
 
 @torch.inference_mode()
 def check_configured(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """As users call it: nothing overridden but the number of tokens; ends at eos, and fills up with the pad id."""
+    """generate() with its own config gives valid token ids, and only padding after eos."""
     torch.manual_seed(0)
     made = model.generate(**_prompt(inputs), max_new_tokens=NEW_TOKENS)
     made = made if isinstance(made, torch.Tensor) else made.sequences
     size = getattr(getattr(model, "get_output_embeddings", bool)(), "out_features", None)
     if made.numel() and (made.min() < 0 or (isinstance(size, int) and made.max() >= size)):
-        check.fail(f"generate gives the token {made.max().item()}, the head has {size} of them")
+        check.fail(f"generate gives the token id {made.max().item()}, but the head has {size} outputs")
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else [end for end in ends or [] if isinstance(end, int)]
-    known = "input_ids" in inputs and not two_stacks(model)
+    known = "input_ids" in inputs and not has_encoder_and_decoder(model)
     start = inputs["input_ids"].shape[1] if known else 1
     for number, row in enumerate(made[:, start:].tolist()):
         first = next((place for place, token in enumerate(row) if token in ends), None)
         if first is not None and len(set(row[first + 1 :])) > 1:
-            check.fail(f"generate goes on after the eos token {row[first]} in row {number}")
+            check.fail(f"generate continues after the eos token {row[first]} in row {number}")
 
 
 def check_beams(check: Any, model: Any, prompt: dict[str, torch.Tensor]) -> None:
-    """Beams change places from step to step, and the cache has to follow them."""
+    """Beam search gives the same scores with and without the cache, which has to be reordered with the beams."""
     how = {"num_beams": BEAMS, "num_return_sequences": BEAMS, "output_scores": True, "return_dict_in_generate": True}
     try:
         plain = generate(model, prompt, use_cache=False, **how)
     except (NotImplementedError, ValueError) as error:
-        check.not_applicable(f"beams are refused: {sentence(error)}")
+        check.not_applicable(f"the model does not support beams: {sentence(error)}")
         return
     made = generate(model, prompt, use_cache=True, **how)
     if getattr(plain, "sequences_scores", None) is None:
-        check.not_applicable("generate gives no scores of beams")
+        check.not_applicable("generate returns no scores of beams")
         return
     apart = (plain.sequences_scores.double() - made.sequences_scores.double()).abs().max().item()
-    if not apart <= 1e-3:  # near enough for a tie between two beams to fall either way
-        check.fail(f"{BEAMS} beams with the cache score otherwise than without it, by {apart:.3g}: it is not reordered")
+    if not apart <= 1e-3:  # two beams with nearly equal scores may be exchanged
+        check.fail(f"the scores of {BEAMS} beams differ with the cache by {apart:.3g}: the cache is not reordered")
 
 
 def check_static(check: Any, model: Any, prompt: dict[str, torch.Tensor], dynamic: Any) -> None:
-    """A cache of fixed size, as torch.compile and export want it."""
+    """Generation with a cache of fixed size, which torch.compile and export need."""
     declared = bool(getattr(model, "_can_compile_fullgraph", False) or getattr(model, "_supports_static_cache", False))
     try:
         made = generate(model, prompt, cache_implementation="static", disable_compile=True, **STEPS)
@@ -158,6 +171,6 @@ def check_static(check: Any, model: Any, prompt: dict[str, torch.Tensor], dynami
         return
     wrong = same_steps([step[:1] for step in made.logits], [step[:1] for step in dynamic.logits], dynamic, made)
     if wrong and declared:
-        check.fail(f"generation with a static cache is not generation with a dynamic one: {wrong}")
+        check.fail(f"generation with a static cache differs from generation with a dynamic one: {wrong}")
     elif wrong:
-        check.warn(f"a static cache, which the model does not declare to support, gives other tokens: {wrong}")
+        check.warn(f"a static cache, which the model does not declare to support, changes what is generated: {wrong}")

@@ -1,4 +1,4 @@
-"""Golden outputs: what a model made of known inputs when it was known to be right, kept beside its weights."""
+"""Golden outputs: inputs and the outputs a model gave for them when it was recorded, kept beside its weights."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import tokenizers
-from .comparing import TOLERANCES, difference, not_finite, run_model, shown_outputs
+from .comparing import TOLERANCES, difference, not_finite, run_model, unpadded_outputs
 from .generating import generate, generate_as_configured
 from .inputs import (
     NEW_TOKENS,
-    beside_text,
-    check_given,
+    accepted_inputs,
+    check_caller_inputs,
     generates,
     kept_inputs,
     last_positions,
     make_inputs,
+    non_text_inputs,
     read_tensors,
-    taken,
 )
 from .load_repo import load
 from .processors import processed_inputs, record_processors
@@ -33,12 +33,12 @@ class Golden(NamedTuple):
 
     Attributes:
         inputs: argument of `forward` → tensor.
-        outputs: class → name of the output → its values where they are no padding, flat.
-        greedy: class → the tokens it generates, the prompt first; always `made["max_new_tokens"]` of them.
-        configured: class → the tokens it generates by the folder's own generation config, without sampling.
-        last_inputs, last_outputs: likewise at the last positions that the config promises. Files of earlier
-            versions have neither these nor `configured`, and fewer outputs.
-        made: `tolerance` (times the largest expected value or 1), `dtype`, `max_new_tokens`, and versions.
+        outputs: class → name of the output → its values without padding, flat.
+        greedy: class → prompt and generated tokens; always `made["max_new_tokens"]` new ones.
+        configured: class → the same by the folder's own generation config, without sampling.
+        last_inputs, last_outputs: the same at the last positions of the config's maximum. Files of earlier versions
+            have neither these nor `configured`, and fewer outputs.
+        made: the recording's `tolerance` (times the largest expected value or 1), `dtype`, `max_new_tokens`, versions.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -54,7 +54,7 @@ def read(path: str | Path) -> Golden:
     """Read a golden file.
 
     Raises:
-        ValueError: it is a safetensors file, but not of this kind.
+        ValueError: the safetensors file has not the tensors and metadata of a golden file.
     """
     golden = Golden({}, {}, {}, {}, {}, {}, {})
     plain = {
@@ -75,14 +75,14 @@ def read(path: str | Path) -> Golden:
                 else:
                     plain[kind][name] = file.get_tensor(key)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"it has not the tensors and metadata of a golden file ({error})") from error
+            raise ValueError(f"the file lacks the tensors or metadata of a golden file ({error})") from error
     if not golden.inputs or not golden.outputs:
-        raise ValueError("it has no inputs, or no outputs")
+        raise ValueError("the file has no inputs, or no outputs")
     return golden
 
 
 def run(job: dict[str, Any], events: Any) -> None:
-    """Record the golden outputs of every class that finds all its weights in the folder."""
+    """Record the golden outputs of every class whose weights are all in the folder."""
     import transformers
 
     inputs: dict[str, torch.Tensor] = read_inputs(job)
@@ -92,15 +92,15 @@ def run(job: dict[str, Any], events: Any) -> None:
         if loading.get("missing_keys") or loading.get("mismatched_keys"):
             if number == 0:
                 missing = sorted([*loading["missing_keys"], *map(str, loading["mismatched_keys"])])
-                raise RuntimeError(f"{name} does not find its weight {missing[0]} in the folder")
+                raise RuntimeError(f"the folder has no weight {missing[0]} of {name}")
             continue
         if number == 0:
             own = bool(inputs)
             inputs = choose_inputs(job, model)
             last = {} if own else last_positions(model)
-            last = {**beside_text(inputs), **last} if last else {}
+            last = {**non_text_inputs(inputs), **last} if last else {}
             made = {"dtype": str(model.dtype).removeprefix("torch."), "tolerance": TOLERANCES.get(model.dtype, 1e-5)}
-        outputs = shown_outputs(model, taken(model, inputs))
+        outputs = unpadded_outputs(model, accepted_inputs(model, inputs))
         if wrong := not_finite(outputs):
             raise RuntimeError(f"the outputs of {name} are not finite: {wrong}")
         tensors.update({f"output.{name}.{key}": tensor for key, tensor in outputs.items()})
@@ -118,35 +118,35 @@ def run(job: dict[str, Any], events: Any) -> None:
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,
     )
-    # one entry only: safetensors writes several in an order that changes from run to run
+    # one metadata entry: safetensors writes several in an order that changes from run to run
     save_file(
         tensors, Path(job["scratch"], "golden.safetensors"), metadata={"golden": json.dumps(made, sort_keys=True)}
     )
 
 
 def read_inputs(job: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The inputs the caller gave, or those of the golden file, or those an earlier stage made, or none."""
+    """The caller's inputs, else those of the golden file, else those an earlier stage made, else none."""
     if job.get("inputs"):
         return read_tensors(job["inputs"])
     return read(job["golden"]).inputs if job["golden"] else kept_inputs(job)
 
 
 def choose_inputs(job: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
-    """What `read_inputs` finds, or inputs that are made up from the config.
+    """The inputs of `read_inputs`, or inputs generated from the config.
 
     Raises:
-        WrongInputs: the caller's have an argument that `forward` does not take, or not one that it needs.
-        FailedOnInputs: `forward` fails on the caller's.
-        Unsuitable: there are none, and none that were tried suit the model.
+        WrongInputs: the caller's inputs have an argument that `forward` does not take, or lack one that it needs.
+        FailedOnInputs: `forward` fails on the caller's inputs.
+        NoSuitableInputs: none were given, and none of those generated suit the model.
     """
     inputs = read_inputs(job)
     if inputs and job.get("inputs"):
-        check_given(model, inputs)
+        check_caller_inputs(model, inputs)
     return inputs or make_inputs(model, processed_inputs(job))
 
 
 def outputs_at(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The outputs of the last tokens, flat; of an output without tokens all."""
+    """The outputs at the last tokens, flat; outputs without a token dimension completely."""
     shown = {}
     for name, tensor in run_model(model, inputs).items():
         if tensor.shape[:2] == inputs["input_ids"].shape:
@@ -157,9 +157,9 @@ def outputs_at(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def compare(model: Any, name: str, golden: Golden) -> str:
-    """What the model makes of the golden inputs that it should not, in words; nothing if all is as recorded."""
+    """A sentence on the first output that differs from the recorded one, or ""."""
     tolerance = golden.made["tolerance"]
-    wrong = difference(shown_outputs(model, taken(model, golden.inputs)), golden.outputs[name], tolerance)
+    wrong = difference(unpadded_outputs(model, accepted_inputs(model, golden.inputs)), golden.outputs[name], tolerance)
     if wrong or name not in golden.last_outputs:
         return wrong
     wrong = difference(outputs_at(model, golden.last_inputs), golden.last_outputs[name], tolerance)
@@ -167,7 +167,7 @@ def compare(model: Any, name: str, golden: Golden) -> str:
 
 
 def compare_tokens(model: Any, name: str, golden: Golden) -> str:
-    """Where generation leaves the recorded tokens, in words; nothing if it does not."""
+    """A sentence on the first generated token that differs from the recorded one, or ""."""
     count = int(golden.made["max_new_tokens"])
     if name in golden.greedy:
         got = generate(model, golden.inputs, max_new_tokens=count, min_new_tokens=count)

@@ -1,4 +1,4 @@
-"""Inputs that fit a model, chosen from its config: text past its window, pictures, sound, series."""
+"""Inputs for a model, generated from its config: text longer than its window, images, audio, time series."""
 
 import inspect
 import math
@@ -17,14 +17,14 @@ from .stages import innermost, sentence
 
 LENGTH, NEW_TOKENS = 11, 8
 LONGEST = 2560  # tokens
-WORK = 2e11  # multiply-adds of one forward that a check may cost
+WORK = 2e11  # the most multiply-adds of one forward in a check
 _LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length")
 _WINDOW = re.compile(r"window|attention_chunk_size|local_(attention|span|context)")
 _PICTURES, _SOUNDS = ("pixel_values",), ("input_features", "input_values")
 
 
-class Unsuitable(Exception):
-    """The model takes something else than what can be made up from its config."""
+class NoSuitableInputs(Exception):
+    """No inputs for the model could be generated from its config."""
 
 
 class WrongInputs(Exception):
@@ -35,17 +35,17 @@ class FailedOnInputs(Exception):
     """`forward` cannot compute with the caller's inputs."""
 
 
-# ---- what the config says of text
+# ---- text
 
 
-def vocabulary(model: Any) -> list[int]:
+def ordinary_token_ids(model: Any) -> list[int]:
     """Token ids that are not special, or all if that leaves too few."""
     config = text_config(model.config)
     size = getattr(config, "vocab_size", None)
     if not isinstance(size, int) or size < 2:
         size = getattr(_embeddings(model), "num_embeddings", None)
     if not isinstance(size, int) or size < 2:
-        raise Unsuitable("the config has no vocab_size, so no token ids can be made up for it")
+        raise NoSuitableInputs("the config has no vocab_size, so no token ids can be generated")
     special: set[Any] = set()
     for name in dir(config):
         if name.endswith("_token_id"):
@@ -62,19 +62,19 @@ def _embeddings(model: Any) -> Any:
         return None
 
 
-def tokens(model: Any, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+def make_token_ids(model: Any, rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """The same pseudo-random token ids on every machine."""
-    ids, state, values = vocabulary(model), seed + 1, []
+    ids, state, values = ordinary_token_ids(model), seed + 1, []
     for _ in range(rows * length):
         state = state * 6364136223846793005 + 1442695040888963407 & (2**64 - 1)
         values.append(ids[(state >> 33) % len(ids)])
     return torch.tensor(values).reshape(rows, length)
 
 
-def limit(model: Any) -> int:
-    """How many positions the config promises, 0 if it does not say.
+def max_positions(model: Any) -> int:
+    """The config's maximum number of positions, 0 if it names none.
 
-    A table of positions with a padding index (as RoBERTa's) starts counting behind that index.
+    A position table with a padding index, as RoBERTa's, counts from the entry after that index.
     """
     config = text_config(model.config)
     value = next((v for v in (getattr(config, name, None) for name in _LIMITS) if isinstance(v, int) and v > 0), 0)
@@ -85,8 +85,8 @@ def limit(model: Any) -> int:
     return value
 
 
-def window(model: Any) -> int:
-    """The largest attention window that the config names and uses, 0 if there is none."""
+def attention_window(model: Any) -> int:
+    """The largest attention window in use by the config, 0 if there is none."""
     config = text_config(model.config)
     kinds = getattr(config, "layer_types", None)
     if getattr(config, "use_sliding_window", True) is False:
@@ -101,17 +101,17 @@ def window(model: Any) -> int:
     return max(found)
 
 
-def affordable(model: Any) -> int:
-    """How many tokens one forward may have, so that a check of a large model ends in time and memory."""
+def affordable_length(model: Any) -> int:
+    """The most tokens for one forward, so that a check of a large model fits into time and memory."""
     size = sum(parameter.numel() for parameter in model.parameters())
     return max(LENGTH, min(LONGEST, int(WORK / max(size, 1))))
 
 
-def room(model: Any) -> int:
-    """How many tokens of input reach past the window, and leave room for padding and for what is generated."""
-    most, wanted = limit(model) or 1_000_000, LENGTH
-    if window(model):
-        wanted = min(window(model) + LENGTH, affordable(model))
+def prompt_length(model: Any) -> int:
+    """An input length beyond the attention window that leaves positions for padding and generated tokens."""
+    most, wanted = max_positions(model) or 1_000_000, LENGTH
+    if attention_window(model):
+        wanted = min(attention_window(model) + LENGTH, affordable_length(model))
     return max(2, min(wanted, most - NEW_TOKENS - 3))
 
 
@@ -124,18 +124,18 @@ def generates(model: Any) -> bool:
     return bool(getattr(model, "can_generate", bool)())
 
 
-def two_stacks(model: Any) -> bool:
-    """Whether there is an encoder and a decoder."""
+def has_encoder_and_decoder(model: Any) -> bool:
+    """Whether the model is an encoder-decoder."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def one_row_only(model: Any) -> bool:
-    """Whether the model finds the end of a row by its padding, and its config names none."""
+    """Whether the model takes one row at a time: a classifier that finds a row's end by a pad token, but has none."""
     return "Classif" in type(model).__name__ and getattr(text_config(model.config), "pad_token_id", None) is None
 
 
-def side_of(model: Any) -> str:
-    return "left" if generates(model) and not two_stacks(model) else "right"
+def padding_side(model: Any) -> str:
+    return "left" if generates(model) and not has_encoder_and_decoder(model) else "right"
 
 
 def pad(model: Any, ids: torch.Tensor, side: str, padding: list[int]) -> dict[str, torch.Tensor]:
@@ -166,46 +166,46 @@ def with_required(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, t
 _TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
-def beside_text(inputs: Mapping[str, torch.Tensor], rows: int = 1) -> dict[str, torch.Tensor]:
-    """What the inputs have besides text, such as a picture or a decoder's tokens: the first row, so many times."""
+def non_text_inputs(inputs: Mapping[str, torch.Tensor], rows: int = 1) -> dict[str, torch.Tensor]:
+    """The inputs other than text, such as images or decoder tokens: their first row, repeated `rows` times."""
     return {n: x[:1].repeat(rows, *[1] * (x.dim() - 1)) for n, x in inputs.items() if n not in _TEXT}
 
 
 def last_positions(model: Any) -> dict[str, torch.Tensor]:
-    """Inputs that reach the last position the config promises: a row that long, or a few tokens placed there.
+    """Inputs that reach the config's last position: a row of that length, or a few tokens with the last position ids.
 
-    Empty if the config promises none, or the row would be too long and `forward` takes no positions.
+    Empty if the config names no maximum, or if the row would be too long and `forward` takes no `position_ids`.
     """
-    most = limit(model)
+    most = max_positions(model)
     if not most or getattr(model, "main_input_name", "input_ids") != "input_ids" or not accepts(model, "input_ids"):
         return {}
     inputs = {}
-    if most <= affordable(model):
-        inputs["input_ids"] = tokens(model, 1, most, seed=11)
-    elif accepts(model, "position_ids") and not two_stacks(model):
-        inputs["input_ids"] = tokens(model, 1, NEW_TOKENS, seed=11)
+    if most <= affordable_length(model):
+        inputs["input_ids"] = make_token_ids(model, 1, most, seed=11)
+    elif accepts(model, "position_ids") and not has_encoder_and_decoder(model):
+        inputs["input_ids"] = make_token_ids(model, 1, NEW_TOKENS, seed=11)
         inputs["position_ids"] = torch.arange(most - NEW_TOKENS, most)[None]
     else:
         return {}
     if accepts(model, "attention_mask"):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if two_stacks(model):
-        inputs["decoder_input_ids"] = tokens(model, 1, 5, seed=7)
+    if has_encoder_and_decoder(model):
+        inputs["decoder_input_ids"] = make_token_ids(model, 1, 5, seed=7)
     return with_required(model, inputs)
 
 
-# ---- inputs of every kind
+# ---- inputs of any modality
 
 
 def make_inputs(model: Any, processed: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """A batch of two; of text two rows, the second padded: on the left for decoders, else on the right.
+    """A batch of two rows; of text the second row is padded, on the left for decoders, else on the right.
 
     Args:
-        processed: what the folder's own processor makes of a picture or a sound.
+        processed: the output of the folder's processor for an image or audio.
 
     Raises:
-        Unsuitable: none of the inputs that were tried suits the model.
-        Exception: whatever `forward` raises on inputs that are as the config says, or on all that were tried alike.
+        NoSuitableInputs: `forward` accepts none of the inputs that were tried.
+        Exception: the error of `forward`, if it is the same for all inputs that were tried.
     """
     raised: list[Exception] = []
     for inputs, sure in _candidates(model, dict(processed or {})):
@@ -217,29 +217,29 @@ def make_inputs(model: Any, processed: Mapping[str, torch.Tensor] | None = None)
         except Exception as error:
             raised.append(error)
     takes = getattr(model, "main_input_name", "input_ids")
-    if len(raised) > 1 and len({_kind(error) for error in raised}) == 1:
-        raise raised[0]  # whatever it is given
-    why = f", of {len(raised)} that were tried the first gives {sentence(raised[0])}" if raised else ""
-    raise Unsuitable(f"no inputs could be made up for a model that takes {takes}{why}")
+    if len(raised) > 1 and len({_error_key(error) for error in raised}) == 1:
+        raise raised[0]  # the error does not depend on the inputs
+    why = f"; of {len(raised)} that were tried, the first raises {sentence(raised[0])}" if raised else ""
+    raise NoSuitableInputs(f"no inputs could be generated for a model that takes {takes}{why}")
 
 
-_WHATEVER_IS_GIVEN = (AttributeError, NameError, ImportError, NotImplementedError)
+_NOT_CAUSED_BY_INPUTS = (AttributeError, NameError, ImportError, NotImplementedError)
 
 
-def _kind(error: Exception) -> tuple[str, str]:
-    """What is raised, and where: the text of an error that no input can cause may name the input all the same."""
-    return (innermost(error), type(error).__name__ if isinstance(error, _WHATEVER_IS_GIVEN) else sentence(error))
+def _error_key(error: Exception) -> tuple[str, str]:
+    """Where an error was raised, and its text; only its type where the text may contain the input."""
+    return (innermost(error), type(error).__name__ if isinstance(error, _NOT_CAUSED_BY_INPUTS) else sentence(error))
 
 
 def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
-    """Inputs to try, and whether the config (or the processor) says that they suit."""
+    """Inputs to try, and whether the config determines them, so that an error of `forward` on them is a fault."""
     main = getattr(model, "main_input_name", "input_ids")
     other = [name for name in (*_PICTURES, *_SOUNDS) if accepts(model, name)]
     known = {name: value for name, value in processed.items() if accepts(model, name)}
     if known and main in known:
-        yield known, False  # if it does not fit, the check of the processor tells it
+        yield known, False  # the check "processor" reports it if these do not fit
     if main == "input_ids" and (accepts(model, main) or not required(model)):
-        text = _text(model)
+        text = _text_inputs(model)
         if not other and set(required(model)) <= set(text):
             yield text, True
         yield text, False
@@ -249,9 +249,9 @@ def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tupl
     elif main in (*_PICTURES, *_SOUNDS):
         exact = isinstance(getattr(model.config, "image_size", None), int) and main in _PICTURES
         for shape in shapes(model, main):
-            yield _with_decoder(model, {main: wave(shape)}), exact and not two_stacks(model)
+            yield _with_decoder(model, {main: wave(shape)}), exact and not has_encoder_and_decoder(model)
     else:
-        yield from ((inputs, False) for inputs in _unknown(model, main))
+        yield from ((inputs, False) for inputs in _guessed_inputs(model, main))
 
 
 def required(model: Any) -> list[str]:
@@ -260,61 +260,65 @@ def required(model: Any) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def _text(model: Any) -> dict[str, torch.Tensor]:
-    length = room(model)
-    inputs = {"input_ids": tokens(model, 1 if one_row_only(model) else 2, length)}
+def _text_inputs(model: Any) -> dict[str, torch.Tensor]:
+    length = prompt_length(model)
+    inputs = {"input_ids": make_token_ids(model, 1 if one_row_only(model) else 2, length)}
     if accepts(model, "attention_mask") and not one_row_only(model):
-        inputs = pad(model, inputs["input_ids"], side_of(model), [0, min(4, length - 1)])
-    if two_stacks(model):
-        inputs["decoder_input_ids"] = tokens(model, inputs["input_ids"].shape[0], max(1, min(length, LENGTH) // 2), 7)
+        inputs = pad(model, inputs["input_ids"], padding_side(model), [0, min(4, length - 1)])
+    if has_encoder_and_decoder(model):
+        inputs["decoder_input_ids"] = make_token_ids(
+            model, inputs["input_ids"].shape[0], max(1, min(length, LENGTH) // 2), 7
+        )
     return with_required(model, inputs)
 
 
 def _with_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if two_stacks(model) and accepts(model, "decoder_input_ids"):
-        inputs["decoder_input_ids"] = tokens(model, 2, 5, seed=7)
+    if has_encoder_and_decoder(model) and accepts(model, "decoder_input_ids"):
+        inputs["decoder_input_ids"] = make_token_ids(model, 2, 5, seed=7)
     return inputs
 
 
 def wave(shape: tuple[int, ...]) -> torch.Tensor:
-    """Numbers between -1 and 1, no two neighbours alike, rows of other means, the same on every machine."""
+    """Numbers between -1 and 1, neighbours unequal, a different mean in each row, the same on every machine."""
     values = (torch.arange(math.prod(shape), dtype=torch.float64) * 0.6180339887 % 2 - 1).reshape(shape)
-    if len(shape) > 1 and shape[0] > 1:  # what mixes rows shows only where they differ
+    if len(shape) > 1 and shape[0] > 1:  # mixing of rows is detected only where they differ
         row = torch.arange(shape[0], dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1)) / shape[0]
         values = values * (1 - row) + row / 2
     return values.float()
 
 
 def shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
-    """Shapes that a picture or a sound may have, those that the config speaks of first."""
+    """Possible shapes of an image or audio input, those from the config first."""
     config = model.config
     parts = [config, *(getattr(config, part, None) for part in ("vision_config", "audio_config", "backbone_config"))]
 
-    def of(*names: str) -> Iterator[Any]:
+    def config_values(*names: str) -> Iterator[Any]:
         for part in parts:
             for attribute in names:
                 if getattr(part, attribute, None) is not None:
                     yield getattr(part, attribute)
 
     if name in _PICTURES:
-        channels = next((n for n in of("num_channels", "in_channels", "in_chans") if isinstance(n, int)), 3)
-        for size in [*of("image_size", "img_size", "input_size"), 224, 64, 32]:
+        channels = next((n for n in config_values("num_channels", "in_channels", "in_chans") if isinstance(n, int)), 3)
+        for size in [*config_values("image_size", "img_size", "input_size"), 224, 64, 32]:
             sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
             if len(sides) == 2 and all(isinstance(side, int) for side in sides):
                 yield (2, channels, *sides)
     elif name == "input_features":
-        bins = next(of("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"), 80)
-        frames = next(of("max_source_positions"), 0)
+        bins = next(
+            config_values("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"), 80
+        )
+        frames = next(config_values("max_source_positions"), 0)
         yield from ((2, bins, 2 * frames),) if frames else ()
         yield from ((2, 128, bins), (2, bins, 128), (2, 3000, bins), (2, bins, 3000))
     else:
-        bins, frames = next(of("num_mel_bins"), 0), next(of("max_length"), 0)
+        bins, frames = next(config_values("num_mel_bins"), 0), next(config_values("max_length"), 0)
         yield from ((2, frames, bins),) if bins and frames else ()
         yield from ((2, 4000), (2, 1, 4000), (2, 16000))
 
 
-def _unknown(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Guesses for a `forward` whose arguments have names of their own: numbers and tokens of a few shapes."""
+def _guessed_inputs(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs of several shapes, floats and token ids, for a `forward` with argument names that are not standard."""
     names = [name for name in dict.fromkeys([*required(model), main]) if accepts(model, name)]
     if not names:
         return
@@ -327,8 +331,8 @@ def _unknown(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
         for shape in (*((2, steps, channels) for channels in width[:2]), (2, steps), (2, steps, 1)):
             yield {name: wave(shape) for name in names}
     try:
-        ids = tokens(model, 2, room(model))
-    except Unsuitable:
+        ids = make_token_ids(model, 2, prompt_length(model))
+    except NoSuitableInputs:
         ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 16
     yield dict.fromkeys(names, ids)
 
@@ -337,11 +341,11 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 4096
 
 
-# ---- inputs that the caller gave
+# ---- the caller's inputs
 
 
-def taken(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs that this class takes: a folder's other classes need not take all that its main class does."""
+def accepted_inputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs that this class's `forward` takes; a folder's other classes may take fewer than its main class."""
     return (
         {name: tensor for name, tensor in inputs.items() if accepts(model, name)} if _is_strict(model) else {**inputs}
     )
@@ -352,11 +356,11 @@ def _is_strict(model: Any) -> bool:
     return all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def check_given(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Refuse inputs of the caller's that `forward` cannot be called with, in one sentence.
+def check_caller_inputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Check that `forward` can be called with the caller's inputs.
 
     Raises:
-        WrongInputs: an argument is not known or missing.
+        WrongInputs: an argument is unknown or missing.
         FailedOnInputs: `forward` fails on these values.
     """
     takes = list(inspect.signature(model.forward).parameters)
@@ -375,20 +379,20 @@ def check_given(model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
         raise FailedOnInputs(f"forward fails on the given inputs ({shapes_given}): {sentence(error)}") from error
 
 
-# ---- the same inputs for every stage
+# ---- inputs shared by all stages
 
 
 def keep_inputs(job: dict[str, Any], inputs: Mapping[str, torch.Tensor]) -> None:
-    """Keep the inputs of the class of `architectures` for the stages that compare their outputs with its."""
-    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, _kept(job))
+    """Store the inputs of the class of `architectures` for the stages after it."""
+    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, _kept_inputs_path(job))
 
 
 def kept_inputs(job: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What `keep_inputs` kept, or nothing."""
-    return read_tensors(_kept(job)) if _kept(job).is_file() else {}
+    """The inputs that `keep_inputs` stored, or an empty dict."""
+    return read_tensors(_kept_inputs_path(job)) if _kept_inputs_path(job).is_file() else {}
 
 
-def _kept(job: dict[str, Any]) -> Path:
+def _kept_inputs_path(job: dict[str, Any]) -> Path:
     return Path(job["scratch"], "inputs.safetensors")
 
 

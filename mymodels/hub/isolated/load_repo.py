@@ -1,4 +1,4 @@
-"""Load or build a model by the name of a class, and describe every tensor of it."""
+"""Load or build a model by the name of its class, and describe its tensors."""
 
 import hashlib
 import inspect
@@ -17,9 +17,13 @@ from .stages import sentence
 def load(
     job: dict[str, Any], name: str, folder: str | None = None, seed: int | None = 0, **how: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """`from_pretrained` of an Auto class (or of one of the library's classes), in the dtype of the file.
+    """`from_pretrained` of an Auto class or another class of transformers, in the dtype of the file.
 
-    What it initialises at random it draws from `seed`; None leaves the generators as they are. The account of keys is empty if the class gives none.
+    Args:
+        seed: for weights that are initialised at random; None leaves the generators as they are.
+
+    Returns:
+        The model in eval mode, and its loading info (missing, unexpected, mismatched keys); empty if it returns none.
     """
     if seed is not None:
         seed_all(seed)
@@ -29,15 +33,15 @@ def load(
     try:
         loaded = class_of(name).from_pretrained(folder or job["folder"], **options)
     except RuntimeError as error:
-        if "mismatch" in str(error) and (what := _other_sizes(name, folder or job["folder"], options)):
+        if "mismatch" in str(error) and (what := _describe_mismatched_sizes(name, folder or job["folder"], options)):
             raise RuntimeError(what) from error
         raise
     model, loading = loaded if isinstance(loaded, tuple) else (loaded, {})
     return model.eval(), loading
 
 
-def _other_sizes(name: str, folder: str, options: dict[str, Any]) -> str:
-    """Which tensors have other sizes than in the files, in words: the error points to a log that nobody sees."""
+def _describe_mismatched_sizes(name: str, folder: str, options: dict[str, Any]) -> str:
+    """A sentence on the tensors whose sizes differ from the files: the library's error only points to its log."""
     try:
         _, loading = class_of(name).from_pretrained(folder, ignore_mismatched_sizes=True, **options)
         found = sorted(loading["mismatched_keys"])
@@ -46,13 +50,13 @@ def _other_sizes(name: str, folder: str, options: dict[str, Any]) -> str:
         return ""
     more = f" ({len(found) - 1} more tensors likewise)" if len(found) > 1 else ""
     return (
-        f"the sizes in config.json are not those of the weights: {key} is {tuple(stored)} in the files and "
+        f"the sizes in config.json differ from those of the weights: {key} is {tuple(stored)} in the files and "
         f"{tuple(wanted)} in the model{more}"
     )
 
 
 def seed_all(seed: int) -> None:
-    """Start every random number generator that model code draws from."""
+    """Seed the generators of Python, NumPy and torch."""
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
@@ -61,7 +65,7 @@ def seed_all(seed: int) -> None:
 def class_of(name: str) -> Any:
     """A class of transformers by its name."""
     if not hasattr(transformers, name):
-        raise ImportError(f"transformers {transformers.__version__} has no {name}, and no auto_map says where it is")
+        raise ImportError(f"transformers {transformers.__version__} has no {name}, and no auto_map names its file")
     return getattr(transformers, name)
 
 
@@ -70,7 +74,7 @@ def config_of(job: dict[str, Any]) -> Any:
 
 
 def build(name: str, config: Any, dtype: torch.dtype | None = None) -> Any:
-    """A new model of a class, its weights initialised, none loaded."""
+    """A model with newly initialised weights."""
     how = {} if dtype is None else {"dtype": dtype}
     if name.startswith("Auto"):
         return class_of(name).from_config(config, trust_remote_code=True, **how).eval()
@@ -82,13 +86,13 @@ def text_config(config: Any) -> Any:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """The SHA-256 of a tensor's bytes, whatever its dtype."""
+    """The SHA-256 of a tensor's bytes, of any dtype."""
     plain = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest() if plain.numel() else ""
 
 
 def describe(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """Of every parameter and buffer, tied names apart: dtype, shape, device, digest, and whether it is saved."""
+    """Dtype, shape, digest and more of every parameter and buffer; tied tensors appear under each name."""
     saved = model.state_dict()
     named = [
         *((name, tensor, True) for name, tensor in model.named_parameters(remove_duplicate=False)),
@@ -119,7 +123,7 @@ def describe(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def tie(model: Any) -> dict[str, Any] | None:
-    """Whether the config wants head and input embeddings tied, and whether they are; None without such a head."""
+    """Whether the config ties head and input embeddings, and whether they are tied; None without such a head."""
     try:
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -139,7 +143,7 @@ KEPT_WIDE = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 
 
 def loaded_event(job: dict[str, Any], model: Any, name: str, loading: dict[str, Any]) -> dict[str, Any]:
-    """What `weights.py` needs, outside, to compare a loaded model with its files."""
+    """What `hub/weights.py` needs to compare a loaded model with its files."""
     from .origins import origins
 
     keys = {kind: sorted(map(str, loading.get(f"{kind}_keys", []))) for kind in ("missing", "unexpected", "mismatched")}
@@ -165,15 +169,15 @@ def loaded_event(job: dict[str, Any], model: Any, name: str, loading: dict[str, 
     return event
 
 
-def names(model: Any, argument: str) -> bool:
+def names_argument(model: Any, argument: str) -> bool:
     """Whether the model's own `forward` names this argument."""
     return argument in inspect.signature(model.forward).parameters
 
 
 def accepts(model: Any, argument: str) -> bool:
-    """Whether the model's `forward` names this argument, or hands its **kwargs to a base model whose forward does."""
+    """Whether the model's `forward` names this argument, or passes **kwargs to a base model whose forward does."""
     parameters = inspect.signature(model.forward).parameters
-    if names(model, argument):
+    if names_argument(model, argument):
         return True
     base = getattr(model, "base_model", model)
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -190,7 +194,7 @@ def place_of_forward(model: Any) -> str:
     return f"{file.name}:{line}" if "transformers_modules" in file.parts else ""
 
 
-def forget_code_cache() -> None:
+def clear_code_cache() -> None:
     """Empty the module cache, as on a machine that never loaded this code."""
     from transformers.utils import HF_MODULES_CACHE
 

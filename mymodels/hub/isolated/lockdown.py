@@ -1,6 +1,6 @@
-"""What the code of a folder may not do in the clean process: reach the network, write elsewhere, take all memory.
+"""Limits of the clean process: no network, no writes outside of its temporary folder, bounded memory.
 
-This keeps honest code honest and stops the usual tricks; it is no wall against code written to break out of it.
+This stops accidents and common attacks. It is no sandbox against code that is written to break out.
 """
 
 import ctypes
@@ -28,27 +28,27 @@ _PATHS = {  # audit event: which of its arguments are paths that it changes
 
 
 def lock(job: dict[str, Any]) -> None:
-    """Set the limits of this process and of all it starts; refused attempts of the folder's code become events."""
+    """Set the limits of this process and its children; attempts of the folder's code to break them become events."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if job["memory_limit"]:
         resource.setrlimit(resource.RLIMIT_DATA, (job["memory_limit"], job["memory_limit"]))
     if sys.platform == "linux":
-        _leave_the_network()
+        _enter_empty_network_namespace()
     events = os.open(job["events"], os.O_WRONLY | os.O_APPEND)
     roots = [os.path.realpath(job["scratch"]), "/dev", "/proc"]
 
-    def note(name: str, what: str) -> None:
-        where = place()
+    def report_attempt(name: str, what: str) -> None:
+        where = folder_code_line()
         if where:
             os.write(events, (json.dumps({"attempt": name, "what": what, "where": where}) + "\n").encode())
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "socket.__new__" and arguments[1] in (socket.AF_INET, socket.AF_INET6, -1):
             if sys._getframe(1).f_code.co_name != "_has_ipv6" and sys._getframe(2).f_code.co_name != "_has_ipv6":
-                note("network", "the code opens a network connection")  # urllib3 only looks whether there is IPv6
+                report_attempt("network", "the code opens a network connection")  # not urllib3's test for IPv6
             raise ConnectionRefusedError("there is no network in the clean process")
         if event == "socket.getaddrinfo":
-            note("network", f"the code looks up {str(arguments[0])[:100]!r} in the network")
+            report_attempt("network", f"the code looks up {str(arguments[0])[:100]!r} in the network")
             raise ConnectionRefusedError("there is no network in the clean process")
         if event == "open" and arguments[2] & _WRITING:
             paths = arguments[:1]
@@ -58,14 +58,16 @@ def lock(job: dict[str, Any]) -> None:
             if isinstance(path, (str, bytes, os.PathLike)):
                 full = os.path.realpath(os.fsdecode(path))
                 if not any(full == root or full.startswith(root + "/") for root in roots):
-                    note("file writes", f"the code writes or deletes outside of its temporary folder: {full[:200]}")
+                    report_attempt(
+                        "file writes", f"the code writes or deletes outside of its temporary folder: {full[:200]}"
+                    )
                     raise PermissionError(f"{full} may not be changed in the clean process")
 
     sys.addaudithook(hook)
 
 
-def place(frame: Any = None) -> str:
-    """File and line of the folder's code that is running, innermost first; empty if none is."""
+def folder_code_line(frame: Any = None) -> str:
+    """File and line of the innermost frame in the folder's code; empty if none is running."""
     frame = frame or sys._getframe(1)
     while frame is not None:
         if "transformers_modules" in frame.f_code.co_filename:
@@ -74,8 +76,8 @@ def place(frame: Any = None) -> str:
     return ""
 
 
-def _leave_the_network() -> None:
-    """Into a network namespace without devices, if the kernel lets us; else the audit hook has to do."""
+def _enter_empty_network_namespace() -> None:
+    """Enter a network namespace without devices, if the kernel permits; otherwise only the audit hook applies."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     if libc.unshare(_CLONE_NEWNET) == 0 or libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:

@@ -1,8 +1,8 @@
-"""Do tensors come from the files, when their names do not show it? Load again: other values in the files, another seed.
+"""Whether tensors whose names are not in the files were nevertheless made from them, by two more loads.
 
-A tensor that stays the same although every value in the files is another one was not read from them; a tensor that is
-another one under another seed was drawn at random. What follows the files and not the seed was made from the files,
-under whatever name and in whatever layout.
+One load reads files in which every value is changed: a tensor that stays the same was not read from them. Another
+load has a different seed: a tensor that changes was initialised at random. A tensor that follows the files and not
+the seed was made from the files, under any name and in any layout.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from .load_repo import build, describe, load
 from .stages import sentence
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-LARGEST = 8e9  # bytes of weights that are written once more
+LARGEST = 8e9  # bytes; larger weights are not copied
 
 
 def origins(job: dict[str, Any], name: str, model: Any, tensors: dict[str, Any], missing: set[str]) -> dict[str, Any]:
-    """What two more loads show of the tensors whose names are not in the files; empty if there are none.
+    """Load twice more and classify the tensors whose names are not in the files; empty if there are none.
 
     Returns:
         `random`: names that another seed changes; `unmoved`: names that other values in the files do not change;
-        `computed`: of these, the ones that a new model has likewise and that need not be in the files; or `error`:
-        why it was not tried.
+        `computed`: of the latter, those that a newly built model has too and that need not be in the files. Or
+        `error`: why this was not tried.
     """
-    unknown = _unknown(job, model, tensors, missing)
+    unknown = _not_in_files(job, model, tensors, missing)
     if not unknown:
         return {}
     if job["weights_size"] > LARGEST:
@@ -55,16 +55,16 @@ def origins(job: dict[str, Any], name: str, model: Any, tensors: dict[str, Any],
     }
 
 
-def _unknown(job: dict[str, Any], model: Any, tensors: dict[str, Any], missing: set[str]) -> list[str]:
+def _not_in_files(job: dict[str, Any], model: Any, tensors: dict[str, Any], missing: set[str]) -> list[str]:
     stored = _stored_names(Path(job["folder"]))
     prefix = getattr(model, "base_model_prefix", "") or ""
 
-    def found(name: str) -> bool:
+    def is_stored(name: str) -> bool:
         return bool(stored & {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")})
 
     held = {n: t for n, t in tensors.items() if t["persistent"] and not t["meta"] and n not in missing}
-    shared = {held[n]["memory"] for n in held if found(n)}  # tied to one that was found
-    return [n for n in held if not found(n) and held[n]["memory"] not in shared]
+    shared = {held[n]["memory"] for n in held if is_stored(n)}  # tied to one that was found
+    return [n for n in held if not is_stored(n) and held[n]["memory"] not in shared]
 
 
 def _computed(name: str, model: Any, tensors: dict[str, Any], unmoved: list[str]) -> list[str]:
@@ -98,14 +98,14 @@ def _stored_names(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def _other_values(job: dict[str, Any]) -> Iterator[str]:
-    """A copy of the folder, under the same name, in whose files every number is another one."""
+    """A copy of the folder, under the same name, with every value in its weight files changed."""
     source = Path(job["folder"])
     copy = Path(job["scratch"], "other-values", source.name)
     weights = set(_weight_files(source))
     if not weights:
         raise FileNotFoundError("the folder has no weights that could be changed")
 
-    def place(path: str, target: str) -> None:
+    def copy_entry(path: str, target: str) -> None:
         if Path(path) in weights:
             _write_other_values(Path(path), Path(target))
         elif Path(path).is_symlink():
@@ -114,7 +114,7 @@ def _other_values(job: dict[str, Any]) -> Iterator[str]:
             shutil.copyfile(path, target)
 
     try:
-        shutil.copytree(source, copy, copy_function=place)
+        shutil.copytree(source, copy, copy_function=copy_entry)
         yield str(copy)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
@@ -124,16 +124,16 @@ def _write_other_values(path: Path, target: Path) -> None:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             metadata, held = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        save_file({name: _other(tensor) for name, tensor in held.items()}, target, metadata=metadata)
+        save_file({name: _with_other_values(tensor) for name, tensor in held.items()}, target, metadata=metadata)
     else:
-        torch.save(_other(torch.load(path, map_location="cpu", weights_only=True)), target)
+        torch.save(_with_other_values(torch.load(path, map_location="cpu", weights_only=True)), target)
 
 
-def _other(value: Any) -> Any:
+def _with_other_values(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _other(inner) for key, inner in value.items()}
+        return {key: _with_other_values(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_other(inner) for inner in value]
+        return [_with_other_values(inner) for inner in value]
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return (value.float() * 0.5 + 0.3125).to(value.dtype).contiguous()
     return value

@@ -1,4 +1,4 @@
-"""Stages on loaded models: outputs against golden ones and against each other, saving and reloading."""
+"""Stages on loaded models: compare outputs with golden ones and with each other, save and reload."""
 
 import json
 import sys
@@ -10,36 +10,36 @@ from safetensors.torch import load_file, save_file
 
 from . import golden_outputs, tokenizers
 from .calls import check_batch, check_forward
-from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, shown_outputs
+from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, unpadded_outputs
 from .generating import STEPS, check_generation, generate, same_steps
 from .inputs import (
     FailedOnInputs,
-    Unsuitable,
+    NoSuitableInputs,
     WrongInputs,
-    affordable,
-    beside_text,
+    accepted_inputs,
+    affordable_length,
+    attention_window,
     generates,
+    has_encoder_and_decoder,
     keep_inputs,
     last_positions,
-    limit,
     make_inputs,
+    make_token_ids,
+    max_positions,
+    non_text_inputs,
     one_row_only,
     pad,
-    room,
-    side_of,
-    taken,
-    tokens,
-    two_stacks,
-    window,
+    padding_side,
+    prompt_length,
     with_required,
 )
-from .load_repo import accepts, class_of, describe, load, loaded_event, names
+from .load_repo import accepts, class_of, describe, load, loaded_event, names_argument
 from .processors import PROCESSORS, check_pipelines, check_processors, check_tokenizer_output, processed_inputs
 from .stages import sentence
 
 
 def run(job: dict[str, Any], events: Any) -> None:
-    """Everything on the class of `architectures`: the one whose weights the folder holds."""
+    """All checks of the class of `architectures`, whose weights the folder holds."""
     name, scratch = job["classes"][0], Path(job["scratch"])
     with events.check("load", name) as check:
         model, loading = load(job, name)
@@ -61,8 +61,8 @@ def run(job: dict[str, Any], events: Any) -> None:
             keep_inputs(job, inputs)
             check_forward(check, model, inputs, event["tensors"])
             check_head(check, name, model, run_model(model, inputs))
-        except Unsuitable as error:
-            check.skip(f"{error}; give some by --inputs FILE")
+        except NoSuitableInputs as error:
+            check.skip(f"{error}; pass --inputs FILE")
         except WrongInputs as error:
             events.write(wrong_inputs=str(error))
             check.fail(str(error))
@@ -78,11 +78,9 @@ def run(job: dict[str, Any], events: Any) -> None:
                 if name in golden.greedy:
                     check.fail_if(golden_outputs.compare_tokens(model, name, golden))
                 else:
-                    check.skip(
-                        "the golden file holds no tokens that it generated, so none were compared: record it anew"
-                    )
+                    check.skip("the golden file has no generated tokens, so none were compared: record it again")
     if inputs:
-        save_file(shown_outputs(model, inputs), scratch / "outputs.safetensors")
+        save_file(unpadded_outputs(model, inputs), scratch / "outputs.safetensors")
     (scratch / "tensors.json").write_text(json.dumps(event["tensors"]))  # before forward, which may add buffers
     with events.check("save") as check:
         check_save(check, job, model)
@@ -96,16 +94,16 @@ def run(job: dict[str, Any], events: Any) -> None:
             check_tokenizer_output(check, job, model)
         if not check.failed:
             check_pipelines(job, events, name, model)
-    model.float()  # from here on two ways are compared that round differently
+    model.float()  # the checks from here on compare computations that round differently
     same_cached = check_generation(events, name, model, inputs)
     with events.check("batch", name) as batch:
         check_batch(batch, model, inputs)
     with events.check("padding", name) as check:
         if batch.failed:
-            check.skip("not checked while the rows of a batch change each other")
+            check.skip("not checked while the rows of a batch affect each other")
         else:
             check_padding(check, model, inputs, with_generation=generates(model) and same_cached)
-    if check.failed:  # what padding does has been told: not again as a difference between two ways to attend
+    if check.failed:  # do not report the effect of padding again as a difference of attention implementations
         inputs = {name: torch.ones_like(x) if name == "attention_mask" else x for name, x in inputs.items()}
     with events.check("inputs_embeds", name) as check:
         check_inputs_embeds(check, model, inputs)
@@ -116,8 +114,8 @@ def run(job: dict[str, Any], events: Any) -> None:
 
 
 def run_other_classes(job: dict[str, Any], events: Any) -> None:
-    """Load through every other Auto class; outputs against golden ones where those were recorded."""
-    for name in job["companions"]:  # what is no processor: those are tried where there is a model
+    """Load through every other Auto class; compare outputs with golden ones where recorded."""
+    for name in job["companions"]:  # processors are checked in `run`, with a model
         if name not in PROCESSORS:
             with events.check("load", name):
                 class_of(name).from_pretrained(job["folder"], trust_remote_code=True)
@@ -139,21 +137,21 @@ def run_other_classes(job: dict[str, Any], events: Any) -> None:
             with events.check("forward", name) as check:
                 try:
                     inputs = golden_outputs.read_inputs(job) or make_inputs(model, processed_inputs(job))
-                    check_head(check, name, model, run_model(model, taken(model, inputs)))
+                    check_head(check, name, model, run_model(model, accepted_inputs(model, inputs)))
                     if golden:
-                        check.note("the golden file holds no outputs of this class")
-                except Unsuitable as error:
+                        check.note("the golden file has no outputs of this class")
+                except NoSuitableInputs as error:
                     check.skip(str(error))
 
 
 def compare_golden(check: Any, model: Any, name: str, golden: golden_outputs.Golden) -> None:
-    """Against the recorded outputs; what the golden file does not hold is named."""
+    """Compare with the recorded outputs, and report what the golden file lacks."""
     if name not in golden.outputs:
-        check.skip("the golden file holds no outputs of this class, so none were compared: record it anew")
+        check.skip("the golden file has no outputs of this class, so none were compared: record it again")
         return
     check.fail_if(golden_outputs.compare(model, name, golden))
     if name not in golden.last_outputs and last_positions(model):
-        check.note("nothing is recorded at the last positions that the config promises")
+        check.note("no outputs are recorded at the config's last positions")
 
 
 DIMENSIONS = {  # Auto class: dimensions of its logits
@@ -166,52 +164,56 @@ DIMENSIONS = {  # Auto class: dimensions of its logits
 
 
 def check_entry(check: Any, job: dict[str, Any], name: str, model: Any) -> None:
-    """The class that an entry of auto_map leads to is of the kind that the entry says."""
+    """Entries of auto_map are not exchanged: AutoModel names the base model, other Auto classes one with a head."""
     if name not in job["auto_map"]:
         check.not_applicable("a class of transformers")
         return
     inner = [module for module in model.modules() if module is not model]
     for other, place in job["auto_map"].items():
         klass = place.rpartition(".")[2]
-        if name == "AutoModel" and other.startswith("AutoModelFor") and any(_is(module, klass) for module in inner):
-            what = f"auto_map exchanges AutoModel and {other}: AutoModel leads to {type(model).__name__}"
+        if (
+            name == "AutoModel"
+            and other.startswith("AutoModelFor")
+            and any(_is_class_named(module, klass) for module in inner)
+        ):
+            what = f"auto_map exchanges AutoModel and {other}: AutoModel names {type(model).__name__}"
             check.fail(f"{what}, a model with a head around the {klass} of {other}", "config.json")
-        elif other == "AutoModel" and name.startswith("AutoModelFor") and _is(model, klass):
-            check.warn(f"{name} and AutoModel lead to the same class, {klass}")
+        elif other == "AutoModel" and name.startswith("AutoModelFor") and _is_class_named(model, klass):
+            check.warn(f"{name} and AutoModel name the same class, {klass}")
 
 
-def _is(module: Any, klass: str) -> bool:
+def _is_class_named(module: Any, klass: str) -> bool:
     return type(module).__name__ == klass
 
 
 def check_head(check: Any, name: str, model: Any, outputs: dict[str, torch.Tensor]) -> None:
-    """The logits have the dimensions of the task that the Auto class names."""
+    """The logits have as many dimensions as the task of the Auto class needs."""
     want, logits = DIMENSIONS.get(name), outputs.get("logits")
     if want and logits is not None and logits.dim() != want:
-        what = f"{name} leads to {type(model).__name__}, whose logits have {logits.dim()} dimensions, not {want}"
-        check.fail(f"{what}: is this entry of auto_map another's?", "config.json")
+        what = f"{name} names {type(model).__name__}, whose logits have {logits.dim()} dimensions, not {want}"
+        check.fail(f"{what}: correct this entry of auto_map", "config.json")
 
 
 def run_reload(job: dict[str, Any], events: Any) -> None:
-    """What `save_pretrained` wrote, loaded by a process that never saw the first folder."""
+    """Load what `save_pretrained` wrote, in a process that never loaded the original folder."""
     scratch = Path(job["scratch"])
     name = job["classes"][0]
     with events.check("reload", name) as check:
         if not (scratch / "saved-ok").exists():
-            check.skip("there is no saved folder to load: save_pretrained failed, or was not reached")
+            check.skip("there is no saved folder to load: save_pretrained failed or was not run")
             return
         model, _ = load(job, name, folder=job["saved"])
         before, after = json.loads((scratch / "tensors.json").read_text()), describe(model)
         changed = sorted(n for n in before if before[n].get("digest") != after.get(n, {}).get("digest"))
         if changed:
-            check.fail(f"{len(changed)} tensors are not what was saved, the first is {changed[0]}")
+            check.fail(f"{len(changed)} tensors differ from those saved, the first is {changed[0]}")
         elif (scratch / "outputs.safetensors").exists():
             inputs = golden_outputs.read_inputs(job)
-            check.fail_if(difference(shown_outputs(model, inputs), load_file(scratch / "outputs.safetensors")))
+            check.fail_if(difference(unpadded_outputs(model, inputs), load_file(scratch / "outputs.safetensors")))
 
 
-def _needed(*names: str) -> list[Any]:
-    """The modules of the folder that these modules take anything from, and they themselves: not the tokenizer's."""
+def _imported_folder_modules(*names: str) -> list[Any]:
+    """These modules and those of the folder that they import from, directly or indirectly; not the tokenizer's."""
     found: dict[str, Any] = {}
     queue = list(names)
     while queue:
@@ -228,13 +230,13 @@ def _needed(*names: str) -> list[Any]:
 def check_save(check: Any, job: dict[str, Any], model: Any) -> None:
     model.save_pretrained(job["saved"])
     source, saved = Path(job["folder"]), Path(job["saved"])
-    modules = _needed(type(model).__module__, type(model.config).__module__)
+    modules = _imported_folder_modules(type(model).__module__, type(model.config).__module__)
     used = {Path(getattr(module, "__file__", None) or "__init__.py").name for module in modules} - {"__init__.py"}
     for file in sorted(used):
         if not (saved / file).is_file():
             check.fail(f"save_pretrained does not write {file}, which the model's code needs", file)
         elif (source / file).is_file() and (saved / file).read_bytes() != (source / file).read_bytes():
-            check.fail(f"save_pretrained writes another {file} than the one that was loaded", file)
+            check.fail(f"save_pretrained writes a {file} that differs from the one that was loaded", file)
     if job["auto_map"] and not check.failed:
         written = json.loads((saved / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
         lost = sorted(set(job["auto_map"]) - set(written))
@@ -247,17 +249,17 @@ def check_save(check: Any, job: dict[str, Any], model: Any) -> None:
 
 
 def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, with_generation: bool) -> None:
-    """A row alone, and the same row padded beside a longer one, give the same outputs and tokens."""
+    """A row has the same outputs and generated tokens alone and padded in a batch with a longer row."""
     if "input_ids" not in inputs or not accepts(model, "attention_mask"):
         check.not_applicable("forward takes no input_ids with an attention_mask")
         return
     if one_row_only(model):
         check.not_applicable("the config names no pad_token_id, so this model takes one row at a time")
         return
-    count, extra = room(model), 3
-    ids = tokens(model, 2, count + extra, seed=3)
-    rest, pair = beside_text(inputs), beside_text(inputs, rows=2)
-    for side in _sides(model, ids[:1], rest):
+    count, extra = prompt_length(model), 3
+    ids = make_token_ids(model, 2, count + extra, seed=3)
+    rest, pair = non_text_inputs(inputs), non_text_inputs(inputs, rows=2)
+    for side in _padding_sides(model, ids[:1], rest):
         kept = ids[:1, extra:] if side == "left" else ids[:1, :count]
         row = with_required(model, {"input_ids": kept, "attention_mask": torch.ones_like(kept), **rest})
         padded = {**pad(model, ids, side, [extra, 0]), **pair}
@@ -267,32 +269,35 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
             continue
         padded = with_required(model, padded)
         alone, beside = run_model(model, row), run_model(model, padded)
-        seen, want = _of_row(beside, padded["attention_mask"]), _of_row(alone, row["attention_mask"])
+        seen, want = (
+            _first_row_outputs(beside, padded["attention_mask"]),
+            _first_row_outputs(alone, row["attention_mask"]),
+        )
         for key in [k for k in want if k not in MUST_BE_FINITE and (k not in seen or seen[k].shape != want[k].shape)]:
             del want[key]  # no row for each input, such as similarities between rows
         wrong = difference(seen, want, EQUAL)
         if wrong:
             check.fail(f"padding on the {side} changes the outputs of the other tokens: {wrong}")
-        if side == side_of(model) and with_generation:
+        if side == padding_side(model) and with_generation:
             prompts = {name: padded[name] for name in ("input_ids", "attention_mask")}
             alone, beside = generate(model, row, **STEPS), generate(model, prompts, **STEPS)
             wrong = same_steps([step[:1] for step in beside.logits], alone.logits, alone, beside)
-            if wrong and accepts(model, "position_ids") and not names(model, "position_ids"):
+            if wrong and accepts(model, "position_ids") and not names_argument(model, "position_ids"):
                 why = "forward does not name position_ids, so generate passes none to the base model"
                 check.warn(f"{why}, and padding on the {side} changes what is generated: {wrong}")
             elif wrong:
                 check.fail(f"padding on the {side} changes what is generated: {wrong}")
 
 
-def _of_row(outputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the first row gives, of the outputs that have as many rows as there are inputs."""
+def _first_row_outputs(outputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The first row, without padding, of the outputs whose first dimension is the batch."""
     rows = {n: t for n, t in floating(outputs).items() if t.dim() and t.shape[0] == len(mask)}
     return {name: row_of(tensor, mask, 0) for name, tensor in rows.items()}
 
 
-def _sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> list[str]:
-    """Right for all; left too for a model in which no token sees a later one."""
-    if rest or two_stacks(model):
+def _padding_sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> list[str]:
+    """The sides to pad on: right for all models, left too for a causal one."""
+    if rest or has_encoder_and_decoder(model):
         return ["right"]
     changed = ids.clone()
     changed[0, -1] = changed[0, 0]
@@ -305,41 +310,43 @@ def _sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> list
 
 
 def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """Embeddings handed over give what their ids give."""
+    """inputs_embeds of the same tokens give the same outputs as input_ids."""
     if "input_ids" not in inputs or not accepts(model, "inputs_embeds"):
-        check.not_applicable("forward takes no input_ids with inputs_embeds as another way")
+        check.not_applicable("forward does not take both input_ids and inputs_embeds")
         return
-    rest = beside_text(inputs)
-    ids = with_required(model, {"input_ids": tokens(model, 1, room(model), seed=3), **rest})
+    rest = non_text_inputs(inputs)
+    ids = with_required(model, {"input_ids": make_token_ids(model, 1, prompt_length(model), seed=3), **rest})
     with torch.inference_mode():
         embedded = model.get_input_embeddings()(ids["input_ids"])
     others = {name: tensor for name, tensor in ids.items() if name != "input_ids"}
     try:
         seen = run_model(model, {"inputs_embeds": embedded, **others})
     except NotImplementedError as error:
-        check.not_applicable(f"the model refuses inputs_embeds: {sentence(error)}")
+        check.not_applicable(f"the model does not support inputs_embeds: {sentence(error)}")
         return
     wrong = difference(floating(seen), floating(run_model(model, ids)), EQUAL)
     if wrong:
-        check.fail(f"inputs_embeds of the same tokens give other outputs than input_ids: {wrong}")
+        check.fail(f"inputs_embeds of the same tokens give different outputs than input_ids: {wrong}")
 
 
 def check_last_position(check: Any, model: Any, others: dict[str, torch.Tensor]) -> None:
-    """The config's last position can be reached, and so can the end of its window."""
-    inputs, most = last_positions(model), limit(model)
-    if window(model) >= affordable(model):
-        check.skip(f"the window of {window(model)} tokens was not passed: a row that long is too large for a check")
+    """forward gives finite outputs up to the config's last position."""
+    inputs, most = last_positions(model), max_positions(model)
+    if attention_window(model) >= affordable_length(model):
+        check.skip(
+            f"no row longer than the window of {attention_window(model)} tokens was tried: it is too large for a check"
+        )
     if not inputs:
         if most and getattr(model, "main_input_name", "") == "input_ids" and accepts(model, "input_ids"):
-            check.skip(f"a row of the {most} tokens that the config promises is too long for a check")
+            check.skip(f"a row of {most} tokens, the config's maximum, is too long for a check")
         else:
-            check.not_applicable("the config promises no number of positions")
+            check.not_applicable("the config names no maximum number of positions")
         return
     try:
-        outputs = run_model(model, {**beside_text(others), **inputs})
+        outputs = run_model(model, {**non_text_inputs(others), **inputs})
     except Exception as error:
         raise RuntimeError(
-            f"the config promises {most} positions, but up to the last of them forward raises {sentence(error)}"
+            f"the config allows {most} positions, but on a row that reaches the last one forward raises {sentence(error)}"
         ) from error
     check.fail_if(not_finite(outputs))
 
@@ -353,12 +360,12 @@ def check_attention(check: Any, job: dict[str, Any], name: str, model: Any, inpu
     second, _ = load(job, name, attn_implementation=other, dtype=torch.float32)
     if second.config._attn_implementation != other:
         check.fail(
-            f"attn_implementation={other!r} is ignored, the model stays with {second.config._attn_implementation}"
+            f"attn_implementation={other!r} is ignored: the model still uses {second.config._attn_implementation}"
         )
-    seen, want = floating(shown_outputs(second, inputs)), floating(shown_outputs(model, inputs))
+    seen, want = floating(unpadded_outputs(second, inputs)), floating(unpadded_outputs(model, inputs))
     common = [key for key in want if key in seen or "attentions" not in key]  # which sdpa does not give
     if not inputs.get("attention_mask", torch.ones(1)).all():  # one number of a batch may count its padding
         common = [key for key in common if want[key].numel() > 1]
     wrong = difference(seen, {key: want[key] for key in common}, EQUAL)
     if wrong:
-        check.fail(f"{other} attention gives other outputs than {own}: {wrong}")
+        check.fail(f"{other} attention gives different outputs than {own}: {wrong}")

@@ -1,4 +1,4 @@
-"""Stage: build the model on the meta device, and load it with a part of it kept on the disk."""
+"""Stage: build the model on the meta device, and load it with some of its blocks offloaded to disk."""
 
 import inspect
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .comparing import difference, shown_outputs
+from .comparing import difference, unpadded_outputs
 from .golden_outputs import read_inputs
 from .load_repo import build, config_of, load
 
@@ -20,12 +20,12 @@ def run(job: dict[str, Any], events: Any) -> None:
         with torch.device("meta"):
             skeleton = build(name, config_of(job))
         real = [n for n, parameter in skeleton.named_parameters() if not parameter.is_meta]
-        own = [n for n in real if not _of_the_library(skeleton, n)]
+        own = [n for n in real if not _is_library_parameter(skeleton, n)]
         if own:
             check.fail(f"{len(own)} parameters have data under torch.device('meta'), the first is {own[0]}")
         elif real:
             check.warn(
-                f"{real[0]} has data under torch.device('meta'), which is in the library's code, not the folder's"
+                f"{real[0]} has data under torch.device('meta'); the library's code creates it, not the folder's"
             )
     if check.failed:
         return
@@ -34,7 +34,7 @@ def run(job: dict[str, Any], events: Any) -> None:
     expected = Path(job["scratch"], "outputs.safetensors")
     with events.check("device map", name) as check:
         if not expected.exists():
-            check.skip("there are no outputs to compare with, because forward was not run")
+            check.skip("forward was not run, so there are no outputs to compare with")
             return
         device_map = half_on_disk(skeleton)
         if "disk" not in device_map.values():
@@ -42,7 +42,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             return
         model, _ = load(job, name, device_map=device_map, offload_folder=f"{job['scratch']}/offload")
         try:
-            seen = shown_outputs(model, read_inputs(job))
+            seen = unpadded_outputs(model, read_inputs(job))
         except (RuntimeError, AssertionError) as error:
             reader = attention_without_weights(error, model, device_map)
             if not reader:
@@ -77,7 +77,7 @@ def attention_without_weights(error: BaseException, model: torch.nn.Module, devi
     return ""
 
 
-def _of_the_library(model: torch.nn.Module, name: str) -> bool:
+def _is_library_parameter(model: torch.nn.Module, name: str) -> bool:
     """Whether the class that makes a parameter is one of transformers or torch."""
     path, _, attribute = name.rpartition(".")
     for klass in type(model.get_submodule(path)).__mro__:
@@ -91,34 +91,34 @@ def _of_the_library(model: torch.nn.Module, name: str) -> bool:
 
 
 def check_no_split(check: Any, job: dict[str, Any], skeleton: torch.nn.Module) -> None:
-    """`_no_split_modules` names classes of modules that a device map keeps together: some of them are there."""
+    """At least one class of `_no_split_modules`, which a device map keeps on one device, is in the model."""
     wanted = getattr(skeleton, "_no_split_modules", None)
     wanted = [wanted] if isinstance(wanted, str) else sorted(map(str, wanted or []))
     there = {type(module).__name__ for module in skeleton.modules()}
     if wanted and not there & set(wanted):
-        what = f"_no_split_modules names {', '.join(wanted)}, and no module of the model is of such a class"
+        what = f"_no_split_modules names {', '.join(wanted)}, but the model has no module of these classes"
         check.fail(what) if job["auto_map"] else check.warn(what)
     elif not wanted:
-        check.not_applicable("the class names no _no_split_modules")
+        check.not_applicable("the class has no _no_split_modules")
 
 
 def half_on_disk(skeleton: torch.nn.Module) -> dict[str, str]:
-    """A device map with the later half of the blocks on the disk; what is tied stays together."""
+    """A device map with the second half of each list of blocks on disk and all else on the CPU."""
     on_disk: set[str] = set()
     for path, module in skeleton.named_modules():
         if isinstance(module, torch.nn.ModuleList) and not any(f"{path}.".startswith(f"{done}.") for done in on_disk):
             on_disk.update(f"{path}.{number}" for number in range(len(module) // 2, len(module)))
     device_map: dict[str, str] = {}
 
-    def cover(path: str, module: torch.nn.Module) -> None:
+    def assign(path: str, module: torch.nn.Module) -> None:
         inner = f"{path}." if path else ""
         if path in on_disk or not any(name.startswith(inner) for name in on_disk):
             device_map[path] = "disk" if path in on_disk else "cpu"
             return
         for name, child in module.named_children():
-            cover(f"{inner}{name}", child)
+            assign(f"{inner}{name}", child)
         for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             device_map[f"{inner}{name}"] = "cpu"
 
-    cover("", skeleton)
+    assign("", skeleton)
     return device_map

@@ -1,4 +1,4 @@
-"""Stage: the folder's model gives outputs that were computed elsewhere, bit for bit."""
+"""Stage: the folder's model reproduces outputs that were computed elsewhere, bit for bit."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .load_repo import load
 
 @torch.no_grad()
 def run(job: dict[str, Any], events: Any) -> None:
-    """Report what differs from the tensors of `job["reference"]` for those of `job["inputs"]`, `""` for nothing."""
+    """Report how the outputs for `job["inputs"]` differ from the tensors of `job["reference"]`; `""` if they do not."""
     model, loading = load(job, job["classes"][0])
     lost = sorted(map(str, [*loading.get("missing_keys", []), *loading.get("unexpected_keys", [])]))
     if lost:
@@ -24,12 +24,12 @@ def run(job: dict[str, Any], events: Any) -> None:
     for name, want in read_tensors(job["reference"]).items():
         got = getattr(outputs, name, None)
         if not isinstance(got, torch.Tensor) or got.shape != want.shape or got.dtype != want.dtype:
-            wrong = wrong or f"{name} is {_shown(got)}, not {_shown(want)}"
+            wrong = wrong or f"{name} is {_describe_tensor(got)}, not {_describe_tensor(want)}"
         elif not torch.equal(got, want):
             apart = (got.double() - want.double()).abs().max().item()
             wrong = wrong or f"{name} differs by up to {apart:.3g}"
     events.write(reference=wrong)
 
 
-def _shown(value: Any) -> str:
+def _describe_tensor(value: Any) -> str:
     return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else "not there"

@@ -1,8 +1,8 @@
 """Run as `python -I run.py JOB.json`: lock the process down, import the libraries once, run each stage in a fork.
 
-A stage starts from a process that has never loaded the folder's code, so each is a clean process of its own, without
-paying seconds of imports. What a stage finds it appends to the job's file of events; that it crashed, hung or was
-killed is noted here. The same lines run again in workers that a stage spawns, up to `main`.
+A stage starts from a process that has never loaded the folder's code, so each stage is a clean process without the
+seconds that imports take. A stage appends its results to the job's file of events; crashes, timeouts and kills are
+recorded here. Workers that a stage spawns run this module too, except for `main`.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 JOB = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-sys.modules["mymodels"] = None  # type: ignore[assignment]  # from here on `import mymodels` fails, installed or not
+sys.modules["mymodels"] = None  # type: ignore[assignment]  # `import mymodels` fails from here on, even if installed
 sys.dont_write_bytecode = True
 if JOB["release"]:
     sys.path.insert(0, JOB["release"])

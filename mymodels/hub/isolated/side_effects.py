@@ -1,7 +1,7 @@
 """Stage: what importing the folder's code, loading the model and its first forward change in the process.
 
-Settings, the environment, random seeds, and classes, functions and tables of other packages are compared before and
-after. Draws of random numbers are no change; a generator that was set anew is one.
+Settings, the environment, random seeds, and the classes, functions and registries of other packages are compared
+before and after. Drawing random numbers is allowed; seeding a generator is reported.
 """
 
 import ast
@@ -32,33 +32,33 @@ import transformers
 
 from .comparing import run_model
 from .generating import generate
-from .inputs import Unsuitable, generates, kept_inputs, make_inputs
+from .inputs import NoSuitableInputs, generates, kept_inputs, make_inputs
 from .load_repo import load
 from .processors import processed_inputs, processor_names
 
-SEED = 0x5EED_0F_7E57  # one that nobody else sets
-SHOWN = 12
-BLOCKS = 2000  # of 624 numbers each: so many draws from a generator are recognised as draws
+SEED = 0x5EED_0F_7E57  # unlikely to be set by other code
+MAX_LISTED = 12
+BLOCKS = 2000  # of 624 numbers each: the most draws that are told from seeding
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
 
 
 def run(job: dict[str, Any], events: Any) -> None:
-    """Report what is not as it was before, by name."""
+    """Report by name what has changed."""
     name = job["classes"][0]
     import_what_the_code_imports(Path(job["folder"]))
-    transformers.dynamic_module_utils.init_hf_modules()  # puts its cache of modules into sys.path
+    transformers.dynamic_module_utils.init_hf_modules()  # adds its module cache to sys.path
     with events.check("side effects", "import and load") as check:
-        seeds, before, foreign = seed_all(), snapshot(), foreign_objects()
+        seeds, before, foreign = set_probe_seeds(), snapshot(), library_objects()
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             model, _ = load(job, name, seed=None)
-        found = changes(before, snapshot()) + reseeded(seeds) + replaced(foreign)
+        found = changed_settings(before, snapshot()) + reseeded_generators(seeds) + replaced_objects(foreign)
         report(check, found, printed.getvalue(), "importing the code and loading the model")
     if check.failed:
         return
     with events.check("side effects", "forward") as check:
         try:
             inputs = kept_inputs(job) or make_inputs(model)
-        except Unsuitable as error:
+        except NoSuitableInputs as error:
             check.skip(str(error))
             return
         observe(check, lambda: run_model(model, inputs), "the first forward")
@@ -72,20 +72,20 @@ def run(job: dict[str, Any], events: Any) -> None:
 
 
 def observe(check: Any, call: Callable[[], Any], moment: str) -> None:
-    """Report what a call changes in the process; that it raises is for the check that is about it."""
-    seeds, before, foreign = seed_all(), snapshot(), foreign_objects()
+    """Report what a call changes in the process; an error of the call itself is left to its own check."""
+    seeds, before, foreign = set_probe_seeds(), snapshot(), library_objects()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             call()
         except Exception as error:
             check.skip(f"not checked, because {moment.rstrip(',')} raises {type(error).__name__}")
             return
-    found = changes(before, snapshot()) + reseeded(seeds) + replaced(foreign)
+    found = changed_settings(before, snapshot()) + reseeded_generators(seeds) + replaced_objects(foreign)
     report(check, found, printed.getvalue(), moment)
 
 
 def _train_and_generate(model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """Errors of either are reported by their own checks."""
+    """A forward in train mode and a short generation; their errors are reported by other checks."""
     with contextlib.suppress(Exception):
         model.train()(**inputs)
     model.eval()
@@ -95,7 +95,7 @@ def _train_and_generate(model: Any, inputs: dict[str, torch.Tensor]) -> None:
 
 
 def _own_processor(job: dict[str, Any]) -> bool:
-    """Whether a processor's code is in the folder: what a library's changes on first use is not the folder's doing."""
+    """Whether the folder has code of a processor; side effects of a library's processor are not the folder's."""
     own = set(job["companions"])
     for file in ("preprocessor_config.json", "processor_config.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -105,14 +105,14 @@ def _own_processor(job: dict[str, Any]) -> bool:
 
 def report(check: Any, found: list[str], printed: str, moment: str) -> None:
     if found:
-        more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        check.fail(f"{moment} changes the process: {'; '.join(found[:SHOWN])}{more}")
+        more = f", and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
+        check.fail(f"{moment} changes the process: {'; '.join(found[:MAX_LISTED])}{more}")
     elif printed.strip():
         check.warn(f"{moment} prints {printed.strip().splitlines()[0][:80]!r}")
 
 
 def import_what_the_code_imports(folder: Path) -> None:
-    """Import the other packages that the folder's code names: what these change on import is not the folder's doing."""
+    """Import the packages that the folder's code imports; their own side effects are not the folder's."""
     for file in sorted(folder.rglob("*.py")):
         with contextlib.suppress(SyntaxError, ValueError, OSError, RecursionError):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -125,7 +125,7 @@ def import_what_the_code_imports(folder: Path) -> None:
 
 
 def snapshot() -> dict[str, Any]:
-    """The process's settings by name, as values that can be compared."""
+    """Name → value of the process's settings, for comparison."""
     backends = torch.backends
     state: dict[str, Any] = {
         "torch's default dtype": torch.get_default_dtype(),
@@ -192,7 +192,7 @@ def snapshot() -> dict[str, Any]:
 def _cwd() -> str:
     with contextlib.suppress(OSError):
         return os.getcwd()
-    return "one that is gone"
+    return "one that no longer exists"
 
 
 def _umask() -> int:
@@ -202,7 +202,7 @@ def _umask() -> int:
 
 
 def _threads() -> list[str]:
-    """Names of the threads; those of pools and progress bars, which transformers loads with, end by themselves."""
+    """Names of the threads, without those of thread pools and progress bars, which loading starts."""
     names = [thread.name for thread in threading.enumerate()]
     return sorted(name for name in names if not name.startswith(("ThreadPoolExecutor", "tqdm", "asyncio")))
 
@@ -213,17 +213,17 @@ def _children() -> list[str]:
     return []
 
 
-_SHOWN = (bool, int, float, str, torch.dtype)
+_PLAIN = (bool, int, float, str, torch.dtype)
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What is another value now, in words; values of environment variables are not shown."""
+def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names of the settings that changed, short values included; values of environment variables are omitted."""
     found = []
     for name in before.keys() | after.keys():
         old, new = before.get(name), after.get(name)
         if old == new:
             continue
-        plain = isinstance(old, _SHOWN) and isinstance(new, _SHOWN) and "environment" not in name
+        plain = isinstance(old, _PLAIN) and isinstance(new, _PLAIN) and "environment" not in name
         short = plain and not name.startswith(("sys.", "warnings.", "torch's printing", "NumPy's printing"))
         found.append(f"{name} ({str(old)[:60]} became {str(new)[:60]})" if short else name)
     return sorted(found)
@@ -232,36 +232,36 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 # ---- random seeds
 
 
-def seed_all() -> tuple[Any, Any]:
-    """Set all generators to seeds that nobody else sets; the states of Python's and NumPy's."""
+def set_probe_seeds() -> tuple[Any, Any]:
+    """Seed all generators with `SEED`; returns the states of Python's and NumPy's."""
     torch.manual_seed(SEED)
     random.seed(SEED)
     numpy.random.seed(SEED % 2**32)
     return random.getstate(), numpy.random.get_state()
 
 
-def reseeded(states: tuple[Any, Any]) -> list[str]:
-    """The generators whose state cannot be reached from the one before by drawing from them."""
+def reseeded_generators(states: tuple[Any, Any]) -> list[str]:
+    """The generators whose state cannot be reached from the earlier one by drawing numbers."""
     found = []
     if torch.initial_seed() != SEED:
         found.append(f"torch's random seed (set to {torch.initial_seed()})")
     python, array = states
     numbers: Any = numpy.random.get_state()
-    if not _drawn(python[1][:-1], random.getstate()[1][:-1]):
+    if not _reached_by_drawing(python[1][:-1], random.getstate()[1][:-1]):
         found.append("the random seed of Python's random")
-    if not _drawn(tuple(array[1].tolist()), tuple(numbers[1].tolist())):
+    if not _reached_by_drawing(tuple(array[1].tolist()), tuple(numbers[1].tolist())):
         found.append("NumPy's random seed")
     return found
 
 
-def _drawn(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Whether a Mersenne Twister gets from one state to the other by being drawn from."""
+def _reached_by_drawing(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether drawing numbers takes a Mersenne Twister from one state to the other."""
     if before == after:
         return True
     other = random.Random()
     other.setstate((3, (*before, 624), None))
     for _ in range(BLOCKS):
-        other.getrandbits(32)  # the first of a block makes the whole block
+        other.getrandbits(32)  # the first draw computes a block of 624 numbers
         state = other.getstate()[1]
         if state[:-1] == after:
             return True
@@ -269,11 +269,11 @@ def _drawn(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     return False
 
 
-# ---- classes, functions and tables of others
+# ---- classes, functions and registries of other packages
 
 
-def foreign_objects() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Of each module and class of the libraries: its functions, classes and, of its tables, their entries."""
+def library_objects() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Functions and classes of each module and class of the libraries, and the entries of transformers' registries."""
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in _PACKAGES and isinstance(module, ModuleType):
@@ -296,11 +296,11 @@ def _callables(held: Mapping[str, Any]) -> dict[str, Any]:
 def _is_callable(kind: type) -> bool:
     return any(
         "__call__" in vars(base) for base in kind.__mro__
-    )  # `callable` would touch what warns when it is touched
+    )  # `callable` would trigger the warnings of lazy attributes
 
 
 def _table(value: Any) -> dict[str, Any]:
-    """The entries of a table of functions or classes, such as `ALL_ATTENTION_FUNCTIONS` and `ACT2FN`."""
+    """The entries of a registry of functions or classes, such as `ALL_ATTENTION_FUNCTIONS` and `ACT2FN`."""
     inner = getattr(value, "_global_mapping", None) if not isinstance(value, dict) else value
     if not isinstance(inner, dict) or len(inner) > 5000:
         return {}
@@ -311,20 +311,20 @@ def _table(value: Any) -> dict[str, Any]:
     }
 
 
-def replaced(before: dict[str, tuple[Any, dict[str, Any]]]) -> list[str]:
-    """What others held and no longer hold: functions and classes exchanged, entries of tables overwritten."""
+def replaced_objects(before: dict[str, tuple[Any, dict[str, Any]]]) -> list[str]:
+    """The functions, classes and registry entries of other packages that were replaced, and methods that were added."""
     found = []
     for name, (owner, old) in before.items():
         now = sys.modules.get(name)
         if isinstance(owner, ModuleType) and getattr(now, "__file__", None) != getattr(owner, "__file__", None):
-            found.append(f"sys.modules[{name!r}] is another")
+            found.append(f"sys.modules[{name!r}] was replaced")
         new: dict[str, Any] = _table(owner) if name.endswith("[]") else dict(vars(owner))
         for key, value in old.items():
             if new.get(key) is not value and not (
                 isinstance(value, ModuleType) and isinstance(new.get(key), ModuleType)
             ):
                 place = f"{name.removesuffix('[]')}[{key!r}]" if name.endswith("[]") else f"{name}.{key}"
-                found.append(f"{place} is another{_origin(new.get(key))}")
+                found.append(f"{place} was replaced{_origin(new.get(key))}")
         if isinstance(owner, type) and not name.endswith("[]"):
             added = [key for key, value in new.items() if key not in old and _origin(value)]
             found += [f"{name}.{key} was added{_origin(new[key])}" for key in added]
@@ -332,7 +332,7 @@ def replaced(before: dict[str, tuple[Any, dict[str, Any]]]) -> list[str]:
 
 
 def _origin(value: Any) -> str:
-    """Where in the folder's code a function was defined, in words; empty if it is none of it."""
+    """File and line of a function of the folder's code, in parentheses; empty for other functions."""
     code = getattr(getattr(value, "__func__", value), "__code__", None)
     if code is not None and "transformers_modules" in code.co_filename:
         return f" ({Path(code.co_filename).name}:{code.co_firstlineno})"

@@ -1,4 +1,4 @@
-"""Stages and checks in the clean process: what they report, and what is noted of one that does not come back."""
+"""Stages and checks in the clean process: their outcomes, and the report on a stage that crashed or hung."""
 
 import contextlib
 import faulthandler
@@ -32,13 +32,13 @@ STAGES = {  # name: (module of this folder, function), in the order they run; ea
 
 
 class Outcome:
-    """The outcome of the check that is running: ok, unless one of these is called."""
+    """The outcome of the check that is running: "ok" unless one of these methods is called."""
 
     def __init__(self) -> None:
         self.status, self.what, self.where = "ok", "", ""
 
     def fail(self, what: str, where: str = "") -> None:
-        if self.status != "failed":  # the first fault is the one that is told
+        if self.status != "failed":  # the first failure is reported
             self.status, self.what, self.where = "failed", what, where or self.where
 
     def fail_if(self, wrong: str) -> None:
@@ -54,12 +54,12 @@ class Outcome:
             self.status, self.what = "skipped", why
 
     def not_applicable(self, why: str) -> None:
-        """What the check is about, this model has not: nothing is left out."""
+        """The model has nothing for this check to examine, so nothing is left out."""
         if self.status == "ok":
             self.status, self.what = "n/a", why
 
     def note(self, what: str) -> None:
-        """What is to be said of a check that holds."""
+        """Add a note to a check that passes."""
         if self.status == "ok":
             self.what = f"{self.what}; {what}" if self.what else what
 
@@ -69,7 +69,7 @@ class Outcome:
 
 
 class Events:
-    """The job's file of events, one JSON object a line; whole lines only, from however many processes."""
+    """The job's file of events, one JSON object a line; each is one write, so that processes do not mix lines."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -92,21 +92,21 @@ class Events:
 
 
 def sentence(error: BaseException) -> str:
-    """An exception in one line, what is said to call for help or to dump state left out."""
+    """An exception in one line, without hints on debugging or dumps of state that follow its first sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
-    text = re.sub(r"\s+", " ", " ".join(lines[: last + 1]))[:400]  # a line that ends with a colon goes on
+    text = re.sub(r"\s+", " ", " ".join(lines[: last + 1]))[:400]  # a line that ends with a colon continues
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def innermost(error: BaseException) -> str:
-    """File and line of the folder's code in which an exception was raised; empty if it was not there."""
+    """File and line of the innermost frame in the folder's code of an exception's traceback; empty if there is none."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "transformers_modules" in f.filename]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
 def import_libraries(events: Events) -> None:
-    """Import what every stage needs, so that forks have it; no computation, which would start threads."""
+    """Import what every stage needs before forking; computing would start threads, so nothing is computed."""
     import accelerate
     import torch
     import transformers
@@ -118,7 +118,7 @@ def import_libraries(events: Events) -> None:
 
 
 def run_stages(job: dict[str, Any], events: Events) -> None:
-    """Run the job's stages in order; those that could only fail as one before them did are reported as not run."""
+    """Run the job's stages in order; after a stage that makes the others pointless, report them as not run."""
     names = list(job["stages"])
     for number, name in enumerate(names):
         module, function = STAGES[name]
@@ -130,12 +130,12 @@ def run_stages(job: dict[str, Any], events: Events) -> None:
 
 
 def run_stage(name: str, run: Callable, job: dict[str, Any], events: Events) -> bool:
-    """Run one stage in a fork; false if the others make no sense after it: nothing loads, or all would hang as it did."""
+    """Run one stage in a fork; false if the others are pointless after it: nothing loads, or the first stage hung."""
     errors = Path(job["scratch"], f"{name}.stderr")
     process = os.fork()
     if process == 0:
         os.setpgid(0, 0)
-        _in_the_fork(name, run, job, events, errors)
+        _run_in_fork(name, run, job, events, errors)
     with contextlib.suppress(OSError):
         os.setpgid(process, process)
     events.write(stage=name, pid=process)
@@ -147,20 +147,20 @@ def run_stage(name: str, run: Callable, job: dict[str, Any], events: Events) -> 
         else:
             time.sleep(0.01)
     with contextlib.suppress(OSError):
-        os.killpg(process, signal.SIGKILL)  # also workers that it left behind
+        os.killpg(process, signal.SIGKILL)  # including workers it left running
     if status is None:
         os.waitpid(process, 0)
-    if status != 0 or not _done(job, name).exists():
-        events.write(ended=name, how=_how(status, job["time_limit"]), **_last_words(errors))
+    if status != 0 or not _done_file(job, name).exists():
+        events.write(ended=name, how=_describe_exit(status, job["time_limit"]), **_last_output(errors))
     loaded = Path(job["scratch"], "loaded").exists()
     return name != "outputs" or (loaded and status is not None)
 
 
-def _done(job: dict[str, Any], name: str) -> Path:
+def _done_file(job: dict[str, Any], name: str) -> Path:
     return Path(job["scratch"], f"{name}.done")
 
 
-def _in_the_fork(name: str, run: Callable, job: dict[str, Any], events: Events, errors: Path) -> None:
+def _run_in_fork(name: str, run: Callable, job: dict[str, Any], events: Events, errors: Path) -> None:
     code = 1
     try:
         with errors.open("w", buffering=1) as file:
@@ -169,7 +169,7 @@ def _in_the_fork(name: str, run: Callable, job: dict[str, Any], events: Events, 
             faulthandler.enable(file)
             faulthandler.dump_traceback_later(max(job["time_limit"] - 1, 0.5), file=file)
             run(job, events)
-            _done(job, name).touch()
+            _done_file(job, name).touch()
             code = 0
     except BaseException:
         traceback.print_exc()
@@ -178,18 +178,18 @@ def _in_the_fork(name: str, run: Callable, job: dict[str, Any], events: Events, 
         os._exit(code)
 
 
-def _how(status: int | None, time_limit: float) -> str:
+def _describe_exit(status: int | None, time_limit: float) -> str:
     if status is None:
         return f"did not end within {time_limit:g} s"
     if status == -signal.SIGKILL:
         return "was killed, probably for lack of memory"
     if status < 0:
         return f"crashed with {signal.Signals(-status).name}"
-    return f"ended with exit code {status}" if status else "left in the middle, as by os._exit"
+    return f"ended with exit code {status}" if status else "exited before it was done, as by os._exit"
 
 
-def _last_words(errors: Path) -> dict[str, str]:
-    """The last line a stage printed that says something, and where in the folder's code it was."""
+def _last_output(errors: Path) -> dict[str, str]:
+    """The last line a stage printed other than traceback frames, and file and line in the folder's code."""
     text = errors.read_text(encoding="utf-8", errors="replace") if errors.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     frames = re.findall(r'File "[^"]*transformers_modules[^"]*/([^"/]+)", line (\d+)', text)
@@ -197,7 +197,6 @@ def _last_words(errors: Path) -> dict[str, str]:
     if frames:  # faulthandler prints the innermost frame first, a traceback last
         dumped = "(most recent call first)" in text
         where = ":".join(frames[0] if dumped else frames[-1])
-    said = [
-        line for line in lines if not line.startswith(('File "', "Thread ", "Timeout ", "Current thread", "~", "^"))
-    ]
-    return {"last": said[-1][:300] if said else "", "where": where}
+    frame_prefixes = ('File "', "Thread ", "Timeout ", "Current thread", "~", "^")
+    messages = [line for line in lines if not line.startswith(frame_prefixes)]
+    return {"last": messages[-1][:300] if messages else "", "where": where}

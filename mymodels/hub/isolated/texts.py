@@ -1,4 +1,4 @@
-"""Stage: texts through tokenizer and models, as `load_in_clean_process` wants them."""
+"""Stage of `load_in_clean_process`: tokenize texts, run the models on them, and generate."""
 
 import json
 from pathlib import Path

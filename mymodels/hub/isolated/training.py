@@ -1,4 +1,4 @@
-"""Stage: a few steps of training, each compared with what it should be, on copies of the class of `architectures`."""
+"""Stage: loss, gradients, gradient checkpointing, an optimizer step and resized embeddings of the main class."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .load_repo import load
 from .losses import check_loss, loss_of, make_labels
 from .stages import sentence
 
-LARGEST = 3e9  # bytes of weights: their gradients and AdamW's moments take four times as much in float32
+LARGEST = 3e9  # bytes of weights; with gradients and AdamW's moments, float32 training takes four times as much
 RATES = (1e-3, 1e-4, 1e-5, 1e-6)
 
 
@@ -20,10 +20,10 @@ def run(job: dict[str, Any], events: Any) -> None:
     inputs = read_inputs(job)
     with events.check("training loss", name) as check:
         if not inputs:
-            check.skip("there are no inputs to train on, because forward was not run")
+            check.skip("forward was not run, so there are no inputs to train on")
             return
         if job["weights_size"] > LARGEST:
-            check.skip("the weights are too large to be trained here")
+            check.skip("the weights are too large for a training check")
             return
         model, _ = load(job, name, dtype=torch.float32)
         labels = make_labels(name, model, inputs)
@@ -47,12 +47,12 @@ def run(job: dict[str, Any], events: Any) -> None:
 
 
 def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step; the model has none afterwards."""
+    """Loss and gradients of one step; the model's gradients are cleared afterwards."""
     model.zero_grad(set_to_none=True)
     with torch.enable_grad():
         loss = loss_of(model, batch)
         if not loss.requires_grad:
-            raise RuntimeError("the loss has no gradient: something in forward detaches it, or all is frozen")
+            raise RuntimeError("the loss has no gradient: forward detaches it, or every parameter is frozen")
         loss.backward()
     found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -60,7 +60,7 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, dict[s
 
 
 def check_backward(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """A step in train mode raises nothing, and what the loss depends on has a gradient."""
+    """A backward pass in train mode raises nothing, and every parameter that affects the loss gets a gradient."""
     model.train()
     _, found = gradients(model, batch)
     model.eval()
@@ -70,20 +70,20 @@ def check_backward(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> No
             check.fail(f"the gradient of {name} is not finite", name)
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     without = [n for n, p in model.named_parameters() if n not in found and n not in still and p.requires_grad]
-    lost = [name for name in without if _matters(model, batch, name)]
+    lost = [name for name in without if _affects_loss(model, batch, name)]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         check.fail(f"{lost[0]}{more} changes the loss, but gets no gradient: it is never trained", lost[0])
     elif without:
-        check.warn(f"{len(without)} parameters take no part in the loss and get no gradient, the first is {without[0]}")
-    learned = [name for name in frozen if _matters(model, batch, name)]
+        check.warn(f"{len(without)} parameters do not affect the loss and get no gradient, the first is {without[0]}")
+    learned = [name for name in frozen if _affects_loss(model, batch, name)]
     if learned and not check.failed:
         check.warn(f"{len(frozen)} parameters are frozen (requires_grad=False), the first is {learned[0]}")
 
 
 @torch.no_grad()
-def _matters(model: Any, batch: dict[str, torch.Tensor], name: str) -> bool:
-    """Whether the loss is another one when a parameter is."""
+def _affects_loss(model: Any, batch: dict[str, torch.Tensor], name: str) -> bool:
+    """Whether changing a parameter changes the loss."""
     parameter, before = model.get_parameter(name), loss_of(model, batch).item()
     kept = parameter.detach().clone()
     generator = torch.Generator().manual_seed(0)
@@ -102,13 +102,13 @@ def check_checkpointing(check: Any, model: Any, batch: dict[str, torch.Tensor]) 
     loss, want = gradients(model, batch)
     again = gradients(model, batch)[0]
     if again != loss:
-        check.not_applicable("training draws random numbers that no seed fixes, so two steps cannot be compared")
+        check.not_applicable("training is random in spite of a fixed seed, so two steps cannot be compared")
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing") and not module.gradient_checkpointing:
-                check.fail(f"gradient_checkpointing_enable leaves {type(module).__name__} without it")
+                check.fail(f"gradient_checkpointing_enable does not enable it in {type(module).__name__}")
         other_loss, seen = gradients(model, batch)
     finally:
         model.gradient_checkpointing_disable()
@@ -125,8 +125,8 @@ def check_checkpointing(check: Any, model: Any, batch: dict[str, torch.Tensor]) 
 
 
 def check_step(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """One step of AdamW on one batch lowers its loss, at one rate or another."""
-    model.eval()  # without dropout: before and after are the same function
+    """One step of AdamW lowers the loss on its own batch, with at least one of the learning rates `RATES`."""
+    model.eval()  # without dropout, which would make the losses incomparable
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     before = gradients(model, batch)[0]
     lowest = before
@@ -143,7 +143,7 @@ def check_step(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> None:
                 parameter.copy_(kept[name])
         if lowest < before:
             return
-    check.fail(f"a step of AdamW does not lower the loss of {before:.4g} on its own batch, at any rate tried")
+    check.fail(f"a step of AdamW does not lower the loss of {before:.4g} on its own batch, at any learning rate tried")
 
 
 # ---- the vocabulary
@@ -152,13 +152,13 @@ def check_step(check: Any, model: Any, batch: dict[str, torch.Tensor]) -> None:
 def check_resize(
     check: Any, model: Any, inputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """More tokens leave the outputs of the old ones as they are, head and tie go along, and there is still a loss."""
+    """Added tokens change no outputs of the old ones; the head is resized, a tie is kept, and the loss still works."""
     try:
         old, head = model.get_input_embeddings(), getattr(model, "get_output_embeddings", bool)()
     except NotImplementedError:
         old = head = None
     if not isinstance(old, nn.Embedding) or "input_ids" not in inputs:
-        check.not_applicable("the model has no table of token embeddings")
+        check.not_applicable("the model has no nn.Embedding of tokens")
         return
     count, tied = old.num_embeddings, getattr(head, "weight", None) is old.weight
     before = floating(run_model(model, inputs))
@@ -168,22 +168,22 @@ def check_resize(
         check.fail(f"resize_token_embeddings({count + 8}) leaves {new.weight.shape[0]} embeddings")
         return
     if tied and model.get_output_embeddings().weight is not new.weight:
-        check.fail("resize_token_embeddings parts the head from the embeddings that it was tied to")
+        check.fail("resize_token_embeddings unties the head from the embeddings")
     after = floating(run_model(model, inputs))
     seen = {}
     for name, tensor in before.items():
         if name not in after:
-            check.fail(f"after resize_token_embeddings there is no output {name!r}")
+            check.fail(f"after resize_token_embeddings the output {name!r} is missing")
             return
         of_tokens = "logits" in name and tensor.shape[-1] == count
         if of_tokens and after[name].shape[-1] != count + 8:
             what = f"after resize_token_embeddings({count + 8}) {name} has {after[name].shape[-1]} values a token"
-            check.fail(f"{what}: the head is left behind (is it get_output_embeddings?)")
+            check.fail(f"{what}: the head was not resized (does get_output_embeddings return it?)")
             return
         seen[name] = after[name][..., :count] if of_tokens else after[name]
     wrong = difference(seen, before, EQUAL)
     if wrong:
-        check.fail(f"resize_token_embeddings changes the outputs of the tokens that were there: {wrong}")
+        check.fail(f"resize_token_embeddings changes the outputs of the existing tokens: {wrong}")
     if labels and not check.failed:
         try:
             loss_of(model, {**inputs, **labels})

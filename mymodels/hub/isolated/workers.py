@@ -1,4 +1,4 @@
-"""Stages: the model in worker processes, forked and spawned; and several processes loading at once."""
+"""Stages: the model in forked and spawned worker processes, and several processes that load at once."""
 
 import os
 import pickle
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .comparing import difference, shown_outputs
+from .comparing import difference, unpadded_outputs
 from .golden_outputs import read_inputs
-from .load_repo import build, config_of, forget_code_cache, load
+from .load_repo import build, clear_code_cache, config_of, load
 from .stages import sentence
 
 PROCESSES = 8
@@ -19,7 +19,7 @@ ATTEMPTS = 3
 
 
 class Outputs(Dataset):
-    """A dataset whose one item is what the model makes of the inputs, wherever it is asked."""
+    """A dataset with one item: the model's outputs for the inputs, computed in the process that reads it."""
 
     def __init__(self, model: Any, inputs: dict[str, torch.Tensor]):
         self.model, self.inputs = model, inputs
@@ -28,20 +28,20 @@ class Outputs(Dataset):
         return 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return shown_outputs(self.model, self.inputs) if self.inputs else {"config": torch.ones(1)}
+        return unpadded_outputs(self.model, self.inputs) if self.inputs else {"config": torch.ones(1)}
 
 
 def run(job: dict[str, Any], events: Any) -> None:
     name = job["classes"][0]
     model, _ = load(job, name)
-    inputs = read_inputs(job)  # nothing, if none could be made
+    inputs = read_inputs(job)  # empty if none could be generated
     items = Outputs(model, inputs)
     with events.check("pickle", name) as check:
         if parametrized := _parametrized(model):
-            what = f"torch pickles no parametrised modules such as {parametrized}: share the state_dict instead"
+            what = f"torch cannot pickle parametrised modules such as {parametrized}: share the state_dict instead"
             check.not_applicable(what)
         elif type(pickle.loads(pickle.dumps(model.config))) is not type(model.config):
-            check.fail("the config comes out of a pickle as another class")
+            check.fail("the unpickled config is of another class")
         else:
             copy = Outputs(pickle.loads(pickle.dumps(model)), inputs)
             check.fail_if(difference(copy[0], items[0]))
@@ -62,10 +62,10 @@ def _parametrized(model: torch.nn.Module) -> str:
 
 
 def run_parallel(job: dict[str, Any], events: Any) -> None:
-    """As when a training starts on eight devices of a machine that never loaded this code.
+    """Load in eight processes with an empty code cache, as when training starts on eight devices of a new machine.
 
-    transformers copies code files in place, so that a process now and then reads half of one: that is no fault of the
-    folder, and only one that fails each time is called one.
+    transformers copies code files in place, so a process may read a file that is half written. That is no fault of
+    the folder: the check fails only if every attempt does.
     """
     name = job["classes"][0]
     with events.check("parallel load", name) as check:
@@ -76,12 +76,12 @@ def run_parallel(job: dict[str, Any], events: Any) -> None:
         if len(failures) == ATTEMPTS:
             check.fail(failures[-1])
         elif failures:
-            check.warn(f"not each time, which is transformers' own race over code files, but once {failures[-1]}")
+            check.warn(f"in some attempts {failures[-1]}: a race in how transformers copies code files")
 
 
 def _load_at_once(job: dict[str, Any], name: str) -> list[Path]:
-    """Load in many processes on a cold cache of code; the error files of those that failed."""
-    forget_code_cache()
+    """Load in many processes with an empty code cache; returns the error files of those that failed."""
+    clear_code_cache()
     start, go = os.pipe()
     processes = {}
     for number in range(PROCESSES):
@@ -93,7 +93,7 @@ def _load_at_once(job: dict[str, Any], name: str) -> list[Path]:
         processes[process] = errors
     os.close(start)
     time.sleep(0.05)
-    os.close(go)  # all at once
+    os.close(go)  # releases all processes at once
     return [errors for process, errors in processes.items() if os.waitpid(process, 0)[1] != 0]
 
 
@@ -104,7 +104,7 @@ def _wait_and_load(job: dict[str, Any], name: str, start: int, go: int, errors: 
         os.read(start, 1)
         if job["weights_size"] * PROCESSES < 2**31:
             load(job, name)
-        else:  # the race is over the code; the weights are read only
+        else:  # without the weights: only the code files are copied
             with torch.device("meta"):
                 build(name, config_of(job))
         code = 0

@@ -26,7 +26,7 @@ def load_sample_text(split: str) -> list[Document]:
 
 
 def passages(documents: list[Document], words: int = 96) -> list[tuple[str, str]]:
-    """Each document cut into passages of so many words, with its label; a rest shorter than half a passage is left out."""
+    """(passage, label) of each document's passages of `words` words; a rest shorter than half a passage is dropped."""
     cut = []
     for document in documents:
         all_words = document.text.split()

@@ -153,7 +153,7 @@ def _conventions(change: RoleChange) -> None:
         rotated = int(head_dim * theirs.get("rotary_share", ours.get("rotary_share", 1.0)))
         _repair(change, permutation(head_dim, rotated - rotated % 2, to=pairs[1]), f"{pairs[0]} to {pairs[1]}")  # type: ignore[arg-type]
     scales = [side.get("attention_scale") for side in (theirs, ours)]
-    normed = any(".q_norm." in role for role in (*change.tensors, *change.wanted))
+    normed = any(".q_norm." in role for role in (*change.tensors, *change.parameters))
     if None not in scales and abs(scales[0] / scales[1] - 1) > 1e-6:  # type: ignore[operator]
         ratio = scales[0] / scales[1]  # type: ignore[operator]
         step = f"times {ratio:.4g}, as the source scales attention by {scales[0]:.4g} and the target by {scales[1]:.4g}"

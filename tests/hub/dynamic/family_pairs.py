@@ -69,7 +69,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
     "translate: positions of the decoder": translate(
         edit(("places = torch.arange(seen, seen + length,", "places = torch.arange(length,")),
         "cached generation",
-        "generation with the cache is not generation without it",
+        "generation with the cache differs from generation without it",
     ),
     "translate: labels copied": translate(
         edit(("torch.cat([start, labels[:, :-1]], 1)", "labels")),
@@ -99,7 +99,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
     "translate: sizes": translate(
         [config(vocab_size=120)],
         "load",
-        r"sizes in config\.json are not those of the weights: .* is \(97, 32\) in the files",
+        r"sizes in config\.json differ from those of the weights: .* is \(97, 32\) in the files",
     ),
     "translate: beams on a cache that stays": translate(
         edit(
@@ -113,9 +113,9 @@ FAMILY_PAIRS: dict[str, Pair] = {
             after="\n\nclass Stays(EncoderDecoderCache):\n    def reorder_cache(self, beam_idx):\n        return None\n",
         ),
         "beams",
-        "it is not reordered",
+        "the cache is not reordered",
     ),
-    "pictures: other size": pictures(processor(size=32), "processor", "which the model refuses"),
+    "pictures: other size": pictures(processor(size=32), "processor", "on which forward raises"),
     "pictures: other names": pictures(
         edit_in(IMAGE, 'BatchFeature({"pixel_values"', 'BatchFeature({"images"'),
         "processor",
@@ -127,7 +127,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
         "lost",
     ),
     "pictures: red and blue exchanged": pictures(
-        edit_in(IMAGE, "[:, columns]", "[:, columns, ::-1]"), "processor", "makes other pixel_values", golden=True
+        edit_in(IMAGE, "[:, columns]", "[:, columns, ::-1]"), "processor", "returns other pixel_values", golden=True
     ),
     "pictures: rows mixed": pictures(
         edit(
@@ -156,7 +156,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
         "forward",
         "modeling_tiny.SEEN grows with every call",
     ),
-    "sound: other bins": sound(processor(feature_size=12), "processor", "which the model refuses"),
+    "sound: other bins": sound(processor(feature_size=12), "processor", "on which forward raises"),
     "sound: extractor that raises": sound(
         edit_in(SOUND, "        width = 2", "        width = self.lost\n        width = 2"), "processor", "lost"
     ),
@@ -185,13 +185,13 @@ FAMILY_PAIRS: dict[str, Pair] = {
     "loss doubled": loss(f"{LOSS} * 2", "the loss is 2 times"),
     "loss summed": loss(LOSS.replace("flatten())", "flatten(), reduction='sum')"), "the sum over the 17 labels"),
     "loss with a term of its own": loss(
-        f"{LOSS} + 0.01 * logits.square().mean()", "one of the model's own", status="warning"
+        f"{LOSS} + 0.01 * logits.square().mean()", "as a loss of its own it was not checked", status="warning"
     ),
     "loss divided twice": loss(
         f"{LOSS} / kwargs.get('num_items_in_batch', 1)", "with num_items_in_batch=34 the loss is"
     ),
     "golden without tokens": Pair(
-        [], golden_without("greedy."), "generation", "holds no tokens", golden=True, status="skipped"
+        [], golden_without("greedy."), "generation", "has no generated tokens", golden=True, status="skipped"
     ),
     "first token at other positions": Pair(
         [],
@@ -205,7 +205,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
             )
         ),
         "cached generation",
-        "the first token that generate makes has other logits than forward gives",
+        "generate computes other logits for the first token than forward does",
     ),
     "a number that is no tensor": Pair(
         extra("score", "pooled.mean().item()"),

@@ -105,7 +105,7 @@ FAULTS: dict[str, Fault] = {
     "init writes .data, 5.0": Fault(
         code((_INIT, "            module.weight.data.normal_(std=0.02)\n")),
         "weights",
-        "overwritten or initialised anew after loading",
+        "overwritten or initialised after loading",
         "AutoModel",
         {"releases": "5.0"},
     ),
@@ -125,7 +125,7 @@ FAULTS: dict[str, Fault] = {
             ),
         ),
         "weights",
-        r"anew after loading: (model\.)?layers\.0\.self_attn\.o_proj\.weight",
+        r"initialised after loading: (model\.)?layers\.0\.self_attn\.o_proj\.weight",
     ),
     "head untied": Fault(
         code(('    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}\n\n', "")),
@@ -136,12 +136,12 @@ FAULTS: dict[str, Fault] = {
         lambda folder: None, "tied", "they are two tensors", "AutoModelForCausalLM", {"releases": "5.3"}
     ),
     "saved tied, config untied": Fault(
-        config(tie_word_embeddings=False), "weights", r"not in the files, so started at random: lm_head\.weight"
+        config(tie_word_embeddings=False), "weights", r"not in the files, so initialised at random: lm_head\.weight"
     ),
     "missing tensor": Fault(
         tensors(lambda held: held.pop("model.layers.1.up_proj.bias")),
         "weights",
-        r"not in the files, so started at random: model\.layers\.1\.up_proj\.bias",
+        r"not in the files, so initialised at random: model\.layers\.1\.up_proj\.bias",
         "AutoModelForCausalLM",
     ),
     "unexpected tensor": Fault(
@@ -162,7 +162,7 @@ FAULTS: dict[str, Fault] = {
     "base_model_prefix": Fault(
         code(('base_model_prefix = "model"', 'base_model_prefix = "decoder"')),
         "weights",
-        "in the files under another prefix, so started at random",
+        "in the files under another prefix, so initialised at random",
         "^AutoModel$",
     ),
     "buffer that is not saved": Fault(
@@ -173,7 +173,7 @@ FAULTS: dict[str, Fault] = {
             )
         ),
         "buffers",
-        r"not what __init__ computes: (model\.)?table",
+        r"different from what __init__ computes: (model\.)?table",
     ),
     # code that does not load
     "module that is not there": Fault(code(before="import flash_attention_nine\n"), "load", "flash_attention_nine"),
@@ -188,7 +188,7 @@ FAULTS: dict[str, Fault] = {
     "class that is not there": Fault(
         auto_map_with(AutoModelForCausalLM="modeling_tiny.TinyForCausalLMs"), "load", "TinyForCausalLMs"
     ),
-    "leaves": Fault(code(before="import os\n\nos._exit(0)\n"), "load", r"left in the middle, as by os\._exit"),
+    "leaves": Fault(code(before="import os\n\nos._exit(0)\n"), "load", r"exited before it was done, as by os\._exit"),
     "hangs": Fault(
         code(before="import time\n\nwhile True:\n    time.sleep(0.1)\n"),
         "load",
@@ -226,7 +226,7 @@ FAULTS: dict[str, Fault] = {
         ),
         "side effects",
         r"the environment variable TINY; torch's random seed \(set to 0\); the random seed of Python's random; "
-        r"(?=.*Linear\.reset_parameters is another \(modeling_tiny\.py:7\))(?=.*Module\.tiny was added \(modeling_tiny\.py:8\))",
+        r"(?=.*Linear\.reset_parameters was replaced \(modeling_tiny\.py:7\))(?=.*Module\.tiny was added \(modeling_tiny\.py:8\))",
         "import and load",
     ),
     "seed in forward": Fault(
@@ -278,12 +278,12 @@ FAULTS: dict[str, Fault] = {
             )
         ),
         "cached generation",
-        "generation with the cache is not generation without it: at token 2",
+        "generation with the cache differs from generation without it: at token 2",
     ),
     "eager forgets the scaling": Fault(
         code(("key.transpose(2, 3) * scaling", "key.transpose(2, 3)")),
         "eager = sdpa",
-        "eager attention gives other outputs",
+        "eager attention gives different outputs",
     ),
     "weights read past the module": Fault(
         code(
@@ -345,7 +345,7 @@ FAULTS: dict[str, Fault] = {
             )
         ),
         "reload",
-        "tensors are not what was saved",
+        "tensors differ from those saved",
     ),
     "class that cannot be pickled": Fault(
         code(("self.scaling = ", "self.split = lambda y: y\n        self.scaling = ")),

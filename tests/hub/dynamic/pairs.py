@@ -89,7 +89,7 @@ def fuse(held: dict[str, torch.Tensor]) -> None:
         held[f"net.layers.{layer}.up_proj.weight"] = up.T.contiguous()
 
 
-NOT_FROM_FILES = "nothing shows that these come from the files"
+NOT_FROM_FILES = "not found to come from the files"
 WEIGHTS = {
     "keys that do not match": Pair(own_loading(), renamed(lambda n: f"net.{n}"), "weights", NOT_FROM_FILES),
     "half of the keys do not match": Pair(
@@ -105,17 +105,17 @@ WEIGHTS = {
         "weights",
         "up_proj.weight",
     ),
-    "initialised anew after loading": Pair(
+    "initialised after loading": Pair(
         own_loading(),
         edit(("        pass\n        return model", "        model.apply(model._init_weights)\n        return model")),
         "weights",
-        "initialised anew after loading",
+        "initialised after loading",
     ),
     "initialised anew in forward": Pair(
         edit(("        seen = past_key_values", "        self.norms = 2\n        seen = past_key_values")),
         edit(("self.norms = 2", "nn.init.ones_(self.layers[0].norm.weight)")),
         "forward",
-        "forward changes what was loaded",
+        "forward changes a loaded tensor",
     ),
 }
 
@@ -149,7 +149,7 @@ OUTPUTS = {
         edit(("        seen = past_key_values", LAZY + "        seen = past_key_values")),
         edit(("    def get_output_embeddings", ROUNDS)),
         "reload",
-        "tensors are not what was saved",
+        "tensors differ from those saved",
         ["outputs", "reload"],
     ),
     "pooled otherwise": Pair(
@@ -241,7 +241,7 @@ GENERATION = {
             )
         ),
         "cached generation",
-        "generation with the cache is not generation without it",
+        "generation with the cache differs from generation without it",
     ),
     "fewer positions than promised": Pair(
         [
@@ -251,7 +251,7 @@ GENERATION = {
         ],
         [config(max_position_embeddings=64)],
         "last position",
-        "the config promises 64 positions, but",
+        "the config allows 64 positions, but",
     ),
     "beams on a cache that stays": Pair(
         [
@@ -265,7 +265,7 @@ GENERATION = {
         ],
         edit(("        return super().reorder_cache(beam_idx)\n", "        return None\n")),
         "beams",
-        "it is not reordered",
+        "the cache is not reordered",
     ),
     "static cache": Pair(
         edit(("    _supports_sdpa = True\n", "    _supports_sdpa = True\n    _can_compile_fullgraph = True\n")),
@@ -277,7 +277,7 @@ GENERATION = {
             )
         ),
         "static cache",
-        "generation with a static cache is not generation with a dynamic one",
+        "generation with a static cache differs from generation with a dynamic one",
     ),
     "embeddings scaled for ids only": Pair(
         edit(
@@ -291,7 +291,7 @@ GENERATION = {
             ("inputs_embeds = self.embed_tokens(input_ids)", "inputs_embeds = self.embed_tokens(input_ids) * 2"),
         ),
         "inputs_embeds",
-        "inputs_embeds of the same tokens give other outputs",
+        "inputs_embeds of the same tokens give different outputs",
     ),
     "does not end at eos": Pair(
         [generation_config(eos_token_id=list(range(48)), num_beams=2, num_return_sequences=2)],
@@ -302,7 +302,7 @@ GENERATION = {
             )
         ),
         "generation config",
-        "generate goes on after the eos token",
+        "generate continues after the eos token",
     ),
     "other generation config than recorded": Pair(
         [generation_config(no_repeat_ngram_size=1)],
@@ -327,7 +327,7 @@ GENERATION = {
         [],
         edit(('_no_split_modules = ["TinyBlock"]', '_no_split_modules = ["TinyLayer"]')),
         "no split",
-        "names TinyLayer, and no module",
+        "names TinyLayer, but the model has no module",
         ["outputs", "placement"],
     ),
 }
@@ -398,7 +398,7 @@ UNUSUAL_INPUTS = {
             )
         ),
         "forward",
-        "no inputs could be made up for a model that takes series",
+        "no inputs could be generated for a model that takes series",
         status="skipped",
     ),
 }
@@ -522,7 +522,7 @@ TRAINING = {
             )
         ),
         "resize",
-        "the head is left behind",
+        "the head was not resized",
         [
             *TRAINS,
             config(tie_word_embeddings=False),

@@ -95,7 +95,7 @@ ERRORS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], str]] = {
     "tokenizer entry": (
         configured("tokenizer_config.json", auto_map={"AutoTokenizer": "tokenization_tinymany.TinymanyTokenizer"}),
         load_tokenizer,
-        r"auto_map\.AutoTokenizer in tokenizer_config\.json is a text: write a pair",
+        r"auto_map\.AutoTokenizer in tokenizer_config\.json is a string: write a pair",
     ),
     "class without its file": (
         configured("tokenizer_config.json", auto_map={"AutoTokenizer": ["TinymanyTokenizer", None]}),

@@ -90,7 +90,7 @@ def test_nothing_is_recorded_of_a_folder_that_is_not_whole(tmp_path: Path) -> No
 )
 def test_something_else_is_no_golden_file(tensors: dict, metadata: dict | None, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "golden.safetensors", metadata=metadata)
-    with pytest.raises(CheckpointError, match=r"golden\.safetensors: .*record it anew"):
+    with pytest.raises(CheckpointError, match=r"golden\.safetensors: .*record it again"):
         read_golden(tmp_path / "golden.safetensors")
 
 
@@ -103,7 +103,7 @@ def test_releases_by_minor_patch_and_word() -> None:
     assert [release.transformers for release in resolve(["latest"])] == [list(RELEASES.values())[-1][0]]
     assert [release.transformers for release in resolve("all,5.3")] == [row[0] for row in RELEASES.values()]
     for wrong in ("4.55", "6.0", "five", "5.0.0.1", ""):
-        with pytest.raises(ValueError, match=r"no supported transformers release: name one from 4\.56 to 5\.\d+"):
+        with pytest.raises(ValueError, match=r"not a supported transformers release: name one from 4\.56 to 5\.\d+"):
             resolve(wrong)
     assert all(row[0].startswith(f"{minor}.") for minor, row in RELEASES.items())
 
@@ -138,7 +138,7 @@ def test_one_crash_is_reported_once(tmp_path: Path) -> None:
     checks = checks_of_run(run_of(*events), tmp_path, "")
     told = [check for check in checks if "not run, because the process of its stage" not in check.what]
     assert names(told) == [("side effects", "skipped"), ("forward", "failed"), ("backward", "skipped")]
-    assert "ends as that of 'forward' does" in checks[0].what
+    assert "ended for the same reason as that of 'forward'" in checks[0].what
     events[0] = {"begin": "reload", "where": "AutoModel"}  # nothing that the others depend on
     told = [check for check in checks_of_run(run_of(*events), tmp_path, "") if "not run" not in check.what]
     assert names(told) == [("side effects", "skipped"), ("reload", "failed"), ("backward", "failed")]
@@ -234,7 +234,7 @@ def test_a_report_that_the_code_meddled_with_is_a_failure_and_raises_nothing(tmp
         WRITES,
     ):
         (check,) = checks_of_run(run_of(forged), tiny_repo(tmp_path / str(len(list(tmp_path.iterdir())))), "AutoModel")
-        assert (check.name, check.status) == ("clean process", "failed") and "makes no sense" in check.what
+        assert (check.name, check.status) == ("clean process", "failed") and "is invalid" in check.what
 
 
 def test_what_follows_from_wrong_weights_is_no_news(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_the_last_line_and_the_exit_code_say_what_was_left_out(
         assert cli.main(["verify", str(tmp_path), *options]) == status
     assert "left out: forward (AutoModel)" in capsys.readouterr().out
     monkeypatch.setattr("mymodels.hub.testing.verify", lambda path, **how: found)
-    with pytest.raises(AssertionError, match="forward was left out: no inputs could be made up"):
+    with pytest.raises(AssertionError, match="forward was skipped: no inputs could be made up"):
         check_repo("me/model")
     assert check_repo("me/model", allow_skipped=True) is found
 
@@ -413,7 +413,7 @@ def test_an_adapter_is_read_only_and_the_verdict_says_so(tmp_path: Path) -> None
     (tmp_path / "adapter_config.json").write_text("{}")
     found = verify(tmp_path)
     assert not found.complete and [check.name for _, check in found.skipped] == ["load"]
-    assert "no model to run" in found.skipped[0][1].what
+    assert "without a model to run" in found.skipped[0][1].what
 
 
 def test_a_golden_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_check_repo_raises_the_failing_lines(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(AssertionError) as raised:
         check_repo("me/model")
     assert str(raised.value).splitlines() == [
-        "me/model does not hold what it promises:",
+        "me/model fails verification:",
         "golden [transformers 4.57.6]: logits [differ] (AutoModel); look",
     ]
     held = FOUND._replace(runs={})
@@ -495,11 +495,11 @@ def test_draws_are_no_change_of_the_process_a_seed_is_one() -> None:
     with torch.random.fork_rng():
         python, array = random.getstate(), np.random.get_state()
         try:
-            states = side_effects.seed_all()
+            states = side_effects.set_probe_seeds()
             torch.rand(3), [random.random() for _ in range(2000)], np.random.rand(1000)
-            assert side_effects.reseeded(states) == []
+            assert side_effects.reseeded_generators(states) == []
             torch.manual_seed(7), random.seed(7), np.random.seed(7)
-            assert side_effects.reseeded(states) == [
+            assert side_effects.reseeded_generators(states) == [
                 "torch's random seed (set to 7)",
                 "the random seed of Python's random",
                 "NumPy's random seed",
@@ -510,22 +510,24 @@ def test_draws_are_no_change_of_the_process_a_seed_is_one() -> None:
 
 
 def test_settings_and_what_is_exchanged_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, foreign = side_effects.snapshot(), side_effects.foreign_objects()
-    assert side_effects.changes(before, side_effects.snapshot()) == side_effects.replaced(foreign) == []
+    before, foreign = side_effects.snapshot(), side_effects.library_objects()
+    assert (
+        side_effects.changed_settings(before, side_effects.snapshot()) == side_effects.replaced_objects(foreign) == []
+    )
     monkeypatch.setenv("TINY_SECRET", "do not show me")
     monkeypatch.setattr(nn.functional, "gelu", torch.relu)
     monkeypatch.setitem(transformers.activations.ACT2CLS, "relu", nn.Tanh)
     torch.set_default_dtype(torch.float64)
     try:
-        assert side_effects.changes(before, side_effects.snapshot()) == [
+        assert side_effects.changed_settings(before, side_effects.snapshot()) == [
             "the environment variable TINY_SECRET",
             "torch's default dtype (torch.float32 became torch.float64)",
         ]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert side_effects.replaced(foreign) == [
-        "torch.nn.functional.gelu is another",
-        "transformers.activations.ACT2CLS['relu'] is another",
+    assert side_effects.replaced_objects(foreign) == [
+        "torch.nn.functional.gelu was replaced",
+        "transformers.activations.ACT2CLS['relu'] was replaced",
     ]
 
 

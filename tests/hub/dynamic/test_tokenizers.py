@@ -69,10 +69,20 @@ def outcome(folder: Path, model: Any, tokenizer: Any, recorded: dict | None = No
         (lambda: t5(decoder_start_token_id=7), {}, "failed", "decoder_start_token_id is 7 .* no special token"),
         (gpt2, {"words": [*WORDS, *(f"w{i}" for i in range(90))]}, "failed", "tokens, the model's vocab_size is 97"),
         (gpt2, {"chat_template": TEMPLATE}, "ok", ""),
-        (gpt2, {"chat_template": "Hello{% for m in messages %}{{ m.role }}{% endfor %}"}, "failed", "leaves out what"),
-        (gpt2, {"chat_template": "{{ messages[0].content[0].text.nothing.more }}"}, "failed", "fails on a message"),
+        (
+            gpt2,
+            {"chat_template": "Hello{% for m in messages %}{{ m.role }}{% endfor %}"},
+            "failed",
+            "leaves out the user's message",
+        ),
+        (
+            gpt2,
+            {"chat_template": "{{ messages[0].content[0].text.nothing.more }}"},
+            "failed",
+            "fails on a user's message",
+        ),
         (gpt2, {"chat_template": "{{ messages[-1].content }}"}, "ok", ""),
-        (gpt2, {"chat_template": "{{ messages[0].content }}"}, "failed", "leaves out what the user says last"),
+        (gpt2, {"chat_template": "{{ messages[0].content }}"}, "failed", "leaves out the user's last message"),
         (
             gpt2,
             {"chat_template": "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE},
@@ -121,7 +131,7 @@ def test_what_the_processor_makes_the_model_takes(tmp_path: Path, size: int, sta
     config = transformers.ViTConfig(image_size=size, patch_size=8, **sizes)
     check = tried(tmp_path, transformers.ViTModel(config).eval())
     assert check.status == status, check.what
-    assert status == "ok" or "pixel_values of shape (2, 3, 32, 32), which the model refuses" in check.what
+    assert status == "ok" or "pixel_values of shape (2, 3, 32, 32), on which forward raises" in check.what
 
 
 @pytest.mark.parametrize(("bins", "status"), [(80, "ok"), (40, "failed")])
@@ -137,7 +147,7 @@ def test_sounds_too(tmp_path: Path, bins: int, status: str) -> None:
 
 
 def test_a_token_that_sees_the_next_one_is_named() -> None:
-    assert causality.sees_later(gpt2()) == ""
+    assert causality.future_leak(gpt2()) == ""
     model = gpt2()
     plain = model.transformer.forward
 
@@ -147,13 +157,17 @@ def test_a_token_that_sees_the_next_one_is_named() -> None:
         return made
 
     model.transformer.forward = leaking
-    assert "the mask is not causal" in causality.sees_later(model)
+    assert "the mask is not causal" in causality.future_leak(model)
 
 
 def test_what_peft_takes_has_a_name() -> None:
-    from mymodels.hub.isolated.facts import _is_head, targets
+    from mymodels.hub.isolated.facts import _is_head, target_module_names
 
-    assert targets(["model.layers.0.mlp.0", "model.layers.0.mlp.2", "a.q_proj"]) == ["mlp.0", "mlp.2", "q_proj"]
+    assert target_module_names(["model.layers.0.mlp.0", "model.layers.0.mlp.2", "a.q_proj"]) == [
+        "mlp.0",
+        "mlp.2",
+        "q_proj",
+    ]
     model = bert().base_model
     with_head = transformers.BertForSequenceClassification(model.config)
     heads = [n for n, m in with_head.named_modules() if isinstance(m, torch.nn.Linear) and _is_head(with_head, n, m)]
@@ -171,6 +185,6 @@ def test_a_vocabulary_of_other_ids_is_found_where_no_recorded_text_shows_it(tmp_
     assert outcome(tmp_path / "longer", gpt2(), make_tokenizer([*WORDS, "more"]), recorded).status == "ok"
     exchanged = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
     check = outcome(tmp_path / "exchanged", gpt2(), make_tokenizer(exchanged), recorded)
-    assert check.status == "failed" and "have other ids now" in check.what
+    assert check.status == "failed" and "recorded tokens differ" in check.what
     older = {"tokens": {name: recorded["tokens"][name] for name in ("text", "ids")}}
     assert outcome(tmp_path / "older", gpt2(), make_tokenizer(exchanged), older).status == "ok"

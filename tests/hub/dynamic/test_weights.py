@@ -45,9 +45,9 @@ TWO = {"wanted": True, "tied": False, "head": ["lm_head.weight"]}
 @pytest.mark.parametrize(
     ("changes", "main", "check", "status", "says"),
     [
-        ({}, True, "weights", "ok", "31 tensors are bit for bit"),
+        ({}, True, "weights", "ok", "31 tensors equal those of the files bit for bit"),
         ({}, True, "tied", "ok", "head and embeddings are one tensor"),
-        ({"replaced": {NORM: torch.zeros(32)}}, True, "weights", "failed", f"initialised anew after loading: {NORM}"),
+        ({"replaced": {NORM: torch.zeros(32)}}, True, "weights", "failed", f"initialised after loading: {NORM}"),
         (
             {"replaced": {NORM: weights()[NORM].half()}},
             True,
@@ -55,7 +55,7 @@ TWO = {"wanted": True, "tied": False, "head": ["lm_head.weight"]}
             "failed",
             f"loaded as float16, but float32 in the files: {NORM}",
         ),
-        ({"missing": [NORM]}, True, "weights", "failed", f"not in the files, so started at random: {NORM}"),
+        ({"missing": [NORM]}, True, "weights", "failed", f"not in the files, so initialised at random: {NORM}"),
         ({"missing": [NORM]}, False, "weights", "warning", f"needs training first: {NORM}"),
         ({"missing": ["score.weight"]}, False, "weights", "ok", "needs training first: score.weight"),
         ({"unexpected": ["x"]}, True, "weights", "failed", "in the files but not in the model: x"),
@@ -68,7 +68,13 @@ TWO = {"wanted": True, "tied": False, "head": ["lm_head.weight"]}
             "failed",
             "left on the meta device, without data: model.table",
         ),
-        ({"replaced": {"new.weight": torch.zeros(1)}}, True, "weights", "failed", "so started at random: new.weight"),
+        (
+            {"replaced": {"new.weight": torch.zeros(1)}},
+            True,
+            "weights",
+            "failed",
+            "so initialised at random: new.weight",
+        ),
         ({"tie": TWO, "missing": ["lm_head.weight"]}, True, "tied", "failed", "they are two tensors"),
         ({"tie": TWO, "missing": ["lm_head.weight"]}, True, "weights", "ok", "bit for bit"),
         ({"tie": TWO | {"wanted": False, "tied": True}}, True, "tied", "failed", "they are one tensor"),
@@ -79,7 +85,7 @@ TWO = {"wanted": True, "tied": False, "head": ["lm_head.weight"]}
             True,
             "buffers",
             "failed",
-            "not what __init__ computes: b",
+            "different from what __init__ computes: b",
         ),
         ({"fresh_error": "TypeError: x"}, True, "buffers", "failed", "cannot be built: TypeError: x"),
     ],
@@ -96,11 +102,14 @@ def test_converted_tensors_are_shown_to_come_from_the_files(files: Files) -> Non
     loaded = event(more={"model.fused": event()["tensors"][NORM] | {"digest": "f"}})
     del loaded["tensors"][NORM]  # it went into the fused one
     (first, *_) = compare_weights(loaded, files, True)
-    assert first.status == "failed" and "nothing shows that these come from the files: model.fused" in first.what
-    assert f"while the files' {NORM} are not used" in first.what and "strict=False" in first.remedy
+    assert first.status == "failed" and "not found to come from the files: model.fused" in first.what
+    assert f"while {NORM} of the files are not used" in first.what and "strict=False" in first.remedy
     shown = {"random": [], "unmoved": []}  # loaded again it follows the files, and not the seed
     (first, *_) = compare_weights(loaded | {"origins": shown}, files, True)
-    assert first.status == "warning" and "a conversion, so not compared bit for bit: model.fused" in first.what
+    assert (
+        first.status == "warning"
+        and "converted from tensors of the files, so not compared bit for bit: model.fused" in first.what
+    )
     for wrong in ({"random": ["model.fused"]}, {"unmoved": ["model.fused"]}, {"error": "too large"}):
         (first, *_) = compare_weights(loaded | {"origins": wrong if "error" in wrong else shown | wrong}, files, True)
         assert first.status == "failed" and "nothing shows" in first.what
