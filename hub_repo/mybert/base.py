@@ -4,6 +4,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -172,7 +173,7 @@ def make_norm(kind: str, width: int, epsilon: float) -> nn.Module:
 
 def own_layers(layers: Any, depth: int | None = None) -> list[Any]:
     """Those of the first `depth` layers that run here: not the placeholders for other stages of a pipeline."""
-    return [layer for layer in layers[:depth] if not is_elsewhere(layer)]
+    return [layer for layer in islice(layers, depth) if not is_elsewhere(layer)]  # `layers[:depth]` makes a module
 
 
 def keep_last(count: int, states: list[torch.Tensor], state: torch.Tensor) -> list[torch.Tensor]:
@@ -195,8 +196,9 @@ def hooks_everywhere() -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling this module does more than its class's `forward`: hooks of its own, a replaced `forward`."""
-    own = vars(module)
-    return "forward" in own or any(own.get(hooks) for hooks in HOOKS)
+    own = vars(module)  # each of HOOKS by name: asked of every module at each call
+    hooks = own.get("_forward_hooks") or own.get("_forward_pre_hooks")
+    return bool("forward" in own or hooks or own.get("_backward_hooks") or own.get("_backward_pre_hooks"))
 
 
 def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:

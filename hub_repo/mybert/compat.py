@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ATTENTION_FU
 
 def readable() -> bool:
     """Whether values of tensors may be looked at: not while a graph is captured, nor under `torch.func`'s transforms."""
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not under_transform()
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _interpreter() is None
 
 
 def under_transform() -> bool:

@@ -25,7 +25,7 @@ from .heads import MyBertLMPredictionHead, MyBertOnlyMLMHead, PooledHead, SpanHe
 from .losses import classification_loss  # noqa: F401  what siblings need is imported here too, for releases up to 5.6
 from .padding import lengths_in_rows, sequence_ids_in_rows, skips_padding
 from .pooling import POOLINGS, MyBertLayerMix, pool
-from .tokenwise import is_tokenwise  # noqa: F401
+from .tokenwise import calls_of_class  # noqa: F401
 from .vllm_adapter import adapt_encoder, pools_for_vllm, served_class
 
 

@@ -56,69 +56,106 @@ NODES += (
 NODES += (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
 
 
-def treats_tokens_alone(module: nn.Module) -> bool:
-    """Whether this module's own `forward` is known to give each token the same, whatever stands beside it."""
-    # FSDP makes a class of its own from each it shards
-    kind = next(base for base in type(module).__mro__ if not base.__module__.startswith("torch.distributed."))
-    if (
-        kind in TOKENWISE
-        or kind in CONTAINERS
-        or isinstance(module, nn.Identity)
-        or kind.__module__.startswith(ADAPTED)
-    ):
-        return True
+def treats_tokens_alone(module: nn.Module, calls: frozenset[str]) -> bool:
+    """Whether all that it calls (`calls_of_class`) are its own modules and methods of its class, and none is patched."""
+    own, kind = vars(module), type(module)
+    return all(name in own["_modules"] or (name not in own and hasattr(kind, name)) for name in calls)
+
+
+def calls_of_class(kind: type) -> frozenset[str] | None:
+    """What the `forward` of a class calls of `self`, modules and methods, by name.
+
+    None if `forward`, or one of these methods, is not known to give each token the same, whatever stands beside it.
+    Only what is read from sources is cached: a class may be given another method at any time.
+    """
+    kind = _without_wrappers(kind)
+    if _is_known(kind):
+        return frozenset()
     forward: Any = getattr(kind, "forward")  # noqa: B009  unknown to mypy
     if forward is nn.Module.forward:  # a container, which is not called
-        return True
-    return is_tokenwise(forward, kind)
+        return frozenset()
+    return calls_of_method(forward, kind)
 
 
 @functools.cache
-def is_tokenwise(forward: Callable, kind: type) -> bool:
-    """Whether nothing in the source of `forward`, of class `kind`, could mix tokens: no indices, no sums, no products of
-    two tensors' matrices, no calls but of modules and of `FUNCTIONS`. Without source: no.
+def _without_wrappers(kind: type) -> type:
+    """The class itself, where FSDP has made one of its own from each that it shards."""
+    return next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
+
+
+@functools.cache
+def _is_known(kind: type) -> bool:
+    return kind in TOKENWISE | CONTAINERS or issubclass(kind, nn.Identity) or kind.__module__.startswith(ADAPTED)
+
+
+def calls_of_method(method: Callable, kind: type) -> frozenset[str] | None:
+    """The same for a method of class `kind`: None if anything in its source could mix tokens, or if it has none.
+
+    Such are indices, sums, products of two tensors' matrices, and calls of anything but modules, methods that could not
+    either, and `FUNCTIONS`.
     """
+    found: set[str] = set()
+    functions: list[Any] = [method]
+    while functions:
+        calls = _calls_in_source(functions.pop())
+        if calls is None:
+            return None
+        called = (getattr(kind, name, None) for name in calls - found)
+        functions += [function for function in called if function is not None]  # else it is a module
+        found |= calls
+    return frozenset(found)
+
+
+@functools.cache
+def _calls_in_source(function: Any) -> frozenset[str] | None:
+    """What `function` calls of `self`, modules and methods, by name; None if anything else in its source could mix tokens."""
+    if not inspect.isfunction(function):
+        return None
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError, IndentationError):
-        return False
-    (function,) = tree.body
-    if not isinstance(function, ast.FunctionDef):
-        return False
-    return all(_is_allowed(statement, kind) for statement in function.body)
+        return None
+    (definition,) = tree.body
+    if not isinstance(definition, ast.FunctionDef) or not all(map(_is_allowed, definition.body)):
+        return None
+    calls = (node.func for node in ast.walk(definition) if isinstance(node, ast.Call))
+    return frozenset(call.attr for call in calls if isinstance(call, ast.Attribute) and _is_self(call.value))
 
 
-def _is_allowed(node: ast.AST, kind: type) -> bool:
+def _is_allowed(node: ast.AST) -> bool:
     if isinstance(node, ast.Expr):  # a docstring, or a check
-        return _is_allowed(node.value, kind)
+        return _is_allowed(node.value)
     if isinstance(node, ast.Subscript):  # of a shape only
         return isinstance(node.value, ast.Attribute) and node.value.attr == "shape"
     if isinstance(node, ast.Attribute):
-        return node.attr not in ("T", "mT", "H", "mH") and _is_allowed(node.value, kind)
+        return node.attr not in ("T", "mT", "H", "mH") and _is_allowed(node.value)
     if isinstance(node, ast.Call):
         parts = [*node.args, *node.keywords]
-        return _may_call(node, kind) and all(_is_allowed(part, kind) for part in parts)
+        return _may_call(node) and all(_is_allowed(part) for part in parts)
     if isinstance(node, ast.Assign | ast.AugAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         if not all(isinstance(target, ast.Name | ast.Tuple) for target in targets):  # would be seen from outside
             return False
     if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.MatMult):
         return False
-    return isinstance(node, NODES) and all(_is_allowed(child, kind) for child in ast.iter_child_nodes(node))
+    return isinstance(node, NODES) and all(_is_allowed(child) for child in ast.iter_child_nodes(node))
 
 
-def _may_call(node: ast.Call, kind: type) -> bool:
+def _may_call(node: ast.Call) -> bool:
     function = node.func
     if isinstance(function, ast.Name):
         over_layers = function.id == "sum" and isinstance(node.args[0], ast.GeneratorExp)
         return over_layers or function.id in FUNCTIONS
     if not isinstance(function, ast.Attribute):
         return False
-    if isinstance(function.value, ast.Name) and function.value.id == "self":  # a module, or a method
-        method = next((vars(base)[function.attr] for base in kind.__mro__ if function.attr in vars(base)), None)
-        return method is None or (inspect.isfunction(method) and is_tokenwise(method, kind))
-    if isinstance(function.value, ast.Attribute) and getattr(function.value.value, "id", None) == "self":
+    if _is_self(function.value):  # a module, or a method, which is looked at by itself
+        return True
+    if isinstance(function.value, ast.Attribute) and _is_self(function.value.value):
         return True  # of a parameter, which has no tokens, or of a module
     if function.attr == "transpose":  # heads and tokens, for attention
         return [getattr(argument, "value", None) for argument in node.args] == [1, 2]
-    return function.attr in FUNCTIONS or (function.attr in METHODS and _is_allowed(function.value, kind))
+    return function.attr in FUNCTIONS or (function.attr in METHODS and _is_allowed(function.value))
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"

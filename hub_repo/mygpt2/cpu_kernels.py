@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from .base import hooks_everywhere, is_hooked
 from .compat import readable
-from .tokenwise import ACTIVATIONS, TOKENWISE, is_tokenwise
+from .tokenwise import ACTIVATIONS, TOKENWISE, calls_of_method, treats_tokens_alone
 
 # GPT-2's and the original BERT's GELU by one kernel; transformers writes the same formula out in eight steps
 FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
@@ -31,6 +31,8 @@ def make_activation(name: str) -> nn.Module:
 
 
 def one_dnn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if not weight.is_contiguous() and not weight.t().is_contiguous():
+        weight = weight.contiguous()  # oneDNN has no fast kernel for a slice: 600 times slower (torch 2.13)
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
@@ -84,7 +86,7 @@ def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
     return recordable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
 
 
-def _is_large(weight: Any, least: int = 1 << 17) -> bool:
+def _is_large(weight: Any, least: int = 1 << 19) -> bool:
     """Whether oneDNN gains more than its own start takes; and not quantised, distributed, pruned, …"""
     return type(weight) is nn.Parameter and weight.numel() >= least and weight.dtype is torch.float32
 
@@ -112,7 +114,13 @@ class OneDnnLinear(TorchFunctionMode):
 
 
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_MODE, _STATE = OneDnnLinear(), threading.local()
+
+
+class _State(threading.local):
+    active = False  # whether the mode is, in this thread
+
+
+_MODE, _STATE = OneDnnLinear(), _State()
 
 
 def linear_by_onednn(forward: Callable) -> Callable:
@@ -125,7 +133,9 @@ def linear_by_onednn(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def fast(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        states = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        states = args[0] if args else None
+        if not isinstance(states, torch.Tensor):
+            states = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
         if states is None or not _gains(self, states):
             return forward(self, *args, **kwargs)
         _STATE.active = True
@@ -140,17 +150,18 @@ def linear_by_onednn(forward: Callable) -> Callable:
 
 def _gains(module: nn.Module, states: torch.Tensor) -> bool:
     """Whether the mode is allowed here, not active yet, and pays for a `forward` whose first tensor is `states`."""
-    if not ONE_DNN or not recordable() or getattr(_STATE, "active", False) or not torch.backends.mkldnn.enabled:
+    if not ONE_DNN or not recordable() or _STATE.active or not torch.backends.mkldnn.enabled:
         return False
-    if states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not states.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     if not few_rows(states):
         return True
-    least = 1 << 21 if states.shape[:-1].numel() == 1 else 1 << 17  # with one row oneDNN gains less
-    return any(
-        isinstance(layer, nn.Linear) and _is_large(layer._parameters.get("weight"), least)
-        for layer in (module, *module._modules.values())
-    )
+    # a product of at least so many elements gains more than the mode takes (torch 2.13, AMD EPYC)
+    least = max(1 << 19, min(1 << 21, (1 << 25) // max(1, states.shape[:-1].numel())))
+    for layer in (module, *module._modules.values()):
+        if isinstance(layer, nn.Linear) and _is_large(layer._parameters.get("weight"), least):
+            return True
+    return False
 
 
 def few_rows(states: torch.Tensor) -> bool:
@@ -203,12 +214,16 @@ def in_cache(method: Callable) -> Callable:
 
 
 def _may_split(layer: Any, method: Callable) -> bool:
-    if hooks_everywhere() or not is_tokenwise(method, type(layer)):
+    calls = calls_of_method(method, type(layer))
+    if hooks_everywhere() or calls is None or not treats_tokens_alone(layer, calls):
         return False
     for part in (layer.intermediate, layer.output):
         for module in part.modules():
-            known = type(module) in TOKENWISE or (module is part and is_tokenwise(type(part).forward, type(part)))
-            if not known or is_hooked(module):
+            kind = type(module)
+            calls = frozenset() if kind in TOKENWISE else None
+            if module is part:
+                calls = calls_of_method(kind.forward, kind)
+            if calls is None or is_hooked(module) or not treats_tokens_alone(module, calls):
                 return False
     return True
 

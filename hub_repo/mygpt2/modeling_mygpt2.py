@@ -31,7 +31,7 @@ from .cpu_kernels import dense_mlp, gated_mlp, linear_by_onednn, make_activation
 from .heads import LastTokenHead, make_classifier
 from .losses import causal_lm_loss, next_labels, soft_cap
 from .padding import may_skip_padding, skips_padding
-from .tokenwise import is_tokenwise  # noqa: F401  a file that others need has to be imported here, for older releases
+from .tokenwise import calls_of_class  # noqa: F401  a file that others need has to be imported here, for older releases
 from .vllm_adapter import adapt_decoder, pools_for_vllm
 
 

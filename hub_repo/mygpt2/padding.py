@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import HOOKS, hooks_everywhere
+from .base import HOOKS, hooks_everywhere, is_hooked
 from .compat import EXPORTING, readable
-from .tokenwise import treats_tokens_alone
+from .tokenwise import calls_of_class, treats_tokens_alone
 
 
 def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ def may_skip_padding(
         return wanted
     if labels is None or counts_padding(labels, attention_mask):
         return False
-    return not hooks_everywhere() and not any(is_watched(module) for module in model.modules())
+    return not hooks_everywhere() and not any(map(is_watched, _modules_of(model)))
 
 
 class Packing:
@@ -169,6 +169,8 @@ def _made_by(function: Any) -> str:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody might see how tokens are laid out: hooks, or a replaced `forward`, by others than `NOT_LOOKING`."""
+    if not is_hooked(module):
+        return False
     own = vars(module)
     for hooks in HOOKS:
         if own.get(hooks) and not all(_made_by(hook).startswith(NOT_LOOKING) for hook in own[hooks].values()):
@@ -187,18 +189,40 @@ def is_watched(module: nn.Module) -> bool:
     return replaced_before or any(not type(part).__module__.startswith("accelerate.") for part in parts if part)
 
 
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """`model.modules()`, without their names, which take most of its time."""
+    found, seen = [model], {model}
+    for module in found:  # which grows
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                found.append(child)
+                seen.add(child)
+    return found
+
+
 def takes_packed(model: nn.Module) -> bool:
     """Whether each module of `model` computes each token by itself, and nobody sees how they are laid out.
 
-    A `pooler` is called with padding, outside.
+    Looked at anew at each call, since any module may be hooked, patched or replaced. A `pooler` is called with padding,
+    outside.
     """
     if hooks_everywhere():
         return False
     pooler = getattr(model, "pooler", None)
-    apart = {model, *(pooler.modules() if isinstance(pooler, nn.Module) else ())}
-    return not any(is_watched(module) for module in model.modules()) and all(
-        module in apart or treats_tokens_alone(module) for module in model.modules()
-    )
+    apart = {model, *(_modules_of(pooler) if isinstance(pooler, nn.Module) else ())}
+    calls: dict[type, frozenset[str] | None] = {}
+    for module in _modules_of(model):
+        if is_watched(module):
+            return False
+        if module in apart:
+            continue
+        kind = type(module)
+        if kind not in calls:
+            calls[kind] = calls_of_class(kind)
+        called = calls[kind]
+        if called is None or (called and not treats_tokens_alone(module, called)):
+            return False
+    return True
 
 
 def skips_padding(forward: Callable | None = None, *, right_padded: bool = False) -> Any:
