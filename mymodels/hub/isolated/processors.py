@@ -10,7 +10,7 @@ import transformers
 
 from .comparing import run_model
 from .generating import generate
-from .inputs import generates, max_positions, wave
+from .inputs import accepted_inputs, generates, max_positions, wave
 from .load_repo import accepts, place_of_forward
 from .stages import innermost, sentence
 
