@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel
 from mymodels.checkpoints import CheckpointError, check_checkpoint, open_checkpoint
 from mymodels.checkpoints.converting import convert_checkpoint
 from mymodels.checkpoints.inspecting import inspect_checkpoint
+from mymodels.extras import install_command
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KERNELS = ("query", "key", "value", "dense")
@@ -226,6 +227,6 @@ def test_without_the_library_the_extra_is_named(
         b"\x89HDF\r\n\x1a\n" + bytes(600) if extra == "h5" else b"\x81\xa1a\xc7\x01\x01" + bytes(9)
     )
     monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(CheckpointError, match=rf"mymodels\[{extra}\]") as caught:
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path / name)
-    one_sentence(caught.value, name)
+    assert install_command(extra) in one_sentence(caught.value, name)

@@ -60,7 +60,11 @@ def desk(tmp_path_factory) -> Path:
     return desk
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if _runs(page) and page.suffixes != [".zh-CN", ".md"]], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if _runs(page) and page.suffixes != [".zh-CN", ".md"]],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_the_snippets_of_a_page_run(page: Path, desk: Path, tmp_path: Path) -> None:
     here = tmp_path / "here"
     shutil.copytree(desk, here)

@@ -127,7 +127,9 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path) -> None:
 def test_a_folder_that_vanished_comes_back(run, tmp_path) -> None:
     out, calls = tmp_path / "run", iter(range(100))
     trained = model()
-    trained.register_forward_pre_hook(lambda *_: shutil.rmtree(out, ignore_errors=True) if next(calls) == 4 else None)
+    trained.register_forward_pre_hook(  # the trial before training is in eval mode
+        lambda module, _: shutil.rmtree(out, ignore_errors=True) if module.training and next(calls) == 4 else None
+    )
     run(out, trained=trained)
     assert [path.name for path in checkpoint_dirs.list_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
 

@@ -73,12 +73,16 @@ def _constants(file: CodeFile) -> dict[str, str]:
     return {name: text for name, found in values.items() if len(found) == 1 and (text := found[0]) is not None}
 
 
+def _source(node: ast.AST) -> str:
+    """The start of an expression's source; only for what is reported, as it fails on nesting without end."""
+    return f"`{ast.unparse(node)[:60]}`"
+
+
 def _fixed_device(file: CodeFile, node: ast.AST, texts: dict[str, str]) -> tuple[str, bool]:
     """How an expression names a device, or nothing; and whether it runs elsewhere all the same."""
-    shown = f"`{ast.unparse(node)[:60]}`" if isinstance(node, (ast.Call, ast.Attribute, ast.Assign, _Function)) else ""
     if isinstance(node, ast.Attribute):
         dotted = file.dotted(node)
-        return (shown if _TYPE.match(dotted) or dotted == "torch.cuda.current_device" else ""), False
+        return (_source(node) if _TYPE.match(dotted) or dotted == "torch.cuda.current_device" else ""), False
     if isinstance(node, _Function):
         pairs = zip(reversed([*node.args.posonlyargs, *node.args.args]), reversed(node.args.defaults))
         given = [*pairs, *zip(node.args.kwonlyargs, node.args.kw_defaults)]
@@ -86,13 +90,13 @@ def _fixed_device(file: CodeFile, node: ast.AST, texts: dict[str, str]) -> tuple
         return (f"the default of `{fixed[0]}`" if fixed else ""), False
     if isinstance(node, ast.Assign):
         of_self = any(isinstance(goal, ast.Attribute) and goal.attr.endswith("device") for goal in node.targets)
-        return (shown if of_self and _is_fixed(node.value, {}) else ""), False
+        return (_source(node) if of_self and _is_fixed(node.value, {}) else ""), False
     if not isinstance(node, ast.Call):
         return "", False
-    return _fixed_by_call(file, node, texts, shown)
+    return _fixed_by_call(file, node, texts)
 
 
-def _fixed_by_call(file: CodeFile, call: ast.Call, texts: dict[str, str], shown: str) -> tuple[str, bool]:
+def _fixed_by_call(file: CodeFile, call: ast.Call, texts: dict[str, str]) -> tuple[str, bool]:
     func = call.func
     attr = func.attr if isinstance(func, ast.Attribute) else ""
     dotted = file.dotted(func)
@@ -100,22 +104,22 @@ def _fixed_by_call(file: CodeFile, call: ast.Call, texts: dict[str, str], shown:
     first = named.get("device_type", call.args[0] if call.args else None)
     if _AUTOCAST.search(dotted):
         fixed = ".cuda.amp." in dotted or _is_fixed(first, texts)
-        return (shown if fixed and constant(named.get("enabled")) is not False else ""), True
+        return (_source(call) if fixed and constant(named.get("enabled")) is not False else ""), True
     if attr in ("cuda", "xpu", "npu", "hpu") and not dotted.startswith(("torch.", f"{attr}.")):
-        return shown, False
+        return _source(call), False
     if _ONLY_THERE.match(dotted):
-        return shown, False
+        return _source(call), False
     if attr == "type" and isinstance(text := constant(first), str) and _TYPE.match(text):
-        return shown, False
+        return _source(call), False
     given = [named["device"]] if "device" in named else []
     if attr in ("to", "to_empty", "move_to_device") or dotted in ("torch.device", "torch.set_default_device"):
         given += call.args[:1]
     for value in given:
         if _is_fixed(value, texts):
-            return shown, False
+            return _source(call), False
         number = constant(value)
         if attr == "to" and isinstance(number, int) and not isinstance(number, bool):
-            return shown, False
+            return _source(call), False
     return "", False
 
 

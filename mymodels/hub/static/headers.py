@@ -18,6 +18,8 @@ def tensor_headers(folder: Folder) -> Mapping[str, TensorInfo]:
 def _read(folder: Folder) -> Mapping[str, TensorInfo]:
     if folder.odd or not weight_files(folder.path):
         return {}
+    if all((folder.path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        return {}  # two checkpoints, named by `weights`: which one counts is not known
     try:
         return dict(open_checkpoint(folder.path).info)
     except (CheckpointError, OSError):
