@@ -5,6 +5,7 @@ every fast path off (no oneDNN, eager attention, no skipping of padding): same o
 of the model that was not edited.
 """
 
+import inspect
 import json
 import shutil
 import sys
@@ -16,7 +17,8 @@ import warm_python
 from tiny import batch, largest_difference, mybert_config, mygpt2_config
 from torch import nn
 
-from mymodels import MyBertForSequenceClassification, MyGPT2ForCausalLM
+from mymodels import MyBertForSequenceClassification, MyBertModel, MyGPT2ForCausalLM, MyGPT2Model
+from mymodels.models import tokenwise
 from mymodels.models.modeling_mygpt2 import MyGPT2GatedMLP
 
 # name: what stands in the modeling file, and what is put there
@@ -38,6 +40,14 @@ GPT2_EDITS = {
         "return hidden_states, weights",
         "return hidden_states + hidden_states.cumsum(1) / 7, weights",
     ),
+    "tokens summed in embed": (
+        "return self.dropout(hidden_states)\n\n    @can_return_tuple",
+        "return self.dropout(hidden_states + hidden_states.cumsum(1))\n\n    @can_return_tuple",
+    ),
+    "tokens summed in the stack": (
+        "self.embed(inputs_embeds, token_type_ids, positions)",
+        "self.embed(inputs_embeds, token_type_ids, positions).cumsum(1)",
+    ),
 }
 BERT_EDITS = {
     "activation": ("self.intermediate_act_fn(self.dense(hidden_states))", "torch.tanh(self.dense(hidden_states))"),
@@ -55,6 +65,8 @@ BERT_EDITS = {
         "return self.output(self.intermediate(attended), attended)",
         "return self.output(self.intermediate(attended.roll(1, dims=-2)), attended)",
     ),
+    "tokens summed in the stack": ("self.encoder(hidden_states, out", "self.encoder(hidden_states.cumsum(1), out"),
+    "tokens summed in the mix": ("return layers[-1]\n", "return layers[-1] + layers[-1].cumsum(1)\n"),
 }
 
 RUN = """
@@ -216,3 +228,11 @@ def test_a_subclass_computes_its_own_formula(edited: type, formula) -> None:
         expected = measure()
     for mine, theirs in zip(found, expected):
         assert largest_difference(mine, theirs) <= 1e-4
+
+
+def test_the_stacks_as_they_stand_are_known() -> None:
+    """After an edit here, write the new digests into `STACKS`, or padding is computed."""
+    for kind, method in ((MyGPT2Model, "forward"), (MyBertModel, "encode")):
+        stack = inspect.unwrap(getattr(kind, method))
+        methods = [tokenwise._own_method(kind, name) for name in tokenwise._self_calls(stack)]
+        assert {tokenwise.digest(function) for function in (stack, *filter(None, methods))} <= tokenwise.STACKS
