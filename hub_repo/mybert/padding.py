@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .base import HOOKS, hooks_everywhere, is_hooked
 from .compat import EXPORTING, readable
-from .tokenwise import calls_of_class, treats_tokens_alone
+from .tokenwise import calls_of_class, stack_keeps_tokens_apart, treats_tokens_alone
 
 
 def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
@@ -244,7 +244,7 @@ def skips_padding(forward: Callable | None = None, *, right_padded: bool = False
     @functools.wraps(forward)
     def packed(self: PreTrainedModel, *args: Any, skip_padding: bool = True, **kwargs: Any) -> Any:
         given = defaults | dict(zip(names, args)) | kwargs
-        packing = _find_packing(self, given, skip_padding, right_padded)
+        packing = _find_packing(self, forward, given, skip_padding, right_padded)
         if packing is None:
             return forward(self, **given)
         states: Any = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
@@ -260,7 +260,9 @@ def skips_padding(forward: Callable | None = None, *, right_padded: bool = False
     return packed
 
 
-def _find_packing(model: Any, given: dict[str, Any], skip_padding: bool, right_padded: bool) -> Packing | None:
+def _find_packing(
+    model: Any, forward: Callable, given: dict[str, Any], skip_padding: bool, right_padded: bool
+) -> Packing | None:
     config, implementation = model.config, model.config._attn_implementation
     states = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     if not isinstance(states, torch.Tensor) or states.numel() == 0 or not readable():
@@ -280,7 +282,9 @@ def _find_packing(model: Any, given: dict[str, Any], skip_padding: bool, right_p
     if any(model._outputs_wanted(given.get("output_attentions"), given.get("output_hidden_states"))):
         return None
     packing = Packing.find(tuple(states.shape[:2]), attention_mask, lengths, right_padded)
-    return packing if packing is None or needed or takes_packed(model) else None
+    if packing is None or needed or (stack_keeps_tokens_apart(model, forward) and takes_packed(model)):
+        return packing
+    return None
 
 
 def _position_limit(config: Any) -> float:

@@ -5,7 +5,9 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 
 import ast
 import functools
+import hashlib
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +56,46 @@ NODES += (
     ast.Name,
 )
 NODES += (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
+
+
+# Digests (`digest`) of the stacks' methods in the modeling files beside this one. An edited method is read like a layer's.
+STACKS = frozenset({"4f37362ed551080d", "b684deaf0cfc7089", "1f2c97db977151b6", "b855d3632c71ab41"})
+
+
+def stack_keeps_tokens_apart(model: nn.Module, method: Callable) -> bool:
+    """Whether `method`, which runs a model's layers, and the methods it calls mix no tokens outside of the layers."""
+    kind = _without_wrappers(type(model))
+    functions = {"": inspect.unwrap(method)}
+    functions |= {name: function for name in _self_calls(functions[""]) if (function := _own_method(kind, name))}
+    return all(
+        name not in vars(model) and (digest(function) in STACKS or calls_of_method(function, kind) is not None)
+        for name, function in functions.items()
+    )
+
+
+@functools.cache
+def digest(function: Callable) -> str:
+    """Of a function's source, whatever its indentation; empty if it has none."""
+    try:
+        lines = inspect.getsource(function).splitlines()
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256("\n".join(filter(None, map(str.strip, lines))).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _self_calls(function: Callable) -> frozenset[str]:
+    try:
+        return frozenset(re.findall(r"\bself\.(\w+)\(", inspect.getsource(function)))
+    except (OSError, TypeError):
+        return frozenset()
+
+
+def _own_method(kind: type, name: str) -> Any:
+    """A method that the modeling file has, or a file of a subclass; None for modules, and what `base.py` and the libraries give."""
+    function = getattr(kind, name, None)
+    module = getattr(function, "__module__", None) or ""
+    return None if module.endswith(".base") or module.startswith("transformers.") else function
 
 
 def treats_tokens_alone(module: nn.Module, calls: frozenset[str]) -> bool:
