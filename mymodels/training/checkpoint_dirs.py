@@ -41,9 +41,7 @@ def check_training_checkpoint(folder: Path) -> str | None:
     if not (folder / STATE).is_file():
         return f"{folder} has no {STATE}: it is incomplete, or is no training checkpoint"
     if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):  # DeepSpeed's
-        return (
-            f"{folder} has no optimizer state, so it cannot be resumed: save checkpoints without save_only_model=True"
-        )
+        return f"{folder} has no optimizer state (optimizer.pt), so it cannot be resumed: save checkpoints without save_only_model=True"
     if (folder / MANIFEST).is_file():
         problems = check_manifest(folder, full=True)
         return problems[0].message if problems else None

@@ -373,7 +373,9 @@ def test_difference_of_quantised_and_of_prefixed(tmp_path: Path, capsys: pytest.
         )
         shown = capsys.readouterr().out
         assert (
-            "'transformer.' before them" in shown and "3 equal but for the prefix" in shown and "1 different" in shown
+            "with the prefix 'transformer.'" in shown
+            and "3 equal except for the prefix" in shown
+            and "1 different" in shown
         )
 
 

@@ -36,7 +36,7 @@ STORED = {
     "MXFP4": tensors(gate_up_proj_blocks=U8, gate_up_proj_scales=U8, gate_up_proj_bias=F32),
     "float8 with scales": tensors(weight=E4M3, weight_scale_inv=F32),
     "int8 with scales": tensors(weight=I8, weight_scale=F32),
-    "int8 without scales beside it": tensors(weight=I8),
+    "int8 without scales": tensors(weight=I8),
 }
 
 

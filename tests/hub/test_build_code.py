@@ -122,7 +122,7 @@ def test_what_is_missing_or_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
         (tmp_path / "moe", {"code": code, "auto_classes": {"AutoModel": "Experts"}}, r"moe_gpt2\.py:\d+: Experts does not derive from PreTrainedModel"),
         (tmp_path / "moe", {"auto_classes": {"AutoModel": "Experts"}}, r"no \.py file that defines a model: name it by --code"),
         (tmp_path / "bert", {"code": CODE / "conv_bert.py"}, r"conv_bert\.py:\d+: the Auto class of ConvBert cannot be determined .* --auto-class AutoModelFor…=ConvBert"),
-        (tmp_path / "bert", {"code": tmp_path / "two.py"}, "defines AForSequenceClassification, BForTokenClassification, and config.json does not say"),
+        (tmp_path / "bert", {"code": tmp_path / "two.py"}, "defines AForSequenceClassification, BForTokenClassification, and config.json does not name the class of the weights"),
     ]:  # fmt: skip
         with pytest.raises(CheckpointError, match=message) as caught:
             build_repo(source, None, tmp_path / "out", golden=False, **options)

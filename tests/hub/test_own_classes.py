@@ -276,9 +276,9 @@ def test_what_cannot_be_saved_with_its_code(imported, tmp_path: Path, monkeypatc
             build_repo(model, None, tmp_path / "out", card="# Own", golden=False)
         assert sentence in str(refused.value) and not (tmp_path / "out").exists()
     for way in (MyGPT2ForCausalLM, AutoModelForCausalLM):  # our class does not answer in its place
-        with pytest.raises(ValueError, match=r"was saved from the class Local, whose code is not in it"):
+        with pytest.raises(ValueError, match=r"was saved from the class Local, whose code is not in the folder"):
             way.from_pretrained(tmp_path / "0")
-    with pytest.raises(CheckpointError, match=r"was saved from the class Local, whose code is not in it"):
+    with pytest.raises(CheckpointError, match=r"was saved from the class Local, whose code is not in the folder"):
         build_repo(tmp_path / "0", None, tmp_path / "out", golden=False)
 
 

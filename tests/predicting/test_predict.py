@@ -358,7 +358,7 @@ def test_what_cannot_be_asked_is_said_in_one_sentence(
         ([mine, "--device", "gpu"], "device='gpu' cannot be used here: "),
         (
             [mine, "--task", "text-classification"],
-            "no weights for score.weight, so MyGPT2ForSequenceClassification would",
+            "no weights for score.weight, so the answers of MyGPT2ForSequenceClassification would",
         ),
         ([mine, "--task", "token-classification"], "has no AutoModelForTokenClassification: choose another --task"),
         ([str(masked)], "is a MyBertForMaskedLM, whose task cannot be determined: choose --task"),

@@ -361,7 +361,7 @@ def test_broken_weights_are_refused_in_a_sentence(start: Path, tmp_path: Path) -
     shutil.copytree(start / "bert", broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"broken has broken weights .*mymodels check") as caught:
+    with pytest.raises(ValueError, match=r"broken has damaged weights .*mymodels check") as caught:
         finetune(broken, start / "data.csv", tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
@@ -379,8 +379,8 @@ def test_a_folder_with_something_else_is_refused_before_training(start: Path, tm
         (["--per-device-train-batch-size", "0"], "per_device_train_batch_size=0, but it must be a number above 0"),
         (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps=0, but"),
         (["--arg", "per_device_eval_batch_size=many"], "per_device_eval_batch_size='many', but"),
-        (["--class-weights", "a"], "--class-weights 'a': say balanced, or a number for each label, with commas"),
-        (["--seed", "1", "--arg", "seed=2"], "--arg seed=2: say it once, as --seed"),
+        (["--class-weights", "a"], "--class-weights 'a': write balanced, or one number per label, separated by commas"),
+        (["--seed", "1", "--arg", "seed=2"], "--arg seed=2: use the option --seed"),
         (["--arg", "save_strategy=steps", "--arg", "eval_strategy=epoch"], "transformers.TrainingArguments rejects"),
     ],
 )

@@ -161,7 +161,7 @@ def test_what_cannot_be_tuned_or_asked_is_said_before_training(own: Path, tmp_pa
             return super().forward(input_ids, attention_mask)
 
     for model, task, options, message in [
-        (own / "conv_bert", "lm", {}, "has code of its own, for AutoModelForSequenceClassification, and none for AutoModelForMaskedLM"),
+        (own / "conv_bert", "lm", {}, "has code of its own, for AutoModelForSequenceClassification, but none for AutoModelForMaskedLM"),
         (own / "moe_gpt2", "seq2seq", {}, "is a moe_gpt2_of_one_file, which has no class for AutoModelForSeq2SeqLM"),
         (own / "moe_gpt2", "classification", {}, "has no class for AutoModelForSequenceClassification"),
         (own / "small_t5", "lm", {}, "have no language-model head"),

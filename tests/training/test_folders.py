@@ -87,7 +87,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_there_was(run, tmp_path, monke
         sync(path)
 
     monkeypatch.setattr(replacing, "_sync", full)
-    with pytest.raises(OSError, match="checkpoint-4 was not written, what stood there is unchanged: no space left"):
+    with pytest.raises(OSError, match="checkpoint-4 was not written, and what was there is unchanged: no space left"):
         run(tmp_path / "run")
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_the_model_alone_is_no_whole_one(tmp_path, caplog) -> No
     by_trainer(tmp_path, max_steps=2)
     by_trainer(tmp_path, max_steps=4, save_only_model=True, resume_from_checkpoint=True)
     assert checkpoint_dirs.newest_checkpoint(tmp_path).name == "checkpoint-2"
-    assert "checkpoint-4 has no optimizer state, so it cannot be resumed" in caplog.text
+    assert "checkpoint-4 has no optimizer state (optimizer.pt), so it cannot be resumed" in caplog.text
     with pytest.raises(CheckpointError, match="save_only_model=True"):
         by_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 

@@ -107,7 +107,7 @@ def test_doubled_names() -> None:
     tensors["transformer.h.0.ln_1.weight"] = tensors["transformer.h.0.ln_1.weight"].clone()
     refused(
         tensors | {"module.transformer.h.0.ln_1.weight": torch.ones(32)},
-        r"are both 'transformer\.h\.0\.ln_1\.weight' once",
+        r"are both 'transformer\.h\.0\.ln_1\.weight' without wrappers",
     )
     refused(
         tensors | {"h.0.ln_1.weight": torch.ones(32)},
@@ -117,7 +117,7 @@ def test_doubled_names() -> None:
 
 def test_what_is_no_source(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "there is no file or folder .*nothing")
-    refused({"epoch": 3}, r"holds a int at 'epoch', which is no tensor with a name: pass the state dict")
+    refused({"epoch": 3}, r"holds a int at 'epoch', which is not a named tensor: pass the state dict")
     refused({"h.0.attn.c_attn.weight": torch.zeros(2, 2, device="meta")}, "is on the meta device and has no data")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "empty holds no checkpoint")
@@ -132,7 +132,7 @@ def test_impossible_wishes(folder: Path) -> None:
         warm_start("mygpt2", folder, overrides={"num_layer": 2})
     with pytest.raises(ValueError, match=r"num_key_value_heads=3, but it must be a divisor"):
         warm_start("mygpt2", folder, overrides={"num_key_value_heads": 3})
-    with pytest.raises(CheckpointError, match="hidden_size=32, the target 64: the width of the model is the one thing"):
+    with pytest.raises(CheckpointError, match="hidden_size=32, the target 64: the width of a model cannot be changed"):
         warm_start("mygpt2", folder, overrides={"hidden_size": 64})
     with pytest.raises(CheckpointError, match="head='ForTokenClassification': MyGPT2 has Model, ForCausalLM"):
         warm_start("mygpt2", folder, head="ForTokenClassification")

@@ -217,9 +217,9 @@ class TestSwitches:
 
 def test_stays_with_the_library_where_it_must(tmp_path: Path) -> None:
     folder = write(stock_model("GPT2LMHeadModel"), tmp_path / "gpt2", "safetensors")
-    with pytest.raises(CheckpointError, match=r"gpt2 checkpoint, which MyBertModel cannot hold"):
+    with pytest.raises(CheckpointError, match=r"gpt2 checkpoint, which MyBertModel cannot load"):
         MyBertModel.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match=r"quantization_config= is not for a stock checkpoint"):
+    with pytest.raises(CheckpointError, match=r"quantization_config= is not supported for a stock checkpoint"):
         MyGPT2ForCausalLM.from_pretrained(folder, quantization_config=object())
     with pytest.raises(CheckpointError, match=r"no field 'num_key_value_head': did you mean num_key_value_heads"):
         MyGPT2ForCausalLM.from_pretrained(folder, num_key_value_head=2)
@@ -230,7 +230,7 @@ def test_stays_with_the_library_where_it_must(tmp_path: Path) -> None:
             hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
         )
     ).save_pretrained(tmp_path / "llama")
-    with pytest.raises(CheckpointError, match=r"is a llama checkpoint, which MyGPT2ForCausalLM cannot hold"):
+    with pytest.raises(CheckpointError, match=r"is a llama checkpoint, which MyGPT2ForCausalLM cannot load"):
         MyGPT2ForCausalLM.from_pretrained(tmp_path / "llama")
     logging.set_verbosity_error()
 

@@ -297,7 +297,7 @@ class TestSources:
         ("source", "how", "sentence"),
         [
             (5, {}, "a int cannot be a source: pass a path, a Hub repo's id, a model or a state dict"),
-            ({1: torch.zeros(2)}, {}, "holds a Tensor at 1, which is no tensor with a name"),
+            ({1: torch.zeros(2)}, {}, "holds a Tensor at 1, which is not a named tensor"),
             ({"a": torch.eye(3).to_sparse()}, {}, r"tensor 'a' is torch\.sparse_coo: make it dense"),
             (None, {"config": "gpt2"}, r"config= is a str: pass the source's config"),
             (None, {"layers": 5, "overrides": {"n_layer": 2}}, "layers=5 is none of every, first, last or a list"),
@@ -320,7 +320,7 @@ def test_the_command_takes_a_config_and_writes_nothing_in_vain(tmp_path: Path, c
     torch.save({"model": stock.state_dict(), "epoch": 3}, tmp_path / "run.pt")
     (tmp_path / "c.json").write_text(json.dumps({"n_head": 4}))
     command = ["warm-start", str(tmp_path / "run.pt"), "--to", "mygpt2", "--json", str(tmp_path / "report.json")]
-    assert cli.main(command) == 1 and "num_attention_heads: pass --config" in capsys.readouterr().err
+    assert cli.main(command) == 1 and "num_attention_heads is not known: pass --config" in capsys.readouterr().err
     command += ["--config", str(tmp_path / "c.json")]
     (tmp_path / "file").write_text("dear")
     for wrong in (

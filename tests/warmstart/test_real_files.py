@@ -110,7 +110,7 @@ class TestNanoGPT:
         torch.save(NanoGPT(**ARGS).state_dict(), tmp_path / "narrow.pt")
         assert cli.main(["warm-start", str(tmp_path / "narrow.pt"), "--to", "mygpt2"]) != 0
         error = capsys.readouterr().err
-        assert "pass --config, or name it with --set" in error and "config=" not in error
+        assert "pass --config, or set it with --set" in error and "config=" not in error
 
 
 @dataclasses.dataclass

@@ -136,10 +136,16 @@ def test_word_vectors_over_a_checkpoint(gpt2: Path, tokenizers, tmp_path: Path) 
             r"vectors\.txt, line 1: a word and 32 numbers are needed for hidden_size=32, there are 4 parts",
         ),
         ("2 50\nthe 1\n", r"vectors\.txt has vectors of width 50, but hidden_size=32: they must be equal"),
-        ("the " + "1 " * 31 + "x\n", r"vectors\.txt, line 1: the vector of 'the' has something that is no number"),
-        ("the " + "1 " * 31 + "nan\n", r"vectors\.txt, line 1: the vector of 'the' has something that is no number"),
-        ("zzz " + "1 " * 31 + "1\n", r"vectors\.txt has a vector for none of the tokenizer's words"),
-        ("", r"vectors\.txt has a vector for none of the tokenizer's words"),
+        (
+            "the " + "1 " * 31 + "x\n",
+            r"vectors\.txt, line 1: the vector of 'the' has a value that is not a finite number",
+        ),
+        (
+            "the " + "1 " * 31 + "nan\n",
+            r"vectors\.txt, line 1: the vector of 'the' has a value that is not a finite number",
+        ),
+        ("zzz " + "1 " * 31 + "1\n", r"vectors\.txt has vectors for no word of the tokenizer"),
+        ("", r"vectors\.txt has vectors for no word of the tokenizer"),
     ],
 )
 def test_bad_vectors(text: str, sentence: str, gpt2: Path, tmp_path: Path) -> None:
