@@ -220,6 +220,8 @@ def scan_index(
                     f"{path} is missing; {index_path.name} names it for {len(names)} tensors, the first is "
                     f"{names[0]!r}: copy or download the shard again"
                 )
+            if path.suffix == ".json":  # it might name itself
+                raise CheckpointError(f"{path} is an index, and {index_path.name} names it as a shard; {ADVICE}")
             shards[file] = open_file(path)
         except CheckpointError as error:
             problems.append(Problem(file or index_path.name, str(error)))

@@ -83,7 +83,7 @@ def test_ranks_of_fsdp2(tmp_path: Path) -> None:
         assert "gather it" in run.stderr.splitlines()[-1]
     assert "consolidate the files" in refusal(tmp_path / "hf")
     (part,) = [problem.message for problem in check_checkpoint(next((tmp_path / "hf").glob("shard-00001*")), full=True)]
-    assert "one process's shard" in part
+    assert "is one process's part" in part
     opened = open_checkpoint(tmp_path / "dcp")
     assert_equal(opened, whole)
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))

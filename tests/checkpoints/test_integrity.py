@@ -138,6 +138,15 @@ def test_the_index_names_an_absent_tensor(folder: Path) -> None:
     refused(folder, SECOND, "'nowhere'")
 
 
+def test_the_index_names_itself(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], index.name)
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"is an index, and model\.safetensors\.index\.json names it as a shard"):
+        open_checkpoint(folder)
+
+
 def test_the_index_names_the_wrong_shard(folder: Path) -> None:
     without_manifest(folder)
     edit(folder / INDEX, lambda index: index["weight_map"].update(a=SECOND))

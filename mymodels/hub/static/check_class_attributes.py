@@ -129,25 +129,12 @@ def _ties(code: Code, klass: Klass) -> Iterator[Finding]:
             continue
         words = name.split(".")
         strange = [word for word in words[:-1] if word not in parts and not word.isdigit()]
-        if strange and words[-1] in ("weight", "bias"):
-            what = f"{klass.name}._tied_weights_keys names {name}, but no module here has a part {strange[0]!r}"
-        elif words[-1] not in ("weight", "bias") and words[-1] in parts and not _is_parameter(code, words[-1]):
-            what = f"{klass.name}._tied_weights_keys names {name}, a module, not a parameter"
-        else:
+        if not strange or words[-1] not in ("weight", "bias"):  # a module's name stands for its parameters
             continue
+        what = f"{klass.name}._tied_weights_keys names {name}, but no module here has a part {strange[0]!r}"
         remedy = 'name the parameters: {"lm_head.weight": "model.embed_tokens.weight"}'
         yield Finding("failed", what, klass.file.at(found), remedy)
         return
-
-
-def _is_parameter(code: Code, name: str) -> bool:
-    made = [
-        ast.unparse(node.value)
-        for klass in code.classes
-        for node in ast.walk(klass.node)
-        if isinstance(node, ast.Assign) and any(is_self(goal, name) for goal in node.targets)
-    ]
-    return any("Parameter" in text for text in made) or not any(re.search(r"[A-Z]\w+\(", text) for text in made)
 
 
 def _prefix(code: Code, klass: Klass) -> Iterator[Finding]:

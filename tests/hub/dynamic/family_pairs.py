@@ -218,7 +218,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
         extra("parts", "[pooled[:, :3], pooled[:, :5]]"),
         edit((", pooled[:, :5]]", "]")),
         "golden",
-        r"no output 'parts\.1'",
+        r"output 'parts\.1' is missing",
         golden=True,
     ),
 }

@@ -314,7 +314,7 @@ FAULTS: dict[str, Fault] = {
         "AutoImageProcessor",
     ),
     "tokenizer larger than the embeddings": Fault(
-        big_tokenizer, "tokenizer", "has 121 tokens, the model's vocab_size is 97"
+        big_tokenizer, "tokenizer", "returns the token id 120, but the model has only 97 embeddings"
     ),
     # saving, processes
     "save_pretrained forgets the code": Fault(
