@@ -7,6 +7,7 @@ as it is into Hub repos and runs there without mymodels.
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 import threading
 from collections.abc import Callable
@@ -130,6 +131,10 @@ def linear_by_onednn(forward: Callable) -> Callable:
     active only in modules that have a large `nn.Linear` of their own, and not in those around them.
     `torch.backends.mkldnn.flags(enabled=False)` turns it off; it is off under compilation, tracing and autocast.
     """
+    if (
+        "vllm" in sys.modules
+    ):  # it has products of its own, and its tracer follows no wrapper of a `forward` with **kwargs
+        return forward
 
     @functools.wraps(forward)
     def fast(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
