@@ -33,6 +33,11 @@ def takes(model: nn.Module, argument: str) -> bool:
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def names_argument(model: nn.Module, argument: str) -> bool:
+    """Whether `forward` has this argument by name; with **kwargs alone, it may ignore or refuse it."""
+    return argument in inspect.signature(without_wrappers(model).forward).parameters
+
+
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a batch that `forward` accepts; a tokenizer may add others, such as `token_type_ids`."""
     return {name: value for name, value in batch.items() if takes(model, name)}

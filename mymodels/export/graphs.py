@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..forward_calls import accepted, as_mapping, takes
+from ..forward_calls import accepted, as_mapping, names_argument, takes
 
 
 class Task(NamedTuple):
@@ -46,7 +46,7 @@ def input_names(task: str, model: PreTrainedModel) -> list[str]:
     wanted = ["input_ids", "attention_mask"]
     if getattr(model.config, "type_vocab_size", 0):
         wanted.append("token_type_ids")
-    if task == "text-generation":
+    if task == "text-generation" and names_argument(model, "position_ids"):
         wanted.append("position_ids")  # an input, because rows may be padded on the left
     names = [name for name in wanted if takes(model, name)]
     return [*names, "decoder_input_ids"] if task == "text2text-generation" else names
@@ -148,7 +148,7 @@ def run_forward(model: PreTrainedModel, task: str, given: dict[str, Any], *, cac
 @torch.no_grad()
 def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(heads, head_dim) of each layer's keys and values; empty for a model without a cache."""
-    if not takes(model, "past_key_values"):
+    if not names_argument(model, "past_key_values"):
         return []
     tokens = torch.zeros(1, 2, dtype=torch.long)
     given = {"input_ids": tokens, "attention_mask": tokens + 1}
