@@ -41,7 +41,7 @@ work.mkdir(parents=True)
 # so that a block without training does what GPT-2's does. `forward(idx, targets)` returns the logits and the loss.
 
 # %%
-(work / "conv_gpt.py").write_text('''"""A GPT whose blocks first look at the last tokens through a convolution."""
+_ = (work / "conv_gpt.py").write_text('''"""A GPT whose blocks first look at the last tokens through a convolution."""
 
 import torch
 import torch.nn.functional as F
@@ -209,9 +209,8 @@ from mymodels.hub.card import Card
 card = Card(name="ConvGPT", license="apache-2.0", description="A GPT whose blocks start with a causal convolution.")
 folder = build_repo(model, tokenizer, work / "repo", card=card)
 found = verify(folder, quick=True)
-print(
-    f"{sum(check.status == 'ok' for checks in found.runs.values() for check in checks)} checks held, {len(found.failed)} failed"
-)
+held = [check for checks in found.runs.values() for check in checks if check.status == "ok"]
+print(f"{len(held)} checks held")
 assert found.passed
 
 # %% [markdown]
