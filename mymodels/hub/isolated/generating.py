@@ -1,5 +1,6 @@
 """Checks of generation: with and without a cache, beams, a static cache, and the folder's generation config."""
 
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -148,6 +149,10 @@ def check_beams(check: Any, model: Any, prompt: dict[str, torch.Tensor]) -> None
     try:
         plain = generate(model, prompt, use_cache=False, **how)
     except (NotImplementedError, ValueError) as error:
+        if isinstance(error, ValueError) and _raised_in_own_forward(
+            error
+        ):  # `generate` refuses before it runs the model
+            raise
         check.not_applicable(f"the model does not support beams: {sentence(error)}")
         return
     made = generate(model, prompt, use_cache=True, **how)
@@ -157,6 +162,12 @@ def check_beams(check: Any, model: Any, prompt: dict[str, torch.Tensor]) -> None
     apart = (plain.sequences_scores.double() - made.sequences_scores.double()).abs().max().item()
     if not apart <= 1e-3:  # two beams with nearly equal scores may be exchanged
         check.fail(f"the scores of {BEAMS} beams differ with the cache by {apart:.3g}: the cache is not reordered")
+
+
+def _raised_in_own_forward(error: BaseException) -> bool:
+    """Whether an error comes from a `forward` of the folder's code."""
+    codes = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(code.co_name == "forward" and "transformers_modules" in code.co_filename for code in codes)
 
 
 def check_static(check: Any, model: Any, prompt: dict[str, torch.Tensor], dynamic: Any) -> None:

@@ -8,7 +8,7 @@ from accelerate import dispatch_model
 from own_models.make import make
 from torch import nn
 
-from mymodels.hub.isolated import outputs, processors
+from mymodels.hub.isolated import generating, outputs, processors
 from mymodels.hub.isolated.inputs import make_inputs, with_required
 from mymodels.hub.isolated.placement import attention_without_weights
 from mymodels.hub.isolated.stages import Outcome
@@ -54,6 +54,32 @@ def test_all_that_text_needs_is_made_up() -> None:
         assert check.status in ("ok", "n/a"), check.what
     ids = torch.zeros(1, 3, dtype=torch.long)
     assert list(with_required(make("moe_gpt2"), {"input_ids": ids})) == ["input_ids"]  # nothing that is not required
+
+
+OWN_FORWARD = """
+class Own(Base):
+    def forward(self, input_ids, **kwargs):
+        if len(input_ids) == 4:
+            raise ValueError("four rows are too many")
+        return super().forward(input_ids, **kwargs)
+"""
+
+
+def test_a_forward_that_raises_under_beams_does_not_pass_for_one_without_beams(monkeypatch) -> None:
+    base = make("moe_gpt2")
+    own = {"Base": type(base)}
+    exec(compile(OWN_FORWARD, "/transformers_modules/own/modeling_own.py", "exec"), own)
+    prompt = {"input_ids": torch.arange(5, 12)[None], "attention_mask": torch.ones(1, 7, dtype=torch.long)}
+    with pytest.raises(ValueError, match="four rows"):
+        generating.check_beams(Outcome(), own["Own"](base.config).eval(), prompt)
+
+    def refuses(*args, **kwargs):
+        raise ValueError("no beams for this model")
+
+    monkeypatch.setattr(generating, "generate", refuses)
+    check = Outcome()
+    generating.check_beams(check, base.eval(), prompt)
+    assert (check.status, "no beams for this model" in check.what) == ("n/a", True)
 
 
 def test_what_the_tokenizer_gives_and_forward_does_not_take_is_named(tmp_path: Path) -> None:
