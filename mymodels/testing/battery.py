@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from ..forward_calls import takes
 from ..hub.isolated import comparing, generating, inputs, outputs, training
 from ..hub.isolated.load_repo import accepts, tie
 from ..hub.isolated.placement import half_on_disk
@@ -105,7 +106,7 @@ class ModelBattery:
 
     def test_return_dict(self, model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
         """`return_dict=False` gives the same tensors as a tuple."""
-        if not _takes(model, "return_dict"):
+        if not takes(model, "return_dict"):
             pytest.skip("forward takes no return_dict")
         with torch.no_grad():
             named, plain = model(**given), model(**given, return_dict=False)
@@ -297,8 +298,3 @@ class _Exported(torch.nn.Module):
 
     def forward(self, **given: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(comparing.flatten(self.model(**given, **self.how)))
-
-
-def _takes(model: PreTrainedModel, name: str) -> bool:
-    parameters = inspect.signature(model.forward).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,7 +1,6 @@
 """Run any source and any target on the same inputs: only that proves what was placed by structure."""
 
 import contextlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ...checkpoints import CheckpointError
+from ...forward_calls import names_argument
 from ...messages import first_line
 from ..checking import SMALL, Check, evaluating, largest
 from ..opening import Opened
@@ -180,9 +180,9 @@ def _made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
         pads = {getattr(getattr(side, "config", None), "pad_token_id", None) for side in (model, reference)} - {None}
         usable = torch.tensor([i for i in range(min(size, 50_000)) if i not in pads] or [0])
         ids = usable[torch.randint(len(usable), (3, length), generator=made)]
-        if all(_takes(side, "input_ids") for side in (model, reference)):
+        if all(names_argument(side, "input_ids") for side in (model, reference)):
             made_up = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids.flip(1)}
-            taken = [name for name in made_up if all(_takes(side, name) for side in (model, reference))]
+            taken = [name for name in made_up if all(names_argument(side, name) for side in (model, reference))]
             return [{name: made_up[name] for name in taken}]
         return [(ids,)]
     if type(first).__name__ == "Conv1D":  # transformers' linear layer, stored [in, out]
@@ -203,10 +203,6 @@ def _vocabulary(model: torch.nn.Module) -> int | None:
         found = model.get_input_embeddings()
         table = found if isinstance(found, torch.nn.Embedding) else table
     return None if table is None else table.num_embeddings
-
-
-def _takes(model: torch.nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
 
 
 def _call(model: torch.nn.Module, batch: Any, dtype: torch.dtype) -> Any:
