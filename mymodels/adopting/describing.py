@@ -1,4 +1,4 @@
-"""Put together what the trials of a module show: a `Probe`."""
+"""Run a module on trial inputs and collect the results in a `Probe`."""
 
 import inspect
 from typing import Any
@@ -8,13 +8,13 @@ from torch import nn
 
 from ..checkpoints import CheckpointError
 from .author_file import AuthorFile
-from .build_module import in_words, line_in
+from .build_module import error_text, line_in
 from .finding_loss import find_loss
 from .masks import check_meaning, find_mask, find_pad
 from .outputs import check_outputs, main_output, take
 from .probing import LENGTH, MASK_FORMS, Call, Probe, Prober, example_ids, find_outputs, is_labels, is_segments
 
-KINDS = {  # how the head of the wrapper is called → its Auto class
+KINDS = {  # class suffix of the wrapper → its Auto class
     "causal": ("ForCausalLM", "AutoModelForCausalLM"),
     "masked": ("ForMaskedLM", "AutoModelForMaskedLM"),
     "tokens": ("ForTokenClassification", "AutoModelForTokenClassification"),
@@ -33,17 +33,16 @@ def probe(
     fields: dict[str, Any],
     auto_class: str | None = None,
 ) -> Probe:
-    """Run a module on small inputs and say what it is.
+    """Run a module on small inputs and determine its inputs, outputs and kind.
 
     Args:
-        module: what the outputs are recorded of.
-        trial: the same, built a second time; its weights are changed, so that what starts at zero, such as a head, hides
-            nothing.
-        fields: the config's fields and their values; sizes among them are tried as the longest input.
-        auto_class: what it is for, where that is known.
+        module: the module whose outputs are recorded.
+        trial: a second instance, whose weights are changed so that no part, such as a head, is zero.
+        fields: the config's fields and values; integers among them are tried as the longest input.
+        auto_class: its Auto class, if known.
 
     Raises:
-        CheckpointError: no inputs could be made up for it, or it cannot be for `auto_class`.
+        CheckpointError: no suitable inputs were found, or its outputs do not fit `auto_class`.
     """
     prober = Prober(trial, file, place, fields)
     _copy_weights(module, trial)
@@ -80,7 +79,7 @@ def probe(
     head = prober.head(call, inputs, logits)
     kind = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class)
     if kind == "seq2seq":
-        head = ""  # the tables of source and target are two: one size for both would be wrong
+        head = ""  # source and target have separate embeddings, so resizing both to one size would be wrong
     call, padding, pad = _padding(prober, call, inputs, path, kind, vocab)
     call = _with_segments(prober, call, inputs)
     limit = None
@@ -88,7 +87,7 @@ def probe(
         sizes = [value for value in fields.values() if isinstance(value, int) and not isinstance(value, bool)]
         limit = prober.limit(call, vocab, sizes)
     loss = find_loss(prober, _without_labels(call) if dummy else call, inputs, path, kind, logits.shape[-1], dummy)
-    if dummy and loss.kind != "made":  # its loss would be that of the inputs
+    if dummy and loss.kind != "made":  # its loss would be computed for dummy labels
         raise CheckpointError(
             f"{prober.at_forward()}: forward returns the outputs of all tokens only with {dummy}, and its loss is not the "
             "cross-entropy of the logits: return all logits without it too"
@@ -123,7 +122,7 @@ def probe(
 
 
 def _copy_weights(module: nn.Module, trial: nn.Module) -> None:
-    """In float32, in which rounding is small."""
+    """Copy the weights to the trial in float32, where rounding errors are small."""
     state = module.state_dict()
     trial.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
     trial.float().eval()
@@ -148,7 +147,7 @@ def _disturb(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> Non
 def _padding(
     prober: Prober, call: Call, inputs: dict[str, torch.Tensor], path: str, kind: str, vocab: int | None
 ) -> tuple[Call, str, int | None]:
-    """The call with the mask that leaves padding out, how it is left out, and the module's own id for it."""
+    """The call with a padding mask, how padding is excluded, and the module's own padding id."""
     if call.main != "input_ids" or vocab is None:
         return call, "none", None
     masked = find_mask(prober, call, path, vocab)
@@ -189,12 +188,12 @@ def _run(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> Any:
         return call.run(prober.module, inputs)
     except Exception as error:
         raise CheckpointError(
-            f"{prober.file.path}{line_in(error, prober.file.path)}: forward raises on made-up inputs: {in_words(error)}"
+            f"{prober.file.path}{line_in(error, prober.file.path)}: forward raises on generated inputs: {error_text(error)}"
         ) from None
 
 
 def _decoder_vocab(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> int | None:
-    """How many ids the table of the decoder's tokens knows."""
+    """The number of ids in the decoder's token embeddings."""
     return prober.embeddings(call, {**inputs, "looked_for": inputs["decoder_input_ids"]})[1]
 
 
@@ -237,6 +236,6 @@ def _kind(
 
 
 def _is_vocabulary(prober: Prober, head: str, vocab: int | None) -> bool:
-    """Whether outputs as wide as the vocabulary are logits: a linear layer of that width made them, or no width is equal."""
+    """Whether outputs as wide as the vocabulary are logits: from a linear layer of that width, or not wide by chance."""
     table = [m for m in prober.module.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == vocab]
     return bool(head) or not any(part.embedding_dim == vocab for part in table)

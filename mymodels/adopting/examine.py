@@ -1,7 +1,7 @@
-"""`python -m mymodels.adopting.examine JOB`: run the author's code, in a process of its own, and write what a folder is built from.
+"""`python -m mymodels.adopting.examine JOB`: run the author's code in a separate process, and write what a folder is built from.
 
-Nothing of the author's runs in the process that called `adopt`, so that it cannot change it, nor depend on what that one
-has imported.
+None of the author's code runs in the process that called `adopt`, so it can neither change that process nor depend on
+its imports.
 """
 
 import json
@@ -39,16 +39,16 @@ SOURCE, INPUTS, OUTPUTS, RESULT = "source", "inputs.safetensors", "outputs.safet
 
 
 def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Build the author's module, try it, and write into `out` a folder `source`, inputs, and the module's outputs for them.
+    """Build the author's module, probe it, and write a folder `source`, inputs, and the module's outputs to `out`.
 
     Args:
         job: `file`, `class`, `config` (name → value), `weights` (a path or None), `auto_class`, `section`, `allow_pickle`.
 
     Returns:
-        what was found out: `model`, `auto_class`, `derived`, `missing`, `changed` (sentences); `call` and `logits`, as in `Probe`.
+        the findings: `model`, `auto_class`, `derived`, `missing`, `changed` (sentences); `call` and `logits`, as in `Probe`.
 
     Raises:
-        CheckpointError: something is not as it has to be; one sentence.
+        CheckpointError: the class cannot be adopted; one sentence.
     """
     file = read_author_file(Path(job["file"]))
     name = find_class(file, job["class"])
@@ -91,7 +91,7 @@ def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
     for other, text in texts.items():
         (source / other).write_text(text, encoding="utf-8")
     if texts[file.path.name] != file.text:
-        changed.append(f"{file.path.name}: its imports of other files beside it are written as the Hub wants them")
+        changed.append(f"{file.path.name}: its imports of other files in the folder are rewritten as relative imports")
     (source / f"configuration_{names.model_type}.py").write_text(
         write_configuration(constructor, found, names, name, file, renamed, tied), encoding="utf-8"
     )
@@ -117,7 +117,7 @@ def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _needs_values(cls: Any, constructor: Constructor, file: AuthorFile, module: nn.Module) -> bool:
-    """Whether the constructor reads values of tensors, or keeps tensors that no loader knows of."""
+    """Whether the constructor reads values of tensors, or stores tensors that are neither parameters nor buffers."""
     if any(isinstance(value, torch.Tensor) for part in module.modules() for value in _attributes(part)):
         return True
     try:
@@ -134,7 +134,7 @@ def _attributes(part: nn.Module) -> list[Any]:
 
 
 def _towards_embeddings(ties: dict[str, str], embeddings: str) -> dict[str, str]:
-    """Ties with the embeddings' name as the one that is stored."""
+    """The ties, turned so that the embeddings' name is the one stored."""
     weight = f"{embeddings}.weight"
     group = {tied for tied, target in ties.items() if target == ties.get(weight)} | {ties.get(weight, "")}
     if weight not in ties:
@@ -146,7 +146,7 @@ def _towards_embeddings(ties: dict[str, str], embeddings: str) -> dict[str, str]
 
 
 def _names(name: str, file: AuthorFile, found: Probe, constructor: Constructor) -> tuple[Names, list[str]]:
-    """Names that nothing else has, neither in transformers nor in the author's file."""
+    """Names for model type and classes that are unused in transformers and in the author's file."""
     changed = []
     ending = KINDS[found.kind][0]
     stem = (
@@ -219,7 +219,7 @@ def _config(
 
 
 def _weights(module: nn.Module, about: Wrapped) -> dict[str, torch.Tensor]:
-    """The module's tensors under the wrapper's names, of tied ones the first only, and its tables."""
+    """The module's tensors under the wrapper's names, without duplicates of tied ones, and its non-persistent buffers."""
     tensors = {name: tensor for name, tensor in module.state_dict().items() if name not in about.ties}
     if about.tables:
         for path, part in module.named_modules():
@@ -243,11 +243,11 @@ def _derived(
     if about.ties:
         what.append("tied: " + ", ".join(f"{tied} = {target}" for tied, target in about.ties.items()))
     if found.padding == "mask":
-        what.append("padding: by the module's own mask")
+        what.append("padding: masked by the module's own mask")
     if found.padding == "moved":
-        what.append("padding: moved behind the tokens, where no token sees it")
+        what.append("padding: moved behind the tokens, which do not attend to later positions")
     if found.padding == "ids":
-        what.append(f"padding: by the module itself, which leaves out the id {found.pad}")
+        what.append(f"padding: the module itself ignores the id {found.pad}")
     if found.loss.kind != "none":
         what.append(f"loss: {found.loss.note}")
     if about.no_split:
@@ -255,45 +255,47 @@ def _derived(
     if others := [f"{name} = {field}" for name, field in sorted(renamed.items()) if name != field]:
         what.append(f"names: {', '.join(others)}")
     if not weights:
-        what.append("weights: none were given, so they are the author's initialisation with seed 0")
+        what.append("weights: none were given, so they are the author's initial weights with seed 0")
     return what
 
 
 def _missing(module: nn.Module, found: Probe, constructor: Constructor, about: Wrapped) -> list[str]:
     what = []
     if found.kind == "causal":
-        what.append("cache: forward takes none, so generate runs all tokens again at each step")
+        what.append("cache: forward takes none, so generate processes all tokens again at each step")
     if found.kind == "seq2seq":
         what.append("generation: forward takes source and target at once, so there is no encoder to run once")
     if found.call.main == "input_ids" and found.padding == "none":
-        what.append("padding: forward takes no mask that leaves it out, so rows of different length are run apart")
+        what.append("padding: forward takes no mask for it, so rows of different length must be run separately")
     if found.loss.kind == "none":
         what.append(f"training: {found.loss.note}, so there are no labels")
     elif found.loss.kind == "own" and found.loss.ignored is None and found.kind not in ("sequence", "image"):
-        what.append("labels that are left out: the module's own loss leaves none out, so -100 is refused")
+        what.append("ignored labels: the module's own loss ignores none, so -100 is refused")
     if found.unused:
-        what.append(f"outputs that are left out: {', '.join(f'forward(…){path}' for path in found.unused)}")
+        what.append(f"outputs that are not returned: {', '.join(f'forward(…){path}' for path in found.unused)}")
     if "supports_gradient_checkpointing" not in about.flags:
-        what.append("gradient checkpointing: the blocks are no transformers.modeling_layers.GradientCheckpointingLayer")
+        what.append(
+            "gradient checkpointing: the blocks are not transformers.modeling_layers.GradientCheckpointingLayer"
+        )
     if found.call.main == "input_ids":
         if not found.embeddings:
             what.append("resizing the vocabulary: no nn.Embedding takes the token ids")
         elif found.kind in ("causal", "masked") and not found.head:
-            what.append("resizing the vocabulary: no nn.Linear makes the logits, so the head would stay behind")
+            what.append("resizing the vocabulary: no nn.Linear computes the logits, so the head would not be resized")
         what.append(
             "inputs_embeds, position_ids, attentions and hidden states: the wrapper neither takes nor returns them"
         )
     if found.kind == "image":
-        what.append("pipelines: there is no image processor, so images have to be tensors already")
+        what.append("pipelines: there is no image processor, so images must be passed as tensors")
     if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
         what.append(
-            "weights kept on the disk: nn.MultiheadAttention reads its parts' weights past the hooks of a device map"
+            "offloading to disk: nn.MultiheadAttention reads weights of its submodules without the hooks of a device map"
         )
     if found.left:
-        what.append(f"arguments of forward that stay at their defaults: {', '.join(found.left)}")
+        what.append(f"arguments of forward that keep their defaults: {', '.join(found.left)}")
     if constructor.left:
         what.append(
-            f"arguments of the constructor that stay at their defaults, which config.json cannot hold: {', '.join(constructor.left)}"
+            f"arguments of the constructor that keep their defaults, which config.json cannot hold: {', '.join(constructor.left)}"
         )
     return what
 

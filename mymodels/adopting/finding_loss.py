@@ -1,4 +1,4 @@
-"""Compare a module's own loss with the cross-entropy of its logits: what it is of, which labels it leaves out."""
+"""Compare a module's own loss with the cross-entropy of its logits, and find the label that it ignores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from .build_module import quiet
+from .build_module import no_output
 from .outputs import take
 from .probing import Call, Loss, Prober, find_outputs, is_labels, near
 
@@ -17,12 +17,12 @@ OWN = "the module's own, which is passed on"
 def find_loss(
     prober: Prober, call: Call, inputs: dict[str, torch.Tensor], path: str, kind: str, width: int, argument: str = ""
 ) -> Loss:
-    """How the loss is made.
+    """Find out how the wrapper gets a loss.
 
     Args:
-        call: without labels.
-        kind: of the outputs, one of `describing.KINDS`.
-        argument: the module's argument for labels, where it is known.
+        call: a call without labels.
+        kind: kind of the outputs, one of `describing.KINDS`.
+        argument: the module's argument for labels, if known.
     """
     names = [argument] if argument else [n for n in prober.signature if is_labels(n) and n not in call.arguments]
     for name in names:
@@ -41,7 +41,7 @@ def find_loss(
 
 
 def _labels(kind: str, inputs: dict[str, torch.Tensor], width: int) -> list[torch.Tensor]:
-    """Labels of the forms that there are, the likeliest first: classes, numbers, several classes each."""
+    """Labels in all possible forms, the most likely first: classes, numbers, several classes per row."""
     first = next(iter(inputs.values()))
     rows = len(first)
     if kind in ("sequence", "image"):
@@ -51,16 +51,16 @@ def _labels(kind: str, inputs: dict[str, torch.Tensor], width: int) -> list[torc
     ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
     if ids is None or kind == "body":
         return []
-    return [ids.flip(1) % max(width - 1, 1) + 1 if width > 1 else ids.flip(1) * 0]  # 0 may be left out
+    return [ids.flip(1) % max(width - 1, 1) + 1 if width > 1 else ids.flip(1) * 0]  # 0 may be ignored
 
 
 def _run(
     prober: Prober, call: Call, inputs: dict[str, torch.Tensor], name: str, labels: torch.Tensor
 ) -> tuple[str, torch.Tensor, Any] | None:
-    """Path of the loss, the loss, and all that is returned with labels."""
+    """Path of the loss, the loss, and the complete output with labels."""
     extended = call._replace(arguments={**call.arguments, name: f"<{name}>"})
     try:
-        with quiet(), torch.no_grad():
+        with no_output(), torch.no_grad():
             output = extended.run(prober.module, {**inputs, f"<{name}>": labels})
     except Exception:
         return None
@@ -80,7 +80,7 @@ def _losses(output: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def _logits_with_labels(output: Any, logits: torch.Tensor, labels: torch.Tensor, path: str) -> tuple[str, torch.Tensor]:
-    """Where the logits are in what is returned with labels; they may be those of more tokens."""
+    """Where the logits are in the output with labels; they may be for more tokens."""
     found = find_outputs(output)
     same = [(p, v) for p, v in found if v.shape == logits.shape and near(v, logits)]
     full = [
@@ -124,7 +124,7 @@ def _compare(
     first = labels.clone()
     first[:, 0] = labels[:, 0] % (width - 1) + 1
     changed = again(first)
-    if changed is not None and torch.equal(changed, loss):  # its first label has no token before it
+    if changed is not None and torch.equal(changed, loss):  # the loss ignores the first label, which no token precedes
         return own._replace(note=note, ignored=ignored)
     if ignored is None:
         return Loss("none", "the module's own loss takes labels that are shifted already and leaves none out", name)
@@ -132,7 +132,7 @@ def _compare(
 
 
 def _ignored(prober: Prober, again: Callable[[torch.Tensor], torch.Tensor | None], labels: torch.Tensor) -> int | None:
-    """The label that the loss leaves out: the loss of nothing but this label is no number, or 0."""
+    """The label that the loss ignores: with this label only, the loss is NaN or 0."""
     if labels.dim() < 2:
         return None
     named = [v for n, v in prober.fields.items() if ("pad" in n or "ignore" in n) and type(v) is int]

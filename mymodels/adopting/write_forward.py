@@ -46,7 +46,7 @@ def write_forward(probe: Probe, output: str) -> str:
 
 
 def _inputs(probe: Probe, masks: dict[str, str]) -> list[str]:
-    """What is made of the arguments before the module is called."""
+    """The lines that prepare the arguments of the module's call."""
     roles, lines = list(probe.call.arguments.values()), []
     if any(isinstance(role, list) for role in roles) or set(masks) & set(probe.required):
         lines += ["if attention_mask is None:", "    attention_mask = torch.ones_like(input_ids)"]

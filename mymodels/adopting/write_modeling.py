@@ -26,14 +26,14 @@ TIE_WEIGHTS = """\
 def tie_weights(self, missing_keys: set[str] | None = None, **kwargs: Any) -> None:
     if missing_keys is None:
         return super().tie_weights(**kwargs)
-    if transformers.__version__.startswith("5.3."):  # it forgets that a tied head of remote code is in no file
+    if transformers.__version__.startswith("5.3."):  # a bug: it does not list a tied head of remote code as missing
         missing_keys.update(name for name in self._tied_weights_keys if self.get_parameter(name).is_meta)
     return super().tie_weights(missing_keys=missing_keys, **kwargs)
 """
 
 
 class Wrapped(NamedTuple):
-    """What the wrapper has to know of the module, beside the `Probe`.
+    """What the wrapper needs to know of the module, besides the `Probe`.
 
     Attributes:
         is_pretrained: whether it is a PreTrainedModel.

@@ -7,7 +7,6 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..messages import first_line
 
@@ -50,7 +49,7 @@ def remote_code_error(source: Any) -> ValueError:
 
 
 def refuse_plain_module(model: Any, verb: str) -> None:
-    """Refuse an `nn.Module` that is no transformers model, so has no config, tokenizer or Auto class.
+    """Refuse an `nn.Module` that is not a transformers model, so has no config, tokenizer or Auto class.
 
     Raises:
         ValueError: `model` is one; `verb` is named in the message.
@@ -92,25 +91,6 @@ def refuse_mismatched(info: Mapping[str, Any], source: Any) -> None:
     reason = " has the shape {}, but {} by config.json".format(*map(list, shapes)) if shapes else " has another shape"
     more = f" (and {len(others)} more)" if others else ""
     raise ValueError(f"{source}: {name}{reason}{more}: config.json or the weights belong to another model")
-
-
-@contextlib.contextmanager
-def only_errors_logged(*, progress_bars: bool = True) -> Iterator[None]:
-    """Around `from_pretrained`: transformers logs errors only, no table of new weights; the caller reports these.
-
-    Args:
-        progress_bars: whether transformers may show them.
-    """
-    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not progress_bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if shown and not progress_bars:
-            logging.enable_progress_bar()
 
 
 def _embedded_tokens(model: PreTrainedModel) -> int | None:

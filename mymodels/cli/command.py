@@ -25,7 +25,7 @@ from . import (
     verify,
     warm_start,
 )
-from .options import Parser
+from .options import FAILED, Parser, help_ending
 
 _VERBS = (demo, new, adopt, inspect, convert, check, warm_start, build, finetune, predict, verify, push, lock, export)
 
@@ -34,8 +34,10 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the command line, and the parser of each verb; a verb's `run` takes the parsed arguments."""
     parser = Parser(
         prog="mymodels",
-        description="Modified GPT-2 and BERT models that load anywhere.",
-        epilog="mymodels VERB --help shows the options of a verb, an example and its exit codes.",
+        description="Build, train, check and share modified GPT-2 and BERT models that load anywhere.",
+        epilog="mymodels VERB --help shows the options, an example and the exit codes of a verb.\n\n"
+        + help_ending("mymodels inspect hub_repo/mygpt2", {0: "success", 1: f"a check failed; or {FAILED}"}),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mymodels {mymodels.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)

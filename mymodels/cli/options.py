@@ -62,18 +62,23 @@ def add_verb(
         exit_codes: code → meaning; 2 and 130 mean the same for every verb and are added here.
         parents: parsers whose options the verb has too.
     """
-    codes = exit_codes | {2: "wrong command line, nothing was done", 130: "interrupted by Ctrl-C"}
-    listed = "\n".join(f"  {code:<5}{meaning}" for code, meaning in sorted(codes.items()))
     parser = verbs.add_parser(
         name,
         help=sentence[0].lower() + sentence[1:].rstrip("."),
         description=sentence,
-        epilog=f"example:\n  {example}\n\nexit codes:\n{listed}",
+        epilog=help_ending(example, exit_codes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=list(parents),
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def help_ending(example: str, exit_codes: dict[int, str]) -> str:
+    """The end of a help text: an example, and the exit codes with those that all verbs share."""
+    codes = exit_codes | {2: "wrong command line, nothing was done", 130: "interrupted by Ctrl-C"}
+    listed = "\n".join(f"  {code:<5}{meaning}" for code, meaning in sorted(codes.items()))
+    return f"example:\n  {example}\n\nexit codes:\n{listed}"
 
 
 def checkpoint_options() -> argparse.ArgumentParser:

@@ -17,7 +17,6 @@ from ..checkpoints.atomic_write import replace_folder
 from ..checkpoints.checkpoint import resolve_dtype
 from ..checkpoints.load_errors import (
     clear_load_errors,
-    only_errors_logged,
     refuse_mismatched,
     refuse_other_class,
     refuse_plain_module,
@@ -26,6 +25,7 @@ from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.writing import save_tokenizer_files
 from ..extras import install_command
+from ..library_logging import only_errors_logged
 from ..messages import first_line
 from . import onnx_files, parity, programs
 from .graphs import TASKS, Graph, task_of

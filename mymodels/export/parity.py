@@ -40,7 +40,7 @@ class Case:
 
     @property
     def mask(self) -> torch.Tensor:
-        """`[batch, length]`, true for the outputs' tokens that are no padding; for an encoder-decoder the decoder's."""
+        """`[batch, length]`, true for the outputs' tokens that are not padding; for an encoder-decoder the decoder's."""
         if "decoder_input_ids" in self.inputs:
             return torch.ones_like(self.inputs["decoder_input_ids"], dtype=torch.bool)
         if "attention_mask" in self.inputs:
@@ -218,7 +218,7 @@ class Quality:
     Attributes:
         agreement: share of equal decisions: labels, next tokens, starts and ends of answers.
         kl: mean Kullback-Leibler divergence from the model's distribution to the graph's, in nats per decision.
-        cosine: mean cosine of vectors, for outputs that are no distributions.
+        cosine: mean cosine of vectors, for outputs that are not distributions.
         decisions: number of decisions or vectors compared.
     """
 

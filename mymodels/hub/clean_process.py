@@ -114,7 +114,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """The settings of the stages that depend on the folder: the classes to load, that of `architectures` first.
 
     Raises:
-        CheckpointError: `config.json` is missing or is no JSON object.
+        CheckpointError: `config.json` is missing or is not a JSON object.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: name the folder of a model")

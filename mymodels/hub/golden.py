@@ -56,7 +56,7 @@ def record_golden(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is no local folder: golden outputs are recorded in the folder of a model on this machine"
+            f"{folder} is not a local folder: golden outputs are recorded in the folder of a model on this machine"
         )
     if (folder / GOLDEN).exists():
         raise CheckpointError(f"{folder} has {GOLDEN} already: remove it first if the model was changed on purpose")
@@ -113,7 +113,7 @@ def read_golden(path: str | os.PathLike) -> Golden:
     """The content of a golden file.
 
     Raises:
-        CheckpointError: the file is damaged or is no golden file.
+        CheckpointError: the file is damaged or is not a golden file.
     """
     path = Path(path)
     read_header(path)

@@ -88,7 +88,7 @@ def read_lock(file: str | os.PathLike) -> Lock:
     """The lock in `file`.
 
     Raises:
-        LockError: the file is no valid lock.
+        LockError: the file is not a valid lock.
         FileNotFoundError: the file does not exist.
     """
     path = Path(file).expanduser()
@@ -104,7 +104,7 @@ def read_lock(file: str | os.PathLike) -> Lock:
             files[name] = (size, digest)
     of_a_commit = _AT_COMMIT.fullmatch(f"{repo_id}@{commit}") is not None
     if not files or len(files) < len(table) or not (of_a_commit or repo_id is commit is None):
-        raise LockError(f"{path} is no valid lock: review the code again, and write a new one with `mymodels lock`")
+        raise LockError(f"{path} is not a valid lock: review the code again, and write a new one with `mymodels lock`")
     return Lock(repo_id, commit, files)
 
 
@@ -137,7 +137,7 @@ def load(
     """
     loader = getattr(transformers, auto_class, None) if re.fullmatch(r"Auto\w+", auto_class) else None
     if not hasattr(loader, "from_pretrained"):
-        raise ValueError(f"{auto_class} is no Auto class of transformers: name one, such as AutoModelForCausalLM")
+        raise ValueError(f"{auto_class} is not an Auto class of transformers: name one, such as AutoModelForCausalLM")
     assert loader is not None
     if lock is None:
         return loader.from_pretrained(path_or_repo_id, **kwargs)
@@ -231,7 +231,7 @@ def _read_code(folder: Path, files: list[str] | None = None) -> dict[str, bytes]
     for name in filter(_CODE.fullmatch, _walk(folder) if files is None else files):
         path = inside(folder, name, folder)
         if not path.is_file():
-            raise LockError(f"{path} is no regular file, so it cannot be read as code: remove it")
+            raise LockError(f"{path} is not a regular file, so it cannot be read as code: remove it")
         code[name] = path.read_bytes()
         if not name.lower().endswith(".json"):
             continue

@@ -33,7 +33,7 @@ class _Row(NamedTuple):
 
 
 def show_verification(verification: Verification, console: Console | None = None, *, every_check: bool = False) -> None:
-    """Print what failed, warned or was left out (what is wrong, where, how to mend it), and the verdict.
+    """Print what failed, warned or was left out (what is wrong, where, how to fix it), and the verdict.
 
     What needs attention comes first in full, and is named again at the end, above the verdict.
 
@@ -94,7 +94,7 @@ def _joined(rows: list[_Row]) -> list[_Row]:
 
 
 def _show_row(row: _Row, console: Console, *, releases: bool) -> None:
-    """Status, check and place in one line, and under it what is wrong and how to mend it."""
+    """Status, check and place in one line, and under it what is wrong and how to fix it."""
     check = row.check
     under = f"under transformers {', '.join(row.releases)}" if releases and row.releases else ""
     head = "  ".join(filter(None, (check.name, check.where, under)))
@@ -114,7 +114,7 @@ def _show_text(label: str, text: str, console: Console) -> None:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Lines of whole words; a word that is longer than a line, such as a path, stays in one piece."""
+    """Lines broken between words; a word longer than a line, such as a path, is not broken."""
     return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False)
 
 

@@ -12,11 +12,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.load_errors import clear_load_errors, fit_tokenizer, only_errors_logged, refuse_other_class
+from ..checkpoints.load_errors import clear_load_errors, fit_tokenizer, refuse_other_class
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..forward_calls import check_loss, logits_of
 from ..hub.auto_class_names import auto_class_of
+from ..library_logging import only_errors_logged
 from ..messages import first_line
 from ..released import own_code, reader
 from ..warmstart import warm_start
@@ -118,7 +119,7 @@ def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, 
     if kind not in KINDS[task]:
         wanted = " or ".join(f"AutoModel{CLASS_SUFFIXES[kind]}" for kind in KINDS[task])
         raise ValueError(
-            f"{name} is no model for --task {task} by its name: use a class that ends in {_class_suffixes(task)}, or call "
+            f"{name} is not a model for --task {task} by its name: use a class that ends in {_class_suffixes(task)}, or call "
             f"{name}.register_for_auto_class with {wanted}"
         )
     if labels is not None:
@@ -159,7 +160,7 @@ def _from_checkpoint(
         if to not in _OURS:
             raise ValueError(f"to={to!r}: mymodels has {' and '.join(_OURS)}")
         if task == "seq2seq":
-            raise ValueError(f"to={to!r} is no encoder-decoder: leave out to= for --task seq2seq")
+            raise ValueError(f"to={to!r} is not an encoder-decoder: leave out to= for --task seq2seq")
         kind = "classification" if task == "classification" else _OURS[to]
         if labels is not None:
             named = PretrainedConfig()

@@ -42,7 +42,7 @@ class Row:
         how: what was done; for a new parameter its initial value, for an unused tensor the reason.
         parameters: number of elements of the targets, or of an unused tensor.
         steps: target → what was done for it, in order.
-        constant: an unused tensor that is no weight: a mask, an optimizer's state, a second name.
+        constant: an unused tensor that is not a weight: a mask, an optimizer's state, a second name.
         frozen: whether `freeze_loaded` made the targets untrainable.
         unproven: whether the step is approximate only because no check has confirmed that the right tensor was used.
     """

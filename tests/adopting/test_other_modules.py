@@ -127,7 +127,7 @@ def test_padding_that_cannot_be_left_out_is_refused(made: dict) -> None:
 
 
 def test_what_is_not_passed_on_is_listed(made: dict) -> None:
-    assert "outputs that are left out: forward(…)[0]" in made["Keep"][0]["missing"]
+    assert "outputs that are not returned: forward(…)[0]" in made["Keep"][0]["missing"]
 
 
 HEADING = "import torch\nfrom torch import nn\nclass Net(nn.Module):\n    def __init__(self, vocab=20, dim=8):\n        super().__init__()\n"
@@ -144,7 +144,7 @@ REFUSED = {
     ),
     "random outputs": (
         TABLE + "    def forward(self, x):\n        return self.o(nn.functional.dropout(self.e(x)))\n",
-        r"py:7: forward gives other outputs each time",
+        r"py:7: forward gives different outputs each time",
     ),
     "a plain list": (
         TABLE + "        self.blocks = [nn.Linear(dim, dim)]\n    def forward(self, x):\n"
@@ -158,7 +158,7 @@ REFUSED = {
     "a mask of two meanings": (
         TABLE
         + "    def forward(self, x, mask):\n        return self.o(self.e(x).cumsum(1) * (1.0 + mask[..., None]))\n",
-        "it is not clear which of them it takes",
+        "it is not clear which of them it expects",
     ),
 }
 

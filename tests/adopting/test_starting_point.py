@@ -64,7 +64,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for name, says in (("whale", "no name for a class"), ("My-Whale", "no name for a class"), ("Bert", "is taken")):
         with pytest.raises(CheckpointError, match=says):
             write_starting_point(name, "gpt2", tmp_path / "out")
-    with pytest.raises(CheckpointError, match="is no base"):
+    with pytest.raises(CheckpointError, match="is not a base"):
         write_starting_point("Whale", "gpt3", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("kept")

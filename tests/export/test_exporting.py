@@ -152,10 +152,10 @@ def test_quality_counts_decisions_at_tokens() -> None:
         ({"texts": ["a text"]}, "texts are only used to measure int8"),
         ({"to": "onnx", "int8": True, "dtype": "float16"}, "int8 quantises float32 weights"),
         ({"to": "onnx", "dtype": "bfloat16"}, "no CPU kernels for bfloat16"),
-        ({"dtype": "int4"}, "'int4' is no floating-point dtype"),
+        ({"dtype": "int4"}, "'int4' is not a floating-point dtype"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence(options: dict, message: str, tmp_path: Path) -> None:
+def test_impossible_exports_raise_one_sentence(options: dict, message: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime") if options.get("to") == "onnx" else None
     folder = saved(mygpt2(), tmp_path / "model")
     with pytest.raises(ValueError, match=message) as caught:

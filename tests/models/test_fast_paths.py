@@ -169,7 +169,9 @@ def test_product_of_something_computed_again(count: int, function, bias: bool) -
         results.append((output, *first, *again, *second))
     for mine, theirs in zip(*results):
         assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
-    recomputed_linear(function, layer, *(tensor.detach() for tensor in inputs)).sum().backward()  # of the parameters alone
+    recomputed_linear(
+        function, layer, *(tensor.detach() for tensor in inputs)
+    ).sum().backward()  # of the parameters alone
     assert layer.weight.grad is not None
 
 

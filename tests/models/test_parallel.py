@@ -132,7 +132,7 @@ def test_each_process_holds_half_of_the_projections(name: str, halved: str, mode
 
 
 @pytest.mark.parametrize("name", SHARED_OUT)
-def test_what_two_processes_save_is_whole(name: str, models, two) -> None:
+def test_what_two_processes_save_is_complete(name: str, models, two) -> None:
     folder = models[name][1]
     saved, again = open_checkpoint(folder), open_checkpoint(f"{folder}-again")
     for key in saved:

@@ -59,7 +59,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_folder_loads_elsewhere_with_the_accuracy_that_was_told(start: Path, tmp_path: Path) -> None:
+def test_the_folder_loads_elsewhere_with_the_reported_accuracy(start: Path, tmp_path: Path) -> None:
     tuned = finetune(
         start / "bert",
         start / "data.csv",

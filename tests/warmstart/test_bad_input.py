@@ -136,9 +136,9 @@ def test_impossible_wishes(folder: Path) -> None:
         warm_start("mygpt2", folder, overrides={"hidden_size": 64})
     with pytest.raises(CheckpointError, match="head='ForTokenClassification': MyGPT2 has Model, ForCausalLM"):
         warm_start("mygpt2", folder, head="ForTokenClassification")
-    with pytest.raises(CheckpointError, match="'llama' is no model of mymodels: warm_start fills mygpt2 and mybert"):
+    with pytest.raises(CheckpointError, match="'llama' is not a model of mymodels: warm_start fills mygpt2 and mybert"):
         warm_start("llama", folder)
-    with pytest.raises(CheckpointError, match="a dict is no model and no config"):
+    with pytest.raises(CheckpointError, match="a dict is neither a model nor a config"):
         warm_start({}, folder)
     with pytest.raises(NotAllowedError, match="too little of it loads into Linear"):
         warm_start(torch.nn.Linear(1, 1), folder)

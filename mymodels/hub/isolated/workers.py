@@ -64,7 +64,7 @@ def _parametrized(model: torch.nn.Module) -> str:
 def run_parallel(job: dict[str, Any], events: Any) -> None:
     """Load in eight processes with an empty code cache, as when training starts on eight devices of a new machine.
 
-    transformers copies code files in place, so a process may read a file that is half written. That is no fault of
+    transformers copies code files in place, so a process may read a file that is half written. That is not a fault of
     the folder: the check fails only if every attempt does.
     """
     name = job["classes"][0]

@@ -1,4 +1,4 @@
-"""Requirements that pip takes from elsewhere than PyPI: what they are when they are installed, nobody here has read."""
+"""Checks of requirements that pip installs from elsewhere than PyPI, so that their code is unknown."""
 
 import re
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def requirements(folder: Folder) -> Iterator[Finding]:
             try:
                 value: Any = tomllib.loads(data.decode("utf-8", errors="replace"))
             except (tomllib.TOMLDecodeError, RecursionError):
-                continue  # nothing reads it then
+                continue  # not read by any installer
             for key, text in _dependencies(value):
                 yield from _of_line(name, f"{name}: {key[:80]}", text)
 

@@ -1,4 +1,4 @@
-"""The classes of a folder's code and how they are related, from the syntax trees alone."""
+"""The classes of a folder's code and their inheritance, from syntax trees."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ from .repo_snapshot import MAX_CONFIG_BYTES, CodeFile, Folder
 
 MAX_CLASSES = 1000
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-# transformers' own classes that are modules without being models
+# classes of transformers that are modules but not models
 _TRANSFORMERS_MODULES = re.compile(
     r"(GradientCheckpointingLayer|RMSNorm|LayerNorm|Attention|MLP|Embedding|Layer|Block)$"
 )
@@ -65,8 +65,8 @@ class Code:
         self.parents = {id(base.node) for klass in self.classes for base in self.lineage(klass)[1:]}
 
     def find(self, file: CodeFile, dotted: str) -> Klass | None:
-        """The class that a name in `file` stands for, if the folder defines it."""
-        for _ in range(20):  # a name may be passed on from sibling to sibling
+        """The class that a name in `file` refers to, if the folder defines it."""
+        for _ in range(20):  # a name may be re-exported by siblings
             if (klass := self._by_name.get((file.name, dotted))) is not None:
                 return klass
             if not dotted.startswith("."):
@@ -104,7 +104,7 @@ class Code:
         return self._lineage[id(klass.node)][1]
 
     def is_model(self, klass: Klass) -> bool:
-        """Whether it is a `PreTrainedModel`, by its own code or by a class of transformers."""
+        """Whether it is a `PreTrainedModel`, directly or through a class of transformers."""
         return any(
             root.rpartition(".")[2] == "PreTrainedModel"
             or (
@@ -127,14 +127,14 @@ class Code:
         return any(re.search(r"(^|\.)\w*Config$", root) for root in self.roots(klass))
 
     def value(self, klass: Klass, name: str) -> tuple[Klass, ast.expr] | None:
-        """A class attribute, and the class of the lineage that sets it."""
+        """A class attribute, and the class or ancestor that sets it."""
         for member in self.lineage(klass):
             if (value := member.value(name)) is not None:
                 return member, value
         return None
 
     def method(self, klass: Klass, name: str) -> tuple[Klass, _Function] | None:
-        """A method, and the class of the lineage that defines it."""
+        """A method, and the class or ancestor that defines it."""
         for member in self.lineage(klass):
             if (method := member.method(name)) is not None:
                 return member, method
@@ -166,7 +166,7 @@ def is_self(node: ast.AST, name: str | None = None) -> bool:
 
 
 def depth(node: ast.AST) -> int:
-    """How many names an attribute expression has: `self.head.weight` has 3; 0 for what is none."""
+    """The number of names in an attribute expression: 3 for `self.head.weight`, 0 for other expressions."""
     count = 1
     while isinstance(node, ast.Attribute):
         count, node = count + 1, node.value
@@ -195,14 +195,14 @@ _RELEASE_TEST = re.compile(
     r"signature|getfullargspec|__version__|parse_version|find_spec|Version|"
     r"is_\w+_(available|version|or_later|or_equal|or_higher)\w*"
 )
-_OWN = {"self", "config", "module"}  # whether these have an attribute says nothing of a release
+_OWN = {"self", "config", "module"}  # attributes of these do not depend on the release
 
 
 def bridged(file: CodeFile) -> set[int]:
-    """The `id` of every node that runs under some releases only: the code asks for a version, a name or a signature
-    first, or catches what the other releases raise."""
+    """The `id` of every node that runs under some releases only: the code checks a version, a name or a signature first,
+    or catches the error of other releases."""
     names: set[str] = set()
-    for _ in range(3):  # names that hold the answer to such a test, or a function that gives it
+    for _ in range(3):  # names that hold the result of such a check, or functions that return it
         for node in ast.walk(file.tree):
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 goals = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -237,7 +237,7 @@ _CAUGHT = {"TypeError", "AttributeError", "ImportError", "ModuleNotFoundError", 
 
 
 def _catches(node: ast.Try) -> bool:
-    """Whether what another release raises is caught: not a bare `finally`."""
+    """Whether the `try` catches an error, and does not only have a `finally`."""
     kinds = {n.id for h in node.handlers if h.type for n in ast.walk(h.type) if isinstance(n, ast.Name)}
     return bool(kinds & _CAUGHT) or any(handler.type is None for handler in node.handlers)
 
@@ -266,7 +266,7 @@ def entry_files(folder: Folder) -> list[str]:
     if "custom_generate/generate.py" in folder.files:
         names["custom_generate/generate.py"] = None
     if any("/" in name and name.endswith("config.json") and _has_auto_map(file) for name, file in folder.files.items()):
-        names |= dict.fromkeys(folder.code)  # a model in a subfolder: which code it takes is not followed further
+        names |= dict.fromkeys(folder.code)  # a model in a subfolder, whose code is not traced further
     return [name for name in names if name in folder.files]
 
 
@@ -276,7 +276,7 @@ def _has_auto_map(file: Path) -> bool:
 
 
 def siblings(file: CodeFile) -> list[tuple[str, ast.ImportFrom]]:
-    """The files that a file imports from flatly, `from .name import …`, and where."""
+    """The siblings that a file imports with `from .name import …`, and where."""
     home = file.name.rpartition("/")[0]
     return [
         (f"{home}/{node.module}.py" if home else f"{node.module}.py", node)

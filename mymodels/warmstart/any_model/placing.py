@@ -1,4 +1,4 @@
-"""Where a side keeps each role: the tensor, its layout, and what cannot be known of it."""
+"""Where a side stores each role: the tensor, its layout, and ambiguities."""
 
 import re
 from collections import Counter, defaultdict
@@ -19,15 +19,15 @@ _CONV1D_NAMES = ("c_attn", "c_proj", "c_fc")
 
 @dataclass
 class Ambiguity:
-    """Something that can be read in several ways, of which none was taken, or one that is no more than likely.
+    """Tensors with several possible readings, of which none was chosen, or one that is only likely.
 
     Attributes:
-        names: the tensors or parameters that are left out for it.
-        why: what cannot be known.
-        candidates: what the reader chooses from.
+        names: the tensors or parameters concerned.
+        why: what is unknown.
+        candidates: the possible readings.
         rename: a `rename=` that decides, regex → replacement.
-        placed: whether the order decided after all, which is no proof.
-        by_names: whether the tensors' whole names may still decide.
+        placed: whether they were assigned by their order, which is not proof.
+        by_names: whether the tensors' full names may still decide.
     """
 
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class Ambiguity:
 
 @dataclass
 class Place:
-    """Where a role is kept: as which part of which tensor."""
+    """Where a role is stored: which part of which tensor."""
 
     tensor: str
     layout: Layout
@@ -55,7 +55,7 @@ class Places:
         of: role → place.
         roles: tensor → its roles, in the order of its parts (of all experts one after the other).
         layouts: tensor → its layout.
-        usual: tensors whose arrangement is only usual for their names.
+        usual: tensors whose arrangement is assumed from their names.
         copies: tensor → the tensor with the same role and the same values.
     """
 
@@ -68,7 +68,7 @@ class Places:
     width: int = 0
 
     def stacks(self) -> list[str]:
-        """What the roles of each list of layers have in front; nothing for those outside, or of the only list."""
+        """The role prefixes of the lists of layers; "" for roles outside of layers, or of the only list."""
         return list(dict.fromkeys(["", *(stack_of(role) for role in self.of)]))
 
     def stack(self, front: str) -> "Places":
@@ -78,7 +78,7 @@ class Places:
 
 
 def stack_of(role: str) -> str:
-    """What a role has in front for the list of layers that it is in: `"encoder:"`, or nothing."""
+    """The prefix of a role for its list of layers: `"encoder:"`, or ""."""
     return role[: role.find(":") + 1]
 
 
@@ -100,7 +100,7 @@ def places_of(side: Side, *, prefer: Iterable[str] = ()) -> Places:
 
 
 def _width(side: Side, roles: dict[str, Role]) -> int:
-    """The width of the residual stream: of the norms in the layers, of the embeddings, or what most matrices have."""
+    """The width of the residual stream, from norms in the layers, the embeddings, or most matrices."""
     norms = Counter(
         side.tensors[name].shape[0]
         for name, role in roles.items()
@@ -117,10 +117,10 @@ def _width(side: Side, roles: dict[str, Role]) -> int:
 
 
 def orientations(side: Side, roles: dict[str, Role], width: int) -> dict[str, bool | None]:
-    """Each matrix → whether it is stored [in, out]; None: nothing tells.
+    """Matrix → whether it is stored [in, out]; None if unknown.
 
-    The module's class decides where it is known. Else the matrices that are not square show it, and the square ones
-    follow if all of those agree.
+    The module's class decides if it is known. Otherwise the shapes of non-square matrices do, and square ones follow if
+    all of these agree.
     """
     found: dict[str, bool | None] = {}
     square: list[str] = []
@@ -170,7 +170,7 @@ def _layout(
         found.ambiguous.append(
             Ambiguity(
                 (name,),
-                "nothing tells whether it is stored [out, in], as nn.Linear has it, or [in, out], as Conv1D has it",
+                "it is unknown whether it is stored [out, in] as in nn.Linear or [in, out] as in Conv1D",
                 (linear, kernel),
                 {rf"{re.escape(role.module)}\.{role.leaf}$": kernel},
             )
@@ -202,9 +202,9 @@ def _layout(
         found.ambiguous.append(
             Ambiguity(
                 (name,),
-                "its query, key and value may be stacked or interleaved by head, and nothing tells which"
+                "its query, key and value may be stacked or interleaved by head, and it is unknown which"
                 if rows and len(parts) == 3
-                else "nothing tells how its parts are divided",
+                else "it is unknown how its parts are arranged",
                 (f"{front}qkv_proj (stacked)", f"{front}qkv_by_head (interleaved)"),
                 {rf"\b{re.escape(role.module)}\.": "qkv_proj."},
             )
@@ -225,7 +225,7 @@ def _each_expert(parts: tuple[str, ...], experts: int) -> tuple[str, ...]:
 
 
 def _twice(side: Side, roles: dict[str, Role], role: Role, shape: tuple[int, ...], found: Places) -> bool:
-    """Whether an MLP's first matrix holds gate and up: it has twice the rows that the second one reads."""
+    """Whether an MLP's first matrix contains gate and up: it has twice as many rows as the second has inputs."""
     down = role.parts[0].replace(GATE_UP[1], "mlp.down_proj")
     down = down.rpartition(".")[0] + ".weight"
     other = next((side.tensors[n].shape for n, r in roles.items() if r.parts == (down,)), None)
@@ -247,7 +247,7 @@ def _rows(side: Side, parts: int, rows: int, width: int) -> tuple[int, ...]:
 
 
 def _settle_doubles(side: Side, found: Places, prefer: set[str]) -> None:
-    """Of several tensors with one role none counts, unless they are equal, or one has the name that is asked for."""
+    """Drop a role that several tensors have, unless they are equal or one has the requested name."""
     holding: dict[str, list[str]] = defaultdict(list)
     for name, parts in found.roles.items():
         for part in parts:

@@ -1,4 +1,4 @@
-"""From any source and any target to a `Plan`: both are described, the matchers run, what is left starts anew."""
+"""Make a `Plan` for any source and target: describe both, run the matchers, initialise the rest."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -35,12 +35,12 @@ from .sides import (
 )
 from .structure import by_structure
 
-_META_LLAMA = re.compile(r"(?:^|\.)layers\.\d+\.attention\.wq\.weight$")  # as Meta publishes Llama
+_META_LLAMA = re.compile(r"(?:^|\.)layers\.\d+\.attention\.wq\.weight$")  # Meta's Llama checkpoints
 MATCHERS = (by_new_name, by_role, by_name, by_prefix, by_factors, by_structure)
 
 
 def describe_target(model: torch.nn.Module) -> Side:
-    """The target as a side; of tied tensors the first name."""
+    """The target as a side; tied tensors have their first name."""
     refuse_meta(model)
     config = getattr(model, "config", None)
     config = config if isinstance(config, PretrainedConfig) else None
@@ -53,10 +53,10 @@ def describe_target(model: torch.nn.Module) -> Side:
 
 
 def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, dict[str, Why]]:
-    """The source as a side, its tensors renamed; and tensors that are no weights.
+    """The source as a side with `rename` applied, and its tensors that are not weights.
 
     Raises:
-        CheckpointError: `rename` is no regular expression, or gives two tensors one name.
+        CheckpointError: `rename` is not a valid regular expression, or gives two tensors the same name.
     """
     module, raw, empty = opened.module, opened.raw, None
     config = getattr(module, "config", None) if module is not None else None
@@ -77,7 +77,7 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
                 seen = re.sub(pattern, replacement, seen)
             except (re.error, IndexError) as error:
                 raise CheckpointError(
-                    f"rename={{{pattern!r}: {replacement!r}}} is no regular expression: {error}"
+                    f"rename={{{pattern!r}: {replacement!r}}} is not a regular expression: {error}"
                 ) from None
         if seen in seen_as:
             raise CheckpointError(
@@ -86,7 +86,7 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
             )
         seen_as[seen] = name
         if info.dtype == torch.bool or re.search(r"(^|\.)(position_ids|token_type_ids|masked_bias|inv_freq)$", seen):
-            why[name] = Why("a constant, which the model computes itself", "exact", constant=True)
+            why[name] = Why("a constant that the model computes itself", "exact", constant=True)
             continue
         renamed = seen != plain(name)
         holder = known.get(name, known.get(plain(name), ("", ""))) if not renamed else ("", "")
@@ -104,7 +104,7 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
 
 
 def _settings_beside(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config of no known class says of the heads."""
+    """Head settings from a config of unknown class."""
     if not raw:
         return {}
     return settings_of(
@@ -122,20 +122,20 @@ def plan_any(
     made_here: bool = False,
     **options: Any,
 ) -> tuple[Plan, set[str]]:
-    """Decide what each tensor of `model` is made of; its own values stay where nothing is loaded.
+    """Plan the value of each tensor of `model`; tensors without a source keep their values.
 
     Args:
-        made_here: whether the model was made for this warm start, from a config.
+        made_here: whether the model was built from a config for this warm start.
         options: fields of `Change`.
 
     Returns:
-        the plan, and the tensors whose placement only a run can prove.
+        the plan, and the tensors whose assignment only a run can prove.
 
     Raises:
-        CheckpointError: the widths differ, a quantised tensor would be needed, or an option is impossible.
+        CheckpointError: the widths differ, a quantised tensor would be needed, or an option is invalid.
     """
     if not opened.info and options["vectors"] is None:
-        raise CheckpointError(f"{opened.where} has no tensors: there is nothing to start from")
+        raise CheckpointError(f"{opened.where} has no tensors, so there is nothing to load")
     unwanted, wanted = compiled("skip", skip), compiled("only", only)
     target = describe_target(model)
     source, why = describe_source(opened, rename)
@@ -220,7 +220,7 @@ def _values(
 
 
 def _no_bias(matching: Matching, weight: str) -> bool:
-    """Whether the module that a weight came from has no bias at all."""
+    """Whether the source module of a weight has no bias."""
     origin = {
         name
         for name, t in matching.source.tensors.items()
@@ -250,20 +250,20 @@ def _why_unused(matching: Matching, model: torch.nn.Module, opened: Opened, name
     if buffer is not None:
         stored = opened.tensors[name]
         if buffer.shape == stored.shape and torch.equal(buffer, stored.to(buffer)):
-            return Why("a buffer, which has these values already", "exact", constant=True)
-        return Why("a buffer, which keeps the target's values")
+            return Why("a buffer that already has these values", "exact", constant=True)
+        return Why("a buffer that keeps the target's values")
     kind = matching.target.kind
     if seen in matching.source.aliases:
         return Why(f"{matching.source.aliases[seen]} is the same tensor", "exact", constant=True)
     if any(name in found.names or seen in found.names or seen in found.candidates for found in matching.ambiguous):
-        return Why("it can go to several places, see the notes")
+        return Why("several target tensors are possible, see the notes")
     if seen in matching.undecided:
-        return Why("nothing decides where it belongs, see the notes")
-    return Why(f"{kind} has no place for it")
+        return Why("its place is unknown, see the notes")
+    return Why(f"{kind} has no tensor for it")
 
 
 def _assumed(matching: Matching) -> list[str]:
-    """What had to be assumed of a source without config or class."""
+    """Notes on what is assumed for a source without config or class."""
     source, target = matching.source, matching.target
     if source.kind or source.config is not None:
         return []
@@ -285,7 +285,7 @@ def _assumed(matching: Matching) -> list[str]:
 
 
 def _collapsed(ambiguous: list[Ambiguity]) -> list[Ambiguity]:
-    """Layers that are ambiguous in one way, as one."""
+    """Merge equal ambiguities of several layers into one."""
     number = re.compile(r"(?<=[.^])\d+(?=\\?\.)")
     groups: dict[tuple, list[Ambiguity]] = {}
     for found in ambiguous:
@@ -319,16 +319,16 @@ def _described(found: Ambiguity) -> str:
 
 
 def _check_width(source: Side, target: Side, where: str) -> None:
-    """Refuse another width.
+    """Check that both models have the same width.
 
     Raises:
-        CheckpointError: both configs say how wide the models are, and differ.
+        CheckpointError: the hidden_size of the configs differs.
     """
     widths = [getattr(side.config, "hidden_size", None) for side in (source, target)]
     if all(isinstance(width, int) for width in widths) and widths[0] != widths[1]:
         raise CheckpointError(
-            f"{where} has hidden_size={widths[0]}, the target {widths[1]}: the width of the model is the one thing that "
-            "cannot be changed; set hidden_size to the source's"
+            f"{where} has hidden_size={widths[0]}, the target {widths[1]}: a warm start cannot change the width "
+            "of a model; set hidden_size to the source's"
         )
 
 
@@ -345,13 +345,13 @@ def _norms(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 class _Pairs:
-    """Weight-normed pairs of the target that are filled as the weight they give."""
+    """Weight-norm pairs of the target, which are matched as the weight that they represent."""
 
     def __init__(self, pairs: dict[str, tuple[str, str]], names: dict[str, str], tensors: dict[str, Tensor]):
         self.pairs, self.names, self.tensors = pairs, names, tensors
 
     def restored(self, values: dict[str, Value], unproven: set[str]) -> tuple[dict[str, Value], set[str]]:
-        """The values under the target's own names, each weight again as its pair."""
+        """The values under the target's names, with weights converted back to pairs."""
         made: dict[str, Value] = {}
         unsure = set()
         for name, value in values.items():
@@ -373,7 +373,7 @@ class _Pairs:
 
 
 def _common_pairs(source: Side, target: Side) -> _Pairs:
-    """Bring weight-normed pairs to one form: as pairs if both have them, else as the weight that they give."""
+    """Convert weight-norm pairs to weights, unless both sides have the pair."""
     original = dict(target.tensors)
     found = [pairs_of(side.tensors) for side in (source, target)]
     for side, pairs in zip((source, target), found):

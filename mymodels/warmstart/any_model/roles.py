@@ -1,4 +1,4 @@
-"""What a tensor is for, by the names that models commonly use: each name → a role.
+"""Roles of tensors, from the names that models commonly use.
 
 Roles have the names of MyGPT2's parameters (`model.layers.3.self_attn.q_proj.weight`), so that the transforms of
 `warm_start` apply to them. Roles that MyGPT2 lacks (norms after the sum, experts, a head's transform) have names of their
@@ -13,7 +13,7 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _ATTENTION = r"(?:attn|attention|self_attn|self_attention|SelfAttention|mha|sa|self)"
 _MLP = r"(?:mlp|ffn|DenseReluDense|feed_forward|ff|feedforward|moe|block_sparse_moe)"
-# regex of a module's path inside a layer → its roles; the first that matches the whole path counts
+# regex of a module's path inside a layer → its roles; the first full match counts
 _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?:.*\.)?(?:c_attn|qkv|qkv_proj|Wqkv|wqkv|in_proj|query_key_value|qkv_by_head|to_qkv|qkv_linear)", QKV),
     (r"(?:.*\.)?(?:q_proj|q_lin|query_proj|query|wq|to_q|q_linear|linear_q|Wq|W_q|w_q|q)", QKV[:1]),
@@ -101,10 +101,10 @@ _AROUND = [(re.compile(pattern), role) for pattern, role in _OUTSIDE]
 
 
 class Role(NamedTuple):
-    """What one tensor is for.
+    """The role of a tensor.
 
     Attributes:
-        parts: the roles of what the tensor holds, in order; several of a fused tensor.
+        parts: the roles of the tensor's parts, in order; several for a fused tensor.
         module: the last part of the module's name, such as `c_attn`.
         leaf: the parameter's own name.
         layer: the layer's number; None outside the layers.
@@ -119,7 +119,7 @@ class Role(NamedTuple):
 
 
 def roles_by_name(names: Iterable[str]) -> dict[str, Role]:
-    """The roles of those names that have one.
+    """Name → role, for names with a known role.
 
     Example:
         >>> roles_by_name(["transformer.h.0.ln_1.weight"])["transformer.h.0.ln_1.weight"].parts
@@ -162,7 +162,7 @@ def _split(name: str) -> tuple[str, int, str, str] | None:
 
 
 def _stacks(found: Iterable[str]) -> dict[str, str]:
-    """Each list of layers → what its roles have in front: nothing if there is one list, else encoder or decoder."""
+    """Path of each list of layers → role prefix: "" for a single list, else encoder or decoder."""
     stacks = list(dict.fromkeys(found))
     if len(stacks) == 1:
         return {stacks[0]: ""}

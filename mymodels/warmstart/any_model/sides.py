@@ -1,4 +1,4 @@
-"""A source or a target of any kind, described alike: its tensors, what holds them, what its config says."""
+"""Describes a source or target: its tensors, their modules, and settings from its config."""
 
 import inspect
 import re
@@ -52,13 +52,13 @@ _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish
 
 @dataclass
 class Tensor:
-    """One tensor of a side.
+    """A tensor of a side.
 
     Attributes:
-        value: what it holds; of a target, what it had.
-        holder: the class of the module that has it; empty if unknown.
-        code: the source text of the modules around it, if there is one.
-        renamed: whether `rename=` gave it its name.
+        value: its value; for a target, before the warm start.
+        holder: the class of its module; "" if unknown.
+        code: source code of the modules around it, if available.
+        renamed: whether its name is from `rename=`.
     """
 
     value: Value
@@ -76,10 +76,10 @@ class Side:
     """A source or a target.
 
     Attributes:
-        tensors: by name, as they are matched; in the order of registration if `ordered`.
-        config: its config, if it is known.
-        kind: what a report calls its class: two sides of one kind compute the same with the same weights and settings.
-        settings: what no tensor shows and changes what is computed: name → value.
+        tensors: name → tensor; in the order of registration if `ordered`.
+        config: its config, if known.
+        kind: its class in reports; sides of one kind compute the same with the same weights and settings.
+        settings: name → value of settings that change the outputs and that no tensor shows.
         aliases: second names of a tensor → the first.
     """
 
@@ -96,7 +96,7 @@ class Side:
 
 
 def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a warm start may fill: parameters, and buffers that are saved and are no constants; tied ones once."""
+    """The tensors that a warm start fills: parameters and persistent buffers without constants; tied ones once."""
     saved = model.state_dict()
     found = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     norms = ("running_mean", "running_var", "num_batches_tracked")
@@ -104,7 +104,7 @@ def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def holders(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    """Each tensor → the class of the module that has it, and the source text of that module's parent."""
+    """Tensor → class of its module, and source code of that module's parent."""
     modules = dict(model.named_modules(remove_duplicate=False))
     texts: dict[type, str] = {}
 
@@ -128,7 +128,7 @@ def holders(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def made_by(raw: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[str, str]], torch.nn.Module | None]:
-    """Config, holders and an empty model of the transformers class that a `config.json` names; nothing if there is none."""
+    """Config, holders and a model on meta of the transformers class in a `config.json`; empty if there is none."""
     if not isinstance(raw.get("model_type"), str) or raw.get("auto_map"):
         return None, {}, None
     fields = {name: value for name, value in raw.items() if name not in ("model_type", "architectures")}
@@ -138,18 +138,18 @@ def made_by(raw: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[str, str]], to
         model_class: Any = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
         with init_empty_weights():
             model = model_class(config)
-    except Exception:  # a type of another release, or fields that its class does not take: read by names alone
+    except Exception:  # a type of another release, or rejected fields: matched by names only
         return None, {}, None
     base = f"{model.base_model_prefix}."
     known = holders(model)
-    for seen, held in list(known.items()):  # a base model's folder has no prefix, a head's has one
+    for seen, held in list(known.items()):  # names in a base model's folder have no prefix, names in a head's have one
         known.setdefault(seen.removeprefix(base), held)
         known.setdefault(base + seen, held)
     return config, known, model
 
 
 def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
-    """What changes the outputs and no tensor shows, as far as config or modules say it."""
+    """Settings from config or modules that change the outputs and that no tensor shows."""
     found: dict[str, Any] = {}
 
     def first(names: tuple[str, ...]) -> Any:
@@ -215,7 +215,7 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
 
 
 def second_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Names of tensors that are the same memory as one before them → the name of that one."""
+    """Name → an earlier name of a tensor that shares its memory."""
     if isinstance(tensors, Checkpoint):
         return {name: first for name, first in tensors.aliases.items() if name != first}
     first: dict[tuple, str] = {}
@@ -228,7 +228,7 @@ def second_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def pairs_of(names: Mapping[str, Any]) -> dict[str, str]:
-    """The names of weight-normed tensors in one form: `weight_g` and `weight_v`."""
+    """Names of weight-norm tensors → their names as `weight_g` and `weight_v`."""
     named = {}
     for name in names:
         found = _PAIR.match(name)
@@ -245,7 +245,7 @@ def pairs_of(names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def joined_pairs(tensors: dict[str, Tensor], keep: set[str]) -> dict[str, Tensor]:
-    """Weight-normed pairs as the weight that they give: g · v / |v|; those in `keep` stay pairs."""
+    """Replace weight-norm pairs by their weight, g · v / |v|, except for those in `keep`."""
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         front = name[: -len("weight_g")]
@@ -264,16 +264,16 @@ def _weight(v: torch.Tensor, length: Value) -> torch.Tensor:
 
 
 def norm_like(v: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The norms of `v` over the dimensions in which `shape` has 1."""
+    """The norms of `v` over the dimensions where `shape` is 1."""
     over = [i for i, size in enumerate(shape) if size == 1] or list(range(v.ndim))
     return v.norm(dim=over, keepdim=True).view(shape)
 
 
 def refuse_meta(model: torch.nn.Module) -> None:
-    """Refuse a model without data.
+    """Check that a model has data.
 
     Raises:
-        CheckpointError: the model has no data to fill.
+        CheckpointError: it has parameters without data.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError(

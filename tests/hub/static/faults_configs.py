@@ -78,7 +78,7 @@ CONFIGS = [
         config(attribute_map={"a": "b"}),
         "config keys",
         "attribute_map",
-        "behind the class's back",
+        "without the class's knowledge",
     ),
     Fault("kernels from the Hub", config(_attn_implementation="a/b"), "config keys", "_attn", "downloaded and run"),
     Fault(

@@ -64,7 +64,7 @@ MODELS = [
         init_weights(f"{INIT_NORMAL}\n            nn.init.zeros_(module.weight[0])"),
         "init weights",
         MODELING,
-        "lost the mark",
+        "lacks the mark",
         releases=("5.0.0",),
     ),
     Fault(
@@ -241,7 +241,7 @@ MODELS = [
         replace(LAYERS, "        self.is_causal = True\n", ""),
         "attention",
         LAYERS,
-        "does not say is_causal",
+        "does not set is_causal",
         "warning",
     ),
     Fault(

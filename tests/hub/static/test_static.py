@@ -168,7 +168,7 @@ def test_a_header_of_640_bytes_is_no_pickle(healthy, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_plain_torch_files_are_a_warning_whole_modules_a_failure(new_format: bool, healthy, tmp_path: Path) -> None:
+def test_plain_torch_files_are_a_warning_pickled_modules_a_failure(new_format: bool, healthy, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(healthy("stock_gpt2"), tmp_path / "folder"))
     state = {"a": torch.ones(3, dtype=torch.bfloat16), "step": 3, "b": torch.nn.Parameter(torch.zeros(2))}
     torch.save(state, folder / "extra.pt", _use_new_zipfile_serialization=new_format)
@@ -226,7 +226,7 @@ def test_a_stock_model_with_its_own_tokenizer_is_healthy(healthy, tmp_path: Path
     assert [check for check in static_checks(folder) if check.status == "failed"] == []
 
 
-def test_an_adapter_is_told_from_a_folder_without_a_config(tmp_path: Path) -> None:
+def test_an_adapter_is_not_a_folder_without_a_config(tmp_path: Path) -> None:
     save_file(
         {"q_proj.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"}
     )
