@@ -43,7 +43,7 @@ READ = {
     "a device": (HEADING + NET.replace("self.table(x)", "self.table(x.to('cuda:0'))"), 11, "x.device"),
     "a magic line": (HEADING + "%matplotlib inline\n" + NET, 3, "a line of a notebook"),
     "a shell line": (HEADING + "!pip install einops\n" + NET, 3, "a line of a notebook"),
-    "no Python": (HEADING + NET + "def broken(:\n", 12, "no Python"),
+    "no Python": (HEADING + NET + "def broken(:\n", 12, "is not Python"),
     "another class": (
         HEADING + NET.replace("class Net", "class Nett"),
         None,

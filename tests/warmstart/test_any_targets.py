@@ -227,7 +227,7 @@ def test_two_parts_that_fit_are_not_chosen_from() -> None:
             r"are both 'out\.weight'",
         ),
         ({"out.weight": torch.randn(3, 8)}, {"overrides": {"width": 3}}, "overrides= changes the config"),
-        ({"out.weight": torch.randn(3, 8)}, {"model_class": Net}, "model_class= names the class"),
+        ({"out.weight": torch.randn(3, 8)}, {"model_class": Net}, "model_class= is the class to build"),
         (3, {}, "a int cannot be a source"),
     ],
 )
@@ -242,7 +242,7 @@ def test_what_is_refused_leaves_the_model_as_it_was(source, options: dict, words
 
 def test_other_refusals(tmp_path: Path) -> None:
     wide = family("llama", hidden_size=64)
-    with pytest.raises(CheckpointError, match="hidden_size=32, the target 64: the width of the model"):
+    with pytest.raises(CheckpointError, match="hidden_size=32, the target 64: a warm start cannot change the width"):
         warm_start(wide, family("gpt2"))
     with torch.device("meta"):
         empty = Net()

@@ -142,7 +142,7 @@ def test_impossible_wishes(folder: Path) -> None:
         warm_start({}, folder)
     with pytest.raises(NotAllowedError, match="too little of it loads into Linear"):
         warm_start(torch.nn.Linear(1, 1), folder)
-    with pytest.raises(CheckpointError, match="overrides= changes the config that a model is made from"):
+    with pytest.raises(CheckpointError, match="overrides= changes the config before a model is built"):
         warm_start(MyGPT2ForCausalLM(mygpt2_config()), folder, overrides={"n_layer": 2})
     with pytest.raises(CheckpointError, match="its num_attention_heads is not known: pass config="):
         warm_start("mygpt2", stock_model("GPT2LMHeadModel").state_dict())

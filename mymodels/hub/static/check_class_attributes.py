@@ -37,7 +37,7 @@ def no_split_modules(folder: Folder) -> Iterator[Finding]:
         if not strange:
             continue
         left = [name for name in names if name not in strange]
-        kind = "no module" if no_modules else "no class of this code"
+        kind = "not a module" if no_modules else "not a class of this code"
         what = f"{klass.name}._no_split_modules names {', '.join(strange)}, which is {kind}"
         yield Finding("warning" if left else "failed", what, klass.file.at(value), remedy)
 

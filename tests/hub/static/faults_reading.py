@@ -271,7 +271,7 @@ PAIRS: list[tuple[Fault, Edit]] = [
         labelled(id2label={"0": "no", "1": "yes"}, label2id=None),
     ),
     (
-        Fault("label key", labelled(id2label={"no": 0, "yes": 1}, label2id=None), "labels", "", "no number"),
+        Fault("label key", labelled(id2label={"no": 0, "yes": 1}, label2id=None), "labels", "", "not a number"),
         labelled(id2label={"0": "no", "1": "yes"}, label2id=None),
     ),
     (
