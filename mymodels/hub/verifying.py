@@ -105,7 +105,7 @@ def verify(
     """Check a Hub repo folder, with custom code or without: statically, then by running it in clean processes.
 
     Such a process has no mymodels, no network, an empty Hugging Face cache, limits of time and memory, and a copy of
-    the folder. It is not a sandbox against code that is written to break out: for a folder you do not trust, read the
+    the folder. It is no sandbox against code that is written to break out: for a folder you do not trust, read the
     static checks first (`execute=False`).
 
     Args:

@@ -1,6 +1,6 @@
 """Limits of the clean process: no network, no writes outside of its temporary folder, bounded memory.
 
-This stops accidents and common attacks. It is not a sandbox against code that is written to break out.
+This stops accidents and common attacks. It is no sandbox against code that is written to break out.
 """
 
 import ctypes

@@ -8,7 +8,7 @@ import torch
 
 from ..lazy_tensor import Value
 
-# model types with a known arrangement of fused projections
+# how the code of these model types reads its fused projections
 _BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}
 _STACKED = {"gpt2", "phi3", "modernbert", "mpt", "openai-gpt", "glm", "dbrx", "imagegpt", "clvp", "phi4_multimodal"}
 _STACKED_NAMES = re.compile(r"^(c_attn|qkv_proj|Wqkv|in_proj|gate_up_proj|w13)$")
@@ -20,13 +20,13 @@ class Layout:
     """How a tensor stores its parts, each of which is [out, in], or [out] for a bias.
 
     Attributes:
-        arrangement: `"alone"`; `"stacked"`: one part's rows after the other's; `"by head"`: the rows of
-            all parts of a key/value head are adjacent (GPT-NeoX, BLOOM; with several query heads for one key/value head also Falcon).
-        transposed: stored [in, out], as in `Conv1D`.
-        rows: number of rows of each part.
+        arrangement: `"alone"`; `"stacked"`: one part's rows after the other's; `"by head"`: each key/value head has its
+            rows of all parts together (GPT-NeoX, BLOOM; with several query heads for one key/value head also Falcon).
+        transposed: stored [in, out], as `Conv1D` has it.
+        rows: of each part.
         heads: number of key/value heads, for `"by head"`.
-        experts: number of experts in a tensor with all experts, each with all parts.
-        offset: leading rows that belong to no part: in a position table, the rows before position 0.
+        experts: of a tensor that holds all experts their number; each has all parts.
+        offset: rows in front that are no part: of a table of positions, those before position 0.
     """
 
     arrangement: str = "alone"
@@ -109,13 +109,13 @@ class Layout:
 
 
 def arrangement_of(model_type: str, module: str, *, multi_query: bool, new_falcon: bool, code: str) -> tuple[str, bool]:
-    """The arrangement of a fused projection ("" if unknown), and whether it is certain or assumed from its name.
+    """How a fused projection is arranged, and whether that is known or only usual for its name; `""`: unknown.
 
     Args:
-        model_type: model type of the config; "" if unknown.
-        module: last part of the module's name.
+        model_type: of its config; empty if none is known.
+        module: the last part of its module's name.
         multi_query: one key/value head for all; `new_falcon`: Falcon's `new_decoder_architecture`.
-        code: source code of its module, if known.
+        code: the source text of the module that has it, if known.
     """
     if model_type == "falcon":
         return ("stacked" if multi_query and not new_falcon else "by head"), True

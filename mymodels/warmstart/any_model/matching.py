@@ -86,7 +86,7 @@ def by_role(matching: Matching) -> None:
     theirs = places_of(source, prefer=target.tensors)
     matching.used.update(theirs.copies)
     for copy, kept in theirs.copies.items():
-        matching.why[copy] = Why(f"{kept} has the same values", "exact", constant=True)
+        matching.why[copy] = Why(f"{kept} stands for it", "exact", constant=True)
     shared = {role for role in theirs.of if role in ours.of}
     if not shared and options["vectors"] is None:
         _report_ambiguous(matching, theirs, ours)

@@ -22,12 +22,12 @@ class Ambiguity:
     """Tensors with several possible readings, of which none was chosen, or one that is only likely.
 
     Attributes:
-        names: the tensors or parameters concerned.
-        why: what is unknown.
-        candidates: the possible readings.
+        names: the tensors or parameters that are left out for it.
+        why: what cannot be known.
+        candidates: what the reader chooses from.
         rename: a `rename=` that decides, regex → replacement.
-        placed: whether they were assigned by their order, which is not proof.
-        by_names: whether the tensors' full names may still decide.
+        placed: whether the order decided after all, which is no proof.
+        by_names: whether the tensors' whole names may still decide.
     """
 
     names: tuple[str, ...]
@@ -55,7 +55,7 @@ class Places:
         of: role → place.
         roles: tensor → its roles, in the order of its parts (of all experts one after the other).
         layouts: tensor → its layout.
-        usual: tensors whose arrangement is assumed from their names.
+        usual: tensors whose arrangement is only usual for their names.
         copies: tensor → the tensor with the same role and the same values.
     """
 
@@ -202,9 +202,9 @@ def _layout(
         found.ambiguous.append(
             Ambiguity(
                 (name,),
-                "its query, key and value may be stacked or interleaved by head, and it is unknown which"
+                "its query, key and value may be stacked or interleaved by head, and nothing tells which"
                 if rows and len(parts) == 3
-                else "it is unknown how its parts are arranged",
+                else "nothing tells how its parts are divided",
                 (f"{front}qkv_proj (stacked)", f"{front}qkv_by_head (interleaved)"),
                 {rf"\b{re.escape(role.module)}\.": "qkv_proj."},
             )

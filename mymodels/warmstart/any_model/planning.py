@@ -122,14 +122,14 @@ def plan_any(
     made_here: bool = False,
     **options: Any,
 ) -> tuple[Plan, set[str]]:
-    """Plan the value of each tensor of `model`; tensors without a source keep their values.
+    """Decide what each tensor of `model` is made of; its own values stay where nothing is loaded.
 
     Args:
         made_here: whether the model was built from a config for this warm start.
         options: fields of `Change`.
 
     Returns:
-        the plan, and the tensors whose assignment only a run can prove.
+        the plan, and the tensors whose placement only a run can prove.
 
     Raises:
         CheckpointError: the widths differ, a quantised tensor would be needed, or an option is invalid.
@@ -285,7 +285,7 @@ def _assumed(matching: Matching) -> list[str]:
 
 
 def _collapsed(ambiguous: list[Ambiguity]) -> list[Ambiguity]:
-    """Merge equal ambiguities of several layers into one."""
+    """Layers that are ambiguous in one way, as one."""
     number = re.compile(r"(?<=[.^])\d+(?=\\?\.)")
     groups: dict[tuple, list[Ambiguity]] = {}
     for found in ambiguous:

@@ -34,12 +34,12 @@ class AnyChecker:
     """Compares outputs of a warm start's source and target, for models without a table in `key_mapping`.
 
     Attributes:
-        opened: the opened source.
-        unproven: target parameters whose assignment only a run can confirm.
-        token_rows: corresponding token ids, if the tokenizers differ.
-        unshown: differences that no tensor shows, and that only a run with equal outputs can rule out.
-        compared_all: whether the last run compared everything loaded, and not only the models without heads.
-        proven: those of `unproven` that affected the outputs of the last run with equal outputs.
+        opened: what was read.
+        unproven: the target's parameters of which only a run can say that they are right.
+        token_rows: which tokens go together, if the two have other tokenizers.
+        unshown: what no tensor shows, and only a run that agrees can.
+        compared_all: whether the last run compared all that was loaded, and not only the models below their heads.
+        proven: those of `unproven` that the last run that agreed depended on.
     """
 
     opened: Opened
@@ -165,7 +165,7 @@ def _given(inputs: Any) -> Any:
 
 
 def _made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
-    """Inputs for both models: tokens of both vocabularies, or else random vectors of the first layer's width."""
+    """Inputs that both take: tokens that both have, else numbers as wide as the first layer."""
     made = torch.Generator().manual_seed(0)
     first = next((m for m in model.modules() if next(m.parameters(recurse=False), None) is not None), None)
     if isinstance(model, PreTrainedModel) or isinstance(first, torch.nn.Embedding):

@@ -236,7 +236,7 @@ def _undecided(matching: Matching, theirs: list[Node], ours: list[Node], *, plac
     a, b = theirs[0], ours[0]
     leaf = a.shape is not None
     rename = {rf"^{re.escape(a.path)}" + ("$" if leaf else r"\."): b.path + ("" if leaf else ".")}
-    why = "several source tensors have this place and shape"
+    why = "several of the source's tensors have this place and shape"
     matching.ambiguous.append(Ambiguity(names, why, tuple(node.path for node in theirs), rename, placed))
 
 
