@@ -59,7 +59,7 @@ def sequence_ids_in_rows(
     """`packed_sequence_ids` of an input whose rows are packed, or whose positions cannot be read; otherwise None.
 
     Args:
-        read: False: do not read positions, and return the ids in any case.
+        read: False: do not read positions; return None if they could be read.
     """
     if position_ids is None or attention_mask is not None:
         return None

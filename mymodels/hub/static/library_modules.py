@@ -63,7 +63,7 @@ def _foreign(module: str, attribute: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def is_module(dotted: str) -> bool:
-    """Whether an installed library has this module among its files; True for libraries that are not installed."""
+    """Whether an installed library has this module, looked up among its files; every name without a dot counts."""
     top, *rest = dotted.split(".")
     if sys.modules.get(dotted) is not None:
         return True
