@@ -25,7 +25,7 @@ from . import (
     verify,
     warm_start,
 )
-from .options import FAILED, Parser, help_ending
+from .options import Parser
 
 _VERBS = (demo, new, adopt, inspect, convert, check, warm_start, build, finetune, predict, verify, push, lock, export)
 
@@ -36,7 +36,10 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         prog="mymodels",
         description="Build, train, check and share modified GPT-2 and BERT models that load anywhere.",
         epilog="mymodels VERB --help shows the options, an example and the exit codes of a verb.\n\n"
-        + help_ending("mymodels inspect hub_repo/mygpt2", {0: "success", 1: f"a check failed; or {FAILED}"}),
+        + Parser.help_ending(
+            "mymodels inspect hub_repo/mygpt2",
+            {0: "success", 1: "a check failed; or an error, reported on standard error"},
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mymodels {mymodels.__version__}")

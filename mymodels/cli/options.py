@@ -41,6 +41,13 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(argument.partition("=")[0], self._option_string_actions, 1)
         self.error(f"unexpected {argument!r}" + (f", did you mean {near[0]}?" if near else ""))
 
+    @staticmethod
+    def help_ending(example: str, exit_codes: dict[int, str]) -> str:
+        """The end of a help text: an example, and the exit codes with those that all verbs share."""
+        codes = exit_codes | {2: "wrong command line, nothing was done", 130: "interrupted by Ctrl-C"}
+        listed = "\n".join(f"  {code:<5}{meaning}" for code, meaning in sorted(codes.items()))
+        return f"example:\n  {example}\n\nexit codes:\n{listed}"
+
 
 def add_verb(
     verbs: Any,
@@ -66,19 +73,12 @@ def add_verb(
         name,
         help=sentence[0].lower() + sentence[1:].rstrip("."),
         description=sentence,
-        epilog=help_ending(example, exit_codes),
+        epilog=Parser.help_ending(example, exit_codes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=list(parents),
     )
     parser.set_defaults(run=run)
     return parser
-
-
-def help_ending(example: str, exit_codes: dict[int, str]) -> str:
-    """The end of a help text: an example, and the exit codes with those that all verbs share."""
-    codes = exit_codes | {2: "wrong command line, nothing was done", 130: "interrupted by Ctrl-C"}
-    listed = "\n".join(f"  {code:<5}{meaning}" for code, meaning in sorted(codes.items()))
-    return f"example:\n  {example}\n\nexit codes:\n{listed}"
 
 
 def checkpoint_options() -> argparse.ArgumentParser:

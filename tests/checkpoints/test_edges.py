@@ -141,7 +141,7 @@ def test_a_subfolder_of_the_hub_s_cache(tmp_path: Path) -> None:
     assert set(open_checkpoint(folder)) == {"a", "b"}
 
 
-def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+def test_a_single_file_takes_precedence_over_an_index_as_in_transformers(tmp_path: Path) -> None:
     stock = MyGPT2ForCausalLM(mygpt2_config())
     stock.save_pretrained(tmp_path, max_shard_size="20KB")
     save_file({"lone": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})

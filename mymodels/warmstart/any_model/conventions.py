@@ -107,7 +107,7 @@ def norm_offset(model: torch.nn.Module) -> float | None:
 
 
 def scales(config: Any) -> dict[str, float]:
-    """Scale factors in a transformers config: of embeddings and of attention scores."""
+    """Factors of a transformers config that stand between the weights: of embeddings, of attention scores."""
     kind = config.model_type
     width = float(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 1
