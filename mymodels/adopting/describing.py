@@ -79,7 +79,7 @@ def probe(
     head = prober.head(call, inputs, logits)
     kind = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class)
     if kind == "seq2seq":
-        head = ""  # source and target have separate embeddings, so resizing both to one size would be wrong
+        head = ""  # the tables of source and target are two: one size for both would be wrong
     call, padding, pad = _padding(prober, call, inputs, path, kind, vocab)
     call = _with_segments(prober, call, inputs)
     limit = None

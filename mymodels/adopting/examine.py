@@ -247,7 +247,7 @@ def _derived(
     if found.padding == "moved":
         what.append("padding: moved behind the tokens, which do not attend to later positions")
     if found.padding == "ids":
-        what.append(f"padding: the module itself ignores the id {found.pad}")
+        what.append(f"padding: by the module itself, which leaves out the id {found.pad}")
     if found.loss.kind != "none":
         what.append(f"loss: {found.loss.note}")
     if about.no_split:
@@ -262,7 +262,7 @@ def _derived(
 def _missing(module: nn.Module, found: Probe, constructor: Constructor, about: Wrapped) -> list[str]:
     what = []
     if found.kind == "causal":
-        what.append("cache: forward takes none, so generate processes all tokens again at each step")
+        what.append("cache: forward takes none, so generate runs all tokens again at each step")
     if found.kind == "seq2seq":
         what.append("generation: forward takes source and target at once, so there is no encoder to run once")
     if found.call.main == "input_ids" and found.padding == "none":

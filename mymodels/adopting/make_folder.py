@@ -95,14 +95,13 @@ def adopt(
     Args:
         source: `"my_model.py:MyNet"`, a class, or a module with its weights.
         output_dir: created, or replaced if it is empty or an older Hub repo folder.
-        weights: a checkpoint of any format, with the module's names or these with a prefix. Default: the initial
-            weights.
-        config: the constructor's arguments by name, or fields of arguments that are objects. Others come from the training
-            checkpoint (`model_args` and similar) or the author's defaults, for a module in memory from its attributes
-            of the same names.
+        weights: a checkpoint of any format, whose names are the module's but for a prefix; without one a class has the
+            weights that it is initialised with.
+        config: the constructor's arguments by name, of arguments that are objects also their fields; what is not given
+            comes from a training checkpoint (`model_args` and the like) or the author's defaults. Of a module in
+            memory, what its attributes hold under these names.
         tokenizer: saved with it.
-        auto_class: the Auto class of the model, such as `"AutoModelForSequenceClassification"`; default: determined from
-            its outputs.
+        auto_class: what the model is for, such as `"AutoModelForSequenceClassification"`; default: what its outputs show.
         card: as in `build_repo`.
         section, allow_pickle: as in `open_checkpoint`.
         max_shard_size: as in `save_pretrained`.

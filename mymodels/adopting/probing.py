@@ -102,7 +102,7 @@ class Probe(NamedTuple):
     limit: int | None  # longest input, if a longer one raises
     embeddings: str  # path of the input embeddings, or ""
     head: str  # path of the output embeddings, or ""
-    loss: Loss  # how the wrapper gets a loss
+    loss: Loss  # how the loss is made
     dummy: bool  # whether all positions are returned only if labels are given
     padding: (
         str  # "mask" (one that works), "moved" (causal: behind the tokens), "ids" (the module knows its id), "none"

@@ -148,7 +148,7 @@ def _unknown_attribute(reader: Reader, call: ast.Call) -> Iterator[tuple[str, st
 
 
 def _is_pieced(reader: Reader, node: ast.AST, depth: int = 0) -> bool:
-    """Whether a text is concatenated from pieces, and not only read from a config or a parameter."""
+    """Whether a text is put together from pieces, and not just read from a config or a parameter."""
     for inner in ast.walk(node):
         if isinstance(inner, ast.Call):
             name = inner.func.attr if isinstance(inner.func, ast.Attribute) else getattr(inner.func, "id", "")

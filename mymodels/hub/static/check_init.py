@@ -55,7 +55,7 @@ def _faults(klass: Klass, node: ast.AST, unsaved: set[str], tensors: set[str], s
 
 
 def _of_a_child(node: ast.AST) -> bool:
-    """Whether a write goes to a child of the module, or to a loop variable."""
+    """Whether a write goes to a module below the one that is given, or to whatever a loop comes by."""
     inner = [n for n in ast.walk(node) if isinstance(n, ast.Attribute)]
     looped = any(n.attr == "data" and isinstance(n.value, ast.Name) for n in inner)
     return looped or any(n.attr in ("weight", "bias") and depth(n) >= 3 for n in inner)
@@ -218,7 +218,7 @@ def _factory(klass: Klass, node: ast.AST) -> bool:
 
 
 def _loop_sources(init: ast.AST) -> dict[str, str]:
-    """Loop variable → source of what it iterates over."""
+    """What each loop variable goes through, as text."""
     loops = [node for node in ast.walk(init) if isinstance(node, (ast.comprehension, ast.For))]
     return {ast.unparse(loop.target): ast.unparse(loop.iter) for loop in loops}
 

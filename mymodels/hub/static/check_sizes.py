@@ -81,7 +81,7 @@ def _divides(folder: Folder) -> bool:
         and re.search(r"(hidden|embd|d_model|embed)", ast.unparse(node.left))
         and "head" in ast.unparse(node.right)
         for file in live_code(folder).files.values()
-        if not re.search(r"getattr\(\s*(self\.)?config,\s*\"head_dim", file.text)  # may use a separate head_dim
+        if not re.search(r"getattr\(\s*(self\.)?config,\s*\"head_dim", file.text)  # a width of its own, if it is given
         for node in ast.walk(file.tree)
     )
 

@@ -199,10 +199,10 @@ _OWN = {"self", "config", "module"}  # attributes of these do not depend on the 
 
 
 def bridged(file: CodeFile) -> set[int]:
-    """The `id` of every node that runs under some releases only: the code checks a version, a name or a signature first,
-    or catches the error of other releases."""
+    """The `id` of every node that runs under some releases only: the code asks for a version, a name or a signature
+    first, or catches what the other releases raise."""
     names: set[str] = set()
-    for _ in range(3):  # names that hold the result of such a check, or functions that return it
+    for _ in range(3):  # names that hold the answer to such a test, or a function that gives it
         for node in ast.walk(file.tree):
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 goals = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -237,7 +237,7 @@ _CAUGHT = {"TypeError", "AttributeError", "ImportError", "ModuleNotFoundError", 
 
 
 def _catches(node: ast.Try) -> bool:
-    """Whether the `try` catches an error, and does not only have a `finally`."""
+    """Whether what another release raises is caught: not a bare `finally`."""
     kinds = {n.id for h in node.handlers if h.type for n in ast.walk(h.type) if isinstance(n, ast.Name)}
     return bool(kinds & _CAUGHT) or any(handler.type is None for handler in node.handlers)
 
