@@ -136,7 +136,7 @@ RNN = TABLE + "        self.r = nn.GRU(dim, dim)\n"
 REFUSED = {
     "time first": (
         RNN + "    def forward(self, x):\n        return self.o(self.r(self.e(x))[0])\n",
-        r"py:8: a row of a batch depends on the other rows",
+        r"py:8: a row of the batch depends on the other rows",
     ),
     "probabilities": (
         TABLE + "    def forward(self, x):\n        return self.o(self.e(x)).softmax(-1)\n",
@@ -181,6 +181,8 @@ def test_a_module_whose_attributes_do_not_hold_its_arguments(tmp_path: Path) -> 
     module: nn.Module = others.Scaled()
     made = _job(module, tmp_path, None, {})
     found = examine(job(FILE, "Scaled", made["config"], weights=made["weights"]), tmp_path)
-    with pytest.raises(CheckpointError, match="does not give the outputs of one that is built from the arguments"):
+    with pytest.raises(
+        CheckpointError, match="a module built from the arguments found in its attributes gives other outputs"
+    ):
         _check_rebuilt(module, tmp_path, found)
     assert module.training
