@@ -135,7 +135,9 @@ class WarmStartReport:
             self.notes.append(unshown)
 
     def _prove(self, proven: Collection[str]) -> None:
-        """Mark the rows that a check confirmed as exact."""
+        """Mark the rows that a check confirmed as exact, and drop the notes that only doubted them."""
+        confirmed = {note for note, names in self.checker.until_proven.items() if names <= set(proven)}
+        self.notes = [note for note in self.notes if note not in confirmed]
         self.rows = [
             replace(
                 row,

@@ -182,8 +182,10 @@ def warm_start(
         sizes = table_rows(opened.info), *vocabulary_of(target)
         match = match_vocabulary(opened.where, opened.folder, sizes, *rows_by)
         options |= {"token_rows": match.rows, "vectors": match.vectors, **choices}
-        plan, unproven = plan_any(target, opened, rename=rename or {}, made_here=asked.model is None, **options)
-        checker = AnyChecker(opened, unproven, match.rows, not_shown(opened, target))
+        plan, unproven, until_proven = plan_any(
+            target, opened, rename=rename or {}, made_here=asked.model is None, **options
+        )
+        checker = AnyChecker(opened, unproven, match.rows, not_shown(opened, target), until_proven)
     report = plan.report()
     report.rows = mark_unproven(report.rows, checker.unproven)
     report.notes += asked.notes

@@ -12,7 +12,7 @@ import torch
 from ..conversion import same
 from ..lazy_tensor import Value, Why, constant
 from .fitting import RoleChange, differences, fit, layer_choice, terms
-from .placing import Ambiguity, Places, places_of, stack_of
+from .placing import Ambiguity, Places, places_of, stack_of, taken_as_stacked
 from .roles import LEAVES, roles_by_name
 from .sides import Side
 
@@ -151,6 +151,10 @@ def by_role(matching: Matching) -> None:
             unsure = False  # fused on both sides under one name: in one way
         value = stored
         matching.place(name, value, "role", proven=not unsure)
+        origins = {theirs.of[_origin(matching, role)].tensor for role in roles if _origin(matching, role) in usual}
+        if unsure and origins:
+            seen = min(origins)
+            matching.ambiguous.append(taken_as_stacked(seen, roles_by_name([*source.tensors])[seen], name))
     taken = {own for value in matching.values.values() for own in value.sources}
     for name in theirs.roles:
         own = source.tensors[name].value.sources

@@ -81,6 +81,8 @@ class Side:
         kind: what a report calls its class: two sides of one kind compute the same with the same weights and settings.
         settings: what no tensor shows and changes what is computed: name → value.
         aliases: second names of a tensor → the first.
+        module: the model itself, if there is one that can run.
+        probes: what running it showed of its fused projections, see `probing`.
     """
 
     tensors: dict[str, Tensor]
@@ -89,6 +91,8 @@ class Side:
     ordered: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    module: torch.nn.Module | None = None
+    probes: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
