@@ -26,6 +26,7 @@ from .checking import Check
 REPORT_NAME = "warm_start.json"
 STATUSES = ("loaded", "transformed", "resized", "new", "unused")
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
+AMBIGUOUS = "ambiguous, so not loaded"  # how notes on tensors that can go to several places begin
 UNPROVEN = "matched by structure: exact only if a check confirms it"
 _STYLES = {"new": "yellow", "unused": "yellow", "resized": "cyan", "transformed": "cyan", "loaded": "green"}
 

@@ -9,7 +9,7 @@ import torch
 
 from ..lazy_tensor import Value
 from .layouts import Layout, is_usually_stacked, known_arrangement
-from .probing import kind_of_module, probed
+from .probing import kind_of_module, probed, probed_offset
 from .roles import GATE_UP, Role, roles_by_name
 from .sides import Side
 
@@ -58,6 +58,7 @@ class Places:
         layouts: tensor → its layout.
         usual: tensors whose arrangement is only usual for their names or code.
         copies: tensor → the tensor with the same role and the same values.
+        unknown_offsets: tables of positions of which nothing tells at which row they begin.
     """
 
     of: dict[str, Place] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Places:
     layouts: dict[str, Layout] = field(default_factory=dict)
     usual: set[str] = field(default_factory=set)
     copies: dict[str, str] = field(default_factory=dict)
+    unknown_offsets: set[str] = field(default_factory=set)
     ambiguous: list[Ambiguity] = field(default_factory=list)
     width: int = 0
 
@@ -107,9 +109,9 @@ def _width(side: Side, roles: dict[str, Role]) -> int:
         for name, role in roles.items()
         if role.layer is not None and role.parts[0].endswith("norm.weight") and ".self_attn." not in role.parts[0]
     )
-    if norms:
-        return norms.most_common(1)[0][0]
     table = next((side.tensors[n].shape for n, r in roles.items() if r.parts[0] == "model.embed_tokens.weight"), (0, 0))
+    if norms:  # of several towers that of the tokens
+        return table[-1] if table[-1] in norms else norms.most_common(1)[0][0]
     if table[-1]:
         return table[-1]
     matrices = [side.tensors[n].shape for n, r in roles.items() if _IN.search(r.parts[0]) or _OUT.search(r.parts[0])]
@@ -179,10 +181,13 @@ def _layout(
         return None, ()
     canonical = shape[::-1] if transposed else shape
     offset = 0
-    if parts == ("model.embed_positions.weight",):
-        offset = side.settings.get("position_offset", 0)
+    if parts[0].endswith("model.embed_positions.weight"):
         if len(shape) == 3 and shape[0] == 1:
             return None, ()
+        known_offset = _position_offset(side, name)
+        offset = known_offset or 0
+        if known_offset is None:
+            found.unknown_offsets.add(name)
     if len(parts) == 1 and GATE_UP[1] in parts[0] and _twice(side, roles, role, canonical, found):
         parts = (parts[0].replace("up_proj", "gate_proj"), parts[0])
     if len(parts) == 1:
@@ -200,6 +205,27 @@ def _layout(
     return Layout(bool(transposed), rows, blocks, order, experts), _each_expert(parts, experts)
 
 
+def _position_offset(side: Side, name: str) -> int | None:
+    """The row of a table of positions that the first position has; None: unknown."""
+    known = side.settings.get("position_offset")
+    if known is not None or side.module is None or side.tensors[name].renamed:
+        return known
+    path = _own_name(side, name).rpartition(".")[0]
+    if path not in side.probes:
+        try:
+            side.module.get_submodule(path)
+        except AttributeError:  # no module's parameter
+            return None
+        side.probes[path] = probed_offset(side.module, path) if path else None
+    return side.probes[path]
+
+
+def _own_name(side: Side, name: str) -> str:
+    """A tensor's name in the side's module."""
+    sources = side.tensors[name].value.sources
+    return sources[0] if sources else name
+
+
 def _arrangement(side: Side, name: str, role: Role, parts: int) -> tuple[int, tuple[int, ...]] | None:
     """The blocks and the order of a fused tensor's parts, if they are known; None: they are not."""
     tensor = side.tensors[name]
@@ -214,8 +240,7 @@ def _arrangement(side: Side, name: str, role: Role, parts: int) -> tuple[int, tu
     known = known_arrangement(side.model_type, role.module, parts, heads, new_falcon)
     if known is not None or side.module is None or tensor.renamed:
         return known
-    own = tensor.value.sources[0] if tensor.value.sources else name
-    path = own.rpartition(".")[0]
+    path = _own_name(side, name).rpartition(".")[0]
     try:
         kind = kind_of_module(side.module, path)
     except AttributeError:  # no module's parameter

@@ -15,7 +15,7 @@ from ..key_mapping import is_chosen, plain
 from ..lazy_tensor import Value, Why, constant
 from ..opening import Opened, read_tensor
 from ..planning import Plan, check_dtype, compiled, loaded_share, make_rows, rounded, tied_names
-from ..report import short_names
+from ..report import AMBIGUOUS, short_names
 from ..sources import Source
 from .factors import by_factors
 from .matching import Matching, by_name, by_new_name, by_prefix, by_role
@@ -294,7 +294,7 @@ def _collapsed(ambiguous: list[Ambiguity]) -> list[tuple[Ambiguity, set[str]]]:
     number = re.compile(r"(?<=[.^])\d+(?=\\?\.)")
     groups: dict[tuple, list[Ambiguity]] = {}
     for found in ambiguous:
-        key = (found.placed, *(number.sub("*", name) for name in (*found.names, *found.candidates, found.why)))
+        key = (found.placed, *(number.sub("*", text) for text in (*found.rename, *found.candidates, found.why)))
         groups.setdefault(key, []).append(found)
     made = []
     for members in groups.values():
@@ -321,7 +321,7 @@ def _collapsed(ambiguous: list[Ambiguity]) -> list[tuple[Ambiguity, set[str]]]:
 def _described(found: Ambiguity) -> str:
     names = ", ".join(found.names[:4]) + (f" and {len(found.names) - 4} more" if len(found.names) > 4 else "")
     candidates = ", ".join(found.candidates[:8])
-    how = found.placed or "ambiguous, so not loaded"
+    how = found.placed or AMBIGUOUS
     decide = f"; decide with rename={found.rename!r}" if found.rename else ""
     return f"{how}: {names}: {found.why}; candidates: {candidates}{decide}"
 

@@ -60,6 +60,34 @@ def probed(model: torch.nn.Module, path: str, parts: int) -> Arrangement | None:
     return None
 
 
+def probed_offset(model: torch.nn.Module, path: str) -> int | None:
+    """The row of a table of positions that the first token gets; None: no run succeeds, or it does not show it.
+
+    Args:
+        path: of the table's module in `model`.
+    """
+    table: Any = model.get_submodule(path)
+    rows: list[int] = []
+
+    def used(_: Any, __: Any, output: torch.Tensor) -> None:
+        (gradient,) = torch.autograd.grad(output.sum(), table.weight)
+        rows.extend(gradient.abs().sum(dim=-1).nonzero().flatten().tolist())
+        raise _Done
+
+    if any(p.is_meta for p in model.parameters()):
+        return None
+    before = table.weight.requires_grad
+    hook = table.register_forward_hook(used)
+    try:
+        table.weight.requires_grad_(True)
+        with contextlib.suppress(Exception), _evaluating(model):  # someone's forward
+            _run_model(model, _TOKENS)
+    finally:
+        hook.remove()
+        table.weight.requires_grad_(before)
+    return rows[0] if len(rows) == _TOKENS and rows == list(range(rows[0], rows[0] + _TOKENS)) else None
+
+
 def _run_model(model: torch.nn.Module, tokens: int) -> None:
     (inputs, *_) = made_up(model, model)
     if isinstance(inputs, dict):

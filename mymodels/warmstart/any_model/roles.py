@@ -27,8 +27,8 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("self_attn.o_proj",),
     ),
     (r"o_proj", ("self_attn.o_proj",)),
-    (r"attention\.output\.LayerNorm|sa_layer_norm", ("attention_output_norm",)),
-    (r"output\.LayerNorm|output_layer_norm", ("mlp_output_norm",)),
+    (r"attention\.output\.LayerNorm|sa_layer_norm|(?:.*\.)?attention\.LayerNorm", ("attention_output_norm",)),
+    (r"output\.LayerNorm|output_layer_norm|(?:.*\.)?full_layer_layer_norm", ("mlp_output_norm",)),
     (
         r"(?:.*\.)?(?:input_layernorm|ln_1|ln1|attn_norm|self_attn_layer_norm|norm1|norm_1|attention_norm|ln_attn|"
         r"layer_?norm1|layer_?norm_?before|attn_ln|pre_attention_norm)",
@@ -44,11 +44,12 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?:.*\.)?(?:gate_up_proj|w13)", GATE_UP),
     (r"(?:.*\.)?(?:gate_proj|gate|wi_0)", GATE_UP[:1]),
     (
-        r"(?:.*\.)?(?:c_fc|fc1|fc_1|lin1|intermediate\.dense|dense_h_to_4h|fc_in|linear1|linear_1|fc|up_proj|wi|wi_1|Wi|up|w3)",
+        r"(?:.*\.)?(?:c_fc|fc1|fc_1|lin1|intermediate\.dense|dense_h_to_4h|fc_in|linear1|linear_1|fc|up_proj|wi|wi_1|Wi|up|w3|"
+        r"ffn)",
         GATE_UP[1:],
     ),
     (
-        r"(?:.*\.)?(?:fc2|fc_2|lin2|dense_4h_to_h|fc_out|linear2|linear_2|down_proj|w2|down)|output\.dense|"
+        r"(?:.*\.)?(?:fc2|fc_2|lin2|dense_4h_to_h|fc_out|linear2|linear_2|down_proj|w2|down|ffn_output)|output\.dense|"
         rf"(?:.*\.)?{_MLP}\.(?:c_proj|proj|wo|Wo|out_proj|dense|output)",
         ("mlp.down_proj",),
     ),
@@ -69,25 +70,26 @@ _OUTSIDE: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:.*\.)?(?:token_type_embeddings|segment_embeddings)", "model.embed_types"),
     (r"(?:.*\.)?(?:embeddings\.(?:LayerNorm|norm)|word_embeddings_layernorm|embed_norm)", "model.embed_norm"),
-    (r"(?:.*\.)?(?:embeddings_project|project_in)", "model.embed_project"),
+    (r"(?:.*\.)?(?:embeddings_project|embedding_hidden_mapping_in|project_in)", "model.embed_project"),
     (r"(?:.*\.)?pooler\.dense", "model.pooler"),
     (
-        r"(?:.*\.)?(?:cls\.predictions\.transform\.dense|lm_head\.dense|vocab_transform|generator_predictions\.dense)|head\.dense",
+        r"(?:.*\.)?(?:cls\.predictions\.transform\.dense|lm_head\.dense|vocab_transform|generator_predictions\.dense|predictions\.dense)|head\.dense",
         "head.dense",
     ),
     (
         r"(?:.*\.)?(?:cls\.predictions\.transform\.LayerNorm|lm_head\.layer_norm|vocab_layer_norm|"
-        r"generator_predictions\.LayerNorm)|head\.norm",
+        r"generator_predictions\.LayerNorm|predictions\.LayerNorm)|head\.norm",
         "head.norm",
     ),
     (
         r"(?:.*\.)?(?:lm_head|embed_out|generator_lm_head|vocab_projector|cls\.predictions\.decoder|lm_head\.decoder|"
-        r"cls\.predictions)|decoder|output|unembed",
+        r"cls\.predictions|predictions\.decoder|predictions)|decoder|output|unembed",
         "lm_head",
     ),
     (r"(?:.*\.)?(?:ln_f|final_layernorm|final_layer_norm|final_norm|norm_f|ln_final)", "model.norm"),
     (r"(?:(?:.*\.)?(?:model|transformer|decoder|encoder|backbone|net))?\.?norm", "model.norm"),
 )
+_OF_A_STACK = ("model.embed_positions.", "model.embed_norm.", "model.norm.")  # an encoder and a decoder have one each
 _CROSS = re.compile(
     r"(?:^|\.)(?:encoder_attn|EncDecAttention|crossattention|cross_attn|cross_attention|multihead_attn)"
 )
@@ -144,8 +146,18 @@ def roles_by_name(names: Iterable[str]) -> dict[str, Role]:
             roles[name] = role._replace(parts=parts)
     for name in split:
         if name not in roles and not _in_a_layer(name, main) and (found := _outside(name)):
-            roles[name] = found
+            front = _stack_around(name, main) if found.parts[0].startswith(_OF_A_STACK) else ""
+            roles[name] = found._replace(parts=tuple(front + part for part in found.parts))
     return roles
+
+
+def _stack_around(name: str, stacks: dict[str, str]) -> str:
+    """What the roles of an encoder or a decoder have in front, for a tensor beside its layers."""
+    for stack, front in stacks.items():
+        beside = stack.rpartition(".")[0]
+        if front in ("encoder:", "decoder:") and beside and name.startswith(f"{beside}."):
+            return front
+    return ""
 
 
 def _split(name: str) -> tuple[str, int, str, str] | None:
@@ -221,7 +233,7 @@ def _outside(name: str) -> Role | None:
         path = path[path.rindex("head.") :]
     for pattern, role in _AROUND:
         if pattern.fullmatch(path):
-            if role == "lm_head" and path.endswith("cls.predictions") and leaf != "bias":
+            if role == "lm_head" and path.endswith("predictions") and leaf != "bias":
                 return None
             return Role((f"{role}.{LEAVES[leaf]}",), path.rpartition(".")[2], leaf)
     return None

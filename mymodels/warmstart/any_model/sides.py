@@ -45,8 +45,16 @@ _PRE_NORM = {
     "glm",
     "gpt_bigcode",
 }
-_OFFSETS = {"opt": 2, "biogpt": 2}
-_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert"}
+# tables of learned positions whose first rows are no positions
+_OFFSETS = {
+    "opt": 2, "biogpt": 2, "bart": 2, "mbart": 2, "mvp": 2, "plbart": 2, "trocr": 2, "nystromformer": 2, "yoso": 2, "mra": 2,
+    "pp_formulanet": 2,
+}  # fmt: skip
+_AFTER_PADDING = {
+    "roberta", "xlm-roberta", "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "mpnet",
+    "markuplm", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "bridgetower_text_model", "altclip_text_model",
+    "clap_text_model",
+}  # fmt: skip
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu", "gelu_python": "gelu"}
 
 
@@ -211,7 +219,8 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
     if kind == "falcon" and config.alibi:
         found |= {"positions": "alibi", "rotary_pairs": None}
     found["sliding_window"] = first(("sliding_window",)) if getattr(config, "use_sliding_window", True) else None
-    found["position_offset"] = _OFFSETS.get(kind, 0)
+    if stock or kind == "mybert":
+        found["position_offset"] = _OFFSETS.get(kind, 0)
     if kind in _AFTER_PADDING:
         found["position_offset"] = (config.pad_token_id or 0) + 1
     found["normalised_top_k"] = True if kind == "mixtral" else getattr(config, "norm_topk_prob", None)
