@@ -115,7 +115,8 @@ def fit(change: RoleChange) -> None:
         positions(change)
     else:
         change.drop("model.embed_positions.weight", "the target has no table of positions")
-    vocabulary(change)
+    if target.vocab_size:
+        vocabulary(change)
     word_vectors(change)
     _token_types(change)
     if to_experts:

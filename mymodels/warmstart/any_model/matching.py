@@ -11,11 +11,10 @@ import torch
 
 from ..conversion import same
 from ..lazy_tensor import Value, Why, constant
-from ..planning import tied_names
 from .fitting import RoleChange, differences, fit, layer_choice, terms
 from .placing import Ambiguity, Places, places_of, stack_of, taken_as_stacked
 from .roles import LEAVES, roles_by_name
-from .sides import Side
+from .sides import Side, names_in_order
 
 _WRAPPER = re.compile(
     r"^(?:(?:module|model|transformer|bert|roberta|distilbert|electra|base_model|backbone|net|encoder|decoder|gpt_neox|"
@@ -101,6 +100,9 @@ def by_role(matching: Matching) -> None:
     for side, places in ((source, theirs), (target, ours)):
         if any(role.endswith("attention_output_norm.weight") for role in places.of):
             side.settings.setdefault("norm_place", "after the sum")
+    if any(side.settings.get("norm_place") == "after the sum" for side in (source, target)):
+        for side in (source, target):
+            side.settings.setdefault("norm_place", "not known")
     notes, marks = differences(source.settings, target.settings)
     matching.notes += notes
     head_stored, tied = "lm_head.weight" in values, _tied(matching, values)
@@ -250,7 +252,7 @@ def _tied(matching: Matching, values: Mapping[str, Value]) -> bool:
 def _ties_its_head(target: Side, ours: Places) -> bool:
     """Whether the token embeddings have a second name."""
     table = ours.of.get("model.embed_tokens.weight")
-    shared = tied_names(target.module).values() if target.module is not None else ()
+    shared = names_in_order(target.module).values() if target.module is not None else ()
     return table is not None and any(table.tensor in names and len(names) > 1 for names in shared)
 
 

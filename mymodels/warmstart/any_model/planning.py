@@ -14,7 +14,7 @@ from ..conversion import same
 from ..key_mapping import is_chosen, plain
 from ..lazy_tensor import Value, Why, constant
 from ..opening import Opened, read_tensor
-from ..planning import Plan, check_dtype, compiled, loaded_share, make_rows, rounded, tied_names
+from ..planning import Plan, check_dtype, compiled, loaded_share, make_rows, rounded
 from ..report import AMBIGUOUS, short_names
 from ..sources import Source
 from .factors import by_factors
@@ -26,6 +26,7 @@ from .sides import (
     holders,
     joined_pairs,
     made_by,
+    names_in_order,
     norm_like,
     own_tensors,
     pairs_of,
@@ -142,7 +143,7 @@ def plan_any(
     source, why = describe_source(opened, rename)
     source.tensors = {n: t for n, t in source.tensors.items() if not _left_out(t, n, unwanted, wanted, why)}
     pairs = _common_pairs(source, target)
-    tied = {names[0]: names for names in tied_names(model).values()}
+    tied = {names[0]: names for names in names_in_order(model).values()}
     _check_width(source, target, opened.where)
     matching = Matching(source, target, options, why=why)
     for matcher in MATCHERS:
@@ -271,11 +272,6 @@ def _assumed(matching: Matching) -> list[str]:
     """What had to be assumed of a source without config or class."""
     source, target = matching.source, matching.target
     if source.kind or source.config is not None:
-        return []
-    names = {n: t.shape for n, t in source.tensors.items()}
-    if names == {n: t.shape for n, t in target.tensors.items()}:
-        return []
-    if {n: s for n, s in names.items() if n in target.tensors} == {n: t.shape for n, t in target.tensors.items()}:
         return []
     open_settings = [name for name in target.settings if name not in source.settings and name != "position_offset"]
     heads = [

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_ATTENTION = r"(?:attn|attention|self_attn|self_attention|SelfAttention|mha|sa|self)"
+_ATTENTION = r"(?:attn|attention|self_attn|self_attention|SelfAttention|multi_head_attention|mha|sa|self)"
 _MLP = r"(?:mlp|ffn|DenseReluDense|feed_forward|ff|feedforward|moe|block_sparse_moe)"
 # regex of a module's path inside a layer → its roles; the first that matches the whole path counts
 _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -27,7 +27,7 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("self_attn.o_proj",),
     ),
     (r"o_proj", ("self_attn.o_proj",)),
-    (r"attention\.output\.LayerNorm|sa_layer_norm|(?:.*\.)?attention\.LayerNorm", ("attention_output_norm",)),
+    (r"attention\.output\.LayerNorm|sa_layer_norm|(?:.*\.)?attention\.(?:LayerNorm|ln)", ("attention_output_norm",)),
     (r"output\.LayerNorm|output_layer_norm|(?:.*\.)?full_layer_layer_norm", ("mlp_output_norm",)),
     (
         r"(?:.*\.)?(?:input_layernorm|ln_1|ln1|attn_norm|self_attn_layer_norm|norm1|norm_1|attention_norm|ln_attn|"
@@ -36,7 +36,8 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         r"(?:.*\.)?(?:post_attention_layernorm|ln_2|ln2|mlp_norm|final_layer_norm|norm2|norm_2|ffn_norm|ln_mlp|"
-        r"layer_?norm2|layer_?norm_?after|mlp_ln|ffn_ln|pre_feedforward_layernorm)",
+        r"layer_?norm2|layer_?norm_?after|mlp_ln|ffn_ln|pre_feedforward_layernorm)|"
+        r"intermediate\.LayerNorm|LayerNorm|ln",
         ("post_attention_layernorm",),
     ),
     (r"(?:.*\.)?post_feedforward_layernorm", ("mlp_output_norm",)),
@@ -217,6 +218,11 @@ def _in_layer(path: str, leaf: str, modules: set[str]) -> Role | None:
         parts = ("mlp.router",)
     if module == "w1" and not any(m.rpartition(".")[2] == "w3" for m in modules):
         parts = GATE_UP[1:]
+    after = any(m.endswith("full_layer_layer_norm") or m == "output.LayerNorm" for m in modules)
+    if path.endswith(("attention.LayerNorm", "attention.ln")) and not after:  # ESM, Megatron: before the attention
+        parts = ("input_layernorm",)
+    if path in ("LayerNorm", "ln") and not modules & {"attention.LayerNorm", "attention.ln"}:
+        return None
     gemma = any(m.endswith("pre_feedforward_layernorm") for m in modules)
     if gemma and module == "post_attention_layernorm":
         parts = ("attention_output_norm",)

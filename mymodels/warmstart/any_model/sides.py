@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from ...checkpoints import Checkpoint, CheckpointError
 from ..lazy_tensor import Value
+from ..planning import tied_names
 from .conventions import norm_offset, rotary_pairs, scales
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "nhead", "heads")
@@ -107,10 +108,25 @@ class Side:
         return getattr(self.config, "model_type", "") or ""
 
 
+def names_in_order(model: torch.nn.Module) -> dict[int, tuple[str, ...]]:
+    """`tied_names`; of a parameter that is tied, the name in an embedding first, as it says what the parameter is for."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def elsewhere(name: str) -> bool:
+        return not isinstance(modules.get(name.rpartition(".")[0]), torch.nn.Embedding)
+
+    return {key: tuple(sorted(names, key=elsewhere)) for key, names in tied_names(model).items()}
+
+
 def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What a warm start may fill: parameters, and buffers that are saved and are no constants; tied ones once."""
     saved = model.state_dict()
-    found = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {
+        names[0]: parameters[names[0]]
+        for names in names_in_order(model).values()
+        if parameters[names[0]].is_floating_point()
+    }
     norms = ("running_mean", "running_var", "num_batches_tracked")
     return found | {name: b for name, b in model.named_buffers() if name in saved and name.rpartition(".")[2] in norms}
 
