@@ -26,6 +26,7 @@ from .checking import Check
 REPORT_NAME = "warm_start.json"
 STATUSES = ("loaded", "transformed", "resized", "new", "unused")
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
+AMBIGUOUS = "ambiguous, so not loaded"  # how notes on tensors that can go to several places begin
 UNPROVEN = "matched by structure: exact only if a check confirms it"
 _STYLES = {"new": "yellow", "unused": "yellow", "resized": "cyan", "transformed": "cyan", "loaded": "green"}
 
@@ -135,7 +136,9 @@ class WarmStartReport:
             self.notes.append(unshown)
 
     def _prove(self, proven: Collection[str]) -> None:
-        """Mark the rows that a check confirmed as exact."""
+        """Mark the rows that a check confirmed as exact, and drop the notes that only doubted them."""
+        confirmed = {note for note, names in self.checker.until_proven.items() if names <= set(proven)}
+        self.notes = [note for note in self.notes if note not in confirmed]
         self.rows = [
             replace(
                 row,

@@ -107,7 +107,7 @@ def norm_offset(model: torch.nn.Module) -> float | None:
 
 
 def scales(config: Any) -> dict[str, float]:
-    """Factors of a transformers config that stand between the weights: of embeddings, of attention scores."""
+    """Factors of a transformers config that stand between the weights; a cap of 0 is none."""
     kind = config.model_type
     width = float(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 1
@@ -122,7 +122,17 @@ def scales(config: Any) -> dict[str, float]:
     attention = attention or getattr(own, "softmax_scale", None)
     if kind in ("gpt_neo", "t5", "mt5", "umt5") or getattr(config, "scale_attn_weights", True) is False:
         attention = 1.0
-    return {"embedding_scale": float(embedding), "attention_scale": float(attention or head_dim**-0.5)}
+    logits = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    if kind in ("t5", "mt5", "umt5", "longt5", "switch_transformers") and config.tie_word_embeddings:
+        logits = width**-0.5
+    return {
+        "embedding_scale": float(embedding),
+        "attention_scale": float(attention or head_dim**-0.5),
+        "logit_scale": float(logits),
+        "residual_scale": float(getattr(config, "residual_multiplier", None) or 1.0),
+        "logit_cap": float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        "attention_cap": float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+    }
 
 
 def permutation(dim: int, rotated: int, *, to: str) -> list[int]:

@@ -96,6 +96,7 @@ def fit(change: RoleChange) -> None:
     source, target = change.source, change.target
     _conventions(change)
     tie(change)
+    _scale_embeddings(change)
     blocks_alike = not any("norm" in pattern for pattern, _ in change.marks)
     simple = not change.post_norm and blocks_alike and "model.embed_norm.weight" not in change.tensors
     if simple and source.norm_type != target.norm_type:
@@ -114,7 +115,8 @@ def fit(change: RoleChange) -> None:
         positions(change)
     else:
         change.drop("model.embed_positions.weight", "the target has no table of positions")
-    vocabulary(change)
+    if target.vocab_size:
+        vocabulary(change)
     word_vectors(change)
     _token_types(change)
     if to_experts:
@@ -164,6 +166,29 @@ def _conventions(change: RoleChange) -> None:
         else:
             for role in [role for role in change.tensors if ".self_attn.q_proj." in role]:
                 change.tensors[role] = change.tensors[role].then(step, partial(_times, factor=ratio))
+
+
+def _scale_embeddings(change: RoleChange) -> None:
+    """Embeddings for another factor behind them; if the head is tied to them, the last norm takes it back."""
+    scales = [side.get("embedding_scale") for side in change.conventions]
+    table = change.tensors.get("model.embed_tokens.weight")
+    if table is None or None in scales or abs(scales[0] / scales[1] - 1) < 1e-6:  # type: ignore[operator]
+        return
+    ratio = scales[0] / scales[1]  # type: ignore[operator]
+    why = f"the source multiplies embeddings by {scales[0]:.4g}, the target by {scales[1]:.4g}"
+    if change.target.head_is_tied:
+        last = [role for role in ("model.norm.weight", "model.norm.bias") if role in change.tensors]
+        between = any(role.startswith("head.") for role in (*change.tensors, *change.parameters))
+        if "model.norm.weight" not in last or between:
+            change.notes.append(f"{why}, which changes what the same weights compute")
+            change.marks.append((r"^model\.embed_tokens\.", why))
+            return
+        for role in last:
+            step = f"divided by {ratio:.4g}, which the tied head multiplies by"
+            change.tensors[role] = change.tensors[role].then(step, partial(_times, factor=1 / ratio))
+    change.tensors["model.embed_tokens.weight"] = table.then(
+        f"times {ratio:.4g}, as {why}", partial(_times, factor=ratio)
+    )
 
 
 def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
@@ -254,7 +279,10 @@ _DIFFERENCES: tuple[tuple[str, str, str], ...] = (
     ("positions", "positions", r"self_attn\.[qk]_proj\."),
     ("rope_theta", "rope_theta", r"self_attn\.[qk]_proj\."),
     ("rotary_share", "the rotated share of each head", r"self_attn\.[qk]_proj\."),
-    ("embedding_scale", "the factor of the embeddings", r"^model\.embed_tokens\."),
+    ("logit_scale", "the factor of the logits", r"^lm_head\."),
+    ("logit_cap", "the cap of the logits", r"^lm_head\."),
+    ("attention_cap", "the cap of attention scores", r"self_attn\.[qk]_proj\."),
+    ("residual_scale", "the factor of what each block adds", r"self_attn\.o_proj\.|mlp\.down_proj\."),
     ("parallel_residual", "parallel attention and MLP", r"self_attn\.o_proj\.|mlp\.down_proj\.|layers\.\d+\.\w*norm\."),
     ("norm_place", "the place of the norms", r"self_attn\.o_proj\.|mlp\.down_proj\.|norm\."),
     ("norm_eps", "the norms' epsilon", ""),

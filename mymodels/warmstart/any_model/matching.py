@@ -12,9 +12,9 @@ import torch
 from ..conversion import same
 from ..lazy_tensor import Value, Why, constant
 from .fitting import RoleChange, differences, fit, layer_choice, terms
-from .placing import Ambiguity, Places, places_of, stack_of
+from .placing import Ambiguity, Places, places_of, stack_of, taken_as_stacked
 from .roles import LEAVES, roles_by_name
-from .sides import Side
+from .sides import Side, names_in_order
 
 _WRAPPER = re.compile(
     r"^(?:(?:module|model|transformer|bert|roberta|distilbert|electra|base_model|backbone|net|encoder|decoder|gpt_neox|"
@@ -87,6 +87,7 @@ def by_role(matching: Matching) -> None:
     matching.used.update(theirs.copies)
     for copy, kept in theirs.copies.items():
         matching.why[copy] = Why(f"{kept} stands for it", "exact", constant=True)
+    unsure_positions = _settle_offsets(matching, theirs, ours)
     shared = {role for role in theirs.of if role in ours.of}
     if not shared and options["vectors"] is None:
         _report_ambiguous(matching, theirs, ours)
@@ -99,6 +100,9 @@ def by_role(matching: Matching) -> None:
     for side, places in ((source, theirs), (target, ours)):
         if any(role.endswith("attention_output_norm.weight") for role in places.of):
             side.settings.setdefault("norm_place", "after the sum")
+    if any(side.settings.get("norm_place") == "after the sum" for side in (source, target)):
+        for side in (source, target):
+            side.settings.setdefault("norm_place", "not known")
     notes, marks = differences(source.settings, target.settings)
     matching.notes += notes
     head_stored, tied = "lm_head.weight" in values, _tied(matching, values)
@@ -115,6 +119,7 @@ def by_role(matching: Matching) -> None:
         old, new = terms(source, own_places[0], target, own_places[1], front), terms(target, own_places[1], source, own_places[0], front)  # fmt: skip
         new.types = target.tensors[ours.of["model.embed_types.weight"].tensor].shape[0] if "model.embed_types.weight" in ours.of else 0  # fmt: skip
         old.tie_word_embeddings, new.tie_word_embeddings = tied, "lm_head.weight" not in ours.of
+        new.head_is_tied = new.tie_word_embeddings and _ties_its_head(target, ours)
         change = RoleChange(
             {role[len(front) :]: value for role, value in values.items() if stack_of(role) == front},
             old, new, set(own_places[1].of), partial(_fresh_in, fresh, front), dict(matching.why),
@@ -144,6 +149,7 @@ def by_role(matching: Matching) -> None:
         if value is None:
             continue
         unsure = name in ours.usual or any(_origin(matching, role) in usual for role in roles)
+        unsure = unsure or not unsure_positions.isdisjoint(roles)
         unsure = unsure or (stack_of(roles[0]) in unsure_stacks and "model.layers." in roles[0])
         alike = name in source.tensors and value.sources == source.tensors[name].value.sources
         stored = _as_stored(matching, theirs, ours, name, value)
@@ -151,6 +157,10 @@ def by_role(matching: Matching) -> None:
             unsure = False  # fused under one name on both sides: assumed the same arrangement
         value = stored
         matching.place(name, value, "role", proven=not unsure)
+        origins = {theirs.of[_origin(matching, role)].tensor for role in roles if _origin(matching, role) in usual}
+        if unsure and origins:
+            seen = min(origins)
+            matching.ambiguous.append(taken_as_stacked(seen, roles_by_name([*source.tensors])[seen], name))
     taken = {own for value in matching.values.values() for own in value.sources}
     for name in theirs.roles:
         own = source.tensors[name].value.sources
@@ -161,16 +171,54 @@ def by_role(matching: Matching) -> None:
     _report_ambiguous(matching, theirs, ours)
 
 
+def _settle_offsets(matching: Matching, theirs: Places, ours: Places) -> set[str]:
+    """Where only one side's code says at which row a table of positions begins: the roles whose rows may be shifted."""
+    unsure = set()
+    for role, place in theirs.of.items():
+        if not role.endswith("model.embed_positions.weight") or role not in ours.of:
+            continue
+        own = ours.of[role]
+        if place.tensor not in theirs.unknown_offsets and own.tensor not in ours.unknown_offsets:
+            continue
+        names = place.tensor, own.tensor
+        alike = names[0] == names[1] or any(a.endswith(f".{b}") for a, b in (names, names[::-1]))
+        same_shape = matching.source.tensors[names[0]].shape == matching.target.tensors[names[1]].shape
+        if alike and place.tensor in theirs.unknown_offsets:
+            place.layout = theirs.layouts[place.tensor] = replace(place.layout, offset=own.layout.offset)
+        elif alike:
+            own.layout = ours.layouts[own.tensor] = replace(own.layout, offset=place.layout.offset)
+        if alike and same_shape:
+            continue
+        unsure.add(role)
+        rows = f"row {place.layout.offset} of the source as row {own.layout.offset} of the target"
+        why = f"nothing tells at which row {' or '.join(dict.fromkeys(names))} begins"
+        matching.ambiguous.append(
+            Ambiguity(
+                (own.tensor,),
+                why,
+                ("row 0", "row 2 (OPT, BART)", "the row after the padding token's (RoBERTa)"),
+                {},
+                f"taken {rows}",
+            )
+        )
+    return unsure
+
+
 def _as_stored(matching: Matching, theirs: Places, ours: Places, name: str, value: Value) -> Value:
     """The original tensor, if splitting and fusing cancel out."""
     stored = next((n for n in theirs.roles if theirs.roles[n] == ours.roles[name]), None)
-    if stored is None or value.kind != "exact" or value.resized:
+    if stored is None or value.kind != "exact":
         return value
     layouts = theirs.layouts[stored], ours.layouts[name]
     origin = matching.source.tensors[stored].value
-    mechanical = all(re.match(r"split in|\d+ fused|transposed|expert \d|\d+ experts", step) for step in value.steps)
+    mechanical = all(
+        re.match(r"split in|\d+ fused|transposed|expert \d|\d+ experts|rows before position 0|after \d+ rows", step)
+        for step in value.steps
+    )
+    shape = matching.target.tensors[name].shape
     if (
         not mechanical
+        or origin.shape != (shape if layouts[0].transposed == layouts[1].transposed else shape[::-1])
         or value.sources != origin.sources
         or replace(layouts[0], transposed=layouts[1].transposed) != layouts[1]
     ):
@@ -199,6 +247,13 @@ def _tied(matching: Matching, values: Mapping[str, Value]) -> bool:
         same_values = head.shape == table.shape and torch.equal(head.compute(), table.compute())
         return same_values if tied is None else bool(tied) and same_values
     return tied is not False
+
+
+def _ties_its_head(target: Side, ours: Places) -> bool:
+    """Whether the token embeddings have a second name."""
+    table = ours.of.get("model.embed_tokens.weight")
+    shared = names_in_order(target.module).values() if target.module is not None else ()
+    return table is not None and any(table.tensor in names and len(names) > 1 for names in shared)
 
 
 def _written(

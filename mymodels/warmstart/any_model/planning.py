@@ -14,8 +14,8 @@ from ..conversion import same
 from ..key_mapping import is_chosen, plain
 from ..lazy_tensor import Value, Why, constant
 from ..opening import Opened, read_tensor
-from ..planning import Plan, check_dtype, compiled, loaded_share, make_rows, rounded, tied_names
-from ..report import short_names
+from ..planning import Plan, check_dtype, compiled, loaded_share, make_rows, rounded
+from ..report import AMBIGUOUS, short_names
 from ..sources import Source
 from .factors import by_factors
 from .matching import Matching, by_name, by_new_name, by_prefix, by_role
@@ -26,6 +26,7 @@ from .sides import (
     holders,
     joined_pairs,
     made_by,
+    names_in_order,
     norm_like,
     own_tensors,
     pairs_of,
@@ -49,7 +50,7 @@ def describe_target(model: torch.nn.Module) -> Side:
         own = partial(torch.Tensor.detach, tensor)
         value = Value(tuple(tensor.shape), tensor.dtype, own, steps=("kept as the model had it",), kind="new")
         tensors[name] = Tensor(value, *held.get(name, ("", "")))
-    return Side(tensors, config, type(model).__name__, True, settings_of(config, model))
+    return Side(tensors, config, type(model).__name__, True, settings_of(config, model), module=model)
 
 
 def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, dict[str, Why]]:
@@ -100,7 +101,7 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
         settings["rotary_pairs"] = "interleaved"
     seconds = second_names(opened.tensors)
     aliases = {seen: seconds[name] for seen, name in seen_as.items() if name in seconds}
-    return Side(tensors, config, kind, ordered, settings, aliases), why
+    return Side(tensors, config, kind, ordered, settings, aliases, module), why
 
 
 def _settings_beside(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def plan_any(
     only: Sequence[str] = (),
     made_here: bool = False,
     **options: Any,
-) -> tuple[Plan, set[str]]:
+) -> tuple[Plan, set[str], dict[str, set[str]]]:
     """Decide what each tensor of `model` is made of; its own values stay where nothing is loaded.
 
     Args:
@@ -129,7 +130,8 @@ def plan_any(
         options: fields of `Change`.
 
     Returns:
-        the plan, and the tensors whose placement only a run can prove.
+        the plan; the tensors whose placement only a run can prove; and notes that hold until all of their tensors are
+        proven.
 
     Raises:
         CheckpointError: the widths differ, a quantised tensor would be needed, or an option is invalid.
@@ -141,7 +143,7 @@ def plan_any(
     source, why = describe_source(opened, rename)
     source.tensors = {n: t for n, t in source.tensors.items() if not _left_out(t, n, unwanted, wanted, why)}
     pairs = _common_pairs(source, target)
-    tied = {names[0]: names for names in tied_names(model).values()}
+    tied = {names[0]: names for names in names_in_order(model).values()}
     _check_width(source, target, opened.where)
     matching = Matching(source, target, options, why=why)
     for matcher in MATCHERS:
@@ -161,7 +163,8 @@ def plan_any(
             f"nothing shows how the square matrices {shown} are stored: they are taken as nn.Linear has them, [out, in]; a "
             "model or a config as the source, or rename= to a name that ends in .kernel for [in, out], settles it"
         )
-    notes = [*matching.notes, *_assumed(matching), *(_described(found) for found in _collapsed(matching.ambiguous))]
+    described = [(_described(found), found.placed, own) for found, own in _collapsed(matching.ambiguous)]
+    notes = [*matching.notes, *_assumed(matching), *(note for note, *_ in described)]
     used = _as_source(opened, source, matching)
     rows = make_rows(
         values,
@@ -172,7 +175,10 @@ def plan_any(
     )
     share = loaded_share(used, matching.why, values)
     plan: Any = Plan(model, used, values, names, rows, notes, *share)  # type: ignore[arg-type]
-    return plan, {n for name in unproven for n in names.get(name, (name,))}
+    until_proven = {
+        note: {n for name in own for n in names.get(name, (name,))} for note, placed, own in described if placed
+    }
+    return plan, {n for name in unproven for n in names.get(name, (name,))}, until_proven
 
 
 def _left_out(tensor: Tensor, name: str, skip: list[re.Pattern], only: list[re.Pattern], why: dict[str, Why]) -> bool:
@@ -267,11 +273,6 @@ def _assumed(matching: Matching) -> list[str]:
     source, target = matching.source, matching.target
     if source.kind or source.config is not None:
         return []
-    names = {n: t.shape for n, t in source.tensors.items()}
-    if names == {n: t.shape for n, t in target.tensors.items()}:
-        return []
-    if {n: s for n, s in names.items() if n in target.tensors} == {n: t.shape for n, t in target.tensors.items()}:
-        return []
     open_settings = [name for name in target.settings if name not in source.settings and name != "position_offset"]
     heads = [
         n for n in ("num_attention_heads", "activation", "norm_eps", "positions", "rope_theta") if n in open_settings
@@ -284,17 +285,18 @@ def _assumed(matching: Matching) -> list[str]:
     ]
 
 
-def _collapsed(ambiguous: list[Ambiguity]) -> list[Ambiguity]:
-    """Layers that are ambiguous in one way, as one."""
+def _collapsed(ambiguous: list[Ambiguity]) -> list[tuple[Ambiguity, set[str]]]:
+    """Layers that are ambiguous in one way, as one; and the names of all."""
     number = re.compile(r"(?<=[.^])\d+(?=\\?\.)")
     groups: dict[tuple, list[Ambiguity]] = {}
     for found in ambiguous:
-        key = (found.placed, *(number.sub("*", name) for name in (*found.names, *found.candidates, found.why)))
+        key = (found.placed, *(number.sub("*", text) for text in (*found.rename, *found.candidates, found.why)))
         groups.setdefault(key, []).append(found)
     made = []
     for members in groups.values():
+        all_names = {name for found in members for name in found.names}
         if len(members) == 1:
-            made.append(members[0])
+            made.append((members[0], all_names))
             continue
         rename = {}
         for pattern, replacement in members[0].rename.items():
@@ -307,15 +309,17 @@ def _collapsed(ambiguous: list[Ambiguity]) -> list[Ambiguity]:
             rename[pattern] = replacement
         names = tuple(short_names([found.names for found in members]).split(", "))
         candidates = tuple(short_names([(c,) for found in members for c in found.candidates]).split(", "))
-        made.append(Ambiguity(names, members[0].why, candidates, rename, members[0].placed))
+        why = number.sub("*", members[0].why)
+        made.append((Ambiguity(names, why, candidates, rename, members[0].placed), all_names))
     return made
 
 
 def _described(found: Ambiguity) -> str:
     names = ", ".join(found.names[:4]) + (f" and {len(found.names) - 4} more" if len(found.names) > 4 else "")
     candidates = ", ".join(found.candidates[:8])
-    how = "placed by their order alone" if found.placed else "ambiguous, so not loaded"
-    return f"{how}: {names}: {found.why}; candidates: {candidates}; decide with rename={found.rename!r}"
+    how = found.placed or AMBIGUOUS
+    decide = f"; decide with rename={found.rename!r}" if found.rename else ""
+    return f"{how}: {names}: {found.why}; candidates: {candidates}{decide}"
 
 
 def _check_width(source: Side, target: Side, where: str) -> None:

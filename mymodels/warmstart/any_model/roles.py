@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_ATTENTION = r"(?:attn|attention|self_attn|self_attention|SelfAttention|mha|sa|self)"
+_ATTENTION = r"(?:attn|attention|self_attn|self_attention|SelfAttention|multi_head_attention|mha|sa|self)"
 _MLP = r"(?:mlp|ffn|DenseReluDense|feed_forward|ff|feedforward|moe|block_sparse_moe)"
 # regex of a module's path inside a layer → its roles; the first full match counts
 _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -27,8 +27,8 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("self_attn.o_proj",),
     ),
     (r"o_proj", ("self_attn.o_proj",)),
-    (r"attention\.output\.LayerNorm|sa_layer_norm", ("attention_output_norm",)),
-    (r"output\.LayerNorm|output_layer_norm", ("mlp_output_norm",)),
+    (r"attention\.output\.LayerNorm|sa_layer_norm|(?:.*\.)?attention\.(?:LayerNorm|ln)", ("attention_output_norm",)),
+    (r"output\.LayerNorm|output_layer_norm|(?:.*\.)?full_layer_layer_norm", ("mlp_output_norm",)),
     (
         r"(?:.*\.)?(?:input_layernorm|ln_1|ln1|attn_norm|self_attn_layer_norm|norm1|norm_1|attention_norm|ln_attn|"
         r"layer_?norm1|layer_?norm_?before|attn_ln|pre_attention_norm)",
@@ -36,7 +36,8 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         r"(?:.*\.)?(?:post_attention_layernorm|ln_2|ln2|mlp_norm|final_layer_norm|norm2|norm_2|ffn_norm|ln_mlp|"
-        r"layer_?norm2|layer_?norm_?after|mlp_ln|ffn_ln|pre_feedforward_layernorm)",
+        r"layer_?norm2|layer_?norm_?after|mlp_ln|ffn_ln|pre_feedforward_layernorm)|"
+        r"intermediate\.LayerNorm|LayerNorm|ln",
         ("post_attention_layernorm",),
     ),
     (r"(?:.*\.)?post_feedforward_layernorm", ("mlp_output_norm",)),
@@ -44,11 +45,12 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?:.*\.)?(?:gate_up_proj|w13)", GATE_UP),
     (r"(?:.*\.)?(?:gate_proj|gate|wi_0)", GATE_UP[:1]),
     (
-        r"(?:.*\.)?(?:c_fc|fc1|fc_1|lin1|intermediate\.dense|dense_h_to_4h|fc_in|linear1|linear_1|fc|up_proj|wi|wi_1|Wi|up|w3)",
+        r"(?:.*\.)?(?:c_fc|fc1|fc_1|lin1|intermediate\.dense|dense_h_to_4h|fc_in|linear1|linear_1|fc|up_proj|wi|wi_1|Wi|up|w3|"
+        r"ffn)",
         GATE_UP[1:],
     ),
     (
-        r"(?:.*\.)?(?:fc2|fc_2|lin2|dense_4h_to_h|fc_out|linear2|linear_2|down_proj|w2|down)|output\.dense|"
+        r"(?:.*\.)?(?:fc2|fc_2|lin2|dense_4h_to_h|fc_out|linear2|linear_2|down_proj|w2|down|ffn_output)|output\.dense|"
         rf"(?:.*\.)?{_MLP}\.(?:c_proj|proj|wo|Wo|out_proj|dense|output)",
         ("mlp.down_proj",),
     ),
@@ -69,25 +71,26 @@ _OUTSIDE: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:.*\.)?(?:token_type_embeddings|segment_embeddings)", "model.embed_types"),
     (r"(?:.*\.)?(?:embeddings\.(?:LayerNorm|norm)|word_embeddings_layernorm|embed_norm)", "model.embed_norm"),
-    (r"(?:.*\.)?(?:embeddings_project|project_in)", "model.embed_project"),
+    (r"(?:.*\.)?(?:embeddings_project|embedding_hidden_mapping_in|project_in)", "model.embed_project"),
     (r"(?:.*\.)?pooler\.dense", "model.pooler"),
     (
-        r"(?:.*\.)?(?:cls\.predictions\.transform\.dense|lm_head\.dense|vocab_transform|generator_predictions\.dense)|head\.dense",
+        r"(?:.*\.)?(?:cls\.predictions\.transform\.dense|lm_head\.dense|vocab_transform|generator_predictions\.dense|predictions\.dense)|head\.dense",
         "head.dense",
     ),
     (
         r"(?:.*\.)?(?:cls\.predictions\.transform\.LayerNorm|lm_head\.layer_norm|vocab_layer_norm|"
-        r"generator_predictions\.LayerNorm)|head\.norm",
+        r"generator_predictions\.LayerNorm|predictions\.LayerNorm)|head\.norm",
         "head.norm",
     ),
     (
         r"(?:.*\.)?(?:lm_head|embed_out|generator_lm_head|vocab_projector|cls\.predictions\.decoder|lm_head\.decoder|"
-        r"cls\.predictions)|decoder|output|unembed",
+        r"cls\.predictions|predictions\.decoder|predictions)|decoder|output|unembed",
         "lm_head",
     ),
     (r"(?:.*\.)?(?:ln_f|final_layernorm|final_layer_norm|final_norm|norm_f|ln_final)", "model.norm"),
     (r"(?:(?:.*\.)?(?:model|transformer|decoder|encoder|backbone|net))?\.?norm", "model.norm"),
 )
+_OF_A_STACK = ("model.embed_positions.", "model.embed_norm.", "model.norm.")  # an encoder and a decoder have one each
 _CROSS = re.compile(
     r"(?:^|\.)(?:encoder_attn|EncDecAttention|crossattention|cross_attn|cross_attention|multihead_attn)"
 )
@@ -144,8 +147,18 @@ def roles_by_name(names: Iterable[str]) -> dict[str, Role]:
             roles[name] = role._replace(parts=parts)
     for name in split:
         if name not in roles and not _in_a_layer(name, main) and (found := _outside(name)):
-            roles[name] = found
+            front = _stack_around(name, main) if found.parts[0].startswith(_OF_A_STACK) else ""
+            roles[name] = found._replace(parts=tuple(front + part for part in found.parts))
     return roles
+
+
+def _stack_around(name: str, stacks: dict[str, str]) -> str:
+    """What the roles of an encoder or a decoder have in front, for a tensor beside its layers."""
+    for stack, front in stacks.items():
+        beside = stack.rpartition(".")[0]
+        if front in ("encoder:", "decoder:") and beside and name.startswith(f"{beside}."):
+            return front
+    return ""
 
 
 def _split(name: str) -> tuple[str, int, str, str] | None:
@@ -205,6 +218,11 @@ def _in_layer(path: str, leaf: str, modules: set[str]) -> Role | None:
         parts = ("mlp.router",)
     if module == "w1" and not any(m.rpartition(".")[2] == "w3" for m in modules):
         parts = GATE_UP[1:]
+    after = any(m.endswith("full_layer_layer_norm") or m == "output.LayerNorm" for m in modules)
+    if path.endswith(("attention.LayerNorm", "attention.ln")) and not after:  # ESM, Megatron: before the attention
+        parts = ("input_layernorm",)
+    if path in ("LayerNorm", "ln") and not modules & {"attention.LayerNorm", "attention.ln"}:
+        return None
     gemma = any(m.endswith("pre_feedforward_layernorm") for m in modules)
     if gemma and module == "post_attention_layernorm":
         parts = ("attention_output_norm",)
@@ -221,7 +239,7 @@ def _outside(name: str) -> Role | None:
         path = path[path.rindex("head.") :]
     for pattern, role in _AROUND:
         if pattern.fullmatch(path):
-            if role == "lm_head" and path.endswith("cls.predictions") and leaf != "bias":
+            if role == "lm_head" and path.endswith("predictions") and leaf != "bias":
                 return None
             return Role((f"{role}.{LEAVES[leaf]}",), path.rpartition(".")[2], leaf)
     return None

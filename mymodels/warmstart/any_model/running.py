@@ -38,6 +38,7 @@ class AnyChecker:
         unproven: the target's parameters of which only a run can say that they are right.
         token_rows: which tokens go together, if the two have other tokenizers.
         unshown: what no tensor shows, and only a run that agrees can.
+        until_proven: notes that hold until all of their tensors are proven.
         compared_all: whether the last run compared all that was loaded, and not only the models below their heads.
         proven: those of `unproven` that the last run that agreed depended on.
     """
@@ -46,6 +47,7 @@ class AnyChecker:
     unproven: set[str]
     token_rows: Any = None
     unshown: str = ""
+    until_proven: Mapping[str, set[str]] = field(default_factory=dict)
     proven: set[str] = field(default_factory=set)
     compared_all: bool = True
 
@@ -60,7 +62,7 @@ class AnyChecker:
             if self.token_rows is not None:
                 raise CheckpointError("source and target have other tokens")
             reference = self._reference(model)
-            given = _made_up(model, reference) if inputs is None else [_given(inputs)]
+            given = made_up(model, reference) if inputs is None else [_given(inputs)]
             theirs, ours = _same_parts(reference, model, new)
             front = "" if ours is model else f"{model.base_model_prefix}."
             self.compared_all = not front or all(n.startswith(front) or n in new for n, _ in model.named_parameters())
@@ -164,7 +166,7 @@ def _given(inputs: Any) -> Any:
     raise CheckpointError("inputs= is a dict of tensors, as a tokenizer returns it, or what the models' forward takes")
 
 
-def _made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
+def made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
     """Inputs that both take: tokens that both have, else numbers as wide as the first layer."""
     made = torch.Generator().manual_seed(0)
     first = next((m for m in model.modules() if next(m.parameters(recurse=False), None) is not None), None)

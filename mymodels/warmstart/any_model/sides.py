@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from ...checkpoints import Checkpoint, CheckpointError
 from ..lazy_tensor import Value
+from ..planning import tied_names
 from .conventions import norm_offset, rotary_pairs, scales
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "nhead", "heads")
@@ -45,8 +46,16 @@ _PRE_NORM = {
     "glm",
     "gpt_bigcode",
 }
-_OFFSETS = {"opt": 2, "biogpt": 2}
-_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert"}
+# tables of learned positions whose first rows are no positions
+_OFFSETS = {
+    "opt": 2, "biogpt": 2, "bart": 2, "mbart": 2, "mvp": 2, "plbart": 2, "trocr": 2, "nystromformer": 2, "yoso": 2, "mra": 2,
+    "pp_formulanet": 2,
+}  # fmt: skip
+_AFTER_PADDING = {
+    "roberta", "xlm-roberta", "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "mpnet",
+    "markuplm", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "bridgetower_text_model", "altclip_text_model",
+    "clap_text_model",
+}  # fmt: skip
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu", "gelu_python": "gelu"}
 
 
@@ -81,6 +90,8 @@ class Side:
         kind: its class in reports; sides of one kind compute the same with the same weights and settings.
         settings: name → value of settings that change the outputs and that no tensor shows.
         aliases: second names of a tensor → the first.
+        module: the model itself, if there is one that can run.
+        probes: what running it showed of its fused projections, see `probing`.
     """
 
     tensors: dict[str, Tensor]
@@ -89,16 +100,33 @@ class Side:
     ordered: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    module: torch.nn.Module | None = None
+    probes: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
         return getattr(self.config, "model_type", "") or ""
 
 
+def names_in_order(model: torch.nn.Module) -> dict[int, tuple[str, ...]]:
+    """`tied_names`; of a parameter that is tied, the name in an embedding first, as it says what the parameter is for."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def elsewhere(name: str) -> bool:
+        return not isinstance(modules.get(name.rpartition(".")[0]), torch.nn.Embedding)
+
+    return {key: tuple(sorted(names, key=elsewhere)) for key, names in tied_names(model).items()}
+
+
 def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that a warm start fills: parameters and persistent buffers without constants; tied ones once."""
     saved = model.state_dict()
-    found = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {
+        names[0]: parameters[names[0]]
+        for names in names_in_order(model).values()
+        if parameters[names[0]].is_floating_point()
+    }
     norms = ("running_mean", "running_var", "num_batches_tracked")
     return found | {name: b for name, b in model.named_buffers() if name in saved and name.rpartition(".")[2] in norms}
 
@@ -207,7 +235,8 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
     if kind == "falcon" and config.alibi:
         found |= {"positions": "alibi", "rotary_pairs": None}
     found["sliding_window"] = first(("sliding_window",)) if getattr(config, "use_sliding_window", True) else None
-    found["position_offset"] = _OFFSETS.get(kind, 0)
+    if stock or kind == "mybert":
+        found["position_offset"] = _OFFSETS.get(kind, 0)
     if kind in _AFTER_PADDING:
         found["position_offset"] = (config.pad_token_id or 0) + 1
     found["normalised_top_k"] = True if kind == "mixtral" else getattr(config, "norm_topk_prob", None)

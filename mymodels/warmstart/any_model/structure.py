@@ -237,7 +237,8 @@ def _undecided(matching: Matching, theirs: list[Node], ours: list[Node], *, plac
     leaf = a.shape is not None
     rename = {rf"^{re.escape(a.path)}" + ("$" if leaf else r"\."): b.path + ("" if leaf else ".")}
     why = "several of the source's tensors have this place and shape"
-    matching.ambiguous.append(Ambiguity(names, why, tuple(node.path for node in theirs), rename, placed))
+    how = "placed by their order alone" if placed else ""
+    matching.ambiguous.append(Ambiguity(names, why, tuple(node.path for node in theirs), rename, how))
 
 
 def _orientation(matching: Matching, leaves: list[tuple[Node, Node]]) -> dict[tuple[str, str], bool | None]:
