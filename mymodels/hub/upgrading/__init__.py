@@ -1,0 +1,1 @@
+"""Old custom code made to run on today's transformers, and proven unchanged."""
