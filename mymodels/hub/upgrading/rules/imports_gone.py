@@ -9,7 +9,6 @@ from ...static.symbols import GONE
 from ..definitions import DEFINITIONS, MOVED
 from ..rule import Context, Rewriter, Rule, name_of, rewrites, statements
 
-
 _FROM_IMPORT = re.compile(r"^[ \t]*from [^\n]*import (?:\([^)]*\)|[^\n]*)", re.MULTILINE)
 
 
