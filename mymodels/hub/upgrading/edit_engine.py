@@ -64,7 +64,8 @@ def apply_rules(folder: Folder, rules: Iterable[Rule], *, releases: tuple[Minor,
     """
     rules = list(rules)
     original = {name: file.text for name, file in folder.code.items()}
-    work = replace(folder, code=dict(folder.code), values=dict(folder.values), memo={})
+    work = replace(folder, code=dict(folder.code), values=dict(folder.values), memo=dict(folder.memo))
+    _forget(work)
     blocks: dict[str, dict[str, str]] = {}
     for name, text in original.items():
         bare, blocks[name] = take_out(text)
@@ -87,7 +88,15 @@ def _set_text(folder: Folder, name: str, text: str) -> None:
     if isinstance(parsed, str):
         raise EditError(f"{name}: {parsed}")
     folder.code[name] = parsed
+    _forget(folder)
+
+
+def _forget(folder: Folder) -> None:
+    """Forget what was worked out from code and config; the weights' headers do not change."""
+    headers = folder.memo.get("headers")
     folder.memo.clear()
+    if headers is not None:
+        folder.memo["headers"] = headers
 
 
 def _configure(work: Folder, rule: Rule, edits: list[Edit]) -> bool:
@@ -100,7 +109,7 @@ def _configure(work: Folder, rule: Rule, edits: list[Edit]) -> bool:
     if after == before and list(after) == list(before):
         return False
     work.values["config.json"] = after
-    work.memo.clear()
+    _forget(work)
     return True
 
 
@@ -161,4 +170,5 @@ def apply_to_source(rule: Rule, source: str, *, config: dict[str, Any] | None = 
     classes = [node.name for node in folder.code[name].tree.body if isinstance(node, ast.ClassDef)]
     auto_map = {"AutoModel": f"modeling_example.{classes[-1]}"} if classes else {}
     folder.values["config.json"] = {"auto_map": auto_map, **(config or {})}
+    folder.memo["headers"] = {}
     return apply_rules(folder, [rule])
