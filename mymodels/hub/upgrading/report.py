@@ -91,8 +91,8 @@ def show_upgrade(result: "Upgrade", console: Console, *, diff: bool = False) -> 
                 console.print(Text(f"  {place}  {printable(edit.what)}"), soft_wrap=True)
     for name, why in result.undone.items():
         console.print(Text(f"taken back: {name}: {printable(why)}", style="yellow"), soft_wrap=True)
-    for place in result.refused:
-        console.print(Text(f"refused  {place.where}  {printable(place.what)}", style="bold red"), soft_wrap=True)
+    for fault in result.refused:
+        console.print(Text(f"refused  {fault.where}  {printable(fault.what)}", style="bold red"), soft_wrap=True)
     if result.proof is not None:
         _show_proof(result.proof, console)
     if result.mlinter:

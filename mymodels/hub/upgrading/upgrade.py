@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from ...checkpoints.checkpoint import CheckpointError
 from ...checkpoints.opening import locate
 from ..clean_process import TIME_LIMIT
 from ..given_inputs import Inputs, write_inputs
-from ..releases import PinnedRelease, install
+from ..releases import PinnedRelease, default_cache_dir, install
 from ..static.api_availability import find_releases
 from ..static.repo_snapshot import Finding, Folder, read_folder
 from .edit_engine import Edited, apply_rules
@@ -130,7 +131,7 @@ def upgrade(
     if out is not None and Path(os.path.realpath(Path(out).expanduser())).is_relative_to(os.path.realpath(source)):
         raise ValueError(f"{out} is inside {source}, which is never changed: choose another folder")
     tell("reading the files and the code")
-    folder = read_folder(source, find_releases([release.transformers for release in targets]))
+    folder = read_folder(source, find_releases(_sources(targets, cache_dir)))
     result = Upgrade(str(path))
     result.refused = refusals(folder)
     if not folder.files.get("config.json"):
@@ -186,6 +187,18 @@ def _report(result: Upgrade, folder: Folder, edited: Edited, rules: Sequence[Rul
 def _refuse_full(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty: choose another folder, or remove it first")
+
+
+def _sources(targets: Sequence[PinnedRelease], cache_dir: str | os.PathLike | None) -> list[str]:
+    """The oldest and the newest target as folders, if they are installed, so that their source is asked for names."""
+    names = []
+    for release in targets:
+        place = Path(cache_dir or default_cache_dir()).absolute() / release.transformers
+        if release.transformers == version("transformers"):
+            place = Path(str(find_spec("transformers").origin)).parents[1]  # type: ignore[union-attr]
+        ends = release in (targets[0], targets[-1])
+        names.append(str(place) if ends and (place / "transformers").is_dir() else release.transformers)
+    return names
 
 
 def _install(release: PinnedRelease, cache_dir: str | os.PathLike | None) -> Path | None:

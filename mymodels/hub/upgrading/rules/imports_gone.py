@@ -6,7 +6,7 @@ import libcst as cst
 
 from ...static.api_availability import Span, lacking
 from ...static.symbols import GONE
-from ..definitions import DEFINITIONS, MOVED
+from ..definitions import MISSING_BETWEEN, MODULES, MOVED, definition
 from ..rule import Context, Rewriter, Rule, name_of, rewrites, statements
 
 _FROM_IMPORT = re.compile(r"^[ \t]*from [^\n]*import (?:\([^)]*\)|[^\n]*)", re.MULTILINE)
@@ -38,9 +38,12 @@ class _Imports(Rewriter):
                 home, now = MOVED[module, name]
                 self.context.note(original_node, f"{name} is imported from {home}")
                 more.append(f"from {home} import {now}" + (f" as {local}" if local != now else ""))
-            elif name in DEFINITIONS:
+            elif module in MODULES:
+                self.context.note(original_node, f"{name} is imported from {MODULES[module]}")
+                more.append(f"from {MODULES[module]} import {name}" + (f" as {local}" if local != name else ""))
+            elif (source := definition(name)) is not None:
                 self.context.note(original_node, f"{name}, which {module} no longer has, is defined in the file")
-                self.context.define(name, DEFINITIONS[name])
+                self.context.define(name, source)
                 more += [f"{local} = {name}"] if local != name else []
             else:
                 kept.append(alias)
@@ -71,6 +74,8 @@ def _is_gone(context: Context, module: str, name: str) -> bool:
     failing, _ = lacking(module, name, context.folder.releases)
     known = GONE.get((module, name)) or GONE.get((module, ""))
     first, last = context.releases
+    if (module, name) in MISSING_BETWEEN or (module, name) in MOVED or module in MODULES:
+        return True
     return bool(failing) or (known is not None and Span(*known).first <= last and first <= Span(*known).last)
 
 

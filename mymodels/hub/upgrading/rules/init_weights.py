@@ -1,5 +1,7 @@
 """`_init_weights` that writes past the loader's guard: loaded weights would be overwritten."""
 
+from collections.abc import Sequence
+
 import libcst as cst
 import libcst.matchers as m
 
@@ -64,13 +66,17 @@ class _Guarded(Rewriter):
                 )
             )
         first = call.args[0].value if call.args else None
-        if m.matches(first, _DATA) and self.context.dotted(call.func).startswith(("torch.nn.init.", "nn.init.")):
+        if (
+            first is not None
+            and m.matches(first, _DATA)
+            and self.context.dotted(call.func).startswith(("torch.nn.init.", "nn.init."))
+        ):
             assert isinstance(first, cst.Attribute)
             return call.with_changes(args=[call.args[0].with_changes(value=first.value), *call.args[1:]])
         return None
 
 
-def _renamed(method: str, arguments: "tuple[cst.Arg, ...] | list[cst.Arg]") -> list[cst.Arg]:
+def _renamed(method: str, arguments: Sequence[cst.Arg]) -> list[cst.Arg]:
     """Keywords of a tensor's method as those of `nn.init`: `from` and `to` of `uniform_` are `a` and `b`."""
     names = {"uniform_": {"from": "a", "to": "b"}, "fill_": {"value": "val"}}.get(method, {})
     return [

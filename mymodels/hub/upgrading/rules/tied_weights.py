@@ -1,9 +1,11 @@
 """`_tied_weights_keys` as a list: transformers 5 asks which parameter each one is tied to."""
 
+import ast
 import re
 
 import libcst as cst
 
+from ...static.code_tree import Klass, calls, is_self
 from ..rule import Context, Rewriter, Rule, expression, literal, rewrites
 
 _INPUT = ("embed_tokens", "wte", "word_embeddings", "word_embedding", "tok_embeddings", "embeddings", "shared", "embed")
@@ -47,10 +49,6 @@ def _plain(pattern: str) -> str:
 
 def input_embeddings(context: Context, name: str) -> str:
     """The full name of the weight of a model's input embeddings, from its `get_input_embeddings`, or ""."""
-    import ast
-
-    from ...static.code_tree import calls, is_self
-
     klass = context.klass(name)
     prefix: list[str] = []
     for _ in range(4):  # a model with a head asks the base model in it
@@ -85,14 +83,10 @@ def input_embeddings(context: Context, name: str) -> str:
     return ""
 
 
-def _parts(context: Context, klass: object) -> dict[str, "object"]:
+def _parts(context: Context, klass: Klass) -> dict[str, ast.AST]:
     """The attributes that the constructors of a class and its ancestors set, with what they are set to."""
-    import ast
-
-    from ...static.code_tree import is_self
-
-    found: dict[str, object] = {}
-    for member in context.code.lineage(klass):  # type: ignore[arg-type]
+    found: dict[str, ast.AST] = {}
+    for member in context.code.lineage(klass):
         init = member.method("__init__")
         for node in ast.walk(init) if init is not None else ():
             if isinstance(node, ast.Assign):
