@@ -1,7 +1,7 @@
 """The proof: the original under its own old release, the upgraded code under each asked one, number by number."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ class Proof:
 
     Attributes:
         old: the release that the original ran under; None if it ran under none of those that were tried.
+        imports_only: whether it ran only with its imports repaired.
         tried: old releases under which the original failed, or failed in part: release → the first error.
         targets: the releases that the result is for.
         rows: each item under each target.
@@ -25,6 +26,7 @@ class Proof:
     """
 
     old: str | None = None
+    imports_only: bool = False
     tried: dict[str, str] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     rows: list[Compared] = field(default_factory=list)
@@ -64,6 +66,8 @@ class Case:
         without: what the rules make of it if one of them, by name, is left out.
         write: writes edited code with the rest of the folder to a new place, and returns it.
         old: releases to try the original under, in order.
+        imports_only: the original with nothing but its imports repaired, which changes no numbers; it stands in for the
+            original if that runs nowhere. None if no import was repaired.
         inputs: a file of the caller's inputs, or None.
     """
 
@@ -72,6 +76,7 @@ class Case:
     without: Callable[[str], Edited]
     write: Callable[[Edited], Path]
     old: Sequence[PinnedRelease]
+    imports_only: Edited | None = None
     inputs: Path | None = None
 
 
@@ -132,7 +137,11 @@ def prove_all(
     runs = _Runs(install, limits or {}, tell)
     names = [release.transformers for release in targets]
     proofs = {key: Proof(targets=names) for key in cases}
-    originals = _run_originals(cases, proofs, runs)
+    originals = _run_originals(cases, {key: case.source for key, case in cases.items()}, proofs, runs)
+    without = {key: case.imports_only for key, case in cases.items() if key not in originals and case.imports_only}
+    repaired = {key: cases[key].write(edited) for key, edited in without.items() if edited is not None}
+    for key, record_ in _run_originals({key: cases[key] for key in repaired}, repaired, proofs, runs).items():
+        originals[key], proofs[key].imports_only = record_, True
     kept = {key: case.edited for key, case in cases.items()}
     folders = {key: case.write(case.edited) for key, case in cases.items()}
     for key, rows in _compare_all(folders, cases, originals, targets, runs).items():
@@ -141,7 +150,9 @@ def prove_all(
     return {key: (proofs[key], kept[key]) for key in cases}
 
 
-def _run_originals(cases: Mapping[str, Case], proofs: Mapping[str, Proof], runs: _Runs) -> dict[str, Recorded]:
+def _run_originals(
+    cases: Mapping[str, Case], sources: Mapping[str, Path], proofs: Mapping[str, Proof], runs: _Runs
+) -> dict[str, Recorded]:
     """The best record of each original: the first release under which nothing fails, or where the least does."""
     best: dict[str, tuple[int, Recorded]] = {}
     for turn in range(max((len(case.old) for case in cases.values()), default=0)):
@@ -152,7 +163,7 @@ def _run_originals(cases: Mapping[str, Case], proofs: Mapping[str, Proof], runs:
         for release, keys in groups.items():
             own = {key: file for key in keys if (file := cases[key].inputs) is not None}
             try:
-                found = runs.record({key: cases[key].source for key in keys}, release, own=own)
+                found = runs.record({key: sources[key] for key in keys}, release, own=own)
             except RuntimeError as error:  # pip has no build of an old dependency for this Python
                 found = {key: Recorded(release.transformers, {}, {}, str(error)) for key in keys}
             for key, record_ in found.items():
@@ -228,7 +239,7 @@ def _take_back(
     inputs = {name: originals[key] for name, (key, _, _) in tried.items()}
     for name, rows in _compare_all(folders, of, inputs, targets, runs).items():
         key, rule, other = tried[name]
-        again = Proof(proofs[key].old, proofs[key].tried, proofs[key].targets, rows)
+        again = replace(proofs[key], rows=rows, undone={})
         if again.holds and not proofs[key].undone:
             first = proofs[key].bad[0]
             again.undone[rule] = f"with it {first.item} of {first.name} {first.what} under transformers {first.release}"

@@ -29,7 +29,8 @@ def verdict(result: "Upgrade") -> str:
     releases = f"transformers {', '.join(proof.targets)}"
     if proof.holds:
         left = " (what was not compared is listed above)" if proof.not_compared else ""
-        return f"proven: the numbers of transformers {proof.old} under {releases}{left}"
+        with_imports = ", where the original ran with its imports repaired," if proof.imports_only else ""
+        return f"proven: the numbers of transformers {proof.old}{with_imports} under {releases}{left}"
     if proof.old is None and proof.runs:
         agrees = (
             f"the original runs under none of transformers {', '.join(proof.tried)}; the result runs under {releases}"
@@ -64,6 +65,7 @@ def report_of(result: "Upgrade") -> dict[str, Any]:
         if proof is None
         else {
             "original": proof.old,
+            "original_with_imports_repaired": proof.imports_only,
             "tried": proof.tried,
             "releases": proof.targets,
             "compared": [row._asdict() for row in proof.rows],
@@ -110,7 +112,8 @@ def printable_lines(text: str) -> str:
 def _show_proof(proof: "Proof", console: Console) -> None:
     for release, why in proof.tried.items():
         console.print(Text(f"the original under transformers {release}: {printable(why)}", style="dim"), soft_wrap=True)
-    against = f"transformers {proof.old}" if proof.old else "each other: there is no original to compare with"
+    imports = " (the original with its imports repaired)" if proof.imports_only else ""
+    against = f"transformers {proof.old}{imports}" if proof.old else "each other: there is no original to compare with"
     table = Table("compared", title=f"with the numbers of {against}", title_justify="left")
     for release in proof.targets:
         table.add_column(release, no_wrap=True)
@@ -151,7 +154,8 @@ def card_table(result: "Upgrade") -> str:
         )
     else:
         about = (
-            f"This folder's code was changed by `mymodels upgrade`. The original ran under transformers {proof.old}; "
+            f"This folder's code was changed by `mymodels upgrade`. The original ran under transformers {proof.old}"
+            f"{', with its imports repaired' if proof.imports_only else ''}; "
             "its numbers (float32, within 1e-5) were compared with those of this code under each release below."
         )
     legend = "✓ the same, ○ not compared (`upgrade.json` says why), – not run."

@@ -159,6 +159,7 @@ def upgrade(
             without=lambda name: apply_rules(folder, [r for r in rules if r.name != name], releases=span_of(targets)),
             write=write,
             old=old_releases(from_release, folder.config.get("transformers_version")),
+            imports_only=_imports_only(folder, rules, targets) if "imports" in edited.rules else None,
             inputs=Path(write_inputs(inputs, Path(scratch))) if inputs is not None else None,
         )
         limits = {"time_limit": time_limit, "memory_limit": memory_limit}
@@ -182,6 +183,10 @@ def _report(result: Upgrade, folder: Folder, edited: Edited, rules: Sequence[Rul
     ]
     result.rules = {rule.name: rule for rule in rules if rule.name in edited.rules}
     result.diff = diff_of(folder, edited)
+
+
+def _imports_only(folder: Folder, rules: Sequence[Rule], targets: Sequence[PinnedRelease]) -> Edited:
+    return apply_rules(folder, [rule for rule in rules if rule.name == "imports"], releases=span_of(list(targets)))
 
 
 def _refuse_full(out: Path) -> None:

@@ -19,7 +19,7 @@ def keep_arguments(init):
     @functools.wraps(init)
     def wrapper(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.__dict__.setdefault("_built_with", (type(self), args, kwargs))
+        self.__dict__["_built_with"] = (type(self), args, kwargs)  # the outermost constructor is the last
 
     return wrapper
 

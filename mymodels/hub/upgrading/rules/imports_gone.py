@@ -1,10 +1,12 @@
 """Names that transformers moved or dropped: taken from where they are, defined in the file, or no longer imported."""
 
 import re
+from collections.abc import Sequence
 
 import libcst as cst
 
 from ...static.api_availability import Span, lacking
+from ...static.check_imports import other_imports
 from ...static.symbols import GONE
 from ..definitions import MISSING_BETWEEN, MODULES, MOVED, definition
 from ..rule import Context, Rewriter, Rule, name_of, rewrites, statements
@@ -20,17 +22,15 @@ class _Imports(Rewriter):
         if len(original_node.body) != 1 or not isinstance(node, cst.ImportFrom) or node.relative:
             return updated_node
         module = name_of(node.module)
-        if (
-            module.split(".")[0] != "transformers"
-            or isinstance(node.names, cst.ImportStar)
-            or _in_try(self.context, node)
-        ):
+        if isinstance(node.names, cst.ImportStar) or _in_try(self.context, node):
+            return updated_node
+        if module.split(".")[0] != "transformers" and not self._is_undeclared(original_node, node.names):
             return updated_node
         kept, more = [], []
         for alias in node.names:
             name = name_of(alias.name)
             local = alias.asname.name.value if alias.asname else name  # type: ignore[union-attr]
-            if not _is_gone(self.context, module, name):
+            if module.split(".")[0] == "transformers" and not _is_gone(self.context, module, name):
                 kept.append(alias)
             elif not _is_used(self.context, local):
                 self.context.note(original_node, f"{name} of {module} is no longer imported: nothing uses it")
@@ -59,6 +59,13 @@ class _Imports(Rewriter):
         last = kept[-1].with_changes(comma=node.names[-1].comma)
         changed = node.with_changes(names=[*kept[:-1], last])
         return cst.FlattenSentinel([updated_node.with_changes(body=[changed]), *added])
+
+    def _is_undeclared(self, line: cst.CSTNode, names: Sequence[cst.ImportAlias]) -> bool:
+        """Whether an import needs a package that nothing declares, for names that transformers once had."""
+        if any(definition(name_of(alias.name)) is None for alias in names):
+            return False
+        where = f"{self.context.file.name}:{self.context.line(line)}"
+        return any(finding.where == where for finding in other_imports(self.context.folder))
 
 
 def _in_try(context: Context, node: cst.CSTNode) -> bool:
