@@ -15,7 +15,7 @@ from ..static.check_model import live_code
 from ..static.code_tree import Code
 from ..static.repo_snapshot import Folder, parse_text
 from .releases_block import put_in, take_out
-from .rule import Context, Edit, Rule
+from .rule import Context, Edit, Places, Rule
 
 MAX_ROUNDS = 3  # a rule may bring up what another one repairs
 
@@ -71,11 +71,12 @@ def apply_rules(folder: Folder, rules: Iterable[Rule], *, releases: tuple[Minor,
         bare, blocks[name] = take_out(text)
         _set_text(work, name, bare)
     edits: list[Edit] = []
+    trees: dict[str, tuple[str, cst.Module, Places]] = {}
     for _ in range(MAX_ROUNDS):
         changed = False
         for rule in rules:
             changed = _configure(work, rule, edits) or changed
-            changed = _edit_files(work, rule, releases, blocks, original, edits) or changed
+            changed = _edit_files(work, rule, releases, blocks, original, edits, trees) or changed
         if not changed:
             break
     texts = {name: put_in(file.text, blocks[name]) for name, file in work.code.items()}
@@ -120,15 +121,21 @@ def _edit_files(
     blocks: dict[str, dict[str, str]],
     original: dict[str, str],
     edits: list[Edit],
+    trees: dict[str, tuple[str, cst.Module, Places]],
 ) -> bool:
     changed = False
     for name in sorted(work.code) if rule.apply is not None else ():
         file = work.code[name]
-        tree = cst.parse_module(file.text)
+        if rule.words and not any(word in file.text for word in rule.words):
+            continue
+        if name not in trees or trees[name][0] != file.text:
+            parsed = cst.parse_module(file.text)
+            trees[name] = (file.text, parsed, Places(parsed))
+        _, tree, places = trees[name]
         code = live_code(work)
         if name not in code.files:
             code = Code(work)
-        context = Context(rule.name, file, work, code, work.config, tree, releases)
+        context = Context(rule.name, file, work, code, work.config, tree, releases, places)
         assert rule.apply is not None
         text = rule.apply(tree, context).code
         if text != file.text or context.definitions.keys() - blocks[name].keys():

@@ -1,7 +1,7 @@
 """What a rule is, and what it may ask while it edits a file."""
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -32,6 +32,21 @@ class Edit(NamedTuple):
     refused: bool = False
 
 
+class Places:
+    """Where the nodes of a tree are: worked out when first asked, once for all rules that see the same tree."""
+
+    def __init__(self, tree: cst.Module):
+        self._wrapper = MetadataWrapper(tree, unsafe_skip_copy=True)
+
+    @cached_property
+    def positions(self) -> Mapping[cst.CSTNode, Any]:
+        return self._wrapper.resolve(PositionProvider)
+
+    @cached_property
+    def parents(self) -> Mapping[cst.CSTNode, Any]:
+        return self._wrapper.resolve(ParentNodeProvider)
+
+
 @dataclass
 class Context:
     """A file that is edited, the folder it is in, and the report of the edits.
@@ -44,6 +59,7 @@ class Context:
         config: `config.json`.
         tree: the tree that the rule is given; positions are those of its nodes.
         releases: first and last transformers release that the result is for.
+        places: lines and parents of the nodes of `tree`.
         edits: what was done, with lines of `tree`.
         definitions: entries for the file's block of release branches: name → source.
     """
@@ -55,21 +71,18 @@ class Context:
     config: dict[str, Any]
     tree: cst.Module
     releases: tuple[Minor, Minor]
+    places: "Places"
     edits: list[Edit] = field(default_factory=list)
     definitions: dict[str, str] = field(default_factory=dict)
 
-    @cached_property
-    def _wrapper(self) -> MetadataWrapper:
-        return MetadataWrapper(self.tree, unsafe_skip_copy=True)
-
     def line(self, node: cst.CSTNode) -> int:
         """The line of a node of `tree`; 0 for a node that a rule made."""
-        position = self._wrapper.resolve(PositionProvider).get(node)
+        position = self.places.positions.get(node)
         return position.start.line if position is not None else 0
 
     def parent(self, node: cst.CSTNode) -> cst.CSTNode | None:
         """The node that a node of `tree` is in."""
-        return self._wrapper.resolve(ParentNodeProvider).get(node)
+        return self.places.parents.get(node)
 
     def scope(self, node: cst.CSTNode) -> list[str]:
         """The names of the classes and functions around a node of `tree`, outermost first."""
@@ -136,6 +149,7 @@ class Rule:
             new values.
         config: `config.json` of the example.
         config_after: the example's `config.json` after the rule, for a rule with `configure`.
+        words: the rule is tried on files that contain one of these texts; default: on every file. It saves time only.
         order: rules are applied in this order, then by name. Imports are 10, caches 30, masks 40, others 50.
         option: the option that the rule needs, such as `"attention_interface"`; "" for a rule that always applies.
     """
@@ -149,6 +163,7 @@ class Rule:
     configure: Configure | None = None
     config: dict[str, Any] = field(default_factory=dict)
     config_after: dict[str, Any] | None = None
+    words: tuple[str, ...] = ()
     order: int = 50
     option: str = ""
 

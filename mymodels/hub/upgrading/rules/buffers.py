@@ -65,7 +65,7 @@ def _unsaved(context: Context) -> Iterator[_Refilled]:
         if any(f"isinstance(module, {klass.name})" in text or repr(klass.name) in text for text in starts):
             continue
         names = []
-        for call in calls(klass.node):
+        for call in _run_by_init(context, klass, init):
             name = constant(call.args[0]) if is_self(call.func, "register_buffer") and call.args else None
             value = (
                 call.args[1]
@@ -79,6 +79,28 @@ def _unsaved(context: Context) -> Iterator[_Refilled]:
                 names.append(name)
         if names:
             yield _Refilled(klass, list(dict.fromkeys(names)), init)
+
+
+def _run_by_init(context: Context, klass: Klass, init: ast.AST) -> Iterator[ast.Call]:
+    """The calls that a constructor makes, those of its own methods and of its ancestors in the folder included.
+
+    What a method registers later, when it is first needed, is not there while the weights are loaded.
+    """
+    waiting, seen = [init], set[int]()
+    while waiting:
+        function = waiting.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        for call in calls(function):
+            yield call
+            method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            if is_self(call.func):
+                found = context.code.method(klass, method)
+                waiting += [found[1]] if found is not None else []
+            elif method == "__init__":
+                inits = (base.method("__init__") for base in context.code.lineage(klass))
+                waiting += [base for base in inits if base is not None]
 
 
 def _ends(key: str, name: str) -> bool:
@@ -112,11 +134,26 @@ class _Edit(Rewriter):
             decorator = cst.Decorator(cst.Name("keep_arguments"))
             return updated_node.with_changes(decorators=[decorator, *updated_node.decorators])
         if original_node.name.value == "_init_weights" and self.context.is_model(scope[0]):
-            return self._call(original_node, updated_node)
+            parameters = [parameter.name.value for parameter in original_node.params.params]
+            return self._call(original_node, updated_node, parameters)
         return updated_node
 
-    def _call(self, original: cst.FunctionDef, updated: cst.FunctionDef) -> cst.FunctionDef:
-        parameters = [parameter.name.value for parameter in original.params.params]
+    def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
+        """A model that leaves `_init_weights` to transformers gets one that calls transformers' own."""
+        name, code = original_node.name.value, self.context.code
+        klass = self.context.klass(name)
+        if klass is None or not code.is_model(klass) or self.context.scope(original_node):
+            return updated_node
+        if code.method(klass, "_init_weights") or any(code.is_model(base) for base in code.lineage(klass)[1:]):
+            return updated_node
+        method = statements("\ndef _init_weights(self, module):\n    super()._init_weights(module)\n")[0]
+        assert isinstance(method, cst.FunctionDef) and isinstance(updated_node.body, cst.IndentedBlock)
+        filled = self._call(original_node, method, ["self", "module"])
+        if filled is method:
+            return updated_node
+        return updated_node.with_changes(body=updated_node.body.with_changes(body=[*updated_node.body.body, filled]))
+
+    def _call(self, original: cst.CSTNode, updated: cst.FunctionDef, parameters: list[str]) -> cst.FunctionDef:
         if len(parameters) < 2 or not isinstance(updated.body, cst.IndentedBlock):
             return updated
         module, steps = parameters[1], []
@@ -146,7 +183,7 @@ class _Edit(Rewriter):
             original, f"_init_weights computes the buffers of {', '.join(o.klass.name for o in self.found)} again"
         )
         added = [step for text in steps for step in statements(text)]
-        docstring = 1 if original.get_docstring() is not None else 0
+        docstring = 1 if updated.get_docstring() is not None else 0
         body = [*updated.body.body[:docstring], *added, *updated.body.body[docstring:]]
         return updated.with_changes(body=updated.body.with_changes(body=body))
 
@@ -208,12 +245,6 @@ def _needed(body: list[ast.stmt], value: ast.AST) -> list[ast.stmt]:
 def _apply(tree: cst.Module, context: Context) -> cst.Module:
     found = list(_unsaved(context))
     if not found:
-        return tree
-    models = [k for k in context.code.classes if context.code.is_model(k)]
-    if models and not any(k.method("_init_weights") for k in models):
-        if any(one.klass.file.name == context.file.name for one in found):
-            first = next(one for one in found if one.klass.file.name == context.file.name)
-            context.refuse(first.init.lineno, f"no model has an _init_weights to compute {first.names[0]} again in")
         return tree
     return tree.visit(_Edit(context, found))
 
@@ -284,5 +315,6 @@ RULE = Rule(
                     nn.init.normal_(module.weight, std=0.02)
     """,
     apply=_apply,
+    words=("register_buffer", "_init_weights", "PreTrainedModel"),
     order=60,
 )

@@ -177,4 +177,5 @@ RULE = Rule(
                     nn.init.constant_(module.weight, 1.0)
     """,
     apply=rewrites(_Guarded),
+    words=("_init_weights",),
 )

@@ -82,4 +82,5 @@ RULE = Rule(
                 self.post_init()
     """,
     apply=_apply,
+    words=("__init__",),
 )

@@ -106,4 +106,5 @@ RULE = Rule(
                 self.post_init()
     """,
     apply=rewrites(_OnCpu),
+    words=("torch",),
 )

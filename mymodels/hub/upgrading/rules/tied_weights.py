@@ -151,4 +151,5 @@ RULE = Rule(
                 self.post_init()
     """,
     apply=rewrites(_Ties),
+    words=("_tied_weights_keys",),
 )
