@@ -139,7 +139,8 @@ def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Ten
     labels = make_labels(record.name, model, given)
 
     def loss_and_gradients() -> dict[str, torch.Tensor]:
-        loss, found = gradients(model, {**given, **labels})
+        fresh, _ = _load(job, record.name)  # what the code keeps from forward in inference mode cannot be trained on
+        loss, found = gradients(fresh, {**given, **labels})
         return {"loss": torch.tensor(loss), **{name: thinned(gradient) for name, gradient in found.items()}}
 
     if job["weights_size"] > LARGEST:
