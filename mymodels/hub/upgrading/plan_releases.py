@@ -1,7 +1,7 @@
 """Which releases an upgrade is for, and which old ones the original may run under."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..releases import OLD_RELEASES, RELEASES, PinnedRelease, nearest, resolve
 from ..static.api_availability import Minor
@@ -50,8 +50,8 @@ def old_releases(named: str | None, config_version: object) -> list[PinnedReleas
     return list(dict.fromkeys([*found, *(PinnedRelease(*known[minor]) for minor in _TRIED)]))
 
 
-def span_of(releases: list[PinnedRelease]) -> tuple[Minor, Minor]:
-    """The first and last minor version of a list of releases."""
+def span_of(releases: Sequence[PinnedRelease]) -> tuple[Minor, Minor]:
+    """The first and last minor version of some releases."""
     minors = sorted(_minor(release.transformers) for release in releases)
     return minors[0], minors[-1]
 

@@ -148,20 +148,7 @@ def upgrade(
     if result.refused or not edited.changes or dry_run or out is None:
         return result
     with tempfile.TemporaryDirectory(prefix="mymodels-upgrade-") as scratch:
-        count = itertools.count()
-
-        def write(taken: Edited) -> Path:
-            return write_copy(folder, taken, Path(scratch, str(next(count)), source.resolve().name))
-
-        case = Case(
-            source,
-            edited,
-            without=lambda name: apply_rules(folder, [r for r in rules if r.name != name], releases=span_of(targets)),
-            write=write,
-            old=old_releases(from_release, folder.config.get("transformers_version")),
-            imports_only=_imports_only(folder, rules, targets) if "imports" in edited.rules else None,
-            inputs=Path(write_inputs(inputs, Path(scratch))) if inputs is not None else None,
-        )
+        case = case_of(source, folder, edited, rules, targets, Path(scratch), from_release=from_release, inputs=inputs)
         limits = {"time_limit": time_limit, "memory_limit": memory_limit}
         places = functools.partial(_install, cache_dir=cache_dir)
         proof, kept = prove_all({"folder": case}, targets, places, limits=limits, tell=tell)["folder"]
@@ -176,6 +163,39 @@ def upgrade(
     return result
 
 
+def case_of(
+    source: Path,
+    folder: Folder,
+    edited: Edited,
+    rules: Sequence[Rule],
+    targets: Sequence[PinnedRelease],
+    scratch: Path,
+    *,
+    from_release: str | None = None,
+    inputs: Inputs | None = None,
+) -> Case:
+    """What `prove_all` needs of one folder.
+
+    Args:
+        source, folder: the original, and how the static checks see it.
+        edited: what `rules` made of it.
+        targets: the releases that the result is for.
+        scratch: a temporary folder for edited copies; it must outlive the proof.
+        from_release, inputs: as for `upgrade`.
+    """
+    count, span = itertools.count(), span_of(targets)
+    imports = [rule for rule in rules if rule.name == "imports"]
+    return Case(
+        source,
+        edited,
+        without=lambda name: apply_rules(folder, [rule for rule in rules if rule.name != name], releases=span),
+        write=lambda taken: write_copy(folder, taken, Path(scratch, str(next(count)), source.resolve().name)),
+        old=old_releases(from_release, folder.config.get("transformers_version")),
+        imports_only=apply_rules(folder, imports, releases=span) if "imports" in edited.rules else None,
+        inputs=Path(write_inputs(inputs, scratch)) if inputs is not None else None,
+    )
+
+
 def _report(result: Upgrade, folder: Folder, edited: Edited, rules: Sequence[Rule]) -> None:
     result.edits = [edit for edit in edited.edits if not edit.refused]
     result.refused = [
@@ -183,10 +203,6 @@ def _report(result: Upgrade, folder: Folder, edited: Edited, rules: Sequence[Rul
     ]
     result.rules = {rule.name: rule for rule in rules if rule.name in edited.rules}
     result.diff = diff_of(folder, edited)
-
-
-def _imports_only(folder: Folder, rules: Sequence[Rule], targets: Sequence[PinnedRelease]) -> Edited:
-    return apply_rules(folder, [rule for rule in rules if rule.name == "imports"], releases=span_of(list(targets)))
 
 
 def _refuse_full(out: Path) -> None:
