@@ -53,7 +53,9 @@ def main() -> None:
     to, *names = sys.argv[1:]
     with tempfile.TemporaryDirectory() as work:
         for name, (edited, proof) in upgrade_all(names or folders.names(), Path(work), to).items():
-            print(f"== {name}: {'refused' if edited.refused else 'PROVEN' if proof.holds else 'not proven'}", flush=True)
+            print(
+                f"== {name}: {'refused' if edited.refused else 'PROVEN' if proof.holds else 'not proven'}", flush=True
+            )
             print(f"   {', '.join(edited.rules)}")
             for edit in edited.refused:
                 print(f"   refused {edit.file}:{edit.line} {edit.what}")

@@ -14,7 +14,7 @@ from mymodels.hub.upgrading.plan_releases import old_releases, target_releases
 from mymodels.hub.upgrading.releases_block import put_in, take_out
 
 ROOT = Path(__file__).parents[2]
-OLD = '''
+OLD = """
 from torch import nn
 from transformers import PreTrainedModel, PretrainedConfig
 from transformers.utils import is_torch_fx_available
@@ -34,7 +34,7 @@ class OldModel(PreTrainedModel):
 
     def forward(self, input_ids):
         return self.embed(input_ids)
-'''
+"""
 
 
 def folder_of(path: Path, code: str) -> Path:
@@ -64,6 +64,16 @@ def test_only_the_repaired_lines_change(tmp_path: Path) -> None:
     removed = [line for line in result.diff.splitlines() if line.startswith("-") and not line.startswith("---")]
     assert removed == ["-from transformers.utils import is_torch_fx_available"]
     assert [(edit.rule, edit.line) for edit in result.edits] == [("imports", 4), ("post_init", 14)]
+
+
+def test_files_that_are_needed_through_another_are_imported(tmp_path: Path) -> None:
+    folder = folder_of(
+        tmp_path / "old", OLD.replace("from torch import nn", "from torch import nn\nfrom .layers import A")
+    )
+    (folder / "layers.py").write_text("from .parts import B\n\n\nclass A(B):\n    pass\n")
+    (folder / "parts.py").write_text("class B:\n    pass\n")
+    diff = upgrade(folder, dry_run=True).diff
+    assert "+from .parts import B  # noqa: F401" in diff and "b/layers.py" not in diff
 
 
 @pytest.mark.parametrize(
