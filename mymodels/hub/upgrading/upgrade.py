@@ -18,6 +18,7 @@ from ..releases import PinnedRelease, default_cache_dir, install
 from ..static.api_availability import find_releases
 from ..static.repo_snapshot import Finding, Folder, read_folder
 from .edit_engine import Edited, apply_rules
+from .pickled_weights import with_safetensors
 from .plan_releases import old_releases, span_of, target_releases
 from .proof import Case, Proof, prove_all
 from .refusals import refusals
@@ -148,6 +149,9 @@ def upgrade(
     if result.refused or not edited.changes or dry_run or out is None:
         return result
     with tempfile.TemporaryDirectory(prefix="mymodels-upgrade-") as scratch:
+        converted = Path(scratch, "safetensors")
+        converted.mkdir()
+        folder = with_safetensors(folder, converted)
         case = case_of(source, folder, edited, rules, targets, Path(scratch), from_release=from_release, inputs=inputs)
         limits = {"time_limit": time_limit, "memory_limit": memory_limit}
         places = functools.partial(_install, cache_dir=cache_dir)
