@@ -1,13 +1,14 @@
 """What a rule is, and what it may ask while it edits a file."""
 
 import ast
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import libcst as cst
-from libcst.metadata import MetadataWrapper, ParentNodeProvider, PositionProvider
+from libcst.metadata import MetadataWrapper, PositionProvider
 
 from ..static.api_availability import Minor
 from ..static.code_tree import Code, Klass
@@ -43,8 +44,27 @@ class Places:
         return self._wrapper.resolve(PositionProvider)
 
     @cached_property
-    def parents(self) -> Mapping[cst.CSTNode, Any]:
-        return self._wrapper.resolve(ParentNodeProvider)
+    def parents(self) -> Mapping[cst.CSTNode, cst.CSTNode]:
+        found: dict[cst.CSTNode, cst.CSTNode] = {}
+        waiting: list[cst.CSTNode] = [self._wrapper.module]
+        while waiting:
+            node = waiting.pop()
+            for name in _fields(type(node)):
+                value = getattr(node, name)
+                for child in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(child, cst.CSTNode):
+                        found[child] = node
+                        waiting.append(child)
+        return found
+
+
+@cache
+def _fields(kind: type) -> tuple[str, ...]:
+    """The fields of a kind of node that hold code: not whitespace, commas and brackets."""
+    left_out = re.compile(
+        r"whitespace|leading_lines|lines_after|header|footer|comma|semicolon|[lr](par|bracket|brace)$"
+    )
+    return tuple(field.name for field in fields(kind) if not left_out.search(field.name))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -176,13 +196,36 @@ class Rewriter(cst.CSTTransformer):
         self.context = context
 
 
-def rewrites(transformer: type[Rewriter]) -> Apply:
-    """`apply` of a rule that is one pass of a transformer."""
+def rewrites(transformer: Callable[[Context], Rewriter], words: tuple[str, ...] = ()) -> Apply:
+    """`apply` of a rule that is one pass of a transformer.
+
+    Args:
+        words: only top-level statements (classes, functions, imports) that contain one of these texts are visited.
+    """
 
     def apply(tree: cst.Module, context: Context) -> cst.Module:
-        return tree.visit(transformer(context))
+        if not words:
+            return tree.visit(transformer(context))
+        made, body, changed = transformer(context), [], False
+        for step, text in _top_level(tree, context.file):
+            new = step.visit(made) if any(word in text for word in words) else step
+            changed = changed or new is not step
+            body += list(new) if isinstance(new, cst.FlattenSentinel) else [new] if isinstance(new, cst.CSTNode) else []
+        return tree.with_changes(body=body) if changed else tree
 
     return apply
+
+
+def _top_level(tree: cst.Module, file: CodeFile) -> Iterator[tuple[cst.CSTNode, str]]:
+    """The top-level statements with their text, without the comments above them."""
+    lines, at = file.text.splitlines(keepends=True), 0
+    for step in tree.body:
+        count = len(step.body) if isinstance(step, cst.SimpleStatementLine) else 1
+        nodes = file.tree.body[at : at + count]
+        at += count
+        first = min((n.lineno for node in nodes for n in [node, *getattr(node, "decorator_list", [])]), default=1)
+        last = max((node.end_lineno or node.lineno for node in nodes), default=0)
+        yield step, "".join(lines[first - 1 : last])
 
 
 def name_of(node: cst.CSTNode | None) -> str:

@@ -9,7 +9,7 @@ import libcst as cst
 from ...static.code_tree import Klass, calls, constant, is_self
 from ...static.headers import tensor_headers
 from ...static.kept_buffers import kept_buffers
-from ..rule import Context, Rewriter, Rule, statements
+from ..rule import Context, Rewriter, Rule, rewrites, statements
 
 _HELPERS = '''
 def keep_arguments(init):
@@ -246,7 +246,9 @@ def _apply(tree: cst.Module, context: Context) -> cst.Module:
     found = list(_unsaved(context))
     if not found:
         return tree
-    return tree.visit(_Edit(context, found))
+    names = tuple(one.klass.name for one in found)
+    edit = rewrites(lambda context: _Edit(context, found), ("_init_weights", "PreTrainedModel", *names))
+    return edit(tree, context)
 
 
 RULE = Rule(

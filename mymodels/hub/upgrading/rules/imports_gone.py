@@ -127,6 +127,6 @@ RULE = Rule(
         if is_torch_fx_available():
             logger.debug("torch.fx")
     """,
-    apply=rewrites(_Imports),
+    apply=rewrites(_Imports, ("import ",)),
     order=10,
 )

@@ -176,6 +176,6 @@ RULE = Rule(
                 elif isinstance(module, nn.LayerNorm):
                     nn.init.constant_(module.weight, 1.0)
     """,
-    apply=rewrites(_Guarded),
+    apply=rewrites(_Guarded, ("_init_weights",)),
     words=("_init_weights",),
 )

@@ -105,6 +105,6 @@ RULE = Rule(
                 self.slopes = on_cpu(lambda: torch.arange(1, config.n_head + 1) / config.n_head)
                 self.post_init()
     """,
-    apply=rewrites(_OnCpu),
+    apply=rewrites(_OnCpu, ("torch",)),
     words=("torch",),
 )

@@ -46,6 +46,6 @@ RULE = Rule(
     releases="5.0 and newer",
     before=_BEFORE.format(arguments="self", passed=""),
     after=_BEFORE.format(arguments="self, **kwargs", passed="**kwargs"),
-    apply=rewrites(_Arguments),
+    apply=rewrites(_Arguments, ("def tie_weights",)),
     words=("def tie_weights",),
 )

@@ -117,6 +117,6 @@ RULE = Rule(
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
                 self.post_init()
     """,
-    apply=rewrites(_Ties),
+    apply=rewrites(_Ties, ("_tied_weights_keys",)),
     words=("_tied_weights_keys",),
 )

@@ -81,7 +81,7 @@ RULE = Rule(
     before=_BEFORE.format(line=""),
     after=_BEFORE.format(line='        _tied_weights_keys = {"lm_head.weight": "wte.weight"}\n'),
     config={"tie_word_embeddings": True},
-    apply=rewrites(_Declare),
+    apply=rewrites(_Declare, ("get_output_embeddings",)),
     words=("get_output_embeddings",),
     order=55,
 )
