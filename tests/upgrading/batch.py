@@ -31,7 +31,9 @@ def read(name: str, work: Path, targets: list[PinnedRelease]) -> Folder:
     return read_folder(source, find_releases([release.transformers for release in targets]))
 
 
-def upgrade_all(names: list[str], work: Path, to: str | None = None, tell=None) -> dict[str, tuple[Edited, Proof | None]]:
+def upgrade_all(
+    names: list[str], work: Path, to: str | None = None, tell=None, take_back: bool = True
+) -> dict[str, tuple[Edited, Proof | None]]:
     """What the rules make of each folder, and its proof; no proof of those that a rule refuses."""
     targets, rules = target_releases(to), [rule for rule in all_rules() if not rule.option]
     results: dict[str, tuple[Edited, Proof | None]] = {}
@@ -46,7 +48,9 @@ def upgrade_all(names: list[str], work: Path, to: str | None = None, tell=None) 
             own = folder.config["transformers_version"]
             key = name.replace("_", "-")
             cases[key] = case_of(folder.path, folder, edited, rules, targets, work / key, from_release=own)
-    for key, (proof, kept) in prove_all(cases, targets, place_of, tell=tell or (lambda text: None)).items():
+    for key, (proof, kept) in prove_all(
+        cases, targets, place_of, tell=tell or (lambda text: None), take_back=take_back
+    ).items():
         results[key.replace("-", "_")] = (kept, proof)
     return results
 
@@ -54,7 +58,9 @@ def upgrade_all(names: list[str], work: Path, to: str | None = None, tell=None) 
 def main() -> None:
     to, *names = sys.argv[1:]
     with tempfile.TemporaryDirectory() as work:
-        for name, (edited, proof) in upgrade_all(names or folders.names(), Path(work), to, lambda text: print(text, file=sys.stderr, flush=True)).items():
+        for name, (edited, proof) in upgrade_all(
+            names or folders.names(), Path(work), to, lambda text: print(text, file=sys.stderr, flush=True), False
+        ).items():
             print(
                 f"== {name}: {'refused' if edited.refused else 'PROVEN' if proof.holds else 'not proven'}", flush=True
             )

@@ -55,5 +55,3 @@ def test_a_second_run_changes_nothing(results: dict[str, tuple[Edited, Proof | N
         rules = [rule for rule in all_rules() if rule.name in edited.rules or rule.order == 90]
         again = apply_rules(folder, rules)
         assert not again.changes, (name, again.edits)
-
-

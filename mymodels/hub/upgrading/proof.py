@@ -116,6 +116,7 @@ def prove_all(
     *,
     limits: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    take_back: bool = True,
 ) -> dict[str, tuple[Proof, Edited]]:
     """Compare originals with their upgraded code, all the folders of a release in one process.
 
@@ -127,6 +128,7 @@ def prove_all(
         install: gives the place of a release, None for the installed one; see `releases.install`.
         limits: `time_limit` for each folder, `memory_limit`; see `recording.record`.
         tell: called with what is being done.
+        take_back: whether to look for a rule at fault.
 
     Returns:
         For each key the proof, and the code that it is for.
@@ -146,7 +148,8 @@ def prove_all(
     folders = {key: case.write(case.edited) for key, case in cases.items()}
     for key, rows in _compare_all(folders, cases, originals, targets, runs).items():
         proofs[key].rows = rows
-    _take_back(cases, proofs, kept, originals, targets, runs)
+    if take_back:
+        _take_back(cases, proofs, kept, originals, targets, runs)
     return {key: (proofs[key], kept[key]) for key in cases}
 
 
