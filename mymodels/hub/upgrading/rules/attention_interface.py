@@ -31,7 +31,8 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0):
     name = module.config._attn_implementation or "eager"
     function = _eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     module.is_causal = False  # the mask says what is seen
-    mixed, weights = function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout if module.training else 0.0)
+    rate = dropout if module.training else 0.0
+    mixed, weights = function(module, query, key, value, attention_mask, scaling=scaling, dropout=rate)
     return mixed.transpose(1, 2), weights
 '''
 
