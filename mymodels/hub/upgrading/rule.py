@@ -205,13 +205,14 @@ def rewrites(transformer: Callable[[Context], Rewriter], words: tuple[str, ...] 
 
     def apply(tree: cst.Module, context: Context) -> cst.Module:
         if not words:
-            return tree.visit(transformer(context))
-        made, body, changed = transformer(context), [], False
+            changed = tree.visit(transformer(context))
+            return changed if context.edits else tree
+        made = transformer(context)
+        body: list[Any] = []
         for step, text in _top_level(tree, context.file):
             new = step.visit(made) if any(word in text for word in words) else step
-            changed = changed or new is not step
             body += list(new) if isinstance(new, cst.FlattenSentinel) else [new] if isinstance(new, cst.CSTNode) else []
-        return tree.with_changes(body=body) if changed else tree
+        return tree.with_changes(body=body) if context.edits else tree
 
     return apply
 
