@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import folders
+import torch
 
 from mymodels.hub.releases import PinnedRelease, install
 from mymodels.hub.static.api_availability import find_releases
@@ -17,8 +18,10 @@ from mymodels.hub.upgrading.edit_engine import Edited, apply_rules
 from mymodels.hub.upgrading.plan_releases import span_of, target_releases
 from mymodels.hub.upgrading.proof import Proof, prove_all
 from mymodels.hub.upgrading.rules import all_rules
-from mymodels.hub.upgrading.upgrade import case_of
+from mymodels.hub.upgrading.upgrade import case_of, sources_of
 
+# forward arguments of folders whose inputs cannot be generated from the config
+INPUTS = {"time_moe": {"input_ids": torch.linspace(-1, 1, 16).reshape(2, 8).sin()}}
 CACHE = Path(__file__).parents[2] / ".cache" / "transformers"
 
 
@@ -28,7 +31,7 @@ def place_of(release: PinnedRelease) -> Path | None:
 
 def read(name: str, work: Path, targets: list[PinnedRelease]) -> Folder:
     source = folders.make(name, work / "originals" / f"mini_{name}")
-    return read_folder(source, find_releases([release.transformers for release in targets]))
+    return read_folder(source, find_releases(sources_of(targets, CACHE)))
 
 
 def upgrade_all(
@@ -47,7 +50,11 @@ def upgrade_all(
         if not edited.refused:
             own = folder.config["transformers_version"]
             key = name.replace("_", "-")
-            cases[key] = case_of(folder.path, folder, edited, rules, targets, work / key, from_release=own)
+            (work / key).mkdir()
+            inputs = INPUTS.get(name)
+            cases[key] = case_of(
+                folder.path, folder, edited, rules, targets, work / key, from_release=own, inputs=inputs
+            )
     for key, (proof, kept) in prove_all(
         cases, targets, place_of, tell=tell or (lambda text: None), take_back=take_back
     ).items():

@@ -221,6 +221,11 @@ _PATTERNS: list[tuple[str, str]] = [
 ]
 
 
+def is_documentation(name: str) -> bool:
+    """Whether a name stands for text of transformers' own documentation, which only doctests read."""
+    return re.fullmatch(_PATTERNS[2][0], name) is not None
+
+
 def definition(name: str) -> str | None:
     """Source that defines what transformers no longer has, or None."""
     if name in _SOURCES:

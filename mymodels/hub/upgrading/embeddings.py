@@ -49,7 +49,12 @@ def input_embeddings(code: Code, klass: Klass | None) -> str:
         inner = re.fullmatch(r"self\.(\w+)\.get_input_embeddings\(\)", path)
         prefixes = code.value(klass, "base_model_prefix")
         named = inner[1] if inner else str(getattr(prefixes[1], "value", "")) if prefixes else ""
-        if named not in parts:
+        if named not in parts:  # a prefix from a class of transformers: the first part that is a model
+            models = (
+                part for part, value in parts.items() if (k := class_of_part(code, klass, value)) and code.is_model(k)
+            )
+            named = next(models, "")
+        if not named:
             usual = next((part for part in _USUAL if part in parts), "")
             return ".".join([*prefix, usual, "weight"]) if usual else ""
         prefix.append(named)

@@ -132,7 +132,7 @@ def upgrade(
     if out is not None and Path(os.path.realpath(Path(out).expanduser())).is_relative_to(os.path.realpath(source)):
         raise ValueError(f"{out} is inside {source}, which is never changed: choose another folder")
     tell("reading the files and the code")
-    folder = read_folder(source, find_releases(_sources(targets, cache_dir)))
+    folder = read_folder(source, find_releases(sources_of(targets, cache_dir)))
     result = Upgrade(str(path))
     result.refused = refusals(folder)
     if not folder.files.get("config.json"):
@@ -214,7 +214,7 @@ def _refuse_full(out: Path) -> None:
         raise FileExistsError(f"{out} exists and is not empty: choose another folder, or remove it first")
 
 
-def _sources(targets: Sequence[PinnedRelease], cache_dir: str | os.PathLike | None) -> list[str]:
+def sources_of(targets: Sequence[PinnedRelease], cache_dir: str | os.PathLike | None) -> list[str]:
     """The oldest and the newest target as folders, if they are installed, so that their source is asked for names."""
     names = []
     for release in targets:

@@ -8,7 +8,7 @@ import libcst as cst
 from ...static.api_availability import Span, lacking
 from ...static.check_imports import other_imports
 from ...static.symbols import GONE
-from ..definitions import MISSING_BETWEEN, MODULES, MOVED, definition
+from ..definitions import MISSING_BETWEEN, MODULES, MOVED, definition, is_documentation
 from ..rule import Context, Rewriter, Rule, name_of, rewrites, statements
 
 _FROM_IMPORT = re.compile(r"^[ \t]*from [^\n]*import (?:\([^)]*\)|[^\n]*)", re.MULTILINE)
@@ -81,7 +81,7 @@ def _is_gone(context: Context, module: str, name: str) -> bool:
     failing, _ = lacking(module, name, context.folder.releases)
     known = GONE.get((module, name)) or GONE.get((module, ""))
     first, last = context.releases
-    if (module, name) in MISSING_BETWEEN or (module, name) in MOVED or module in MODULES:
+    if (module, name) in MISSING_BETWEEN or (module, name) in MOVED or module in MODULES or is_documentation(name):
         return True
     return bool(failing) or (known is not None and Span(*known).first <= last and first <= Span(*known).last)
 
