@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .export import export_model
     from .hub import build_repo, load_in_clean_process
     from .hub.lock import load
+    from .hub.upgrading import Upgrade, upgrade
     from .models.configuration_mybert import MyBertConfig
     from .models.configuration_mygpt2 import MyGPT2Config
     from .models.modeling_mybert import (
@@ -57,6 +58,8 @@ _LAZY = {
     "export_model": ".export",
     "import_checkpoint": ".training.importing",
     "load": ".hub.lock",
+    "Upgrade": ".hub.upgrading",
+    "upgrade": ".hub.upgrading",
     "load_in_clean_process": ".hub",
     "predict": ".predicting",
     "load_sample_text": ".training.sample_text",
@@ -82,6 +85,7 @@ __all__ = [
     "MyGPT2ForSequenceClassification",
     "MyGPT2Model",
     "Trainer",
+    "Upgrade",
     "WarmStartReport",
     "adopt",
     "build_repo",
@@ -97,6 +101,7 @@ __all__ = [
     "predict",
     "save_checkpoint",
     "train",
+    "upgrade",
     "warm_start",
 ]
 

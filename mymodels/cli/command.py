@@ -22,12 +22,29 @@ from . import (
     new,
     predict,
     push,
+    upgrade,
     verify,
     warm_start,
 )
 from .options import Parser
 
-_VERBS = (demo, new, adopt, inspect, convert, check, warm_start, build, finetune, predict, verify, push, lock, export)
+_VERBS = (
+    demo,
+    new,
+    adopt,
+    inspect,
+    convert,
+    check,
+    warm_start,
+    build,
+    finetune,
+    predict,
+    verify,
+    upgrade,
+    push,
+    lock,
+    export,
+)
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:

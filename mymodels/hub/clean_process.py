@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ def clean_process(
     memory_limit: int | None = None,
     golden: Path | None = None,
     progress: Callable[[str], None] | None = None,
+    beside: Mapping[str, Path] | None = None,
     **job: Any,
 ) -> Iterator[CleanRun]:
     """Run stages of `isolated/stages.py` on a folder.
@@ -78,6 +79,7 @@ def clean_process(
         memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         golden: a golden file to compare with.
         progress: called with the name of the check that is running, a few times a second.
+        beside: further folders by key, for stages that run several; each is copied too.
         job: more that the stages want.
 
     Yields:
@@ -97,6 +99,7 @@ def clean_process(
                 "golden": _copy_into(golden, scratch, "golden-input.safetensors"),
                 "time_limit": time_limit,
                 "stages": stages,
+                "beside": {key: _beside(other, scratch / "beside" / key) for key, other in (beside or {}).items()},
                 **job,
             }
             default = 4 * 10**9 + 6 * everything["weights_size"]
@@ -108,6 +111,11 @@ def clean_process(
         except (OSError, CheckpointError) as error:
             events, failure = [], str(error)
         yield CleanRun(events, failure, scratch, time.monotonic() - began)
+
+
+def _beside(source: Path, parent: Path) -> dict[str, Any]:
+    folder = _copy(source, parent)
+    return describe_folder(folder) | {"folder": str(folder)}
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ KINDS = {
         "*.jinja",
         "chat_template.json",
     ),
-    "record": (MANIFEST, "warm_start.json"),
+    "record": (MANIFEST, "warm_start.json", "upgrade.json", "upgrade.diff"),
     "document": (
         "*.md",
         "LICENSE*",

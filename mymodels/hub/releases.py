@@ -40,6 +40,37 @@ RELEASES = {
     "5.23": ("5.23.0", "2.4.0", "0.23.3"),
 }
 
+# releases before the supported ones, which old custom code was written for; they run with today's torch and NumPy
+OLD_RELEASES = {
+    "4.28": ("4.28.1", "0.36.2", "0.13.3"),
+    "4.30": ("4.30.2", "0.36.2", "0.13.3"),
+    "4.31": ("4.31.0", "0.36.2", "0.13.3"),
+    "4.32": ("4.32.1", "0.36.2", "0.13.3"),
+    "4.33": ("4.33.3", "0.36.2", "0.13.3"),
+    "4.34": ("4.34.1", "0.36.2", "0.14.1"),
+    "4.35": ("4.35.2", "0.36.2", "0.15.2"),
+    "4.36": ("4.36.2", "0.36.2", "0.15.2"),
+    "4.37": ("4.37.2", "0.36.2", "0.15.2"),
+    "4.38": ("4.38.2", "0.36.2", "0.15.2"),
+    "4.39": ("4.39.3", "0.36.2", "0.15.2"),
+    "4.40": ("4.40.2", "0.36.2", "0.19.1"),
+    "4.41": ("4.41.2", "0.36.2", "0.19.1"),
+    "4.42": ("4.42.4", "0.36.2", "0.19.1"),
+    "4.43": ("4.43.4", "0.36.2", "0.19.1"),
+    "4.44": ("4.44.2", "0.36.2", "0.19.1"),
+    "4.45": ("4.45.2", "0.36.2", "0.20.3"),
+    "4.46": ("4.46.3", "0.36.2", "0.20.3"),
+    "4.47": ("4.47.1", "0.36.2", "0.21.4"),
+    "4.48": ("4.48.3", "0.36.2", "0.21.4"),
+    "4.49": ("4.49.0", "0.36.2", "0.21.4"),
+    "4.50": ("4.50.3", "0.36.2", "0.21.4"),
+    "4.51": ("4.51.3", "0.36.2", "0.21.4"),
+    "4.52": ("4.52.4", "0.36.2", "0.21.4"),
+    "4.53": ("4.53.3", "0.36.2", "0.21.4"),
+    "4.54": ("4.54.1", "0.36.2", "0.21.4"),
+    "4.55": ("4.55.4", "0.36.2", "0.21.4"),
+}
+
 
 class PinnedRelease(NamedTuple):
     """A transformers release and compatible releases of its dependencies."""
@@ -81,6 +112,24 @@ def resolve(wanted: str | Iterable[str]) -> list[PinnedRelease]:
     return sorted(found.values(), key=lambda release: tuple(map(int, release.transformers.split("."))))
 
 
+def nearest(version: str) -> PinnedRelease:
+    """The release of a version's minor, old or supported, or else the nearest one that is known.
+
+    Examples:
+        >>> nearest("4.36.0.dev0").transformers
+        '4.36.2'
+        >>> nearest("4.29").transformers
+        '4.30.2'
+    """
+    known = {tuple(map(int, minor.split("."))): PinnedRelease(*row) for minor, row in (OLD_RELEASES | RELEASES).items()}
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        raise ValueError(f"{version!r} is no transformers version: write it like 4.36")
+    wanted = (int(found[1]), int(found[2]))
+    same = [minor for minor in known if minor >= wanted]
+    return known[min(same) if same else max(known)]
+
+
 def default_cache_dir() -> Path:
     """The folder of installed releases: `transformers` in `$MYMODELS_CACHE` or `~/.cache/mymodels`."""
     home = os.environ.get("MYMODELS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mymodels")
@@ -99,7 +148,7 @@ def install(release: PinnedRelease, cache_dir: str | os.PathLike | None = None) 
     Raises:
         RuntimeError: pip failed; the message ends with pip's last line.
     """
-    target = Path(cache_dir or default_cache_dir()) / release.transformers
+    target = Path(cache_dir or default_cache_dir()).absolute() / release.transformers  # the process has another cwd
     if (target / "transformers" / "__init__.py").is_file():
         return target
     packages = [f"{name}=={version}" for name, version in release._asdict().items()]

@@ -33,6 +33,9 @@ def main() -> None:
 
     events = stages.Events(JOB["events"])
     stages.import_libraries(events)
+    found = str(sys.modules["transformers"].__file__)
+    if JOB["release"] and not found.startswith(JOB["release"]):  # never the results of another release
+        raise ImportError(f"transformers was to be imported from {JOB['release']}, but came from {found}")
     stages.run_stages(JOB, events)
 
 

@@ -28,6 +28,7 @@ STAGES = {  # name: (module of this folder, function), in the order they run; ea
     "record": ("golden_outputs", "run"),
     "reference": ("reference", "run"),
     "texts": ("texts", "run"),
+    "numbers": ("numbers", "run"),
 }
 
 

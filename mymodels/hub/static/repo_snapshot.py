@@ -191,20 +191,27 @@ def parse_code(name: str, file: Path) -> CodeFile | str:
             data = handle.read(MAX_CODE_BYTES + 1)
         if len(data) > MAX_CODE_BYTES:
             return f"it is larger than {MAX_CODE_BYTES:,} bytes"
-        text = data.decode("utf-8-sig")
-        if "\0" in text:
-            return "it contains null bytes"
+        return parse_text(name, data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "it is not UTF-8 text"
+    except OSError as error:
+        return str(error)
+
+
+def parse_text(name: str, text: str) -> CodeFile | str:
+    """The syntax tree of a Python file's text, or in a few words why there is none."""
+    if "\0" in text:
+        return "it contains null bytes"
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in an ordinary string and the like
             tree = ast.parse(text)
         return CodeFile(name, text, tree, *_imported_names(tree))
-    except UnicodeDecodeError:
-        return "it is not UTF-8 text"
     except SyntaxError as error:
         return f"line {error.lineno}: {error.msg}"
     except (RecursionError, MemoryError):
         return "its expressions are nested too deeply"
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return str(error)
 
 

@@ -1,0 +1,247 @@
+"""Stage: record everything that folders compute, each in a fork: the two sides of a proof that code is unchanged.
+
+The job names the folders (`beside`: key → settings of `describe_folder`) and, for the second side, the inputs that the
+first side was given (`recorded`: key → file of tensors). For each folder it writes `KEY.safetensors` and `KEY.json`.
+"""
+
+import faulthandler
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from .comparing import unpadded_outputs
+from .generating import generate
+from .inputs import (
+    LENGTH,
+    accepted_inputs,
+    generates,
+    has_encoder_and_decoder,
+    make_inputs,
+    make_token_ids,
+    non_text_inputs,
+    one_row_only,
+    pad,
+    read_tensors,
+    with_required,
+)
+from .load_repo import class_of, digest, seed_all, text_config
+from .losses import make_labels
+from .processors import TEXTS, processed_inputs, processor_names, run_processor
+from .stages import innermost, run_stage, sentence
+from .tokenizers import RECORDED, load_tokenizer
+from .training import LARGEST, gradients
+
+MAX_VALUES = 20_000  # of one gradient
+_VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+
+
+def run(job: dict[str, Any], events: Any) -> None:
+    """Record every folder of the job, each in a fork of its own."""
+    faulthandler.cancel_dump_traceback_later()  # a fork cannot end the thread that it waits in; the limit holds anyway
+    for key, described in job["beside"].items():
+        one = {**job, **described, "time_limit": job["each_limit"], "key": key}
+        run_stage(f"numbers of {key}", _record_folder, one, events)
+
+
+def _record_folder(job: dict[str, Any], events: Any) -> None:
+    recorded = job["recorded"].get(job["key"])
+    given = read_tensors(recorded) if recorded else {}
+    tensors: dict[str, torch.Tensor] = {}
+    report: dict[str, Any] = {"transformers": transformers.__version__, "classes": {}}
+    for name in job["classes"]:
+        own = {key.split("|")[2]: value for key, value in given.items() if key.startswith(f"{name}|input|")}
+        record = _Record(name, tensors)
+        _record_class(record, job, own, again=bool(recorded))
+        report["classes"][name] = record.items
+    if job["tokenizer"]:
+        record = _Record("AutoTokenizer", tensors)
+        record.item("tokens", lambda: _tokens(job))
+        report["classes"]["AutoTokenizer"] = record.items
+    for name in processor_names(job):
+        record = _Record(name, tensors)
+        record.item("processed", lambda name=name: _processed(job, name))  # type: ignore[misc]
+        report["classes"][name] = record.items
+    save_file(tensors, Path(job["scratch"], f"{job['key']}.safetensors"))
+    Path(job["scratch"], f"{job['key']}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+class _Record:
+    """What one class of a folder computes: items that were recorded, or the error that each raised."""
+
+    def __init__(self, name: str, tensors: dict[str, torch.Tensor]):
+        self.name, self.tensors, self.items = name, tensors, {}  # type: ignore[var-annotated]
+
+    def item(self, item: str, compute: Callable[[], Mapping[str, torch.Tensor]], twice: bool = False) -> bool:
+        """Record the tensors that `compute` returns; whatever it raises is noted in their place."""
+        try:
+            seed_all(0)
+            found = {key: tensor.detach().clone().contiguous() for key, tensor in compute().items()}
+            self.items[item] = {"status": "recorded"}
+            if twice:
+                seed_all(1)
+                again = compute()
+                if any(not torch.equal(tensor, again[key]) for key, tensor in found.items() if key in again):
+                    self.items[item] = {"status": "random"}
+        except BaseException as error:
+            self.items[item] = {"status": "failed", "what": sentence(error), "where": innermost(error)}
+            return False
+        self.tensors.update({f"{self.name}|{item}|{key}": tensor for key, tensor in found.items()})
+        return True
+
+
+def _load(job: dict[str, Any], name: str, folder: str | None = None) -> tuple[Any, dict[str, Any]]:
+    seed_all(0)
+    dtype = "dtype" if _VERSION >= (4, 56) else "torch_dtype"
+    options: dict[str, Any] = {dtype: torch.float32, "output_loading_info": True}
+    if name.startswith("Auto"):
+        options["trust_remote_code"] = True
+    model, loading = class_of(name).from_pretrained(folder or job["folder"], **options)
+    return model.float().eval(), {key: sorted(map(str, keys)) for key, keys in loading.items() if keys}
+
+
+def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Tensor], *, again: bool) -> None:
+    held: dict[str, Any] = {}
+
+    def load() -> dict[str, torch.Tensor]:
+        held["model"], held["loading"] = _load(job, record.name)
+        return {}
+
+    if not record.item("load", load):
+        return
+    model, loading = held["model"], held["loading"]
+    if lacking := loading.get("missing_keys") or loading.get("mismatched_keys"):
+        record.items["load"] = {"status": "new weights", "what": f"the folder has no weight {lacking[0]}"}
+        return
+    saved = _digests(model)
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    record.items["load"] |= {
+        "weights": {key: value for key, value in saved.items() if key in parameters},
+        "buffers": {key: value for key, value in saved.items() if key not in parameters},
+    }
+
+    def inputs() -> dict[str, torch.Tensor]:
+        callers = job["own_inputs"].get(job["key"])
+        made = own or (read_tensors(callers) if callers else make_inputs(model, processed_inputs(job)))
+        held["inputs"] = accepted_inputs(model, made)
+        return held["inputs"]
+
+    if not record.item("input", inputs):
+        return
+    given = held["inputs"]
+    record.item("outputs", lambda: _outputs(model, given), twice=True)
+    for item, batch in _batches(model, given).items():
+        record.item(item, lambda batch=batch: _outputs(model, batch))  # type: ignore[misc]
+    labels = make_labels(record.name, model, given)
+
+    def loss_and_gradients() -> dict[str, torch.Tensor]:
+        fresh, _ = _load(job, record.name)  # what the code keeps from forward in inference mode cannot be trained on
+        loss, found = gradients(fresh, {**given, **labels})
+        return {"loss": torch.tensor(loss), **{name: thinned(gradient) for name, gradient in found.items()}}
+
+    if job["weights_size"] > LARGEST:
+        record.items["loss and gradients"] = {
+            "status": "left out",
+            "what": "the weights are too large for a training step",
+        }
+    else:
+        record.item("loss and gradients", loss_and_gradients)
+    if generates(model) and "input_ids" in given:
+        for item, batch, cache in _prompts(model, given):
+            record.item(item, lambda batch=batch, cache=cache: _greedy(model, batch, cache))  # type: ignore[misc]
+    elif generates(model):
+        record.item("greedy, with cache", lambda: _greedy(model, given, True))
+    if again:
+        record.item("save and reload", lambda: _reload(job, record.name, model, given))
+
+
+def thinned(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient's norm and every n-th value, at most `MAX_VALUES`."""
+    flat = gradient.flatten().float()
+    return torch.cat([flat.norm()[None], flat[:: -(-flat.numel() // MAX_VALUES) or 1]])
+
+
+def _tokens(job: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Token ids of several texts, alone and as a padded batch, and the text that they decode to."""
+    tokenizer = load_tokenizer(job)
+    found: dict[str, torch.Tensor] = {"size": torch.tensor(len(tokenizer))}
+    for number, text in enumerate([RECORDED, *TEXTS]):
+        ids = tokenizer(text).input_ids
+        found[f"ids of text {number}"] = torch.tensor(ids, dtype=torch.long)
+        decoded = tokenizer.decode(ids).encode()
+        found[f"decoded text {number}"] = torch.tensor(list(decoded), dtype=torch.long)
+    if tokenizer.pad_token_id is not None:
+        batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+        found |= {f"batch {key}": value for key, value in batch.items()}
+    return found
+
+
+def _processed(job: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
+    processor = class_of(name).from_pretrained(job["folder"], trust_remote_code=True)
+    return run_processor(processor)
+
+
+def _digests(model: Any) -> dict[str, str]:
+    """The digest of every parameter and saved buffer; tied ones under each name."""
+    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _outputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    more: dict[str, Any] = {}
+    if "output_hidden_states" in model.forward.__code__.co_varnames:
+        more["output_hidden_states"] = True
+    return unpadded_outputs(model, {**batch, **more})
+
+
+def _batches(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Text without padding, and padded on either side, if the model takes text and a mask."""
+    if "input_ids" not in given or one_row_only(model):
+        return {}
+    other = {name: value for name, value in given.items() if name.startswith("decoder_")}
+    other |= non_text_inputs(given, 2)
+    length = min(given["input_ids"].shape[1], LENGTH)
+    ids = make_token_ids(model, 2, length, seed=3)
+    batches = {"one row": with_required(model, {**non_text_inputs(given), "input_ids": ids[:1]})}
+    if "attention_mask" in given:
+        for side in ("right", "left"):
+            padded = pad(model, ids, side, [0, min(3, length - 1)])
+            batches[f"{side} padding"] = with_required(model, {**other, **padded})
+    return batches
+
+
+def _prompts(model: Any, given: Mapping[str, torch.Tensor]) -> list[tuple[str, dict[str, torch.Tensor], bool]]:
+    length = min(given["input_ids"].shape[1], LENGTH)
+    ids = make_token_ids(model, 2, length, seed=5)
+    alone = {"input_ids": ids[:1], **non_text_inputs(given)}
+    found = [("greedy, with cache", alone, True), ("greedy, without cache", alone, False)]
+    if "attention_mask" in given and not has_encoder_and_decoder(model):
+        padded = {**pad(model, ids, "left", [0, min(3, length - 1)]), **non_text_inputs(given, 2)}
+        found.append(
+            ("greedy, left padding", padded, getattr(text_config(model.config), "use_cache", True) is not False)
+        )
+    return found
+
+
+def _greedy(model: Any, batch: Mapping[str, torch.Tensor], cache: bool) -> dict[str, torch.Tensor]:
+    """Tokens, and the scores of each step: random weights may give one token forever."""
+    made = generate(model, batch, use_cache=cache, return_dict_in_generate=True, output_scores=True)
+    scores = torch.stack(list(made.scores), 1)
+    return {"tokens": made.sequences, "scores": torch.where(scores.isfinite(), scores, 0.0)}
+
+
+def _reload(job: dict[str, Any], name: str, model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Save, load what was saved, and give its outputs; its weights are compared here."""
+    saved = Path(job["scratch"], f"{job['key']}-{name}", f"{Path(job['folder']).name}_saved")
+    model.save_pretrained(saved)
+    other, loading = _load(job, name, str(saved))
+    if loading.get("missing_keys"):
+        raise RuntimeError(f"after save_pretrained the weight {loading['missing_keys'][0]} is missing")
+    before, after = _digests(model), _digests(other)
+    changed = [key for key, value in before.items() if after.get(key) != value]
+    if changed:
+        raise RuntimeError(f"after save_pretrained and from_pretrained {changed[0]} has other values")
+    return _outputs(other, given)

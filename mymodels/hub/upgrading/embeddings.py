@@ -1,0 +1,75 @@
+"""Where a model keeps its input embeddings and its parts, read off its constructor."""
+
+import ast
+import re
+
+from ..static.code_tree import Code, Klass, calls, is_self
+
+_USUAL = ("embed_tokens", "wte", "word_embeddings", "word_embedding", "tok_embeddings", "embeddings", "shared", "embed")
+
+
+def parts_of(code: Code, klass: Klass) -> dict[str, ast.expr]:
+    """The attributes that the constructors of a class and its ancestors set, with what they are set to."""
+    found: dict[str, ast.expr] = {}
+    for member in code.lineage(klass):
+        init = member.method("__init__")
+        local: dict[str, ast.expr] = {}
+        for node in ast.walk(init) if init is not None else ():
+            if not isinstance(node, ast.Assign):
+                continue
+            for goal in node.targets:
+                value = local.get(node.value.id, node.value) if isinstance(node.value, ast.Name) else node.value
+                if isinstance(goal, ast.Name):
+                    local.setdefault(goal.id, value)
+                elif is_self(goal):
+                    found.setdefault(goal.attr, value)  # type: ignore[attr-defined]
+    return found
+
+
+def class_of_part(code: Code, klass: Klass, value: ast.expr | None) -> Klass | None:
+    """The class of the folder that a part is made from."""
+    if value is None:
+        return None
+    names = [klass.file.dotted(call.func) for call in calls(value)]
+    return next((found for name in names if (found := code.find(klass.file, name)) is not None), None)
+
+
+def input_embeddings(code: Code, klass: Klass | None) -> str:
+    """The full name of the weight of a model's input embeddings, from its `get_input_embeddings`, or ""."""
+    prefix: list[str] = []
+    for _ in range(5):  # a model with a head asks the base model in it
+        if klass is None:
+            return ""
+        parts = parts_of(code, klass)
+        found = code.method(klass, "get_input_embeddings")
+        returned = [n.value for n in ast.walk(found[1]) if isinstance(n, ast.Return) and n.value] if found else []
+        path = ast.unparse(returned[-1]) if returned else ""
+        if own := re.fullmatch(r"self\.([\w.]+)", path):
+            return ".".join([*prefix, own[1], "weight"])
+        inner = re.fullmatch(r"self\.(\w+)\.get_input_embeddings\(\)", path)
+        prefixes = code.value(klass, "base_model_prefix")
+        named = inner[1] if inner else str(getattr(prefixes[1], "value", "")) if prefixes else ""
+        if named not in parts:  # a prefix from a class of transformers: the first part that is a model
+            models = (
+                part for part, value in parts.items() if (k := class_of_part(code, klass, value)) and code.is_model(k)
+            )
+            named = next(models, "")
+        if not named:
+            usual = next((part for part in _USUAL if part in parts), "")
+            return ".".join([*prefix, usual, "weight"]) if usual else ""
+        prefix.append(named)
+        klass = class_of_part(code, klass, parts[named])
+    return ""
+
+
+def exists(code: Code, klass: Klass | None, name: str) -> bool:
+    """Whether a parameter's name leads to a part, as far as the folder's classes tell; wildcards and indexes pass."""
+    words = name.split(".")
+    for word in words[:-1]:
+        if klass is None or not word.isidentifier():
+            return True
+        parts = parts_of(code, klass)
+        if word not in parts:
+            return False
+        klass = class_of_part(code, klass, parts[word])
+    return True

@@ -1,0 +1,191 @@
+"""What folders compute under one transformers release, recorded in one clean process, and the comparison of two records."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ...messages import one_line
+from ..clean_process import LONGEST, TIME_LIMIT, clean_process, failure_reason
+from ..isolated.comparing import difference
+
+TOLERANCE = 1e-5  # in float32, times the largest expected value or 1
+IMAGES = 0.03  # of processors: the libraries' methods of resizing differ by as much
+
+
+class Recorded(NamedTuple):
+    """What one folder computed under one release.
+
+    Attributes:
+        release: the transformers release.
+        classes: class → item, such as `"outputs"` → how it went: `status`, and for a failure `what` and `where`.
+        tensors: `class|item|name` → values.
+        failure: why there is no record at all; "" if there is one.
+    """
+
+    release: str
+    classes: dict[str, dict[str, dict[str, Any]]]
+    tensors: dict[str, torch.Tensor]
+    failure: str = ""
+
+    def of(self, name: str, item: str) -> dict[str, torch.Tensor]:
+        """The tensors of one item of a class."""
+        start = f"{name}|{item}|"
+        return {key[len(start) :]: tensor for key, tensor in self.tensors.items() if key.startswith(start)}
+
+    @property
+    def ran(self) -> list[str]:
+        """The classes that loaded and gave outputs, or tokens."""
+        return [
+            name
+            for name, items in self.classes.items()
+            if any(
+                items.get(item, {}).get("status") in ("recorded", "random")
+                for item in ("outputs", "tokens", "processed")
+            )
+        ]
+
+    @property
+    def first_failure(self) -> str:
+        """A sentence on the first thing that failed, with its place, or ""."""
+        if self.failure:
+            return self.failure
+        for name, items in self.classes.items():
+            for item, found in items.items():
+                if found["status"] == "failed":
+                    return f"{item} of {name}: {found['what']}" + (f" ({found['where']})" if found["where"] else "")
+        return ""
+
+
+class Compared(NamedTuple):
+    """One item of the proof under one release.
+
+    Attributes:
+        release: the transformers release of the upgraded code.
+        name: class, such as `"AutoModelForCausalLM"`.
+        item: what was compared, such as `"greedy, with cache"`.
+        status: `"equal"`, `"differs"`, `"failed"` (it raises), or `"not compared"` (there is nothing to compare with).
+        what: the difference, the error, or why it was not compared.
+        where: file and line of an error in the upgraded code.
+    """
+
+    release: str
+    name: str
+    item: str
+    status: str
+    what: str = ""
+    where: str = ""
+
+
+def record(
+    folders: Mapping[str, Path],
+    release: Path | None,
+    named: str,
+    *,
+    inputs: Mapping[str, Recorded] | None = None,
+    own_inputs: Mapping[str, Path] | None = None,
+    time_limit: float = TIME_LIMIT,
+    memory_limit: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Recorded]:
+    """Run folders under one release in one clean process, each in a fork.
+
+    Args:
+        folders: by key, a word.
+        release: where the release is installed; None for the installed one.
+        named: the release's version.
+        inputs: earlier records by the same keys, whose inputs are used again. Saving and reloading is then tried too.
+        own_inputs: files of the caller's inputs by the same keys.
+        time_limit: seconds for each folder.
+        memory_limit: bytes of the process; default as in `clean_process`.
+        progress: called with what is being done.
+
+    Returns:
+        A record for every key. Whatever fails is in it and raises nothing.
+    """
+    with tempfile.TemporaryDirectory(prefix="mymodels-upgrade-") as own:
+        given: dict[str, str] = {}
+        for key, earlier in (inputs or {}).items():
+            tensors = {name: value for name, value in earlier.tensors.items() if "|input|" in name}
+            if key in folders and tensors:
+                given[key] = str(Path(own, f"{key}.safetensors"))
+                save_file(tensors, given[key])
+        own_files = {key: str(file) for key, file in (own_inputs or {}).items()}
+        job: dict[str, Any] = {"recorded": given, "own_inputs": own_files, "each_limit": time_limit}
+        first = next(iter(folders.values()))
+        with clean_process(
+            first,
+            ["numbers"],
+            release=release,
+            time_limit=time_limit * len(folders),
+            memory_limit=memory_limit,
+            progress=progress,
+            beside=folders,
+            **job,
+        ) as run:
+            found = {}
+            for key in folders:
+                report, tensors_file = run.scratch / f"{key}.json", run.scratch / f"{key}.safetensors"
+                if report.is_file() and tensors_file.is_file():
+                    classes = json.loads(report.read_text(encoding="utf-8"))["classes"]
+                    found[key] = Recorded(named, classes, load_file(tensors_file))
+                    continue
+                ended = [e for e in run.events if e.get("ended") == f"numbers of {key}"]
+                why = failure_reason(run._replace(events=ended)) if ended else failure_reason(run)
+                found[key] = Recorded(named, {}, {}, one_line(why, LONGEST))
+            return found
+
+
+def compare(old: Recorded, new: Recorded) -> list[Compared]:
+    """Each item of the old record with that of the new one."""
+    if new.failure:
+        return [Compared(new.release, "", "load", "failed", new.failure)]
+    found = []
+    for name, items in old.classes.items():
+        for item, before in items.items():
+            if item != "input":
+                found.append(_compare_item(old, new, name, item, before))
+        after = new.classes.get(name, {}).get("save and reload")
+        if after is not None and items.get("outputs", {}).get("status") == "recorded":
+            found.append(_compare_item(old, new, name, "save and reload", items["outputs"], "outputs"))
+    return found
+
+
+def _compare_item(
+    old: Recorded, new: Recorded, name: str, item: str, before: dict[str, Any], against: str = ""
+) -> Compared:
+    row = Compared(new.release, name, item, "equal")
+    after = new.classes.get(name, {}).get(item, {"status": "failed", "what": "it was not run", "where": ""})
+    if before["status"] == "failed":
+        return row._replace(status="not compared", what=f"the original raises {before['what']} ({before['where']})")
+    if before["status"] == "random":
+        return row._replace(status="not compared", what="the original gives other outputs each time")
+    if before["status"] in ("new weights", "left out"):
+        return row._replace(status="not compared", what=before["what"])
+    if after["status"] == "new weights":
+        return row._replace(status="differs", what=after["what"])
+    if after["status"] == "failed":
+        load = new.classes.get(name, {}).get("load", {})
+        if item != "load" and load.get("status") == "failed":
+            return row._replace(status="failed", what="it does not load")
+        return row._replace(status="failed", what=after["what"], where=after.get("where", ""))
+    if item == "load":
+        wrong = _other_weights(before, after)
+        return row._replace(status="differs", what=wrong) if wrong else row
+    tolerance = IMAGES if item == "processed" else TOLERANCE
+    wrong = difference(new.of(name, item), old.of(name, against or item), tolerance)
+    return row._replace(status="differs", what=wrong) if wrong else row
+
+
+def _other_weights(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What differs between the loaded parameters, or the saved buffers that both have."""
+    for kind in ("weights", "buffers"):
+        for name, digest in before[kind].items():
+            if name in after[kind] and after[kind][name] != digest:
+                return f"{name} has other values after loading"
+    missing = [name for name in before["weights"] if name not in after["weights"]]
+    return f"the weight {missing[0]} is gone" if missing else ""

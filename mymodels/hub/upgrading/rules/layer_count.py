@@ -1,0 +1,106 @@
+"""`num_hidden_layers`, under which transformers asks a config for the number of layers that a cache has."""
+
+import ast
+
+import libcst as cst
+
+from ...static.code_tree import Klass, is_self
+from ..generating import knows_cache, own_config, parameters
+from ..rule import Context, Rewriter, Rule, literal, rewrites, statements
+
+_NAMES = ("n_layer", "n_layers", "num_layers", "decoder_layers", "depth")
+
+
+def _own_name(context: Context, klass: Klass) -> str:
+    """The config's own name for the number of layers, if it has no `num_hidden_layers`; else ""."""
+    known: set[str] = set()
+    for member in context.code.lineage(klass):
+        known |= {method.name for method in member.methods()}
+        init = member.method("__init__")
+        if init is not None:
+            known |= parameters(init)
+        known |= {n.attr for n in ast.walk(member.node) if isinstance(n, ast.Attribute) and is_self(n)}
+    mapped = context.code.value(klass, "attribute_map")
+    if "num_hidden_layers" in known or (mapped and "num_hidden_layers" in ast.unparse(mapped[1])):
+        return ""
+    if isinstance(context.config.get("num_hidden_layers"), int):
+        return ""
+    return next((name for name in _NAMES if name in known), "")
+
+
+class _Map(Rewriter):
+    def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
+        klass = self.context.klass(original_node.name.value)
+        if (
+            klass is None
+            or not own_config(self.context.code, klass)
+            or not isinstance(updated_node.body, cst.IndentedBlock)
+        ):
+            return updated_node
+        name = _own_name(self.context, klass)
+        mapped = klass.value("attribute_map")
+        if not name or (mapped is not None and not isinstance(mapped, ast.Dict)):
+            return updated_node
+        self.context.note(original_node, f"num_hidden_layers is another name of {klass.name}.{name}")
+        body = [*updated_node.body.body]
+        entry = f'"num_hidden_layers": "{name}"'
+        for i, step in enumerate(body):
+            if mapped is not None and isinstance(step, cst.SimpleStatementLine):
+                small = step.body[0]
+                if isinstance(small, cst.Assign) and literal(small.value) == ast.literal_eval(mapped):
+                    more = {**ast.literal_eval(mapped), "num_hidden_layers": name}
+                    body[i] = step.with_changes(body=[small.with_changes(value=cst.parse_expression(_written(more)))])
+                    return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
+        at = next((i for i, step in enumerate(body) if isinstance(step, cst.FunctionDef)), len(body))
+        body[at:at] = statements(f"attribute_map = {{{entry}}}\n")
+        if at + 1 < len(body) and isinstance(body[at + 1], cst.FunctionDef) and not body[at + 1].leading_lines:
+            body[at + 1] = body[at + 1].with_changes(leading_lines=[cst.EmptyLine(indent=False)])
+        return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
+
+
+def _written(mapping: dict[str, str]) -> str:
+    return "{" + ", ".join(f'"{key}": "{value}"' for key, value in mapping.items()) + "}"
+
+
+def _apply(tree: cst.Module, context: Context) -> cst.Module:
+    return rewrites(_Map, ("Config",))(tree, context) if knows_cache(context) else tree
+
+
+RULE = Rule(
+    name="num_hidden_layers",
+    reason="generate makes the cache from config.num_hidden_layers, which a config with another name for it lacks",
+    releases="4.56 and newer",
+    before="""
+        from transformers import DynamicCache, PretrainedConfig
+
+
+        class ToyConfig(PretrainedConfig):
+            model_type = "toy"
+
+            def __init__(self, num_layers=2, **kwargs):
+                self.num_layers = num_layers
+                super().__init__(**kwargs)
+
+
+        def empty():
+            return DynamicCache()
+    """,
+    after="""
+        from transformers import DynamicCache, PretrainedConfig
+
+
+        class ToyConfig(PretrainedConfig):
+            model_type = "toy"
+            attribute_map = {"num_hidden_layers": "num_layers"}
+
+            def __init__(self, num_layers=2, **kwargs):
+                self.num_layers = num_layers
+                super().__init__(**kwargs)
+
+
+        def empty():
+            return DynamicCache()
+    """,
+    apply=_apply,
+    words=("Config",),
+)

@@ -1,0 +1,67 @@
+"""Write the upgraded folder: everything of the original, the edited files in their place, the proof beside them."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...checkpoints import CheckpointError, replace_folder, write_manifest
+from ...checkpoints.integrity import MANIFEST
+from ..golden import GOLDEN, temporary_golden
+from ..static.repo_snapshot import Folder
+from .edit_engine import Edited
+from .report import card_table, report_of
+from .unified_diff import config_text
+
+if TYPE_CHECKING:
+    from .upgrade import Upgrade
+
+REPORT, DIFF = "upgrade.json", "upgrade.diff"
+_BEGIN, _END = "<!-- mymodels upgrade: begin -->", "<!-- mymodels upgrade: end -->"
+
+
+def write_copy(folder: Folder, edited: Edited, target: Path, *, link: bool = True) -> Path:
+    """The folder's regular files with the edited ones in their place, in a new folder.
+
+    Args:
+        link: large files as links, for a folder that is soon deleted.
+    """
+    for name, file in folder.files.items():
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if name in edited.texts:
+            copy.write_text(edited.texts[name], encoding="utf-8", newline="")
+        elif name == "config.json" and edited.config is not None:
+            copy.write_text(config_text(edited.config), encoding="utf-8")
+        elif link and file.stat().st_size > 10_000_000:
+            copy.symlink_to(file.resolve())
+        else:
+            shutil.copyfile(file, copy)
+    return target
+
+
+def write_upgraded(folder: Folder, edited: Edited, result: "Upgrade", out: Path) -> None:
+    """Write the result with its report, diff, golden outputs, card's table and manifest: all of it, or nothing.
+
+    Raises:
+        FileExistsError: `out` is not empty.
+    """
+    with replace_folder(out, overwrite=False, finish=write_manifest) as new:
+        write_copy(folder, edited, new, link=False)
+        (new / MANIFEST).unlink(missing_ok=True)
+        (new / REPORT).write_text(json.dumps(report_of(result), indent=2) + "\n", encoding="utf-8")
+        (new / DIFF).write_text(result.diff, encoding="utf-8")
+        _write_card(new / "README.md", card_table(result))
+        if not (new / GOLDEN).is_file():
+            with contextlib.suppress(CheckpointError), temporary_golden(new) as made:
+                shutil.copyfile(made, new / GOLDEN)
+
+
+def _write_card(card: Path, table: str) -> None:
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        before, after = (text.rstrip() + "\n\n" if text.strip() else ""), "\n"
+    card.write_text(f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}", encoding="utf-8")

@@ -1,0 +1,36 @@
+"""The miniature folders: old custom code in the manner of families that people publish, with weights made from a seed."""
+
+import json
+import shutil
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from safetensors.torch import save_file
+
+FOLDERS = Path(__file__).parent / "folders"
+
+
+def names() -> list[str]:
+    """The folders, each of which has a `config.json`."""
+    return sorted(path.parent.name for path in FOLDERS.glob("*/config.json"))
+
+
+def make(name: str, target: Path) -> Path:
+    """A copy of a folder with weights, made from a seed for the names and shapes in its `shapes.json`."""
+    shutil.copytree(FOLDERS / name, target, ignore=shutil.ignore_patterns("shapes.json", "__pycache__"))
+    save_file(weights(name), target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    """Random tensors that give every folder different tokens; the values of buffers are kept in `shapes.json`."""
+    shapes = json.loads((FOLDERS / name / "shapes.json").read_text())
+    made = {}
+    for key, entry in shapes.items():
+        if isinstance(entry, dict):
+            made[key] = torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"]))
+            continue
+        noise = torch.randn(entry, generator=torch.Generator().manual_seed(crc32(key.encode())))
+        made[key] = noise * 0.1 + 1 if len(entry) == 1 and key.endswith("weight") else noise * 0.3
+    return made

@@ -1,0 +1,57 @@
+"""The miniature folders under their old release and, upgraded, under today's: one process for all folders of a release."""
+
+from pathlib import Path
+
+import batch
+import folders
+import pytest
+
+from mymodels.hub.static.repo_snapshot import parse_text
+from mymodels.hub.upgrading.edit_engine import Edited, apply_rules
+from mymodels.hub.upgrading.proof import Proof
+from mymodels.hub.upgrading.rules import all_rules
+
+pytestmark = pytest.mark.versions
+
+PROVEN_AT_LEAST = 22
+MUST_BE_COMPARED = ("load", "outputs", "save and reload")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Edited, Proof | None]]:
+    return batch.upgrade_all(folders.names(), tmp_path_factory.mktemp("upgrading"))
+
+
+def test_most_are_proven_and_the_others_refused_by_line(results: dict[str, tuple[Edited, Proof | None]]) -> None:
+    proven = [name for name, (_, proof) in results.items() if proof is not None and proof.holds]
+    for name, (edited, proof) in results.items():
+        if name not in proven:
+            reasons = [(edit.file, edit.line) for edit in edited.refused]
+            reasons += [(row.item, row.where or row.what) for row in (proof.bad if proof else [])]
+            assert reasons, f"{name} is neither proven nor refused"
+    assert len(proven) >= PROVEN_AT_LEAST, sorted(set(results) - set(proven))
+
+
+def test_what_is_proven_was_compared(results: dict[str, tuple[Edited, Proof | None]]) -> None:
+    for name, (_, proof) in results.items():
+        if proof is None or not proof.holds:
+            continue
+        assert proof.old is not None and proof.old.startswith("4.")
+        for release in proof.targets:
+            equal = {row.item for row in proof.rows if row.release == release and row.status == "equal"}
+            assert set(MUST_BE_COMPARED) <= equal, (name, release, equal)
+
+
+def test_a_second_run_changes_nothing(results: dict[str, tuple[Edited, Proof | None]], tmp_path: Path) -> None:
+    for name, (edited, _) in results.items():
+        if edited.refused:
+            continue
+        folder = batch.read(name, tmp_path, [])
+        for file, text in edited.texts.items():
+            parsed = parse_text(file, text)
+            assert not isinstance(parsed, str), parsed
+            folder.code[file] = parsed
+        folder.values["config.json"] = edited.config or folder.config
+        rules = [rule for rule in all_rules() if rule.name in edited.rules or rule.order == 90]
+        again = apply_rules(folder, rules)
+        assert not again.changes, (name, again.edits)
