@@ -6,7 +6,8 @@
 
 import sys
 
-sys.path.pop(0)  # this folder, whose files must not shadow libraries
+if not sys.flags.isolated:
+    sys.path.pop(0)  # this folder, whose files must not shadow libraries
 
 import json
 from collections.abc import Callable

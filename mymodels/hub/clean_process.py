@@ -14,18 +14,18 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import sandbox
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.opening import weight_files
 from ..checkpoints.safetensors_files import inside, read_json
 from ..messages import one_line
-from ..sandbox import results
+from ..sandbox import Isolation, available, command, end, environment_of, results, why_ended
+from ..sandbox.isolation import NONE
 
 SCRIPT = Path(__file__).parent / "isolated" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
@@ -54,7 +54,7 @@ class CleanRun(NamedTuple):
     failure: str
     scratch: Path
     seconds: float
-    isolation: sandbox.Isolation = sandbox.isolation.NONE
+    isolation: Isolation = NONE
 
     def one(self, key: str) -> Any:
         """The value of the last event that has this key, or None."""
@@ -70,7 +70,6 @@ def clean_process(
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
     golden: Path | None = None,
-    readable: Iterable[Path] = (),
     progress: Callable[[str], None] | None = None,
     **job: Any,
 ) -> Iterator[CleanRun]:
@@ -83,14 +82,13 @@ def clean_process(
         time_limit: seconds for each stage.
         memory_limit: bytes for each process, 0 for no limit; default 4 GB and six times the weights.
         golden: a golden file to compare with.
-        readable: more files that the job needs.
         progress: called with the name of the check that is running, a few times a second.
-        job: more that the stages want.
+        job: more that the stages want; the files `inputs` and `reference` can be read by the process.
 
     Yields:
         The `CleanRun`. Failures of the process are reported there and raise nothing.
     """
-    isolation = sandbox.available()
+    isolation = available()
     control = Path(tempfile.mkdtemp(prefix="mymodels-clean-")).resolve()
     scratch = control / "scratch"
     try:
@@ -114,8 +112,9 @@ def clean_process(
             everything["memory_limit"] = limit = default if memory_limit is None else memory_limit
             (scratch / "events.jsonl").touch()
             (control / "job.json").write_text(json.dumps(everything), encoding="utf-8")
-            needed = [SCRIPT.parent, control / "job.json", *([release] if release else []), *readable]
-            command = sandbox.command(
+            needed = [SCRIPT.parent, control / "job.json", *([release] if release else [])]
+            needed += [Path(job[name]) for name in ("inputs", "reference") if name in job]
+            started = command(
                 [SCRIPT, control / "job.json"],
                 control=control,
                 scratch=scratch,
@@ -125,7 +124,7 @@ def clean_process(
                 scratch_size=_SCRATCH + _COPIES * everything["weights_size"],
                 isolation=isolation,
             )
-            failure = _run(command, control, _STARTUP_LIMIT + time_limit * len(stages), isolation, progress)
+            failure = _run(started, control, _STARTUP_LIMIT + time_limit * len(stages), isolation, progress)
             events = _read_events(scratch)
         except (OSError, CheckpointError) as error:
             events, failure = [], str(error)
@@ -247,7 +246,7 @@ def _linked_files(folder: Path) -> list[Path]:
 
 def environment(scratch: Path) -> dict[str, str]:
     """The environment variables of a clean process: no user settings, no network, no progress bars."""
-    return sandbox.environment(scratch) | {
+    return environment_of(scratch) | {
         "HF_HOME": str(scratch / "hf"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -262,17 +261,17 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 def _run(
-    command: list[str],
+    started: list[str],
     control: Path,
     time_limit: float,
-    isolation: sandbox.Isolation,
+    isolation: Isolation,
     progress: Callable[[str], None] | None = None,
 ) -> str:
     """Start the process and wait for it; returns a sentence on why it failed, or ""."""
     scratch = control / "scratch"
     with (control / "stderr").open("wb") as errors:
         process = subprocess.Popen(
-            command,
+            started,
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
@@ -286,13 +285,13 @@ def _run(
             code = None
         finally:
             if isolation.confined:
-                sandbox.end(process)
+                end(process)
             else:
                 _end_groups(process, scratch)
     if code == 0:
         return ""
     printed = _last_lines(control / "stderr")
-    how = sandbox.why_ended(control).removeprefix("it ") if code is not None else ""
+    how = why_ended(control).removeprefix("it ") if code is not None else ""
     how = how or (f"did not end within {time_limit:g} s" if code is None else f"ended with exit code {code}")
     return f"it {how}: {printed[-1].strip()[:300]}" if printed else f"it {how}"
 

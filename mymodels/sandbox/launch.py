@@ -37,7 +37,7 @@ class Finished(NamedTuple):
     why: str
 
 
-def environment(scratch: Path) -> dict[str, str]:
+def environment_of(scratch: Path) -> dict[str, str]:
     """The environment variables of a confined process: the language and search paths, and a home in its scratch folder."""
     kept = {name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)}
     where = str(scratch)
@@ -50,6 +50,7 @@ def command(
     control: Path,
     scratch: Path,
     readable: Iterable[str | os.PathLike] = (),
+    code: Iterable[str | os.PathLike] = (),
     memory: int = 0,
     process_memory: int | None = None,
     seconds: float = 0.0,
@@ -66,6 +67,7 @@ def command(
         control: a folder outside of `scratch`, for the policy and the verdict; see `why_ended`.
         scratch: an existing folder, the only one the script may write in, and its current folder.
         readable: files and folders to read, beside Python's own, its packages and the system's libraries.
+        code: folders to read Python packages and files from, and nothing else that they hold.
         memory: bytes for all processes together; 0 for no limit.
         process_memory: bytes for each process; default `memory`.
         seconds: of running; 0 for no limit.
@@ -88,6 +90,7 @@ def command(
         "namespaces": layers.namespaces,
         "seccomp": layers.seccomp,
         "readable": [*script, *(os.path.abspath(path) for path in readable)],
+        "code": [os.path.abspath(path) for path in code],
         "scratch": os.path.realpath(scratch),
         "devices": [os.path.abspath(path) for path in devices],
         "memory": memory,
@@ -114,6 +117,7 @@ def run(
     argv: Sequence[str | os.PathLike],
     *,
     readable: Iterable[str | os.PathLike] = (),
+    code: Iterable[str | os.PathLike] = (),
     scratch: Path,
     memory: int = 0,
     seconds: float = 0.0,
@@ -126,8 +130,8 @@ def run(
     """Run a Python script in the box, to its end.
 
     Args:
-        env: the environment variables; default `environment(scratch)`.
-        argv, readable, scratch, memory, seconds, scratch_size, processes, devices, isolation: as in `command`.
+        env: the environment variables; default `environment_of(scratch)`.
+        argv, readable, code, scratch, memory, seconds, scratch_size, processes, devices, isolation: as in `command`.
 
     Returns:
         How it ended. An exception in the script raises nothing here.
@@ -145,6 +149,7 @@ def run(
             control=Path(control),
             scratch=scratch,
             readable=readable,
+            code=code,
             memory=memory,
             seconds=seconds,
             scratch_size=scratch_size,
@@ -158,15 +163,15 @@ def run(
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=environment(scratch) if env is None else dict(env),
+                env=environment_of(scratch) if env is None else dict(env),
                 cwd=scratch,
                 start_new_session=True,
             )
             try:
-                code = process.wait(seconds + 60 if seconds else None)  # the box itself ends it on time
+                returncode = process.wait(seconds + 60 if seconds else None)  # the box itself ends it on time
             finally:
                 end(process)
-            return Finished(code, _end_of(out), _end_of(err), why_ended(Path(control)))
+            return Finished(returncode, _end_of(out), _end_of(err), why_ended(Path(control)))
 
 
 def end(process: subprocess.Popen) -> None:

@@ -93,6 +93,16 @@ def read_tensors(path: Path, largest: int | None = None) -> dict[str, Any]:
         os.close(descriptor)
 
 
+def copy_file(source: Path, destination: Path) -> None:
+    """Copy a regular file.
+
+    Raises:
+        UntrustedResult: it is missing, a link, or no regular file.
+    """
+    with open(open_regular(source), "rb") as found, open(destination, "wb") as copy:
+        shutil.copyfileobj(found, copy, 2**20)
+
+
 def delete(folder: Path) -> None:
     """Delete a folder in which a confined process wrote, whatever modes and links it left there."""
     for base, folders, _ in os.walk(folder, followlinks=False):

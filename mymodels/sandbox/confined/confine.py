@@ -22,7 +22,7 @@ _LARGEST_DESCRIPTOR = 65_536
 
 def readable_paths(policy: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What may be read, and folders whose names may be listed."""
-    paths, listable = environment_paths.readable_paths(devices=bool(policy["devices"]))
+    paths, listable = environment_paths.readable_paths(devices=bool(policy["devices"]), code=policy["code"])
     return [*paths, *policy["readable"]], listable
 
 

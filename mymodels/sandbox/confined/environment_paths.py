@@ -5,6 +5,7 @@ Known only to the interpreter that starts: `sys.path` as site-packages and their
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 _SYSTEM = """/lib /lib64 /lib32 /usr/lib /usr/lib64 /usr/lib32 /usr/local/lib /usr/local/lib64 /usr/share/zoneinfo
@@ -16,14 +17,19 @@ _OF_CUDA = ["/usr/local/cuda", "/opt/rocm", "/proc/driver/nvidia", "/sys/bus/pci
 _WHOLE = ("site-packages", "dist-packages", "lib-dynload")
 
 
-def readable_paths(*, devices: bool = False) -> tuple[list[str], list[str]]:
-    """Files and folders to read, and folders of which only the names may be listed."""
+def readable_paths(*, devices: bool = False, code: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """Files and folders to read, and folders of which only the names may be listed.
+
+    Args:
+        devices: also what GPUs need.
+        code: more folders of packages, as those of `sys.path`.
+    """
     paths, listable = _SYSTEM.split(), []
     for prefix in {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}:
         paths += [os.path.join(prefix, name) for name in ("lib", "lib64", "pyvenv.cfg")]
     paths += [sys.executable, os.path.realpath(sys.executable)]
     paths += [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if os.path.isabs(path)]
-    for entry in filter(os.path.isabs, sys.path):
+    for entry in filter(os.path.isabs, [*sys.path, *code]):
         if os.path.isfile(entry) or os.path.basename(entry) in _WHOLE or os.path.isfile(os.path.join(entry, "os.py")):
             paths.append(entry)
         else:  # a folder of a `.pth` file, such as that of a project: its packages, not what lies beside them

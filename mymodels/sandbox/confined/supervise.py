@@ -2,7 +2,7 @@
 
 The `policy` is a dict:
     landlock, namespaces, seccomp: the layers to apply; one that cannot be applied ends the box before the script runs.
-    readable, scratch, devices: paths; `devices` also permits `ioctl`.
+    readable, code, scratch, devices: paths; `devices` also permits `ioctl`.
     memory, process_memory, seconds, scratch_size, processes: limits; 0 for none.
     owner: the process to end with. verdict: the file for a sentence on why the box was ended.
     keep: descriptors that the script inherits.
