@@ -39,6 +39,12 @@ class Remains(NamedTuple):
     process: str
 
 
+class Printed(NamedTuple):
+    """So many bytes were printed: the attempt succeeded if whoever started it has to hold them all."""
+
+    size: int
+
+
 class Impossible(Exception):
     """This kernel, this machine or this user cannot do it, without the box either."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import attempts
-from attempts import Attempt, Impossible, Left, Remains, Target
+from attempts import Attempt, Impossible, Left, Printed, Remains, Target
 
 LONGEST = 10  # seconds for one attempt
 
@@ -36,6 +36,7 @@ def make(attempt: Attempt, target: Target) -> None:
         return say(name=attempt.name, outcome="mistake", detail=f"{type(error).__name__}: {error}"[:200])
     evidence = {"left": reached.path} if isinstance(reached, Left) else {}
     evidence |= {"remains": reached.process} if isinstance(reached, Remains) else {}
+    evidence |= {"printed": reached.size} if isinstance(reached, Printed) else {}
     say(name=attempt.name, outcome="succeeded" if reached else "stopped", detail=repr(reached)[:200], **evidence)
 
 

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from . import Target, attempt
+from . import Printed, Target, attempt
 
 MB = 2**20
 SPACE = {"scratch_size": 16 * MB, "seconds": 8}
@@ -108,7 +108,7 @@ def print_without_end(target: Target):
     for _ in range(40):
         os.write(1, line)
     os.write(1, b"\n")
-    return True
+    return Printed(40 * MB)
 
 
 @attempt(seconds=20)
@@ -116,4 +116,4 @@ def complain_without_end(target: Target):
     line = b"x" * MB
     for _ in range(40):
         os.write(2, line)
-    return True
+    return Printed(40 * MB)

@@ -172,13 +172,13 @@ def make_device(target: Target):
 @attempt
 def change_mode(target: Target):
     os.chmod(target.mine, 0o777)
-    return True
+    return os.stat(target.mine).st_mode & 0o777 == 0o777  # a box may say that it did, and do nothing
 
 
 @attempt
 def change_mode_in_model_folder(target: Target):
     os.chmod(Path(target.folder, "config.json"), 0o666)
-    return True
+    return os.stat(Path(target.folder, "config.json")).st_mode & 0o777 == 0o666
 
 
 @attempt
@@ -200,13 +200,13 @@ def change_owner(target: Target):
 @attempt
 def change_times(target: Target):
     os.utime(target.mine, (0, 0))
-    return True
+    return os.stat(target.mine).st_mtime == 0
 
 
 @attempt
 def change_times_by_descriptor(target: Target):
     os.utime(f"/proc/self/fd/{os.open(target.mine, os.O_PATH)}", (0, 0))
-    return True
+    return os.stat(target.mine).st_mtime == 0
 
 
 @attempt
