@@ -322,7 +322,10 @@ def raise_memory_limit(target: Target):
 
 
 def _raised(limit: int) -> bool:
-    resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    try:
+        resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except ValueError as error:  # Python's way to say that it is not permitted
+        raise PermissionError(str(error)) from error
     return True
 
 

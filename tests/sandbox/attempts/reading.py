@@ -178,7 +178,7 @@ def read_shared_memory_file(target: Target):
 
 @attempt
 def read_other_users_temporary_files(target: Target):
-    return os.listdir(os.path.dirname(target.home))
+    return os.path.basename(target.files) in os.listdir(os.path.dirname(target.home))
 
 
 @attempt
@@ -201,9 +201,8 @@ def read_kernel_log(target: Target):
 
 @attempt
 def read_mounts(target: Target):
-    """The mounts name the folders and disks of the machine."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line for line in lines if " /sys " in line or "/dev/" in line.split(" - ")[-1]]
+    """They name folders of the machine."""
+    return " /sys " in Path("/proc/self/mountinfo").read_text()
 
 
 # ---- that they exist

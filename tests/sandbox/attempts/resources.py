@@ -111,7 +111,6 @@ def take_memory_in_allocated_memory_file(target: Target):
 @attempt(**MEMORY)
 def take_memory_by_stack(target: Target):
     """Not on the heap."""
-    resource.setrlimit(resource.RLIMIT_STACK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     threading.stack_size(500 * MB)
     reached = []
 

@@ -324,6 +324,9 @@ def drop_core_file(target: Target):
         try:
             os.chdir(target.scratch_path())
             resource.setrlimit(resource.RLIMIT_CORE, (2**30, 2**30))
+        except ValueError:
+            pass
+        try:
             os.abort()
         finally:
             os._exit(1)
