@@ -51,7 +51,9 @@ def escaped(place: Path, isolation: sandbox.Isolation) -> Outcomes:
         before = world.state()
         found = make_all(ATTEMPTS, world, functools.partial(boxed, isolation=isolation))
         after = world.state()
-        changed = {path: (before.get(path), after.get(path)) for path in before | after if before.get(path) != after.get(path)}
+        changed = {
+            path: (before.get(path), after.get(path)) for path in before | after if before.get(path) != after.get(path)
+        }
         assert not changed, "something outside of the box has changed"
         assert not world.reached, "a server outside of the box was reached"
     return {

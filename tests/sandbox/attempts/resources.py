@@ -3,12 +3,14 @@
 Each runs in a box of its own with the limits named here; without a box it gets all that it asks for.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
 import os
 import resource
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -109,6 +111,40 @@ def take_memory_in_allocated_memory_file(target: Target):
 
 
 @attempt(**MEMORY)
+def take_memory_in_shared_memory_files(target: Target):
+    files = [Path(f"/dev/shm/{target.marker}-{number}") for number in range(8)]
+    try:
+        for file in files:
+            file.write_bytes(bytes(25 * MB))
+        block = _touch(150 * MB)
+        time.sleep(1.5)
+        return block[0]
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+@attempt(**MEMORY)
+def take_memory_in_sockets(target: Target):
+    """What was sent and not received lies in the kernel."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4000:
+        with contextlib.suppress(ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    pairs, taken = [], 0
+    while taken < 300 * MB:
+        pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+        for half in pairs[-1]:
+            half.setblocking(False)
+            try:
+                while True:
+                    taken += half.send(bytes(2**16))
+            except BlockingIOError:
+                pass
+    time.sleep(1.5)
+    return taken
+
+
+@attempt(**MEMORY)
 def take_memory_by_stack(target: Target):
     """Not on the heap."""
     threading.stack_size(500 * MB)
@@ -145,6 +181,7 @@ def start_many_processes(target: Target):
                 time.sleep(30)
                 os._exit(0)
             started.append(child)
+        time.sleep(1)
         return len(started)
     finally:
         for child in started:

@@ -1,11 +1,13 @@
 """Filling the disk, and the pipe to whoever reads the output. Each runs in a box of its own."""
 
+import ctypes
 import mmap
 import os
 import time
 from pathlib import Path
 
 from . import Printed, Target, attempt
+from .kernel import libc
 
 MB = 2**20
 SPACE = {"scratch_size": 16 * MB, "seconds": 8}
@@ -50,6 +52,28 @@ def write_deleted_files(target: Target):
         os.write(kept[-1], bytes(MB))
     time.sleep(1)
     return sum(os.fstat(file).st_size for file in kept) == 64 * MB
+
+
+@attempt(**SPACE)
+def write_deleted_and_mapped_files(target: Target):
+    """Neither a name nor a descriptor leads to them: a page in memory keeps them."""
+    kept = []
+    for _ in range(64):
+        file = os.open(target.scratch_path(), os.O_CREAT | os.O_RDWR)
+        os.unlink(target.scratch_path())
+        os.write(file, bytes(MB))
+        kept.append(_map_page(file))
+        os.close(file)
+    time.sleep(4)
+    return len(kept)
+
+
+def _map_page(file: int) -> int:
+    """`mmap` of Python's keeps a descriptor of its own."""
+    at = libc.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
+    if at == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "mmap")
+    return at
 
 
 @attempt(**SPACE)
