@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from attempts import load
+from attempts import Attempt, load
 from making import Outcomes, boxed, make_all, plainly
 from outside import outside
 
@@ -17,6 +17,17 @@ from mymodels import sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the box needs Linux")
 ATTEMPTS = load()
+NEED_NAMESPACES = {  # with Landlock and seccomp alone they find that a file exists whose path they know, and its size
+    "see_file_by_stat",
+    "see_file_by_statx",
+    "see_file_by_access",
+    "see_file_by_path_descriptor",
+    "see_file_by_statfs",
+    "see_file_by_error_codes",
+    "see_file_by_loader",
+    "see_folder_by_chdir",
+    "see_link_target",
+}
 LEAST = 200  # attempts that count, on any Linux; fewer means that the control has lost its meaning
 
 
@@ -45,26 +56,45 @@ def test_without_the_box_every_attempt_succeeds(control: Outcomes) -> None:
     assert len(ATTEMPTS) - len(failed) >= LEAST, failed
 
 
-def escaped(place: Path, isolation: sandbox.Isolation) -> Outcomes:
-    """The attempts that succeed, and those that were not made or have a mistake."""
+def escaped(attempts: dict[str, Attempt], place: Path, isolation: sandbox.Isolation) -> Outcomes:
+    """The attempts that succeed in the box, and those that were not made or have a mistake."""
     with outside(place / "world") as world:
         before = world.state()
-        found = make_all(ATTEMPTS, world, functools.partial(boxed, isolation=isolation))
+        found = make_all(attempts, world, functools.partial(boxed, isolation=isolation))
         after = world.state()
-        changed = {
-            path: (before.get(path), after.get(path)) for path in before | after if before.get(path) != after.get(path)
-        }
-        assert not changed, "something outside of the box has changed"
+        assert after == before, "something outside of the box has changed"
         assert not world.reached, "a server outside of the box was reached"
-    return {
-        name: found.get(name, {"outcome": "not made"})
-        for name in ATTEMPTS
-        if found.get(name, {}).get("outcome") not in ("stopped", "impossible")
-    }
+    outcomes = {name: found.get(name, {"outcome": "not made"}) for name in attempts}
+    return {name: report for name, report in outcomes.items() if report["outcome"] not in ("stopped", "impossible")}
+
+
+def here(**layers: object) -> sandbox.Isolation:
+    """What this machine has, but for layers that are left out."""
+    isolation = sandbox.available()._replace(**layers)
+    if not isolation.confined:
+        pytest.skip(str(isolation))
+    return isolation
 
 
 def test_in_the_box_every_attempt_is_stopped(tmp_path: Path, control: Outcomes) -> None:
-    isolation = sandbox.available()
-    if not isolation.confined:
-        pytest.skip(str(isolation))
-    assert not escaped(tmp_path, isolation)
+    isolation = here()
+    expected = set() if isolation.namespaces else NEED_NAMESPACES
+    assert escaped(ATTEMPTS, tmp_path, isolation).keys() == expected
+
+
+SOME = {name: attempt for name, attempt in ATTEMPTS.items() if not attempt.alone}
+REST = {name: attempt for name, attempt in ATTEMPTS.items() if attempt.alone}
+
+
+@pytest.mark.parametrize("attempts", [SOME, pytest.param(REST, marks=pytest.mark.slow)], ids=["some", "rest"])
+def test_without_namespaces_files_can_be_seen_and_no_more(tmp_path: Path, attempts: dict[str, Attempt]) -> None:
+    """As in most containers: Landlock and seccomp alone."""
+    found = escaped(attempts, tmp_path, here(namespaces=False))
+    assert found.keys() == NEED_NAMESPACES & attempts.keys()
+
+
+@pytest.mark.slow
+def test_without_landlock_namespaces_stop_every_attempt(tmp_path: Path) -> None:
+    if not sandbox.available().namespaces:
+        pytest.skip("this kernel gives no namespaces to this user")
+    assert not escaped(ATTEMPTS, tmp_path, here(landlock=0))
