@@ -5,6 +5,6 @@ that start processes themselves. Results are files in the scratch folder, read w
 """
 
 from .isolation import Isolation, NotIsolated, available
-from .launch import Finished, command, run, why_ended
+from .launch import Finished, command, end, environment, run, why_ended
 
-__all__ = ["Finished", "Isolation", "NotIsolated", "available", "command", "run", "why_ended"]
+__all__ = ["Finished", "Isolation", "NotIsolated", "available", "command", "end", "environment", "run", "why_ended"]

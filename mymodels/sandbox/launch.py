@@ -1,5 +1,6 @@
 """Start a Python script in the box, and say why it ended."""
 
+import contextlib
 import json
 import os
 import re
@@ -50,6 +51,7 @@ def command(
     scratch: Path,
     readable: Iterable[str | os.PathLike] = (),
     memory: int = 0,
+    process_memory: int | None = None,
     seconds: float = 0.0,
     scratch_size: int = 10 * GIGABYTE,
     processes: int = 0,
@@ -64,7 +66,8 @@ def command(
         control: a folder outside of `scratch`, for the policy and the verdict; see `why_ended`.
         scratch: an existing folder, the only one the script may write in, and its current folder.
         readable: files and folders to read, beside Python's own, its packages and the system's libraries.
-        memory: bytes for each process, and for all together; 0 for no limit.
+        memory: bytes for all processes together; 0 for no limit.
+        process_memory: bytes for each process; default `memory`.
         seconds: of running; 0 for no limit.
         scratch_size: bytes in the scratch folder.
         processes: how many processes and threads; 0 for a number that suits the processors.
@@ -88,6 +91,7 @@ def command(
         "scratch": os.path.realpath(scratch),
         "devices": [os.path.abspath(path) for path in devices],
         "memory": memory,
+        "process_memory": memory if process_memory is None else process_memory,
         "seconds": seconds,
         "scratch_size": scratch_size,
         "processes": processes or max(512, 64 * (os.cpu_count() or 1)),
@@ -166,15 +170,14 @@ def run(
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a box that still runs, with all of its processes."""
+    """End a box that still runs, with all of its processes, and wait until it has."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
-        process.send_signal(number)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            continue
+        with contextlib.suppress(OSError):
+            os.kill(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
 
 
 def _end_of(file) -> bytes:

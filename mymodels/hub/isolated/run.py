@@ -32,7 +32,7 @@ def main() -> None:
     from mymodels_clean import stages
 
     events = stages.Events(JOB["events"])
-    stages.import_libraries(events)
+    stages.import_libraries(events, confined=JOB["confined"])
     stages.run_stages(JOB, events)
 
 

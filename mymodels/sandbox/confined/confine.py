@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import functools
 import os
 import resource
 import runpy
@@ -11,6 +12,7 @@ import sys
 import threading
 import traceback
 import types
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from . import environment_paths, landlock, namespaces, seccomp
@@ -53,12 +55,28 @@ def apply(policy: dict[str, Any], readable: list[str], listable: list[str], keep
             devices=bool(policy["devices"]),
         )
         seccomp.apply(seccomp.assemble(table))
+        if not policy["namespaces"]:
+            for name in ("chmod", "utime"):
+                setattr(os, name, _lenient(getattr(os, name)))
+
+
+def _lenient(call: Callable[..., None]) -> Callable[..., None]:
+    """`os.chmod` or `os.utime`, which `shutil.copy` needs: where the kernel denies it, the file stays as it is."""
+
+    @functools.wraps(call)
+    def attempt(path: Any, *arguments: Any, **options: Any) -> None:
+        try:
+            call(path, *arguments, **options)
+        except PermissionError:
+            os.stat(path, dir_fd=options.get("dir_fd"), follow_symlinks=options.get("follow_symlinks", True))
+
+    return attempt
 
 
 def _set_limits(policy: dict[str, Any]) -> None:
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_DATA: policy["memory"],
+        resource.RLIMIT_DATA: policy["process_memory"],
         resource.RLIMIT_FSIZE: policy["scratch_size"],
         resource.RLIMIT_NOFILE: 4096,
         resource.RLIMIT_NPROC: policy["processes"] if policy["namespaces"] else 0,

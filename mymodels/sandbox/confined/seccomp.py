@@ -107,19 +107,18 @@ def rules(*, own_files: bool, own_processes: bool, scoped_signals: bool, devices
     """What happens at each system call, by name.
 
     Args:
-        own_files: only files of the box are in sight (a mount namespace), so modes and times may be changed: elsewhere
-            they are left as they are and the call reports success, as `shutil.copy` and others need it.
+        own_files: only files of the box are in sight (a mount namespace), so modes and times may be changed.
         own_processes: only processes of the box are in sight (a PID namespace).
         scoped_signals: signals reach processes of the box only (a PID namespace, or Landlock 6).
         devices: devices such as GPUs may be used, which need `ioctl`.
     """
-    denied, unknown, fake = error(errno.EPERM), error(errno.ENOSYS), error(0)
+    denied, unknown = error(errno.EPERM), error(errno.ENOSYS)
     table: dict[str, list[Instruction]] = {name: [_allow()] for name in ALLOWED.split()}
     table |= {name: [denied] for name in FORBIDDEN.split()}
     table |= {name: [error(errno.ENOTSUP)] for name in _XATTRS}
-    table |= {name: [_allow() if own_files else fake] for name in _TIMES}
+    table |= {name: [_allow() if own_files else denied] for name in _TIMES}
     table |= {name: [denied] for name in _OWNERS}
-    permitted = _allow() if own_files else fake
+    permitted = _allow() if own_files else denied
     table |= {name: _any_bit(index, 0o6000, denied, permitted) for name, index in _MODES.items()}
     table["clone"] = _any_bit(0, _NAMESPACES, denied, _allow())
     table["clone3"] = [unknown]  # its flags are in memory, where a filter cannot read them; libraries then use clone

@@ -3,7 +3,7 @@
 The `policy` is a dict:
     landlock, namespaces, seccomp: the layers to apply; one that cannot be applied ends the box before the script runs.
     readable, scratch, devices: paths; `devices` also permits `ioctl`.
-    memory, seconds, scratch_size, processes: limits; 0 for none. file_size, descriptors: of each process.
+    memory, process_memory, seconds, scratch_size, processes: limits; 0 for none.
     owner: the process to end with. verdict: the file for a sentence on why the box was ended.
     keep: descriptors that the script inherits.
 """
