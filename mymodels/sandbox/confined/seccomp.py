@@ -157,7 +157,12 @@ def rules(*, own_files: bool, own_processes: bool, scoped_signals: bool, devices
     if own_processes:
         table |= {name: [_allow()] for name in ("sched_setaffinity", "setpriority")}
     else:
-        table["sched_setaffinity"], table["setpriority"] = _zero(0, _allow(), denied), _zero(1, _allow(), denied)
+        own = {"sched_setaffinity": 0, "sched_getaffinity": 0, "sched_getparam": 0, "sched_getscheduler": 0}
+        own |= {"sched_getattr": 0, "sched_rr_get_interval": 0, "getsid": 0, "getpgid": 0}
+        own |= {"setpriority": 1, "getpriority": 1}  # of others they say that there are such
+        table |= {name: _zero(index, _allow(), denied) for name, index in own.items()}
+        # -1 is everybody that is in sight; the kernel reports success even if Landlock lets it reach nobody
+        table["kill"] = _one_of(0, [0xFFFFFFFF], denied, _allow())
     if not scoped_signals:  # to the own process group only
         table |= {"kill": _zero(0, _allow(), denied), "tkill": [denied], "tgkill": [denied]}
     return table
