@@ -15,6 +15,7 @@ from .checkpoint import CheckpointError
 
 _SCRIPT = Path(__file__).with_name("unpickle_script.py")
 _MEMORY, _OF_FILE = 4 * 10**9, 6  # bytes of memory: these, and so many times the file
+_OF_TEXT = 30  # bytes of JSON for each of the file: a pickle names a text once, and refers to it in two bytes
 _SECONDS = 3600.0
 
 
@@ -34,8 +35,21 @@ def unpickle(path: Path, advice: str) -> tuple[Any, Callable[[Any], Any]]:
     Raises:
         CheckpointError: the code fails, does not end, or leaves something else than tensors and plain data.
     """
-    holder = tempfile.TemporaryDirectory(prefix="mymodels-unpickled-", ignore_cleanup_errors=True)
-    scratch, size = Path(holder.name).resolve(), path.stat().st_size
+    scratch = Path(tempfile.mkdtemp(prefix="mymodels-unpickled-")).resolve()
+    try:
+        node = _unpickle(path, scratch, path.stat().st_size, advice)
+    except BaseException:
+        results.delete(scratch)
+        raise
+
+    def keep(owner: Any) -> Any:
+        weakref.finalize(owner, results.delete, scratch)
+        return owner
+
+    return node, keep
+
+
+def _unpickle(path: Path, scratch: Path, size: int, advice: str) -> Any:
     elsewhere = [os.getcwd(), *filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     done = run(
         [_SCRIPT, path.absolute(), scratch, *elsewhere],
@@ -51,17 +65,12 @@ def unpickle(path: Path, advice: str) -> tuple[Any, Callable[[Any], Any]]:
         reason = done.why or (lines or [f"exit code {done.returncode}"])[-1].strip()
         raise CheckpointError(f"{path}: unpickling it failed ({one_line(reason, 300)}). {advice}.")
     try:
-        objects = results.read_json(scratch / "objects.json", 10**9)
+        text, items = min(10**9, 10**7 + _OF_TEXT * size), results.MOST_ITEMS + size
+        objects = results.read_json(scratch / "objects.json", text, items)
         tensors = results.read_tensors(scratch / "tensors.safetensors")
-        node = _plain(objects, tensors)
+        return _plain(objects, tensors)
     except (results.UntrustedResult, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its code tampered with what was read ({one_line(error, 200)})") from None
-
-    def keep(owner: Any) -> Any:
-        weakref.finalize(owner, holder.cleanup)
-        return owner
-
-    return node, keep
 
 
 def _plain(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -1,6 +1,5 @@
 """Compare an exported graph with its model: the graph runs in a new process, on batches of several shapes."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,14 +146,14 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
                 part = value[:, :end] if name == "attention_mask" else value[:, start:end]
                 part = part if graph.past else value
                 calls[f"{number}/{step}/{name}"] = part.clone(memory_format=torch.contiguous_format)
-    with tempfile.TemporaryDirectory(prefix="mymodels-parity-", ignore_cleanup_errors=True) as folder:
-        inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
+    with results.scratch_folder("mymodels-parity-") as folder:
+        inputs, outputs = folder / "inputs.safetensors", folder / "outputs.safetensors"
         save_file(calls, inputs)
         size = sum(part.stat().st_size for part in file.parent.rglob("*") if part.is_file())
         done = run(
             [RUNNER, kind, file.resolve(), inputs, outputs],
             readable=[file.parent],
-            scratch=Path(folder),
+            scratch=folder,
             scratch_size=_SCRATCH + _COPIES * size,
         )
         if done.returncode:

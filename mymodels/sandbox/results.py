@@ -5,15 +5,22 @@ bounds: of their size, of how deep JSON is nested. Read them after the process h
 """
 
 import contextlib
+import itertools
 import json
 import os
+import secrets
 import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..messages import one_line
+
 LARGEST_TEXT = 64_000_000  # bytes
 DEEPEST = 50  # levels of lists and objects
+MOST_ITEMS = 4_000_000  # lists, objects and commas: two bytes of text each, and up to 100 in memory
 
 
 class UntrustedResult(ValueError):
@@ -48,8 +55,8 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
         return file.read(largest + 1)[:largest].decode("utf-8", errors="replace")
 
 
-def parse_json(text: str) -> Any:
-    """JSON as the standard defines it: no NaN, no infinity, nested no deeper than `DEEPEST`.
+def parse_json(text: str, items: int = MOST_ITEMS) -> Any:
+    """JSON as the standard defines it: no NaN, no infinity, no name twice; nested no deeper than `DEEPEST`.
 
     Raises:
         UntrustedResult: it is not.
@@ -58,10 +65,12 @@ def parse_json(text: str) -> Any:
         >>> parse_json('{"a": [1]}')
         {'a': [1]}
     """
+    if sum(map(text.count, ",[{")) > items:
+        raise UntrustedResult(f"it is not read: it has more than {items} values")
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_each_name_once)
     except (ValueError, RecursionError) as error:
-        raise UntrustedResult(f"it is not valid JSON: {error}") from None
+        raise UntrustedResult(f"it is not valid JSON: {one_line(error, 200)}") from None
     level, depth = [value], 0
     while level := [item for part in level for item in _items(part)]:
         depth += 1
@@ -70,9 +79,12 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:
+def read_json(path: Path, largest: int = LARGEST_TEXT, items: int = MOST_ITEMS) -> Any:
     """The JSON of a file; see `parse_json`."""
-    return parse_json(read_text(path, largest))
+    try:
+        return parse_json(read_text(path, largest), items)
+    except UntrustedResult as error:
+        raise UntrustedResult(str(error).replace("it is ", f"{path.name} is ", 1)) from None
 
 
 def read_tensors(path: Path, largest: int | None = None) -> dict[str, Any]:
@@ -85,10 +97,11 @@ def read_tensors(path: Path, largest: int | None = None) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     descriptor = open_regular(path, largest)
+    opened = Path(f"/proc/self/fd/{descriptor}")  # the file that was looked at, whatever its name stands for now
     try:
-        return load_file(path)
+        return load_file(opened if opened.exists() else path)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise UntrustedResult(f"{path.name} is no valid safetensors file: {error}") from None
+        raise UntrustedResult(f"{path.name} is no valid safetensors file: {one_line(error, 200)}") from None
     finally:
         os.close(descriptor)
 
@@ -104,18 +117,64 @@ def copy_file(source: Path, destination: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder in which a confined process wrote, whatever modes and links it left there."""
-    for base, folders, _ in os.walk(folder, followlinks=False):
-        for name in folders:
-            path = os.path.join(base, name)
-            if not os.path.islink(path):
-                with contextlib.suppress(OSError):
-                    os.chmod(path, 0o700)
+    """Delete a folder in which a confined process wrote, whatever modes, links and depth it left there.
+
+    Folders within folders are first moved to the top: neither recursion nor the length of paths sets a limit.
+    """
+    with contextlib.suppress(OSError):
+        os.chmod(folder, 0o700)
+        top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            names = (f"{secrets.token_hex(8)}-{number}" for number in itertools.count())
+            while _empty(top, top, names):
+                pass
+        finally:
+            os.close(top)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A temporary folder for a confined process, without links in its path; deleted afterwards by `delete`."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+    try:
+        yield folder
+    finally:
+        delete(folder)
+
+
+def _empty(folder: int, top: int, names: Iterator[str]) -> bool:
+    """Remove files; move folders to the top, or if this is the top, empty and remove them. Whether any was removed."""
+    removed = False
+    with os.scandir(folder) as entries:
+        for entry in list(entries):
+            with contextlib.suppress(OSError):
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.name, dir_fd=folder)
+                    continue
+                os.chmod(entry.name, 0o700, dir_fd=folder)
+                if folder != top:
+                    os.rename(entry.name, next(names), src_dir_fd=folder, dst_dir_fd=top)
+                    continue
+                inner = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+                try:
+                    _empty(inner, top, names)
+                finally:
+                    os.close(inner)
+                os.rmdir(entry.name, dir_fd=top)
+                removed = True
+    return removed
 
 
 def _items(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
 
 
 def _refuse(constant: str) -> Any:
