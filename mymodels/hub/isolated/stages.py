@@ -117,10 +117,10 @@ def import_libraries(events: Events, *, confined: bool = False) -> None:
     versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
     events.write(versions=versions)
     if confined:
-        _pass_tensors_by_value()
+        pass_tensors_by_value()
 
 
-def _pass_tensors_by_value() -> None:
+def pass_tensors_by_value() -> None:
     """Let worker processes return tensors in pipes: to share their memory they need sockets, which the box has not."""
     from multiprocessing.reduction import ForkingPickler
 

@@ -18,7 +18,7 @@ import time
 from typing import Any, NoReturn
 
 from . import confine, namespaces
-from .watch import Watch, descendants
+from .watch import Watch, children, descendants
 
 NOT_CONFINED = 125  # the exit code if a layer could not be applied
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -54,6 +54,7 @@ def run(policy: dict[str, Any], script: list[str]) -> NoReturn:
             _tell(write, b"E" + str(error).encode()[:1000])
         os._exit(NOT_CONFINED)
     os.close(write)
+    signal.signal(signal.SIGINT, lambda number, frame: _interrupt(box, policy))
     why, status = "", None
     try:
         why, status = _wait(policy, owner, box, read)
@@ -139,6 +140,13 @@ def _read(descriptor: int) -> bytes | None:
         return os.read(descriptor, 2000)
     except BlockingIOError:
         return None
+
+
+def _interrupt(box: int, policy: dict[str, Any]) -> None:
+    """Pass Ctrl-C on to the script."""
+    for process in children(box) if policy["namespaces"] else [box]:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGINT)
 
 
 def _end_all(box: int, policy: dict[str, Any]) -> None:

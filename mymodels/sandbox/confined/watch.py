@@ -116,6 +116,11 @@ def descendants(root: int) -> Iterator[tuple[int, int]]:
         waiting += children
 
 
+def children(process: int) -> list[int]:
+    """The processes that a process has started and that have not ended."""
+    return _children(process)[0]
+
+
 def _children(process: int) -> tuple[list[int], int]:
     found: list[int] = []
     try:
