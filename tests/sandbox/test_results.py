@@ -150,7 +150,12 @@ def test_json_beyond_the_standard_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_healthy_json_is_read(tmp_path: Path) -> None:
-    value = {"a": [1, 2.5, -1e300, "é", None, True, {"b": {}}], "deep": [[[[["x"]]]]], "passed": False, "many": [*range(300_000)]}
+    value = {
+        "a": [1, 2.5, -1e300, "é", None, True, {"b": {}}],
+        "deep": [[[[["x"]]]]],
+        "passed": False,
+        "many": [*range(300_000)],
+    }
     (tmp_path / "result").write_text(json.dumps(value))
     assert results.read_json(tmp_path / "result") == value
 
