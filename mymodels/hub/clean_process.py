@@ -105,7 +105,6 @@ def clean_process(
                 "time_limit": time_limit,
                 "stages": stages,
                 "confined": isolation.confined,
-                "shared_memory": isolation.namespaces or not isolation.confined,
                 **job,
             }
             default = 4 * 10**9 + 6 * everything["weights_size"]

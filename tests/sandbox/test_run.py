@@ -101,3 +101,49 @@ time.sleep(0.2)
     assert size > 0
     time.sleep(0.2)
     assert (tmp_path / "alive").stat().st_size == size
+
+
+def test_forks_and_threads(tmp_path: Path, isolation: sandbox.Isolation) -> None:
+    code = """
+import multiprocessing as mp, multiprocessing.pool, threading, time
+context = mp.get_context("fork")
+def add(queue, lock, semaphore, event, count):
+    event.wait()
+    with semaphore, lock, lock:
+        count.value += 1
+    queue.put(b"x" * 100_000)
+def main():
+    queue, lock, event = context.Queue(), context.RLock(), context.Event()
+    semaphore, count = context.BoundedSemaphore(2), context.Value("i", 0)
+    assert not context.Semaphore(0).acquire(timeout=0.05) and not context.Semaphore(0).acquire(False)
+    try:
+        semaphore.release()
+        raise SystemExit("released too often")
+    except ValueError:
+        pass
+    workers = [context.Process(target=add, args=(queue, lock, semaphore, event, count)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    event.set()
+    assert sum(len(queue.get()) for _ in workers) == 300_000
+    for worker in workers:
+        worker.join(5)
+    assert count.value == 3 and [worker.exitcode for worker in workers] == [0, 0, 0]
+    barrier = context.Barrier(2)
+    other = context.Process(target=barrier.wait)
+    other.start()
+    barrier.wait(5)
+    with context.Pool(2) as pool:
+        assert pool.map(abs, range(-5, 0)) == [5, 4, 3, 2, 1]
+    with multiprocessing.pool.ThreadPool(4) as pool:
+        assert pool.map(abs, [-1]) == [1]
+    worker = context.Process(target=time.sleep, args=(60,))
+    worker.start()
+    worker.terminate()
+    worker.join(5)
+    assert worker.exitcode == -15
+main()
+print("done")
+"""
+    done = attempt(code, tmp_path, isolation)
+    assert done.stdout == b"done\n", done

@@ -64,7 +64,7 @@ class Server:
         return self.model.generate(*on_device(args, self.model), **on_device(kwargs, self.model))
 
     def do_names(self) -> Any:
-        """Name → (shape, dtype, bytes, the first name of the same tensor) of the state dict."""
+        """Name → (bytes, the first name of the same tensor) of the state dict."""
         first: dict[Any, str] = {}
         table = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
@@ -75,6 +75,10 @@ class Server:
 
     def do_tensors(self, names: list[str]) -> Any:
         state = self.model.state_dict()
+        if any(tensor.is_meta for tensor in state.values()):  # offloaded
+            from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+            state = get_state_dict_offloaded_model(self.model)
         return {name: state[name] for name in names}
 
     def do_save(self, **kwargs: Any) -> Any:

@@ -32,6 +32,8 @@ def apply(policy: dict[str, Any], readable: list[str], listable: list[str], keep
     Raises:
         OSError: a layer that the policy names cannot be applied.
     """
+    if not policy["namespaces"]:
+        from . import semaphores  # now, while this folder can be read
     os.chdir(policy["scratch"])
     _close_descriptors({0, 1, 2, *keep})
     own_processes = policy["namespaces"]
@@ -56,6 +58,7 @@ def apply(policy: dict[str, Any], readable: list[str], listable: list[str], keep
         )
         seccomp.apply(seccomp.assemble(table))
         if not policy["namespaces"]:
+            semaphores.use_no_shared_folder()
             for name in ("chmod", "utime"):
                 setattr(os, name, _lenient(getattr(os, name)))
 
