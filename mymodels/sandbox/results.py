@@ -5,10 +5,8 @@ bounds: of their size, of how deep JSON is nested. Read them after the process h
 """
 
 import contextlib
-import itertools
 import json
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -20,6 +18,7 @@ from ..messages import one_line
 
 LARGEST_TEXT = 64_000_000  # bytes
 DEEPEST = 50  # levels of lists and objects
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 MOST_ITEMS = 4_000_000  # lists, objects and commas: two bytes of text each, and up to 100 in memory
 
 
@@ -119,17 +118,29 @@ def copy_file(source: Path, destination: Path) -> None:
 def delete(folder: Path) -> None:
     """Delete a folder in which a confined process wrote, whatever modes, links and depth it left there.
 
-    Folders within folders are first moved to the top: neither recursion nor the length of paths sets a limit.
+    Neither the depth of folders nor the length of their paths sets a limit: it goes down by name and up by "..".
     """
     with contextlib.suppress(OSError):
         os.chmod(folder, 0o700)
-        top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            names = (f"{secrets.token_hex(8)}-{number}" for number in itertools.count())
-            while _empty(top, top, names):
-                pass
-        finally:
-            os.close(top)
+        here = os.open(folder, _FOLDER)
+        way: list[str] = []
+        waiting = [_clear(here)]
+        while way or waiting[-1]:
+            inner = _enter(here, waiting[-1].pop()) if waiting[-1] else None
+            if inner is not None:
+                name, descriptor = inner
+                way.append(name)
+                waiting.append(_clear(descriptor))
+            elif not waiting[-1] and way:
+                descriptor = os.open("..", _FOLDER, dir_fd=here)
+                waiting.pop()
+                with contextlib.suppress(OSError):
+                    os.rmdir(way.pop(), dir_fd=descriptor)
+            else:
+                continue
+            os.close(here)
+            here = descriptor
+        os.close(here)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -143,27 +154,26 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
         delete(folder)
 
 
-def _empty(folder: int, top: int, names: Iterator[str]) -> bool:
-    """Remove files; move folders to the top, or if this is the top, empty and remove them. Whether any was removed."""
-    removed = False
+def _enter(folder: int, name: str) -> tuple[str, int] | None:
+    """A folder in a folder, opened; None if it cannot be."""
+    try:
+        os.chmod(name, 0o700, dir_fd=folder)
+        return name, os.open(name, _FOLDER, dir_fd=folder)
+    except OSError:
+        return None
+
+
+def _clear(folder: int) -> list[str]:
+    """Remove the files of a folder; returns the names of the folders in it."""
+    folders = []
     with os.scandir(folder) as entries:
         for entry in list(entries):
-            with contextlib.suppress(OSError):
-                if not entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            else:
+                with contextlib.suppress(OSError):
                     os.unlink(entry.name, dir_fd=folder)
-                    continue
-                os.chmod(entry.name, 0o700, dir_fd=folder)
-                if folder != top:
-                    os.rename(entry.name, next(names), src_dir_fd=folder, dst_dir_fd=top)
-                    continue
-                inner = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
-                try:
-                    _empty(inner, top, names)
-                finally:
-                    os.close(inner)
-                os.rmdir(entry.name, dir_fd=top)
-                removed = True
-    return removed
+    return folders
 
 
 def _items(value: Any) -> list[Any]:
