@@ -177,13 +177,7 @@ class IsolatedModel:
         self._ask("save", **kwargs)
         try:
             with replace_folder(target) as new:
-                for base, folders, files in os.walk(saved, followlinks=False):
-                    if any(os.path.islink(os.path.join(base, name)) for name in folders):
-                        raise results.UntrustedResult("it holds a link to a folder")
-                    here = new / Path(base).relative_to(saved)
-                    here.mkdir(exist_ok=True)
-                    for name in files:
-                        results.copy_file(Path(base, name), here / name)
+                results.copy_folder(saved, new, self._process.scratch_size)
         except results.UntrustedResult as error:
             raise self._tampered(error) from None
         finally:
@@ -263,6 +257,7 @@ class _Process:
         memories = exchange.shared_memory("requests"), exchange.shared_memory("answers")
         theirs = [asked, answer, *memories]
         size = sum(file.stat().st_size for file in weight_files(folder))
+        self.scratch_size = _SCRATCH + _COPIES * size
         memory = limits["memory_limit"] or _MEMORY + _OF_WEIGHTS * size
         job = {
             "folder": str(folder),
@@ -278,7 +273,7 @@ class _Process:
             scratch=self.scratch,
             readable=[_SERVE.parent, control / "job.json", folder, *_links(folder)],
             memory=memory,
-            scratch_size=_SCRATCH + _COPIES * size,
+            scratch_size=self.scratch_size,
             devices=limits["devices"],
             keep=theirs,
             isolation=self.isolation,
@@ -467,11 +462,11 @@ def _output(name: str, fields: dict[str, Any]) -> Any:
 
 def _config(values: Mapping[str, Any], attribute_map: Mapping[str, str]) -> PretrainedConfig:
     """A config with the values of one whose class is unknown here; names that would hide a method are left out."""
-    names = {str(old): str(new) for old, new in attribute_map.items()}
+    hidden = {name for name in dir(PretrainedConfig) if callable(getattr(PretrainedConfig, name, None))}
+    names = {str(old): str(new) for old, new in attribute_map.items() if old not in hidden}
     kind = type(
         "IsolatedConfig", (PretrainedConfig,), {"attribute_map": names, "model_type": str(values["model_type"])}
     )
-    hidden = {name for name in dir(PretrainedConfig) if callable(getattr(PretrainedConfig, name, None))}
     fields = {
         str(name): value
         for name, value in values.items()

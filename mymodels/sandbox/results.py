@@ -19,6 +19,7 @@ from ..messages import one_line
 LARGEST_TEXT = 64_000_000  # bytes
 DEEPEST = 50  # levels of lists and objects
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_FILE = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 MOST_ITEMS = 4_000_000  # lists, objects and commas: two bytes of text each, and up to 100 in memory
 
 
@@ -113,6 +114,55 @@ def copy_file(source: Path, destination: Path) -> None:
     """
     with open(open_regular(source), "rb") as found, open(destination, "wb") as copy:
         shutil.copyfileobj(found, copy, 2**20)
+
+
+def copy_folder(source: Path, target: Path, largest: int) -> None:
+    """Copy the files and folders in a folder that hostile code may still be changing.
+
+    Args:
+        source: the folder; it and what it lies in cannot be replaced by that code.
+        target: an existing folder.
+        largest: bytes that the files may have together.
+
+    Raises:
+        UntrustedResult: it holds links or something else, is too large or nested too deep.
+    """
+    try:
+        descriptor = os.open(source, _FOLDER)
+    except OSError as error:
+        raise UntrustedResult(f"{source.name} cannot be read: {error.strerror}") from None
+    try:
+        _copy(descriptor, target, largest, [largest], DEEPEST)
+    finally:
+        os.close(descriptor)
+
+
+def _copy(folder: int, target: Path, largest: int, left: list[int], depth: int) -> None:
+    """Each name is opened once, in the folder that is open, so that no link is followed whatever is swapped."""
+    if depth == 0:
+        raise UntrustedResult(f"it is nested deeper than {DEEPEST} folders")
+    for name in os.listdir(folder):
+        shown = one_line(name, 100)
+        try:
+            found = os.open(name, _FILE, dir_fd=folder)
+        except OSError as error:
+            raise UntrustedResult(f"{shown} cannot be read: {error.strerror}") from None
+        try:
+            status = os.fstat(found)
+            if stat.S_ISDIR(status.st_mode):
+                (target / name).mkdir(exist_ok=True)
+                _copy(found, target / name, largest, left, depth - 1)
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                raise UntrustedResult(f"{shown} is not read: it is no regular file")
+            with open(found, "rb", closefd=False) as file, open(target / name, "wb") as copy:
+                while part := file.read(2**20):
+                    left[0] -= len(part)
+                    if left[0] < 0:
+                        raise UntrustedResult(f"it has more than {largest} bytes")
+                    copy.write(part)
+        finally:
+            os.close(found)
 
 
 def delete(folder: Path) -> None:

@@ -11,6 +11,7 @@ import mmap
 import os
 import select
 import struct
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,7 @@ class Channel:
         self.incoming, self.outgoing, self.largest = incoming, outgoing, largest
         self._memories = {incoming_memory: mmap.mmap(-1, 1), outgoing_memory: mmap.mmap(-1, 1)}
         self._read_from, self._write_to = incoming_memory, outgoing_memory
+        self._left = largest
 
     def send(self, value: Any) -> None:
         """Send a value.
@@ -103,22 +105,26 @@ class Channel:
             InvalidMessage: what came is no message.
             TimeoutError: nothing came within `seconds`.
         """
-        (size,) = struct.unpack("<Q", self._read(8, seconds))
+        until = None if seconds is None else time.monotonic() + seconds
+        (size,) = struct.unpack("<Q", self._read(8, until))
         if size > LARGEST_MESSAGE:
             raise InvalidMessage(f"a message of {size:,} bytes")
+        self._left = self.largest
         try:
-            value = json.loads(self._read(size, seconds), parse_constant=_refuse)
+            value = json.loads(self._read(size, until), parse_constant=_refuse)
             return self._decode(value, 0)
         except InvalidMessage:
             raise
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise InvalidMessage(f"a damaged message ({type(error).__name__}: {error})") from None
 
-    def _read(self, size: int, seconds: float | None) -> bytes:
+    def _read(self, size: int, until: float | None) -> bytes:
         parts = []
         while size:
-            if seconds is not None and not select.select([self.incoming], [], [], seconds)[0]:
-                raise TimeoutError
+            if until is not None:
+                left = max(0.0, until - time.monotonic())
+                if not select.select([self.incoming], [], [], left)[0]:
+                    raise TimeoutError
             part = os.read(self.incoming, min(size, 2**20))
             if not part:
                 raise Closed
@@ -152,7 +158,10 @@ class Channel:
             items = [self._decode(item, depth + 1) for item in content]
             return items if kind == "list" else tuple(items)
         if kind == "mapping":
-            return {_key(key): self._decode(item, depth + 1) for key, item in content}
+            found = {_key(key): self._decode(item, depth + 1) for key, item in content}
+            if len(found) < len(content):
+                raise InvalidMessage("a mapping in which a key stands twice")
+            return found
         if kind == "float":
             return float(content)
         if kind == "dtype":
@@ -170,8 +179,10 @@ class Channel:
             raise InvalidMessage("a tensor with an impossible shape")
         count = math.prod(shape)
         size = count * dtype.itemsize
-        if self.largest is not None and size > self.largest:
-            raise InvalidMessage(f"a tensor of {size:,} bytes, more than {self.largest:,}")
+        if self._left is not None:
+            self._left -= size  # of all tensors: they may lie in the same place
+            if self._left < 0:
+                raise InvalidMessage(f"tensors of more than {self.largest:,} bytes")
         if not count:
             return torch.empty(shape, dtype=dtype)
         memory = self._memory(self._read_from, offset + size, grow=False)
