@@ -27,6 +27,7 @@ from ..hub.clean_process import clean_process, failure_reason
 from ..hub.golden import GOLDEN
 from ..hub.verifying import Verification
 from ..messages import one_line
+from ..sandbox.results import UntrustedResult, copy_file
 from .author_file import check_author_file, check_post_init, find_class, read_author_file, split_source
 from .build_module import tensors_of
 from .examine import INPUTS, OUTPUTS, RESULT, SOURCE
@@ -323,7 +324,10 @@ def _check_outputs(folder: Path, scratch: Path, found: Mapping[str, Any]) -> Non
             raise CheckpointError(f"{found['model']} does not give the module's outputs: {event}")
         if not made.is_file():
             raise CheckpointError(f"the outputs of {found['model']} could not be recorded: {failure_reason(run)}")
-        shutil.copyfile(made, folder / GOLDEN)
+        try:
+            copy_file(made, folder / GOLDEN)
+        except UntrustedResult as error:
+            raise CheckpointError(f"the outputs of {found['model']} could not be recorded: {error}") from None
     write_manifest(folder)
 
 

@@ -26,7 +26,7 @@ from . import (
     verify,
     warm_start,
 )
-from .options import Parser
+from .options import Parser, show_isolation
 
 _VERBS = (
     demo,
@@ -107,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
+        if getattr(arguments, "allow_pickle", False):
+            show_isolation(arguments)
         mymodels._register_all()
         return arguments.run(arguments)
     except (OSError, ValueError, RuntimeError, ImportError, FloatingPointError) as error:

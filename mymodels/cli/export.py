@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_verb, console, dtype_of, picked, read_text
+from .options import FAILED, add_isolation_option, add_verb, console, dtype_of, picked, read_text, show_isolation
 from .progress import working
 
 
@@ -40,6 +40,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--task", help="text-generation, text-classification, …; default: the model's task")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
     parser.add_argument("--trust-remote-code", action="store_true", help="run a model's own code that is not mymodels'")
+    add_isolation_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = picked(arguments, *names)
     if arguments.texts:
         options["texts"] = [line for line in read_text(arguments.texts).splitlines() if line.strip()]
+    show_isolation(arguments)
     with working(f"exporting {arguments.path}"):
         result = export_model(arguments.path, arguments.to, arguments.out, dtype=dtype_of(arguments), **options)
     result.show(console())

@@ -85,13 +85,41 @@ def checkpoint_options() -> argparse.ArgumentParser:
     """The options of each verb that opens checkpoints of any format."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--section", metavar="NAME", help="the model to take from a file that holds several")
+    add_pickle_options(parser)
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
+    return parser
+
+
+def add_pickle_options(parser: argparse.ArgumentParser) -> None:
+    """The options of each verb that reads pickles."""
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="run the code that a pickle names, in another process with your rights; only for files you trust",
+        help="run the code that a pickle names, in another process, confined where the machine can do it",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
-    return parser
+    add_isolation_option(parser)
+
+
+def add_isolation_option(parser: argparse.ArgumentParser) -> None:
+    """The option of each verb that runs the code of others; see `show_isolation`."""
+    parser.add_argument(
+        "--require-isolation",
+        action="store_true",
+        help="do nothing where the kernel cannot confine that code; without it, one line says what confines it",
+    )
+
+
+def show_isolation(arguments: argparse.Namespace) -> None:
+    """Say on standard error what confines the code that a verb is about to run.
+
+    Raises:
+        NotIsolated: nothing does, and `--require-isolation` was given.
+    """
+    from ..sandbox import available
+
+    if arguments.require_isolation:
+        available().require()
+    print(available(), file=sys.stderr)
 
 
 def add_card_options(parser: argparse.ArgumentParser) -> None:

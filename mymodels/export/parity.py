@@ -1,9 +1,5 @@
 """Compare an exported graph with its model: the graph runs in a new process, on batches of several shapes."""
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..messages import one_line
+from ..sandbox import results, run
 from .graphs import TASKS, Graph, named_outputs, run_forward
 
 Tensors = dict[str, torch.Tensor]
@@ -22,6 +20,7 @@ Tensors = dict[str, torch.Tensor]
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 KL_LIMIT, COSINE_LIMIT = 0.1, 0.95  # the limits for int8
 SHAPES = ((1, 1, ""), (1, 9, ""), (2, 12, "left"), (4, 6, "right"), (3, 32, "right"))  # batch, length, padding
+_SCRATCH, _COPIES = 4 * 10**9, 4  # bytes that the other process may write: these, and so many times the graph
 RUNNER = Path(__file__).with_name("run_graph.py")
 
 
@@ -147,19 +146,28 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
                 part = value[:, :end] if name == "attention_mask" else value[:, start:end]
                 part = part if graph.past else value
                 calls[f"{number}/{step}/{name}"] = part.clone(memory_format=torch.contiguous_format)
-    with tempfile.TemporaryDirectory(prefix="mymodels-parity-") as folder:
-        inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
+    with results.scratch_folder("mymodels-parity-") as folder:
+        inputs, outputs = folder / "inputs.safetensors", folder / "outputs.safetensors"
         save_file(calls, inputs)
-        command = [sys.executable, str(RUNNER), kind, str(file.resolve()), str(inputs), str(outputs)]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-        if run.returncode:
-            reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
-            raise ParityError(f"{file.name} cannot be run in another process: {reason.strip()[:300]}")
-        with safe_open(outputs, "pt") as opened:
-            unwanted = json.loads(opened.metadata()["unwanted"])
+        size = sum(part.stat().st_size for part in file.parent.rglob("*") if part.is_file())
+        done = run(
+            [RUNNER, kind, file.resolve(), inputs, outputs],
+            readable=[file.parent],
+            scratch=folder,
+            scratch_size=_SCRATCH + _COPIES * size,
+        )
+        if done.returncode:
+            printed = done.stderr.decode("utf-8", errors="replace").splitlines()
+            reason = done.why or ([line for line in printed if line.strip()] or [f"exit code {done.returncode}"])[-1]
+            raise ParityError(f"{file.name} cannot be run in another process: {one_line(reason, 300)}")
+        try:
+            found = results.read_tensors(outputs)
+            with safe_open(outputs, "pt") as opened:
+                unwanted = results.parse_json((opened.metadata() or {})["unwanted"])
+        except (results.UntrustedResult, KeyError) as error:
+            raise ParityError(f"{file.name} left no outputs that can be read: {one_line(error, 300)}") from None
         if unwanted:
             raise ParityError(f"{file.name} needs {' and '.join(unwanted)} to run, so it is not self-contained")
-        found = load_file(outputs)
     for number, case in enumerate(cases):
         last = len(case.pieces) - 1
         case.found = {}

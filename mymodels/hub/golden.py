@@ -13,6 +13,7 @@ from ..checkpoints.atomic_write import replace_file
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.integrity import update_manifest
 from ..checkpoints.safetensors_files import read_header
+from ..sandbox.results import UntrustedResult, open_regular
 from .clean_process import TIME_LIMIT, clean_process, failure_reason
 from .given_inputs import Inputs, write_inputs
 from .isolated.golden_outputs import Golden
@@ -99,6 +100,10 @@ def temporary_golden(
                 raise CheckpointError(
                     f"{folder}: golden outputs cannot be recorded, {_without_internals(failure_reason(run))}"
                 )
+            try:
+                os.close(open_regular(made))
+            except UntrustedResult as error:
+                raise CheckpointError(f"{folder}: golden outputs cannot be recorded: {error}") from None
             read_golden(made)
             yield made
 
