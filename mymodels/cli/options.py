@@ -80,14 +80,19 @@ def checkpoint_options() -> argparse.ArgumentParser:
     """The options of each verb that opens checkpoints of any format."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--section", metavar="NAME", help="the model to take from a file that holds several")
+    add_pickle_options(parser)
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
+    return parser
+
+
+def add_pickle_options(parser: argparse.ArgumentParser) -> None:
+    """The options of each verb that reads pickles."""
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
         help="run the code that a pickle names, in another process, confined where the machine can do it",
     )
     add_isolation_option(parser)
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
-    return parser
 
 
 def add_isolation_option(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,6 @@ bounds, a tensor must lie within the memory, and is copied out of it. Memory can
 cannot fail.
 """
 
-import fcntl
 import json
 import math
 import mmap
@@ -50,6 +49,8 @@ class Handle:
 
 def shared_memory(name: str) -> int:
     """A descriptor of memory that two processes share; it can grow, and never shrink."""
+    import fcntl  # not on Windows, where nothing here is called
+
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     return descriptor

@@ -113,10 +113,10 @@ def _wait(policy: dict[str, Any], owner: int | None, box: int, read: int) -> tup
     poll.register(read, select.POLLIN)
     if owner is not None:
         poll.register(owner, select.POLLIN)
-    said, open_ = b"", True
+    said, open_, parent = b"", True, os.getppid()
     while True:
         ready = {number for number, _ in poll.poll(1000 * min(_INTERVAL, watch.seconds_left()))}
-        if owner in ready:
+        if owner in ready or (owner is None and os.getppid() != parent):
             return "its owner has ended", None
         done, code = os.waitpid(box, os.WNOHANG)  # before the last reading, so that nothing is missed
         while open_ and (part := _read(read)) is not None:
@@ -184,7 +184,7 @@ def _open_process(process: int) -> int | None:
     except ProcessLookupError:
         os._exit(NOT_CONFINED)
     except (OSError, AttributeError):
-        return None  # Linux before 5.3, or a container that forbids it: Popen's own end, by signals
+        return None  # a container that forbids it: then the parent of this process is looked at
 
 
 def _end_with_parent() -> None:
