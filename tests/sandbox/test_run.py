@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mymodels import sandbox
+from mymodels.sandbox import results
 
 LAYERS = {"all": sandbox.available(), "no namespaces": sandbox.available()._replace(namespaces=False)}
 
@@ -72,6 +73,8 @@ def test_limits(tmp_path: Path, isolation: sandbox.Isolation) -> None:
         "it did not end within 0.5 s": "while True: pass",
         "processes": "import os, time\nwhile True:\n if not os.fork(): time.sleep(60)",
         "scratch folder": "for i in range(10**6):\n open(str(i), 'wb').write(bytes(10**6))",
+        "cannot be looked into": "import os, time\nfor i in range(40):\n os.mkdir('d' * 200); os.chdir('d' * 200)\n"
+        "time.sleep(20)",
         "memory": "import os, mmap\nmaps = []\nwhile True:\n f = os.memfd_create('m'); os.write(f, bytes(10**7))",
     }
     for why, code in bombs.items():
@@ -81,6 +84,8 @@ def test_limits(tmp_path: Path, isolation: sandbox.Isolation) -> None:
         done = attempt(code, scratch, isolation, **limits)
         assert done.returncode != 0 and why in done.why + done.stderr.decode(), (why, done)
         assert sum(file.stat().st_size for file in scratch.iterdir()) < 10**9
+        results.delete(scratch)
+        assert not scratch.exists()
 
 
 def test_leaves_no_process_behind(tmp_path: Path, isolation: sandbox.Isolation) -> None:

@@ -3,6 +3,7 @@
 Limits of the kernel hold for one process or one file. The sums are watched from outside.
 """
 
+import errno
 import os
 import stat
 import time
@@ -68,6 +69,8 @@ class Watch:
         used = sum(os.fstat(number).st_blocks * 512 for number in self._outputs)
         seen: set[tuple[int, int]] = set()
         for status in _files_of(self.policy["scratch"]):
+            if status is None:
+                return "it made a folder in its scratch folder that cannot be looked into"
             if (key := (status.st_dev, status.st_ino)) not in seen:
                 seen.add(key)
                 used += status.st_blocks * 512 + _ENTRY
@@ -160,7 +163,8 @@ def _memory(processes: Iterable[int], files: int) -> int:
     return own + max(shared, files)  # files in memory that are mapped are in both
 
 
-def _files_of(folder: str) -> Iterator[os.stat_result]:
+def _files_of(folder: str) -> Iterator[os.stat_result | None]:
+    """What is in a folder, at any depth; None for a folder whose mode or the length of whose path forbids to look."""
     folders = [folder]
     while folders:
         try:
@@ -169,8 +173,9 @@ def _files_of(folder: str) -> Iterator[os.stat_result]:
                     yield entry.stat(follow_symlinks=False)
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-        except OSError:
-            continue
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.ENAMETOOLONG):
+                yield None
 
 
 def _open_files(process: int) -> Iterator[os.stat_result]:
