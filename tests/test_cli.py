@@ -53,6 +53,6 @@ def test_the_demo_fails_when_the_saved_weights_are_not_the_model_s(
 
     monkeypatch.setattr(demo, "build_repo", build_and_change)
     console = Console(file=io.StringIO(), record=True, width=160)
-    monkeypatch.setattr(demo, "Console", lambda: console)
+    monkeypatch.setattr("mymodels.cli.demo.console", lambda: console)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
     assert "FAILED" in console.export_text()

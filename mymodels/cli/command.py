@@ -26,6 +26,7 @@ from . import (
     warm_start,
 )
 from .options import Parser
+from .progress import working
 
 _VERBS = (demo, new, adopt, inspect, convert, check, warm_start, build, finetune, predict, verify, push, lock, export)
 
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
-        mymodels._register_all()
+        with working("loading torch and transformers"):
+            mymodels._register_all()
         return arguments.run(arguments)
     except (OSError, ValueError, RuntimeError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
