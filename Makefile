@@ -7,7 +7,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 ECOSYSTEM := $(VENV)/ecosystem
 
-.PHONY: help docs demo test test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
+.PHONY: help docs dist demo test test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z_-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -52,6 +52,11 @@ lint: $(VENV)/.lint  ## ruff and mypy
 
 docs: $(VENV)/.docs  ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
+dist: $(VENV)/.dist  ## the wheel and the source distribution, checked, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
 
 # the short forms, some minutes in all; FORM= the full ones, some hours. Each script's own `--help` says more
 BENCHES := classify finetune train_lm generate cold_start checkpoint_memory scaling
@@ -117,6 +122,10 @@ $(VENV)/.bench: $(VENV)/.test-weights
 
 $(VENV)/.docs: $(VENV)/.core
 	$(PIP) --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.dist: $(VENV)/.core
+	$(PIP) --editable '.[dist]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test
