@@ -45,10 +45,11 @@ test-versions: $(VENV)/.test  ## the models under eight transformers releases, a
 test-vllm: $(VENV)/.test $(VLLM)/.ready  ## both models served by vLLM (3 GB)
 	$(BIN)/pytest -m vllm
 
-lint: $(VENV)/.lint  ## ruff and mypy
+lint: $(VENV)/.lint  ## ruff, mypy, and nothing that Python 3.10 lacks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vermin --quiet --no-tips --violations --target=3.10- mymodels mymodels_command.py
 
 docs: $(VENV)/.docs  ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site

@@ -38,7 +38,7 @@ def print_table(table: Table, console: Console) -> None:
 
 def _lines(text: Text, width: int) -> list[Text]:
     """Lines of whole words; rich's own wrapping breaks those that are longer than a line."""
-    lines = []
+    lines: list[Text] = []
     for paragraph in text.split("\n", allow_blank=True):
         breaks, used = [], 0
         for word in re.finditer(r"\S+\s*", paragraph.plain):

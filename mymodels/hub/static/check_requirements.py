@@ -1,12 +1,16 @@
 """Requirements that pip takes from elsewhere than PyPI: what they are when they are installed, nobody here has read."""
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-import tomllib
-
 from .repo_snapshot import Finding, Folder, brief, strings
+
+if sys.version_info >= (3, 11):
+    import tomllib  # novm
+else:
+    import tomli as tomllib
 
 MAX_BYTES = 1_000_000
 _KNOWN_INDEX = re.compile(
