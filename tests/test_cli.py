@@ -40,6 +40,7 @@ def test_the_demo_shows_what_happened(small_demo: None, tmp_path: Path) -> None:
     assert "held-out loss" in shown and "majority class" in shown and demo.PROMPT in shown
 
 
+@pytest.mark.slow
 def test_the_demo_fails_when_the_saved_weights_are_not_the_model_s(
     small_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
