@@ -7,7 +7,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 ECOSYSTEM := $(VENV)/ecosystem
 
-.PHONY: help docs dist demo test test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
+.PHONY: help docs dist demo test coverage test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z_-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -15,14 +15,19 @@ help:  ## this list
 demo: $(VENV)/.core  ## train both models briefly, save, load them in a clean process, compare
 	$(BIN)/mymodels demo
 
+# pytest's own options and paths, such as TESTS=tests/models or TESTS="-k cache"
+TESTS ?=
 # processes that share the tests of `test` and `test-slow`; 0: this one alone
 WORKERS ?= 2
 
 test: $(VENV)/.test  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+coverage: $(VENV)/.test  ## the fast tests, with the lines that none of them runs (half as long again; see CONTRIBUTING.md)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --cov=mymodels --cov-report=term-missing:skip-covered $(TESTS)
 
 test-slow: $(VENV)/.test-slow  ## full verify runs, kills, torch.compile, long fuzzing
-	$(BIN)/pytest -m slow -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -m slow -n $(WORKERS) --dist loadfile $(TESTS)
 
 test-formats: $(VENV)/.test-formats  ## ONNX, TensorFlow and GGUF files
 	$(BIN)/pytest -m formats
