@@ -140,7 +140,9 @@ def describe(value: Any) -> str:
         return f"tensor {value.info.shape}"
     if isinstance(value, Unopened):
         return f"{_short(value, 200)}, not unpickled, as its class is not imported"
-    if isinstance(value, type) and issubclass(value, Unopened):  # a class; from Python 3.11.0 to 3.11.3 an enum's member
+    if isinstance(value, type) and issubclass(
+        value, Unopened
+    ):  # a class; from Python 3.11.0 to 3.11.3 an enum's member
         return f"{shorten(value.qualified, 200)}, not imported"
     if isinstance(value, torch.Tensor):
         return (

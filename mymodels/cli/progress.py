@@ -25,7 +25,11 @@ def working(text: str, until: "Console | None" = None) -> Iterator[Callable[[str
     from rich.markup import escape
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )  # what does not fit is cut at the end
     shown = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
     task = shown.add_task(escape(text))
     timer = threading.Timer(PATIENCE, shown.start)
