@@ -27,6 +27,7 @@ from . import (
     warm_start,
 )
 from .options import Parser, show_isolation
+from .progress import working
 
 _VERBS = (
     demo,
@@ -109,7 +110,8 @@ def _run(argv: list[str] | None) -> int:
     try:
         if getattr(arguments, "allow_pickle", False):
             show_isolation(arguments)
-        mymodels._register_all()
+        with working("loading torch and transformers"):
+            mymodels._register_all()
         return arguments.run(arguments)
     except (OSError, ValueError, RuntimeError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_card_options, add_verb, card_fields, config_field, console
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -112,15 +113,18 @@ def run(arguments: argparse.Namespace) -> int:
     others = dict(config_field(text) for text in arguments.arg)
     if twice := sorted(others.keys() & _OPTIONS.keys()):
         raise ValueError(f"--arg {twice[0]}={others[twice[0]]}: use the option --{twice[0].replace('_', '-')}")
-    finetune(
-        arguments.model,
-        arguments.data,
-        arguments.out,
-        overrides=dict(config_field(text) for text in arguments.set),
-        resume_from_checkpoint=arguments.resume_from_checkpoint or arguments.resume,
-        card=Card(**card_fields(arguments)),
-        console=console(),
-        **given,
-        **others,
-    )
+    overrides = dict(config_field(text) for text in arguments.set)
+    out = console()
+    with working("reading the data and the model", until=out):
+        finetune(
+            arguments.model,
+            arguments.data,
+            arguments.out,
+            overrides=overrides,
+            resume_from_checkpoint=arguments.resume_from_checkpoint or arguments.resume,
+            card=Card(**card_fields(arguments)),
+            console=out,
+            **given,
+            **others,
+        )
     return 0

@@ -4,6 +4,7 @@ import argparse
 import ast
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -182,11 +183,11 @@ def config_field(text: str) -> tuple[str, Any]:
 
 
 def console() -> "Console":
-    """A console of rich, as wide as the terminal, or 160 columns wide for a file or a pipe."""
+    """A console of rich, as wide as the terminal; for a file or a pipe as wide as COLUMNS says, or 160."""
     from rich.console import Console
 
     class PipeConsole(Console):
         def on_broken_pipe(self) -> NoReturn:
             raise BrokenPipeError  # `main` handles it
 
-    return PipeConsole() if sys.stdout.isatty() else PipeConsole(width=160)
+    return PipeConsole() if sys.stdout.isatty() or "COLUMNS" in os.environ else PipeConsole(width=160)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..tables import print_table
 from .parity import Quality
 from .readme import RUNS_WITH
 
@@ -67,7 +68,7 @@ class Exported:
 
     def show(self, console: Console | None = None) -> None:
         """Print a small table."""
-        table = Table(show_header=False, title=f"{self.folder}", title_justify="left")
+        table = Table(show_header=False, title=Text(str(self.folder)), title_justify="left")
         rows = {
             "graph": f"{self.file.name}, {self.size / 1e6:,.1f} MB" + (f", opset {self.opset}" if self.opset else ""),
             "task": self.task,
@@ -82,7 +83,7 @@ class Exported:
             rows[f"{name}: off by"] = f"{difference:.1e} (at most {self.tolerance:g})"
         for name, value in rows.items():
             table.add_row(name, Text(value))
-        (console or Console()).print(table)
+        print_table(table, console or Console())
 
 
 def _shortened(names: list[str]) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..checkpoints.atomic_write import replace_file
 from ..checkpoints.integrity import update_manifest
+from ..tables import print_table
 from .checks import Check
 from .results_to_checks import DYNAMIC
 from .verifying import Verification
@@ -194,7 +195,7 @@ def _show_matrix(verification: Verification, console: Console, *, every_check: b
         for name, *signs in rows:
             cells = signs[start : start + columns]
             table.add_row(name, *(Text(cell, style="bold red" if cell == _SIGNS["failed"] else "") for cell in cells))
-        console.print(table)
+        print_table(table, console)
 
 
 def write_matrix(verification: Verification, folder: str | os.PathLike) -> Path:

@@ -21,6 +21,7 @@ from transformers import (
 from ..forward_calls import fitting_collator, is_known, uniform_outputs
 from ..hub.build import check_output_dir
 from ..hub.card import Card
+from ..tables import print_table
 from .arguments import bf16_is_faster, checked_options, make_arguments
 from .checkpoint_dirs import list_checkpoints
 from .data import Data, load_data
@@ -256,8 +257,8 @@ def finetune(
         write_repo(result, base, card or Card(), task, max_shard_size=max_shard_size, golden=golden)
         finish_run(result, keep_checkpoints)
         if matrix is not None and loaded.labels is not None:
-            console.print(class_table(matrix, loaded.labels, "on the validation data"))
-        console.print(metric_table(metrics))
+            print_table(class_table(matrix, loaded.labels, "on the validation data"), console)
+        print_table(metric_table(metrics), console)
         names = ", ".join(sorted(path.name for path in output_dir.iterdir()))
         console.print(f"{output_dir}: {names}", highlight=False, soft_wrap=True)
     PartialState().wait_for_everyone()

@@ -41,8 +41,20 @@ def damage(file: Path) -> None:
     file.write_bytes(data)
 
 
-@either
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    ("run", "file"),
+    [
+        (by_loop, "model.safetensors"),
+        (by_loop, "optimizer.pt"),
+        (by_loop, "rng_state.pth"),
+        (by_loop, "trainer_state.json"),
+        (by_trainer, "model.safetensors"),
+        *(
+            pytest.param(by_trainer, f, marks=pytest.mark.slow)
+            for f in ("optimizer.pt", "rng_state.pth", "trainer_state.json")
+        ),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over(run, file, tmp_path, caplog) -> None:
     whole = run(tmp_path)
     damage(tmp_path / "checkpoint-8" / file)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .symbols import GONE
+from .walking import walk
 
 Minor = tuple[int, int]
 FIRST, LAST = (4, 56), (5, 23)  # the supported range
@@ -139,7 +140,7 @@ def _names(package: Path, module: str) -> frozenset[str] | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return frozenset()
     names = {"__version__", "__name__", "__file__"}
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -8,6 +8,7 @@ from .api_availability import Span, level_for
 from .check_model import live_code, served
 from .code_tree import Code, Klass, bridged, calls, constant
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _PROJECTIONS = {
@@ -20,8 +21,8 @@ _TEXT_OLD = "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]"
 
 
 def _words(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {
-        n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)
+    return {n.id for n in walk(node) if isinstance(n, ast.Name)} | {
+        n.attr for n in walk(node) if isinstance(n, ast.Attribute)
     }
 
 

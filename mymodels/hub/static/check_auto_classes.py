@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from .check_config import all_code, target
 from .code_tree import Code, Klass, calls, is_self, references
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
 # kinds of heads: the end of the Auto class, the end of a class's name, and the output class of forward
 _HEADS = {
@@ -206,7 +207,7 @@ def _inner_base(code: Code, klass: Klass) -> str | None:
     found = code.method(klass, "__init__")
     if found is None:
         return None
-    for node in ast.walk(found[1]):
+    for node in walk(found[1]):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and any(map(is_self, node.targets)):
             inner = code.find(found[0].file, found[0].file.dotted(node.value.func))
             if inner is not None and code.is_model(inner) and _is_base(code, inner):

@@ -9,6 +9,7 @@ from .check_model import live_code
 from .code_tree import Code, Klass, constant, is_self
 from .headers import tensor_headers
 from .repo_snapshot import Finding, Folder, brief
+from .walking import walk
 
 _LISTS = (ast.List, ast.Tuple, ast.Set)
 
@@ -111,7 +112,7 @@ def _all_parts(code: Code) -> set[str]:
     return {
         goal.attr
         for klass in code.classes
-        for node in ast.walk(klass.node)
+        for node in walk(klass.node)
         if isinstance(node, (ast.Assign, ast.AnnAssign))
         for goal in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(goal, ast.Attribute) and is_self(goal)
@@ -147,7 +148,7 @@ def _prefix(code: Code, klass: Klass) -> Iterator[Finding]:
     if not isinstance(prefix, str) or not prefix or init is None or _holds_another(code):
         return
     kept: dict[str, str] = {}
-    for node in ast.walk(init):
+    for node in walk(init):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             inner = code.find(klass.file, klass.file.dotted(node.value.func))
             if inner is not None and code.is_model(inner):

@@ -13,6 +13,7 @@ from .api_availability import Span, level_for, model_types
 from .code_tree import Code, Klass, constant, is_self, references
 from .headers import tensor_headers
 from .repo_snapshot import Finding, Folder, brief
+from .walking import walk
 
 
 def json_files(folder: Folder) -> Iterator[Finding]:
@@ -322,8 +323,8 @@ def _lost_fields(folder: Folder, klass: Klass, init: ast.FunctionDef | ast.Async
     if not parent:
         return
     later = ast.Module(body=init.body[parent[0] :], type_ignores=[])
-    kept = {node.arg for node in ast.walk(later) if isinstance(node, ast.keyword)}
-    kept |= {node.attr for node in ast.walk(later) if isinstance(node, ast.Attribute) and is_self(node)}
+    kept = {node.arg for node in walk(later) if isinstance(node, ast.keyword)}
+    kept |= {node.attr for node in walk(later) if isinstance(node, ast.Attribute) and is_self(node)}
     for argument in [*init.args.args, *init.args.kwonlyargs]:
         if argument.arg in _SET_BY_PARENT - kept:
             what = f"{klass.name}.__init__ does not pass {argument.arg} on, so it falls back to the default {_FORGETS}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from .check_model import live_code
 from .code_tree import Code, Klass, calls, constant
 from .repo_snapshot import CodeFile, Finding, Folder
+from .walking import walk
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _FIXED = re.compile(r"(cuda|mps|xpu|npu|hpu|tpu|xla)(:\d+)?$")
@@ -60,7 +61,7 @@ def _within_functions(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 def _constants(file: CodeFile) -> dict[str, str]:
     """Names that are only ever assigned one device: `DEVICE = "cuda"`, or `torch.device("cuda")`."""
     values: dict[str, list[str | None]] = {}
-    for node in ast.walk(file.tree):
+    for node in walk(file.tree):
         if isinstance(node, ast.Assign):
             made = node.value
             if isinstance(made, ast.Call) and file.dotted(made.func) == "torch.device" and made.args:
@@ -138,13 +139,13 @@ def _is_fixed(value: ast.expr | None, texts: dict[str, str]) -> bool:
 def _behind_a_test(file: CodeFile) -> set[int]:
     """The `id` of nodes that run only if the code found the device: `if torch.cuda.is_available()`, `if x.is_cuda`."""
     found: set[int] = set()
-    for node in ast.walk(file.tree):
+    for node in walk(file.tree):
         if isinstance(node, (ast.If, ast.IfExp)) and re.search(
             r"cuda|xpu|npu|device|is_available", ast.unparse(node.test)
         ):
-            found |= {id(inner) for inner in ast.walk(node)}
+            found |= {id(inner) for inner in walk(node)}
         elif isinstance(node, ast.Try) and node.handlers:
-            found |= {id(inner) for step in node.body for inner in ast.walk(step)}
+            found |= {id(inner) for step in node.body for inner in walk(step)}
     return found
 
 
@@ -155,10 +156,10 @@ def _running(code: Code) -> set[str]:
     """The names of the functions that loading or running a model calls, directly or indirectly."""
     bodies: dict[str, set[str]] = {}
     for file in code.files.values():
-        for node in ast.walk(file.tree):
+        for node in walk(file.tree):
             if isinstance(node, _Function):
-                words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-                words |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+                words = {n.id for n in walk(node) if isinstance(n, ast.Name)}
+                words |= {n.attr for n in walk(node) if isinstance(n, ast.Attribute)}
                 bodies.setdefault(node.name, set()).update(words)
     found = {name for name in _ENTRIES if name in bodies}
     waiting = list(found)
@@ -181,12 +182,12 @@ def _device_of_a_module(code: Code, klass: Klass) -> Iterator[Finding]:
     if forward is None:
         return
     values = [value for call in calls(forward) for value in _device_values(call)]
-    inside = {id(n) for value in values for n in ast.walk(value)}
+    inside = {id(n) for value in values for n in walk(value)}
     used = {value.id for value in values if isinstance(value, ast.Name)}
-    for node in ast.walk(forward):
+    for node in walk(forward):
         if isinstance(node, ast.Assign) and any(isinstance(g, ast.Name) and g.id in used for g in node.targets):
-            inside |= {id(n) for n in ast.walk(node.value)}
-    for node in ast.walk(forward):
+            inside |= {id(n) for n in walk(node.value)}
+    for node in walk(forward):
         if not isinstance(node, ast.Attribute) or node.attr != "device" or id(node) not in inside:
             continue
         text = ast.unparse(node)

@@ -10,6 +10,7 @@ from .policy import FORBIDDEN_DUNDERS, HANDLED, INTERNAL_TEXT, PIECED, verdict_o
 from .reading import Reader, readers
 from .repo_snapshot import Finding, Folder, brief
 from .used_names import is_super, used_names
+from .walking import walk
 
 _LIBRARIES = ("torch", "transformers", "numpy", "os", "sys", "builtins")
 
@@ -97,7 +98,7 @@ def _trusts(keywords: dict[str | None, ast.expr]) -> bool:
         if isinstance(value, ast.Constant):
             if value.value:
                 return True
-        elif not any(isinstance(n, ast.Name) and n.id not in ("bool", "int", "all", "any") for n in ast.walk(value)):
+        elif not any(isinstance(n, ast.Name) and n.id not in ("bool", "int", "all", "any") for n in walk(value)):
             return True
     return False
 
@@ -149,7 +150,7 @@ def _unknown_attribute(reader: Reader, call: ast.Call) -> Iterator[tuple[str, st
 
 def _is_pieced(reader: Reader, node: ast.AST, depth: int = 0) -> bool:
     """Whether a text is put together from pieces, and not just read from a config or a parameter."""
-    for inner in ast.walk(node):
+    for inner in walk(node):
         if isinstance(inner, ast.Call):
             name = inner.func.attr if isinstance(inner.func, ast.Attribute) else getattr(inner.func, "id", "")
             if name in (
@@ -233,7 +234,7 @@ def _getters_given_modules(reader: Reader) -> Iterator[Finding]:
 
 def _takes_by_variable(reader: Reader, function: ast.FunctionDef | ast.Lambda) -> bool:
     parameters = {argument.arg for argument in [*function.args.posonlyargs, *function.args.args]}
-    for node in ast.walk(function):
+    for node in walk(function):
         if isinstance(node, ast.Call) and "builtins.getattr" in reader.meanings.names(node.func) and len(node.args) > 1:
             of, which = node.args[0], node.args[1]
             if isinstance(of, ast.Name) and of.id in parameters and reader.meanings.text(which) is None:
@@ -246,7 +247,7 @@ def _own_pickling(reader: Reader) -> Iterator[Finding]:
     for node, inside in reader.nodes:
         if not isinstance(node, ast.FunctionDef) or node.name not in ("__reduce__", "__reduce_ex__"):
             continue
-        for step in ast.walk(node):
+        for step in walk(node):
             if not isinstance(step, ast.Return):
                 continue
             first = step.value.elts[0] if isinstance(step.value, ast.Tuple) and step.value.elts else step.value

@@ -10,6 +10,7 @@ from .api_availability import Span, lacking, level_for
 from .code_tree import attributes, bridged, calls, constant, entry_files, guarded, reachable, siblings
 from .repo_snapshot import CodeFile, Finding, Folder
 from .symbols import ATTRIBUTES
+from .walking import walk
 
 # present wherever a model is loaded: the standard library, torch, transformers and their dependencies
 _GIVEN = {
@@ -52,7 +53,7 @@ def relative_imports(folder: Folder) -> Iterator[Finding]:
 
 def _wrong_forms(folder: Folder, file: CodeFile) -> Iterator[Finding]:
     home = file.name.rpartition("/")[0]
-    for node in ast.walk(file.tree):
+    for node in walk(file.tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             text = f"from {'.' * node.level}{node.module or ''} import {node.names[0].name}"
             if node.level > 1 or not node.module or "." in node.module:
@@ -121,7 +122,7 @@ def other_imports(folder: Folder) -> Iterator[Finding]:
     reported: set[str] = set()
     for name in sorted(reachable(folder) & folder.code.keys()):
         file, optional = folder.code[name], guarded(folder.code[name].tree, _excuses_imports)
-        for node in ast.walk(file.tree):
+        for node in walk(file.tree):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in (module.split(".")[0] for module in modules):
@@ -165,7 +166,7 @@ def transformers_names(folder: Folder) -> Iterator[Finding]:
     reported: set[tuple[str, str, str]] = set()
     for name in sorted(reachable(folder) & folder.code.keys()):
         file, optional = folder.code[name], guarded(folder.code[name].tree)
-        for node in ast.walk(file.tree):
+        for node in walk(file.tree):
             pairs: list[tuple[str, str]] = []
             if isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 pairs = [(node.module, alias.name) for alias in node.names]
@@ -193,10 +194,8 @@ def _missing(folder: Folder, file: CodeFile, node: ast.AST, module: str, symbol:
 
 
 def _old_attributes(folder: Folder, file: CodeFile) -> Iterator[Finding]:
-    asked = {
-        constant(call.args[1]) for call in ast.walk(file.tree) if isinstance(call, ast.Call) and len(call.args) > 1
-    }
-    own = {n.name for n in ast.walk(file.tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    asked = {constant(call.args[1]) for call in walk(file.tree) if isinstance(call, ast.Call) and len(call.args) > 1}
+    own = {n.name for n in walk(file.tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     own |= {a.attr for a in attributes(file.tree) if isinstance(a.ctx, ast.Store)}
     reported: set[str] = set()
     optional = bridged(file)

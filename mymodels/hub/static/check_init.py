@@ -9,6 +9,7 @@ from .check_model import FROM_5, live_code
 from .code_tree import Code, Klass, attributes, calls, constant, depth, is_self
 from .kept_buffers import kept_buffers
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
 _INIT_MODULES = re.compile(r"(torch\.nn\.init|transformers\.initialization|nn\.init|init)(\.|$)")
 _WALKS = ("named_parameters", "parameters", "modules", "named_modules", "apply")
@@ -28,7 +29,7 @@ def init_weights(folder: Folder) -> Iterator[Finding]:
         guards = _guards(method)
         single = bool(_SINGLE.search(ast.unparse(method)))
         tensors = _tensors(method)
-        for node in ast.walk(method):
+        for node in walk(method):
             for finding in _faults(klass, node, unsaved, tensors, single) if id(node) not in guards else ():
                 if finding.status != "failed":
                     yield finding
@@ -56,7 +57,7 @@ def _faults(klass: Klass, node: ast.AST, unsaved: set[str], tensors: set[str], s
 
 def _of_a_child(node: ast.AST) -> bool:
     """Whether a write goes to a module below the one that is given, or to whatever a loop comes by."""
-    inner = [n for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+    inner = [n for n in walk(node) if isinstance(n, ast.Attribute)]
     looped = any(n.attr == "data" and isinstance(n.value, ast.Name) for n in inner)
     return looped or any(n.attr in ("weight", "bias") and depth(n) >= 3 for n in inner)
 
@@ -91,18 +92,18 @@ def _past_guard(does: str, where: str) -> Finding:
 def _guards(method: ast.AST) -> set[int]:
     """The `id` of nodes that run only if the tensor was not loaded."""
     found: set[int] = set()
-    for node in ast.walk(method):
+    for node in walk(method):
         if isinstance(node, ast.If) and "_is_hf_initialized" in ast.unparse(node.test):
-            found |= {id(inner) for inner in ast.walk(node)}
+            found |= {id(inner) for inner in walk(node)}
     return found
 
 
 def _tensors(method: ast.AST) -> set[str]:
     """The variables that hold parameters, from a loop over them or from a module."""
     found: set[str] = set()
-    for node in ast.walk(method):
+    for node in walk(method):
         if isinstance(node, ast.For) and "parameters()" in ast.unparse(node.iter):
-            found |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+            found |= {n.id for n in walk(node.target) if isinstance(n, ast.Name)}
         elif isinstance(node, ast.Assign) and re.search(r"\.(weight|bias)$", ast.unparse(node.value)):
             found |= {goal.id for goal in node.targets if isinstance(goal, ast.Name)}
     return found
@@ -145,7 +146,7 @@ def _refilled(code: Code) -> set[str]:
         for method in klass.methods():
             if method.name not in ("_init_weights", "reset_parameters", "forward"):
                 continue
-            for node in ast.walk(method):
+            for node in walk(method):
                 if isinstance(node, ast.Assign):
                     goals, value = node.targets, ast.unparse(node.value)
                     found |= {g.attr for g in goals if isinstance(g, ast.Attribute) and f".{g.attr}" not in value}
@@ -180,7 +181,7 @@ def init_data(folder: Folder) -> Iterator[Finding]:
         if init is None:
             continue
         sources = _loop_sources(init)
-        for node in ast.walk(init):
+        for node in walk(init):
             text, where = ast.unparse(node) if isinstance(node, (ast.Call, ast.Assign)) else "", klass.file.at(node)
             if not text or "cpu" in text:
                 continue  # explicitly created on the CPU, so it has data
@@ -219,7 +220,7 @@ def _factory(klass: Klass, node: ast.AST) -> bool:
 
 def _loop_sources(init: ast.AST) -> dict[str, str]:
     """What each loop variable goes through, as text."""
-    loops = [node for node in ast.walk(init) if isinstance(node, (ast.comprehension, ast.For))]
+    loops = [node for node in walk(init) if isinstance(node, (ast.comprehension, ast.For))]
     return {ast.unparse(loop.target): ast.unparse(loop.iter) for loop in loops}
 
 
@@ -227,7 +228,7 @@ def _is_tensor(klass: Klass, node: ast.AST, source: str) -> bool:
     """Whether `.item()` or similar is called on a tensor: on anything not clearly from NumPy or a config."""
     if re.search(r"\b(np|numpy|torch\.(Float|Long)?Tensor)\b", source):
         return False  # `torch.Tensor(…)`, unlike `torch.tensor(…)`, is on the CPU whatever the default device
-    names = {klass.file.dotted(n).split(".")[0] for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
+    names = {klass.file.dotted(n).split(".")[0] for n in walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
     return "config" not in names or "torch" in names
 
 

@@ -8,6 +8,7 @@ from .api_availability import Span, level_for
 from .check_config import target
 from .code_tree import Code, Klass, calls, depth, is_self, reachable
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
 FROM_5 = Span((5, 0), (5, 99))
 
@@ -85,7 +86,7 @@ def tied_weights(folder: Folder) -> Iterator[Finding]:
             what = f"{klass.name}.tie_weights takes no missing_keys, which transformers 5 passes when it loads"
             yield Finding(level_for(FROM_5, folder.releases), what, klass.file.at(tie), "add **kwargs and pass them on")
         found = code.value(klass, "_tied_weights_keys")
-        for node in ast.walk(klass.node):
+        for node in walk(klass.node):
             if isinstance(node, ast.Assign) and _ties_by_hand(node) and found is None:
                 what = f"{ast.unparse(node)} ties two weights that _tied_weights_keys does not name"
                 remedy = "declare the tie in _tied_weights_keys: otherwise saving and loading lose it"

@@ -1,12 +1,16 @@
 """Checks of requirements that pip installs from elsewhere than PyPI, so that their code is unknown."""
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-import tomllib
-
 from .repo_snapshot import Finding, Folder, brief, strings
+
+if sys.version_info >= (3, 11):
+    import tomllib  # novm
+else:
+    import tomli as tomllib
 
 MAX_BYTES = 1_000_000
 _KNOWN_INDEX = re.compile(

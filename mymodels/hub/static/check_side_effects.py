@@ -13,6 +13,7 @@ from .code_tree import constant
 from .reading import Reader, readers
 from .replacements import assignments, effect, given_to_patchers
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
 # full name of the function → what it changes, and the remedy
 _CALLS: list[tuple[str, str, str]] = [
@@ -266,10 +267,10 @@ def _inputs_changed(reader: Reader) -> Iterator[Finding]:
     for node, _ in reader.nodes:
         if not isinstance(node, ast.FunctionDef) or node.name != "forward":
             continue
-        own = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own = {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         given = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]} & _INPUTS - own
         remedy = "clone it first, or write the result to a tensor of its own"
-        for step in ast.walk(node):
+        for step in walk(node):
             if isinstance(step, ast.Call) and isinstance(step.func, ast.Attribute):
                 of, method = step.func.value, step.func.attr
                 in_place = bool(re.search(r"[a-z]_$", method)) and method != "requires_grad_"

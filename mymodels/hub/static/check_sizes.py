@@ -18,6 +18,7 @@ from .code_tree import Code, Klass, is_self
 from .headers import tensor_headers
 from .repo_snapshot import Finding, Folder, brief
 from .settings import class_defaults, setting, text_config
+from .walking import walk
 
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -82,7 +83,7 @@ def _divides(folder: Folder) -> bool:
         and "head" in ast.unparse(node.right)
         for file in live_code(folder).files.values()
         if not re.search(r"getattr\(\s*(self\.)?config,\s*\"head_dim", file.text)  # a width of its own, if it is given
-        for node in ast.walk(file.tree)
+        for node in walk(file.tree)
     )
 
 
@@ -257,7 +258,7 @@ def _declared(folder: Folder, code: Code) -> tuple[_Shapes, dict[str, tuple[int,
     counts: dict[str, set[Any]] = {}
     for klass in code.classes:
         init = klass.method("__init__") if code.is_module(klass) else None
-        for node in ast.walk(init) if init is not None else ():
+        for node in walk(init) if init is not None else ():
             if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
                 continue
             kept = [goal.attr for goal in node.targets if isinstance(goal, ast.Attribute) and is_self(goal)]
@@ -321,7 +322,7 @@ def _size(folder: Folder, klass: Klass, init: Any, node: ast.expr, fields: list[
         text = ast.unparse(node)
         values = [
             step.value
-            for step in ast.walk(init)
+            for step in walk(init)
             if isinstance(step, ast.Assign) and any(ast.unparse(goal) == text for goal in step.targets)
         ]
         return _size(folder, klass, init, values[0], fields, depth + 1) if len(values) == 1 else None

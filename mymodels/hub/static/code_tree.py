@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .repo_snapshot import MAX_CONFIG_BYTES, CodeFile, Folder
+from .walking import walk
 
 MAX_CLASSES = 1000
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -55,7 +56,7 @@ class Code:
         self.classes = [
             Klass(file, node)
             for file in self.files.values()
-            for node in ast.walk(file.tree)
+            for node in walk(file.tree)
             if isinstance(node, ast.ClassDef)
         ]
         if len(self.classes) > MAX_CLASSES:
@@ -147,12 +148,12 @@ class Code:
 
 def calls(node: ast.AST) -> Iterator[ast.Call]:
     """Every call inside a node."""
-    return (inner for inner in ast.walk(node) if isinstance(inner, ast.Call))
+    return (inner for inner in walk(node) if isinstance(inner, ast.Call))
 
 
 def attributes(node: ast.AST) -> Iterator[ast.Attribute]:
     """Every attribute access inside a node."""
-    return (inner for inner in ast.walk(node) if isinstance(inner, ast.Attribute))
+    return (inner for inner in walk(node) if isinstance(inner, ast.Attribute))
 
 
 def is_self(node: ast.AST, name: str | None = None) -> bool:
@@ -201,9 +202,16 @@ _OWN = {"self", "config", "module"}  # attributes of these do not depend on the 
 def bridged(file: CodeFile) -> set[int]:
     """The `id` of every node that runs under some releases only: the code asks for a version, a name or a signature
     first, or catches what the other releases raise."""
+    kept = getattr(file.tree, "_bridged", None)
+    if kept is None:
+        kept = file.tree._bridged = _find_bridged(file)  # type: ignore[attr-defined]
+    return kept
+
+
+def _find_bridged(file: CodeFile) -> set[int]:
     names: set[str] = set()
     for _ in range(3):  # names that hold the answer to such a test, or a function that gives it
-        for node in ast.walk(file.tree):
+        for node in walk(file.tree):
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 goals = node.targets if isinstance(node, ast.Assign) else [node.target]
                 if _asks_release(node.value, names):
@@ -225,8 +233,8 @@ def bridged(file: CodeFile) -> set[int]:
 
 
 def _asks_release(node: ast.AST, names: set[str]) -> bool:
-    words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    words |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    words = {n.id for n in walk(node) if isinstance(n, ast.Name)}
+    words |= {n.attr for n in walk(node) if isinstance(n, ast.Attribute)}
     if words & names or {"version", "parse"} <= words or any(map(_RELEASE_TEST.fullmatch, words)):
         return True
     asked = [n.args[0] for n in calls(node) if isinstance(n.func, ast.Name) and n.func.id == "hasattr" and n.args]
@@ -238,7 +246,7 @@ _CAUGHT = {"TypeError", "AttributeError", "ImportError", "ModuleNotFoundError", 
 
 def _catches(node: ast.Try) -> bool:
     """Whether what another release raises is caught: not a bare `finally`."""
-    kinds = {n.id for h in node.handlers if h.type for n in ast.walk(h.type) if isinstance(n, ast.Name)}
+    kinds = {n.id for h in node.handlers if h.type for n in walk(h.type) if isinstance(n, ast.Name)}
     return bool(kinds & _CAUGHT) or any(handler.type is None for handler in node.handlers)
 
 
@@ -280,7 +288,7 @@ def siblings(file: CodeFile) -> list[tuple[str, ast.ImportFrom]]:
     home = file.name.rpartition("/")[0]
     return [
         (f"{home}/{node.module}.py" if home else f"{node.module}.py", node)
-        for node in ast.walk(file.tree)
+        for node in walk(file.tree)
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module and "." not in node.module
     ]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from .check_config import target
 from .code_tree import Code, Klass, calls, is_self
 from .repo_snapshot import CodeFile, Folder
+from .walking import walk
 
 _CLEAR = "._non_persistent_buffers_set.clear"
 Method = ast.FunctionDef | ast.AsyncFunctionDef
@@ -40,7 +41,7 @@ def _reached(code: Code, start: Iterable[Klass]) -> set[int]:
             continue
         found.add(id(node))
         functions = {step.name: step for step in file.tree.body if isinstance(step, ast.FunctionDef)}
-        for inner in ast.walk(node):
+        for inner in walk(node):
             if isinstance(inner, (ast.Name, ast.Attribute)):
                 other = code.find(file, file.dotted(inner))
                 if other is not None:
@@ -77,8 +78,8 @@ def _owners(code: Code, klass: Klass, method: Method, owner: ast.expr) -> set[in
     if is_self(owner):
         made = _made(code, klass, owner)
         return _reached(code, own) if made is None else _with_bases(code, made)
-    for loop in ast.walk(method):
-        if not isinstance(loop, ast.For) or ast.unparse(owner) not in map(ast.unparse, ast.walk(loop.target)):
+    for loop in walk(method):
+        if not isinstance(loop, ast.For) or ast.unparse(owner) not in map(ast.unparse, walk(loop.target)):
             continue
         source = loop.iter
         kind = source.func.attr if isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute) else ""
@@ -102,7 +103,7 @@ def _made(code: Code, klass: Klass, owner: ast.expr) -> list[Klass] | None:
         return None
     found: list[Klass] | None = None
     for member in code.lineage(klass):
-        for step in ast.walk(member.node):
+        for step in walk(member.node):
             if isinstance(step, ast.Assign) and any(is_self(goal, owner.attr) for goal in step.targets):
                 found = found or []
                 for call in calls(step.value):
@@ -134,8 +135,8 @@ def _registers_after(klass: Klass, method: Method, clear: ast.Call) -> bool:
 def _tested(code: Code, klass: Klass, method: ast.AST, clear: ast.Call, owner: str) -> set[int] | None:
     """The classes in an `isinstance` test around the call, or None without a test."""
     found: set[int] | None = None
-    for step in ast.walk(method):
-        if not isinstance(step, ast.If) or not any(clear is inner for part in step.body for inner in ast.walk(part)):
+    for step in walk(method):
+        if not isinstance(step, ast.If) or not any(clear is inner for part in step.body for inner in walk(part)):
             continue
         for test in calls(step.test):
             if ast.unparse(test.func) == "isinstance" and len(test.args) == 2 and ast.unparse(test.args[0]) == owner:

@@ -9,6 +9,7 @@ from pathlib import Path
 from .library_modules import is_module, words
 from .reading import MAIN, Reader
 from .repo_snapshot import Finding
+from .walking import walk
 
 _REGISTRIES = re.compile(
     r"(ALL_\w*FUNCTIONS|ACT2FN|ACT2CLS|ROPE_\w+FUNCTIONS|\w*_MAPPING|\w*_REGISTRY|AttentionInterface|AttentionMaskInterface)"
@@ -156,7 +157,7 @@ def given_to_patchers(reader: Reader) -> Iterator[Finding]:
 def _changed_names(reader: Reader, function: ast.FunctionDef) -> set[str]:
     """The variables whose attributes a function sets or deletes."""
     found: set[str] = set()
-    for node in ast.walk(function):
+    for node in walk(function):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
             found.add(getattr(node.value, "id", ""))
         elif isinstance(node, ast.Call) and node.args and reader.meanings.names(node.func) & _SETTERS:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ...checkpoints import CheckpointError
 from ...checkpoints.safetensors_files import parse_json
 from .api_availability import Release
+from .walking import walk
 
 MAX_FILES = 20_000
 MAX_CODE_BYTES = 1_000_000  # per file and in total; transformers' longest model has 0.3 MB
@@ -218,7 +219,7 @@ def parse_text(name: str, text: str) -> CodeFile | str:
 def _imported_names(tree: ast.Module) -> tuple[dict[str, str], dict[str, set[str]]]:
     names: dict[str, str] = {}
     others: dict[str, set[str]] = {}
-    for node in ast.walk(tree):
+    for node in walk(tree):
         found: list[tuple[str, str]] = []
         if isinstance(node, ast.Import):
             tops = [(alias, alias.name.split(".")[0]) for alias in node.names]
