@@ -65,14 +65,14 @@ def _inputs(probe: Probe, masks: dict[str, str]) -> list[str]:
         ]
     if probe.padding == "moved":
         lines += [
-            "order = None if attention_mask is None else attention_mask.argsort(dim=1, descending=True, stable=True)",
-            "if order is not None:  # padding behind the tokens, where no token sees it",
-            "    input_ids = input_ids.gather(1, order)",
+            "places = None if attention_mask is None else padding_last(attention_mask)",
+            "if places is not None:  # padding behind the tokens, where no token sees it",
+            "    input_ids = input_ids.scatter(1, places, input_ids)",
         ]
-        lines += ["    attention_mask = attention_mask.gather(1, order)"] if masks else []
+        lines += ["    attention_mask = attention_mask.scatter(1, places, attention_mask)"] if masks else []
         if "token_type_ids" in roles:
             missing = "" if set(segments) & set(probe.required) else "None if token_type_ids is None else "
-            lines.append(f"    token_type_ids = {missing}token_type_ids.gather(1, order)")
+            lines.append(f"    token_type_ids = {missing}token_type_ids.scatter(1, places, token_type_ids)")
     for form in dict.fromkeys(form for form in masks.values() if form != "attention_mask"):
         always = set(masks) & set(probe.required)
         lines.append(f"mask = {form}" if always else f"mask = None if attention_mask is None else {form}")
@@ -109,7 +109,7 @@ def _own_loss(probe: Probe, values: list[str]) -> list[str]:
     loss, lines = probe.loss, ["targets = labels"]
     steps = []
     if probe.padding == "moved":
-        steps += ["if order is not None:", "    targets = targets.gather(1, order)"]
+        steps += ["if places is not None:", "    targets = targets.scatter(1, places, targets)"]
     if loss.shifted:
         steps.append("targets = nn.functional.pad(targets[:, 1:], (0, 1), value=-100)")
     if loss.ignored is not None and loss.ignored != -100:
@@ -136,8 +136,8 @@ def _moved_back(probe: Probe) -> list[str]:
     if probe.padding != "moved":
         return []
     return [
-        "if order is not None:",
-        "    logits = logits.gather(1, order.argsort(dim=1)[..., None].expand_as(logits))",
+        "if places is not None:",
+        "    logits = logits.gather(1, places[..., None].expand_as(logits))",
     ]
 
 

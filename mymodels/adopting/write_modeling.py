@@ -294,9 +294,16 @@ def with_values(made: Any, **values: Any) -> Any:
         setattr(made, name, value)
     return made
 '''
+PADDING_LAST = '''\
+def padding_last(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The place of each token in a row whose padding is moved behind its tokens, `[batch, length]`."""
+    kept = attention_mask.bool()
+    return torch.where(kept, kept.cumsum(1), kept.sum(1, keepdim=True) + (~kept).cumsum(1)) - 1
+'''
+HELPERS = {"refuse_unknown(": REFUSE, "with_values(": WITH_VALUES, "padding_last(": PADDING_LAST}
 
 
 def pretty(text: str) -> str:
     """The text with the helpers that wrappers share, before the class."""
-    helpers = f"{REFUSE}\n\n{WITH_VALUES}" if "with_values(" in text else REFUSE
+    helpers = "\n\n".join(helper for call, helper in HELPERS.items() if call in text)
     return text.replace("\n\n\nclass ", f"\n\n\n{helpers}\n\nclass ", 1)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -197,7 +198,14 @@ def _as_value_error(model: PreTrainedModel, to: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {first_line(error)}") from error
+        raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; torch.onnx wraps it in advice with colour codes."""
+    while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(Exception(re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__))
 
 
 def _advance(bar: tqdm, stage: str) -> None:

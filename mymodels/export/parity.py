@@ -1,6 +1,7 @@
 """Compare an exported graph with its model: the graph runs in a new process, on batches of several shapes."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..messages import one_line
 from .graphs import TASKS, Graph, named_outputs, run_forward
 
 Tensors = dict[str, torch.Tensor]
@@ -153,8 +155,7 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
         command = [sys.executable, str(RUNNER), kind, str(file.resolve()), str(inputs), str(outputs)]
         run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if run.returncode:
-            reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
-            raise ParityError(f"{file.name} cannot be run in another process: {reason.strip()[:300]}")
+            raise ParityError(f"{file.name} cannot be run in another process: {_reason(run.stderr, run.returncode)}")
         with safe_open(outputs, "pt") as opened:
             unwanted = json.loads(opened.metadata()["unwanted"])
         if unwanted:
@@ -169,6 +170,13 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
             )  # the last cache holds all tokens
             parts = [found[f"{number}/{step}/{name}"] for step in steps]
             case.found[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _reason(stderr: str, code: int) -> str:
+    """The message of a process's last error: TorchScript's is followed by lines of code."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    messages = [found[1] for line in lines if (found := re.match(r"[A-Za-z_][\w.]*: (\S.*)", line))]
+    return one_line((messages or lines or [f"exit code {code}"])[-1], 300)
 
 
 def largest_difference(cases: Sequence[Case]) -> dict[str, float]:

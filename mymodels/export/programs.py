@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,11 +72,27 @@ def write_aoti(graph: Graph, folder: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _readable_class_names(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, every class has a module name that TorchScript can parse; that of remote code holds a hash."""
+    before = {type(part): type(part).__module__ for part in model.modules()}
+    try:
+        for cls, name in before.items():
+            readable = ".".join(re.sub(r"\W|^(?=\d)", "_", part) for part in name.split("."))
+            if readable != name:
+                cls.__module__ = readable
+        yield
+    finally:
+        for cls, name in before.items():
+            if cls.__module__ != name:
+                cls.__module__ = name
+
+
 def write_torchscript(graph: Graph, folder: Path) -> Path:
     """Write `model_torchscript.pt`: `torch.jit.load(file)`. Legacy: PyTorch recommends `torch.export` instead."""
     target = folder / FILES["torchscript"]
     example: dict[str, Any] = graph.example()
-    with without_tracing_logs(), torch.no_grad():
+    with without_tracing_logs(), torch.no_grad(), _readable_class_names(graph):
         # strict=False permits a dict as output
         traced = torch.jit.trace(graph, example_kwarg_inputs=example, strict=False, check_trace=False)
         torch.jit.save(traced, target)

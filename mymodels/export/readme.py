@@ -100,7 +100,8 @@ def snippet(
     lines.append(_LOAD[kind].format(file=file))
     fed = ", ".join(f'"{name}": {_FEED[name]}' for name in inputs if name in _FEED)
     if task in ("text-generation", "text2text-generation"):
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        end = getattr(config, "eos_token_id", None)
+        ends = end if isinstance(end, list) else [end]
         code = (
             'ids = np.array([tokenizer.encode("Once upon a time").ids])' if tokenizer else "ids = np.array([[5, 6, 7]])"
         )
