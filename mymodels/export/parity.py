@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..messages import one_line
-from .graphs import TASKS, Graph, named_outputs, run_forward
+from .graphs import TASKS, GivenGraph, Graph, named_outputs, run_forward, vocab_size_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,22 +47,26 @@ class Case:
             return torch.ones_like(self.inputs["decoder_input_ids"], dtype=torch.bool)
         if "attention_mask" in self.inputs:
             return self.inputs["attention_mask"].bool()
-        return torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
+        return torch.ones(self.shape[:2], dtype=torch.bool)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        rows, length = self.inputs["attention_mask" if "attention_mask" in self.inputs else "input_ids"].shape
-        return rows, length
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first input."""
+        first = "attention_mask" if "attention_mask" in self.inputs else next(iter(self.inputs))
+        return tuple(self.inputs[first].shape)
 
 
 def make_cases(graph: Graph) -> list[Case]:
     """Batches of random tokens, of other shapes than the traced one, padded on the task's side.
 
     Raises:
-        ValueError: the config has no `vocab_size`.
+        ValueError: neither the config nor the embeddings have a size of the vocabulary.
     """
+    if isinstance(graph, GivenGraph):
+        return given_cases(graph)
     config: Any = graph.model.config
-    if not isinstance(getattr(config, "vocab_size", None), int):
+    vocabulary = vocab_size_of(graph.model)
+    if vocabulary is None:
         raise ValueError(f"the config of {type(graph.model).__name__} has no vocab_size, so no inputs can be generated")
     limit = getattr(config, "max_position_embeddings", None) or 64
     window = getattr(config, "sliding_window", None) or 0
@@ -77,9 +81,17 @@ def make_cases(graph: Graph) -> list[Case]:
         for row in range(1, rows if padding and "attention_mask" in graph.inputs else 0):
             hidden = slice(None, row) if padding == "left" else slice(-row, None)
             mask[row, hidden] = 0
-        ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
+        ids = torch.randint(vocabulary, (rows, length), generator=generator)
         cases.append(_make_case(graph, ids, mask, generator))
     return cases
+
+
+def given_cases(graph: GivenGraph) -> list[Case]:
+    """The given rows, the first of them alone, the last alone, and all of them twice."""
+    rows = len(next(iter(graph.given.values())))
+    batches = {"all": range(rows), "first": [0], "last": [rows - 1], "twice": [*range(rows), *range(rows)]}
+    chosen = list(dict.fromkeys(tuple(batch) for batch in batches.values()))
+    return [Case({name: tensor[list(batch)] for name, tensor in graph.given.items()}, [0]) for batch in chosen]
 
 
 def text_cases(graph: Graph, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Case]:
@@ -104,7 +116,7 @@ def _make_case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: t
     config, length = graph.model.config, ids.shape[1]
     padding = getattr(config, "pad_token_id", None)
     if padding is not None:  # some models detect padding by the token
-        other = (padding + 1) % config.vocab_size
+        other = (padding + 1) % (vocab_size_of(graph.model) or padding + 2)
         ids = torch.where((ids == padding) & (mask == 1), other, ids).masked_fill(mask == 0, padding)
     inputs = {"input_ids": ids} | ({"attention_mask": mask} if "attention_mask" in graph.inputs else {})
     if "decoder_input_ids" in graph.inputs:
@@ -155,7 +167,8 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
         command = [sys.executable, str(RUNNER), kind, str(file.resolve()), str(inputs), str(outputs)]
         run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if run.returncode:
-            raise ParityError(f"{file.name} cannot be run in another process: {_reason(run.stderr, run.returncode)}")
+            more = "; a trace keeps loops, branches and len() as on its example" if kind == "torchscript" else ""
+            raise ParityError(f"{file.name} cannot be run in another process: {_reason(run.stderr, run.returncode)}{more}")
         with safe_open(outputs, "pt") as opened:
             unwanted = json.loads(opened.metadata()["unwanted"])
         if unwanted:
@@ -166,7 +179,7 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
         case.found = {}
         for name in case.expected:
             steps = (
-                range(last + 1) if name in TASKS[graph.task].outputs and last else [last]
+                range(last + 1) if last and name in TASKS[graph.task].outputs else [last]
             )  # the last cache holds all tokens
             parts = [found[f"{number}/{step}/{name}"] for step in steps]
             case.found[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -212,9 +225,12 @@ def check(cases: Sequence[Case], tolerance: float) -> dict[str, float]:
             for case in cases:
                 here = largest_difference([case])[name]
                 if not here <= tolerance:
+                    text = "input_ids" in case.inputs
+                    size = (
+                        f"{case.shape[0]} rows of {case.shape[1]} tokens" if text else f"the shape {list(case.shape)}"
+                    )
                     raise ParityError(
-                        f"{name} differs from torch's by {here:.2g}, more than {tolerance:g}, in a batch of "
-                        f"{case.shape[0]} rows of {case.shape[1]} tokens"
+                        f"{name} differs from torch's by {here:.2g}, more than {tolerance:g}, in a batch of {size}"
                     )
     return worst
 
