@@ -9,6 +9,7 @@ from torch import nn
 from ..checkpoints import CheckpointError
 from .author_file import AuthorFile
 from .build_module import in_words, line_in
+from .finding_encoder import find_encoder, is_causal_decoder
 from .finding_loss import find_loss
 from .masks import check_meaning, find_mask, find_pad
 from .outputs import check_outputs, main_output, take
@@ -79,8 +80,13 @@ def probe(
     check_outputs(prober, call, inputs, path, logits)
     head = prober.head(call, inputs, logits)
     kind = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class)
-    if kind == "seq2seq":
-        head = ""  # the tables of source and target are two: one size for both would be wrong
+    resizes = True
+    if kind == "seq2seq":  # where source and target have tables of their own, one new size for both would be wrong
+        target = prober.embeddings(call, {**inputs, "looked_for": inputs["decoder_input_ids"]})[0]
+        resizes = bool(embeddings) and _same(prober.module, embeddings, target) and bool(head)
+    generates, encoder = kind == "causal", ""
+    if kind == "seq2seq" and vocab is not None and is_causal_decoder(prober, call, inputs, path):
+        generates, encoder = True, find_encoder(prober, call, inputs, path, vocab)
     call, padding, pad = _padding(prober, call, inputs, path, kind, vocab)
     call = _with_segments(prober, call, inputs)
     limit = None
@@ -109,8 +115,11 @@ def probe(
         vocab=vocab,
         limit=limit,
         embeddings=embeddings,
-        head=head if kind in ("causal", "masked") else "",
+        head=head if kind in ("causal", "masked") or (kind == "seq2seq" and resizes) else "",
+        resizes=resizes,
         loss=loss,
+        generates=generates,
+        encoder=encoder,
         dummy=bool(dummy),
         padding=padding,
         pad=pad,
@@ -120,6 +129,10 @@ def probe(
         inputs=inputs,
         outputs={"last_hidden_state" if kind == "body" else "logits": reference.contiguous()},
     )
+
+
+def _same(module: nn.Module, one: str, other: str) -> bool:
+    return bool(other) and module.get_submodule(one) is module.get_submodule(other)
 
 
 def _copy_weights(module: nn.Module, trial: nn.Module) -> None:

@@ -104,7 +104,10 @@ class Probe(NamedTuple):
     limit: int | None  # longest input, where a longer one raises
     embeddings: str  # path of the input embeddings, or ""
     head: str  # path of the output embeddings, or ""
+    resizes: bool  # whether the embeddings can be exchanged: source and target have no tables of their own
     loss: Loss  # how the loss is made
+    generates: bool  # whether no output depends on a later token, of the target if there are two
+    encoder: str  # path of the module whose output is all that a decoder gets of the source, or ""
     dummy: bool  # whether all positions are returned only if labels are given
     padding: (
         str  # "mask" (one that works), "moved" (causal: behind the tokens), "ids" (the module knows its id), "none"

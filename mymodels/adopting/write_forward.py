@@ -3,6 +3,7 @@
 from typing import Any
 
 from .probing import MASK_FORMS, Probe
+from .write_generation import within_encoder_kept
 
 _PER_ROW = ("sequence", "image")
 
@@ -25,8 +26,12 @@ def write_forward(probe: Probe, output: str) -> str:
     two = "decoder_input_ids" in roles
     names = [*(["attention_mask"] if takes_mask else []), *more, *(["decoder_input_ids"] if two else [])]
     names += ["labels"] if has_loss else []
-    lines = ["@can_return_tuple", "def forward(", "    self,", f"    {call.main}: torch.Tensor,"]
+    lines = ["@can_return_tuple", "def forward(", "    self,"]
+    lines += [f"    {call.main}: torch.Tensor" + (" | None = None," if _keeps_source(probe) else ",")]
     lines += [f"    {name}: torch.Tensor | None = None," for name in names]
+    if _keeps_source(probe):
+        lines.append("    encoder_outputs: EncoderOutput | None = None,")
+        names.append("encoder_outputs")
     lines += ["    **kwargs: Any,", f") -> {output}:"]
     body = [*_docstring(probe, names), *_refusals(probe, takes_mask), *_inputs(probe, masks)]
     values, setup = _values(probe, masks, in_dict)
@@ -36,7 +41,7 @@ def write_forward(probe: Probe, output: str) -> str:
     else:
         comment = "  # with targets, it returns every token's logits" if probe.dummy else ""
         name = "hidden_states" if probe.kind == "body" else "logits"
-        body += _call(f"{name} = self.net(", values, f"){probe.logits}", comment)
+        body += _in_encoder(probe, _call(f"{name} = self.net(", values, f"){probe.logits}", comment))
     result = "last_hidden_state=hidden_states"
     if probe.kind != "body":
         body += _moved_back(probe) + (_loss(probe) if probe.loss.kind == "made" else [])
@@ -45,15 +50,37 @@ def write_forward(probe: Probe, output: str) -> str:
     return "\n".join([*lines, *(f"    {line}" if line else "" for line in body)])
 
 
+def _keeps_source(probe: Probe) -> bool:
+    """Whether generation hands the source on in `encoder_outputs`."""
+    return probe.kind == "seq2seq" and probe.generates
+
+
+def _in_encoder(probe: Probe, lines: list[str]) -> list[str]:
+    return within_encoder_kept(lines, dotted(probe.encoder)) if probe.encoder else lines
+
+
+def dotted(path: str) -> str:
+    """A path of modules as Python writes it; children of a list by number."""
+    first, *rest = path.split(".")
+    return first + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in rest)
+
+
 def _inputs(probe: Probe, masks: dict[str, str]) -> list[str]:
     """What is made of the arguments before the module is called."""
     roles, lines = list(probe.call.arguments.values()), []
+    if _keeps_source(probe):
+        lines += ["if encoder_outputs is not None:", "    input_ids = encoder_outputs.input_ids"]
     if any(isinstance(role, list) for role in roles) or set(masks) & set(probe.required):
         lines += ["if attention_mask is None:", "    attention_mask = torch.ones_like(input_ids)"]
     segments = [name for name, role in probe.call.arguments.items() if role == "token_type_ids"]
     if set(segments) & set(probe.required):
         lines += ["if token_type_ids is None:", "    token_type_ids = torch.zeros_like(input_ids)"]
     if "decoder_input_ids" in roles:
+        if probe.kind == "seq2seq" and probe.loss.kind != "none":
+            lines += [
+                "if decoder_input_ids is None and labels is not None:",
+                "    decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)",
+            ]
         lines += [
             "if decoder_input_ids is None:",
             '    raise ValueError("give decoder_input_ids, the target up to the token before each label")',
@@ -121,7 +148,7 @@ def _own_loss(probe: Probe, values: list[str]) -> list[str]:
         ]
     if steps:
         lines += ["if targets is not None:", *(f"    {step}" for step in steps)]
-    lines += _call("outputs = self.net(", [*values, f"{loss.argument}=targets"], ")")
+    lines += _in_encoder(probe, _call("outputs = self.net(", [*values, f"{loss.argument}=targets"], ")"))
     if loss.logits == probe.logits:
         lines += [f"logits = outputs{probe.logits}", f"loss = None if labels is None else outputs{loss.path}"]
     else:  # what is returned has another form with labels
@@ -186,8 +213,9 @@ def _docstring(probe: Probe, names: list[str]) -> list[str]:
         "input_values": "numbers of the shape that the module takes.",
         "attention_mask": "1 at tokens, 0 at padding.",
         "token_type_ids": "which segment a token is of, `[batch, length]`.",
-        "decoder_input_ids": "token ids of the target `[batch, target length]`, one place before the labels.",
+        "decoder_input_ids": "token ids of the target `[batch, target length]`, one place before the labels; made of these if there are any.",
         "labels": f"{labels}.",
+        "encoder_outputs": "what `get_encoder()` gives for the source, instead of `input_ids`.",
     }
     given = [probe.call.main, *names]
     return ['"""', "Args:", *(f"    {name}: {what.get(name, 'passed on')}" for name in given), '"""']

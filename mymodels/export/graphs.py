@@ -184,7 +184,6 @@ class Graph(nn.Module):
             ]
         return found
 
-
     def axes(self) -> dict[str, dict[int, str]]:
         """Input → its axes of any size, by name; without the cache."""
         axes = {name: {0: "batch_size", 1: "sequence_length"} for name in self.inputs}

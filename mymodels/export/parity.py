@@ -168,7 +168,9 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
         run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if run.returncode:
             more = "; a trace keeps loops, branches and len() as on its example" if kind == "torchscript" else ""
-            raise ParityError(f"{file.name} cannot be run in another process: {_reason(run.stderr, run.returncode)}{more}")
+            raise ParityError(
+                f"{file.name} cannot be run in another process: {_reason(run.stderr, run.returncode)}{more}"
+            )
         with safe_open(outputs, "pt") as opened:
             unwanted = json.loads(opened.metadata()["unwanted"])
         if unwanted:
