@@ -10,9 +10,9 @@ from ..checkpoints import CheckpointError
 from .author_file import AuthorFile
 from .build_module import in_words, line_in
 from .finding_encoder import find_encoder, is_causal_decoder
-from .finding_loss import find_loss
+from .finding_loss import find_loss, find_span_loss
 from .masks import check_meaning, find_mask, find_pad
-from .outputs import check_outputs, main_output, take
+from .outputs import check_outputs, main_output, parts_of, span_outputs, take
 from .probing import LENGTH, MASK_FORMS, Call, Probe, Prober, example_ids, find_outputs, is_labels, is_segments
 
 KINDS = {  # how the head of the wrapper is called → its Auto class
@@ -22,6 +22,8 @@ KINDS = {  # how the head of the wrapper is called → its Auto class
     "sequence": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
     "seq2seq": ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
     "image": ("ForImageClassification", "AutoModelForImageClassification"),
+    "audio": ("ForAudioClassification", "AutoModelForAudioClassification"),
+    "span": ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
     "body": ("Model", "AutoModel"),
 }
 
@@ -67,6 +69,14 @@ def probe(
             inputs["decoder_input_ids"] = example_ids(decoder_vocab, seed=1)[:, : LENGTH - 2]
     output = _run(prober, call, inputs)
     path, logits, unused = main_output(prober, call, inputs, output, vocab)
+    spans = (
+        span_outputs(output, inputs["input_ids"].shape)
+        if vocab is not None and "decoder_input_ids" not in inputs
+        else []
+    )
+    if spans:
+        path, logits = spans[0], take(output, spans[0])
+        unused = [name for name in parts_of(output) if name not in spans]
     dummy = ""
     if vocab is not None and logits.dim() == 3 and logits.shape[1] == 1 and "decoder_input_ids" not in inputs:
         for name in [n for n in prober.signature if n not in call.arguments and is_labels(n)]:
@@ -79,7 +89,10 @@ def probe(
                 break
     check_outputs(prober, call, inputs, path, logits)
     head = prober.head(call, inputs, logits)
-    kind = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class)
+    if spans and auto_class in (None, KINDS["span"][1]):
+        kind = "span"
+    else:
+        kind, spans = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class), []
     resizes = True
     if kind == "seq2seq":  # where source and target have tables of their own, one new size for both would be wrong
         target = prober.embeddings(call, {**inputs, "looked_for": inputs["decoder_input_ids"]})[0]
@@ -93,7 +106,10 @@ def probe(
     if vocab is not None:
         sizes = [value for value in fields.values() if isinstance(value, int) and not isinstance(value, bool)]
         limit = prober.limit(call, vocab, sizes)
-    loss = find_loss(prober, _without_labels(call) if dummy else call, inputs, path, kind, logits.shape[-1], dummy)
+    if spans:
+        loss = find_span_loss(prober, call, inputs, spans)
+    else:
+        loss = find_loss(prober, _without_labels(call) if dummy else call, inputs, path, kind, logits.shape[-1], dummy)
     if dummy and loss.kind != "made":  # its loss would be that of the inputs
         raise CheckpointError(
             f"{prober.at_forward()}: forward returns the outputs of all tokens only with {dummy}, and its loss is not the "
@@ -106,10 +122,13 @@ def probe(
     prober.module = module
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    reference = take(_run(prober, call, inputs), path)
+    reference = _run(prober, call, inputs)
+    names = ["start_logits", "end_logits"] if spans else ["last_hidden_state" if kind == "body" else "logits"]
+    outputs = {name: take(reference, at).contiguous() for name, at in zip(names, spans or [path])}
     return Probe(
         call=call,
         logits=path,
+        second=spans[1] if spans else "",
         kind=kind,
         width=logits.shape[-1],
         vocab=vocab,
@@ -124,10 +143,12 @@ def probe(
         padding=padding,
         pad=pad,
         required=[n for n, p in prober.signature.items() if p.default is p.empty],
-        left=[n for n, p in prober.signature.items() if n not in (*call.arguments, loss.argument) and _named(p)],
+        left=[
+            n for n, p in prober.signature.items() if n not in (*call.arguments, *loss.argument.split()) and _named(p)
+        ],
         unused=unused,
         inputs=inputs,
-        outputs={"last_hidden_state" if kind == "body" else "logits": reference.contiguous()},
+        outputs=outputs,
     )
 
 
@@ -241,7 +262,11 @@ def _kind(
         raise CheckpointError(
             f"{prober.place}: {auto_class!r} is none of {', '.join(auto for _, auto in KINDS.values())}"
         )
-    dims = {"causal": 3, "masked": 3, "tokens": 3, "sequence": 2, "image": 2, "seq2seq": 3}.get(wanted)
+    if wanted == "span":
+        raise CheckpointError(
+            f"{prober.at_forward()}: forward returns no start_logits and end_logits, [batch, length] each"
+        )
+    dims = {"causal": 3, "masked": 3, "tokens": 3, "sequence": 2, "image": 2, "audio": 2, "seq2seq": 3}.get(wanted)
     if dims is not None and logits.dim() != dims:
         raise CheckpointError(
             f"{prober.place}: its outputs have {logits.dim()} dimensions, those of {auto_class} have {dims}"

@@ -31,7 +31,7 @@ from .build_module import (
 )
 from .constructor import Constructor, read_constructor
 from .describing import KINDS, probe
-from .probing import Probe
+from .probing import PER_ROW, Probe
 from .write_configuration import Names, aliases, write_configuration
 from .write_modeling import Wrapped, pretty, wrapped, write_modeling
 
@@ -218,7 +218,7 @@ def _config(
         if found.kind == "seq2seq":
             values["is_encoder_decoder"] = True
             values.setdefault("decoder_start_token_id", _start(constructor, found, tokens))
-    if found.kind in ("tokens", "sequence", "image"):
+    if found.kind in ("tokens", *PER_ROW):
         labels = [f"LABEL_{number}" for number in range(found.width)]
         values["id2label"] = {str(number): label for number, label in enumerate(labels)}
         values["label2id"] = {label: number for number, label in enumerate(labels)}
@@ -306,7 +306,7 @@ def _missing(module: nn.Module, found: Probe, constructor: Constructor, about: W
         what.append("padding: forward takes no mask that leaves it out, so rows of different length are run apart")
     if found.loss.kind == "none":
         what.append(f"training: {found.loss.note}, so there are no labels")
-    elif found.loss.kind == "own" and found.loss.ignored is None and found.kind not in ("sequence", "image"):
+    elif found.loss.kind == "own" and found.loss.ignored is None and found.kind not in PER_ROW:
         what.append("labels that are left out: the module's own loss leaves none out, so -100 is refused")
     if found.unused:
         what.append(f"outputs that are left out: {', '.join(f'forward(…){path}' for path in found.unused)}")
@@ -322,6 +322,8 @@ def _missing(module: nn.Module, found: Probe, constructor: Constructor, about: W
         what.append(
             "inputs_embeds, position_ids, attentions and hidden states: the wrapper neither takes nor returns them"
         )
+    if found.kind == "audio":
+        what.append("pipelines: there is no feature extractor, so sounds have to be tensors already")
     if found.kind == "image":
         what.append("pipelines: there is no image processor, so images have to be tensors already")
     if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):

@@ -17,6 +17,7 @@ from .author_file import AuthorFile, is_unpacked, keys_read
 from .build_module import in_words, line_in, quiet
 
 ROWS, LENGTH = 2, 7
+PER_ROW = ("sequence", "image", "audio")  # kinds with labels of rows
 _DECODER = re.compile(r"^(tgt|trg|target(_ids)?|decoder_input_ids|tgt_ids|trg_ids|dec\w*|y|output_ids)$")
 _LABELS = re.compile(r"^(labels?|targets?|tgt|y|y_true|gold|tags)$")
 _SEGMENTS = re.compile(r"^(token_type_ids|segment(s|_ids|_info|_label)?|seg(_ids)?|token_types?)$")
@@ -98,7 +99,8 @@ class Probe(NamedTuple):
 
     call: Call
     logits: str  # how the outputs are taken from what the module returns: "", "[0]", "['logits']" or ".logits"
-    kind: str  # causal, masked, tokens, sequence, seq2seq, image, body
+    second: str  # of spans, how the ends are taken; `logits` is of the starts
+    kind: str  # a key of describing.KINDS
     width: int  # last dimension of the outputs
     vocab: int | None  # ids that the embeddings know, None for no tokens
     limit: int | None  # longest input, where a longer one raises
@@ -211,15 +213,18 @@ class Prober:
         ]
 
     def _vectors(self) -> list[torch.Tensor]:
-        linear = next((part for part in self.module.modules() if isinstance(part, nn.Linear)), None)
-        width = getattr(linear, "in_features", None) or getattr(
-            next((p for p in self.module.modules() if isinstance(p, (nn.LSTM, nn.GRU))), None), "input_size", None
-        )
-        if width is None:
-            return []
+        shapes: list[tuple[int, ...]] = []
+        for part in self.module.modules():  # the layers that may be first, of each kind the first that is there
+            if isinstance(part, nn.Conv1d):  # sounds and series
+                shapes += [(ROWS, part.in_channels, size) for size in (64, 1600, 16000)]
+                shapes += [(ROWS, size) for size in (1600, 16000)] if part.in_channels == 1 else []
+            elif isinstance(part, (nn.RNNBase, nn.Linear)):
+                width = part.input_size if isinstance(part, nn.RNNBase) else part.in_features
+                shapes += [(ROWS, width), (ROWS, LENGTH, width), (ROWS, width, LENGTH)]
+            if len(shapes) > 8:
+                break
         generator = torch.Generator().manual_seed(0)
-        shapes = ((ROWS, width), (ROWS, LENGTH, width), (ROWS, width, LENGTH))
-        return [torch.rand(*shape, generator=generator) * 2 - 1 for shape in shapes]
+        return [torch.rand(*shape, generator=generator) * 2 - 1 for shape in dict.fromkeys(shapes)]
 
     def find_call(self) -> tuple[Call, dict[str, torch.Tensor], Any]:
         for call, inputs in self.calls():

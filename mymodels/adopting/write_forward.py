@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from .probing import MASK_FORMS, Probe
+from .probing import MASK_FORMS, PER_ROW, Probe
 from .write_generation import within_encoder_kept
-
-_PER_ROW = ("sequence", "image")
 
 
 def write_forward(probe: Probe, output: str) -> str:
@@ -25,7 +23,8 @@ def write_forward(probe: Probe, output: str) -> str:
     takes_mask = probe.padding != "none" or bool(masks) or any(isinstance(role, list) for role in roles)
     two = "decoder_input_ids" in roles
     names = [*(["attention_mask"] if takes_mask else []), *more, *(["decoder_input_ids"] if two else [])]
-    names += ["labels"] if has_loss else []
+    labels = ["start_positions", "end_positions"] if probe.kind == "span" else ["labels"]
+    names += labels if has_loss else []
     lines = ["@can_return_tuple", "def forward(", "    self,"]
     lines += [f"    {call.main}: torch.Tensor" + (" | None = None," if _keeps_source(probe) else ",")]
     lines += [f"    {name}: torch.Tensor | None = None," for name in names]
@@ -36,14 +35,18 @@ def write_forward(probe: Probe, output: str) -> str:
     body = [*_docstring(probe, names), *_refusals(probe, takes_mask), *_inputs(probe, masks)]
     values, setup = _values(probe, masks, in_dict)
     body += setup
-    if probe.loss.kind == "own":
+    if probe.kind == "span":
+        body += _spans(probe, values, has_loss)
+    elif probe.loss.kind == "own":
         body += _own_loss(probe, values)
     else:
         comment = "  # with targets, it returns every token's logits" if probe.dummy else ""
         name = "hidden_states" if probe.kind == "body" else "logits"
         body += _in_encoder(probe, _call(f"{name} = self.net(", values, f"){probe.logits}", comment))
     result = "last_hidden_state=hidden_states"
-    if probe.kind != "body":
+    if probe.kind == "span":
+        result = f"{'loss=loss, ' if has_loss else ''}start_logits=start_logits, end_logits=end_logits"
+    elif probe.kind != "body":
         body += _moved_back(probe) + (_loss(probe) if probe.loss.kind == "made" else [])
         result = "loss=loss, logits=logits" if has_loss else "logits=logits"
     body.append(f"return {output}({result})")
@@ -141,7 +144,7 @@ def _own_loss(probe: Probe, values: list[str]) -> list[str]:
         steps.append("targets = nn.functional.pad(targets[:, 1:], (0, 1), value=-100)")
     if loss.ignored is not None and loss.ignored != -100:
         steps.append(f"targets = targets.masked_fill(targets == -100, {loss.ignored})  # what the module leaves out")
-    if loss.ignored is None and probe.kind not in _PER_ROW:
+    if loss.ignored is None and probe.kind not in PER_ROW:
         steps += [
             "if (targets == -100).any():",
             '    raise ValueError("the loss of this model leaves no label out: give rows of one length, without -100")',
@@ -155,6 +158,20 @@ def _own_loss(probe: Probe, values: list[str]) -> list[str]:
         lines += [
             f"logits = outputs{probe.logits} if labels is None else outputs{loss.logits}",
             f"loss = None if labels is None else outputs{loss.path}",
+        ]
+    return lines
+
+
+def _spans(probe: Probe, values: list[str], has_loss: bool) -> list[str]:
+    lines = _call("outputs = self.net(", values, ")")
+    lines.append(f"start_logits, end_logits = outputs{probe.logits}, outputs{probe.second}")
+    if has_loss:
+        lines += [
+            "loss = None",
+            "if start_positions is not None and end_positions is not None:",
+            "    first = nn.functional.cross_entropy(start_logits, start_positions)",
+            "    last = nn.functional.cross_entropy(end_logits, end_positions)",
+            "    loss = (first + last) / 2",
         ]
     return lines
 
@@ -175,7 +192,7 @@ def _loss(probe: Probe) -> list[str]:
     if probe.kind in ("causal", "masked"):
         lines.append("loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)")
     else:
-        flat, target = ("logits", "labels") if probe.kind in _PER_ROW else ("logits.flatten(0, 1)", "labels.flatten()")
+        flat, target = ("logits", "labels") if probe.kind in PER_ROW else ("logits.flatten(0, 1)", "labels.flatten()")
         lines += [
             "# the mean over all labels of a step that is accumulated, where the trainer says how many there are",
             'count = kwargs.get("num_items_in_batch")',
@@ -203,9 +220,10 @@ def _docstring(probe: Probe, names: list[str]) -> list[str]:
     labels = {
         "causal": "`input_ids` itself, shifted inside; -100 is left out",
         "image": "a class per image",
+        "audio": "a class per row",
         "sequence": "a class per row",
     }.get(probe.kind, "a class per token, -100 is left out")
-    if probe.loss.kind == "own" and probe.kind in _PER_ROW:
+    if probe.loss.kind == "own" and probe.kind in PER_ROW:
         labels = "as the module's own loss takes them"
     what = {
         "input_ids": "token ids `[batch, length]`.",
@@ -215,6 +233,8 @@ def _docstring(probe: Probe, names: list[str]) -> list[str]:
         "token_type_ids": "which segment a token is of, `[batch, length]`.",
         "decoder_input_ids": "token ids of the target `[batch, target length]`, one place before the labels; made of these if there are any.",
         "labels": f"{labels}.",
+        "start_positions": "the first token of each answer, `[batch]`.",
+        "end_positions": "the last token of each answer, `[batch]`.",
         "encoder_outputs": "what `get_encoder()` gives for the source, instead of `input_ids`.",
     }
     given = [probe.call.main, *names]

@@ -19,6 +19,8 @@ OUTPUT = {
     "sequence": "SequenceClassifierOutput",
     "seq2seq": "Seq2SeqLMOutput",
     "image": "ImageClassifierOutput",
+    "audio": "SequenceClassifierOutput",
+    "span": "QuestionAnsweringModelOutput",
     "body": "BaseModelOutput",
 }
 
@@ -144,6 +146,8 @@ def _summary(probe: Probe, cls: str) -> str:
         "seq2seq": f"`{cls}` with a loss for the tokens of the target"
         + (", and `generate`, which runs the target's tokens again at each step." if probe.generates else "."),
         "image": f"`{cls}` with a loss for a label per image.",
+        "audio": f"`{cls}` with a loss for a label per row.",
+        "span": f"`{cls}` with a loss for the start and the end of an answer.",
         "body": f"`{cls}` with its output as `last_hidden_state`.",
     }[probe.kind]
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -253,9 +254,8 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     if "data-dependent expression" in text:
-        place = re.search(r"Caused by: \((?:\S*/)?(\S+\.py:\d+) in ", text)
         return (
-            f"forward branches on the values of a tensor{f' ({place[1]})' if place else ''}, and a graph has one path: "
+            f"forward branches on the values of a tensor{_author_line(error)}, and a graph has one path: "
             "compute every branch and choose by torch.where, or multiply by a mask"
         )
     if "Constraints violated" in text or "user-specified ranges and inferred ranges" in text:
@@ -266,6 +266,14 @@ def _reason(error: BaseException) -> str:
             "the tokens in Python or calls nn.LSTM: take .size(), and work on all tokens at once"
         )
     return first_line(Exception(text or type(error).__name__))
+
+
+def _author_line(error: BaseException) -> str:
+    """` (FILE:LINE)` of the last code in a traceback that is of no library, or `""`."""
+    libraries = [str(Path(module.__file__ or "").parent) for module in (torch, transformers, contextlib)]
+    libraries.append(str(Path(__file__).parents[1]))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(tuple(libraries))]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def _advance(bar: tqdm, stage: str) -> None:

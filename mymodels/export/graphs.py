@@ -73,11 +73,11 @@ def input_names(task: str, model: PreTrainedModel) -> list[str]:
         wanted.append("position_ids")  # an input, because rows may be padded on the left
     names = [name for name in wanted if takes(model, name)]
     names += ["decoder_input_ids"] if task == "text2text-generation" else []
-    for name in () if is_known(model) else ("token_type_ids", "attention_mask"):
-        fewer = [other for other in names if other != name]
-        if name in names and not _runs(model, task, names) and _runs(model, task, fewer):
-            names = fewer
-    return names
+    refused = (
+        () if is_known(model) else ((), ("token_type_ids",), ("attention_mask",), ("token_type_ids", "attention_mask"))
+    )
+    fewer = ([name for name in names if name not in left] for left in refused)
+    return next((tried for tried in fewer if _runs(model, task, tried)), names)
 
 
 @torch.no_grad()

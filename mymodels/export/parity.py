@@ -158,8 +158,9 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
         for step, piece in enumerate(case.pieces):
             start, end = end, end + piece
             for name, value in case.inputs.items():
-                part = value[:, :end] if name == "attention_mask" else value[:, start:end]
-                part = part if graph.past else value
+                part = value
+                if graph.past:
+                    part = value[:, :end] if name == "attention_mask" else value[:, start:end]
                 calls[f"{number}/{step}/{name}"] = part.clone(memory_format=torch.contiguous_format)
     with tempfile.TemporaryDirectory(prefix="mymodels-parity-") as folder:
         inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")

@@ -51,11 +51,15 @@ def causal_masks_unread() -> Iterator[None]:
         yield
 
 
-def _refined(shapes: dict[str, Any], message: str) -> dict[str, Any] | None:
-    """`shapes` with the limits that torch.export suggests, such as the length of a table of positions; None without any."""
+def _looser(shapes: dict[str, Any], message: str) -> dict[str, Any] | None:
+    """`shapes` for a second trial after an error, or None: with the limits that torch.export suggests, or without any.
+
+    A table of positions limits the length; a slice of a whole table excludes the one length at which it is no slice.
+    """
     heading = "Suggested fixes:"
     if heading not in message:
-        return None
+        excluded = "Not all values of" in message
+        return {name: dict.fromkeys(axes, Dim.DYNAMIC) for name, axes in shapes.items()} if excluded else None
     fixes = [line for line in message.split(heading)[1].splitlines() if " = " in line]  # advice follows
     found = refine_dynamic_shapes_from_suggested_fixes("\n".join([heading, *fixes]), shapes)
     axes = [axis for axes in found.values() for axis in axes.values()]  # type: ignore[union-attr]
@@ -75,9 +79,9 @@ def export_program(graph: Graph) -> ExportedProgram:
         try:
             program = torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes)
         except Exception as error:
-            if (shapes := _refined(shapes, str(error))) is None:
+            if (looser := _looser(shapes, str(error))) is None:
                 raise
-            program = torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes)
+            program = torch.export.export(graph, (), graph.example(), dynamic_shapes=looser)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it contains paths of this machine
     return program

@@ -61,7 +61,11 @@ def test_a_word_s_first_token_has_its_label_and_an_answer_its_tokens(tokenizer, 
     for row, example in zip(data.train, encode_answers(data, tokenizer, 32)["train"]):
         ids = example["input_ids"][example["start_positions"] : example["end_positions"] + 1]
         assert tokenizer.decode(ids).replace(" ", "") == row["context"][row["start"] : row["end"]]
-    for length, message in [(10, "every answer is truncated at max_length=10"), (6, "a question alone is longer than")]:
+    question = len(tokenizer("what did we see ?", "").input_ids)
+    for length, message in [
+        (question + 2, "every answer is truncated"),
+        (question - 2, "a question alone is longer than"),
+    ]:
         with pytest.raises(DataError, match=message):
             encode_answers(data, tokenizer, length)
 
