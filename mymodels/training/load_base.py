@@ -20,6 +20,7 @@ from ..hub.auto_class_names import auto_class_of
 from ..messages import first_line
 from ..released import own_code, reader
 from ..warmstart import warm_start
+from .added_heads import heads_added, own_base_model
 from .data import Data
 
 CLASS_SUFFIXES = {
@@ -201,6 +202,15 @@ def _from_checkpoint(
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
     auto_class = getattr(transformers, f"AutoModel{CLASS_SUFFIXES[kind]}")
+    if own_base_model(raw.get("auto_map"), kind) is not None:
+        with heads_added(path, source, raw, trust_remote_code) as folder:
+            loaded = _from_checkpoint(
+                folder, task, labels, None, overrides, tokenizer or path, revision, trust_remote_code
+            )
+        loaded.model.name_or_path = loaded.model.config._name_or_path = str(source)
+        loaded.hub_id = hub_id
+        loaded.how = f"{type(loaded.model).__name__}, a new head on the base model of {source}"
+        return loaded
     with only_errors_logged(), clear_load_errors(source), _explain_missing_head(source, config, task):
         model, info = auto_class.from_pretrained(
             path,
