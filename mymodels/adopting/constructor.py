@@ -152,6 +152,11 @@ def read_constructor(
             continue
         value = _find(name, parameter.default, {}, values, recorded)
         if value is _MISSING or value is inspect.Parameter.empty:
+            if isinstance(taken, type) and issubclass(taken, nn.Module):
+                raise CheckpointError(
+                    f"{place} needs its argument {name!r}, a module, which config.json cannot hold: build it in __init__ from "
+                    "numbers and strings"
+                )
             raise CheckpointError(
                 f"{place} needs its argument {name!r}, which has no default: give it, --config {name}=…"
             )

@@ -9,9 +9,10 @@ from torch import nn
 from ..checkpoints import CheckpointError
 from .author_file import AuthorFile
 from .build_module import error_text, line_in
-from .finding_loss import find_loss
+from .finding_encoder import find_encoder, is_causal_decoder
+from .finding_loss import find_loss, find_span_loss
 from .masks import check_meaning, find_mask, find_pad
-from .outputs import check_outputs, main_output, take
+from .outputs import check_outputs, main_output, parts_of, span_outputs, take
 from .probing import LENGTH, MASK_FORMS, Call, Probe, Prober, example_ids, find_outputs, is_labels, is_segments
 
 KINDS = {  # class suffix of the wrapper → its Auto class
@@ -21,6 +22,8 @@ KINDS = {  # class suffix of the wrapper → its Auto class
     "sequence": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
     "seq2seq": ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
     "image": ("ForImageClassification", "AutoModelForImageClassification"),
+    "audio": ("ForAudioClassification", "AutoModelForAudioClassification"),
+    "span": ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
     "body": ("Model", "AutoModel"),
 }
 
@@ -65,6 +68,14 @@ def probe(
             inputs["decoder_input_ids"] = example_ids(decoder_vocab, seed=1)[:, : LENGTH - 2]
     output = _run(prober, call, inputs)
     path, logits, unused = main_output(prober, call, inputs, output, vocab)
+    spans = (
+        span_outputs(output, inputs["input_ids"].shape)
+        if vocab is not None and "decoder_input_ids" not in inputs
+        else []
+    )
+    if spans:
+        path, logits = spans[0], take(output, spans[0])
+        unused = [name for name in parts_of(output) if name not in spans]
     dummy = ""
     if vocab is not None and logits.dim() == 3 and logits.shape[1] == 1 and "decoder_input_ids" not in inputs:
         for name in [n for n in prober.signature if n not in call.arguments and is_labels(n)]:
@@ -77,16 +88,27 @@ def probe(
                 break
     check_outputs(prober, call, inputs, path, logits)
     head = prober.head(call, inputs, logits)
-    kind = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class)
-    if kind == "seq2seq":
-        head = ""  # the tables of source and target are two: one size for both would be wrong
+    if spans and auto_class in (None, KINDS["span"][1]):
+        kind = "span"
+    else:
+        kind, spans = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class), []
+    resizes = True
+    if kind == "seq2seq":  # where source and target have tables of their own, one new size for both would be wrong
+        target = prober.embeddings(call, {**inputs, "looked_for": inputs["decoder_input_ids"]})[0]
+        resizes = bool(embeddings) and _same(prober.module, embeddings, target) and bool(head)
+    generates, encoder = kind == "causal", ""
+    if kind == "seq2seq" and vocab is not None and is_causal_decoder(prober, call, inputs, path):
+        generates, encoder = True, find_encoder(prober, call, inputs, path, vocab)
     call, padding, pad = _padding(prober, call, inputs, path, kind, vocab)
     call = _with_segments(prober, call, inputs)
     limit = None
     if vocab is not None:
         sizes = [value for value in fields.values() if isinstance(value, int) and not isinstance(value, bool)]
         limit = prober.limit(call, vocab, sizes)
-    loss = find_loss(prober, _without_labels(call) if dummy else call, inputs, path, kind, logits.shape[-1], dummy)
+    if spans:
+        loss = find_span_loss(prober, call, inputs, spans)
+    else:
+        loss = find_loss(prober, _without_labels(call) if dummy else call, inputs, path, kind, logits.shape[-1], dummy)
     if dummy and loss.kind != "made":  # its loss would be computed for dummy labels
         raise CheckpointError(
             f"{prober.at_forward()}: forward returns the outputs of all tokens only with {dummy}, and its loss is not the "
@@ -99,26 +121,38 @@ def probe(
     prober.module = module
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    reference = take(_run(prober, call, inputs), path)
+    reference = _run(prober, call, inputs)
+    names = ["start_logits", "end_logits"] if spans else ["last_hidden_state" if kind == "body" else "logits"]
+    outputs = {name: take(reference, at).contiguous() for name, at in zip(names, spans or [path])}
     return Probe(
         call=call,
         logits=path,
+        second=spans[1] if spans else "",
         kind=kind,
         width=logits.shape[-1],
         vocab=vocab,
         limit=limit,
         embeddings=embeddings,
-        head=head if kind in ("causal", "masked") else "",
+        head=head if kind in ("causal", "masked") or (kind == "seq2seq" and resizes) else "",
+        resizes=resizes,
         loss=loss,
+        generates=generates,
+        encoder=encoder,
         dummy=bool(dummy),
         padding=padding,
         pad=pad,
         required=[n for n, p in prober.signature.items() if p.default is p.empty],
-        left=[n for n, p in prober.signature.items() if n not in (*call.arguments, loss.argument) and _named(p)],
+        left=[
+            n for n, p in prober.signature.items() if n not in (*call.arguments, *loss.argument.split()) and _named(p)
+        ],
         unused=unused,
         inputs=inputs,
-        outputs={"last_hidden_state" if kind == "body" else "logits": reference.contiguous()},
+        outputs=outputs,
     )
+
+
+def _same(module: nn.Module, one: str, other: str) -> bool:
+    return bool(other) and module.get_submodule(one) is module.get_submodule(other)
 
 
 def _copy_weights(module: nn.Module, trial: nn.Module) -> None:
@@ -227,7 +261,11 @@ def _kind(
         raise CheckpointError(
             f"{prober.place}: {auto_class!r} is none of {', '.join(auto for _, auto in KINDS.values())}"
         )
-    dims = {"causal": 3, "masked": 3, "tokens": 3, "sequence": 2, "image": 2, "seq2seq": 3}.get(wanted)
+    if wanted == "span":
+        raise CheckpointError(
+            f"{prober.at_forward()}: forward returns no start_logits and end_logits, [batch, length] each"
+        )
+    dims = {"causal": 3, "masked": 3, "tokens": 3, "sequence": 2, "image": 2, "audio": 2, "seq2seq": 3}.get(wanted)
     if dims is not None and logits.dim() != dims:
         raise CheckpointError(
             f"{prober.place}: its outputs have {logits.dim()} dimensions, those of {auto_class} have {dims}"

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from .build_module import no_output
 from .outputs import take
-from .probing import Call, Loss, Prober, find_outputs, is_labels, near
+from .probing import PER_ROW, Call, Loss, Prober, find_outputs, is_labels, near
 
 MADE = "made by the wrapper: cross-entropy of the logits"
 OWN = "the module's own, which is passed on"
@@ -35,16 +35,43 @@ def find_loss(
             return _compare(prober, call, inputs, name, labels, Loss("own", OWN, name, where, at), loss, logits, kind)
     if kind == "body":
         return Loss("none", "no loss is known for these outputs")
-    if kind in ("sequence", "image") and width == 1:
+    if kind in PER_ROW and width == 1:
         return Loss("none", "one number per row may be a probability or a quantity, and forward has no loss")
     return Loss("made", MADE)
+
+
+def find_span_loss(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], paths: list[str]) -> Loss:
+    """How the loss of starts and ends is made: the mean of both cross-entropies, unless the module's own is another.
+
+    `argument` names the module's own arguments for the positions, with a blank between them.
+    """
+    names = [
+        next((n for n in prober.signature if word in n and n not in call.arguments), "") for word in ("start", "end")
+    ]
+    if not all(names):
+        return Loss("made", MADE)
+    places = torch.arange(len(inputs["input_ids"])) + 1, torch.arange(len(inputs["input_ids"])) + 2
+    roles = {name: f"<{name}>" for name in names}
+    extended = call._replace(arguments={**call.arguments, **roles})
+    try:
+        with no_output(), torch.no_grad():
+            output = extended.run(prober.module, {**inputs, **dict(zip(roles.values(), places))})
+            logits = [take(call.run(prober.module, inputs), path) for path in paths]
+    except Exception:
+        return Loss("made", MADE)
+    found = _losses(output)
+    want = (cross_entropy(logits[0], places[0]) + cross_entropy(logits[1], places[1])) / 2
+    if found and not near(found[0][1].reshape(()), want):
+        return Loss("none", "the module's own loss is not the mean cross-entropy of starts and ends", " ".join(names))
+    note = "equal to the module's own: mean cross-entropy of starts and ends" if found else MADE
+    return Loss("made", note, " ".join(names))
 
 
 def _labels(kind: str, inputs: dict[str, torch.Tensor], width: int) -> list[torch.Tensor]:
     """Labels in all possible forms, the most likely first: classes, numbers, several classes per row."""
     first = next(iter(inputs.values()))
     rows = len(first)
-    if kind in ("sequence", "image"):
+    if kind in PER_ROW:
         halves = [torch.arange(rows) % 2 * 1.0, (torch.arange(rows) % 2 * 1.0)[:, None]]
         several = (torch.arange(rows * width).view(rows, width) % 3 == 0).float()
         return halves if width == 1 else [torch.arange(rows) % (width - 1) + 1, several]

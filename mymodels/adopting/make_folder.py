@@ -1,6 +1,7 @@
 """`adopt`: from the author's class and weights to a verified Hub repo folder."""
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import json
@@ -101,7 +102,7 @@ def adopt(
         config: the constructor's arguments by name, of arguments that are objects also their fields; what is not given
             comes from a training checkpoint (`model_args` and the like) or the author's defaults. Of a module in
             memory, what its attributes hold under these names.
-        tokenizer: saved with it.
+        tokenizer: saved with it; its special tokens become the config's, where the model has none.
         auto_class: what the model is for, such as `"AutoModelForSequenceClassification"`; default: what its outputs show.
         card: as in `build_repo`.
         section, allow_pickle: as in `open_checkpoint`.
@@ -125,12 +126,23 @@ def adopt(
     with tempfile.TemporaryDirectory(prefix="mymodels-adopt-", ignore_cleanup_errors=True) as name:
         scratch = Path(name).resolve()
         job = _job(source, scratch, weights, dict(config or {}))
-        job |= {"auto_class": auto_class, "section": section, "allow_pickle": allow_pickle}
+        job |= {
+            "tokens": _special_tokens(tokenizer),
+            "auto_class": auto_class,
+            "section": section,
+            "allow_pickle": allow_pickle,
+        }
         try:
             found = _examine(job, scratch)
             if isinstance(source, nn.Module):
                 _check_rebuilt(source, scratch, found)
             folder = scratch / "built" / output_dir.resolve().name
+            if tokenizer is not None and (refused := set(tokenizer.model_input_names) - set(found["takes"])):
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name not in refused]
+                found["changed"].append(
+                    f"the tokenizer gives no {', '.join(sorted(refused))}, which forward does not take"
+                )
             build_repo(
                 scratch / SOURCE,
                 tokenizer,
@@ -139,7 +151,7 @@ def adopt(
                 max_shard_size=max_shard_size,
                 golden=False,
             )
-            if found["auto_class"] == "AutoModelForImageClassification":
+            if found["auto_class"] in ("AutoModelForImageClassification", "AutoModelForAudioClassification"):
                 _leave_out_pipeline(folder)
             _check_outputs(folder, scratch, found)
             verification = _verify(folder, quick) if check else None
@@ -185,6 +197,18 @@ def _job(source: Any, scratch: Path, weights: Any, config: dict[str, Any]) -> di
         if not Path(weights).exists()
         else str(Path(weights).absolute()),
     }
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+    """The ids of a tokenizer that generation needs, where it has them."""
+    if tokenizer is None:
+        return {}
+    found = {
+        "bos_token_id": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return {name: token for name, token in found.items() if token is not None}
 
 
 def _file_of(cls: type) -> Path:
@@ -298,7 +322,7 @@ def _check_rebuilt(module: nn.Module, scratch: Path, found: Mapping[str, Any]) -
     finally:
         for part, training in state:
             part.training = training
-    if got is None or not near(got, next(iter(want.values()))):
+    if got is None or not near(got, want.get("start_logits", next(iter(want.values())))):
         raise CheckpointError(
             f"{type(module).__name__}: a module built from the arguments found in its attributes "
             f"gives other outputs{why_not}: give the arguments it was made with, config={{…}}"

@@ -37,10 +37,22 @@ def main_output(
         made = [pair for pair in found if heads[pair[0]]]
         made.sort(key=lambda pair: (pair[1].shape[-1] == vocab, order.index(heads[pair[0]])))
         path, value = made[-1] if made else found[0]
-    return path, value, [name for name in _parts(output) if name != path]
+    return path, value, [name for name in parts_of(output) if name != path]
 
 
-def _parts(output: Any) -> list[str]:
+def span_outputs(output: Any, shape: torch.Size) -> list[str]:
+    """The paths of the logits of starts and ends, a number for each token; `[]` if there are none.
+
+    By name, or as the only two outputs of a tuple.
+    """
+    found = [path for path, value in find_outputs(output) if value.shape == shape]
+    if isinstance(output, (tuple, list)):
+        return found if len(found) == 2 == len(find_outputs(output)) else []
+    named = [[path for path in found if word in path] for word in ("start", "end")]
+    return [paths[0] for paths in named] if all(len(paths) == 1 for paths in named) else []
+
+
+def parts_of(output: Any) -> list[str]:
     """The paths of the parts of an output; None has no parts."""
     if isinstance(output, (tuple, list)):
         return [f"[{number}]" for number, value in enumerate(output) if value is not None]

@@ -17,6 +17,7 @@ from .author_file import AuthorFile, is_unpacked, keys_read
 from .build_module import error_text, line_in, no_output
 
 ROWS, LENGTH = 2, 7
+PER_ROW = ("sequence", "image", "audio")  # kinds with labels of rows
 _DECODER = re.compile(r"^(tgt|trg|target(_ids)?|decoder_input_ids|tgt_ids|trg_ids|dec\w*|y|output_ids)$")
 _LABELS = re.compile(r"^(labels?|targets?|tgt|y|y_true|gold|tags)$")
 _SEGMENTS = re.compile(r"^(token_type_ids|segment(s|_ids|_info|_label)?|seg(_ids)?|token_types?)$")
@@ -96,13 +97,17 @@ class Probe(NamedTuple):
 
     call: Call
     logits: str  # path of the main output in what the module returns: "", "[0]", "['logits']" or ".logits"
-    kind: str  # causal, masked, tokens, sequence, seq2seq, image, body
+    second: str  # of spans, the path of the logits of the ends; `logits` has those of the starts
+    kind: str  # a key of describing.KINDS
     width: int  # last dimension of the outputs
     vocab: int | None  # number of token ids, None without token inputs
     limit: int | None  # longest input, if a longer one raises
     embeddings: str  # path of the input embeddings, or ""
     head: str  # path of the output embeddings, or ""
+    resizes: bool  # whether the embeddings can be exchanged: source and target have no tables of their own
     loss: Loss  # how the loss is made
+    generates: bool  # whether no output depends on a later token, of the target if there are two
+    encoder: str  # path of the module whose output is all that a decoder gets of the source, or ""
     dummy: bool  # whether all positions are returned only if labels are given
     padding: (
         str  # "mask" (one that works), "moved" (causal: behind the tokens), "ids" (the module knows its id), "none"
@@ -206,15 +211,18 @@ class Prober:
         ]
 
     def _vectors(self) -> list[torch.Tensor]:
-        linear = next((part for part in self.module.modules() if isinstance(part, nn.Linear)), None)
-        width = getattr(linear, "in_features", None) or getattr(
-            next((p for p in self.module.modules() if isinstance(p, (nn.LSTM, nn.GRU))), None), "input_size", None
-        )
-        if width is None:
-            return []
+        shapes: list[tuple[int, ...]] = []
+        for part in self.module.modules():  # the layers that may be first, of each kind the first that is there
+            if isinstance(part, nn.Conv1d):  # sounds and series
+                shapes += [(ROWS, part.in_channels, size) for size in (64, 1600, 16000)]
+                shapes += [(ROWS, size) for size in (1600, 16000)] if part.in_channels == 1 else []
+            elif isinstance(part, (nn.RNNBase, nn.Linear)):
+                width = part.input_size if isinstance(part, nn.RNNBase) else part.in_features
+                shapes += [(ROWS, width), (ROWS, LENGTH, width), (ROWS, width, LENGTH)]
+            if len(shapes) > 8:
+                break
         generator = torch.Generator().manual_seed(0)
-        shapes = ((ROWS, width), (ROWS, LENGTH, width), (ROWS, width, LENGTH))
-        return [torch.rand(*shape, generator=generator) * 2 - 1 for shape in shapes]
+        return [torch.rand(*shape, generator=generator) * 2 - 1 for shape in dict.fromkeys(shapes)]
 
     def find_call(self) -> tuple[Call, dict[str, torch.Tensor], Any]:
         for call, inputs in self.calls():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from .author_file import AuthorFile
 from .constructor import Constructor, Field
-from .probing import Probe
+from .probing import PER_ROW, Probe
 
 # transformers' name of a size → names that authors use
 SYNONYMS = {
@@ -46,7 +46,7 @@ def aliases(constructor: Constructor, probe: Probe, depth: int, width: int | Non
         "max_position_embeddings": probe.limit,
         "hidden_size": width,
     }
-    if probe.kind in ("tokens", "sequence", "image"):
+    if probe.kind in ("tokens", *PER_ROW):
         sizes["num_labels"] = probe.width
     sizes |= {"num_attention_heads": None} if probe.vocab else {"image_size": None, "num_channels": None}
     found = {}

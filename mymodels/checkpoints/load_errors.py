@@ -93,7 +93,7 @@ def refuse_mismatched(info: Mapping[str, Any], source: Any) -> None:
     raise ValueError(f"{source}: {name}{reason}{more}: config.json or the weights belong to another model")
 
 
-def _embedded_tokens(model: PreTrainedModel) -> int | None:
+def embedded_tokens(model: PreTrainedModel) -> int | None:
     """The number of tokens that a model has embeddings for; None if neither the model nor its config shows it."""
     with contextlib.suppress(NotImplementedError, AttributeError, StopIteration):  # a custom class need not have it
         return next(model.get_input_embeddings().parameters()).shape[0]
@@ -106,7 +106,7 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     Raises:
         ValueError: the tokenizer has more tokens than the model embeddings (`remedy` says what to do), or no token can pad.
     """
-    rows = _embedded_tokens(model)
+    rows = embedded_tokens(model)
     if rows is not None and len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} has embeddings for {rows}: {remedy}"

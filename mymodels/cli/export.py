@@ -34,6 +34,12 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--texts", type=Path, metavar="FILE", help="texts to measure --int8 on, one per line")
     parser.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="forward arguments (.safetensors, .npz or JSON), for models whose inputs cannot be generated, such as images",
+    )
+    parser.add_argument(
         "--dtype", default="float32", help="of the weights; auto: as in the checkpoint; default: %(default)s"
     )
     parser.add_argument("--opset", type=int, metavar="N", help="opset version of ONNX; default: 20")
@@ -46,7 +52,7 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..export import export_model
 
-    names = ("task", "int8", "opset", "revision", "trust_remote_code")
+    names = ("task", "int8", "opset", "revision", "trust_remote_code", "inputs")
     options = picked(arguments, *names)
     if arguments.texts:
         options["texts"] = [line for line in read_text(arguments.texts).splitlines() if line.strip()]

@@ -51,7 +51,7 @@ _METAVARS: dict[Any, str] = {str: "TEXT", int: "N", float: "X", Path: "DIR"}
 _OPTIONS: dict[str, tuple[Any, str]] = {
     "task": (
         str,
-        "classification (default), lm (causal or masked language modelling) or seq2seq",
+        "classification (default), token-classification, question-answering, lm (causal or masked) or seq2seq",
     ),
     "to": (str, "mybert or mygpt2: train one that is warm-started from --model"),
     "tokenizer": (str, "default: the model's"),
@@ -81,7 +81,10 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "lora_alpha": (int, "default: twice the rank"),
     "lora_target_modules": (str, "suffixes of module names, separated by commas; default: all matrices of the layers"),
     "eval_steps": (int, "steps between evaluations with a checkpoint; default: an epoch, or a tenth of --max-steps"),
-    "metric_for_best_model": (str, "accuracy (default), f1_macro or loss; perplexity for lm and seq2seq"),
+    "metric_for_best_model": (
+        str,
+        "accuracy, f1_macro, exact_match or loss, by the task; perplexity for lm and seq2seq",
+    ),
     "early_stopping_patience": (int, "stop after this many evaluations without improvement"),
     "bf16": (..., "compute in bfloat16 or not; default: if the hardware supports it"),
     "seed": (int, "default: 42"),

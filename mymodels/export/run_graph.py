@@ -31,7 +31,7 @@ def onnx_runner(path: str) -> Callable[[Arrays], Arrays]:
     }
 
     def run(inputs: Arrays) -> Arrays:
-        rows = inputs["input_ids"].shape[0]
+        rows = len(next(iter(inputs.values())))
         empty = {name: np.repeat(value, rows, axis=0) for name, value in past.items()}
         return dict(zip(outputs, session.run(None, {**empty, **inputs})))
 

@@ -31,6 +31,8 @@ CASES = {
     "EncoderDecoder": ({}, "AutoModelForSeq2SeqLM"),
     "ZeroHead": ({}, "AutoModelForMaskedLM"),
     "Patches": ({"image_size": 40}, "AutoModelForImageClassification"),
+    "Spans": ({}, "AutoModelForQuestionAnswering"),
+    "Forecast": ({}, "AutoModel"),
     "FromClass": ({"vocab_size": 40, "block_size": 16, "drop": 0.2}, "AutoModelForCausalLM"),
     "FromDictionary": (DICTIONARY, "AutoModelForSequenceClassification"),
 }
@@ -104,6 +106,46 @@ def test_one_logit_and_several_labels(made: dict) -> None:
     assert "training" in " ".join(made["Quantity"][0]["missing"])
     with pytest.raises(TypeError, match="takes no labels"):
         made["Quantity"][1](IDS, labels=torch.tensor([0.0, 1.0]))
+
+
+def test_spans_have_the_author_s_loss(made: dict) -> None:
+    result, model, _ = made["Spans"]
+    places = {"start_positions": torch.tensor([1, 0]), "end_positions": torch.tensor([3, 2])}
+    output = model(IDS, **places)
+    loss, start, end = model.net(IDS, **places)
+    assert abs(output.loss - loss) < 1e-6 and torch.equal(output.start_logits, start)
+    assert torch.equal(output.end_logits, end) and "equal to the module's own" in " ".join(result["derived"])
+
+
+def test_sounds_with_labels_if_the_caller_says_so(tmp_path: Path) -> None:
+    result = examine(job(FILE, "Waves", {}, auto_class="AutoModelForAudioClassification"), tmp_path)
+    (tmp_path / "source").rename(tmp_path / "source_waves")
+    auto = transformers.AutoModelForAudioClassification
+    model = auto.from_pretrained(tmp_path / "source_waves", trust_remote_code=True).eval()
+    sounds, labels = torch.rand(2, 1, 400), torch.tensor([1, 4])
+    want = cross_entropy(model.net(sounds), labels)
+    assert abs(model(sounds, labels=labels).loss - want) < 1e-6 and model.main_input_name == "input_values"
+    assert model.config.num_labels == 5 and "feature extractor" in " ".join(result["missing"])
+
+
+def greedy(model, source: torch.Tensor, steps: int) -> torch.Tensor:
+    """By the author's module alone."""
+    target = torch.full((len(source), 1), model.config.decoder_start_token_id)
+    for _ in range(steps):
+        target = torch.cat([target, model.net(source, target)[:, -1:].argmax(-1)], 1)
+    return target
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_generates_and_makes_its_own_inputs(made: dict) -> None:
+    result, model, _ = made["EncoderDecoder"]
+    got = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert torch.equal(got, greedy(model, IDS, 5)) and "runs the source again" in " ".join(result["missing"])
+    labels = torch.tensor([[7, 8, 9], [4, 5, -100]])
+    shifted = torch.tensor([[0, 7, 8], [0, 4, 5]])
+    want = cross_entropy(model.net(IDS, shifted).flatten(0, 1), labels.flatten())
+    assert abs(model(IDS, labels=labels).loss - want) < 1e-6
+    assert torch.equal(model(IDS, labels=labels).logits, model(IDS, decoder_input_ids=shifted).logits)
 
 
 @pytest.mark.parametrize("name", ["Sentiment", "Keep", "PadById"])

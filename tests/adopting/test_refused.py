@@ -125,6 +125,11 @@ BUILT = {
         {},
         r"no working inputs were found for forward\(x, graph, nodes\)",
     ),
+    "a module as an argument": (
+        NET.replace("self, vocab=20, width=8", "self, body: nn.Module, vocab=20, width=8"),
+        {},
+        "needs its argument 'body', a module, which config.json cannot hold: build it in __init__",
+    ),
     "a package that is not there": (
         "import no_such_package\n" + NET,
         {},

@@ -165,7 +165,7 @@ def _is_class(items: Any) -> bool:
 def _is_item(name: str, found: Any) -> bool:
     if not isinstance(found, dict):
         return False
-    texts = {"recorded": (), "random": (), "failed": ("what", "where")}.get(found.get("status"), ("what",))
+    texts = {"recorded": (), "random": (), "failed": ("what", "where")}.get(str(found.get("status")), ("what",))
     held = ("weights", "buffers") if (name, found.get("status")) == ("load", "recorded") else ()
     return (
         isinstance(found.get("status"), str)
