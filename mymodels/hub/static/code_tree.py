@@ -36,7 +36,14 @@ class Klass(NamedTuple):
         return next((m for m in self.methods() if m.name == name), None)
 
     def methods(self) -> Iterator[_Function]:
-        yield from (node for node in self.node.body if isinstance(node, _Function))
+        """The functions of the body, also those that an `if` or `try` in it defines, for some releases only."""
+        waiting: list[ast.AST] = list(reversed(self.node.body))
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, _Function):
+                yield node
+            elif isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
+                waiting.extend(reversed(list(ast.iter_child_nodes(node))))
 
     def value(self, name: str) -> ast.expr | None:
         """What this class itself assigns to a class attribute."""
