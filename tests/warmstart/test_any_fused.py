@@ -1,5 +1,7 @@
 """Fused projections of any arrangement, into separate ones and back. The outputs of both models decide."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -177,3 +179,61 @@ def test_the_table_of_stock_families_says_what_their_code_does(name: str) -> Non
     found = probed(model, path, 3)
     assert found is not None and found[1] == (order or (0, 1, 2))
     assert found[0] == (1 if kv_heads == 1 else blocks)
+
+
+class Encoder(nn.Module):
+    """PyTorch's own encoder, and a head whose name says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.tok, self.head = nn.Embedding(31, 32), nn.Linear(32, 31)
+        layer = nn.TransformerEncoderLayer(32, HEADS, 64, 0.0, batch_first=True, norm_first=True)
+        self.enc = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, ids):
+        return self.head(self.enc(self.tok(ids)))
+
+
+class Own(nn.Module):
+    """The same with separate projections beside each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.tok_emb, self.lm_head = nn.Embedding(31, 32), nn.Linear(32, 31)
+        parts = {name: nn.Linear(32, 32) for name in ("query", "key", "value", "out_proj")}
+        parts |= {
+            "norm1": nn.LayerNorm(32),
+            "norm2": nn.LayerNorm(32),
+            "fc1": nn.Linear(32, 64),
+            "fc2": nn.Linear(64, 32),
+        }
+        self.blocks = nn.ModuleList(copy.deepcopy(nn.ModuleDict(parts)) for _ in range(2))
+
+    def forward(self, ids):
+        x = self.tok_emb(ids)
+        for b in self.blocks:
+            h = b["norm1"](x)
+            q, k, v = (b[n](h).unflatten(-1, (-1, SIZE)).transpose(1, 2) for n in ("query", "key", "value"))
+            x = x + b["out_proj"](nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + b["fc2"](torch.relu(b["fc1"](b["norm2"](x))))
+        return self.lm_head(x)
+
+
+def test_pytorchs_encoder_and_a_head_of_another_name() -> None:
+    source, target = randomised(Encoder()), randomised(Own())
+    before = target.lm_head.weight.clone()
+    report = warm_start(target, source)
+    assert torch.equal(target.blocks[1]["out_proj"].weight, source.enc.layers[1].self_attn.out_proj.weight)
+    assert torch.equal(target.blocks[1]["key"].weight, source.enc.layers[1].self_attn.in_proj_weight[32:64])
+    # the head is never the token embeddings, which have its shape: it is the source's head, or as it was
+    head = target.lm_head.weight
+    assert torch.equal(head, source.head.weight) or torch.equal(head, before)
+    if report.is_exact:
+        with torch.no_grad():
+            assert torch.allclose(target(IDS), source(IDS), atol=1e-4)
+
+
+def test_a_target_in_a_wrapper() -> None:
+    source, inner = randomised(Encoder()), Encoder()
+    report = warm_start(nn.DataParallel(inner), source)
+    assert report.model is inner and torch.equal(inner.head.weight, source.head.weight)

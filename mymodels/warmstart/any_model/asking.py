@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...checkpoints import CheckpointError, TensorInfo
@@ -80,6 +81,7 @@ def ask(target: Any, model_class: Any, head: str | None, overrides: Mapping[str,
             f"a {type(target).__name__} is neither a model nor a config: pass a model, a config, a folder, or one of "
             f"{' and '.join(CONFIGS)}"
         )
+    target = extract_model_from_parallel(target, keep_torch_compile=False)
     if overrides:
         raise CheckpointError(
             "overrides= changes the config before a model is built, but this model is built already: pass its config"

@@ -17,8 +17,9 @@ from ..opening import Opened, read_tensor
 from ..planning import Plan, check_dtype, compiled, loaded_share, make_rows, rounded
 from ..report import AMBIGUOUS, short_names
 from ..sources import Source
+from .by_role import by_role
 from .factors import by_factors
-from .matching import Matching, by_name, by_new_name, by_prefix, by_role
+from .matching import Matching, by_name, by_new_name, by_prefix
 from .placing import Ambiguity
 from .sides import (
     Side,

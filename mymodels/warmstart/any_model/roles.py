@@ -97,6 +97,7 @@ _CROSS = re.compile(
 _EXPERT = re.compile(r"^(?:.*\.)?experts\.(\d+)\.(.+)$")
 _STACKED_EXPERTS = re.compile(r"^(?:.*\.)?experts\.(gate_up_proj|down_proj|up_proj|gate_proj)$")
 _LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.(.+)$")
+_OUT_BESIDE = re.compile(r"o_proj|out_proj|out_lin|wo|Wo|W_o|w_o|o|out|proj|to_out")  # beside query, key and value
 # a parameter's own name → weight or bias; a kernel is stored [in, out]
 LEAVES = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "kernel": "weight", "scale": "weight"}
 _INSIDE = [(re.compile(pattern), roles) for pattern, roles in _IN_LAYER]
@@ -212,6 +213,10 @@ def _in_layer(path: str, leaf: str, modules: set[str]) -> Role | None:
         return role._replace(parts=tuple(part.replace("mlp.", f"mlp.experts.{expert[1]}.", 1) for part in role.parts))
     has_experts = any("experts." in m for m in modules)
     parts = next((roles for pattern, roles in _INSIDE if pattern.fullmatch(path)), ())
+    if not parts and _OUT_BESIDE.fullmatch(module):
+        beside = [m for m in modules if m.rpartition(".")[0] == path.rpartition(".")[0]]
+        projections = {role for m in beside for pattern, roles in _INSIDE[:4] if pattern.fullmatch(m) for role in roles}
+        parts = ("self_attn.o_proj",) if projections >= set(QKV) else ()
     if not parts:
         return None
     if module == "gate" and has_experts:

@@ -62,7 +62,7 @@ class AnyChecker:
             if self.token_rows is not None:
                 raise CheckpointError("source and target have other tokens")
             reference = self._reference(model)
-            given = made_up(model, reference) if inputs is None else [_given(inputs)]
+            given = self._runnable(model, reference) if inputs is None else [_given(inputs)]
             theirs, ours = _same_parts(reference, model, new)
             front = "" if ours is model else f"{model.base_model_prefix}."
             self.compared_all = not front or all(n.startswith(front) or n in new for n, _ in model.named_parameters())
@@ -85,6 +85,18 @@ class AnyChecker:
                 what=f"running them failed ({first_line(error, 200)}); report.check(inputs) takes others"
             ), None
         return check, None
+
+    def _runnable(self, model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
+        """Made-up inputs that both take; of a model that does not say it, tokens or numbers, whichever runs."""
+        first = made_up(model, reference)
+        if isinstance(first[0], dict):
+            return first
+        with torch.no_grad():
+            for inputs in (first, *_other_inputs(model, reference, first)):
+                with contextlib.suppress(*_ERRORS), evaluating(reference, torch.float32) as theirs:
+                    _call(theirs, inputs[0], torch.float32)
+                    return inputs
+        return first
 
     def _reference(self, model: torch.nn.Module) -> torch.nn.Module:
         if self.opened.module is not None:
@@ -197,6 +209,15 @@ def made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
     if isinstance(first, torch.nn.Conv2d):
         return [(torch.randn(2, first.in_channels, 32, 32, generator=made),)]
     raise CheckpointError("no inputs can be generated for these models: call report.check(inputs)")
+
+
+def _other_inputs(model: torch.nn.Module, reference: torch.nn.Module, first: list[Any]) -> list[list[Any]]:
+    """Tokens for models whose first module takes numbers but which have embeddings behind it, such as a tied head's."""
+    tables = [_vocabulary(side) for side in (model, reference)]
+    if not first[0][0].is_floating_point() or None in tables:
+        return []
+    size = min(table for table in tables if table is not None)
+    return [[(torch.randint(size, (3, 8), generator=torch.Generator().manual_seed(0)),)]]
 
 
 def _vocabulary(model: torch.nn.Module) -> int | None:
