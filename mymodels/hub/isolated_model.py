@@ -241,11 +241,14 @@ def load_isolated(
         memory_limit: bytes of memory; default 8 GB and four times the weights.
         time_limit: seconds for loading, and for each call; default no limit.
         cuda: pass the GPUs through.
+        options: for `from_pretrained`; an `offload_folder` is made in the scratch folder of the process.
     """
     folder = locate(path_or_repo_id, revision=revision, token=token, everything=True).resolve()
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{path_or_repo_id} has no config.json: name the folder of a model")
     options.pop("trust_remote_code", None)
+    if "offload_folder" in options:
+        options["offload_folder"] = "offload"  # in its scratch folder, the only one that it can write in
     limits = {"memory_limit": memory_limit, "time_limit": time_limit, "devices": _gpus() if cuda else []}
     process = IsolatedProcess(folder, auto_class, options, limits, str(path_or_repo_id))
     try:
