@@ -88,6 +88,11 @@ class IsolatedModel:
             process.close()
             raise IsolatedError(f"{name}: its code describes no model ({one_line(error, 200)})") from None
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a model in the box has no {name!r}: it has forward, generate, config, state_dict, save_pretrained and close"
+        )
+
     def __repr__(self) -> str:
         return f"<{one_line(self.class_name, 80)} in a process of its own; {self.isolation}>"
 

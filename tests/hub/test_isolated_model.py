@@ -125,6 +125,8 @@ def test_it_gives_what_the_model_gives(tmp_path: Path) -> None:
             model(attention_mask=IDS)
         with pytest.raises(IsolatedError, match="cannot be trained"):
             model.train()
+        with pytest.raises(AttributeError, match="a model in the box has no 'parameters'"):
+            model.parameters()
 
 
 def test_a_strange_model_answers_and_no_more(strange: Path, tmp_path: Path) -> None:
