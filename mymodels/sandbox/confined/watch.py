@@ -228,8 +228,9 @@ def _shared_memory(processes: Iterable[int]) -> tuple[int, int]:
     for process in processes:
         place = f"/proc/{process}/root/dev/shm"
         try:
-            used = os.statvfs(place)
-            return os.stat(place).st_dev, (used.f_blocks - used.f_bfree) * used.f_frsize
+            device, used = os.stat(place).st_dev, os.statvfs(place)
+            if device != os.stat("/dev/shm").st_dev:  # of this machine, before the process has its own view
+                return device, (used.f_blocks - used.f_bfree) * used.f_frsize
         except OSError:
             continue
     return -1, 0
