@@ -9,6 +9,7 @@ import sys
 import mymodels
 
 from ..messages import printable
+from ..sandbox.isolation import when_used
 from . import (
     adopt,
     build,
@@ -117,6 +118,8 @@ def _run(argv: list[str] | None) -> int:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             raise
         return _fail(arguments.verb, error)
+    finally:
+        when_used(None)
 
 
 def _fail(verb: str, error: Exception) -> int:

@@ -111,16 +111,17 @@ def add_isolation_option(parser: argparse.ArgumentParser) -> None:
 
 
 def show_isolation(arguments: argparse.Namespace) -> None:
-    """Say on standard error what confines the code that a verb is about to run.
+    """Say on standard error what confines the code of others, when a verb begins to run it.
 
     Raises:
         NotIsolated: nothing does, and `--require-isolation` was given.
     """
     from ..sandbox import available
+    from ..sandbox.isolation import when_used
 
     if arguments.require_isolation:
         available().require()
-    print(available(), file=sys.stderr)
+    when_used(lambda isolation: print(isolation, file=sys.stderr))
 
 
 def add_card_options(parser: argparse.ArgumentParser) -> None:

@@ -4,12 +4,7 @@ The process runs `isolated/serve.py` in the box of `sandbox`. This side never ex
 unpickles: requests and answers are JSON in pipes and tensors in shared memory, see `isolated/exchange.py`.
 """
 
-import contextlib
-import json
 import os
-import signal
-import subprocess
-import tempfile
 import threading
 import weakref
 from collections import OrderedDict
@@ -22,23 +17,14 @@ import transformers
 from transformers import GenerationConfig, PretrainedConfig
 
 from ..checkpoints.atomic_write import replace_folder
-from ..checkpoints.opening import locate, weight_files
-from ..checkpoints.safetensors_files import inside
+from ..checkpoints.opening import locate
 from ..messages import one_line
-from ..sandbox import available, command, end, results, why_ended
-from .clean_process import environment
+from ..sandbox import results
 from .isolated import exchange
+from .isolated_process import IsolatedError, IsolatedProcess, failure_sentence
 
-_SERVE = Path(__file__).parent / "isolated" / "serve.py"
-_MEMORY, _OF_WEIGHTS = 8 * 10**9, 4  # bytes of memory: these, and so many times the weights
-_SCRATCH, _COPIES = 4 * 10**9, 4
 _BATCH = 2**28  # bytes of tensors in one answer
-_PATIENCE = 5.0  # seconds to wait for code that was interrupted
 _OF_CUDA = ("nvidia*", "nvidia-caps/*", "kfd", "dri/renderD*")
-
-
-class IsolatedError(RuntimeError):
-    """What a model in the box raised, or why its process has ended."""
 
 
 class IsolatedOutput(OrderedDict):
@@ -84,7 +70,7 @@ class IsolatedModel:
         ...     tokens = model.generate(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=20)
     """
 
-    def __init__(self, process: "_Process", facts: Mapping[str, Any], name: str):
+    def __init__(self, process: IsolatedProcess, facts: Mapping[str, Any], name: str):
         self._process, self._lock = process, threading.RLock()
         self._released: list[int] = []
         self._number, self._owner = 0, os.getpid()
@@ -101,6 +87,11 @@ class IsolatedModel:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             process.close()
             raise IsolatedError(f"{name}: its code describes no model ({one_line(error, 200)})") from None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a model in the box has no {name!r}: it has forward, generate, config, state_dict, save_pretrained and close"
+        )
 
     def __repr__(self) -> str:
         return f"<{one_line(self.class_name, 80)} in a process of its own; {self.isolation}>"
@@ -171,17 +162,13 @@ class IsolatedModel:
             not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").exists())
         ):
             raise FileExistsError(f"{target} exists and holds no saved model: choose another folder")
-        saved = self._process.scratch / "saved"
-        results.delete(saved)
-        saved.mkdir()
         self._ask("save", **kwargs)
-        try:
+        try:  # the process still runs: its folder is only read here, and emptied by itself
             with replace_folder(target) as new:
-                results.copy_folder(saved, new, self._process.scratch_size)
+                results.copy_folder(self._process.scratch / "saved", new, self._process.scratch_size)
         except results.UntrustedResult as error:
             raise self._tampered(error) from None
-        finally:
-            results.delete(saved)
+        self._ask("forget_saved")
 
     def num_parameters(self) -> int:
         """The number of parameters."""
@@ -242,135 +229,6 @@ class IsolatedModel:
         return IsolatedError(f"the code of {self.config.name_or_path} sent an invalid answer: {one_line(error, 200)}")
 
 
-class _Process:
-    """The confined process of a model, and the way to it."""
-
-    def __init__(self, folder: Path, auto_class: str, options: dict[str, Any], limits: dict[str, Any], name: str):
-        self.isolation = available()
-        self.isolation.require()
-        self.name, self.time_limit, self._why = name, limits["time_limit"], ""
-        control = Path(tempfile.mkdtemp(prefix="mymodels-isolated-")).resolve()
-        self.control, self.scratch = control, control / "scratch"
-        self.scratch.mkdir()
-        asked, ask = os.pipe()
-        answered, answer = os.pipe()
-        memories = exchange.shared_memory("requests"), exchange.shared_memory("answers")
-        theirs = [asked, answer, *memories]
-        size = sum(file.stat().st_size for file in weight_files(folder))
-        self.scratch_size = _SCRATCH + _COPIES * size
-        memory = limits["memory_limit"] or _MEMORY + _OF_WEIGHTS * size
-        job = {
-            "folder": str(folder),
-            "auto_class": auto_class,
-            "saved": str(self.scratch / "saved"),
-            "threads": torch.get_num_threads(),
-            "descriptors": [asked, answer, *memories],
-        }
-        (control / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        started = command(
-            [_SERVE, control / "job.json"],
-            control=control,
-            scratch=self.scratch,
-            readable=[_SERVE.parent, control / "job.json", folder, *_links(folder)],
-            memory=memory,
-            scratch_size=self.scratch_size,
-            devices=limits["devices"],
-            keep=theirs,
-            isolation=self.isolation,
-        )
-        own = environment(self.scratch)
-        for variable in (
-            "OMP_NUM_THREADS",
-            "MKL_NUM_THREADS",
-            *(["CUDA_VISIBLE_DEVICES"] if limits["devices"] else []),
-        ):
-            own.pop(variable, None)
-            own |= {variable: os.environ[variable]} if variable in os.environ else {}
-        with (control / "stderr").open("wb") as errors:
-            self.process = subprocess.Popen(
-                started,
-                stdin=subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                env=own,
-                cwd=self.scratch,
-                start_new_session=True,
-                pass_fds=theirs,
-            )
-        for descriptor in (asked, answer):
-            os.close(descriptor)
-        self.channel = exchange.Channel(answered, ask, memories[1], memories[0], largest=memory)
-        mine = (answered, ask, *memories)
-        self._finalizer = weakref.finalize(self, _end, self.process, mine, control, os.getpid())
-        try:
-            self.channel.send(options)
-        except TypeError as error:
-            self.close()
-            raise TypeError(f"an option of from_pretrained cannot be used with isolated=True: {error}") from None
-        except exchange.Closed:
-            pass  # `receive` says why
-
-    def receive(self) -> Any:
-        """The next message; whatever is wrong with it ends the process."""
-        try:
-            return self.channel.receive(self.time_limit)
-        except exchange.Closed:
-            why = self._reason()
-        except exchange.InvalidMessage as error:
-            why = f"its code sent {one_line(error, 200)}"
-        except TimeoutError:
-            why = f"it did not answer within {self.time_limit:g} s"
-        self.close(why)
-        raise IsolatedError(f"{self.name}: the process in the box has ended: {why}")
-
-    def answer(self, request: dict[str, Any], number: int) -> dict[str, Any]:
-        """The answer to a request, those to requests that were interrupted left out."""
-        if not self._finalizer.alive:
-            raise IsolatedError(f"{self.name}: the process in the box has ended{': ' * bool(self._why)}{self._why}")
-        try:
-            with contextlib.suppress(exchange.Closed):  # `receive` says why
-                self.channel.send(request)
-            while True:
-                answer = self.receive()
-                if not isinstance(answer, dict) or answer.get("number") == number or "number" not in answer:
-                    break
-        except KeyboardInterrupt:
-            self._interrupt()
-            raise
-        if isinstance(answer, dict) and "error" in answer:
-            raise IsolatedError(failure_sentence(answer))
-        if not isinstance(answer, dict) or "value" not in answer:
-            self.close("its code sent no answer")
-            raise IsolatedError(f"{self.name}: the process in the box has ended: {self._why}")
-        return answer
-
-    def _interrupt(self) -> None:
-        """Let the code in the box raise KeyboardInterrupt; end it if it does not."""
-        with contextlib.suppress(OSError):
-            os.kill(self.process.pid, signal.SIGINT)
-        try:
-            self.channel.receive(_PATIENCE)
-        except (exchange.Closed, exchange.InvalidMessage, TimeoutError, KeyboardInterrupt):
-            self.close("it was interrupted")
-
-    def _reason(self) -> str:
-        """Why the process has ended by itself."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        if why := why_ended(self.control):
-            return why
-        with (self.control / "stderr").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
-            printed = file.read().decode("utf-8", errors="replace").strip().splitlines()
-        how = f"it ended with exit code {self.process.returncode}"
-        return one_line(f"{how}: {printed[-1]}" if printed else how, 300)
-
-    def close(self, why: str = "it was closed") -> None:
-        if self._finalizer.alive:
-            self._why = why
-            self._finalizer()
-
-
 def load_isolated(
     path_or_repo_id: str | os.PathLike,
     auto_class: str,
@@ -388,13 +246,16 @@ def load_isolated(
         memory_limit: bytes of memory; default 8 GB and four times the weights.
         time_limit: seconds for loading, and for each call; default no limit.
         cuda: pass the GPUs through.
+        options: for `from_pretrained`; an `offload_folder` is made in the scratch folder of the process.
     """
     folder = locate(path_or_repo_id, revision=revision, token=token, everything=True).resolve()
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{path_or_repo_id} has no config.json: name the folder of a model")
     options.pop("trust_remote_code", None)
+    if "offload_folder" in options:
+        options["offload_folder"] = "offload"  # in its scratch folder, the only one that it can write in
     limits = {"memory_limit": memory_limit, "time_limit": time_limit, "devices": _gpus() if cuda else []}
-    process = _Process(folder, auto_class, options, limits, str(path_or_repo_id))
+    process = IsolatedProcess(folder, auto_class, options, limits, str(path_or_repo_id))
     try:
         facts = process.receive()
         if not isinstance(facts, dict) or "error" in facts:
@@ -403,34 +264,6 @@ def load_isolated(
     except BaseException:
         process.close()
         raise
-
-
-def failure_sentence(answer: Any) -> str:
-    """The sentence of an answer that reports an exception."""
-    if not isinstance(answer, dict):
-        return "it sent no answer"
-    where = one_line(answer.get("where") or "", 100)
-    return one_line(answer.get("error", "it sent no answer"), 600) + (f" ({where})" if where else "")
-
-
-def _end(process: subprocess.Popen, descriptors: Iterable[int], control: Path, owner: int) -> None:
-    if os.getpid() != owner:  # a fork, which must not end the process of its parent
-        return
-    end(process)
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    results.delete(control)
-
-
-def _links(folder: Path) -> list[Path]:
-    """The files in a folder that are links, followed; as in the Hub's cache.
-
-    Raises:
-        CheckpointError: a link leads out of the folder.
-    """
-    names = [Path(base, name).relative_to(folder).as_posix() for base, _, files in os.walk(folder) for name in files]
-    return [inside(folder, name, folder).resolve() for name in names if (folder / name).is_symlink()]
 
 
 def _gpus() -> list[Path]:

@@ -22,6 +22,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +77,18 @@ class Isolation(NamedTuple):
 
 
 NONE = Isolation(0, False, False, "")
+_listeners: list[Callable[[Isolation], None]] = []
+
+
+def when_used(listener: Callable[[Isolation], None] | None) -> None:
+    """Call `listener` with the layers when the next process is started in the box, or without one where there is none."""
+    _listeners[:] = [listener] if listener else []
+
+
+def is_used(isolation: Isolation) -> None:
+    """Tell the listener, once, that a process is about to be started."""
+    while _listeners:
+        _listeners.pop()(isolation)
 
 
 @functools.cache

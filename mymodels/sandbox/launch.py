@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..messages import one_line
-from .isolation import CONFINED, Isolation, available
+from .isolation import CONFINED, Isolation, available, is_used
 
 GIGABYTE = 10**9
 _ENTER = str(CONFINED / "enter.py")
@@ -81,6 +81,7 @@ def command(
         The arguments of `subprocess.Popen`.
     """
     layers = available() if isolation is None else isolation
+    is_used(layers)
     arguments = [os.fspath(argument) for argument in argv]
     if not layers.confined:
         return [sys.executable, "-I", *arguments]

@@ -168,6 +168,8 @@ def _copy(folder: int, target: Path, largest: int, left: list[int], depth: int) 
 def delete(folder: Path) -> None:
     """Delete a folder in which a confined process wrote, whatever modes, links and depth it left there.
 
+    The process must have ended: one that still runs could move folders away under this function.
+
     Neither the depth of folders nor the length of their paths sets a limit: it goes down by name and up by "..".
     """
     with contextlib.suppress(OSError):

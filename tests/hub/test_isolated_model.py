@@ -19,7 +19,8 @@ import mymodels
 from mymodels import sandbox
 from mymodels.checkpoints.checkpoint import CheckpointError
 from mymodels.hub.isolated import exchange
-from mymodels.hub.isolated_model import IsolatedError, IsolatedModel, IsolatedOutput
+from mymodels.hub.isolated_model import IsolatedModel, IsolatedOutput
+from mymodels.hub.isolated_process import IsolatedError
 
 HUB_REPO = Path(__file__).parents[2] / "hub_repo"
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -124,6 +125,8 @@ def test_it_gives_what_the_model_gives(tmp_path: Path) -> None:
             model(attention_mask=IDS)
         with pytest.raises(IsolatedError, match="cannot be trained"):
             model.train()
+        with pytest.raises(AttributeError, match="a model in the box has no 'parameters'"):
+            model.parameters()
 
 
 def test_a_strange_model_answers_and_no_more(strange: Path, tmp_path: Path) -> None:
@@ -218,7 +221,7 @@ def test_how_the_process_ends(strange: Path, tmp_path: Path) -> None:
 
 def test_without_a_box_nothing_is_loaded(strange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = sandbox.isolation.NONE._replace(why="it is too old")
-    monkeypatch.setattr("mymodels.hub.isolated_model.available", lambda: nothing)
+    monkeypatch.setattr("mymodels.hub.isolated_process.available", lambda: nothing)
     with pytest.raises(sandbox.NotIsolated, match="this machine has none: it is too old"):
         mymodels.load(strange, isolated=True)
 

@@ -94,6 +94,15 @@ def test_without_namespaces_files_can_be_seen_and_no_more(tmp_path: Path, attemp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6])
+def test_with_the_landlock_of_older_kernels(tmp_path: Path, version: int) -> None:
+    """Its rights are restricted as far as that version can; seccomp does what it cannot."""
+    if sandbox.available().landlock < version:
+        pytest.skip(f"this kernel has Landlock {sandbox.available().landlock}")
+    assert escaped(SOME, tmp_path, here(namespaces=False, landlock=version)).keys() == NEED_NAMESPACES
+
+
+@pytest.mark.slow
 def test_without_landlock_namespaces_stop_every_attempt(tmp_path: Path) -> None:
     if not sandbox.available().namespaces:
         pytest.skip("this kernel gives no namespaces to this user")

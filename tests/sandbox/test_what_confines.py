@@ -77,11 +77,13 @@ def test_it_can_be_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_the_line_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    torch.save({"w": torch.ones(2), "x": NeedsItsClass()}, tmp_path / "x.pt")
+    torch.save({"w": torch.ones(2)}, tmp_path / "plain.pt")
     assert main(["inspect", str(tmp_path / "x.pt"), "--allow-pickle"]) == 0
     assert capsys.readouterr().err == f"{sandbox.available()}\n"
-    assert main(["inspect", str(tmp_path / "x.pt")]) == 0
-    assert capsys.readouterr().err == ""
+    for command in (["inspect", str(tmp_path / "plain.pt")], ["inspect", str(tmp_path / "plain.pt"), "--allow-pickle"]):
+        assert main(command) == 0  # no code was run
+        assert capsys.readouterr().err == ""
 
 
 POISON = """

@@ -1,10 +1,11 @@
 """Run in the box as `serve.py JOB.json`: load a model with its folder's code, and answer requests until the pipe closes.
 
-The other side is `hub/isolated_model.py`. Nothing here trusts or distrusts: the box does.
+The other side is `hub/isolated_process.py`. Nothing here trusts or distrusts: the box does.
 """
 
 import importlib.util
 import json
+import shutil
 import signal
 import sys
 import traceback
@@ -82,7 +83,11 @@ class Server:
         return {name: state[name] for name in names}
 
     def do_save(self, **kwargs: Any) -> Any:
+        self.do_forget_saved()
         self.model.save_pretrained(JOB["saved"], **kwargs)
+
+    def do_forget_saved(self) -> Any:
+        shutil.rmtree(JOB["saved"], ignore_errors=True)
 
     def received(self, value: Any) -> Any:
         """A value with the objects that its handles stand for."""

@@ -54,6 +54,7 @@ def apply(policy: dict[str, Any], readable: list[str], listable: list[str], keep
             own_files=policy["namespaces"],
             own_processes=own_processes,
             scoped_signals=own_processes or policy["landlock"] >= 6,
+            truncate=policy["namespaces"] or policy["landlock"] >= 3,
             devices=bool(policy["devices"]),
         )
         seccomp.apply(seccomp.assemble(table))

@@ -103,7 +103,9 @@ def _zero(index: int, found: Instruction, other: Instruction) -> list[Instructio
     return [_argument(index), (_JUMP_EQUAL, 0, 3, 0), _argument(index, True), (_JUMP_EQUAL, 0, 1, 0), found, other]
 
 
-def rules(*, own_files: bool, own_processes: bool, scoped_signals: bool, devices: bool) -> dict[str, list[Instruction]]:
+def rules(
+    *, own_files: bool, own_processes: bool, scoped_signals: bool, devices: bool, truncate: bool = True
+) -> dict[str, list[Instruction]]:
     """What happens at each system call, by name.
 
     Args:
@@ -111,6 +113,7 @@ def rules(*, own_files: bool, own_processes: bool, scoped_signals: bool, devices
         own_processes: only processes of the box are in sight (a PID namespace).
         scoped_signals: signals reach processes of the box only (a PID namespace, or Landlock 6).
         devices: devices such as GPUs may be used, which need `ioctl`.
+        truncate: files may be truncated by path, because other files are out of reach (a mount namespace, or Landlock 3).
     """
     denied, unknown = error(errno.EPERM), error(errno.ENOSYS)
     table: dict[str, list[Instruction]] = {name: [_allow()] for name in ALLOWED.split()}
@@ -118,6 +121,8 @@ def rules(*, own_files: bool, own_processes: bool, scoped_signals: bool, devices
     table |= {name: [error(errno.ENOTSUP)] for name in _XATTRS}
     table |= {name: [_allow() if own_files else denied] for name in _TIMES}
     table |= {name: [denied] for name in _OWNERS}
+    if not truncate:
+        table["truncate"] = [denied]
     permitted = _allow() if own_files else denied
     table |= {name: _any_bit(index, 0o6000, denied, permitted) for name, index in _MODES.items()}
     table["clone"] = _any_bit(0, _NAMESPACES, denied, _allow())

@@ -43,7 +43,7 @@ def run(policy: dict[str, Any], script: list[str]) -> NoReturn:
             _libc().prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: processes it leaves behind become ours
         box = os.fork()
     except OSError as error:
-        _report(policy, f"the box could not be made: {error}")
+        _report(policy, f"it could not be confined: {error}")
         os._exit(NOT_CONFINED)
     if box == 0:
         os.close(read)
@@ -125,7 +125,7 @@ def _wait(policy: dict[str, Any], owner: int | None, box: int, read: int) -> tup
                 open_ = False
                 poll.unregister(read)
         if said.startswith(b"E") and (done or not open_):
-            return f"the box could not be made: {said[1:].decode(errors='replace')}", NOT_CONFINED << 8
+            return f"it could not be confined: {said[1:].decode(errors='replace')}", NOT_CONFINED << 8
         if said.startswith(b"RS") and len(said) >= 6:
             return "", struct.unpack("i", said[2:6])[0]
         if done:

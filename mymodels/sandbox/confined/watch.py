@@ -14,6 +14,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _SHARE = 0.01  # of a processor, at most, that watching takes
 _SHORTEST, _LONGEST = 0.05, {"_processes": 0.5, "_files": 3.0}  # seconds between two looks
 _ENTRY = 4096  # bytes that a name and an empty file cost
+_LISTED = os.path.exists(f"/proc/self/task/{os.getpid()}/children")  # a setting of the kernel
 _PIPE = 2**16  # bytes that a pipe may hold
 _MAPPED = 8  # files that may be mapped, and neither have a name nor be open: their size cannot be asked for
 
@@ -125,6 +126,7 @@ def children(process: int) -> list[int]:
 
 
 def _children(process: int) -> tuple[list[int], int]:
+    """The processes that a process has started, and the number of its threads."""
     found: list[int] = []
     try:
         threads = os.listdir(f"/proc/{process}/task")
@@ -134,9 +136,25 @@ def _children(process: int) -> tuple[list[int], int]:
         try:
             with open(f"/proc/{process}/task/{thread}/children", "rb") as file:
                 found += map(int, file.read().split())
+        except FileNotFoundError:
+            if not _LISTED:
+                return _children_of_all().get(process, []), len(threads)
         except OSError:
             pass
     return found, len(threads)
+
+
+def _children_of_all() -> dict[int, list[int]]:
+    """The same of every process, for kernels that do not list children."""
+    found: dict[int, list[int]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                parent = int(file.read().rpartition(b")")[2].split()[1])
+        except (OSError, ValueError, IndexError):  # it has ended since
+            continue
+        found.setdefault(parent, []).append(int(name))
+    return found
 
 
 def _resident(process: int) -> int:
@@ -210,8 +228,9 @@ def _shared_memory(processes: Iterable[int]) -> tuple[int, int]:
     for process in processes:
         place = f"/proc/{process}/root/dev/shm"
         try:
-            used = os.statvfs(place)
-            return os.stat(place).st_dev, (used.f_blocks - used.f_bfree) * used.f_frsize
+            device, used = os.stat(place).st_dev, os.statvfs(place)
+            if device != os.stat("/dev/shm").st_dev:  # of this machine, before the process has its own view
+                return device, (used.f_blocks - used.f_bfree) * used.f_frsize
         except OSError:
             continue
     return -1, 0
