@@ -57,7 +57,7 @@ def _foreign(module: str, attribute: str) -> str | None:
         )
         if not foreign or not isinstance(getattr(value, "__name__", None), str):
             return None
-        name = f"{_PUBLIC.get(home, home)}.{value.__name__}"
+        name = f"{_PUBLIC.get(str(home), home)}.{value.__name__}"
         return None if name == f"{module}.{attribute}" else name
     name = attribute.lstrip("_") or attribute
     if name not in SENSITIVE_MODULES or not is_module(module):
