@@ -1,5 +1,6 @@
 """Edges where a checkpoint could go wrong without a word: names, ties, dtypes, folders, what is whose."""
 
+import enum
 import io
 import json
 import os
@@ -368,6 +369,27 @@ def test_odd_keys_and_files(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe")
     save_checkpoint(ONE, folder, dtype="float8_e4m3fn")
     assert (folder / "pipe").is_fifo() and check_checkpoint(folder, full=True) == []
+
+
+class PickledByOldPython(pickle.Pickler):
+    """Members of enums as Python 3.11.0 to 3.11.3 write them, and so the Python of Debian 12."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_a_distributed_table_of_an_old_python(tmp_path: Path) -> None:
+    dcp.save(ONE, checkpoint_id=tmp_path / "m", no_dist=True)
+    table = tmp_path / "m" / ".metadata"
+    value = pickle.loads(table.read_bytes())
+    with table.open("wb") as file:
+        PickledByOldPython(file).dump(value)
+    assert b"getattr" in table.read_bytes()
+    assert torch.equal(open_checkpoint(tmp_path / "m")["a"], ONE["a"])
+    with table.open("wb") as file:
+        file.write(b"\x80\x02cbuiltins\ngetattr\nctorch\nSize\n\x8c\x05numel\x86R.")
+    with pytest.raises(CheckpointError, match="calls getattr for what is no enum"):
+        open_checkpoint(tmp_path / "m")
 
 
 def test_the_manifest_covers_a_distributed_table_and_stays_here(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_what_the_prose_names_is_there(page) -> None:
         wrong += [name for name in names if not (ROOT / name).exists()]
         wrong += [first] if re.fullmatch(r"test_\w+\.py", first) and first not in tests else []
         if first == "make":
-            wrong += [target for target in others if "=" not in target and target not in targets]
+            wrong += [target for target in shlex.split(code)[1:] if "=" not in target and target not in targets]
         elif first == "mymodels" and others and others[0] != "VERB":
             wrong += [] if others[0] in [*verbs, "--version"] else [code]
         if re.match(r"--\w", first) or first == "mymodels":

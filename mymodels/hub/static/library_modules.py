@@ -21,6 +21,9 @@ SENSITIVE_MODULES = words(
     "cloudpickle"
 )
 
+# where CPython keeps what a module of another name gives; which one differs from one Python to the next
+_PUBLIC = {"posix": "os", "nt": "os", "_io": "io", "_pyio": "io", "_socket": "socket", "pathlib._local": "pathlib"}
+
 
 @lru_cache(maxsize=65536)
 def canonical(dotted: str) -> str:
@@ -54,7 +57,8 @@ def _foreign(module: str, attribute: str) -> str | None:
         )
         if not foreign or not isinstance(getattr(value, "__name__", None), str):
             return None
-        return f"{'os' if home in ('posix', 'nt') else home}.{value.__name__}"
+        name = f"{_PUBLIC.get(str(home), home)}.{value.__name__}"
+        return None if name == f"{module}.{attribute}" else name
     name = attribute.lstrip("_") or attribute
     if name not in SENSITIVE_MODULES or not is_module(module):
         return None

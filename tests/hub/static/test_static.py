@@ -29,6 +29,7 @@ from mymodels.hub import verify
 from mymodels.hub.releases import install
 from mymodels.hub.static import CHECKS, static_checks
 from mymodels.hub.static.api_availability import Span, find_releases, lacking
+from mymodels.hub.static.library_modules import canonical
 from mymodels.hub.static.symbols import GONE
 from mymodels.hub.static.walking import walk
 
@@ -245,3 +246,18 @@ def test_walk_gives_the_nodes_that_ast_gives() -> None:
         tree = ast.parse(file.read_text())
         for node in (tree, tree, *tree.body):
             assert list(map(id, walk(node))) == list(map(id, ast.walk(node))), file
+
+
+def test_a_private_module_of_the_standard_library_is_named_as_the_public_one() -> None:
+    """CPython's `open` is at home in `io` or in `_io`, by the release."""
+    import _io
+    import _socket
+
+    assert _io and _socket
+    names = {
+        "_socket.socket": "socket.socket",
+        "_io.open": "io.open",
+        "io.open": "io.open",
+        "torch.os.getcwd": "os.getcwd",
+    }
+    assert {name: canonical(name) for name in names} == names
