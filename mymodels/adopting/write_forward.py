@@ -231,7 +231,7 @@ def _docstring(probe: Probe, names: list[str]) -> list[str]:
         "input_values": "numbers of the shape that the module takes.",
         "attention_mask": "1 at tokens, 0 at padding.",
         "token_type_ids": "which segment a token is of, `[batch, length]`.",
-        "decoder_input_ids": "token ids of the target `[batch, target length]`, one place before the labels; made of these if there are any.",
+        "decoder_input_ids": "the target `[batch, target length]`, one token before the labels; default: made of them.",
         "labels": f"{labels}.",
         "start_positions": "the first token of each answer, `[batch]`.",
         "end_positions": "the last token of each answer, `[batch]`.",
