@@ -79,7 +79,9 @@ def test_the_folder_is_saved_with_the_code_of_its_head(tokenizer, tmp_path: Path
     assert config["auto_map"]["AutoModelForSequenceClassification"].startswith("heads_of_")
     script = (
         "import sys, torch; sys.modules['mymodels'] = None\n"
-        "from transformers import AutoModelForSequenceClassification as M\n"
+        "from transformers import AutoModel, AutoModelForSequenceClassification as M\n"
+        "_, info = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)\n"
+        "assert not info['missing_keys'], info\n"
         "m, info = M.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)\n"
         "assert not any(info.values()), info\n"
         "print(m.eval()(torch.tensor([[5, 6, 7]])).logits.tolist())\n"
