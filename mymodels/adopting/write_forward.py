@@ -210,7 +210,7 @@ def _refusals(probe: Probe, takes_mask: bool) -> list[str]:
         lines += [] if takes_mask else ['mask = kwargs.pop("attention_mask", None)']
         lines += [
             f"if {name} is not None and not {name}.all():",
-            '    raise ValueError("this model cannot leave out padding: give rows of one length")',
+            '    raise ValueError("this model cannot leave out padding: give rows of one length, or one row at a time")',
         ]
     return [*lines, "refuse_unknown(self, kwargs)"]
 
