@@ -128,6 +128,9 @@ def check_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     name, training = type(without_wrappers(model)).__name__, model.training
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    if not moved:
+        arguments = ", ".join(inspect.signature(without_wrappers(model).forward).parameters)
+        raise ValueError(f"the data have no entry that {name}.forward takes: its arguments are {arguments}")
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]):

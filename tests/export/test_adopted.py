@@ -90,6 +90,8 @@ def test_images_are_exported_by_given_inputs_and_by_recorded_ones(adopted, tmp_p
     assert variables["logits"].shape == (3, 3)
     with pytest.raises(ValueError, match=r"inputs have different numbers of rows \(a 1, b 2\)"):
         export_model(model, "pt2", tmp_path / "no", inputs={"a": [[1]], "b": [[1], [2]]})
+    with pytest.raises(ValueError, match="forward takes no image, but pixel_values, labels: rename the input"):
+        export_model(model, "pt2", tmp_path / "no", task="image-classification", inputs={"image": [[1.0]]})
     with pytest.raises(ValueError, match=r"\(pixel_values\) cannot be generated: pass --inputs FILE"):
         export_model(adopted("cnn")[1], "pt2", tmp_path / "no", trust_remote_code=True)
     assert not (tmp_path / "no").exists()

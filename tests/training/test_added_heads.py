@@ -40,8 +40,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def folder_of(name: str, tokenizer: PreTrainedTokenizerFast, where: Path) -> Path:
-    (where / f"body_of_{name.lower()}.py").write_text(MODULE)
-    examine(job(where / f"body_of_{name.lower()}.py", name, {}), where)
+    file = where / f"body_{where.name}.py"  # modules of one name would be one
+    file.write_text(MODULE)
+    examine(job(file, name, {}), where)
     (where / "source").rename(where / f"folder_{name}")
     tokenizer.save_pretrained(where / f"folder_{name}")
     return where / f"folder_{name}"
