@@ -73,6 +73,7 @@ def _inputs(probe: Probe, masks: dict[str, str]) -> list[str]:
     roles, lines = list(probe.call.arguments.values()), []
     if _keeps_source(probe):
         lines += ["if encoder_outputs is not None:", "    input_ids = encoder_outputs.input_ids"]
+        lines += ["if input_ids is None:", '    raise ValueError("give input_ids, the source")']
     if any(isinstance(role, list) for role in roles) or set(masks) & set(probe.required):
         lines += ["if attention_mask is None:", "    attention_mask = torch.ones_like(input_ids)"]
     segments = [name for name, role in probe.call.arguments.items() if role == "token_type_ids"]
