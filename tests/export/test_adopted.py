@@ -47,6 +47,7 @@ def test_a_trace_of_remote_code_can_be_loaded_again(adopted, tmp_path: Path) -> 
         torch.testing.assert_close(got, case.expected["logits"][case.mask], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_padding_is_moved_without_a_sort_and_masks_are_not_read(adopted) -> None:
     """ONNX has no stable sort; `nn.TransformerDecoder` reads the values of its mask to see if it is causal."""
     for file, task in (("gpt", "text-generation"), ("decoder", "text-generation"), ("seq2seq", "text2text-generation")):
@@ -97,6 +98,7 @@ def test_images_are_exported_by_given_inputs_and_by_recorded_ones(adopted, tmp_p
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_any_outputs_of_any_class_by_given_inputs(tmp_path: Path) -> None:
     class TwoForNothing(type(make("tiny_cnn"))):
         def forward(self, series, scale):
