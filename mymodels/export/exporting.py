@@ -189,14 +189,14 @@ def export_model(
             opset=opset if to == "onnx" else None,
         )
         has_tokenizer = (folder / "tokenizer.json").is_file()
-        given: dict[str, Any] = {
+        about: dict[str, Any] = {
             "inputs": exported.inputs,
             "outputs": exported.outputs,
             "dtype": exported.dtype,
             "tokenizer": has_tokenizer,
             "examples": None if given is None else graph.example(),
         }
-        code = snippet(to, task, file.name, model.config, **given)
+        code = snippet(to, task, file.name, model.config, **about)
         write_readme(folder, name, to, task, exported.compared, code)
         _advance(bar, "done")
     return exported
