@@ -70,6 +70,7 @@ def test_each_head_is_linear_on_the_base_model_s_states(tokenizer, tmp_path: Pat
         assert str(tmp_path) in model.config._name_or_path and "mymodels-heads" not in str(model.config)
 
 
+@pytest.mark.slow
 def test_the_folder_is_saved_with_the_code_of_its_head(tokenizer, tmp_path: Path) -> None:
     base = load_base(folder_of("Body", tokenizer, tmp_path), "classification", labels=["a", "b", "c"], trust_remote_code=True)  # fmt: skip
     try_to_write_repo(base.model, tmp_path / "scratch", golden=False)
