@@ -43,6 +43,23 @@ def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if takes(model, name)}
 
 
+@torch.no_grad()
+def takes_padding(model: nn.Module) -> bool:
+    """Whether `forward` takes a mask that leaves padding out; custom code with **kwargs may refuse one."""
+    if not takes(model, "attention_mask") or is_known(model):
+        return takes(model, "attention_mask")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    ids = torch.ones(2, 3, dtype=torch.long, device=device)
+    given = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]], device=device)}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        given["decoder_input_ids"] = ids
+    try:
+        model(**given)
+    except Exception:  # custom code can raise anything
+        return False
+    return True
+
+
 def as_mapping(outputs: Any) -> dict[str, Any]:
     """Outputs by name, whether they are a mapping, a dataclass, a tuple, or one tensor.
 
@@ -111,6 +128,9 @@ def check_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     name, training = type(without_wrappers(model)).__name__, model.training
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    if not moved:
+        arguments = ", ".join(inspect.signature(without_wrappers(model).forward).parameters)
+        raise ValueError(f"the data have no entry that {name}.forward takes: its arguments are {arguments}")
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]):

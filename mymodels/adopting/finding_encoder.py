@@ -30,7 +30,8 @@ def find_encoder(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], pa
     With its output for one source, the outputs for another source have to be those for the first, bit for bit.
     """
     module, want = prober.module, take(call.run(prober.module, inputs), path)
-    other_source = {**inputs, "input_ids": example_ids(vocab, *inputs["input_ids"].shape, seed=5)}
+    rows, length = inputs["input_ids"].shape
+    other_source = {**inputs, "input_ids": example_ids(vocab, rows, length, seed=5)}
     other_target = {**inputs, "decoder_input_ids": inputs["decoder_input_ids"].flip(1)}
     if torch.equal(take(call.run(module, other_source), path), want):
         return ""  # the outputs do not depend on the source, so nothing can be shown

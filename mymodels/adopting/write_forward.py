@@ -73,6 +73,7 @@ def _inputs(probe: Probe, masks: dict[str, str]) -> list[str]:
     roles, lines = list(probe.call.arguments.values()), []
     if _keeps_source(probe):
         lines += ["if encoder_outputs is not None:", "    input_ids = encoder_outputs.input_ids"]
+        lines += ["if input_ids is None:", '    raise ValueError("give input_ids, the source")']
     if any(isinstance(role, list) for role in roles) or set(masks) & set(probe.required):
         lines += ["if attention_mask is None:", "    attention_mask = torch.ones_like(input_ids)"]
     segments = [name for name, role in probe.call.arguments.items() if role == "token_type_ids"]
@@ -210,7 +211,7 @@ def _refusals(probe: Probe, takes_mask: bool) -> list[str]:
         lines += [] if takes_mask else ['mask = kwargs.pop("attention_mask", None)']
         lines += [
             f"if {name} is not None and not {name}.all():",
-            '    raise ValueError("this model cannot leave out padding: give rows of one length")',
+            '    raise ValueError("this model cannot leave out padding: give rows of one length, or one row at a time")',
         ]
     return [*lines, "refuse_unknown(self, kwargs)"]
 
@@ -231,7 +232,7 @@ def _docstring(probe: Probe, names: list[str]) -> list[str]:
         "input_values": "numbers of the shape that the module takes.",
         "attention_mask": "1 at tokens, 0 at padding.",
         "token_type_ids": "which segment a token is of, `[batch, length]`.",
-        "decoder_input_ids": "token ids of the target `[batch, target length]`, one place before the labels; made of these if there are any.",
+        "decoder_input_ids": "the target `[batch, target length]`, one token before the labels; default: made of them.",
         "labels": f"{labels}.",
         "start_positions": "the first token of each answer, `[batch]`.",
         "end_positions": "the last token of each answer, `[batch]`.",

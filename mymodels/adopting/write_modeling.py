@@ -144,7 +144,7 @@ def _summary(probe: Probe, cls: str) -> str:
         "tokens": f"`{cls}` with a loss for a label per token.",
         "sequence": f"`{cls}` with a loss for a label per row.",
         "seq2seq": f"`{cls}` with a loss for the tokens of the target"
-        + (", and `generate`, which runs the target's tokens again at each step." if probe.generates else "."),
+        + (", and `generate`, which keeps no cache." if probe.generates else "."),
         "image": f"`{cls}` with a loss for a label per image.",
         "audio": f"`{cls}` with a loss for a label per row.",
         "span": f"`{cls}` with a loss for the start and the end of an answer.",

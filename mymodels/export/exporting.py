@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import os
 import re
 import traceback
@@ -27,6 +28,7 @@ from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.writing import save_tokenizer_files
 from ..extras import install_command
+from ..forward_calls import takes
 from ..hub.auto_class_names import auto_class_of
 from ..hub.given_inputs import Inputs, read_inputs
 from ..hub.golden import GOLDEN, read_golden
@@ -136,6 +138,10 @@ def export_model(
         _save_companions(model, tokenizer, folder)
         if given is None and not reads_text(model, task):
             given = _recorded_inputs(model, path)
+        for name in given or ():
+            if not takes(model, name):
+                arguments = ", ".join(inspect.signature(model.forward).parameters)
+                raise ValueError(f"{type(model).__name__}.forward takes no {name}, but {arguments}: rename the input")
         if given is not None and int8:
             raise ValueError("int8 is measured on texts: leave it out for a model of other inputs")
         with _as_value_error(model, to):

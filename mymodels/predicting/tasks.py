@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..forward_calls import accepted, as_mapping, logits_of, takes
+from ..forward_calls import accepted, as_mapping, logits_of, takes_padding
 
 Texts = Sequence[tuple[str, str | None]]  # (text, second text of a pair or None)
 Answer = dict[str, Any]
@@ -75,10 +76,10 @@ class Task(ABC):
         }
         return self.answers({name: tensor.to(self.model.device) for name, tensor in batch.items()}, encoded, texts)
 
-    @property
+    @cached_property
     def pads(self) -> bool:
         """Whether texts of different lengths may be in one batch: `forward` takes an attention mask."""
-        return takes(self.model, "attention_mask")
+        return takes_padding(self.model)
 
     def run(self, batch: dict[str, torch.Tensor], **options: Any) -> Any:
         """The model's outputs for those tensors of the batch, and options, that its `forward` takes."""

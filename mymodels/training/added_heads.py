@@ -42,6 +42,12 @@ from transformers.utils import can_return_tuple
 from .{module} import {body}
 
 
+class {stem}Body({body}):
+    """`{body}`, whose weights are those of a model with a head that start with `model.`."""
+
+    base_model_prefix = "model"
+
+
 class {stem}WithHead(PreTrainedModel):
     """`{body}` with a linear layer on its hidden states."""
 
@@ -51,7 +57,7 @@ class {stem}WithHead(PreTrainedModel):
 
     def __init__(self, config: Any, outputs: int):
         super().__init__(config)
-        self.model = {body}(config)
+        self.model = {stem}Body(config)
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Linear({width}, outputs)
         self.post_init()

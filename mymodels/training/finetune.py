@@ -210,7 +210,9 @@ def finetune(
     collator = choose_collator(base.kind, base.tokenizer, base.model)
     if not known:
         collator = fitting_collator(base.model, collator)
-        check_task(base, loaded, collator([examples["train"][i] for i in range(min(2, len(examples["train"])))]))
+        together = max(options["per_device_train_batch_size"], options["per_device_eval_batch_size"])
+        tried = min(2, together, len(examples["train"]))
+        check_task(base, loaded, collator([examples["train"][i] for i in range(tried)]))
     trained: Any = base.model
     use_cache = getattr(base.model.config, "use_cache", None)
     if lora_r is not None:

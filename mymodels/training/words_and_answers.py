@@ -61,12 +61,11 @@ def read_labelled_words(
         )
     numbers = {label: number for number, label in enumerate(labels)}
     found = {}
-    for split, (words, tags, where, column) in read.items():
-        if unknown := sorted({label for row in tags for label in row} - numbers.keys()):
+    for split, (texts, named, where, column) in read.items():
+        if unknown := sorted({label for row in named for label in row} - numbers.keys()):
             raise DataError(f"{where}, column {column!r}: the label {unknown[0]!r} does not occur in the training data")
-        texts = [" ".join(row) for row in words]
-        encoded = [[numbers[label] for label in row] for row in tags]
-        found[split] = dataset.from_dict({"text": texts, "words": words, "tags": encoded})
+        columns = {"text": [" ".join(row) for row in texts], "words": texts}
+        found[split] = dataset.from_dict({**columns, "tags": [[numbers[label] for label in row] for row in named]})
     return Data(found["train"], found.get("validation"), found.get("test"), labels)
 
 

@@ -47,6 +47,7 @@ def test_a_trace_of_remote_code_can_be_loaded_again(adopted, tmp_path: Path) -> 
         torch.testing.assert_close(got, case.expected["logits"][case.mask], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_padding_is_moved_without_a_sort_and_masks_are_not_read(adopted) -> None:
     """ONNX has no stable sort; `nn.TransformerDecoder` reads the values of its mask to see if it is causal."""
     for file, task in (("gpt", "text-generation"), ("decoder", "text-generation"), ("seq2seq", "text2text-generation")):
@@ -90,11 +91,14 @@ def test_images_are_exported_by_given_inputs_and_by_recorded_ones(adopted, tmp_p
     assert variables["logits"].shape == (3, 3)
     with pytest.raises(ValueError, match=r"inputs have different numbers of rows \(a 1, b 2\)"):
         export_model(model, "pt2", tmp_path / "no", inputs={"a": [[1]], "b": [[1], [2]]})
+    with pytest.raises(ValueError, match="forward takes no image, but pixel_values, labels: rename the input"):
+        export_model(model, "pt2", tmp_path / "no", task="image-classification", inputs={"image": [[1.0]]})
     with pytest.raises(ValueError, match=r"\(pixel_values\) cannot be generated: pass --inputs FILE"):
         export_model(adopted("cnn")[1], "pt2", tmp_path / "no", trust_remote_code=True)
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_any_outputs_of_any_class_by_given_inputs(tmp_path: Path) -> None:
     class TwoForNothing(type(make("tiny_cnn"))):
         def forward(self, series, scale):

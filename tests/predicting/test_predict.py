@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_models.make import make
 from tiny import mybert_config, mygpt2_config, stock_bert_config, stock_gpt2_config
 from transformers import (
     AutoModel,
@@ -27,6 +28,7 @@ from mymodels import (
     MyGPT2ForCausalLM,
     cli,
 )
+from mymodels.forward_calls import takes_padding
 from mymodels.predicting import predict
 from mymodels.predicting.jsonl import read_lines
 from mymodels.training.sample_text import load_sample_text
@@ -413,3 +415,16 @@ def test_memory_does_not_grow_with_the_lines(saved, tmp_path: Path) -> None:
         assert ids == list(range(count))
         peaks[count] = used.ru_maxrss / 1024
     assert peaks[200_000] < peaks[2_000] + 45, peaks  # MB, of some 450; the lines alone would take more
+
+
+def test_a_model_that_refuses_padding_answers_rows_of_one_length_together() -> None:
+    """It takes attention_mask through **kwargs, and refuses one with zeros; the mask of rows of one length has none."""
+
+    class Refusing(type(make("conv_bert"))):
+        def forward(self, input_ids, **kwargs):
+            if not kwargs["attention_mask"].all():
+                raise ValueError("cannot leave out padding")
+            return super().forward(input_ids, kwargs["attention_mask"])
+
+    assert takes_padding(make("conv_bert")) and not takes_padding(Refusing(make("conv_bert").config))
+    assert takes_padding(make("moe_gpt2")) and takes_padding(make("small_t5"))

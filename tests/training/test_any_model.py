@@ -91,6 +91,8 @@ def test_untrainable_models_are_refused_before_anything_is_written(tmp_path: Pat
             train(model, examples(), output_dir=str(tmp_path / "run"), **OPTIONS)
         assert not (tmp_path / "run").exists() and str(tmp_path) not in str(caught.value)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+    with pytest.raises(ValueError, match=r"no entry that PlainNet.forward takes: its arguments are input_ids, labels"):
+        train(plain_net(), [{"ids": torch.ones(3)}] * 4, output_dir=str(tmp_path / "run"), **OPTIONS)
     assert issubclass(CheckpointError, ValueError)
 
 
