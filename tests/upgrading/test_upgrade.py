@@ -149,3 +149,9 @@ def test_every_folder_is_changed_and_none_holds_weights() -> None:
     assert len(folders.names()) >= 24
     for name in folders.names():
         assert not list((folders.FOLDERS / name).glob("*.safetensors"))
+
+
+def test_the_counts_of_the_linter_are_reported(tmp_path: Path) -> None:
+    pytest.importorskip("mlinter", reason="transformers-mlinter is not installed")
+    result = upgrade(folder_of(tmp_path / "old", OLD), dry_run=True)
+    assert result.mlinter["after"] < result.mlinter["before"]
