@@ -47,7 +47,11 @@ def upgrade_all(
         if not edited.refused:
             own = folder.config["transformers_version"]
             key = name.replace("_", "-")
-            cases[key] = case_of(folder.path, folder, edited, rules, targets, work / key, from_release=own)
+            (work / key).mkdir(parents=True)
+            given = folders.inputs(name)
+            cases[key] = case_of(
+                folder.path, folder, edited, rules, targets, work / key, from_release=own, inputs=given
+            )
     for key, (proof, kept) in prove_all(
         cases, targets, place_of, tell=tell or (lambda text: None), take_back=take_back
     ).items():
