@@ -101,8 +101,9 @@ def test_deeply_nested_code_is_refused(tmp_path: Path) -> None:
     assert result.refused[0].where.startswith("modeling_old.py")
 
 
-def test_a_healthy_folder_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = ROOT / "hub_repo" / "mygpt2"
+@pytest.mark.parametrize("name", ["mygpt2", "mybert"])
+def test_a_healthy_folder_changes_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = ROOT / "hub_repo" / name
     before = hashes(folder)
     assert main(["upgrade", str(folder), "--out", str(tmp_path / "new"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -24,8 +24,8 @@ class _Properties(Rewriter):
         last = body.body[-1].body[0]
         if not m.matches(last, _ASKS_PART):
             return updated_node
-        value = last.value  # type: ignore[union-attr]
-        part, asked = value.value.attr.value, source_of(value.attr)  # type: ignore[union-attr]
+        value = last.value  # type: ignore[attr-defined]
+        part, asked = value.value.attr.value, source_of(value.attr)  # type: ignore[attr-defined]
         self.context.note(original_node, f"{scope[0]}.{name} answers also before self.{part} is made")
         line = statements(f'return getattr(getattr(self, "{part}", None), "{asked}", False)\n')
         return updated_node.with_changes(body=body.with_changes(body=[*body.body[:-1], *line]))
