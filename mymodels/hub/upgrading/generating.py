@@ -21,10 +21,10 @@ _METHODS = {
 }
 # what the rules put in place of methods of `Cache`
 _HELPERS = {
-    "cache_length",
-    "cache_limit",
-    "cache_keys",
-    "cache_values",
+    "tokens_in_cache",
+    "limit_of_cache",
+    "keys_in_cache",
+    "values_in_cache",
     "cache_from_tuples",
     "cache_from_four",
     "cache_to_tuples",
