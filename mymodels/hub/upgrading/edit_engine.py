@@ -137,7 +137,8 @@ def _edit_files(
             code = Code(work)
         context = Context(rule.name, file, work, code, work.config, tree, releases, places)
         assert rule.apply is not None
-        text = rule.apply(tree, context).code
+        made = rule.apply(tree, context)
+        text = file.text if made is tree else made.code
         if text != file.text or context.definitions.keys() - blocks[name].keys():
             if not context.edits:
                 raise EditError(f"the rule {rule.name!r} changed {name} without a report")
