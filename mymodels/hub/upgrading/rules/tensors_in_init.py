@@ -38,6 +38,7 @@ class _OnCpu(Rewriter):
         places = [finding.where.rpartition(":") for finding in init_data(context.folder)]
         self.lines = {int(line) for name, _, line in places if name == context.file.name and line.isdigit()}
         self.lines |= _plain_tensors(context)
+        self.methods = _methods_that_keep_tensors(context)
         self.mixed = _mixed_linspaces(context)
 
     def leave_Assign(self, original_node: cst.Assign, updated_node: cst.Assign) -> cst.Assign:
@@ -51,6 +52,11 @@ class _OnCpu(Rewriter):
             and self._is_named(original_node)
             and not _reads(original_node.value)
         ):
+            return updated_node.with_changes(value=self._wrapped(original_node, updated_node.value))
+        return updated_node
+
+    def leave_Expr(self, original_node: cst.Expr, updated_node: cst.Expr) -> cst.Expr:
+        if self.context.line(original_node) in self.methods and self.context.scope(original_node)[-1:] == ["__init__"]:
             return updated_node.with_changes(value=self._wrapped(original_node, updated_node.value))
         return updated_node
 
@@ -105,6 +111,25 @@ def _plain_tensors(context: Context) -> set[int]:
                 uses = [n for n in ast.walk(init) if isinstance(n, ast.Name) and n.id == step.value.id]
                 if _is_tensor(klass, made.value) and len(uses) == 2:
                     found.add(made.lineno)
+    return found
+
+
+def _methods_that_keep_tensors(context: Context) -> set[int]:
+    """The lines where a constructor calls a method of its own that keeps tensors as plain attributes."""
+    found: set[int] = set()
+    for klass, init in _constructors(context):
+        if "register_buffer" in ast.unparse(klass.node):
+            continue  # a buffer without data cannot be mixed with tensors that have some
+        for step in init.body:
+            call = step.value if isinstance(step, ast.Expr) else None
+            if not isinstance(call, ast.Call) or not is_self(call.func):
+                continue
+            method = context.code.method(klass, call.func.attr)  # type: ignore[attr-defined]
+            text = ast.unparse(method[1]) if method is not None else ""
+            if re.search(r"\bself\.\w+ = ", text) and re.search(
+                r"\btorch\.(arange|tensor|zeros|ones|Tensor|outer|full)\(", text
+            ):
+                found.add(step.lineno)
     return found
 
 
