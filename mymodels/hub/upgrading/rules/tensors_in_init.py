@@ -14,7 +14,7 @@ _NO_TENSORS = re.compile(
     r"(device|dtype|Size|Generator|finfo|iinfo|is_\w+|get_\w+|set_\w+|no_grad|compile|manual_seed|typename|numel|layout)$"
 )
 _LINSPACE = """
-def linspace(*args, **kwargs):
+def linspace_here(*args, **kwargs):
     \"\"\"`torch.linspace` where the other tensors are: some releases make it on the CPU while they build without data.\"\"\"
     import torch
 
@@ -72,9 +72,9 @@ class _OnCpu(Rewriter):
             self.context.dotted(original_node.func) == "torch.linspace"
             and self.context.line(original_node) in self.mixed
         ):
-            self.context.define("linspace", _LINSPACE)
+            self.context.define("linspace_here", _LINSPACE)
             self.context.note(original_node, "linspace is made where the other tensors of the constructor are")
-            return updated_node.with_changes(func=cst.Name("linspace"))
+            return updated_node.with_changes(func=cst.Name("linspace_here"))
         if not isinstance(func, cst.Attribute) or func.attr.value not in ("item", "tolist", "numpy"):
             return updated_node
         if self._is_named(original_node) and _makes(self.context, original_node.func.value):  # type: ignore[attr-defined]
