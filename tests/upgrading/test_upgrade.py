@@ -156,3 +156,9 @@ def test_the_counts_of_the_linter_are_reported(tmp_path: Path) -> None:
     pytest.importorskip("mlinter", reason="transformers-mlinter is not installed")
     result = upgrade(folder_of(tmp_path / "old", OLD), dry_run=True)
     assert result.mlinter["after"] < result.mlinter["before"]
+
+
+def test_a_name_that_the_repair_needs_may_be_taken(tmp_path: Path) -> None:
+    taken = OLD + "\n\ndef count(is_torch_fx_available=1):\n    return is_torch_fx_available\n"
+    result = upgrade(folder_of(tmp_path / "old", taken), tmp_path / "new")
+    assert "uses that name for something else" in result.refused[0].what and not (tmp_path / "new").exists()

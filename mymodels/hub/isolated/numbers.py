@@ -56,7 +56,7 @@ def _record_folder(job: dict[str, Any], events: Any) -> None:
     for name in job["classes"]:
         own = {key.split("|")[2]: value for key, value in given.items() if key.startswith(f"{name}|input|")}
         record = _Record(name, tensors)
-        _record_class(record, job, own, again=bool(recorded))
+        _record_class(record, job, own)
         report["classes"][name] = record.items
     if job["tokenizer"]:
         record = _Record("AutoTokenizer", tensors)
@@ -104,7 +104,7 @@ def _load(job: dict[str, Any], name: str, folder: str | None = None) -> tuple[An
     return model.float().eval(), {key: sorted(map(str, keys)) for key, keys in loading.items() if keys}
 
 
-def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Tensor], *, again: bool) -> None:
+def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Tensor]) -> None:
     held: dict[str, Any] = {}
 
     def load() -> dict[str, torch.Tensor]:
@@ -155,8 +155,7 @@ def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Ten
             record.item(item, lambda batch=batch, cache=cache: _greedy(model, batch, cache))  # type: ignore[misc]
     elif generates(model):
         record.item("greedy, with cache", lambda: _greedy(model, given, True))
-    if again:
-        record.item("save and reload", lambda: _reload(job, record.name, model, given))
+    record.item("save and reload", lambda: _reload(job, record.name, model, given))
 
 
 def thinned(gradient: torch.Tensor) -> torch.Tensor:

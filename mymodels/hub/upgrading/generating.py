@@ -21,10 +21,10 @@ _METHODS = {
 }
 # what the rules put in place of methods of `Cache`
 _HELPERS = {
-    "tokens_in_cache",
+    "length_of_cache",
     "limit_of_cache",
-    "keys_in_cache",
-    "values_in_cache",
+    "cache_keys",
+    "cache_values",
     "cache_from_tuples",
     "cache_from_four",
     "cache_to_tuples",

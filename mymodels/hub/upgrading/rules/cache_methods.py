@@ -8,7 +8,7 @@ from ..rule import Context, Rewriter, Rule, name_of, rewrites, source_of
 _LENGTH_WORDS = ("get_usable_length", "seen_tokens", "get_max_length")
 _CONTENT_WORDS = ("key_cache", "value_cache")
 _LENGTH = '''
-def tokens_in_cache(cache, layer_idx=0):
+def length_of_cache(cache, layer_idx=0):
     """How many tokens a cache holds: of `Cache`, or of a tuple of keys and values for each layer."""
     return cache.get_seq_length(layer_idx) if hasattr(cache, "get_seq_length") else cache[layer_idx][0].shape[-2]
 '''
@@ -22,7 +22,7 @@ def limit_of_cache(cache):
     return None
 '''
 _LISTS = '''
-def {part}_in_cache(cache):
+def cache_{part}(cache):
     """The {part} of every layer that a cache holds."""
     if hasattr(cache, "layers"):
         return [layer.{part} for layer in cache.layers if layer.{part} is not None]
@@ -45,11 +45,11 @@ class _Lengths(Rewriter):
             return updated_node
         cache = source_of(func.value)
         if func.attr.value == "get_usable_length" and updated_node.args:
-            self.context.define("tokens_in_cache", _LENGTH)
+            self.context.define("length_of_cache", _LENGTH)
             self.context.note(original_node, f"{cache}.get_usable_length is what the cache holds")
             layer = [arg for i, arg in enumerate(updated_node.args) if i == 1 or name_of(arg.keyword) == "layer_idx"]
             given = [cst.Arg(func.value), *(a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in layer)]
-            return cst.Call(cst.Name("tokens_in_cache"), given)
+            return cst.Call(cst.Name("length_of_cache"), given)
         if func.attr.value == "get_max_length" and not updated_node.args:
             self.context.define("limit_of_cache", _LIMIT)
             self.context.note(original_node, f"{cache}.get_max_length() is asked by either of its names")
@@ -62,9 +62,9 @@ class _Lengths(Rewriter):
             return updated_node
         if isinstance(self.context.parent(original_node), (cst.AssignTarget, cst.AugAssign)):
             return updated_node
-        self.context.define("tokens_in_cache", _LENGTH)
+        self.context.define("length_of_cache", _LENGTH)
         self.context.note(original_node, f"{source_of(original_node)} is what the cache holds")
-        return cst.Call(cst.Name("tokens_in_cache"), [cst.Arg(updated_node.value)])
+        return cst.Call(cst.Name("length_of_cache"), [cst.Arg(updated_node.value)])
 
 
 class _Contents(Rewriter):
@@ -88,9 +88,9 @@ class _Contents(Rewriter):
             self.context.refuse(original_node, f"it writes into {attr} of a cache, which has layers now")
             return updated_node
         part = "keys" if attr == "key_cache" else "values"
-        self.context.define(f"{part}_in_cache", _LISTS.format(part=part, old=attr))
+        self.context.define(f"cache_{part}", _LISTS.format(part=part, old=attr))
         self.context.note(original_node, f"{source_of(original_node)} is read from the cache's layers")
-        return cst.Call(cst.Name(f"{part}_in_cache"), [cst.Arg(updated_node.value)])
+        return cst.Call(cst.Name(f"cache_{part}"), [cst.Arg(updated_node.value)])
 
 
 LENGTHS = Rule(
@@ -104,6 +104,12 @@ LENGTHS = Rule(
     """,
     after="""
         # --- transformers releases: what differs between them, and what newer ones no longer have ---
+        # [length_of_cache]
+        def length_of_cache(cache, layer_idx=0):
+            \"\"\"How many tokens a cache holds: of `Cache`, or of a tuple of keys and values for each layer.\"\"\"
+            return cache.get_seq_length(layer_idx) if hasattr(cache, "get_seq_length") else cache[layer_idx][0].shape[-2]
+
+
         # [limit_of_cache]
         def limit_of_cache(cache):
             \"\"\"How many tokens a cache can hold; None for one that grows.\"\"\"
@@ -112,18 +118,12 @@ LENGTHS = Rule(
                     limit = getattr(cache, name)()
                     return None if limit is None or limit < 0 else limit
             return None
-
-
-        # [tokens_in_cache]
-        def tokens_in_cache(cache, layer_idx=0):
-            \"\"\"How many tokens a cache holds: of `Cache`, or of a tuple of keys and values for each layer.\"\"\"
-            return cache.get_seq_length(layer_idx) if hasattr(cache, "get_seq_length") else cache[layer_idx][0].shape[-2]
         # --- end of transformers releases ---
 
 
         def past_of(past_key_values, length, layer_idx):
-            held = tokens_in_cache(past_key_values, layer_idx)
-            return held, tokens_in_cache(past_key_values), limit_of_cache(past_key_values)
+            held = length_of_cache(past_key_values, layer_idx)
+            return held, length_of_cache(past_key_values), limit_of_cache(past_key_values)
     """,
     apply=rewrites(_Lengths, _LENGTH_WORDS),
     order=30,
@@ -139,8 +139,8 @@ CONTENTS = Rule(
     """,
     after="""
         # --- transformers releases: what differs between them, and what newer ones no longer have ---
-        # [keys_in_cache]
-        def keys_in_cache(cache):
+        # [cache_keys]
+        def cache_keys(cache):
             \"\"\"The keys of every layer that a cache holds.\"\"\"
             if hasattr(cache, "layers"):
                 return [layer.keys for layer in cache.layers if layer.keys is not None]
@@ -149,7 +149,7 @@ CONTENTS = Rule(
 
 
         def kept(past_key_values):
-            return keys_in_cache(past_key_values)[0].shape[-2]
+            return cache_keys(past_key_values)[0].shape[-2]
     """,
     apply=rewrites(_Contents, _CONTENT_WORDS),
     order=30,

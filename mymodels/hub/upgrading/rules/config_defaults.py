@@ -5,7 +5,7 @@ import re
 
 import libcst as cst
 
-from ...static.code_tree import Klass, constant, is_self
+from ...static.code_tree import Klass, calls, constant, is_self
 from ..generating import own_config, parameters
 from ..rule import Context, Rewriter, Rule, rewrites, statements
 
@@ -144,6 +144,9 @@ def _always_set(context: Context, klass: Klass) -> set[str]:
                 for one in getattr(goal, "elts", [goal]):
                     if isinstance(one, ast.Attribute) and is_self(one):
                         found.add(one.attr)
+        for call in calls(init) if init is not None else ():  # a method of its own that sets what it is given
+            if is_self(call.func) and context.code.method(klass, call.func.attr) is not None:  # type: ignore[attr-defined]
+                found |= {keyword.arg for keyword in call.keywords if keyword.arg is not None}
     return found
 
 
@@ -178,7 +181,7 @@ class _Defaults(Rewriter):
         body = updated_node.body
         if klass is None or not own_config(self.context.code, klass) or self.context.scope(original_node):
             return updated_node
-        if not isinstance(body, cst.IndentedBlock):
+        if id(klass.node) in self.context.code.parents or not isinstance(body, cst.IndentedBlock):
             return updated_node
         missing = [name for name in _read(self.context, klass) if name not in _always_set(self.context, klass)]
         added = ""
@@ -206,6 +209,12 @@ def _calls_base(step: ast.stmt) -> bool:
 
 def _is_pass(step: cst.CSTNode) -> bool:
     return isinstance(step, cst.SimpleStatementLine) and len(step.body) == 1 and isinstance(step.body[0], cst.Pass)
+
+
+def _apply(tree: cst.Module, context: Context) -> cst.Module:
+    if str(context.config.get("transformers_version", "")).startswith("5."):
+        return tree  # it was saved under a release that has no such defaults, and ran there
+    return rewrites(_Defaults, ("Config",))(tree, context)
 
 
 RULE = Rule(
@@ -255,6 +264,6 @@ RULE = Rule(
         def pads(config):
             return config.pad_token_id, config.forced_eos_token_id, config.use_cache
     """,
-    apply=rewrites(_Defaults, ("Config",)),
+    apply=_apply,
     words=("Config",),
 )

@@ -47,7 +47,7 @@ class _Refuse(cst.CSTTransformer):
         method = statements(_METHOD.strip() + "\n")[0]
         lines = [cst.EmptyLine(indent=False)] if at else []
         body.insert(at, method.with_changes(leading_lines=lines))
-        if at + 1 < len(body) and not body[at + 1].leading_lines:  # type: ignore[union-attr]
+        if at + 1 < len(body) and not body[at + 1].leading_lines:  # type: ignore[attr-defined]
             body[at + 1] = body[at + 1].with_changes(leading_lines=[cst.EmptyLine(indent=False)])
         name = original_node.name.value
         self.context.note(
