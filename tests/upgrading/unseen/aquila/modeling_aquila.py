@@ -6,8 +6,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import LossKwargs, logging
+from transformers.utils import logging
 
 from .configuration_aquila import AquilaConfig
 
@@ -146,9 +145,6 @@ class AquilaModel(AquilaPreTrainedModel):
             mask = mask.clone()
             mask[..., : attention_mask.shape[-1]] = mask[..., : attention_mask.shape[-1]].masked_fill(padding, torch.finfo(like.dtype).min)
         return mask
-
-
-class KwargsForCausalLM(LossKwargs): ...
 
 
 class AquilaForCausalLM(AquilaPreTrainedModel, GenerationMixin):
