@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import folders
-import torch
 
 from mymodels.hub.releases import PinnedRelease, install
 from mymodels.hub.static.api_availability import find_releases
@@ -20,8 +19,6 @@ from mymodels.hub.upgrading.proof import Proof, prove_all
 from mymodels.hub.upgrading.rules import all_rules
 from mymodels.hub.upgrading.upgrade import case_of, sources_of
 
-# forward arguments of folders whose inputs cannot be generated from the config
-INPUTS = {"time_moe": {"input_ids": torch.linspace(-1, 1, 16).reshape(2, 8).sin()}}
 CACHE = Path(__file__).parents[2] / ".cache" / "transformers"
 
 
@@ -50,10 +47,10 @@ def upgrade_all(
         if not edited.refused:
             own = folder.config["transformers_version"]
             key = name.replace("_", "-")
-            (work / key).mkdir()
-            inputs = INPUTS.get(name)
+            (work / key).mkdir(parents=True)
+            given = folders.inputs(name)
             cases[key] = case_of(
-                folder.path, folder, edited, rules, targets, work / key, from_release=own, inputs=inputs
+                folder.path, folder, edited, rules, targets, work / key, from_release=own, inputs=given
             )
     for key, (proof, kept) in prove_all(
         cases, targets, place_of, tell=tell or (lambda text: None), take_back=take_back

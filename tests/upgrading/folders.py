@@ -18,9 +18,15 @@ def names() -> list[str]:
 
 def make(name: str, target: Path) -> Path:
     """A copy of a folder with weights, made from a seed for the names and shapes in its `shapes.json`."""
-    shutil.copytree(FOLDERS / name, target, ignore=shutil.ignore_patterns("shapes.json", "__pycache__"))
+    shutil.copytree(FOLDERS / name, target, ignore=shutil.ignore_patterns("shapes.json", "inputs.json", "__pycache__"))
     save_file(weights(name), target / "model.safetensors", {"format": "pt"})
     return target
+
+
+def inputs(name: str) -> Path | None:
+    """The folder's arguments of `forward`, where they cannot be generated."""
+    file = FOLDERS / name / "inputs.json"
+    return file if file.is_file() else None
 
 
 def weights(name: str) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import pytest
 
 from mymodels.hub.static.repo_snapshot import parse_text
 from mymodels.hub.upgrading.edit_engine import Edited, apply_rules
+from mymodels.hub.upgrading.plan_releases import span_of, target_releases
 from mymodels.hub.upgrading.proof import Proof
 from mymodels.hub.upgrading.rules import all_rules
 
@@ -43,15 +44,15 @@ def test_what_is_proven_was_compared(results: dict[str, tuple[Edited, Proof | No
 
 
 def test_a_second_run_changes_nothing(results: dict[str, tuple[Edited, Proof | None]], tmp_path: Path) -> None:
+    targets, rules = target_releases(None), [rule for rule in all_rules() if not rule.option]
     for name, (edited, _) in results.items():
         if edited.refused:
             continue
-        folder = batch.read(name, tmp_path, [])
+        folder = batch.read(name, tmp_path, targets)
         for file, text in edited.texts.items():
             parsed = parse_text(file, text)
             assert not isinstance(parsed, str), parsed
             folder.code[file] = parsed
         folder.values["config.json"] = edited.config or folder.config
-        rules = [rule for rule in all_rules() if rule.name in edited.rules or rule.order == 90]
-        again = apply_rules(folder, rules)
+        again = apply_rules(folder, rules, releases=span_of(targets))
         assert not again.changes, (name, again.edits)

@@ -101,8 +101,9 @@ def test_deeply_nested_code_is_refused(tmp_path: Path) -> None:
     assert result.refused[0].where.startswith("modeling_old.py")
 
 
-def test_a_healthy_folder_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = ROOT / "hub_repo" / "mygpt2"
+@pytest.mark.parametrize("name", ["mygpt2", "mybert"])
+def test_a_healthy_folder_changes_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = ROOT / "hub_repo" / name
     before = hashes(folder)
     assert main(["upgrade", str(folder), "--out", str(tmp_path / "new"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -149,3 +150,15 @@ def test_every_folder_is_changed_and_none_holds_weights() -> None:
     assert len(folders.names()) >= 24
     for name in folders.names():
         assert not list((folders.FOLDERS / name).glob("*.safetensors"))
+
+
+def test_the_counts_of_the_linter_are_reported(tmp_path: Path) -> None:
+    pytest.importorskip("mlinter", reason="transformers-mlinter is not installed")
+    result = upgrade(folder_of(tmp_path / "old", OLD), dry_run=True)
+    assert result.mlinter["after"] < result.mlinter["before"]
+
+
+def test_a_name_that_the_repair_needs_may_be_taken(tmp_path: Path) -> None:
+    taken = OLD + "\n\ndef count(is_torch_fx_available=1):\n    return is_torch_fx_available\n"
+    result = upgrade(folder_of(tmp_path / "old", taken), tmp_path / "new")
+    assert "uses that name for something else" in result.refused[0].what and not (tmp_path / "new").exists()

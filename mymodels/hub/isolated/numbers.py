@@ -56,7 +56,7 @@ def _record_folder(job: dict[str, Any], events: Any) -> None:
     for name in job["classes"]:
         own = {key.split("|")[2]: value for key, value in given.items() if key.startswith(f"{name}|input|")}
         record = _Record(name, tensors)
-        _record_class(record, job, own, again=bool(recorded))
+        _record_class(record, job, own)
         report["classes"][name] = record.items
     if job["tokenizer"]:
         record = _Record("AutoTokenizer", tensors)
@@ -104,7 +104,7 @@ def _load(job: dict[str, Any], name: str, folder: str | None = None) -> tuple[An
     return model.float().eval(), {key: sorted(map(str, keys)) for key, keys in loading.items() if keys}
 
 
-def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Tensor], *, again: bool) -> None:
+def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Tensor]) -> None:
     held: dict[str, Any] = {}
 
     def load() -> dict[str, torch.Tensor]:
@@ -150,13 +150,12 @@ def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Ten
         }
     else:
         record.item("loss and gradients", loss_and_gradients)
-    if generates(model) and "input_ids" in given:
+    if generates(model) and _has_tokens(given):
         for item, batch, cache in _prompts(model, given):
             record.item(item, lambda batch=batch, cache=cache: _greedy(model, batch, cache))  # type: ignore[misc]
     elif generates(model):
         record.item("greedy, with cache", lambda: _greedy(model, given, True))
-    if again:
-        record.item("save and reload", lambda: _reload(job, record.name, model, given))
+    record.item("save and reload", lambda: _reload(job, record.name, model, given))
 
 
 def thinned(gradient: torch.Tensor) -> torch.Tensor:
@@ -199,7 +198,7 @@ def _outputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 def _batches(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Text without padding, and padded on either side, if the model takes text and a mask."""
-    if "input_ids" not in given or one_row_only(model):
+    if not _has_tokens(given) or one_row_only(model):
         return {}
     other = {name: value for name, value in given.items() if name.startswith("decoder_")}
     other |= non_text_inputs(given, 2)
@@ -211,6 +210,11 @@ def _batches(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[st
             padded = pad(model, ids, side, [0, min(3, length - 1)])
             batches[f"{side} padding"] = with_required(model, {**other, **padded})
     return batches
+
+
+def _has_tokens(given: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the inputs are token ids; a time series may be called `input_ids` too."""
+    return "input_ids" in given and not given["input_ids"].is_floating_point()
 
 
 def _prompts(model: Any, given: Mapping[str, torch.Tensor]) -> list[tuple[str, dict[str, torch.Tensor], bool]]:

@@ -13,10 +13,11 @@ import libcst as cst
 from ..static.api_availability import FIRST, LAST, Minor
 from ..static.check_model import live_code
 from ..static.code_tree import Code
-from ..static.repo_snapshot import Folder, parse_text
+from ..static.repo_snapshot import CodeFile, Folder, parse_text
 from .releases_block import put_in, take_out
 from .rule import Context, Edit, Places, Rule
 
+_NAMED = (ast.FunctionDef, ast.ClassDef)
 MAX_ROUNDS = 3  # a rule may bring up what another one repairs
 
 
@@ -137,7 +138,10 @@ def _edit_files(
             code = Code(work)
         context = Context(rule.name, file, work, code, work.config, tree, releases, places)
         assert rule.apply is not None
-        text = rule.apply(tree, context).code
+        made = rule.apply(tree, context)
+        text = file.text if made is tree else made.code
+        for taken in _taken(file, context.definitions):
+            context.refuse(1, f"the repair defines {taken}, and the file uses that name for something else")
         if text != file.text or context.definitions.keys() - blocks[name].keys():
             if not context.edits:
                 raise EditError(f"the rule {rule.name!r} changed {name} without a report")
@@ -147,6 +151,20 @@ def _edit_files(
             _set_text(work, name, text)
         blocks[name] |= {key: source for key, source in context.definitions.items() if key not in blocks[name]}
     return changed
+
+
+def _taken(file: CodeFile, definitions: dict[str, str]) -> list[str]:
+    """The names that the block's new entries define and the file binds too, to something else than an import."""
+    made = {node.name for source in definitions.values() for node in ast.parse(source).body if isinstance(node, _NAMED)}
+    if not made:
+        return []
+    bound = {node.id for node in ast.walk(file.tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    bound |= {node.name for node in ast.walk(file.tree) if isinstance(node, _NAMED)}
+    bound |= {node.arg for node in ast.walk(file.tree) if isinstance(node, ast.arg)}
+    methods = {
+        m.name for k in ast.walk(file.tree) if isinstance(k, ast.ClassDef) for m in k.body if isinstance(m, _NAMED)
+    }
+    return sorted(made & (bound - methods))
 
 
 def _in_original(edits: list[Edit], now: str, original: str) -> list[Edit]:

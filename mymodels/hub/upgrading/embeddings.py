@@ -73,3 +73,22 @@ def exists(code: Code, klass: Klass | None, name: str) -> bool:
             return False
         klass = class_of_part(code, klass, parts[word])
     return True
+
+
+def tied_by_hand(code: Code, klass: Klass | None, name: str) -> str:
+    """What a parameter such as `cls.decoder.bias` is set to by the code (`self.decoder.bias = self.bias`), or ""."""
+    prefix: list[str] = []
+    words = name.split(".")
+    for depth in range(len(words)):
+        if klass is None:
+            return ""
+        inner = ".".join(words[depth:])
+        for member in code.lineage(klass):
+            for node in ast.walk(member.node):
+                if isinstance(node, ast.Assign) and any(ast.unparse(goal) == f"self.{inner}" for goal in node.targets):
+                    to = re.fullmatch(r"self\.([\w.]+)", ast.unparse(node.value))
+                    if to:
+                        return ".".join([*prefix, to[1]])
+        prefix.append(words[depth])
+        klass = class_of_part(code, klass, parts_of(code, klass).get(words[depth]))
+    return ""

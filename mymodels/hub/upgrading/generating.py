@@ -21,8 +21,8 @@ _METHODS = {
 }
 # what the rules put in place of methods of `Cache`
 _HELPERS = {
-    "cache_length",
-    "cache_limit",
+    "length_of_cache",
+    "limit_of_cache",
     "cache_keys",
     "cache_values",
     "cache_from_tuples",

@@ -99,7 +99,7 @@ def record(
         folders: by key, a word.
         release: where the release is installed; None for the installed one.
         named: the release's version.
-        inputs: earlier records by the same keys, whose inputs are used again. Saving and reloading is then tried too.
+        inputs: earlier records by the same keys, whose inputs are used again.
         own_inputs: files of the caller's inputs by the same keys.
         time_limit: seconds for each folder.
         memory_limit: bytes of the process; default as in `clean_process`.
@@ -183,15 +183,10 @@ def compare(old: Recorded, new: Recorded) -> list[Compared]:
         for item, before in items.items():
             if item != "input":
                 found.append(_compare_item(old, new, name, item, before))
-        after = new.classes.get(name, {}).get("save and reload")
-        if after is not None and items.get("outputs", {}).get("status") == "recorded":
-            found.append(_compare_item(old, new, name, "save and reload", items["outputs"], "outputs"))
     return found
 
 
-def _compare_item(
-    old: Recorded, new: Recorded, name: str, item: str, before: dict[str, Any], against: str = ""
-) -> Compared:
+def _compare_item(old: Recorded, new: Recorded, name: str, item: str, before: dict[str, Any]) -> Compared:
     row = Compared(new.release, name, item, "equal")
     after = new.classes.get(name, {}).get(item, {"status": "failed", "what": "it was not run", "where": ""})
     if before["status"] == "failed":
@@ -211,7 +206,7 @@ def _compare_item(
         wrong = _other_weights(before, after)
         return row._replace(status="differs", what=wrong) if wrong else row
     tolerance = IMAGES if item == "processed" else TOLERANCE
-    wrong = difference(new.of(name, item), old.of(name, against or item), tolerance)
+    wrong = difference(new.of(name, item), old.of(name, item), tolerance)
     return row._replace(status="differs", what=wrong) if wrong else row
 
 

@@ -242,7 +242,7 @@ def name_of(node: cst.CSTNode | None) -> str:
 
 def source_of(node: cst.CSTNode) -> str:
     """The source text of a node."""
-    return cst.Module(body=[]).code_for_node(node)
+    return name_of(node) or cst.Module(body=[]).code_for_node(node)
 
 
 def expression(text: str) -> cst.BaseExpression:

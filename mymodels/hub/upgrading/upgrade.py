@@ -18,6 +18,7 @@ from ..releases import PinnedRelease, default_cache_dir, install
 from ..static.api_availability import find_releases
 from ..static.repo_snapshot import Finding, Folder, read_folder
 from .edit_engine import Edited, apply_rules
+from .lint_counts import lint_counts
 from .pickled_weights import with_safetensors
 from .plan_releases import old_releases, span_of, target_releases
 from .proof import Case, Proof, prove_all
@@ -207,6 +208,7 @@ def _report(result: Upgrade, folder: Folder, edited: Edited, rules: Sequence[Rul
     ]
     result.rules = {rule.name: rule for rule in rules if rule.name in edited.rules}
     result.diff = diff_of(folder, edited)
+    result.mlinter = lint_counts(folder, edited)
 
 
 def _refuse_full(out: Path) -> None:

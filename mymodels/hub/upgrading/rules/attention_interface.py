@@ -24,7 +24,7 @@ def _eager_attention(module, query, key, value, attention_mask, scaling, dropout
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def attend(module, query, key, value, attention_mask, scaling, dropout=0.0):
+def attend_by_interface(module, query, key, value, attention_mask, scaling, dropout=0.0):
     """The function that the config chooses; (batch, heads, length, size) in and out."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -150,10 +150,8 @@ class _Interface(Rewriter):
         if found is None:
             return updated_node
         self.context.note(original_node, f"{scope[0]} calls attention through transformers' interface")
-        self.context.define("attend", _HELPERS)
-        call = (
-            f"attend(self, {found.query}, {found.key}, {found.value}, {found.mask}, {found.scaling}, {found.dropout})"
-        )
+        self.context.define("attend_by_interface", _HELPERS)
+        call = f"attend_by_interface(self, {found.query}, {found.key}, {found.value}, {found.mask}, {found.scaling}, {found.dropout})"
         line = statements(f"{found.mixed}, {found.weights} = {call}\n")
         before = [step for step in body[: found.first] if not _repeats(step, (found.key, found.value))]
         return updated_node.with_changes(
@@ -196,11 +194,11 @@ _OLD = """
             attn_output = torch.matmul(attn_weights, value)
 """
 _NEW = """
-            attn_output, attn_weights = attend(self, query, key, value, attention_mask, 1 / math.sqrt(self.head_dim), self.dropout)
+            attn_output, attn_weights = attend_by_interface(self, query, key, value, attention_mask, 1 / math.sqrt(self.head_dim), self.dropout)
 """
 _BLOCK = """
     # --- transformers releases: what differs between them, and what newer ones no longer have ---
-    # [attend]
+    # [attend_by_interface]
 {source}
     # --- end of transformers releases ---
 """

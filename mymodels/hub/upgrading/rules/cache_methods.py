@@ -8,12 +8,12 @@ from ..rule import Context, Rewriter, Rule, name_of, rewrites, source_of
 _LENGTH_WORDS = ("get_usable_length", "seen_tokens", "get_max_length")
 _CONTENT_WORDS = ("key_cache", "value_cache")
 _LENGTH = '''
-def cache_length(cache, layer_idx=0):
+def length_of_cache(cache, layer_idx=0):
     """How many tokens a cache holds: of `Cache`, or of a tuple of keys and values for each layer."""
     return cache.get_seq_length(layer_idx) if hasattr(cache, "get_seq_length") else cache[layer_idx][0].shape[-2]
 '''
 _LIMIT = '''
-def cache_limit(cache):
+def limit_of_cache(cache):
     """How many tokens a cache can hold; None for one that grows."""
     for name in ("get_max_cache_shape", "get_max_length"):
         if hasattr(cache, name):
@@ -45,15 +45,15 @@ class _Lengths(Rewriter):
             return updated_node
         cache = source_of(func.value)
         if func.attr.value == "get_usable_length" and updated_node.args:
-            self.context.define("cache_length", _LENGTH)
+            self.context.define("length_of_cache", _LENGTH)
             self.context.note(original_node, f"{cache}.get_usable_length is what the cache holds")
             layer = [arg for i, arg in enumerate(updated_node.args) if i == 1 or name_of(arg.keyword) == "layer_idx"]
             given = [cst.Arg(func.value), *(a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in layer)]
-            return cst.Call(cst.Name("cache_length"), given)
+            return cst.Call(cst.Name("length_of_cache"), given)
         if func.attr.value == "get_max_length" and not updated_node.args:
-            self.context.define("cache_limit", _LIMIT)
+            self.context.define("limit_of_cache", _LIMIT)
             self.context.note(original_node, f"{cache}.get_max_length() is asked by either of its names")
-            return cst.Call(cst.Name("cache_limit"), [cst.Arg(func.value)])
+            return cst.Call(cst.Name("limit_of_cache"), [cst.Arg(func.value)])
         return updated_node
 
     def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
@@ -62,9 +62,9 @@ class _Lengths(Rewriter):
             return updated_node
         if isinstance(self.context.parent(original_node), (cst.AssignTarget, cst.AugAssign)):
             return updated_node
-        self.context.define("cache_length", _LENGTH)
+        self.context.define("length_of_cache", _LENGTH)
         self.context.note(original_node, f"{source_of(original_node)} is what the cache holds")
-        return cst.Call(cst.Name("cache_length"), [cst.Arg(updated_node.value)])
+        return cst.Call(cst.Name("length_of_cache"), [cst.Arg(updated_node.value)])
 
 
 class _Contents(Rewriter):
@@ -104,14 +104,14 @@ LENGTHS = Rule(
     """,
     after="""
         # --- transformers releases: what differs between them, and what newer ones no longer have ---
-        # [cache_length]
-        def cache_length(cache, layer_idx=0):
+        # [length_of_cache]
+        def length_of_cache(cache, layer_idx=0):
             \"\"\"How many tokens a cache holds: of `Cache`, or of a tuple of keys and values for each layer.\"\"\"
             return cache.get_seq_length(layer_idx) if hasattr(cache, "get_seq_length") else cache[layer_idx][0].shape[-2]
 
 
-        # [cache_limit]
-        def cache_limit(cache):
+        # [limit_of_cache]
+        def limit_of_cache(cache):
             \"\"\"How many tokens a cache can hold; None for one that grows.\"\"\"
             for name in ("get_max_cache_shape", "get_max_length"):
                 if hasattr(cache, name):
@@ -122,8 +122,8 @@ LENGTHS = Rule(
 
 
         def past_of(past_key_values, length, layer_idx):
-            held = cache_length(past_key_values, layer_idx)
-            return held, cache_length(past_key_values), cache_limit(past_key_values)
+            held = length_of_cache(past_key_values, layer_idx)
+            return held, length_of_cache(past_key_values), limit_of_cache(past_key_values)
     """,
     apply=rewrites(_Lengths, _LENGTH_WORDS),
     order=30,

@@ -53,8 +53,9 @@ class _Map(Rewriter):
                     return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
         at = next((i for i, step in enumerate(body) if isinstance(step, cst.FunctionDef)), len(body))
         body[at:at] = statements(f"attribute_map = {{{entry}}}\n")
-        if at + 1 < len(body) and isinstance(body[at + 1], cst.FunctionDef) and not body[at + 1].leading_lines:
-            body[at + 1] = body[at + 1].with_changes(leading_lines=[cst.EmptyLine(indent=False)])
+        following = body[at + 1] if at + 1 < len(body) else None
+        if isinstance(following, cst.FunctionDef) and not following.leading_lines:
+            body[at + 1] = following.with_changes(leading_lines=[cst.EmptyLine(indent=False)])
         return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
 
 
@@ -63,7 +64,8 @@ def _written(mapping: dict[str, str]) -> str:
 
 
 def _apply(tree: cst.Module, context: Context) -> cst.Module:
-    return rewrites(_Map, ("Config",))(tree, context) if knows_cache(context) else tree
+    generates = any("GenerationMixin" in file.names for file in context.code.files.values())
+    return rewrites(_Map, ("Config",))(tree, context) if generates or knows_cache(context) else tree
 
 
 RULE = Rule(

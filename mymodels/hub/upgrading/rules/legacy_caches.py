@@ -34,9 +34,7 @@ def cache_to_tuples(cache):
     if hasattr(cache, "self_attention_cache"):
         own, crossed = cache_to_tuples(cache.self_attention_cache), cache_to_tuples(cache.cross_attention_cache)
         return tuple(layer + crossed[i] if i < len(crossed) else layer for i, layer in enumerate(own))
-    if hasattr(cache, "layers"):
-        return tuple((layer.keys, layer.values) for layer in cache.layers if layer.keys is not None)
-    return cache.to_legacy_cache()
+    return tuple((layer.keys, layer.values) for layer in cache.layers if layer.keys is not None)
 '''
 
 
@@ -108,9 +106,7 @@ RULE = Rule(
             if hasattr(cache, "self_attention_cache"):
                 own, crossed = cache_to_tuples(cache.self_attention_cache), cache_to_tuples(cache.cross_attention_cache)
                 return tuple(layer + crossed[i] if i < len(crossed) else layer for i, layer in enumerate(own))
-            if hasattr(cache, "layers"):
-                return tuple((layer.keys, layer.values) for layer in cache.layers if layer.keys is not None)
-            return cache.to_legacy_cache()
+            return tuple((layer.keys, layer.values) for layer in cache.layers if layer.keys is not None)
         # --- end of transformers releases ---
 
 

@@ -43,8 +43,9 @@ class _Plain(Rewriter):
         )
         self.context.note(original_node, f"{klass.name}.rope_scaling is a plain attribute, which nothing rewrites")
         body[at:at] = line
-        if at + 1 < len(body) and isinstance(body[at + 1], cst.FunctionDef) and not body[at + 1].leading_lines:
-            body[at + 1] = body[at + 1].with_changes(leading_lines=[cst.EmptyLine(indent=False)])
+        following = body[at + 1] if at + 1 < len(body) else None
+        if isinstance(following, cst.FunctionDef) and not following.leading_lines:
+            body[at + 1] = following.with_changes(leading_lines=[cst.EmptyLine(indent=False)])
         return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
 
 

@@ -14,7 +14,7 @@ _NO_TENSORS = re.compile(
     r"(device|dtype|Size|Generator|finfo|iinfo|is_\w+|get_\w+|set_\w+|no_grad|compile|manual_seed|typename|numel|layout)$"
 )
 _LINSPACE = """
-def linspace(*args, **kwargs):
+def linspace_here(*args, **kwargs):
     \"\"\"`torch.linspace` where the other tensors are: some releases make it on the CPU while they build without data.\"\"\"
     import torch
 
@@ -38,6 +38,7 @@ class _OnCpu(Rewriter):
         places = [finding.where.rpartition(":") for finding in init_data(context.folder)]
         self.lines = {int(line) for name, _, line in places if name == context.file.name and line.isdigit()}
         self.lines |= _plain_tensors(context)
+        self.methods = _methods_that_keep_tensors(context)
         self.mixed = _mixed_linspaces(context)
 
     def leave_Assign(self, original_node: cst.Assign, updated_node: cst.Assign) -> cst.Assign:
@@ -54,6 +55,11 @@ class _OnCpu(Rewriter):
             return updated_node.with_changes(value=self._wrapped(original_node, updated_node.value))
         return updated_node
 
+    def leave_Expr(self, original_node: cst.Expr, updated_node: cst.Expr) -> cst.Expr:
+        if self.context.line(original_node) in self.methods and self.context.scope(original_node)[-1:] == ["__init__"]:
+            return updated_node.with_changes(value=self._wrapped(original_node, updated_node.value))
+        return updated_node
+
     def leave_CompFor(self, original_node: cst.CompFor, updated_node: cst.CompFor) -> cst.CompFor:
         whole = self.context.parent(original_node)
         if whole is not None and self._is_named(whole) and _reads(whole) and _makes(self.context, original_node.iter):
@@ -66,9 +72,9 @@ class _OnCpu(Rewriter):
             self.context.dotted(original_node.func) == "torch.linspace"
             and self.context.line(original_node) in self.mixed
         ):
-            self.context.define("linspace", _LINSPACE)
+            self.context.define("linspace_here", _LINSPACE)
             self.context.note(original_node, "linspace is made where the other tensors of the constructor are")
-            return updated_node.with_changes(func=cst.Name("linspace"))
+            return updated_node.with_changes(func=cst.Name("linspace_here"))
         if not isinstance(func, cst.Attribute) or func.attr.value not in ("item", "tolist", "numpy"):
             return updated_node
         if self._is_named(original_node) and _makes(self.context, original_node.func.value):  # type: ignore[attr-defined]
@@ -105,6 +111,25 @@ def _plain_tensors(context: Context) -> set[int]:
                 uses = [n for n in ast.walk(init) if isinstance(n, ast.Name) and n.id == step.value.id]
                 if _is_tensor(klass, made.value) and len(uses) == 2:
                     found.add(made.lineno)
+    return found
+
+
+def _methods_that_keep_tensors(context: Context) -> set[int]:
+    """The lines where a constructor calls a method of its own that keeps tensors as plain attributes."""
+    found: set[int] = set()
+    for klass, init in _constructors(context):
+        if "register_buffer" in ast.unparse(klass.node):
+            continue  # a buffer without data cannot be mixed with tensors that have some
+        for step in init.body:
+            call = step.value if isinstance(step, ast.Expr) else None
+            if not isinstance(call, ast.Call) or not is_self(call.func):
+                continue
+            method = context.code.method(klass, call.func.attr)  # type: ignore[attr-defined]
+            text = ast.unparse(method[1]) if method is not None else ""
+            if re.search(r"\bself\.\w+ = ", text) and re.search(
+                r"\btorch\.(arange|tensor|zeros|ones|Tensor|outer|full)\(", text
+            ):
+                found.add(step.lineno)
     return found
 
 

@@ -5,7 +5,8 @@ import re
 import libcst as cst
 import libcst.matchers as m
 
-from ..embeddings import exists, input_embeddings
+from ...static.headers import tensor_headers
+from ..embeddings import exists, input_embeddings, tied_by_hand
 from ..rule import Rewriter, Rule, expression, literal, rewrites, source_of
 
 
@@ -34,8 +35,13 @@ class _Ties(Rewriter):
         if not source:
             self.context.refuse(node, f"which embeddings {', '.join(map(str, names))} are tied to was not found")
             return value
-        plain = [_plain(str(name)) for name in names]
-        pairs = {name: source for name in plain if name != source and exists(code, klass, name)}
+        pairs = {}
+        for name in [_plain(str(name)) for name in names]:
+            to = source if name.endswith("weight") else tied_by_hand(code, klass, name)
+            if to and name != to and exists(code, klass, name):
+                stored = tensor_headers(self.context.folder)
+                name, to = (to, name) if name in stored and to not in stored else (name, to)  # the file has that end
+                pairs[name] = to
         self.context.note(node, f"{scope[0]}._tied_weights_keys is a dict: each name with the parameter it is tied to")
         return expression("{" + ", ".join(f'"{name}": "{to}"' for name, to in pairs.items()) + "}")
 

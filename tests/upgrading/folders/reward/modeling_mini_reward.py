@@ -96,7 +96,7 @@ class MiniRewardModel(LlamaPreTrainedModel):
         rows = torch.arange(batch_size, device=tokens_hidden_states.device)
         hidden_states = tokens_hidden_states[rows, sequence_lengths]
         rewards = self.regression_layer(hidden_states)
-        gating_output = self.gating(tokens_hidden_states[:, 0])
+        gating_output = self.gating(tokens_hidden_states[:, -1])
         adjusted = rewards @ self.reward_transform_matrix
         score = torch.sum(gating_output * adjusted, dim=1)
         return ScoreOutput(rewards=rewards, hidden_state=hidden_states, gating_output=gating_output, score=score, logits=rewards)
