@@ -2,6 +2,8 @@
 
 import re
 
+from .mask_definitions import MASKS
+
 # (module, name) → the module and the name that every supported release has
 MOVED: dict[tuple[str, str], tuple[str, str]] = {
     **{
@@ -207,6 +209,7 @@ def _is_punctuation(char):
     symbol = 33 <= ord(char) <= 47 or 58 <= ord(char) <= 64 or 91 <= ord(char) <= 96 or 123 <= ord(char) <= 126
     return symbol or unicodedata.category(char).startswith("P")
 """,
+    **MASKS,
 }
 
 _PATTERNS: list[tuple[str, str]] = [

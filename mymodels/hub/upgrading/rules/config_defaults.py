@@ -5,7 +5,7 @@ import re
 
 import libcst as cst
 
-from ...static.code_tree import Klass, calls, is_self
+from ...static.code_tree import Klass, calls, constant, is_self
 from ..generating import own_config, parameters
 from ..rule import Context, Rewriter, Rule, rewrites, statements
 
@@ -54,6 +54,35 @@ DEFAULTS = {
     **{"pruned_heads": "{}", "tie_word_embeddings": "True", "use_cache": "True"},
     "position_embedding_type": '"absolute"',  # of BertConfig
 }
+# what transformers 5 takes out of configs, and refuses to find there
+GENERATION = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}
+_ASKED = "_get_generation_parameters"
 _HELPER = '''
 def keep_defaults(config, given, **defaults):
     """Sets what a config of transformers 4 has and a newer one may lack, to what was given or else to the default."""
@@ -81,7 +110,21 @@ def _read(context: Context, klass: Klass) -> dict[str, None]:
                 ties = True
     if ties:
         found["tie_word_embeddings"] = None
+    found |= dict.fromkeys(_nested(context, klass))
     return dict.fromkeys(name for name in DEFAULTS if name in found)
+
+
+def _nested(context: Context, klass: Klass) -> set[str]:
+    """Settings of generation in a config inside the folder's config, from which a model inside the model generates."""
+    auto_map = context.config.get("auto_map")
+    main = str(auto_map.get("AutoConfig", "") if isinstance(auto_map, dict) else "").rpartition(".")[2]
+    if klass.name == main:
+        return set()
+    inner = [value for value in context.config.values() if isinstance(value, dict) and "model_type" in value]
+    own = constant(found[1]) if (found := context.code.value(klass, "model_type")) is not None else None
+    return {
+        name for value in inner if value["model_type"] == own for name in value if name in GENERATION & set(DEFAULTS)
+    }
 
 
 def _always_set(context: Context, klass: Klass) -> set[str]:
@@ -135,24 +178,26 @@ class _Defaults(Rewriter):
 
     def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
         klass = self.context.klass(original_node.name.value)
+        body = updated_node.body
         if klass is None or not own_config(self.context.code, klass) or self.context.scope(original_node):
             return updated_node
-        if id(klass.node) in self.context.code.parents:
-            return updated_node  # what is derived from it sets them
-        if self.context.code.method(klass, "__init__") is not None or not isinstance(
-            updated_node.body, cst.IndentedBlock
-        ):
+        if id(klass.node) in self.context.code.parents or not isinstance(body, cst.IndentedBlock):
             return updated_node
         missing = [name for name in _read(self.context, klass) if name not in _always_set(self.context, klass)]
-        if not missing:
+        added = ""
+        if missing and self.context.code.method(klass, "__init__") is None:
+            values = ", ".join(f"{name}={DEFAULTS[name]}" for name in missing)
+            self.context.define("keep_defaults", _HELPER)
+            self.context.note(original_node, f"{klass.name} has {', '.join(missing)} under every release")
+            added = f"def __init__(self, **kwargs):\n    super().__init__(**kwargs)\n    keep_defaults(self, kwargs, {values})\n"
+        if GENERATION & set(missing) and self.context.code.method(klass, _ASKED) is None:
+            self.context.note(original_node, f"{klass.name} may hold settings of generation")
+            added += f"def {_ASKED}(self):\n    return {{}}  # the code reads settings of generation from here\n"
+        if not added:
             return updated_node
-        values = ", ".join(f"{name}={DEFAULTS[name]}" for name in missing)
-        self.context.define("keep_defaults", _HELPER)
-        self.context.note(original_node, f"{klass.name} has {', '.join(missing)} under every release")
-        text = f"def __init__(self, **kwargs):\n    super().__init__(**kwargs)\n    keep_defaults(self, kwargs, {values})\n"
-        made = statements(text)[0].with_changes(leading_lines=[cst.EmptyLine(indent=False)])
-        kept = [step for step in updated_node.body.body if not _is_pass(step)]
-        return updated_node.with_changes(body=updated_node.body.with_changes(body=[*kept, made]))
+        made = [step.with_changes(leading_lines=[cst.EmptyLine(indent=False)]) for step in statements(added)]
+        kept = [step for step in body.body if not _is_pass(step)]
+        return updated_node.with_changes(body=body.with_changes(body=[*kept, *made]))
 
 
 def _calls_base(step: ast.stmt) -> bool:
@@ -211,6 +256,9 @@ RULE = Rule(
                 self.hidden_size = hidden_size
                 super().__init__(forced_eos_token_id=forced_eos_token_id, **kwargs)
                 keep_defaults(self, kwargs, forced_eos_token_id=forced_eos_token_id, pad_token_id=None, use_cache=True)
+
+            def _get_generation_parameters(self):
+                return {}  # the code reads settings of generation from here
 
 
         def pads(config):

@@ -7,11 +7,11 @@ import libcst as cst
 from ..generating import first_with, generating, knows_cache, parameters
 from ..rule import Context, Rule, statements
 
-_PASTS = {"past_key_values", "past", "past_key_value", "layer_past", "cache_params"}
+_PASTS = {"past_key_values", "past", "past_key_value", "layer_past", "cache_params", "state", "mems"}
 _METHOD = """
 @classmethod
 def _supports_default_dynamic_cache(cls):
-    return False  # keys and values are kept in tuples
+    return False  # the past is no Cache
 """
 
 
@@ -90,7 +90,7 @@ RULE = Rule(
 
             @classmethod
             def _supports_default_dynamic_cache(cls):
-                return False  # keys and values are kept in tuples
+                return False  # the past is no Cache
 
             def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
                 if past_key_values:
