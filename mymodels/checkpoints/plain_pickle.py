@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from .checkpoint import CheckpointError
+from .pickle_bounds import BoundedReader, dtype_state
 
 # Types that training scripts save besides weights: plain data, which runs no code when unpickled.
 _NUMPY: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]]
@@ -321,7 +322,7 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def __init__(self, file: Any, **options: Any):
-        super().__init__(file, **options)
+        super().__init__(BoundedReader(file), **options)
         self.known = _known_globals()
         self.callable = {id(made) for made in self.known.values()}
         self.stand_ins: dict[str, type[Unopened]] = {}
@@ -378,6 +379,8 @@ class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         elif isinstance(made, dict):
             vars(made).update(self.stack.pop()) if hasattr(made, "__dict__") else self.stack.pop()  # type: ignore[attr-defined]
         else:
+            if isinstance(made, np.dtype):
+                self.stack[-1] = dtype_state(made, self.stack[-1])  # type: ignore[attr-defined]
             super().load_build()  # type: ignore[misc]
 
     def load_persid(self) -> None:
