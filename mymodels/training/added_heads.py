@@ -43,21 +43,21 @@ from .{module} import {body}
 
 
 class {stem}Body({body}):
-    """`{body}`, whose weights are those of a model with a head that start with `model.`."""
+    """`{body}`, whose weights are those of a model with a head that start with `{prefix}.`."""
 
-    base_model_prefix = "model"
+    base_model_prefix = "{prefix}"
 
 
 class {stem}WithHead(PreTrainedModel):
     """`{body}` with a linear layer on its hidden states."""
 
     config_class = {body}.config_class
-    base_model_prefix = "model"
+    base_model_prefix = "{prefix}"
     _no_split_modules = {body}._no_split_modules
 
     def __init__(self, config: Any, outputs: int):
         super().__init__(config)
-        self.model = {stem}Body(config)
+        self.{prefix} = {stem}Body(config)
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Linear({width}, outputs)
         self.post_init()
@@ -67,12 +67,12 @@ class {stem}WithHead(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
         elif module is not self:
-            self.model._init_weights(module)
+            self.{prefix}._init_weights(module)
 
     def states(self, input_ids: torch.Tensor, **inputs: torch.Tensor | None) -> torch.Tensor:
         """The last hidden states, `[batch, length, width]`."""
         given = {{name: value for name, value in inputs.items() if value is not None}}
-        return self.dropout(self.model(input_ids, **given)[0])
+        return self.dropout(self.{prefix}(input_ids, **given)[0])
 
 
 class {stem}ForSequenceClassification({stem}WithHead):
@@ -174,6 +174,7 @@ def heads_added(path: Path, source: Any, raw: Mapping[str, Any], trust_remote_co
         module=module,
         body=name,
         stem=stem,
+        prefix=body.base_model_prefix or "model",  # a folder of a model with another head has this prefix too
         width=_width(body, source),
         arguments="".join(f"        {argument}: torch.Tensor | None = None,\n" for argument in inputs),
         passed="".join(f", {argument}={argument}" for argument in inputs),

@@ -205,9 +205,12 @@ def _from_checkpoint(
     auto_class = getattr(transformers, f"AutoModel{CLASS_SUFFIXES[kind]}")
     if own_base_model(raw.get("auto_map"), kind) is not None:
         with heads_added(path, source, raw, trust_remote_code) as folder:
-            loaded = _from_checkpoint(
-                folder, task, labels, None, overrides, tokenizer or path, revision, trust_remote_code
-            )
+            try:
+                loaded = _from_checkpoint(
+                    folder, task, labels, None, overrides, tokenizer or path, revision, trust_remote_code
+                )
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(folder), str(source))) from None
         loaded.model.name_or_path = loaded.model.config._name_or_path = str(source)
         loaded.hub_id = hub_id
         loaded.how = f"{type(loaded.model).__name__}, a new head on the base model of {source}"

@@ -163,7 +163,6 @@ def test_invalid_requests_are_refused_before_training(own: Path, tmp_path: Path)
     for model, task, options, message in [
         (own / "conv_bert", "lm", {}, "has code of its own, for AutoModelForSequenceClassification, but none for AutoModelForMaskedLM"),
         (own / "moe_gpt2", "seq2seq", {}, "is a moe_gpt2_of_one_file, which has no class for AutoModelForSeq2SeqLM"),
-        (own / "moe_gpt2", "classification", {}, "has no class for AutoModelForSequenceClassification"),
         (own / "small_t5", "lm", {}, "have no language-model head"),
         (own / "small_t5", "seq2seq", {"to": "mygpt2"}, "is not an encoder-decoder"),
         (make("conv_bert"), "lm", {"tokenizer": train_bert_tokenizer(TEXTS, 97, 64)}, "ConvBert is not a model for --task lm by its name"),
@@ -179,6 +178,8 @@ def test_invalid_requests_are_refused_before_training(own: Path, tmp_path: Path)
     with pytest.raises(DataError, match="name the one with the targets by --target-column"):
         (tmp_path / "c.csv").write_text("text,a,b\nx,y,z\n")
         load_data(tmp_path / "c.csv", task="seq2seq")
+    headed = load_base(own / "moe_gpt2", "classification", labels=["a", "b"], trust_remote_code=True)
+    assert "a new head on the base model" in headed.how and headed.new == ["classifier.bias", "classifier.weight"]
     with pytest.raises(ValueError, match="has no AutoModelForSequenceClassification: choose another --task"):
         load_task(own / "small_t5", "text-classification", trust_remote_code=True)
     with pytest.raises(ValueError, match="pass tokenizer="):
