@@ -3,6 +3,7 @@
 `python tests/upgrading/batch.py RELEASES [NAME …]` prints what became of each folder.
 """
 
+import resource
 import sys
 import tempfile
 from importlib.metadata import version
@@ -83,6 +84,8 @@ def main() -> None:
                     seen.add((row.name, row.item, row.what))
                     releases = " ".join(r.release for r in proof.rows if r[1:] == row[1:])
                     print(f"   {row.status} {row.name} {row.item} [{releases}] {row.where} {row.what[:300]}")
+    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"CPU: {own.ru_utime + own.ru_stime:.0f} s here, {others.ru_utime + others.ru_stime:.0f} s in the processes")
 
 
 if __name__ == "__main__":

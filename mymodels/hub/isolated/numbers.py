@@ -6,6 +6,7 @@ first side was given (`recorded`: key → file of tensors). For each folder it w
 
 import faulthandler
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,15 @@ def _record_folder(job: dict[str, Any], events: Any) -> None:
     report: dict[str, Any] = {"transformers": transformers.__version__, "classes": {}}
     for name in job["classes"]:
         own = {key.split("|")[2]: value for key, value in given.items() if key.startswith(f"{name}|input|")}
-        record = _Record(name, tensors)
+        record = _Record(name, tensors, job["scratch"])
         _record_class(record, job, own)
         report["classes"][name] = record.items
     if job["tokenizer"]:
-        record = _Record("AutoTokenizer", tensors)
+        record = _Record("AutoTokenizer", tensors, job["scratch"])
         record.item("tokens", lambda: _tokens(job))
         report["classes"]["AutoTokenizer"] = record.items
     for name in processor_names(job):
-        record = _Record(name, tensors)
+        record = _Record(name, tensors, job["scratch"])
         record.item("processed", lambda name=name: _processed(job, name))  # type: ignore[misc]
         report["classes"][name] = record.items
     save_file(tensors, Path(job["scratch"], f"{job['key']}.safetensors"))
@@ -73,8 +74,9 @@ def _record_folder(job: dict[str, Any], events: Any) -> None:
 class _Record:
     """What one class of a folder computes: items that were recorded, or the error that each raised."""
 
-    def __init__(self, name: str, tensors: dict[str, torch.Tensor]):
-        self.name, self.tensors, self.items = name, tensors, {}  # type: ignore[var-annotated]
+    def __init__(self, name: str, tensors: dict[str, torch.Tensor], scratch: str):
+        self.name, self.tensors, self.scratch = name, tensors, scratch
+        self.items: dict[str, dict[str, Any]] = {}
 
     def item(self, item: str, compute: Callable[[], Mapping[str, torch.Tensor]], twice: bool = False) -> bool:
         """Record the tensors that `compute` returns; whatever it raises is noted in their place."""
@@ -88,7 +90,9 @@ class _Record:
                 if any(not torch.equal(tensor, again[key]) for key, tensor in found.items() if key in again):
                     self.items[item] = {"status": "random"}
         except BaseException as error:
-            self.items[item] = {"status": "failed", "what": sentence(error), "where": innermost(error)}
+            what = sentence(error).replace(f"{self.scratch}/", "")
+            needs = isinstance(error, ImportError) and item in ("tokens", "processed")  # a package that is not here
+            self.items[item] = {"status": "left out" if needs else "failed", "what": what, "where": innermost(error)}
             return False
         self.tensors.update({f"{self.name}|{item}|{key}": tensor for key, tensor in found.items()})
         return True
@@ -122,6 +126,7 @@ def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Ten
     record.items["load"] |= {
         "weights": {key: value for key, value in saved.items() if key in parameters},
         "buffers": {key: value for key, value in saved.items() if key not in parameters},
+        "second names": sorted(parameters - {key for key, _ in model.named_parameters()}),
     }
 
     def inputs() -> dict[str, torch.Tensor]:
@@ -133,7 +138,7 @@ def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Ten
     if not record.item("input", inputs):
         return
     given = held["inputs"]
-    record.item("outputs", lambda: _outputs(model, given), twice=True)
+    record.item("outputs", lambda: _outputs(model, given), twice=not own)  # what is random is known from the original
     for item, batch in _batches(model, given).items():
         record.item(item, lambda batch=batch: _outputs(model, batch))  # type: ignore[misc]
     labels = make_labels(record.name, model, given)
@@ -241,6 +246,9 @@ def _reload(job: dict[str, Any], name: str, model: Any, given: Mapping[str, torc
     """Save, load what was saved, and give its outputs; its weights are compared here."""
     saved = Path(job["scratch"], f"{job['key']}-{name}", f"{Path(job['folder']).name}_saved")
     model.save_pretrained(saved)
+    for code in Path(job["folder"]).glob("*.py"):  # older releases save it with some classes only
+        if not (saved / code.name).exists():
+            shutil.copyfile(code, saved / code.name)
     other, loading = _load(job, name, str(saved))
     if loading.get("missing_keys"):
         raise RuntimeError(f"after save_pretrained the weight {loading['missing_keys'][0]} is missing")

@@ -161,6 +161,8 @@ def _compare_item(old: Recorded, new: Recorded, name: str, item: str, before: di
         return row._replace(status="not compared", what="the original gives other outputs each time")
     if before["status"] in ("new weights", "left out"):
         return row._replace(status="not compared", what=before["what"])
+    if after["status"] == "left out":
+        return row._replace(status="not compared", what=after["what"])
     if after["status"] == "new weights":
         return row._replace(status="differs", what=after["what"])
     if after["status"] == "failed":
@@ -182,5 +184,5 @@ def _other_weights(before: dict[str, Any], after: dict[str, Any]) -> str:
         for name, digest in before[kind].items():
             if name in after[kind] and after[kind][name] != digest:
                 return f"{name} has other values after loading"
-    missing = [name for name in before["weights"] if name not in after["weights"]]
+    missing = [n for n in before["weights"] if n not in after["weights"] and n not in before["second names"]]
     return f"the weight {missing[0]} is gone" if missing else ""

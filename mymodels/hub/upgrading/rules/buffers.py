@@ -151,6 +151,7 @@ class _Edit(Rewriter):
         filled = self._call(original_node, method, ["self", "module"])
         if filled is method:
             return updated_node
+        filled = filled.with_changes(leading_lines=[cst.EmptyLine(indent=False)])
         return updated_node.with_changes(body=updated_node.body.with_changes(body=[*updated_node.body.body, filled]))
 
     def _call(self, original: cst.CSTNode, updated: cst.FunctionDef, parameters: list[str]) -> cst.FunctionDef:

@@ -1,32 +1,27 @@
-"""A module that stands twice in a Sequential: saving wants to know that the second name is the first's."""
+"""A module that stands twice in a Sequential: its parameters have two names, of which a file holds one."""
 
 import ast
 
 import libcst as cst
+import libcst.matchers as m
 
-from ...static.code_tree import Klass, calls, is_self
-from ..rule import Context, Rewriter, Rule, rewrites, statements
+from ...static.code_tree import Klass, calls
+from ..rule import Context, Rewriter, Rule, rewrites
+
+_AGAIN = '''
+from torch import nn as _nn
 
 
-def _twice(context: Context, klass: Klass) -> dict[str, str]:
-    """The second and later names of modules that are used several times, with the first."""
-    init = klass.method("__init__")
-    found: dict[str, str] = {}
-    for step in init.body if init is not None else ():
-        if not isinstance(step, ast.Assign) or not isinstance(step.value, ast.Call):
-            continue
-        if not klass.file.dotted(step.value.func).endswith("nn.Sequential"):
-            continue
-        for goal in step.targets:
-            first: dict[str, int] = {}
-            for number, part in enumerate(step.value.args if is_self(goal) else ()):
-                if not isinstance(part, ast.Name):
-                    continue
-                if part.id in first and _has_parameters(context, klass, init, part.id):
-                    attribute = goal.attr  # type: ignore[attr-defined]
-                    found[f"{attribute}.{number}"] = f"{attribute}.{first[part.id]}"
-                first.setdefault(part.id, number)
-    return found
+class UsedAgain(_nn.Module):
+    """A module that is used a second time: its parameters stay where it was used first."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.__dict__["module"] = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+'''
 
 
 def _has_parameters(context: Context, klass: Klass, init: ast.AST | None, name: str) -> bool:
@@ -38,27 +33,33 @@ def _has_parameters(context: Context, klass: Klass, init: ast.AST | None, name: 
     return False
 
 
-class _Declare(Rewriter):
-    def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
-        name = original_node.name.value
-        klass = self.context.klass(name)
-        if klass is None or self.context.scope(original_node) or not self.context.code.is_module(klass):
+class _Again(Rewriter):
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
+        scope = self.context.scope(original_node)
+        klass = self.context.klass(scope[0]) if len(scope) == 2 and scope[1] == "__init__" else None
+        if klass is None or not self.context.dotted(original_node.func).endswith("nn.Sequential"):
             return updated_node
-        pairs = _twice(self.context, klass) if klass.value("_tied_weights_keys") is None else {}
-        if not pairs or not isinstance(updated_node.body, cst.IndentedBlock):
-            return updated_node
-        self.context.note(original_node, f"{name} names its modules that are used twice: {', '.join(pairs)}")
-        shown = ", ".join(f'"{second}": "{first}"' for second, first in pairs.items())
-        body = list(updated_node.body.body)
-        at = next((i for i, step in enumerate(body) if isinstance(step, cst.FunctionDef)), len(body))
-        body[at:at] = statements(f"_tied_weights_keys = {{{shown}}}\n")
-        return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
+        seen: set[str] = set()
+        arguments = list(updated_node.args)
+        for number, argument in enumerate(arguments):
+            if not m.matches(argument, m.Arg(value=m.Name(), star="")):
+                continue
+            name = argument.value.value  # type: ignore[attr-defined]
+            if name in seen and _has_parameters(self.context, klass, klass.method("__init__"), name):
+                self.context.define("UsedAgain", _AGAIN)
+                self.context.note(
+                    original_node, f"{name} is used a second time without second names for its parameters"
+                )
+                again = cst.Call(cst.Name("UsedAgain"), [cst.Arg(argument.value)])
+                arguments[number] = argument.with_changes(value=again)
+            seen.add(name)
+        return updated_node.with_changes(args=arguments)
 
 
 _BEFORE = """
     import torch
     from torch import nn
-
+{block}
 
     class Scale(nn.Module):
         def __init__(self):
@@ -67,18 +68,25 @@ _BEFORE = """
 
 
     class ToyFilter(nn.Module):
-{line}        def __init__(self):
+        def __init__(self):
             super().__init__()
             act = Scale()
-            self.steps = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
+            self.steps = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), {again})
 """
+_BLOCK = """
+    # --- transformers releases: what differs between them, and what newer ones no longer have ---
+    # [UsedAgain]
+{source}
+    # --- end of transformers releases ---
+"""
+_SOURCE = "\n".join(f"    {line}" if line else "" for line in _AGAIN.strip("\n").split("\n"))
 
 RULE = Rule(
     name="modules used twice",
-    reason="save_pretrained refuses parameters with two names that nothing declares",
+    reason="the second name of a parameter counts as missing, so that 5.0 draws it anew, and save_pretrained refuses it",
     releases="5.0 and newer",
-    before=_BEFORE.format(line=""),
-    after=_BEFORE.format(line='        _tied_weights_keys = {"steps.3": "steps.1"}\n'),
-    apply=rewrites(_Declare, ("nn.Sequential(",)),
+    before=_BEFORE.format(block="", again="act"),
+    after=_BEFORE.format(block=_BLOCK.format(source=_SOURCE), again="UsedAgain(act)"),
+    apply=rewrites(_Again, ("nn.Sequential(",)),
     words=("nn.Sequential(",),
 )

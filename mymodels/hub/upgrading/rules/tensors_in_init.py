@@ -102,6 +102,11 @@ def _plain_tensors(context: Context) -> set[int]:
             if isinstance(goal, ast.Name)
         }
         for step in ast.walk(init):
+            if isinstance(step, (ast.ListComp, ast.GeneratorExp)) and _reads_values(step):
+                names = [one.iter.id for one in step.generators if isinstance(one.iter, ast.Name)]
+                found |= {
+                    local[name].lineno for name in names if name in local and _is_tensor(klass, local[name].value)
+                }
             if not isinstance(step, ast.Assign) or not any(is_self(goal) for goal in step.targets):
                 continue
             if _is_tensor(klass, step.value):
@@ -112,6 +117,10 @@ def _plain_tensors(context: Context) -> set[int]:
                 if _is_tensor(klass, made.value) and len(uses) == 2:
                     found.add(made.lineno)
     return found
+
+
+def _reads_values(node: ast.AST) -> bool:
+    return any(isinstance(n, ast.Attribute) and n.attr in ("item", "tolist", "numpy") for n in ast.walk(node))
 
 
 def _methods_that_keep_tensors(context: Context) -> set[int]:
@@ -153,8 +162,7 @@ def _mixed_linspaces(context: Context) -> set[int]:
     for klass, init in _constructors(context):
         names = {klass.file.dotted(call.func) for call in calls(init)}
         others = {name for name in names if name.startswith("torch.") and name.count(".") == 1} - {"torch.linspace"}
-        reads = any(isinstance(n, ast.Attribute) and n.attr in ("item", "tolist", "numpy") for n in ast.walk(init))
-        if others and not reads:
+        if others and not _reads_values(init):
             found |= {call.lineno for call in calls(init) if klass.file.dotted(call.func) == "torch.linspace"}
     return found
 

@@ -8,6 +8,18 @@ from ..rule import Rewriter, Rule, rewrites, statements
 _PARENT = m.Call(func=m.Attribute(value=m.Call(func=m.Name("super")), attr=m.Name("tie_weights")))
 
 
+_DISCARD = '''
+def discard_tied(model, missing_keys):
+    """Counts a parameter as not missing if it is another, loaded one under a second name."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    for group in names.values() if missing_keys else ():
+        if group - missing_keys:
+            missing_keys.difference_update(group)
+'''
+
+
 class _Arguments(Rewriter):
     def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
         scope = self.context.scope(original_node)
@@ -19,8 +31,9 @@ class _Arguments(Rewriter):
         self.context.note(original_node, f"{scope[0]}.tie_weights takes the arguments that transformers 5 passes")
         taking = parameters.with_changes(star_kwarg=cst.Param(cst.Name("kwargs")))
         if not m.findall(original_node, _PARENT) and isinstance(updated_node.body, cst.IndentedBlock):
-            first = statements("super().tie_weights(**kwargs)  # counts what is tied as not missing\n")
-            body = updated_node.body.with_changes(body=[*first, *updated_node.body.body])
+            self.context.define("discard_tied", _DISCARD)
+            last = statements('discard_tied(self, kwargs.get("missing_keys"))\n')
+            body = updated_node.body.with_changes(body=[*updated_node.body.body, *last])
             return updated_node.with_changes(params=taking, body=body)
         changed = updated_node.with_changes(params=taking).visit(_PassOn())
         assert isinstance(changed, cst.FunctionDef)

@@ -18,6 +18,8 @@ class _Declare(Rewriter):
             return updated_node
         if self.context.code.value(klass, "_tied_weights_keys") is not None or not _ties(self.context, klass):
             return updated_node
+        if self.context.code.method(klass, "tie_weights") is not None:
+            return updated_node  # it ties by itself, on its own conditions
         found = self.context.code.method(klass, "get_output_embeddings")
         returned = [n.value for n in ast.walk(found[1]) if isinstance(n, ast.Return) and n.value] if found else []
         head = re.fullmatch(r"self\.([\w.]+)", ast.unparse(returned[-1])) if returned else None
