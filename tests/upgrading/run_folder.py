@@ -62,6 +62,8 @@ def inputs_for(model, auto: str) -> dict:
         return {"pixel_values": torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))}
     if getattr(model.config, "input_size", None) == 1:
         return {"input_ids": torch.randn(2, 8, generator=torch.Generator().manual_seed(0))}
+    if main == "input_values":
+        return {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(0))}
     given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     if "attention_mask" not in inspect.signature(model.forward).parameters:
         del given["attention_mask"]

@@ -9,6 +9,7 @@ from ...static.api_availability import Span, lacking
 from ...static.check_imports import other_imports
 from ...static.symbols import GONE
 from ..definitions import MISSING_BETWEEN, MODULES, MOVED, definition, is_documentation
+from ..mask_definitions import MASKS
 from ..rule import Context, Rewriter, Rule, name_of, rewrites, statements
 
 _FROM_IMPORT = re.compile(r"^[ \t]*from [^\n]*import (?:\([^)]*\)|[^\n]*)", re.MULTILINE)
@@ -83,6 +84,8 @@ def _is_gone(context: Context, module: str, name: str) -> bool:
     first, last = context.releases
     if (module, name) in MISSING_BETWEEN or (module, name) in MOVED or module in MODULES or is_documentation(name):
         return True
+    if name in MASKS and module.startswith("transformers.models."):
+        return True  # none of the supported releases has them there
     return bool(failing) or (known is not None and Span(*known).first <= last and first <= Span(*known).last)
 
 
