@@ -7,7 +7,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 ECOSYSTEM := $(VENV)/ecosystem
 
-.PHONY: help docs demo test test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
+.PHONY: help docs dist demo test coverage test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z_-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -15,14 +15,19 @@ help:  ## this list
 demo: $(VENV)/.core  ## train both models briefly, save, load them in a clean process, compare
 	$(BIN)/mymodels demo
 
+# pytest's own options and paths, such as TESTS=tests/models or TESTS="-k cache"
+TESTS ?=
 # processes that share the tests of `test` and `test-slow`; 0: this one alone
 WORKERS ?= 2
 
 test: $(VENV)/.test  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+coverage: $(VENV)/.test  ## the fast tests, with the lines that none of them runs (half as long again; see CONTRIBUTING.md)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --cov=mymodels --cov-report=term-missing:skip-covered $(TESTS)
 
 test-slow: $(VENV)/.test-slow  ## full verify runs, kills, torch.compile, long fuzzing
-	$(BIN)/pytest -m slow -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -m slow -n $(WORKERS) --dist loadfile $(TESTS)
 
 test-formats: $(VENV)/.test-formats  ## ONNX, TensorFlow and GGUF files
 	$(BIN)/pytest -m formats
@@ -45,13 +50,19 @@ test-versions: $(VENV)/.test  ## the models under eight transformers releases, a
 test-vllm: $(VENV)/.test $(VLLM)/.ready  ## both models served by vLLM (3 GB)
 	$(BIN)/pytest -m vllm
 
-lint: $(VENV)/.lint  ## ruff and mypy
+lint: $(VENV)/.lint  ## ruff, mypy, and nothing that Python 3.10 lacks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vermin --quiet --no-tips --violations --target=3.10- mymodels mymodels_command.py
 
 docs: $(VENV)/.docs  ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
+dist: $(VENV)/.dist  ## the wheel and the source distribution, checked, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
 
 # the short forms, some minutes in all; FORM= the full ones, some hours. Each script's own `--help` says more
 BENCHES := classify finetune train_lm generate cold_start checkpoint_memory scaling
@@ -117,6 +128,10 @@ $(VENV)/.bench: $(VENV)/.test-weights
 
 $(VENV)/.docs: $(VENV)/.core
 	$(PIP) --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.dist: $(VENV)/.core
+	$(PIP) --editable '.[dist]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -1,6 +1,7 @@
 """What the docs show of the code itself: the command line, from its parsers; the figures of benchmarks/."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def cli_reference() -> str:
     for name, verb in verbs.items():
         pages += ["", f"## mymodels {name}", "", "```text", verb.format_help().rstrip(), "```"]
     return "\n".join(pages) + "\n"
+
+
+def _breakable(code: re.Match) -> str:
+    """A browser may break long names in a table after these signs, and before a capital letter."""
+    return re.sub(r"(?<=\w)([/_.])(?=\w{3})|(?<=[a-z])(?=[A-Z][a-z]{2})", r"\1<wbr>", code[0])
+
+
+def on_page_content(html, **_):
+    cells = r"<td.*?</td>"
+    return re.sub(cells, lambda cell: re.sub(r"<code>[^<]*</code>", _breakable, cell[0]), html, flags=re.S)
 
 
 def on_files(files, config):

@@ -133,7 +133,7 @@ def _is_command_line() -> bool:
     and the entry of `sys.orig_argv` before the arguments is its name). Otherwise, also in worker processes of the
     command, the models are registered at once. A wrong result only costs time.
 
-    An import hook on transformers is no alternative, as there is no safe moment to register: while `transformers` is
+    An import hook on transformers is not an alternative, as there is no safe moment to register: while `transformers` is
     imported, accelerate or PEFT, which it needs, may be partly imported; while `transformers.models.auto` is,
     `transformers.modeling_layers` may be, which imports it and which we import.
     """

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .hub import build_repo, load_in_clean_process
@@ -17,6 +18,7 @@ from .models.configuration_mybert import MyBertConfig
 from .models.configuration_mygpt2 import MyGPT2Config
 from .models.modeling_mybert import MyBertForSequenceClassification
 from .models.modeling_mygpt2 import MyGPT2ForCausalLM
+from .tables import print_table
 from .training.evaluation import evaluate
 from .training.loop import train
 from .training.sample_text import Document, load_sample_text, passages
@@ -220,7 +222,7 @@ def run_demo(output_dir: Path, console: Console | None = None) -> bool:
         check_output_dir(output_dir / name)  # before minutes of training
     for name, make in makers.items():
         repo = make(output_dir / name)
-        console.print(_file_table(repo.path))
+        print_table(_file_table(repo.path), console)
         console.print(f"Loading {repo.path} in a new process: no mymodels, empty cache, offline …")
         report, outputs = load_in_clean_process(repo.path, repo.auto_classes, texts=texts, prompt=PROMPT)
         checks = [
@@ -233,12 +235,12 @@ def run_demo(output_dir: Path, console: Console | None = None) -> bool:
         for auto_class in repo.auto_classes:
             checks += _load_checks(repo, auto_class, report["models"][auto_class], outputs[auto_class], texts)
         all_passed = all_passed and all(passed for _, passed in checks)
-        console.print(_check_table(f"{name} under transformers {report['transformers']}", checks))
+        print_table(_check_table(f"{name} under transformers {report['transformers']}", checks), console)
         if name == "mygpt2":
             continuation = report["models"]["AutoModelForCausalLM"]["continuation"]
             console.print(f"[bold]The sentence[/bold], continued there: {continuation!r}\n", highlight=False)
         else:
-            console.print(_passage_table(texts, truth, outputs["AutoModelForSequenceClassification"]))
+            print_table(_passage_table(texts, truth, outputs["AutoModelForSequenceClassification"]), console)
     verdict = "[bold green]Every check held.[/]" if all_passed else "[bold red]A check failed, see FAILED above.[/]"
     console.print(verdict)
     return all_passed
@@ -269,7 +271,7 @@ def _load_checks(
 
 
 def _file_table(path: Path) -> Table:
-    table = Table("file", "bytes", title=str(path), title_justify="left")
+    table = Table("file", "bytes", title=Text(str(path)), title_justify="left")
     table.columns[1].justify = "right"
     for file in sorted(path.iterdir()):
         table.add_row(file.name, f"{file.stat().st_size:,}")

@@ -81,7 +81,7 @@ def logits_of(outputs: Any) -> torch.Tensor | None:
 
 @contextmanager
 def uniform_outputs(model: nn.Module) -> Iterator[None]:
-    """Within it, the model returns a `ModelOutput`, as transformers' Trainer needs, for any form of outputs."""
+    """A context in which the model returns a `ModelOutput`, as transformers' Trainer needs, for any form of outputs."""
 
     def convert(module: nn.Module, arguments: Any, outputs: Any) -> Any:
         return outputs if isinstance(outputs, Mapping) else ModelOutput(as_mapping(outputs))
@@ -122,9 +122,9 @@ def check_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         model.train(training)
     loss = loss_of(outputs)
     if loss is None:
-        there = ", ".join(key for key, value in as_mapping(outputs).items() if isinstance(value, torch.Tensor))
+        returned = ", ".join(key for key, value in as_mapping(outputs).items() if isinstance(value, torch.Tensor))
         raise ValueError(
-            f"{name}.forward returns no loss for {', '.join(moved)}, but {there or 'no tensor'}: return a scalar as `loss`, "
+            f"{name}.forward returns no loss for {', '.join(moved)}, but {returned or 'no tensor'}: return a scalar as `loss`, "
             "in a mapping, a dataclass or a tuple"
         )
     if not loss.requires_grad:

@@ -153,7 +153,7 @@ def convert_stock_checkpoints() -> None:
         return convert(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     from_pretrained.__doc__ = base.MyPreTrainedModel.from_pretrained.__doc__
-    base.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    base.MyPreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
 
 
 def save_code_of_subclasses() -> None:

@@ -27,7 +27,7 @@ import warm_python
 from transformers.utils import logging
 
 import mymodels  # noqa: F401  registers the models
-from mymodels.hub import clean_process
+from mymodels.hub import clean_process, isolated_model
 
 LEFT_OUT = pytest.StashKey[dict]()
 
@@ -60,7 +60,8 @@ def quick_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return (subprocess.Popen if other else warm_python.Popen)(command, **how)
 
     names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
-    monkeypatch.setattr(clean_process, "subprocess", SimpleNamespace(Popen=start, **names))
+    for module in (clean_process, isolated_model):
+        monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=start, **names))
 
 
 # ---- which tests run

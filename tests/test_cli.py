@@ -40,6 +40,7 @@ def test_the_demo_shows_what_happened(small_demo: None, tmp_path: Path) -> None:
     assert "held-out loss" in shown and "majority class" in shown and demo.PROMPT in shown
 
 
+@pytest.mark.slow
 def test_the_demo_fails_when_the_saved_weights_are_not_the_model_s(
     small_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +54,6 @@ def test_the_demo_fails_when_the_saved_weights_are_not_the_model_s(
 
     monkeypatch.setattr(demo, "build_repo", build_and_change)
     console = Console(file=io.StringIO(), record=True, width=160)
-    monkeypatch.setattr(demo, "Console", lambda: console)
+    monkeypatch.setattr("mymodels.cli.demo.console", lambda: console)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
     assert "FAILED" in console.export_text()

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import mymodels
+from mymodels import extras
 from mymodels.extras import install_command
 
 ROOT = Path(__file__).parents[1]
@@ -90,11 +91,34 @@ def test_the_installed_wheel_gives_the_command_and_the_data(dist: Path, tmp_path
         assert (target / "mymodels" / file).is_file()
 
 
-def test_the_command_for_an_extra_names_its_packages() -> None:
-    extras = set(re.findall(r'^([\w-]+) = \["', PYPROJECT, re.M))
-    assert {"onnx", "tf", "gguf", "finetune", "lora", "tensorboard"} <= extras
-    for extra in ("onnx", "tf", "gguf", "finetune", "lora", "tensorboard"):
+EXTRAS = ("onnx", "tf", "gguf", "h5", "flax", "finetune", "lora", "tensorboard")
+
+
+def test_the_command_for_an_extra_names_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    assert set(EXTRAS) <= set(re.findall(r'^([\w-]+) = \["', PYPROJECT, re.M))
+    for extra in EXTRAS:
         words = shlex.split(install_command(extra))
         listed = re.findall(r'"([^"]+)"', re.search(rf"^{extra} = \[(.*)\]", PYPROJECT, re.M)[1])
         assert words[:2] == ["pip", "install"]
         assert set(map(Requirement, words[2:])) == set(map(Requirement, listed))
+
+
+def test_the_command_for_an_extra_is_for_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another environment's pip is first on the path; uv's has no pip; pipx's is pipx's own; nothing is installed."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shlex.split(install_command("gguf")) == [sys.executable, "-m", "pip", "install", "gguf>=0.17"]
+    with monkeypatch.context() as patch:
+        patch.setattr(extras, "find_spec", lambda name: None)
+        words = shlex.split(install_command("gguf"))
+        assert words == ["uv", "pip", "install", "--python", sys.executable, "gguf>=0.17"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "prefix", str(tmp_path))
+        (tmp_path / "pipx_metadata.json").write_text("{}")
+        assert shlex.split(install_command("gguf")) == ["pipx", "inject", tmp_path.name, "gguf>=0.17"]
+
+    def absent(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(extras, "requires", absent)
+    assert shlex.split(install_command("gguf"))[-1] == f"{ROOT}[gguf]"  # a path with an extra, which pip takes

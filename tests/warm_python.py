@@ -34,14 +34,14 @@ _FIXED = {
     "HF_MODULES_CACHE": "/of-a-new-process/HF_MODULES_CACHE",
 }
 SERVER = r"""
-import atexit, gc, json, os, runpy, socket, sys, tempfile, threading, traceback, types
+import atexit, fcntl, gc, json, os, runpy, socket, sys, tempfile, threading, traceback, types
 import accelerate, torch, transformers
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 
 wanted = socket.socket(fileno=int(sys.argv[1]))
 gc.freeze()
 while True:
-    message, streams, _, _ = socket.recv_fds(wanted, 4096, 3)
+    message, streams, _, _ = socket.recv_fds(wanted, 4096, 20)
     if not message:
         os._exit(0)
     child = os.fork()
@@ -55,11 +55,14 @@ while True:
 
 os.setsid()
 wanted.close()
-for number, stream in enumerate(streams):
-    os.dup2(stream, number)
-    os.close(stream)
 with open(message.decode()) as file:
     job = json.load(file)
+aside = [fcntl.fcntl(stream, fcntl.F_DUPFD, 500) for stream in streams]
+for stream in streams:
+    os.close(stream)
+for stream, number in zip(aside, [0, 1, 2, *job["pass_fds"]]):
+    os.dup2(stream, number)
+    os.close(stream)
 homes = {os.environ[name]: job["env"].get(name) for name in ("HF_HOME", "HF_MODULES_CACHE")}
 homes[os.environ["HF_HOME"]] = home = job["env"].get("HF_HOME") or os.path.join(job["env"].get("HOME", "/"), ".cache/huggingface")
 homes[os.environ["HF_MODULES_CACHE"]] = job["env"].get("HF_MODULES_CACHE") or os.path.join(home, "modules")
@@ -132,12 +135,14 @@ class Popen:
         env: dict[str, str] | None = None,
         cwd: str | os.PathLike | None = None,
         start_new_session: bool = True,
+        pass_fds: Sequence[int] = (),
     ):
         python, *argv = map(str, command)
         assert python == sys.executable and start_new_session and stdin == subprocess.DEVNULL
         isolated = argv[0] == "-I"
         argv = argv[isolated:]
         job = {"argv": argv if argv[0] in ("-c", "-m") else ["file", *argv], "isolated": isolated}
+        job["pass_fds"] = list(pass_fds)
         environment = dict(os.environ if env is None else env)
         assert "HF_ENDPOINT" not in environment and environment.get("HF_HUB_OFFLINE", "1") == "1"
         self.returncode: int | None = None
@@ -146,7 +151,7 @@ class Popen:
             json.dump(job | {"env": environment, "cwd": str(Path(cwd or ".").resolve())}, file)
         self._job = Path(file.name)
         with open(os.devnull, "rb") as nothing:
-            streams = [nothing.fileno(), stdout.fileno(), stderr.fileno()]
+            streams = [nothing.fileno(), stdout.fileno(), stderr.fileno(), *pass_fds]
             socket.send_fds(self._server, [file.name.encode()], streams)
         self.pid = int(self._answer(300.0))  # the first time it imports the libraries
 

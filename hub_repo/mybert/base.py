@@ -1,4 +1,4 @@
-"""Base classes of configs and models, and the checks of what is given to a model.
+"""Base classes of configs and models, and checks of a model's inputs.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -19,9 +19,9 @@ logger = logging.get_logger(__name__)
 
 
 class Plan:
-    """A parallel plan that depends on a config's switches: read like an attribute, never saved with the config.
+    """A parallel plan computed from a config's fields. It reads like an attribute and is never saved with the config.
 
-    One that is set on a config, by its `config.json` for example, goes before it.
+    A plan that is set on the config itself, for example by its `config.json`, takes precedence.
     """
 
     def __init__(self, make: Callable[[Any], dict[str, Any]]):
@@ -31,30 +31,30 @@ class Plan:
         return self if config is None else self.make(config)
 
 
-def is_elsewhere(module: nn.Module) -> bool:
-    """Whether pipeline parallelism has put a placeholder here (a kind of `Identity`): the module is on another stage."""
+def is_placeholder(module: nn.Module) -> bool:
+    """Whether this is a placeholder (a subclass of `Identity`) of pipeline parallelism for a module on another stage."""
     return isinstance(module, nn.Identity) and type(module) is not nn.Identity
 
 
 class MyPretrainedConfig(PretrainedConfig):
-    """Base of both configs: a complete `auto_map`, GPT-2's and BERT's usual fields checked in one place.
+    """Base class of both configs: a complete `auto_map`, and checks of the fields that both have.
 
-    `AUTO_MAP` names the class behind every Auto class that the model serves. It goes into each saved `config.json`, so
-    that any of them loads the folder, whichever head was saved. It is not inherited: these classes take the config that
-    declares it, and no other.
+    `AUTO_MAP` names the class for every Auto class that the model supports. It is written to each saved `config.json`,
+    so that every one of these Auto classes loads the folder, whichever head was saved. Subclasses do not inherit it:
+    the named classes accept only the config that declares it.
     """
 
     AUTO_MAP: ClassVar[dict[str, str]] = {}
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}  # field: its allowed values
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # 5.4 and newer make a dataclass of a config, whose `__init__` would take the place of an inherited one
+        # 5.4 and newer turn a config into a dataclass, whose generated `__init__` would replace an inherited one
         cls.__init__ = cls.__init__
         super().__init_subclass__(**kwargs)
         make_importable(cls)
 
     def _finish_init(self, auto_map: dict[str, Any] | None, **fields: Any) -> None:
-        # Called after `PretrainedConfig.__init__`, which sets or drops some of these itself, differently by release.
+        # Called after `PretrainedConfig.__init__`, which sets or drops some of these fields, depending on the release.
         for name, value in fields.items():
             setattr(self, name, value)
         self.auto_map = {**vars(type(self)).get("AUTO_MAP", {}), **(auto_map or {})}
@@ -62,7 +62,7 @@ class MyPretrainedConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        # The code is saved beside the config, so a class is named by its file there, not by the repo it came from.
+        # The code is saved in the same folder, so entries name a file there instead of the repo the code came from.
         auto_map = output.pop("auto_map", None) or {}
         if auto_map:
             output["auto_map"] = {k: v.split("--")[-1] if isinstance(v, str) else v for k, v in auto_map.items()}
@@ -72,17 +72,17 @@ class MyPretrainedConfig(PretrainedConfig):
         if not condition:
             raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r}, but it must be {need}")
 
-    def _require_whole_heads(self, *fields: str) -> None:
-        # set by `from_pretrained`; None: the plan of this config, a dict: the caller's own
+    def _require_heads_per_process(self, *fields: str) -> None:
+        # set by `from_pretrained`; its tp_plan is a dict if the caller passed a plan
         distributed = getattr(self, "distributed_config", None)
         size = getattr(distributed, "tp_size", None) or 1
         if not isinstance(getattr(distributed, "tp_plan", None), dict):
             for field in fields:
-                need = f"a multiple of tp_size={size}: each of these processes takes whole heads"
+                need = f"a multiple of tp_size={size}: each process gets the same number of heads"
                 self._require(getattr(self, field) % size == 0, field, need)
 
     def check_consistency(self) -> None:
-        """Raise a `ValueError` that names the first field whose value is impossible, with the value and the remedy."""
+        """Raise a `ValueError` for the first invalid field, with its value and what it must be."""
         for field, choices in self.CHOICES.items():
             self._require(getattr(self, field) in choices, field, f"one of {', '.join(map(repr, choices))}")
         for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
@@ -92,7 +92,7 @@ class MyPretrainedConfig(PretrainedConfig):
 
 
 class MyPreTrainedModel(BridgedModel):
-    """Base of every model here: what it supports, and how its weights start."""
+    """Base class of all models here: supported features and weight initialisation."""
 
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
@@ -106,20 +106,20 @@ class MyPreTrainedModel(BridgedModel):
         super().__init_subclass__(**kwargs)
         make_importable(cls)
 
-    adapt_outputs: Callable | None = None  # under vLLM alone, see vllm_adapter.py
-    shifts_labels = False  # whether the output at a token is for the label of the next one
+    adapt_outputs: Callable | None = None  # set under vLLM only, see vllm_adapter.py
+    shifts_labels = False  # whether the output at a token predicts the label of the next token
 
     def _get_name(self) -> str:
-        # transformers' Trainer asks for this name when it smooths labels (`label_smoothing_factor`), and shifts them by
-        # one for the causal models of its own only.
+        # With `label_smoothing_factor`, transformers' Trainer shifts labels only for models whose name is in its list
+        # of causal models.
         return "GPT2LMHeadModel" if self.shifts_labels else super()._get_name()
 
     def __repr__(self) -> str:
         return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     def _init_weights(self, module: nn.Module) -> None:
-        # `nn.init` on the parameter itself, leaf modules only: the loader guards exactly these calls, so that they
-        # never touch a weight that came from a checkpoint.
+        # Leaf modules only, with `nn.init` on the parameter itself: the loader guards exactly these calls, so that
+        # they never overwrite a weight from a checkpoint.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             std = self.config.initializer_range
             if getattr(module, "is_residual_projection", False):
@@ -137,7 +137,7 @@ class MyPreTrainedModel(BridgedModel):
                 nn.init.zeros_(module.bias)
 
     def _cache_wanted(self, use_cache: bool | None, past_key_values: Any) -> tuple[bool, Any]:
-        """Resolve `use_cache` against the config; no cache at all in a training step that computes layers twice."""
+        """Resolve `use_cache` against the config; training with gradient checkpointing uses no cache."""
         if self.gradient_checkpointing and self.training:
             return False, None
         if use_cache is None:
@@ -145,7 +145,7 @@ class MyPreTrainedModel(BridgedModel):
         return bool(use_cache), past_key_values
 
     def _outputs_wanted(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
-        """Resolve the two flags against the config; refuse attentions under a function that eager cannot stand in for."""
+        """Resolve both flags against the config; raise if attentions are requested and eager cannot compute them."""
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -172,20 +172,22 @@ def make_norm(kind: str, width: int, epsilon: float) -> nn.Module:
 
 
 def own_layers(layers: Any, depth: int | None = None) -> list[Any]:
-    """Those of the first `depth` layers that run here: not the placeholders for other stages of a pipeline."""
-    return [layer for layer in islice(layers, depth) if not is_elsewhere(layer)]  # `layers[:depth]` makes a module
+    """The first `depth` layers, without the placeholders of other pipeline stages."""
+    return [
+        layer for layer in islice(layers, depth) if not is_placeholder(layer)
+    ]  # `layers[:depth]` would create a ModuleList
 
 
 def keep_last(count: int, states: list[torch.Tensor], state: torch.Tensor) -> list[torch.Tensor]:
-    """`state` behind `states`, and of these the last `count`; 0: all of them."""
+    """`states` with `state` appended, then only the last `count` of them; 0 keeps all."""
     return [*states, state][-count:]
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def hooks_everywhere() -> bool:
-    """Whether a hook is registered for all modules (`torch.nn.modules.module.register_module_forward_hook`, …)."""
+def has_global_hooks() -> bool:
+    """Whether a global hook is registered (`torch.nn.modules.module.register_module_forward_hook`, …)."""
     return bool(
         module_globals._global_forward_hooks
         or module_globals._global_forward_pre_hooks
@@ -195,8 +197,8 @@ def hooks_everywhere() -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling this module does more than its class's `forward`: hooks of its own, a replaced `forward`."""
-    own = vars(module)  # each of HOOKS by name: asked of every module at each call
+    """Whether calling this module runs more than its class's `forward`: it has hooks, or a replaced `forward`."""
+    own = vars(module)  # the HOOKS by name, for speed: this runs for every module at each call
     hooks = own.get("_forward_hooks") or own.get("_forward_pre_hooks")
     return bool("forward" in own or hooks or own.get("_backward_hooks") or own.get("_backward_pre_hooks"))
 
@@ -204,12 +206,12 @@ def is_hooked(module: nn.Module) -> bool:
 def check_ids(name: str, ids: torch.Tensor, limit: int, field: str) -> None:
     """Raise a `ValueError` if `ids` leave `[0, limit)`, where `limit` is the config's `field`.
 
-    On the CPU and outside compilation only: elsewhere reading a value would stall the device or break the graph.
+    Checks on the CPU and outside compilation only: elsewhere, reading a value would stall the device or break the graph.
     """
     if ids.device.type != "cpu" or ids.numel() == 0 or not readable():
         return
     low, high = (bound.item() for bound in torch.aminmax(ids))
-    if name == "position_ids" and high == ids.shape[-1] - 1:  # made by `generate` perhaps, and not by its caller
+    if name == "position_ids" and high == ids.shape[-1] - 1:  # probably made by `generate`: report the length
         check_length(high + 1, limit)
     if low < 0 or high >= limit:
         remedy = "; in generate(), shorten the prompt or max_new_tokens" if name == "position_ids" else ""

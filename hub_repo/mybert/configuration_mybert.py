@@ -5,7 +5,7 @@ from typing import Any
 from transformers.activations import ACT2FN
 
 from .base import MyPretrainedConfig, Plan
-from .compat import SHARED_OUT_BY_ROWS
+from .compat import TP_EMBEDDING_ROWWISE
 
 
 class MyBertConfig(MyPretrainedConfig):
@@ -50,8 +50,7 @@ class MyBertConfig(MyPretrainedConfig):
         "AutoModelForQuestionAnswering": "modeling_mybert.MyBertForQuestionAnswering",
     }
     CHOICES = {"pooling": ("pooler", "cls", "mean", "max", "attention")}
-    # How tensor parallelism shares out the projections: by outputs (`colwise`) or by inputs (`rowwise`),
-    # and the token embeddings, by tokens.
+    # tensor parallelism splits projections by outputs (`colwise`) or by inputs (`rowwise`), token embeddings by tokens
     base_model_tp_plan = {
         "encoder.layer.*.attention.self.query": "colwise",
         "encoder.layer.*.attention.self.key": "colwise",
@@ -59,9 +58,9 @@ class MyBertConfig(MyPretrainedConfig):
         "encoder.layer.*.attention.output.dense": "rowwise",
         "encoder.layer.*.intermediate.dense": "colwise",
         "encoder.layer.*.output.dense": "rowwise",
-        **({"embeddings.word_embeddings": SHARED_OUT_BY_ROWS} if SHARED_OUT_BY_ROWS else {}),
+        **({"embeddings.word_embeddings": TP_EMBEDDING_ROWWISE} if TP_EMBEDDING_ROWWISE else {}),
     }
-    # what FSDP2 gathers together, and whether it frees it again after use
+    # FSDP2: modules that are gathered as one unit, and whether the full weights are freed after use
     base_model_fsdp_plan = {
         "embeddings.word_embeddings": "free_full_weight",
         "encoder.layer.*": "free_full_weight",
@@ -69,7 +68,7 @@ class MyBertConfig(MyPretrainedConfig):
 
     @Plan
     def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]]:
-        """What pipeline parallelism shares out, in this order, with the inputs and outputs of each."""
+        """The modules that pipeline parallelism distributes, in order, with the inputs and outputs of each."""
         mix = {"layer_mix": (["layers"], ["hidden_states"])}
         return {
             "embeddings": (["input_ids", "token_type_ids", "position_ids", "inputs_embeds"], ["hidden_states"]),
@@ -135,14 +134,14 @@ class MyBertConfig(MyPretrainedConfig):
                 f"{type(self).__name__}: hidden_size={self.hidden_size} is not divisible by "
                 f"num_attention_heads={self.num_attention_heads}: change one of them"
             )
-        self._require_whole_heads("num_attention_heads")
-        # what a stock BERT's config.json may ask for and this model does not have
+        self._require_heads_per_process("num_attention_heads")
+        # features that a stock BERT's config.json may request and this model lacks
         positions = getattr(self, "position_embedding_type", None) or "absolute"
         self._require(
-            positions == "absolute", "position_embedding_type", "'absolute': relative ones are not built here"
+            positions == "absolute", "position_embedding_type", "'absolute': relative positions are not supported"
         )
         self._require(not getattr(self, "is_decoder", False), "is_decoder", "False: MyBert is an encoder")
-        self._require(not getattr(self, "add_cross_attention", False), "add_cross_attention", "False: not built here")
+        self._require(not getattr(self, "add_cross_attention", False), "add_cross_attention", "False: not supported")
 
         self._require(self.hidden_act in ACT2FN, "hidden_act", "a key of transformers' ACT2FN")
         mix = self.layer_mix

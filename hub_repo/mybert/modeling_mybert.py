@@ -1,6 +1,6 @@
 """MyBert: BERT with switches. Copied as it is into Hub repos: imports torch, transformers and its siblings only.
 
-Modules and parameters have stock BERT's own names, so that a stock checkpoint loads by itself.
+Modules and parameters have stock BERT's names, so that a stock checkpoint loads without conversion.
 
     tokens ─ embeddings ─ N × [ attention ─ + ─ norm ─ MLP ─ + ─ norm ] ─ (layer mix) ─ pooling ─ head
 
@@ -17,12 +17,12 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.utils import can_return_tuple
 
 from .attention import ALL_ATTENTION_FUNCTIONS, bidirectional_mask, eager_attention_forward
-from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_elsewhere, keep_last, own_layers
-from .compat import SHARED_OUT_AND_GATHERED, SHARED_OUT_BY_ROWS
+from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_placeholder, keep_last, own_layers
+from .compat import TP_COLWISE_GATHERED, TP_EMBEDDING_ROWWISE
 from .configuration_mybert import MyBertConfig
-from .cpu_kernels import in_cache, linear_by_onednn, make_activation
+from .cpu_kernels import in_row_chunks, linear_by_onednn, make_activation
 from .heads import MyBertLMPredictionHead, MyBertOnlyMLMHead, PooledHead, SpanHead, TokenHead, make_classifier
-from .losses import classification_loss  # noqa: F401  what siblings need is imported here too, for releases up to 5.6
+from .losses import classification_loss  # noqa: F401  releases up to 5.6 fetch only files that are imported here
 from .padding import lengths_in_rows, sequence_ids_in_rows, skips_padding
 from .pooling import POOLINGS, MyBertLayerMix, pool
 from .tokenwise import calls_of_class  # noqa: F401
@@ -57,10 +57,10 @@ class MyBertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings))
 
 
-# `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
-# `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
-# vLLM reads the source of `forward` too: the function has to be looked up there and called once, with `scaling=`, and
-# each projection to be called plainly, once.
+# `set_attn_implementation` searches this file for `eager_attention_forward`, and for
+# `ALL_ATTENTION_FUNCTIONS.get_interface(` (after 5.0) or `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
+# vLLM reads the source of `forward`: it must look up the attention function and call it once with `scaling=`, and call
+# each projection once.
 class MyBertSelfAttention(nn.Module):
     def __init__(self, config: MyBertConfig, layer_idx: int):
         super().__init__()
@@ -91,7 +91,7 @@ class MyBertSelfAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            is_causal=False,  # sdpa without a mask reads this argument, other functions read the attribute
+            is_causal=False,  # sdpa reads this argument if there is no mask; other functions read the attribute
             **kwargs,
         )  # [B, T, H, D]
         return mixed.reshape(*hidden_states.shape[:-1], -1), weights
@@ -144,7 +144,7 @@ class MyBertLayer(GradientCheckpointingLayer):
         attended, weights = self.attention(hidden_states, **kwargs)
         return self.feed_forward(attended), weights
 
-    @in_cache
+    @in_row_chunks
     def feed_forward(self, attended: torch.Tensor) -> torch.Tensor:
         return self.output(self.intermediate(attended), attended)
 
@@ -152,7 +152,7 @@ class MyBertLayer(GradientCheckpointingLayer):
 class MyBertEncoder(nn.Module):
     def __init__(self, config: MyBertConfig):
         super().__init__()
-        self.kept = config.layer_mix or 1  # states that the mix reads
+        self.kept = config.layer_mix or 1  # number of states that the mix reads
         self.layer = nn.ModuleList(MyBertLayer(config, i) for i in range(config.num_hidden_layers))
 
     def forward(
@@ -207,7 +207,7 @@ class MyBertModel(MyBertPreTrainedModel):
 
     def mix(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
         """The last layer's states, or the mix of the last `config.layer_mix`."""
-        if self.layer_mix is None or is_elsewhere(self.layer_mix):
+        if self.layer_mix is None or is_placeholder(self.layer_mix):
             return layers[-1]
         if self.config.layer_mix > len(layers):
             raise ValueError(
@@ -237,23 +237,23 @@ class MyBertModel(MyBertPreTrainedModel):
             attention_mask: `[batch, length]`, 1 for tokens and 0 for padding, or an additive
                 `[batch, 1, length, length]` mask.
             token_type_ids: `[batch, length]` segment ids, default 0.
-            position_ids: `[batch, length]`. Without `attention_mask`, positions that start over mark sequences packed
-                in one row, which then do not see each other, and are pooled each by itself.
+            position_ids: `[batch, length]`. Without `attention_mask`, positions that start over mark packed
+                sequences, which do not attend to each other and are pooled separately.
             inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
-            output_attentions, output_hidden_states: also return them; for attentions, `eager` computes this call.
-            skip_padding: where it is faster, compute nothing for padding on the right; its hidden states are then 0.
+            output_attentions, output_hidden_states: also return these; attentions are computed by `eager` attention.
+            skip_padding: skip padding on the right where that is faster; hidden states at padding are then 0.
 
         Returns:
             `last_hidden_state` `[batch, length, hidden_size]`,
             `pooler_output` `[batch, hidden_size]` or, for packed rows, `[sequences, hidden_size]` (None without a
-            pooling layer), and what was asked for; `hidden_states` are the embeddings and each layer's output.
+            pooling layer), and what was requested; `hidden_states` are the embeddings and each layer's output.
 
         Raises:
             ValueError: none or both of `input_ids` and `inputs_embeds` given; a token, segment or position out of
-                range; a mask that does not tell tokens from padding where the pooling needs to know.
+                range; the pooling needs to know the padding, and the mask does not show it.
         """
         check_inputs(input_ids, inputs_embeds)
-        kwargs.pop("use_cache", None)  # asked of every model by generic callers; an encoder has none
+        kwargs.pop("use_cache", None)  # generic callers pass it to every model; an encoder has no cache
         kwargs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         outputs = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         if self.pooler is not None and self.served is None:
@@ -281,7 +281,7 @@ class MyBertModel(MyBertPreTrainedModel):
             check_length(given.shape[1], self.config.max_position_embeddings)
             position_ids = torch.arange(given.shape[1], device=given.device)[None]
         hidden_states = inputs_embeds
-        if not is_elsewhere(self.encoder.layer[0]):  # a pipeline's stages after the first are given hidden states
+        if not is_placeholder(self.encoder.layer[0]):  # later pipeline stages receive hidden states
             hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = bidirectional_mask(self.config, hidden_states, attention_mask, sequence_ids, output_attentions)
 
@@ -316,13 +316,13 @@ class MyBertForMaskedLM(TokenHead, MyBertPreTrainedModel):
 
     output_class = MaskedLMOutput
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
-    _tp_plan = {"cls.predictions.decoder": SHARED_OUT_AND_GATHERED} if SHARED_OUT_BY_ROWS else {}
+    _tp_plan = {"cls.predictions.decoder": TP_COLWISE_GATHERED} if TP_EMBEDDING_ROWWISE else {}
     _fsdp_plan = {"cls.predictions.decoder": "keep_full_weight"}
 
     def __init__(self, config: MyBertConfig):
         super().__init__(config)
-        self.loss_type = "ForMaskedLM"  # by name, a subclass called otherwise would get another loss
-        if config.tie_word_embeddings:  # a second name of the bias; untied it may be another one, and is reported
+        self.loss_type = "ForMaskedLM"  # otherwise derived from the class name, which a subclass may change
+        if config.tie_word_embeddings:  # a second name of the bias; if untied, it may differ and is reported
             self._keys_to_ignore_on_load_unexpected = [OLD_POSITION_IDS, r"cls\.predictions\.decoder\.bias$"]
         self.bert = MyBertModel(config, add_pooling_layer=False)
         self.cls = MyBertOnlyMLMHead(config)
@@ -334,8 +334,8 @@ class MyBertForMaskedLM(TokenHead, MyBertPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.cls.predictions.decoder = new_embeddings
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As in transformers; the bias follows, new entries 0."""
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the bias is resized too, new entries are 0."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         bias = self.cls.predictions.bias
         grown = nn.functional.pad(bias.detach(), (0, self.config.vocab_size - bias.shape[0]))
@@ -347,7 +347,7 @@ class MyBertForMaskedLM(TokenHead, MyBertPreTrainedModel):
 
 
 class MyBertForTokenClassification(TokenHead, MyBertPreTrainedModel):
-    """MyBert with a label per token."""
+    """MyBert with a classification head on each token."""
 
     def __init__(self, config: MyBertConfig):
         super().__init__(config)
@@ -363,7 +363,7 @@ class MyBertForTokenClassification(TokenHead, MyBertPreTrainedModel):
 
 
 class MyBertForQuestionAnswering(SpanHead, MyBertPreTrainedModel):
-    """MyBert that marks where in the text an answer starts and ends."""
+    """MyBert with a head that predicts the start and end of an answer in the text."""
 
     def __init__(self, config: MyBertConfig):
         super().__init__(config)

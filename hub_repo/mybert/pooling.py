@@ -1,4 +1,4 @@
-"""What MyBert makes of its layers: a mix of them, and one vector per sequence.
+"""MyBert's layer mix and poolings: one vector per sequence.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -37,7 +37,7 @@ class MyBertPooler(nn.Module):
 
 
 class MyBertClsPooling(nn.Module):
-    """`pooling="cls"`: the first token as it is."""
+    """`pooling="cls"`: the first token, unchanged."""
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
@@ -47,7 +47,7 @@ class MyBertClsPooling(nn.Module):
 
 
 class MyBertMeanPooling(MyBertClsPooling):
-    """`pooling="mean"`: the mean over the tokens, padding left out."""
+    """`pooling="mean"`: the mean over the tokens, without padding."""
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         share = token_mask.to(hidden_states.dtype)
@@ -56,11 +56,11 @@ class MyBertMeanPooling(MyBertClsPooling):
 
 
 class MyBertMaxPooling(MyBertClsPooling):
-    """`pooling="max"`: the largest value of each feature over the tokens, padding left out."""
+    """`pooling="max"`: the maximum of each feature over the tokens, without padding."""
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         largest = hidden_states.masked_fill(~token_mask, torch.finfo(hidden_states.dtype).min).amax(dim=1)
-        return largest.masked_fill(~token_mask.any(dim=1), 0.0)  # a row of nothing but padding: 0, as for the mean
+        return largest.masked_fill(~token_mask.any(dim=1), 0.0)  # 0 for a row of padding only, as for the mean
 
 
 class MyBertAttentionPooling(nn.Module):
@@ -68,11 +68,11 @@ class MyBertAttentionPooling(nn.Module):
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
-        # softmax does not see the bias, which stays in the weights; vLLM drops whatever is called `score.bias`
+        # the bias has no effect on softmax, but is in the checkpoints; vLLM drops weights named `score.bias`
         self.score = nn.Linear(config.hidden_size, 1, bias=served_class(config) is None)
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        scores = self.score(hidden_states)  # narrower than the hidden states under autocast
+        scores = self.score(hidden_states)  # under autocast in fewer bits than the hidden states
         scores = scores.masked_fill(~token_mask, torch.finfo(scores.dtype).min)
         return (hidden_states * scores.softmax(dim=1)).sum(dim=1)
 

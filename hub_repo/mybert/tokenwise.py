@@ -1,4 +1,6 @@
-"""Whether a module computes each token by itself, so that tokens may be laid out in any rows. Read from its source.
+"""Decide from source code whether a module computes each token independently of the others.
+
+Only then may padding be left out and tokens be packed into any rows.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -18,10 +20,10 @@ from transformers.activations import ACT2CLS
 ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
 TOKENWISE = {nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity} | ACTIVATIONS
 CONTAINERS = {nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.ParameterList}
-# libraries whose modules stand for one `nn.Linear`, `nn.Embedding` or head: adapters, quantised matrices
+# libraries whose modules replace one `nn.Linear`, `nn.Embedding` or head: adapters, quantised matrices
 ADAPTED = ("peft.", "torchao.", "torch.ao.", "bitsandbytes.", "optimum.", "hqq.")
 
-# what a `forward` may call beside modules; attention is told where sequences end
+# functions that a tokenwise `forward` may call; attention knows where sequences end
 FUNCTIONS = {"apply_rotary", "norm_heads", "attention", "check_ids", "get_interface", "update", "zeros_like"}
 FUNCTIONS |= {"own_layers", "layer", "keep_last", "append", "tuple", "BaseModelOutput"}  # of a stack of layers
 FUNCTIONS |= {
@@ -58,12 +60,12 @@ NODES += (
 NODES += (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
 
 
-# Digests (`digest`) of the stacks' methods in the modeling files beside this one. An edited method is read like a layer's.
-STACKS = frozenset({"4f37362ed551080d", "b684deaf0cfc7089", "1f2c97db977151b6", "b855d3632c71ab41"})
+# Digests (`digest`) of the stacks' methods as released. The source of any other method is analysed like a layer's.
+STACKS = frozenset({"d230e80aab550020", "34e4b74cf3ee9181", "d81d31beb54f5407", "03359774a85a24c7"})
 
 
-def stack_keeps_tokens_apart(model: nn.Module, method: Callable) -> bool:
-    """Whether `method`, which runs a model's layers, and the methods it calls mix no tokens outside of the layers."""
+def stack_is_tokenwise(model: nn.Module, method: Callable) -> bool:
+    """Whether neither `method`, which runs a model's layers, nor the methods it calls mix tokens outside the layers."""
     kind = _without_wrappers(type(model))
     functions = {"": inspect.unwrap(method)}
     functions |= {name: function for name in _self_calls(functions[""]) if (function := _own_method(kind, name))}
@@ -75,7 +77,7 @@ def stack_keeps_tokens_apart(model: nn.Module, method: Callable) -> bool:
 
 @functools.cache
 def digest(function: Callable) -> str:
-    """Of a function's source, whatever its indentation; empty if it has none."""
+    """The digest of a function's source, independent of indentation; empty if there is no source."""
     try:
         lines = inspect.getsource(function).splitlines()
     except (OSError, TypeError):
@@ -92,36 +94,36 @@ def _self_calls(function: Callable) -> frozenset[str]:
 
 
 def _own_method(kind: type, name: str) -> Any:
-    """A method that the modeling file has, or a file of a subclass; None for modules, and what `base.py` and the libraries give."""
+    """A method defined in a modeling file or a file of a subclass; None for modules, and methods of `base.py` or libraries."""
     function = getattr(kind, name, None)
     module = getattr(function, "__module__", None) or ""
     return None if module.endswith(".base") or module.startswith("transformers.") else function
 
 
-def treats_tokens_alone(module: nn.Module, calls: frozenset[str]) -> bool:
-    """Whether all that it calls (`calls_of_class`) are its own modules and methods of its class, and none is patched."""
+def calls_are_unpatched(module: nn.Module, calls: frozenset[str]) -> bool:
+    """Whether all `calls` (see `calls_of_class`) are own modules or methods of the class, not replaced on the instance."""
     own, kind = vars(module), type(module)
     return all(name in own["_modules"] or (name not in own and hasattr(kind, name)) for name in calls)
 
 
 def calls_of_class(kind: type) -> frozenset[str] | None:
-    """What the `forward` of a class calls of `self`, modules and methods, by name.
+    """Names of the modules and methods of `self` that the `forward` of a class calls.
 
-    None if `forward`, or one of these methods, is not known to give each token the same, whatever stands beside it.
-    Only what is read from sources is cached: a class may be given another method at any time.
+    None if `forward`, or one of these methods, may mix tokens. Only results of reading sources are cached, as methods
+    of a class can be replaced at any time.
     """
     kind = _without_wrappers(kind)
     if _is_known(kind):
         return frozenset()
     forward: Any = getattr(kind, "forward")  # noqa: B009  unknown to mypy
-    if forward is nn.Module.forward:  # a container, which is not called
+    if forward is nn.Module.forward:  # a container, never called itself
         return frozenset()
     return calls_of_method(forward, kind)
 
 
 @functools.cache
 def _without_wrappers(kind: type) -> type:
-    """The class itself, where FSDP has made one of its own from each that it shards."""
+    """The original class, if FSDP has derived its own class from it."""
     return next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
 
 
@@ -131,10 +133,10 @@ def _is_known(kind: type) -> bool:
 
 
 def calls_of_method(method: Callable, kind: type) -> frozenset[str] | None:
-    """The same for a method of class `kind`: None if anything in its source could mix tokens, or if it has none.
+    """Like `calls_of_class`, for a method of class `kind`: None if its source could mix tokens, or is not available.
 
-    Such are indices, sums, products of two tensors' matrices, and calls of anything but modules, methods that could not
-    either, and `FUNCTIONS`.
+    Indexing, sums and matrix products of two tensors could. So could calls, except calls of modules, of `FUNCTIONS`, and
+    of methods that are analysed in turn.
     """
     found: set[str] = set()
     functions: list[Any] = [method]
@@ -143,14 +145,14 @@ def calls_of_method(method: Callable, kind: type) -> frozenset[str] | None:
         if calls is None:
             return None
         called = (getattr(kind, name, None) for name in calls - found)
-        functions += [function for function in called if function is not None]  # else it is a module
+        functions += [function for function in called if function is not None]  # otherwise it is a module
         found |= calls
     return frozenset(found)
 
 
 @functools.cache
 def _calls_in_source(function: Any) -> frozenset[str] | None:
-    """What `function` calls of `self`, modules and methods, by name; None if anything else in its source could mix tokens."""
+    """Names of the modules and methods of `self` that `function` calls; None if anything else in it could mix tokens."""
     if not inspect.isfunction(function):
         return None
     try:
@@ -167,34 +169,34 @@ def _calls_in_source(function: Any) -> frozenset[str] | None:
 def _is_allowed(node: ast.AST) -> bool:
     if isinstance(node, ast.Expr):  # a docstring, or a check
         return _is_allowed(node.value)
-    if isinstance(node, ast.Subscript):  # of a shape only
+    if isinstance(node, ast.Subscript):  # only of a shape
         return isinstance(node.value, ast.Attribute) and node.value.attr == "shape"
     if isinstance(node, ast.Attribute):
         return node.attr not in ("T", "mT", "H", "mH") and _is_allowed(node.value)
     if isinstance(node, ast.Call):
         parts = [*node.args, *node.keywords]
-        return _may_call(node) and all(_is_allowed(part) for part in parts)
+        return _is_allowed_call(node) and all(_is_allowed(part) for part in parts)
     if isinstance(node, ast.Assign | ast.AugAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if not all(isinstance(target, ast.Name | ast.Tuple) for target in targets):  # would be seen from outside
+        if not all(isinstance(target, ast.Name | ast.Tuple) for target in targets):  # visible from outside
             return False
     if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.MatMult):
         return False
     return isinstance(node, NODES) and all(_is_allowed(child) for child in ast.iter_child_nodes(node))
 
 
-def _may_call(node: ast.Call) -> bool:
+def _is_allowed_call(node: ast.Call) -> bool:
     function = node.func
     if isinstance(function, ast.Name):
         over_layers = function.id == "sum" and isinstance(node.args[0], ast.GeneratorExp)
         return over_layers or function.id in FUNCTIONS
     if not isinstance(function, ast.Attribute):
         return False
-    if _is_self(function.value):  # a module, or a method, which is looked at by itself
+    if _is_self(function.value):  # a module, or a method that is analysed in turn
         return True
     if isinstance(function.value, ast.Attribute) and _is_self(function.value.value):
-        return True  # of a parameter, which has no tokens, or of a module
-    if function.attr == "transpose":  # heads and tokens, for attention
+        return True  # a method of a parameter, which has no tokens, or of a module
+    if function.attr == "transpose":  # exchanges heads and tokens for attention
         return [getattr(argument, "value", None) for argument in node.args] == [1, 2]
     return function.attr in FUNCTIONS or (function.attr in METHODS and _is_allowed(function.value))
 

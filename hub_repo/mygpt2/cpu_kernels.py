@@ -1,7 +1,7 @@
-"""Faster forms, on the CPU, of what torch computes: products in float32, activations, an MLP that keeps less.
+"""Faster CPU implementations: float32 products by oneDNN, activations, and an MLP that stores less for training.
 
-Same numbers up to rounding. Each steps aside where it does not apply, or where a formula was edited. This file is copied
-as it is into Hub repos and runs there without mymodels.
+Results are the same up to rounding. Each falls back to torch where it does not apply or a formula was edited.
+This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 import ast
@@ -18,16 +18,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2FN
 
-from .base import hooks_everywhere, is_hooked
+from .base import has_global_hooks, is_hooked
 from .compat import readable
-from .tokenwise import ACTIVATIONS, TOKENWISE, calls_of_method, treats_tokens_alone
+from .tokenwise import ACTIVATIONS, TOKENWISE, calls_are_unpatched, calls_of_method
 
-# GPT-2's and the original BERT's GELU by one kernel; transformers writes the same formula out in eight steps
+# GPT-2's and the original BERT's GELU in one kernel; transformers computes the same formula in eight operations
 FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 
 
 def make_activation(name: str) -> nn.Module:
-    """transformers' activation function `name`, by its fastest form."""
+    """transformers' activation function `name`, in its fastest implementation."""
     return ACT2FN[FUSED.get(name, name)]
 
 
@@ -38,12 +38,12 @@ def one_dnn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _no_view(output: torch.Tensor) -> torch.Tensor:
-    """oneDNN's product is a view of its rows; from a `Function`, that could not be changed in place afterwards."""
+    """`output` as no view: oneDNN returns one, and a view from a `Function` cannot be modified in place afterwards."""
     return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 def recordable() -> bool:
-    """Whether the functions here may stand in for torch's: no graph is captured, and no forward-mode derivatives taken."""
+    """Whether the `Function`s here can be used: not in graph capture, transforms or forward-mode differentiation."""
     return readable() and getattr(torch.autograd.forward_ad, "_current_level", -1) < 0
 
 
@@ -69,33 +69,33 @@ class _OneDnnLinear(torch.autograd.Function):
 def _linear_gradients(
     states: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, wanted: tuple[bool, ...]
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of `states`, `weight` and bias, those that are wanted."""
+    """Gradients of states, weight and bias; None for those that `wanted` excludes."""
     rows, columns = gradient.flatten(0, -2), states.flatten(0, -2).t()
-    if torch.is_grad_enabled():  # to be differentiated once more
+    if torch.is_grad_enabled():  # for second derivatives
         return gradient @ weight, rows.t() @ columns.t(), rows.sum(0) if wanted[2] else None
     for_states = one_dnn(gradient, weight.t()) if wanted[0] else None
     for_weight = torch.empty_like(weight) if wanted[1] else None
-    if for_weight is not None:  # in pieces: each is copied to be turned
+    if for_weight is not None:  # in pieces, because each transposed piece is copied
         for piece, into in zip(rows.split(4096, dim=1), for_weight.split(4096)):
             into.copy_(one_dnn(piece.t(), columns))
     return for_states, for_weight, rows.sum(0) if wanted[2] else None
 
 
-def _serves(states: Any, weight: Any, bias: Any = None) -> bool:
+def _is_supported(states: Any, weight: Any, bias: Any = None) -> bool:
     tensors = (states, weight) if bias is None else (states, weight, bias)
     plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype is torch.float32 for t in tensors)
     return recordable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
 
 
 def _is_large(weight: Any, least: int = 1 << 19) -> bool:
-    """Whether oneDNN gains more than its own start takes; and not quantised, distributed, pruned, …"""
+    """Whether a weight is plain float32 (not quantised, distributed, pruned, …), and so large that oneDNN is faster."""
     return type(weight) is nn.Parameter and weight.numel() >= least and weight.dtype is torch.float32
 
 
 class OneDnnLinear(TorchFunctionMode):
-    """Within it, `nn.functional.linear` in float32 on the CPU is computed by oneDNN, whatever module calls it.
+    """A mode in which oneDNN computes `nn.functional.linear` in float32 on the CPU, whatever module calls it.
 
-    torch itself asks MKL, which leaves half of the vector units of a processor idle that is not Intel's (torch 2.13).
+    torch uses MKL, which leaves half of the vector units of non-Intel processors idle (torch 2.13).
     """
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -103,37 +103,36 @@ class OneDnnLinear(TorchFunctionMode):
             return function(*args, **kwargs) if kwargs else function(*args)
         states, weight, bias = args if len(args) == 3 else (*args, None)
         if not few_rows(states):
-            return _OneDnnLinear.apply(states, weight, bias) if _serves(states, weight, bias) else function(*args)
-        # a step of generation: no graph, fewer checks, small weights go to torch
+            return _OneDnnLinear.apply(states, weight, bias) if _is_supported(states, weight, bias) else function(*args)
+        # generation step: no autograd, so fewer checks; torch computes small weights
         if not _is_large(weight) or type(states) is not torch.Tensor or states.dtype is not torch.float32:
             return function(*args)
         if states.ndim < 2 or states.numel() == 0 or not states.is_cpu:
             return function(*args)
         if bias is None or states.numel() != weight.shape[1]:
             return one_dnn(states, weight, bias)
-        return one_dnn(states, weight).add_(bias)  # one row: its own kernel with a bias is slower
+        return one_dnn(states, weight).add_(bias)  # one row: the kernel with a bias is slower
 
 
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class _State(threading.local):
-    active = False  # whether the mode is, in this thread
+    active = False  # whether the mode is active in this thread
 
 
 _MODE, _STATE = OneDnnLinear(), _State()
 
 
 def linear_by_onednn(forward: Callable) -> Callable:
-    """Decorate a module's `forward`: `OneDnnLinear` for all it calls, once around the outermost that is decorated.
+    """Decorate a module's `forward`: run it in `OneDnnLinear`. Of nested decorated modules, the outermost enters the mode.
 
-    While a mode is active each call of torch takes some microseconds more, which counts with few rows. There it is
-    active only in modules that have a large `nn.Linear` of their own, and not in those around them.
+    While the mode is active, each torch call takes some microseconds longer, which matters with few rows. Then only
+    modules that directly contain a large `nn.Linear` enter it.
     `torch.backends.mkldnn.flags(enabled=False)` turns it off; it is off under compilation, tracing and autocast.
     """
-    if (
-        "vllm" in sys.modules
-    ):  # it has products of its own, and its tracer follows no wrapper of a `forward` with **kwargs
+    # vLLM has its own linear layers, and its tracer cannot follow a wrapped `forward` with **kwargs
+    if "vllm" in sys.modules:
         return forward
 
     @functools.wraps(forward)
@@ -141,7 +140,7 @@ def linear_by_onednn(forward: Callable) -> Callable:
         states = args[0] if args else None
         if not isinstance(states, torch.Tensor):
             states = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        if states is None or not _gains(self, states):
+        if states is None or not _is_faster(self, states):
             return forward(self, *args, **kwargs)
         _STATE.active = True
         try:
@@ -153,15 +152,15 @@ def linear_by_onednn(forward: Callable) -> Callable:
     return fast
 
 
-def _gains(module: nn.Module, states: torch.Tensor) -> bool:
-    """Whether the mode is allowed here, not active yet, and pays for a `forward` whose first tensor is `states`."""
+def _is_faster(module: nn.Module, states: torch.Tensor) -> bool:
+    """Whether the mode applies, is not active yet, and makes a `forward` whose first tensor is `states` faster."""
     if not ONE_DNN or not recordable() or _STATE.active or not torch.backends.mkldnn.enabled:
         return False
     if not states.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     if not few_rows(states):
         return True
-    # a product of at least so many elements gains more than the mode takes (torch 2.13, AMD EPYC)
+    # from this size on, oneDNN saves more time than the mode costs (torch 2.13, AMD EPYC)
     least = max(1 << 19, min(1 << 21, (1 << 25) // max(1, states.shape[:-1].numel())))
     for layer in (module, *module._modules.values()):
         if isinstance(layer, nn.Linear) and _is_large(layer._parameters.get("weight"), least):
@@ -170,13 +169,13 @@ def _gains(module: nn.Module, states: torch.Tensor) -> bool:
 
 
 def few_rows(states: torch.Tensor) -> bool:
-    """Whether `states` `[…, width]`, or ids `[…]`, are as few as in a step of generation: 64 tokens, without gradients."""
+    """Whether `states` `[…, width]`, or ids `[…]`, have at most 64 tokens and no gradients, as in a generation step."""
     rows = states.shape[:-1] if states.is_floating_point() else states.shape
     return not torch.is_grad_enabled() and rows.numel() <= 64
 
 
 def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
-    """Whether `layer(states)` is a product on the CPU and nothing else: a bare `nn.Linear` that nothing hooks into."""
+    """Whether `layer(states)` is just a product on the CPU: an unmodified `nn.Linear` without hooks."""
     if type(layer) is not nn.Linear or not recordable():
         return False
     own = vars(layer)
@@ -189,17 +188,17 @@ def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
         and states.ndim >= 2
         and states.numel() > 0
         and not is_hooked(layer)
-        and not hooks_everywhere()
+        and not has_global_hooks()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def in_cache(method: Callable) -> Callable:
-    """Decorate a method on states `[batch, length, width]`, of a module with an MLP's `intermediate` and `output`.
+def in_row_chunks(method: Callable) -> Callable:
+    """Decorate a method on states `[batch, length, width]` of a module with an MLP's `intermediate` and `output`.
 
-    In inference on the CPU it gets parts of the rows of which the MLP makes tensors that stay in the caches: only if
-    each token is computed by itself, and no hook would see parts. Tensors of more than 32 MB are also taken from the
-    operating system anew each time (by glibc), which costs a fifth of a layer's time.
+    In CPU inference, the method is called on chunks of tokens, so small that the MLP's tensors fit into the caches. This
+    also avoids tensors above 32 MB, which glibc requests from the operating system each time (a fifth of a layer's
+    time). Applies only if each token is computed independently and no hook would see the chunks.
     """
 
     @functools.wraps(method)
@@ -207,7 +206,7 @@ def in_cache(method: Callable) -> Callable:
         if type(states) is not torch.Tensor or torch.is_grad_enabled() or not states.is_cpu or not readable():
             return method(self, states)
         widening = getattr(self.intermediate, "dense", None)
-        if type(widening) is not nn.Linear:  # a serving engine's, a quantised one, …
+        if type(widening) is not nn.Linear:  # quantised, or replaced by a serving engine
             return method(self, states)
         size = max(64, (1 << 21) // widening.out_features)  # 8 MB in float32
         if states.ndim != 3 or states.shape[:-1].numel() < 2 * size or not _may_split(self, method):
@@ -220,7 +219,7 @@ def in_cache(method: Callable) -> Callable:
 
 def _may_split(layer: Any, method: Callable) -> bool:
     calls = calls_of_method(method, type(layer))
-    if hooks_everywhere() or calls is None or not treats_tokens_alone(layer, calls):
+    if has_global_hooks() or calls is None or not calls_are_unpatched(layer, calls):
         return False
     for part in (layer.intermediate, layer.output):
         for module in part.modules():
@@ -228,13 +227,13 @@ def _may_split(layer: Any, method: Callable) -> bool:
             calls = frozenset() if kind in TOKENWISE else None
             if module is part:
                 calls = calls_of_method(kind.forward, kind)
-            if calls is None or is_hooked(module) or not treats_tokens_alone(module, calls):
+            if calls is None or is_hooked(module) or not calls_are_unpatched(module, calls):
                 return False
     return True
 
 
-class _ProductOf(torch.autograd.Function):
-    """`nn.functional.linear(function(*inputs), weight, bias)`, which keeps the inputs and not what `function` gives."""
+class _RecomputedLinear(torch.autograd.Function):
+    """`nn.functional.linear(function(*inputs), weight, bias)`; stores the inputs instead of the result of `function`."""
 
     generate_vmap_rule = True
 
@@ -252,18 +251,18 @@ class _ProductOf(torch.autograd.Function):
         weight, _, *inputs = ctx.saved_tensors
         for_weight, for_bias, _, *for_inputs = ctx.needs_input_grad
         with torch.enable_grad():
-            inputs = [tensor.view_as(tensor) for tensor in inputs]  # to end there, whatever they were made of
+            inputs = [tensor.view_as(tensor) for tensor in inputs]  # so that the gradient stops at these inputs
             states = ctx.function(*inputs)
         kept = states if torch.is_grad_enabled() else states.detach()
         wanted = (any(for_inputs), for_weight, for_bias)
         for_states, *for_parameters = _linear_gradients(kept, weight, gradient, wanted)
-        return *for_parameters, None, *differentiated(states, inputs, for_inputs, for_states)
+        return *for_parameters, None, *gradients_of(states, inputs, for_inputs, for_states)
 
 
-def differentiated(
+def gradients_of(
     outputs: torch.Tensor, inputs: list[torch.Tensor | None], wanted: tuple[bool, ...], gradient: torch.Tensor | None
 ) -> list[torch.Tensor | None]:
-    """Of the `inputs` that are wanted; None for the others."""
+    """Gradients of the `inputs` that are `wanted`; None for the others."""
     found = iter(())
     if any(wanted):
         chosen = [tensor for tensor, want in zip(inputs, wanted) if want]
@@ -272,27 +271,27 @@ def differentiated(
 
 
 def is_pure(function: Any) -> bool:
-    """Whether this is one of transformers' activations and only that: no parameters, no hooks, not in place."""
+    """Whether this is one of transformers' activations, without parameters or hooks, and not in place."""
     if type(function) not in ACTIVATIONS:
         return False
     own = vars(function)
-    changed = own.get("inplace") or is_hooked(function) or hooks_everywhere()
+    changed = own.get("inplace") or is_hooked(function) or has_global_hooks()
     return not changed and not own["_parameters"] and not own["_modules"]
 
 
-def keeps_less(mlp: Any, states: Any) -> bool:
-    """Whether `product_of` serves for its `act_fn` and `down_proj` in training; False for whatever traces a model."""
+def saves_memory(mlp: Any, states: Any) -> bool:
+    """Whether an MLP in training can use `recomputed_linear` for `act_fn` and `down_proj`; False while tracing."""
     if type(states) is not torch.Tensor or not torch.is_grad_enabled() or states.dtype is not torch.float32:
         return False
     return ONE_DNN and bool(torch.backends.mkldnn.enabled) and is_plain(mlp.down_proj, states) and is_pure(mlp.act_fn)
 
 
-def product_of(function: Callable, layer: Any, *inputs: torch.Tensor) -> torch.Tensor:
-    """`layer(function(*inputs))` in training, where what `function` gives is not kept but computed once more.
+def recomputed_linear(function: Callable, layer: Any, *inputs: torch.Tensor) -> torch.Tensor:
+    """`layer(function(*inputs))` in training; the result of `function` is not stored but computed again for the gradient.
 
-    `function`, of `inputs` alone, is the same each time and leaves them as they are.
+    `function` must be deterministic, depend on `inputs` only and not modify them.
     """
-    return _ProductOf.apply(layer.weight, layer.bias, function, *inputs)
+    return _RecomputedLinear.apply(layer.weight, layer.bias, function, *inputs)
 
 
 def dense_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -304,20 +303,20 @@ def gated_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _train_dense(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    return product_of(mlp.act_fn, mlp.down_proj, mlp.up_proj(x))
+    return recomputed_linear(mlp.act_fn, mlp.down_proj, mlp.up_proj(x))
 
 
 def _train_gated(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    return product_of(lambda gate, up: mlp.act_fn(gate) * up, mlp.down_proj, mlp.gate_proj(x), mlp.up_proj(x))
+    return recomputed_linear(lambda gate, up: mlp.act_fn(gate) * up, mlp.down_proj, mlp.gate_proj(x), mlp.up_proj(x))
 
 
 _IN_TRAINING = {dense_mlp: _train_dense, gated_mlp: _train_gated}
 
 
 def trained_as(formula: Callable) -> Callable:
-    """Decorate an MLP's `forward` that is written as `formula`: in float32 training on the CPU it then keeps less.
+    """Decorate an MLP's `forward` that computes `formula`: in float32 training on the CPU it then stores less.
 
-    A `forward` whose code is another is left as it is: someone has edited the model.
+    A `forward` with any other code, such as an edited one, is returned unchanged.
     """
     train = _IN_TRAINING[formula]
 
@@ -327,7 +326,7 @@ def trained_as(formula: Callable) -> Callable:
 
         @functools.wraps(forward)
         def chosen(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-            return train(self, x) if keeps_less(self, x) else forward(self, x)
+            return train(self, x) if saves_memory(self, x) else forward(self, x)
 
         return chosen
 
@@ -335,7 +334,7 @@ def trained_as(formula: Callable) -> Callable:
 
 
 def _same_code(function: Callable, formula: Callable) -> bool:
-    """Whether two functions have the same arguments and statements, read from their source; without source: no."""
+    """Whether two functions have the same arguments and statements in their source; False without source."""
     try:
         one, other = (ast.parse(textwrap.dedent(inspect.getsource(each))).body[0] for each in (function, formula))
     except (OSError, TypeError, SyntaxError):
@@ -349,5 +348,5 @@ def _same_code(function: Callable, formula: Callable) -> bool:
 
 
 def _statements(function: ast.FunctionDef) -> list[ast.stmt]:
-    """Those of a function's body, without its docstring."""
+    """The statements of a function's body, without its docstring."""
     return function.body[1:] if ast.get_docstring(function) is not None else function.body

@@ -1,4 +1,4 @@
-"""A module as its author wrote it, a plain `nn.Module` or a `PreTrainedModel`, becomes a Hub repo folder."""
+"""Make a Hub repo folder from an author's module, a plain `nn.Module` or a `PreTrainedModel`, without changing it."""
 
 from .make_folder import Adopted, adopt
 

@@ -1,4 +1,4 @@
-"""Read the author's file before anything of it runs: its classes, and what would break on another machine."""
+"""Parse the author's file without running it: its classes, and code that would break on another machine."""
 
 import ast
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints import CheckpointError
+from ..messages import shorten
 
 _CELL = re.compile(r"^\s*(%%?|!)\s*\w")
 _ABSOLUTE = re.compile(
@@ -25,10 +26,10 @@ class AuthorFile(NamedTuple):
     """The author's file, parsed.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         text: its content.
         tree: its syntax tree.
-        classes: name → definition of the classes at its top level.
+        classes: name → definition of each top-level class.
     """
 
     path: Path
@@ -41,7 +42,7 @@ def split_source(source: str) -> tuple[Path, str]:
     """`my_model.py:MyNet` as a path and a class name, which is empty if none is named.
 
     Raises:
-        CheckpointError: there is no such file, or it is a notebook.
+        CheckpointError: the file does not exist, or is a notebook.
     """
     place, colon, name = source.rpartition(":")
     if not colon or (len(place) == 1 and place.isalpha()):  # no class, but perhaps a drive letter
@@ -64,7 +65,7 @@ def read_author_file(path: Path) -> AuthorFile:
     """Parse a file.
 
     Raises:
-        CheckpointError: it is no Python, or holds lines of a notebook.
+        CheckpointError: the file is not valid Python, or contains lines of a notebook.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -79,12 +80,12 @@ def read_author_file(path: Path) -> AuthorFile:
                     f"{path}:{number} is a line of a notebook, `{line.strip()[:60]}`: remove it, Python does not run it"
                 ) from None
         place = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
-        raise CheckpointError(f"{place} is no Python: {getattr(error, 'msg', error)}") from None
+        raise CheckpointError(f"{place} is not Python: {getattr(error, 'msg', error)}") from None
     return AuthorFile(path, text, tree, {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)})
 
 
 def find_class(file: AuthorFile, name: str) -> str:
-    """The name of the class to adopt; without a name, the only module that no other class of the file is made of.
+    """The name of the class to adopt; without a name, the only module that no other class of the file uses.
 
     Raises:
         CheckpointError: there is no such class, or several could be meant.
@@ -95,7 +96,7 @@ def find_class(file: AuthorFile, name: str) -> str:
     listed = ", ".join(modules) or "none"
     if name in file.classes:
         raise CheckpointError(
-            f"{file.path}: {name} is no nn.Module or PreTrainedModel; such classes there are: {listed}"
+            f"{file.path}: {name} is not an nn.Module or PreTrainedModel; the modules in the file are: {listed}"
         )
     if name:
         inner = [node for node in ast.walk(file.tree) if isinstance(node, ast.ClassDef) and node.name == name]
@@ -197,11 +198,11 @@ def _faults(file: AuthorFile) -> Iterator[tuple[int, str]]:
     for part in _walk(file.tree, skipped):
         if isinstance(part, ast.Constant) and isinstance(part.value, str) and id(part) not in texts | compared:
             if _ABSOLUTE.match(part.value):
-                yield part.lineno, f"the absolute path {part.value!r} exists on one machine only: make it an argument"
+                yield part.lineno, f"the absolute path {part.value!r} exists only on your machine: make it an argument"
             elif re.fullmatch(r"cuda(:\d+)?", part.value):
                 yield (
                     part.lineno,
-                    f"the device {part.value!r} is not there on every machine: use the device of an input, as in x.device",
+                    f"not every machine has the device {part.value!r}: use the device of an input, as in x.device",
                 )
         elif isinstance(part, ast.FunctionDef) and part.name == "__init__":
             for call in [n for n in ast.walk(part) if isinstance(n, ast.Call) and _last_name(n) == "from_pretrained"]:
@@ -223,7 +224,7 @@ def _faults(file: AuthorFile) -> Iterator[tuple[int, str]]:
 
 
 def _outside_main(tree: ast.Module) -> Iterator[ast.stmt]:
-    """The statements that run when the file is imported, those in `if` and `try` of the top level too."""
+    """The statements that run on import, including those in a top-level `if` or `try`."""
     queue = list(tree.body)
     while queue:
         node = queue.pop(0)
@@ -264,8 +265,7 @@ def _last_name(call: ast.Call) -> str:
 
 
 def _short(node: ast.AST) -> str:
-    text = ast.unparse(node).split("\n")[0]
-    return text if len(text) <= 60 else text[:57] + "…"
+    return shorten(ast.unparse(node).split("\n")[0], 60)
 
 
 def attributes_read(file: AuthorFile, parameter: str) -> set[str]:
@@ -297,7 +297,7 @@ def keys_read(file: AuthorFile, parameter: str) -> set[str]:
 
 
 def keys_with_default(file: AuthorFile, parameter: str) -> dict[str, ast.expr | None]:
-    """The keys that need not be there, `cfg.get("x", 3)` or `getattr(cfg, "x", 3)`, and what stands in for them."""
+    """Optional keys, `cfg.get("x", 3)` or `getattr(cfg, "x", 3)`, and their defaults."""
     found: dict[str, ast.expr | None] = {}
     for node in ast.walk(file.tree):
         if not isinstance(node, ast.Call):
@@ -316,7 +316,7 @@ def keys_with_default(file: AuthorFile, parameter: str) -> dict[str, ast.expr | 
 
 
 def is_unpacked(file: AuthorFile, parameter: str) -> bool:
-    """Whether the file hands an argument on as keywords, `module(**batch)`."""
+    """Whether the file passes an argument on as keywords, `module(**batch)`."""
     return any(
         isinstance(node, ast.keyword)
         and node.arg is None

@@ -1,4 +1,4 @@
-"""Import the author's class, build it from its arguments, put weights into it; each failure is one sentence."""
+"""Import the author's class, build it from its arguments and load weights into it. Errors are one sentence."""
 
 import dataclasses
 import importlib
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from ..messages import one_line
 from .constructor import Constructor
 
 _TRAINED = (
@@ -27,11 +28,11 @@ _TRAINED = (
     "args",
     "cfg",
 )  # of a training checkpoint
-FIVE = hasattr(PreTrainedModel, "get_expanded_tied_weights_keys")  # transformers 5 wants `post_init` called
+FIVE = hasattr(PreTrainedModel, "get_expanded_tied_weights_keys")  # transformers 5 requires a call of `post_init`
 
 
 def import_class(path: Path, name: str) -> type:
-    """The class of a file, which is imported as other files of its folder would import it.
+    """Import a class from a file, in the way that other files of its folder would.
 
     Raises:
         CheckpointError: the file cannot be imported.
@@ -48,38 +49,38 @@ def import_class(path: Path, name: str) -> type:
     if loaded is not None and Path(getattr(loaded, "__file__", "") or "").resolve() != path.resolve():
         raise CheckpointError(f"{path}: a module {module_name} is imported already from elsewhere: rename the file")
     try:
-        with quiet():
+        with no_output():
             return getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
         raise CheckpointError(
             f"{path} imports {error.name}, which is not installed: install it, or take the import out"
         ) from None
     except BaseException as error:
-        raise CheckpointError(f"{path}{line_in(error, path)} cannot be imported: {in_words(error)}") from None
+        raise CheckpointError(f"{path}{line_in(error, path)} cannot be imported: {error_text(error)}") from None
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Within it, what the author's code prints goes nowhere."""
+def no_output() -> Iterator[None]:
+    """A context that suppresses what the author's code prints."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
 
-def in_words(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     if isinstance(error, RecursionError):
-        return "it calls itself without end"
-    text = " ".join(str(error).split())[:300]
+        return "it calls itself without a limit"
+    text = one_line(error, 300)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def line_in(error: BaseException, path: Path) -> str:
-    """`:line` of the author's file in which an exception was raised, or nothing."""
+    """`:line` in the author's file where an exception was raised, or ""."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
     return f":{frames[-1].lineno}" if frames else ""
 
 
 def build(cls: Any, constructor: Constructor, path: Path) -> nn.Module:
-    """A new module in eval mode, its weights as the author initialises them.
+    """Build the module in eval mode, with the author's initial weights.
 
     Raises:
         CheckpointError: the constructor raises.
@@ -99,7 +100,7 @@ def build(cls: Any, constructor: Constructor, path: Path) -> nn.Module:
                 made = getattr(module, argument.type_name)(**values)
             except Exception as error:
                 raise CheckpointError(
-                    f"{path}{line_in(error, path)}: {argument.type_name} cannot be built: {in_words(error)}"
+                    f"{path}{line_in(error, path)}: {argument.type_name} cannot be built: {error_text(error)}"
                 ) from None
             for name, value in after.items():
                 setattr(made, name, value)
@@ -112,14 +113,14 @@ def build(cls: Any, constructor: Constructor, path: Path) -> nn.Module:
         else:
             positional.append(made)
     try:
-        with quiet():
+        with no_output():
             built = cls(*positional, **named)
     except BaseException as error:
         raise CheckpointError(
-            f"{path}{line_in(error, path)}: {cls.__name__} cannot be built: {in_words(error)}"
+            f"{path}{line_in(error, path)}: {cls.__name__} cannot be built: {error_text(error)}"
         ) from None
     if not isinstance(built, nn.Module):
-        raise CheckpointError(f"{path}: {cls.__name__} is no nn.Module or PreTrainedModel: name a class of modules")
+        raise CheckpointError(f"{path}: {cls.__name__} is not an nn.Module or PreTrainedModel: name a class of modules")
     if isinstance(built, PreTrainedModel) and not hasattr(built, "all_tied_weights_keys") and FIVE:
         raise CheckpointError(
             f"{path}: {cls.__name__} never calls self.post_init(): add it as the last line of __init__"
@@ -137,10 +138,10 @@ def make_config(constructor: Constructor) -> Any:
 
 
 def check_twice(first: nn.Module, second: nn.Module, name: str) -> None:
-    """Refuse a class that the same arguments build differently each time.
+    """Check that the same arguments build the same module each time.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: they do not.
     """
     one, two = describe(first), describe(second)
     if one == two:
@@ -155,24 +156,31 @@ def check_twice(first: nn.Module, second: nn.Module, name: str) -> None:
     changed = sorted(n for n in {*one, *two} if one.get(n) != two.get(n))
     raise CheckpointError(
         f"{name} cannot be built twice from the same arguments: {changed[0]} is {one.get(changed[0], 'not there')} the first time "
-        f"and {two.get(changed[0], 'not there')} the second: take what differs as an argument of the constructor"
+        f"and {two.get(changed[0], 'not there')} the second: make what differs an argument of the constructor"
     )
 
 
-def describe(module: nn.Module) -> dict[str, str]:
-    found = {}
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state_dict.
+
+    Raises:
+        CheckpointError: an entry is not a tensor.
+    """
     for name, value in module.state_dict().items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(
-                f"{type(module).__name__}: {name} in its state_dict is a {type(value).__name__} and no tensor (get_extra_state), "
+                f"{type(module).__name__}: {name} in its state_dict is a {type(value).__name__} and not a tensor (get_extra_state), "
                 "which safetensors cannot hold: make it a buffer, or an argument of the constructor"
             )
-        found[name] = f"of shape {list(value.shape)}"
-    return found
+    return module.state_dict()
+
+
+def describe(module: nn.Module) -> dict[str, str]:
+    return {name: f"of shape {list(value.shape)}" for name, value in tensors_of(module).items()}
 
 
 def check_shared(module: nn.Module) -> dict[str, str]:
-    """Names of parameters that are another parameter of another module: tied name → the name it is tied to.
+    """Parameters shared between modules: tied name → the name it is tied to.
 
     Raises:
         CheckpointError: a module is registered twice, or inside itself.
@@ -197,7 +205,7 @@ def check_shared(module: nn.Module) -> dict[str, str]:
 
 
 def _check_hidden(module: nn.Module) -> None:
-    """Refuse parameters in a Python list or dictionary, which are in no state_dict."""
+    """Check that no parameters are in a Python list or dictionary, which no state_dict contains."""
     known = {id(parameter) for parameter in module.parameters()}
     for path, part in module.named_modules():
         for name, value in vars(part).items():
@@ -224,7 +232,7 @@ def _check_recursion(module: nn.Module, name: str, above: tuple[int, ...] = ()) 
 
 
 def recorded_arguments(checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """The constructor's arguments that a training checkpoint holds beside the weights."""
+    """The constructor's arguments that a training checkpoint stores with the weights."""
     found: dict[str, Any] = {}
     for name in _TRAINED:
         value = checkpoint.extras.get(name) if checkpoint is not None else None
@@ -246,10 +254,10 @@ def open_weights(path: str, section: str | None, allow_pickle: bool) -> Checkpoi
 
 
 def match_keys(module: nn.Module, checkpoint: Checkpoint, ties: Mapping[str, str], name: str) -> dict[str, str]:
-    """Key of the module → key of the checkpoint, which are the same but for a prefix.
+    """Key of the module → key of the checkpoint; they differ at most by a prefix.
 
     Raises:
-        CheckpointError: a tensor is missing, is left over, or has another shape.
+        CheckpointError: a tensor is missing, unexpected, or of another shape.
     """
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     stored = list(checkpoint)
@@ -267,9 +275,9 @@ def match_keys(module: nn.Module, checkpoint: Checkpoint, ties: Mapping[str, str
     unexpected = sorted(set(stored) - set(best.values()) - set(checkpoint.aliases))
     if missing or unexpected:
         what = [f"it lacks {_some(missing)}"] if missing else []
-        what += [f"it has {_some(unexpected)}, which {name} has not"] if unexpected else []
+        what += [f"it has {_some(unexpected)}, which {name} does not have"] if unexpected else []
         raise CheckpointError(
-            f"{checkpoint.path} is no checkpoint of {name} as it was built: {'; '.join(what)}: check the class and --config"
+            f"{checkpoint.path} is not a checkpoint of {name} as it was built: {'; '.join(what)}: check the class and --config"
         )
     for key, stored_key in sorted(best.items()):
         shape = tuple(checkpoint.info[stored_key].shape)
@@ -282,7 +290,7 @@ def match_keys(module: nn.Module, checkpoint: Checkpoint, ties: Mapping[str, str
 
 
 def _prefixes(stored: list[str], wanted: Mapping[str, Any]) -> list[str]:
-    """Prefixes that turn keys of the module into keys of the file, `""` first."""
+    """Prefixes that may turn keys of the module into keys of the file, `""` first."""
     found = [""]
     for key in stored[:50]:
         for own in wanted:
@@ -296,7 +304,7 @@ def _some(names: list[str]) -> str:
 
 
 def load(module: nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str]) -> set[torch.dtype]:
-    """Put the weights in, in the checkpoint's dtype; the dtypes of its floating-point tensors."""
+    """Load the weights in the checkpoint's dtype; returns the dtypes of its floating-point tensors."""
     tensors = {key: checkpoint[stored] for key, stored in keys.items()}
     dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
     if len(dtypes) == 1 and dtypes != {torch.float32}:

@@ -1,4 +1,4 @@
-"""The constructor's arguments as fields of a config: which there are, where their values come from, how they go back."""
+"""Map the constructor's arguments to config fields: names, values, and how to rebuild the arguments from the fields."""
 
 import ast
 import dataclasses
@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from ..checkpoints import CheckpointError
 from .author_file import AuthorFile, attributes_read, is_unpacked, keys_read, keys_with_default
 
-_SHARED = {  # names of the author's that mean what they mean to transformers
+_SHARED = {  # argument names with the same meaning in transformers
     "num_labels", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id",
     "tie_word_embeddings", "is_decoder", "problem_type", "add_cross_attention", "vocab_size", "hidden_size",
     "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
@@ -25,11 +25,11 @@ class Field(NamedTuple):
     """A field of the config.
 
     Attributes:
-        name: in the config.
-        argument: what the author calls it.
-        value: what this model was made with.
-        default: the author's, or `value` where there is none.
-        is_tuple: whether the author's class takes a tuple, which JSON makes a list of.
+        name: its name in the config.
+        argument: the author's name for it.
+        value: its value in this model.
+        default: the author's default, or `value` if there is none.
+        is_tuple: whether the author's class takes a tuple, which JSON stores as a list.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Argument(NamedTuple):
     """An argument of the constructor.
 
     Attributes:
-        name: of the argument.
-        kind: `value` (a field), `config` (transformers' config itself), or an object made of fields: `dataclass`,
+        name: name of the argument.
+        kind: `value` (a field), `config` (a config of transformers), or an object built from fields: `dataclass`,
             `object` (of another class of the file), `namespace`, `dict`.
-        fields: the fields it is made of.
+        fields: the fields it is built from.
         type_name: name of the dataclass or class.
         keyword: whether it has to be passed by its name.
-        set_after: of an `object`, the fields that its constructor does not take.
+        set_after: fields of an `object` that are set after its constructor, which does not take them.
     """
 
     name: str
@@ -64,10 +64,10 @@ class Constructor(NamedTuple):
     """How to build the author's class from a config.
 
     Attributes:
-        arguments: in the order of the signature; those that stay at a default which is no plain value are not in it.
-        config_class: transformers' config class that the first argument is of, or None.
-        config_values: what is set on that config.
-        left: arguments that stay at the author's default.
+        arguments: in the order of the signature, without those in `left`.
+        config_class: the transformers config class of the first argument, or None.
+        config_values: values to set on that config.
+        left: arguments that keep the author's default, which config.json cannot hold.
     """
 
     arguments: list[Argument]
@@ -87,10 +87,10 @@ def read_constructor(
 
     Args:
         given: values by name, from the caller.
-        recorded: values that a training checkpoint holds, for what is not given.
+        recorded: values from a training checkpoint, for arguments that are not given.
 
     Raises:
-        CheckpointError: an argument has no value, or could be several things; a given name is none of them.
+        CheckpointError: an argument has no value or is ambiguous, or a given name is not an argument.
     """
     place, left, arguments = f"{file.path}: {cls.__name__}", [], []
     values, used = dict(given), set()
@@ -122,7 +122,7 @@ def read_constructor(
         nested = values.pop(name) if isinstance(values.get(name), Mapping) else {}
         nested = {**nested, **{k.partition(".")[2]: values.pop(k) for k in list(values) if k.startswith(f"{name}.")}}
         fields, kind, type_name, set_after = _object(parameter, taken, cls, file)
-        if kind in ("namespace", "dict"):  # the file may read it under another name too, as `c.width`
+        if kind in ("namespace", "dict"):  # the file may also read it under another name, as in `c.width`
             others = {p.name for p in parameters}
             more = [
                 n
@@ -152,6 +152,11 @@ def read_constructor(
             continue
         value = _find(name, parameter.default, {}, values, recorded)
         if value is _MISSING or value is inspect.Parameter.empty:
+            if isinstance(taken, type) and issubclass(taken, nn.Module):
+                raise CheckpointError(
+                    f"{place} needs its argument {name!r}, a module, which config.json cannot hold: build it in __init__ from "
+                    "numbers and strings"
+                )
             raise CheckpointError(
                 f"{place} needs its argument {name!r}, which has no default: give it, --config {name}=…"
             )
@@ -172,7 +177,7 @@ def read_constructor(
         attributes = attributes_read(file, next(a.name for a in arguments if a.kind == "config"))
         if both := sorted(fields_named & attributes & set(config_class().to_dict())):
             raise CheckpointError(
-                f"{place}: {both[0]!r} is read of two arguments of the constructor, and a config has one field of a name: rename one"
+                f"{place}: {both[0]!r} is read from two arguments of the constructor, but a config has only one field of that name: rename one"
             )
     if rest:
         name = sorted(rest)[0]
@@ -184,11 +189,11 @@ def read_constructor(
 
 
 _MISSING = object()
-_OPTIONAL = object()  # a field without which the author's code works, and whose default is no plain value
+_OPTIONAL = object()  # an optional field whose default is not a plain value
 
 
 def _from_keywords(name: str, file: AuthorFile, given: Mapping[str, Any], named: set[str]) -> list[Argument]:
-    """The arguments that the constructor takes through its `**name`: those it reads by name or hands on."""
+    """The arguments that the constructor takes through its `**name`: those it reads by name or passes on."""
     read, defaults = keys_read(file, name), keys_with_default(file, name)
     handed_on = named if is_unpacked(file, name) else set()
     found = []
@@ -201,7 +206,7 @@ def _from_keywords(name: str, file: AuthorFile, given: Mapping[str, Any], named:
 
 
 def _is_read(name: str, file: AuthorFile) -> bool:
-    """Whether the file reads an attribute or key of this name of anything."""
+    """Whether the file reads an attribute or key of this name from any object."""
     return any(
         (isinstance(node, ast.Attribute) and node.attr == name)
         or (isinstance(node, ast.Constant) and node.value == name)
@@ -224,7 +229,7 @@ def _find(name: str, default: Any, nested: Mapping, given: Mapping, recorded: Ma
 
 
 def _class_of(parameter: inspect.Parameter, cls: type) -> Any:
-    """The class that an argument is annotated with, or that its default is of."""
+    """The class of an argument, from its annotation or its default."""
     annotation = parameter.annotation
     if isinstance(annotation, str):
         annotation = getattr(inspect.getmodule(cls), annotation.strip("'\""), None)
@@ -243,7 +248,7 @@ _Made = tuple[dict[str, Any], str, str, tuple[str, ...]]
 
 
 def _object(parameter: inspect.Parameter, taken: Any, cls: type, file: AuthorFile) -> _Made:
-    """What an argument that is an object is made of: field → default, its kind, its class, fields that are set later."""
+    """How to build an argument that is an object: field → default, its kind, its class, fields that are set later."""
     if isinstance(taken, type) and dataclasses.is_dataclass(taken):
         return _dataclass_fields(taken), "dataclass", str(getattr(taken, "__name__", "")), ()
     if taken in (int, float, str, bool, list, tuple):
@@ -279,7 +284,7 @@ def _object(parameter: inspect.Parameter, taken: Any, cls: type, file: AuthorFil
 
 
 def _class_attributes(cls: type, file: AuthorFile) -> set[str]:
-    """What a class of the file has, on itself or as its methods set it."""
+    """The attributes of a class of the file, set in its body or by its methods."""
     node = file.classes.get(cls.__name__)
     stored = {
         n.attr
@@ -290,7 +295,7 @@ def _class_attributes(cls: type, file: AuthorFile) -> set[str]:
 
 
 def _class_fields(cls: Any) -> _Made:
-    """The arguments of a plain class's constructor, and the plain attributes of the class."""
+    """The constructor arguments of a plain class, and its class attributes with plain values."""
     fields: dict[str, Any] = {}
     by_keyword = False
     if cls.__init__ is not object.__init__:
@@ -334,7 +339,7 @@ def _field(argument: str, value: Any, default: Any) -> Field:
 
 
 def _config_name(argument: str) -> str:
-    """The argument's name, unless transformers keeps something else under it."""
+    """The field name for an argument: its own, unless transformers uses that name for something else."""
     if argument in _SHARED:
         return argument
     owned = (
@@ -351,7 +356,7 @@ def _check_names(place: str, arguments: list[Argument]) -> None:
         for field in argument.fields:
             if field.name in seen and seen[field.name][1] != field.value:
                 raise CheckpointError(
-                    f"{place}: {field.argument!r} is a field of both {seen[field.name][0]} and {argument.name}, with other values: "
-                    "a config has one field of a name, rename one"
+                    f"{place}: {field.argument!r} is a field of both {seen[field.name][0]} and {argument.name}, with different values: "
+                    "a config has only one field of that name, rename one"
                 )
             seen[field.name] = argument.name, field.value

@@ -1,4 +1,4 @@
-"""Put together what the trials of a module show: a `Probe`."""
+"""Run a module on trial inputs and collect the results in a `Probe`."""
 
 import inspect
 from typing import Any
@@ -8,19 +8,22 @@ from torch import nn
 
 from ..checkpoints import CheckpointError
 from .author_file import AuthorFile
-from .build_module import in_words, line_in
-from .finding_loss import find_loss
+from .build_module import error_text, line_in
+from .finding_encoder import find_encoder, is_causal_decoder
+from .finding_loss import find_loss, find_span_loss
 from .masks import check_meaning, find_mask, find_pad
-from .outputs import check_outputs, main_output, take
+from .outputs import check_outputs, main_output, parts_of, span_outputs, take
 from .probing import LENGTH, MASK_FORMS, Call, Probe, Prober, example_ids, find_outputs, is_labels, is_segments
 
-KINDS = {  # how the head of the wrapper is called → its Auto class
+KINDS = {  # class suffix of the wrapper → its Auto class
     "causal": ("ForCausalLM", "AutoModelForCausalLM"),
     "masked": ("ForMaskedLM", "AutoModelForMaskedLM"),
     "tokens": ("ForTokenClassification", "AutoModelForTokenClassification"),
     "sequence": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
     "seq2seq": ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
     "image": ("ForImageClassification", "AutoModelForImageClassification"),
+    "audio": ("ForAudioClassification", "AutoModelForAudioClassification"),
+    "span": ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
     "body": ("Model", "AutoModel"),
 }
 
@@ -33,17 +36,16 @@ def probe(
     fields: dict[str, Any],
     auto_class: str | None = None,
 ) -> Probe:
-    """Run a module on small inputs and say what it is.
+    """Run a module on small inputs and determine its inputs, outputs and kind.
 
     Args:
-        module: what the outputs are recorded of.
-        trial: the same, built a second time; its weights are changed, so that what starts at zero, such as a head, hides
-            nothing.
-        fields: the config's fields and their values; sizes among them are tried as the longest input.
-        auto_class: what it is for, where that is known.
+        module: the module whose outputs are recorded.
+        trial: a second instance, whose weights are changed so that no part, such as a head, is zero.
+        fields: the config's fields and values; integers among them are tried as the longest input.
+        auto_class: its Auto class, if known.
 
     Raises:
-        CheckpointError: no inputs could be made up for it, or it cannot be for `auto_class`.
+        CheckpointError: no suitable inputs were found, or its outputs do not fit `auto_class`.
     """
     prober = Prober(trial, file, place, fields)
     _copy_weights(module, trial)
@@ -66,6 +68,14 @@ def probe(
             inputs["decoder_input_ids"] = example_ids(decoder_vocab, seed=1)[:, : LENGTH - 2]
     output = _run(prober, call, inputs)
     path, logits, unused = main_output(prober, call, inputs, output, vocab)
+    spans = (
+        span_outputs(output, inputs["input_ids"].shape)
+        if vocab is not None and "decoder_input_ids" not in inputs
+        else []
+    )
+    if spans:
+        path, logits = spans[0], take(output, spans[0])
+        unused = [name for name in parts_of(output) if name not in spans]
     dummy = ""
     if vocab is not None and logits.dim() == 3 and logits.shape[1] == 1 and "decoder_input_ids" not in inputs:
         for name in [n for n in prober.signature if n not in call.arguments and is_labels(n)]:
@@ -78,17 +88,28 @@ def probe(
                 break
     check_outputs(prober, call, inputs, path, logits)
     head = prober.head(call, inputs, logits)
-    kind = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class)
-    if kind == "seq2seq":
-        head = ""  # the tables of source and target are two: one size for both would be wrong
+    if spans and auto_class in (None, KINDS["span"][1]):
+        kind = "span"
+    else:
+        kind, spans = _kind(prober, call, inputs, path, logits, vocab, decoder_vocab, head, auto_class), []
+    resizes = True
+    if kind == "seq2seq":  # where source and target have tables of their own, one new size for both would be wrong
+        target = prober.embeddings(call, {**inputs, "looked_for": inputs["decoder_input_ids"]})[0]
+        resizes = bool(embeddings) and _same(prober.module, embeddings, target) and bool(head)
+    generates, encoder = kind == "causal", ""
+    if kind == "seq2seq" and vocab is not None and is_causal_decoder(prober, call, inputs, path):
+        generates, encoder = True, find_encoder(prober, call, inputs, path, vocab)
     call, padding, pad = _padding(prober, call, inputs, path, kind, vocab)
     call = _with_segments(prober, call, inputs)
     limit = None
     if vocab is not None:
         sizes = [value for value in fields.values() if isinstance(value, int) and not isinstance(value, bool)]
         limit = prober.limit(call, vocab, sizes)
-    loss = find_loss(prober, _without_labels(call) if dummy else call, inputs, path, kind, logits.shape[-1], dummy)
-    if dummy and loss.kind != "made":  # its loss would be that of the inputs
+    if spans:
+        loss = find_span_loss(prober, call, inputs, spans)
+    else:
+        loss = find_loss(prober, _without_labels(call) if dummy else call, inputs, path, kind, logits.shape[-1], dummy)
+    if dummy and loss.kind != "made":  # its loss would be computed for dummy labels
         raise CheckpointError(
             f"{prober.at_forward()}: forward returns the outputs of all tokens only with {dummy}, and its loss is not the "
             "cross-entropy of the logits: return all logits without it too"
@@ -100,30 +121,42 @@ def probe(
     prober.module = module
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    reference = take(_run(prober, call, inputs), path)
+    reference = _run(prober, call, inputs)
+    names = ["start_logits", "end_logits"] if spans else ["last_hidden_state" if kind == "body" else "logits"]
+    outputs = {name: take(reference, at).contiguous() for name, at in zip(names, spans or [path])}
     return Probe(
         call=call,
         logits=path,
+        second=spans[1] if spans else "",
         kind=kind,
         width=logits.shape[-1],
         vocab=vocab,
         limit=limit,
         embeddings=embeddings,
-        head=head if kind in ("causal", "masked") else "",
+        head=head if kind in ("causal", "masked") or (kind == "seq2seq" and resizes) else "",
+        resizes=resizes,
         loss=loss,
+        generates=generates,
+        encoder=encoder,
         dummy=bool(dummy),
         padding=padding,
         pad=pad,
         required=[n for n, p in prober.signature.items() if p.default is p.empty],
-        left=[n for n, p in prober.signature.items() if n not in (*call.arguments, loss.argument) and _named(p)],
+        left=[
+            n for n, p in prober.signature.items() if n not in (*call.arguments, *loss.argument.split()) and _named(p)
+        ],
         unused=unused,
         inputs=inputs,
-        outputs={"last_hidden_state" if kind == "body" else "logits": reference.contiguous()},
+        outputs=outputs,
     )
 
 
+def _same(module: nn.Module, one: str, other: str) -> bool:
+    return bool(other) and module.get_submodule(one) is module.get_submodule(other)
+
+
 def _copy_weights(module: nn.Module, trial: nn.Module) -> None:
-    """In float32, in which rounding is small."""
+    """Copy the weights to the trial in float32, where rounding errors are small."""
     state = module.state_dict()
     trial.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
     trial.float().eval()
@@ -148,7 +181,7 @@ def _disturb(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> Non
 def _padding(
     prober: Prober, call: Call, inputs: dict[str, torch.Tensor], path: str, kind: str, vocab: int | None
 ) -> tuple[Call, str, int | None]:
-    """The call with the mask that leaves padding out, how it is left out, and the module's own id for it."""
+    """The call with a padding mask, how padding is excluded, and the module's own padding id."""
     if call.main != "input_ids" or vocab is None:
         return call, "none", None
     masked = find_mask(prober, call, path, vocab)
@@ -189,12 +222,12 @@ def _run(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> Any:
         return call.run(prober.module, inputs)
     except Exception as error:
         raise CheckpointError(
-            f"{prober.file.path}{line_in(error, prober.file.path)}: forward raises on made-up inputs: {in_words(error)}"
+            f"{prober.file.path}{line_in(error, prober.file.path)}: forward raises on generated inputs: {error_text(error)}"
         ) from None
 
 
 def _decoder_vocab(prober: Prober, call: Call, inputs: dict[str, torch.Tensor]) -> int | None:
-    """How many ids the table of the decoder's tokens knows."""
+    """The number of ids in the decoder's token embeddings."""
     return prober.embeddings(call, {**inputs, "looked_for": inputs["decoder_input_ids"]})[1]
 
 
@@ -228,7 +261,11 @@ def _kind(
         raise CheckpointError(
             f"{prober.place}: {auto_class!r} is none of {', '.join(auto for _, auto in KINDS.values())}"
         )
-    dims = {"causal": 3, "masked": 3, "tokens": 3, "sequence": 2, "image": 2, "seq2seq": 3}.get(wanted)
+    if wanted == "span":
+        raise CheckpointError(
+            f"{prober.at_forward()}: forward returns no start_logits and end_logits, [batch, length] each"
+        )
+    dims = {"causal": 3, "masked": 3, "tokens": 3, "sequence": 2, "image": 2, "audio": 2, "seq2seq": 3}.get(wanted)
     if dims is not None and logits.dim() != dims:
         raise CheckpointError(
             f"{prober.place}: its outputs have {logits.dim()} dimensions, those of {auto_class} have {dims}"
@@ -237,6 +274,6 @@ def _kind(
 
 
 def _is_vocabulary(prober: Prober, head: str, vocab: int | None) -> bool:
-    """Whether outputs as wide as the vocabulary are logits: a linear layer of that width made them, or no width is equal."""
+    """Whether outputs as wide as the vocabulary are logits: from a linear layer of that width, or not wide by chance."""
     table = [m for m in prober.module.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == vocab]
     return bool(head) or not any(part.embedding_dim == vocab for part in table)

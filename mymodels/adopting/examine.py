@@ -1,7 +1,7 @@
-"""`python -m mymodels.adopting.examine JOB`: run the author's code, in a process of its own, and write what a folder is built from.
+"""`python -m mymodels.adopting.examine JOB`: run the author's code in a separate process, and write what a folder is built from.
 
-Nothing of the author's runs in the process that called `adopt`, so that it cannot change it, nor depend on what that one
-has imported.
+None of the author's code runs in the process that called `adopt`, so it can neither change that process nor depend on
+its imports.
 """
 
 import json
@@ -31,24 +31,25 @@ from .build_module import (
 )
 from .constructor import Constructor, read_constructor
 from .describing import KINDS, probe
-from .probing import Probe
+from .probing import PER_ROW, Probe
 from .write_configuration import Names, aliases, write_configuration
 from .write_modeling import Wrapped, pretty, wrapped, write_modeling
 
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SOURCE, INPUTS, OUTPUTS, RESULT = "source", "inputs.safetensors", "outputs.safetensors", "result.json"
 
 
 def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Build the author's module, try it, and write into `out` a folder `source`, inputs, and the module's outputs for them.
+    """Build the author's module, probe it, and write a folder `source`, inputs, and the module's outputs to `out`.
 
     Args:
         job: `file`, `class`, `config` (name → value), `weights` (a path or None), `auto_class`, `section`, `allow_pickle`.
 
     Returns:
-        what was found out: `model`, `auto_class`, `derived`, `missing`, `changed` (sentences); `call` and `logits`, as in `Probe`.
+        the findings: `model`, `auto_class`, `derived`, `missing`, `changed` (sentences); `call` and `logits`, as in `Probe`.
 
     Raises:
-        CheckpointError: something is not as it has to be; one sentence.
+        CheckpointError: the class cannot be adopted; one sentence.
     """
     file = read_author_file(Path(job["file"]))
     name = find_class(file, job["class"])
@@ -79,7 +80,7 @@ def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
     depth = max((len(part) for part in module.modules() if isinstance(part, nn.ModuleList)), default=0)
     renamed = {} if constructor.config_class else aliases(constructor, found, depth, _width(module, found))
     tied = bool(set(ties) & {f"{found.head}.weight"}) if found.head else False
-    config = _config(constructor, found, names, renamed, tied, dtype)
+    config = _config(constructor, found, names, renamed, tied, dtype, job.get("tokens") or {})
     for key in [
         n for n, v in config.items() if n.endswith("_token_id") and isinstance(v, int) and v >= (found.vocab or v + 1)
     ]:
@@ -91,7 +92,7 @@ def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
     for other, text in texts.items():
         (source / other).write_text(text, encoding="utf-8")
     if texts[file.path.name] != file.text:
-        changed.append(f"{file.path.name}: its imports of other files beside it are written as the Hub wants them")
+        changed.append(f"{file.path.name}: its imports of other files in the folder are rewritten as relative imports")
     (source / f"configuration_{names.model_type}.py").write_text(
         write_configuration(constructor, found, names, name, file, renamed, tied), encoding="utf-8"
     )
@@ -99,8 +100,9 @@ def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
         pretty(write_modeling(constructor, found, names, name, file, renamed, about)), encoding="utf-8"
     )
     (source / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    if found.kind == "causal":
-        (source / "generation_config.json").write_text('{"use_cache": false}\n', encoding="utf-8")
+    if found.generates:
+        ends = {key: value for key, value in config.items() if key in TOKENS and value is not None}
+        (source / "generation_config.json").write_text(json.dumps({"use_cache": False, **ends}), encoding="utf-8")
     save_file(_weights(module, about), source / "model.safetensors", metadata={"format": "pt"})
     save_file({n: t.contiguous() for n, t in found.inputs.items()}, out / INPUTS)
     save_file(found.outputs, out / OUTPUTS)
@@ -111,13 +113,22 @@ def examine(job: dict[str, Any], out: Path) -> dict[str, Any]:
         "derived": _derived(found, constructor, about, renamed, job["weights"]),
         "missing": _missing(module, found, constructor, about),
         "changed": changed,
+        "takes": sorted(_takes(found)),
         "call": found.call.arguments,
         "logits": found.logits,
     }
 
 
+def _takes(found: Probe) -> set[str]:
+    """The outputs of a tokenizer that the wrapper's forward takes."""
+    roles = [
+        role for roles in found.call.arguments.values() for role in (roles if isinstance(roles, list) else [roles])
+    ]
+    return {"input_ids", "attention_mask"} | ({"token_type_ids"} & set(roles))
+
+
 def _needs_values(cls: Any, constructor: Constructor, file: AuthorFile, module: nn.Module) -> bool:
-    """Whether the constructor reads values of tensors, or keeps tensors that no loader knows of."""
+    """Whether the constructor reads values of tensors, or stores tensors that are neither parameters nor buffers."""
     if any(isinstance(value, torch.Tensor) for part in module.modules() for value in _attributes(part)):
         return True
     try:
@@ -134,7 +145,7 @@ def _attributes(part: nn.Module) -> list[Any]:
 
 
 def _towards_embeddings(ties: dict[str, str], embeddings: str) -> dict[str, str]:
-    """Ties with the embeddings' name as the one that is stored."""
+    """The ties, turned so that the embeddings' name is the one stored."""
     weight = f"{embeddings}.weight"
     group = {tied for tied, target in ties.items() if target == ties.get(weight)} | {ties.get(weight, "")}
     if weight not in ties:
@@ -146,7 +157,7 @@ def _towards_embeddings(ties: dict[str, str], embeddings: str) -> dict[str, str]
 
 
 def _names(name: str, file: AuthorFile, found: Probe, constructor: Constructor) -> tuple[Names, list[str]]:
-    """Names that nothing else has, neither in transformers nor in the author's file."""
+    """Names for model type and classes that are unused in transformers and in the author's file."""
     changed = []
     ending = KINDS[found.kind][0]
     stem = (
@@ -186,7 +197,13 @@ def _is_own(file: AuthorFile, stems: set[str]) -> bool:
 
 
 def _config(
-    constructor: Constructor, found: Probe, names: Names, renamed: dict[str, str], tied: bool, dtype: torch.dtype
+    constructor: Constructor,
+    found: Probe,
+    names: Names,
+    renamed: dict[str, str],
+    tied: bool,
+    dtype: torch.dtype,
+    tokens: dict[str, int],
 ) -> dict[str, Any]:
     if constructor.config_class is not None:
         base: PretrainedConfig = make_config(constructor)
@@ -200,12 +217,16 @@ def _config(
         values["tie_word_embeddings"] = tied
         if found.kind == "seq2seq":
             values["is_encoder_decoder"] = True
-    if found.kind in ("tokens", "sequence", "image"):
+            values.setdefault("decoder_start_token_id", _start(constructor, found, tokens))
+    if found.kind in ("tokens", *PER_ROW):
         labels = [f"LABEL_{number}" for number in range(found.width)]
         values["id2label"] = {str(number): label for number, label in enumerate(labels)}
         values["label2id"] = {label: number for number, label in enumerate(labels)}
     if found.pad is not None and values.get("pad_token_id") is None:
         values["pad_token_id"] = found.pad
+    for key, token in tokens.items():
+        if found.vocab is not None and values.get(key) is None:
+            values[key] = token
     return {
         **values,
         "model_type": names.model_type,
@@ -218,8 +239,16 @@ def _config(
     }
 
 
+def _start(constructor: Constructor, found: Probe, tokens: dict[str, int]) -> int:
+    """The token that a target starts with: an argument's, the tokenizer's, or the padding's, as T5 has it."""
+    pattern = r"(decoder_start|tgt_(sos|bos|start)|sos|bos)(_(token|idx|index|id))*"
+    named = [f.value for f in constructor.fields if re.fullmatch(pattern, f.argument) and type(f.value) is int]
+    given = [tokens[key] for key in ("bos_token_id", "pad_token_id") if key in tokens]
+    return next(iter([*named, *given, *([found.pad] if found.pad is not None else [])]), 0)
+
+
 def _weights(module: nn.Module, about: Wrapped) -> dict[str, torch.Tensor]:
-    """The module's tensors under the wrapper's names, of tied ones the first only, and its tables."""
+    """The module's tensors under the wrapper's names, without duplicates of tied ones, and its non-persistent buffers."""
     tensors = {name: tensor for name, tensor in module.state_dict().items() if name not in about.ties}
     if about.tables:
         for path, part in module.named_modules():
@@ -243,11 +272,13 @@ def _derived(
     if about.ties:
         what.append("tied: " + ", ".join(f"{tied} = {target}" for tied, target in about.ties.items()))
     if found.padding == "mask":
-        what.append("padding: by the module's own mask")
+        what.append("padding: masked by the module's own mask")
     if found.padding == "moved":
-        what.append("padding: moved behind the tokens, where no token sees it")
+        what.append("padding: moved behind the tokens, which do not attend to later positions")
     if found.padding == "ids":
         what.append(f"padding: by the module itself, which leaves out the id {found.pad}")
+    if found.encoder:
+        what.append(f"encoder: {found.encoder}, which generate runs once")
     if found.loss.kind != "none":
         what.append(f"loss: {found.loss.note}")
     if about.no_split:
@@ -255,7 +286,7 @@ def _derived(
     if others := [f"{name} = {field}" for name, field in sorted(renamed.items()) if name != field]:
         what.append(f"names: {', '.join(others)}")
     if not weights:
-        what.append("weights: none were given, so they are the author's initialisation with seed 0")
+        what.append("weights: none were given, so they are the author's initial weights with seed 0")
     return what
 
 
@@ -263,37 +294,49 @@ def _missing(module: nn.Module, found: Probe, constructor: Constructor, about: W
     what = []
     if found.kind == "causal":
         what.append("cache: forward takes none, so generate runs all tokens again at each step")
-    if found.kind == "seq2seq":
-        what.append("generation: forward takes source and target at once, so there is no encoder to run once")
+    if found.kind == "seq2seq" and not found.generates:
+        what.append("generation: an output depends on later tokens of the target, so the decoder needs a causal mask")
+    elif found.kind == "seq2seq":
+        what.append("cache: forward takes none, so generate runs all tokens of the target again at each step")
+        if not found.encoder:
+            what.append(
+                "encoder: no module's output is all that the decoder gets, so each step runs the source again too"
+            )
     if found.call.main == "input_ids" and found.padding == "none":
-        what.append("padding: forward takes no mask that leaves it out, so rows of different length are run apart")
+        what.append("padding: forward takes no mask for it, so rows of different length must be run separately")
     if found.loss.kind == "none":
         what.append(f"training: {found.loss.note}, so there are no labels")
-    elif found.loss.kind == "own" and found.loss.ignored is None and found.kind not in ("sequence", "image"):
-        what.append("labels that are left out: the module's own loss leaves none out, so -100 is refused")
+    elif found.loss.kind == "own" and found.loss.ignored is None and found.kind not in PER_ROW:
+        what.append("ignored labels: the module's own loss ignores none, so -100 is refused")
     if found.unused:
-        what.append(f"outputs that are left out: {', '.join(f'forward(…){path}' for path in found.unused)}")
+        what.append(f"outputs that are not returned: {', '.join(f'forward(…){path}' for path in found.unused)}")
     if "supports_gradient_checkpointing" not in about.flags:
-        what.append("gradient checkpointing: the blocks are no transformers.modeling_layers.GradientCheckpointingLayer")
+        what.append(
+            "gradient checkpointing: the blocks are not transformers.modeling_layers.GradientCheckpointingLayer"
+        )
     if found.call.main == "input_ids":
         if not found.embeddings:
             what.append("resizing the vocabulary: no nn.Embedding takes the token ids")
+        elif not found.resizes:
+            what.append("resizing the vocabulary: source and target have tables of their own")
         elif found.kind in ("causal", "masked") and not found.head:
-            what.append("resizing the vocabulary: no nn.Linear makes the logits, so the head would stay behind")
+            what.append("resizing the vocabulary: no nn.Linear computes the logits, so the head would not be resized")
         what.append(
             "inputs_embeds, position_ids, attentions and hidden states: the wrapper neither takes nor returns them"
         )
+    if found.kind == "audio":
+        what.append("pipelines: there is no feature extractor, so sounds have to be tensors already")
     if found.kind == "image":
-        what.append("pipelines: there is no image processor, so images have to be tensors already")
+        what.append("pipelines: there is no image processor, so images must be passed as tensors")
     if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
         what.append(
-            "weights kept on the disk: nn.MultiheadAttention reads its parts' weights past the hooks of a device map"
+            "offloading to disk: nn.MultiheadAttention reads weights of its submodules without the hooks of a device map"
         )
     if found.left:
-        what.append(f"arguments of forward that stay at their defaults: {', '.join(found.left)}")
+        what.append(f"arguments of forward that keep their defaults: {', '.join(found.left)}")
     if constructor.left:
         what.append(
-            f"arguments of the constructor that stay at their defaults, which config.json cannot hold: {', '.join(constructor.left)}"
+            f"arguments of the constructor that keep their defaults, which config.json cannot hold: {', '.join(constructor.left)}"
         )
     return what
 

@@ -1,6 +1,7 @@
 """`adopt`: from the author's class and weights to a verified Hub repo folder."""
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import json
@@ -27,23 +28,25 @@ from ..hub.clean_process import clean_process, failure_reason
 from ..hub.golden import GOLDEN
 from ..hub.verifying import Verification
 from ..messages import one_line
+from ..sandbox.results import UntrustedResult, copy_file
 from .author_file import check_author_file, check_post_init, find_class, read_author_file, split_source
+from .build_module import tensors_of
 from .examine import INPUTS, OUTPUTS, RESULT, SOURCE
 from .outputs import take
 from .probing import Call, near
 
 
 class Adopted(NamedTuple):
-    """What `adopt` made of a class.
+    """The result of `adopt`.
 
     Attributes:
         folder: the Hub repo folder.
-        model: name of the wrapper's class.
+        model: name of the wrapper class.
         auto_class: the Auto class that loads it.
-        derived: what was found out about the module, a sentence each.
-        missing: what could not be derived, and what is missing for it.
-        changed: what is not as the author named or wrote it.
-        verification: what `mymodels verify` found, or None.
+        derived: what was found out about the module, as sentences.
+        missing: what the model cannot do, and why.
+        changed: names and code that differ from the author's.
+        verification: the result of `mymodels verify`, or None.
     """
 
     folder: Path
@@ -85,10 +88,10 @@ def adopt(
     check: bool = True,
     quick: bool = False,
 ) -> Adopted:
-    """Make a Hub repo folder of a module as its author wrote it, whose file stays as it is.
+    """Make a Hub repo folder from an author's module, without changing its file.
 
-    The module is built and run in a process of its own to find out what it takes and returns. A config class holds its
-    constructor's arguments, a `PreTrainedModel` wraps it. Before anything is written, the folder's model gives the
+    The module is built and run in a separate process to find out its inputs and outputs. A config class holds its
+    constructor's arguments, and a `PreTrainedModel` wraps it. The folder is written only if its model reproduces the
     module's outputs bit for bit in a process without mymodels, and `mymodels verify` finds no fault.
 
     Args:
@@ -99,16 +102,16 @@ def adopt(
         config: the constructor's arguments by name, of arguments that are objects also their fields; what is not given
             comes from a training checkpoint (`model_args` and the like) or the author's defaults. Of a module in
             memory, what its attributes hold under these names.
-        tokenizer: saved with it.
+        tokenizer: saved with it; its special tokens become the config's, where the model has none.
         auto_class: what the model is for, such as `"AutoModelForSequenceClassification"`; default: what its outputs show.
         card: as in `build_repo`.
         section, allow_pickle: as in `open_checkpoint`.
         max_shard_size: as in `save_pretrained`.
         check: verify the folder; without it only the outputs are compared.
-        quick: leave out the slow checks, as `mymodels verify --quick`.
+        quick: skip the slow checks, as `mymodels verify --quick`.
 
     Returns:
-        an `Adopted`, with what could not be derived.
+        an `Adopted`.
 
     Raises:
         CheckpointError: the class cannot be adopted; one sentence with file, line and remedy. Nothing was written.
@@ -123,12 +126,23 @@ def adopt(
     with tempfile.TemporaryDirectory(prefix="mymodels-adopt-", ignore_cleanup_errors=True) as name:
         scratch = Path(name).resolve()
         job = _job(source, scratch, weights, dict(config or {}))
-        job |= {"auto_class": auto_class, "section": section, "allow_pickle": allow_pickle}
+        job |= {
+            "tokens": _special_tokens(tokenizer),
+            "auto_class": auto_class,
+            "section": section,
+            "allow_pickle": allow_pickle,
+        }
         try:
             found = _examine(job, scratch)
             if isinstance(source, nn.Module):
                 _check_rebuilt(source, scratch, found)
             folder = scratch / "built" / output_dir.resolve().name
+            if tokenizer is not None and (refused := set(tokenizer.model_input_names) - set(found["takes"])):
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name not in refused]
+                found["changed"].append(
+                    f"the tokenizer gives no {', '.join(sorted(refused))}, which forward does not take"
+                )
             build_repo(
                 scratch / SOURCE,
                 tokenizer,
@@ -137,7 +151,7 @@ def adopt(
                 max_shard_size=max_shard_size,
                 golden=False,
             )
-            if found["auto_class"] == "AutoModelForImageClassification":
+            if found["auto_class"] in ("AutoModelForImageClassification", "AutoModelForAudioClassification"):
                 _leave_out_pipeline(folder)
             _check_outputs(folder, scratch, found)
             verification = _verify(folder, quick) if check else None
@@ -165,11 +179,11 @@ def _job(source: Any, scratch: Path, weights: Any, config: dict[str, Any]) -> di
         path, name = _file_of(cls), cls.__name__
         if isinstance(source, nn.Module):
             if weights is not None:
-                raise CheckpointError("a module in memory has its weights: leave out weights=, or pass its class")
+                raise CheckpointError("a module in memory already has weights: leave out weights=, or pass its class")
             config = {**_values_of(source), **config}
             weights = scratch / "weights.safetensors"
             _save_module(source, weights)
-    file = read_author_file(path)  # again in the other process; here it refuses at once
+    file = read_author_file(path)  # checked again in the other process; here it fails early
     name = find_class(file, name)
     check_author_file(file)
     check_post_init(file, name)
@@ -185,10 +199,22 @@ def _job(source: Any, scratch: Path, weights: Any, config: dict[str, Any]) -> di
     }
 
 
+def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+    """The ids of a tokenizer that generation needs, where it has them."""
+    if tokenizer is None:
+        return {}
+    found = {
+        "bos_token_id": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return {name: token for name, token in found.items() if token is not None}
+
+
 def _file_of(cls: type) -> Path:
     if not issubclass(cls, nn.Module):
         raise CheckpointError(
-            f"{cls.__name__} is no nn.Module or PreTrainedModel: pass a class of modules, or a module"
+            f"{cls.__name__} is not an nn.Module or PreTrainedModel: pass a class of modules, or a module"
         )
     try:
         path = inspect.getsourcefile(cls)
@@ -197,7 +223,7 @@ def _file_of(cls: type) -> Path:
     if cls.__module__ == "__main__" or path is None or not Path(path).is_file():
         line = ""
         if path is not None and Path(path).is_file():
-            with contextlib.suppress(OSError):  # made by `type`, or its cell was changed
+            with contextlib.suppress(OSError):  # created by `type`, or its notebook cell was changed
                 line = f"{path}:{inspect.getsourcelines(cls)[1]}: "
         raise CheckpointError(
             f"{line}{cls.__name__} is defined in {cls.__module__}, a notebook or script: put it into a .py file and import it from there"
@@ -213,7 +239,7 @@ def _file_of(cls: type) -> Path:
 
 
 def _values_of(module: nn.Module) -> dict[str, Any]:
-    """The constructor's arguments, as far as the module's attributes hold them under their names."""
+    """The constructor's arguments that are attributes of the module with the same name."""
     found: dict[str, Any] = {}
     for name in list(inspect.signature(type(module).__init__).parameters)[1:]:
         value = vars(module).get(name, vars(module).get(f"_{name}"))
@@ -245,15 +271,7 @@ def _values_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _save_module(module: nn.Module, path: Path) -> None:
-    tensors = {}
-    for name, value in module.state_dict().items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{type(module).__name__}: {name} in its state_dict is a {type(value).__name__} and no tensor (get_extra_state), which "
-                "safetensors cannot hold: make it a buffer, or an argument of the constructor"
-            )
-        tensors[name] = value.detach().cpu().clone().contiguous()
-    save_file(tensors, path)
+    save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors_of(module).items()}, path)
 
 
 def _examine(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -289,7 +307,7 @@ def _examine(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 
 def _check_rebuilt(module: nn.Module, scratch: Path, found: Mapping[str, Any]) -> None:
-    """The module in memory gives what the one gives that was built from the arguments its attributes seem to hold."""
+    """Check that a module built from the arguments found in the attributes gives the same outputs as the one in memory."""
     inputs, want = (load_file(scratch / name) for name in (INPUTS, OUTPUTS))
     state = [(part, part.training) for part in module.modules()]
     place = next(module.parameters(), torch.empty(0)).device
@@ -304,22 +322,22 @@ def _check_rebuilt(module: nn.Module, scratch: Path, found: Mapping[str, Any]) -
     finally:
         for part, training in state:
             part.training = training
-    if got is None or not near(got, next(iter(want.values()))):
+    if got is None or not near(got, want.get("start_logits", next(iter(want.values())))):
         raise CheckpointError(
-            f"{type(module).__name__}: the module does not give the outputs of one that is built from the arguments which its "
-            f"attributes hold{why_not}: give the arguments it was made with, config={{…}}"
+            f"{type(module).__name__}: a module built from the arguments found in its attributes "
+            f"gives other outputs{why_not}: give the arguments it was made with, config={{…}}"
         )
 
 
 def _leave_out_pipeline(folder: Path) -> None:
-    """A card names a pipeline only if the folder has the image processor that it needs."""
+    """Remove the pipeline from the card if it needs an image processor that the folder lacks."""
     card = folder / "README.md"
     lines = card.read_text(encoding="utf-8").split("\n")
     card.write_text("\n".join(line for line in lines if not line.startswith("pipeline_tag:")), encoding="utf-8")
 
 
 def _check_outputs(folder: Path, scratch: Path, found: Mapping[str, Any]) -> None:
-    """The folder's model gives the module's outputs, bit for bit, in a process without mymodels; these become its golden ones."""
+    """Check that the folder's model reproduces the module's outputs bit for bit, and record them as golden outputs."""
     job: dict[str, Any] = {"inputs": str(scratch / INPUTS), "reference": str(scratch / OUTPUTS)}
     with clean_process(folder, ["reference", "record"], **job) as run:
         event = run.one("reference")
@@ -330,7 +348,10 @@ def _check_outputs(folder: Path, scratch: Path, found: Mapping[str, Any]) -> Non
             raise CheckpointError(f"{found['model']} does not give the module's outputs: {event}")
         if not made.is_file():
             raise CheckpointError(f"the outputs of {found['model']} could not be recorded: {failure_reason(run)}")
-        shutil.copyfile(made, folder / GOLDEN)
+        try:
+            copy_file(made, folder / GOLDEN)
+        except UntrustedResult as error:
+            raise CheckpointError(f"the outputs of {found['model']} could not be recorded: {error}") from None
     write_manifest(folder)
 
 

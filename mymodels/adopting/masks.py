@@ -1,4 +1,4 @@
-"""Find out how a module leaves padding out: by which of its arguments, in which form, or by an id of its own."""
+"""Find out how a module excludes padding: by a mask argument and its form, or by a padding id."""
 
 import torch
 
@@ -10,10 +10,10 @@ KEPT = LENGTH - 3  # tokens of the padded row
 
 
 def find_mask(prober: Prober, call: Call, path: str, vocab: int) -> Call | None:
-    """The call with a mask that makes a padded row give what it gives alone; None if there is none.
+    """The call with a mask under which a padded row gives the same outputs as alone; None if there is no such mask.
 
     Raises:
-        CheckpointError: a mask has to be given, and padding is left out by two forms of it that give different outputs.
+        CheckpointError: a mask is required, and two forms of it that exclude padding give different outputs.
     """
     alone, padded = _rows(call, vocab)
     other = padded | {"input_ids": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, 1)}
@@ -38,12 +38,12 @@ def find_mask(prober: Prober, call: Call, path: str, vocab: int) -> Call | None:
     if not proven:
         return None
     first, want = proven[0]
-    for candidate, output in proven[1:]:  # where no token sees a later one, padding proves nothing
+    for candidate, output in proven[1:]:  # in a causal model, padding on the right proves nothing
         if not near(output, want):
             raise _unclear(prober, names[0], str(first.arguments[names[0]]), str(candidate.arguments[names[0]]))
     torch_own = [name for name in free if "memory" in name]
     added = set(first.arguments) - set(call.arguments)
-    if torch_own and added:  # the mask of what the decoder attends to is the encoder's
+    if torch_own and added:  # the decoder's cross-attention uses the encoder's mask
         both = first.arguments | dict.fromkeys(torch_own, next(first.arguments[name] for name in added))
         first = first._replace(arguments=both)
     return first
@@ -52,15 +52,15 @@ def find_mask(prober: Prober, call: Call, path: str, vocab: int) -> Call | None:
 def _unclear(prober: Prober, name: str, one: str, other: str) -> CheckpointError:
     return CheckpointError(
         f"{prober.at_forward()}: forward needs {name}, and `{one}` and `{other}` give different outputs, so it is not clear "
-        "which of them it takes: give it a default of None"
+        "which of them it expects: give it a default of None"
     )
 
 
 def check_meaning(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], path: str) -> None:
-    """Refuse a mask that has to be given if it is not clear what its ones mean.
+    """Check that the meaning of ones in a required mask is clear.
 
     Raises:
-        CheckpointError: two forms of a mask that leaves nothing out give different outputs.
+        CheckpointError: two forms of a mask that excludes nothing give different outputs.
     """
     for name in [n for n, role in call.arguments.items() if isinstance(role, str) and role in MASK_FORMS]:
         seen = {}
@@ -79,11 +79,11 @@ def check_meaning(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], p
 
 
 def find_pad(prober: Prober, call: Call, path: str, vocab: int, tables: list[int | None]) -> int | None:
-    """The id that the module itself leaves out, wherever it stands behind the tokens."""
+    """The id that the module itself ignores after the tokens; None if there is none."""
     named = [v for n, v in prober.fields.items() if "pad" in n and type(v) is int]
     for pad in dict.fromkeys(v for v in [*named, *tables, 0] if v is not None and 0 <= v < vocab):
         alone, padded = _rows(call, vocab)
-        for rows in (alone, padded):  # the id is in no row but as padding
+        for rows in (alone, padded):  # the id occurs only as padding
             rows["input_ids"] = rows["input_ids"].masked_fill(rows["input_ids"] == pad, (pad + 1) % vocab)
         ids = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, pad)
         try:
@@ -97,7 +97,7 @@ def find_pad(prober: Prober, call: Call, path: str, vocab: int, tables: list[int
 
 
 def _rows(call: Call, vocab: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A row alone, and the same padded beside a longer one."""
+    """A row alone, and the same row padded in a batch with a longer one."""
     ids = example_ids(vocab, ROWS, LENGTH, 3)
     alone = {"input_ids": ids[:1, :KEPT], "attention_mask": torch.ones(1, KEPT, dtype=torch.long)}
     padded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -110,7 +110,7 @@ def _rows(call: Call, vocab: int) -> tuple[dict[str, torch.Tensor], dict[str, to
 
 
 def _cut(output: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """The outputs of the tokens, where there is one for each."""
+    """The outputs at tokens, if there is one output per token."""
     if output.shape[1:2] == (LENGTH,) and want.shape[1:2] == (KEPT,):
         output = output[:, :KEPT]
     return output

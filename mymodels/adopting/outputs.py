@@ -1,4 +1,4 @@
-"""What a module returns: which of its tensors is the output, and whether transformers can take it as logits."""
+"""Find the main output of a module, and check that transformers can use it as logits."""
 
 import ast
 from typing import Any
@@ -13,7 +13,7 @@ _PROBABILITIES = ("SoftmaxBackward0", "SigmoidBackward0")
 
 
 def take(output: Any, path: str) -> Any:
-    """What `path` (`""`, `[0]`, `["logits"]`) names in an output."""
+    """The part of an output at `path` (`""`, `[0]`, `["logits"]`)."""
     if not path:
         return output
     key = path[1:-1]
@@ -23,9 +23,9 @@ def take(output: Any, path: str) -> Any:
 def main_output(
     prober: Prober, call: Call, inputs: dict[str, torch.Tensor], output: Any, vocab: int | None
 ) -> tuple[str, torch.Tensor, list[str]]:
-    """Path and value of the output that counts, and what is returned beside it.
+    """Path and value of the main output, and the paths of the others.
 
-    By name, then the one that a linear layer makes, of several the one as wide as the vocabulary or made last.
+    It is chosen by name, else as the output of a linear layer; of several, the one as wide as the vocabulary or the last.
     """
     found = find_outputs(output)
     named = [pair for key in ("logits", "last_hidden_state") for pair in found if pair[0] == f'["{key}"]']
@@ -37,11 +37,23 @@ def main_output(
         made = [pair for pair in found if heads[pair[0]]]
         made.sort(key=lambda pair: (pair[1].shape[-1] == vocab, order.index(heads[pair[0]])))
         path, value = made[-1] if made else found[0]
-    return path, value, [name for name in _parts(output) if name != path]
+    return path, value, [name for name in parts_of(output) if name != path]
 
 
-def _parts(output: Any) -> list[str]:
-    """What an output is made of; None is nothing."""
+def span_outputs(output: Any, shape: torch.Size) -> list[str]:
+    """The paths of the logits of starts and ends, a number for each token; `[]` if there are none.
+
+    By name, or as the only two outputs of a tuple.
+    """
+    found = [path for path, value in find_outputs(output) if value.shape == shape]
+    if isinstance(output, (tuple, list)):
+        return found if len(found) == 2 == len(find_outputs(output)) else []
+    named = [[path for path in found if word in path] for word in ("start", "end")]
+    return [paths[0] for paths in named] if all(len(paths) == 1 for paths in named) else []
+
+
+def parts_of(output: Any) -> list[str]:
+    """The paths of the parts of an output; None has no parts."""
     if isinstance(output, (tuple, list)):
         return [f"[{number}]" for number, value in enumerate(output) if value is not None]
     if hasattr(output, "items"):
@@ -50,22 +62,22 @@ def _parts(output: Any) -> list[str]:
 
 
 def check_outputs(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], path: str, value: torch.Tensor) -> None:
-    """Refuse outputs that change from run to run, that depend on other rows, or that are probabilities.
+    """Check that outputs are deterministic, independent of other rows, and not probabilities.
 
     Raises:
         CheckpointError: one sentence with the line of `forward`.
     """
     where = prober.at_forward()
     if not value.isfinite().all():
-        raise CheckpointError(f"{where}: forward gives numbers that are not finite for made-up inputs")
+        raise CheckpointError(f"{where}: forward gives non-finite numbers for generated inputs")
     if not torch.equal(take(call.run(prober.module, inputs), path), value):
         raise CheckpointError(
-            f"{where}: forward gives other outputs each time in eval mode: pass training=self.training to F.dropout, "
+            f"{where}: forward gives different outputs each time in eval mode: pass training=self.training to F.dropout, "
             "and draw no random numbers"
         )
     if not _row_by_row(prober, call, inputs, path, value):
         raise CheckpointError(
-            f"{where}: a row of a batch depends on the other rows, as if the first dimension were time: transpose "
+            f"{where}: a row of the batch depends on the other rows, as if the first dimension were time: transpose "
             "at the start of forward, as in x = x.t(), and the output back, as in out.transpose(0, 1)"
         )
     node = take(call.run(prober.module, inputs, grad=True), path).grad_fn
@@ -93,7 +105,7 @@ def _row_by_row(prober: Prober, call: Call, inputs: dict[str, torch.Tensor], pat
 
 
 def _call_of(prober: Prober, name: str) -> str:
-    """`file:line` of the last call of a function in the class."""
+    """`file:line` of the last call of function `name` in the class."""
     cls = prober.file.classes.get(type(prober.module).__name__)
     lines = [
         node.lineno

@@ -1,6 +1,6 @@
-"""Run the author's module to see what it is: what it takes, what it returns, what its outputs depend on.
+"""Run the author's module to find out its inputs, its outputs, and what the outputs depend on.
 
-Nothing is taken from a name alone: a name only says what is tried first. What a trial does not show is left out.
+Names only determine what is tried first; every result is confirmed by running the module.
 """
 
 import ast
@@ -14,16 +14,15 @@ from torch import nn
 
 from ..checkpoints import CheckpointError
 from .author_file import AuthorFile, is_unpacked, keys_read
-from .build_module import in_words, line_in, quiet
+from .build_module import error_text, line_in, no_output
 
 ROWS, LENGTH = 2, 7
+PER_ROW = ("sequence", "image", "audio")  # kinds with labels of rows
 _DECODER = re.compile(r"^(tgt|trg|target(_ids)?|decoder_input_ids|tgt_ids|trg_ids|dec\w*|y|output_ids)$")
 _LABELS = re.compile(r"^(labels?|targets?|tgt|y|y_true|gold|tags)$")
 _SEGMENTS = re.compile(r"^(token_type_ids|segment(s|_ids|_info|_label)?|seg(_ids)?|token_types?)$")
 _IMAGE_SIZE = re.compile(r"(image|img|input)_?(size|res|resolution)|size|res|resolution")
-MASK_FORMS: dict[
-    str, Callable[[torch.Tensor], torch.Tensor]
-] = {  # how a mask of ones at tokens is written for the module
+MASK_FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # the forms of a mask that has ones at tokens
     "attention_mask": lambda mask: mask,
     "attention_mask == 0": lambda mask: mask == 0,
     "attention_mask.bool()": lambda mask: mask.bool(),
@@ -49,10 +48,10 @@ class Call(NamedTuple):
     """How the module is called.
 
     Attributes:
-        arguments: name of the module's parameter → what it is given, in terms of the wrapper's `forward`:
+        arguments: name of the module's parameter → its value, in terms of the wrapper's `forward`:
             `input_ids`, `decoder_input_ids`, `token_type_ids`, `pixel_values`, `input_values`, a key of `MASK_FORMS`, or
             a list of keys of a dictionary.
-        main: which input comes first.
+        main: the first input.
     """
 
     arguments: dict[str, Any]
@@ -67,21 +66,21 @@ class Call(NamedTuple):
                 given[name] = MASK_FORMS[role](inputs["attention_mask"]) if "attention_mask" in inputs else None
             else:
                 given[name] = inputs.get(role)
-        with quiet(), torch.set_grad_enabled(grad):
+        with no_output(), torch.set_grad_enabled(grad):
             return module(**{name: value for name, value in given.items() if value is not None})
 
 
 class Loss(NamedTuple):
-    """How a module's loss is made.
+    """How the wrapper gets a loss.
 
     Attributes:
         kind: `made` (cross-entropy of the logits), `own` (the module's, passed on) or `none`.
-        note: what is known of it, for the report.
+        note: a description for the report.
         argument: the module's own argument for labels, or "".
-        path: of `own`, how the loss is taken from what is returned with labels.
-        logits: of `own`, how the logits are.
-        ignored: the label that the module leaves out, if any.
-        shifted: of `own`, whether the wrapper has to shift the labels to the token before.
+        path: for `own`, the path of the loss in the output with labels.
+        logits: for `own`, the path of the logits.
+        ignored: the label that the module ignores, if any.
+        shifted: for `own`, whether the wrapper must shift the labels by one token.
     """
 
     kind: str
@@ -94,27 +93,31 @@ class Loss(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What was found out about a module; see the attributes' comments."""
+    """The results of probing a module; see the comments of the attributes."""
 
     call: Call
-    logits: str  # how the outputs are taken from what the module returns: "", "[0]", "['logits']" or ".logits"
-    kind: str  # causal, masked, tokens, sequence, seq2seq, image, body
+    logits: str  # path of the main output in what the module returns: "", "[0]", "['logits']" or ".logits"
+    second: str  # of spans, the path of the logits of the ends; `logits` has those of the starts
+    kind: str  # a key of describing.KINDS
     width: int  # last dimension of the outputs
-    vocab: int | None  # ids that the embeddings know, None for no tokens
-    limit: int | None  # longest input, where a longer one raises
+    vocab: int | None  # number of token ids, None without token inputs
+    limit: int | None  # longest input, if a longer one raises
     embeddings: str  # path of the input embeddings, or ""
     head: str  # path of the output embeddings, or ""
+    resizes: bool  # whether the embeddings can be exchanged: source and target have no tables of their own
     loss: Loss  # how the loss is made
+    generates: bool  # whether no output depends on a later token, of the target if there are two
+    encoder: str  # path of the module whose output is all that a decoder gets of the source, or ""
     dummy: bool  # whether all positions are returned only if labels are given
     padding: (
         str  # "mask" (one that works), "moved" (causal: behind the tokens), "ids" (the module knows its id), "none"
     )
-    pad: int | None  # the id that the module leaves out
+    pad: int | None  # the padding id that the module ignores
     required: list[str]  # arguments of forward without a default
     left: list[str]  # optional arguments of forward that are not passed
     unused: list[str]  # outputs that are not passed on
-    inputs: dict[str, torch.Tensor]  # what was run
-    outputs: dict[str, torch.Tensor]  # and what came out, by the wrapper's names
+    inputs: dict[str, torch.Tensor]  # the inputs that were run
+    outputs: dict[str, torch.Tensor]  # and the outputs, by the wrapper's names
 
 
 def example_ids(vocab: int, rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
@@ -124,7 +127,7 @@ def example_ids(vocab: int, rows: int = ROWS, length: int = LENGTH, seed: int = 
 
 
 def find_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:
-    """The floating-point tensors that a module returns with more than one number, by path."""
+    """The floating-point tensors of an output with more than one element, by path."""
     if isinstance(output, torch.Tensor):
         items: list[tuple[str, Any]] = [("", output)]
     elif isinstance(output, (tuple, list)):
@@ -137,17 +140,17 @@ def find_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 class Prober:
-    """Finds out what a built module is; `probe` is the result."""
+    """Runs a module on trial inputs; `describing.probe` collects the results."""
 
     def __init__(self, module: nn.Module, file: AuthorFile, place: str, fields: Mapping[str, Any]):
         self.module, self.file, self.place, self.fields = module, file, place, fields
         self.signature = inspect.signature(module.forward).parameters
         self.errors: list[str] = []
 
-    # ---- what it takes
+    # ---- inputs
 
     def calls(self) -> Iterator[tuple[Call, dict[str, torch.Tensor]]]:
-        """Ways to call it, with inputs, the likeliest first."""
+        """Possible calls with inputs, the most likely first."""
         named = [p for p in self.signature.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         required = [p.name for p in named if p.default is p.empty]
         if not named:
@@ -208,22 +211,25 @@ class Prober:
         ]
 
     def _vectors(self) -> list[torch.Tensor]:
-        linear = next((part for part in self.module.modules() if isinstance(part, nn.Linear)), None)
-        width = getattr(linear, "in_features", None) or getattr(
-            next((p for p in self.module.modules() if isinstance(p, (nn.LSTM, nn.GRU))), None), "input_size", None
-        )
-        if width is None:
-            return []
+        shapes: list[tuple[int, ...]] = []
+        for part in self.module.modules():  # the layers that may be first, of each kind the first that is there
+            if isinstance(part, nn.Conv1d):  # sounds and series
+                shapes += [(ROWS, part.in_channels, size) for size in (64, 1600, 16000)]
+                shapes += [(ROWS, size) for size in (1600, 16000)] if part.in_channels == 1 else []
+            elif isinstance(part, (nn.RNNBase, nn.Linear)):
+                width = part.input_size if isinstance(part, nn.RNNBase) else part.in_features
+                shapes += [(ROWS, width), (ROWS, LENGTH, width), (ROWS, width, LENGTH)]
+            if len(shapes) > 8:
+                break
         generator = torch.Generator().manual_seed(0)
-        shapes = ((ROWS, width), (ROWS, LENGTH, width), (ROWS, width, LENGTH))
-        return [torch.rand(*shape, generator=generator) * 2 - 1 for shape in shapes]
+        return [torch.rand(*shape, generator=generator) * 2 - 1 for shape in dict.fromkeys(shapes)]
 
     def find_call(self) -> tuple[Call, dict[str, torch.Tensor], Any]:
         for call, inputs in self.calls():
             try:
                 output = call.run(self.module, inputs)
             except Exception as error:
-                self.errors.append(f"{in_words(error)}{_at(error, self.file)}")
+                self.errors.append(f"{error_text(error)}{_at(error, self.file)}")
                 continue
             if find_outputs(output):
                 return call, inputs, output
@@ -233,11 +239,11 @@ class Prober:
         ]
         why = f"; of {len(self.errors)} trials the first gives {self.errors[0]}" if self.errors else ""
         raise CheckpointError(
-            f"{self.place}: no inputs could be made up for forward({', '.join(required)}): tokens, pictures and vectors were tried{why}"
+            f"{self.place}: no working inputs were found for forward({', '.join(required)}): tokens, pictures and vectors were tried{why}"
         )
 
     def embeddings(self, call: Call, inputs: dict[str, torch.Tensor]) -> tuple[str, int | None]:
-        """The module that the token ids go into, and how many ids it knows."""
+        """The embedding that receives the token ids, and its number of ids."""
         found: list[str] = []
         ids = inputs.get("looked_for", inputs["input_ids"])
 
@@ -268,7 +274,7 @@ class Prober:
         return found[0], self.module.get_submodule(found[0]).num_embeddings  # type: ignore[return-value]
 
     def head(self, call: Call, inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> str:
-        """The linear layer whose output the logits are."""
+        """The linear layer that computes the logits."""
         found: list[str] = []
 
         def look(name: str) -> Callable:
@@ -290,10 +296,10 @@ class Prober:
                 hook.remove()
         return found[-1] if found else ""
 
-    # ---- what it depends on
+    # ---- dependencies of the outputs
 
     def is_causal(self, call: Call, inputs: dict[str, torch.Tensor], take: Callable[[Any], Any], vocab: int) -> bool:
-        """Whether no output depends on a later token, tried at every token."""
+        """Whether no output depends on a later token, tested at every token."""
         ids = inputs["input_ids"]
         before = take(call.run(self.module, inputs))
         for place in range(1, ids.shape[1]):
@@ -305,13 +311,13 @@ class Prober:
         return True
 
     def at_forward(self) -> str:
-        """`file:line` of the method `forward`, without the line where it is inherited."""
+        """`file:line` of the method `forward`; without a line if it is inherited."""
         cls = self.file.classes.get(type(self.module).__name__)
         lines = [n.lineno for n in (cls.body if cls else ()) if isinstance(n, ast.FunctionDef) and n.name == "forward"]
         return f"{self.file.path}:{lines[0]}" if lines else self.place
 
     def limit(self, call: Call, vocab: int, sizes: list[int]) -> int | None:
-        """The longest input, among the numbers that the constructor takes: that long works, one more raises."""
+        """The longest input, if it is one of `sizes`: that length works, one more raises."""
         for size in sorted({size for size in sizes if 4 <= size <= 8192}, reverse=True):
             try:
                 call.run(self.module, self._long(call, vocab, size))
@@ -335,7 +341,7 @@ class Prober:
 
 
 def near(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same but for rounding, which is as large as their largest numbers make it."""
+    """Whether two tensors are equal up to rounding, relative to their largest value."""
     return one.shape == other.shape and bool(((one - other).abs() <= 1e-4 * other.abs().max().clamp(min=1e-6)).all())
 
 

@@ -1,4 +1,4 @@
-"""`mymodels new`: the files of a model of one's own to start from."""
+"""`mymodels new`: write the files of a new model as a starting point."""
 
 import keyword
 import os
@@ -61,7 +61,7 @@ class {Name}Config(PretrainedConfig):
 {Name}Config.register_for_auto_class()
 '''
 
-_BLANK_MODELING = '''"""{Name}: a language model to fill in. Its blocks look at one token each: put attention, a convolution or a state there."""
+_BLANK_MODELING = '''"""{Name}: a language model to fill in. Its blocks process each token separately: add attention, a convolution or a state."""
 
 from typing import Any
 
@@ -132,7 +132,7 @@ class {Name}Model({Name}PreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutput:
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        for layer in self.layers:  # attention_mask is for the blocks that look at other tokens
+        for layer in self.layers:  # attention_mask is for blocks that mix tokens
             hidden_states = layer(hidden_states)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
@@ -179,7 +179,7 @@ class {Name}ForCausalLM({Name}PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # nothing is kept from step to step; with attention, take past_key_values instead
+        return False  # no cache; with attention, use past_key_values instead
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
@@ -191,7 +191,7 @@ class {Name}ForCausalLM({Name}PreTrainedModel, GenerationMixin):
 {Name}ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 '''
 
-_TESTS = '''"""{Name} passes the tests that a model of one's own should pass: `pytest` in this folder runs them."""
+_TESTS = '''"""Tests of {Name}: run `pytest` in this folder."""
 
 from configuration_{name} import {Name}Config
 from modeling_{name} import {imports}
@@ -214,7 +214,7 @@ _README = """# {Name}
 |---|---|
 | `configuration_{name}.py` | `{Name}Config`: every size and switch is a field of it |
 | `modeling_{name}.py` | the model |
-| `test_{name}.py` | the tests that it should pass after every change |
+| `test_{name}.py` | its tests, to run after every change |
 
 ```
 pytest .                                    # after each change
@@ -231,19 +231,19 @@ build_repo(model, None, "{name}-hub", card="# {Name}\\n")  # then: mymodels veri
 
 
 def write_starting_point(name: str, base: str = "gpt2", output_dir: str | os.PathLike | None = None) -> Path:
-    """Write configuration, modeling file, tests and README of a model of one's own.
+    """Write configuration, modeling file, tests and README of a new model.
 
     Args:
-        name: of the classes, such as `Whale` of `WhaleConfig`; files have it in lower case.
+        name: prefix of the classes, such as `Whale` for `WhaleConfig`; in lower case for the files.
         base: `gpt2` or `bert`, the code of MyGPT2 or MyBert under this name; `blank`, a model to fill in.
-        output_dir: a new or empty folder; default: `name` in lower case, here.
+        output_dir: a new or empty folder; default: `name` in lower case.
 
     Returns:
         the folder.
 
     Raises:
-        CheckpointError: the name is none for a class, or is taken.
-        FileExistsError: the folder has something in it.
+        CheckpointError: the name is not valid for a class, or is taken.
+        FileExistsError: the folder is not empty.
 
     Example:
         >>> write_starting_point("Whale", "gpt2")
@@ -253,10 +253,10 @@ def write_starting_point(name: str, base: str = "gpt2", output_dir: str | os.Pat
 
     if not re.fullmatch(r"[A-Z][A-Za-z0-9]*", name) or keyword.iskeyword(name):
         raise CheckpointError(
-            f"{name!r} is no name for a class: take a capital letter and then letters and digits, such as Whale"
+            f"{name!r} is not a class name: use a capital letter followed by letters and digits, such as Whale"
         )
     if base not in _SIZES:
-        raise CheckpointError(f"{base!r} is no base: take {', '.join(_SIZES)}")
+        raise CheckpointError(f"{base!r} is not a base: use one of {', '.join(_SIZES)}")
     lower = name.lower()
     if lower in CONFIG_MAPPING:
         raise CheckpointError(
@@ -281,7 +281,7 @@ def write_starting_point(name: str, base: str = "gpt2", output_dir: str | os.Pat
     }
     files[f"test_{lower}.py"] = _TESTS.format(classes=tests, **values)
     origin = (
-        "A model to fill in: its blocks look at one token each."
+        "A model to fill in: its blocks process each token separately."
         if base == "blank"
         else f"A copy of {_BASES[base]} to change, with all of its switches."
     )
@@ -305,7 +305,7 @@ def _blank(name: str) -> dict[str, str]:
 
 
 def _renamed(old: str, name: str) -> dict[str, str]:
-    """Configuration and modeling file of a family of ours under another name; what they share stays in mymodels."""
+    """Configuration and modeling file of MyGPT2 or MyBert under another name; shared files are imported from mymodels."""
     files = {}
     for kind in ("configuration", "modeling"):
         text = (_MODELS / f"{kind}_{old.lower()}.py").read_text(encoding="utf-8")
@@ -317,7 +317,7 @@ def _renamed(old: str, name: str) -> dict[str, str]:
 
 
 def _replace_names(text: str, old: str, name: str) -> str:
-    """The text with the family's name replaced; classes that are imported from mymodels keep theirs."""
+    """The text with the family's name replaced; classes imported from mymodels keep theirs."""
     shared = " ".join(re.findall(r"^from mymodels\.models\.\w+ import (\([^)]*\)|.*)$", text, flags=re.M))
     kept = set(re.findall(r"\w+", shared))
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from .author_file import AuthorFile
 from .constructor import Constructor, Field
-from .probing import Probe
+from .probing import PER_ROW, Probe
 
-# transformers' name of a size → what authors call it
+# transformers' name of a size → names that authors use
 SYNONYMS = {
     "vocab_size": r"(n_?)?vocab(_?size)?|n_?tokens?|num_tokens|num_embeddings|src_vocab(_size)?|source_vocab(_size)?",
     "hidden_size": r"hidden(_size|_dim)?|d_?model|n_?embd|dim|embed(ding)?_(dim|size)|emb(_dim|_size)?|width|model_dim",
@@ -23,11 +23,11 @@ SYNONYMS = {
 
 
 class Names(NamedTuple):
-    """The names of what is written.
+    """The names in the written files.
 
     Attributes:
-        stem: of the classes, `GPT` of `GPTConfig` and `GPTForCausalLM`.
-        model_type: of the config; file names end in it.
+        stem: prefix of the classes, `GPT` for `GPTConfig` and `GPTForCausalLM`.
+        model_type: model type of the config; file names end in it.
         config: name of the config class.
         model: name of the wrapper.
     """
@@ -39,14 +39,14 @@ class Names(NamedTuple):
 
 
 def aliases(constructor: Constructor, probe: Probe, depth: int, width: int | None) -> dict[str, str]:
-    """transformers' name of a size → the field that is this size, by name and by what the module is made of."""
+    """transformers' name of a size → the field with this size, by name and by the module's structure."""
     sizes = {
         "vocab_size": probe.vocab,
         "num_hidden_layers": depth,
         "max_position_embeddings": probe.limit,
         "hidden_size": width,
     }
-    if probe.kind in ("tokens", "sequence", "image"):
+    if probe.kind in ("tokens", *PER_ROW):
         sizes["num_labels"] = probe.width
     sizes |= {"num_attention_heads": None} if probe.vocab else {"image_size": None, "num_channels": None}
     found = {}
@@ -75,7 +75,7 @@ def write_configuration(
     """The file's text.
 
     Args:
-        renamed: from `aliases`; `num_labels` is no alias, but the field's own name.
+        renamed: from `aliases`; `num_labels` replaces the field's name instead of being an alias.
     """
     base = constructor.config_class
     fields = [f for f in constructor.fields if f.name != renamed.get("num_labels")]
@@ -131,7 +131,7 @@ def write_configuration(
 
 
 def _comments(file: AuthorFile) -> dict[str, str]:
-    """What the author says of a field or argument in a comment on its line."""
+    """The author's comments on the lines of fields or arguments."""
     lines = file.text.splitlines()
     found = {}
     for node in ast.walk(file.tree):

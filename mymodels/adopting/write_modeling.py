@@ -9,7 +9,8 @@ from .author_file import AuthorFile
 from .constructor import Argument, Constructor, Field
 from .probing import Probe
 from .write_configuration import Names
-from .write_forward import write_forward
+from .write_forward import dotted, write_forward
+from .write_generation import encoder_classes, encoder_imports, write_generation
 
 OUTPUT = {
     "causal": "CausalLMOutput",
@@ -18,6 +19,8 @@ OUTPUT = {
     "sequence": "SequenceClassifierOutput",
     "seq2seq": "Seq2SeqLMOutput",
     "image": "ImageClassifierOutput",
+    "audio": "SequenceClassifierOutput",
+    "span": "QuestionAnsweringModelOutput",
     "body": "BaseModelOutput",
 }
 
@@ -26,14 +29,14 @@ TIE_WEIGHTS = """\
 def tie_weights(self, missing_keys: set[str] | None = None, **kwargs: Any) -> None:
     if missing_keys is None:
         return super().tie_weights(**kwargs)
-    if transformers.__version__.startswith("5.3."):  # it forgets that a tied head of remote code is in no file
+    if transformers.__version__.startswith("5.3."):  # a bug: it does not list a tied head of remote code as missing
         missing_keys.update(name for name in self._tied_weights_keys if self.get_parameter(name).is_meta)
     return super().tie_weights(missing_keys=missing_keys, **kwargs)
 """
 
 
 class Wrapped(NamedTuple):
-    """What the wrapper has to know of the module, beside the `Probe`.
+    """What the wrapper needs to know of the module, besides the `Probe`.
 
     Attributes:
         is_pretrained: whether it is a PreTrainedModel.
@@ -87,7 +90,7 @@ def write_modeling(
     about: Wrapped,
 ) -> str:
     """The file's text."""
-    generates = probe.kind == "causal"
+    generates, two = probe.generates, probe.generates and probe.kind == "seq2seq"
     bases = "PreTrainedModel, GenerationMixin" if generates else "PreTrainedModel"
     dataclasses = sorted({a.type_name for a in constructor.arguments if a.type_name and a.kind != "config"})
     namespace = any(a.kind == "namespace" for a in constructor.arguments)
@@ -97,6 +100,7 @@ def write_modeling(
         f"The module itself is in {file.path.name}, as its author wrote it.",
         '"""',
         "",
+        *(encoder_imports(probe) if two else []),
         *(["from types import SimpleNamespace"] if namespace else []),
         "from typing import Any",
         "",
@@ -104,13 +108,14 @@ def write_modeling(
         *(["import transformers"] if about.ties else []),
         "from torch import nn",
         f"from transformers import {'GenerationMixin, ' if generates else ''}PreTrainedModel",
-        f"from transformers.modeling_outputs import {OUTPUT[probe.kind]}",
+        f"from transformers.modeling_outputs import {'BaseModelOutput, ' if two else ''}{OUTPUT[probe.kind]}",
         "from transformers.utils import can_return_tuple",
         "",
         f"from .configuration_{names.model_type} import {names.config}",
         f"from .{file.path.stem} import {', '.join(sorted([cls, *dataclasses]))}",
         "",
         "",
+        *([*encoder_classes(probe, dotted(probe.encoder)).split("\n"), ""] if two else []),
         f"class {names.model}({bases}):",
         f'    """{_summary(probe, cls)}"""',
         "",
@@ -125,7 +130,7 @@ def write_modeling(
             TIE_WEIGHTS.rstrip() if about.ties else "",
             _embeddings(probe),
             write_forward(probe, OUTPUT[probe.kind]),
-            _generation() if generates else "",
+            write_generation(probe),
         )
         if part
     )
@@ -138,8 +143,11 @@ def _summary(probe: Probe, cls: str) -> str:
         "masked": f"`{cls}` with a loss for masked tokens.",
         "tokens": f"`{cls}` with a loss for a label per token.",
         "sequence": f"`{cls}` with a loss for a label per row.",
-        "seq2seq": f"`{cls}` with a loss for the tokens of the target.",
+        "seq2seq": f"`{cls}` with a loss for the tokens of the target"
+        + (", and `generate`, which runs the target's tokens again at each step." if probe.generates else "."),
         "image": f"`{cls}` with a loss for a label per image.",
+        "audio": f"`{cls}` with a loss for a label per row.",
+        "span": f"`{cls}` with a loss for the start and the end of an answer.",
         "body": f"`{cls}` with its output as `last_hidden_state`.",
     }[probe.kind]
 
@@ -249,7 +257,7 @@ def _init_weights(self, module: nn.Module) -> None:
 
 
 def _embeddings(probe: Probe) -> str:
-    if not probe.embeddings:
+    if not probe.embeddings or not probe.resizes:
         return ""
     text = _getter("input", probe.embeddings, "value")
     return text + "\n\n" + _getter("output", probe.head, "value") if probe.head else text
@@ -257,27 +265,9 @@ def _embeddings(probe: Probe) -> str:
 
 def _getter(kind: str, path: str, value: str) -> str:
     return (
-        f"def get_{kind}_embeddings(self) -> nn.Module:\n    return self.net.{_dotted(path)}\n\n"
-        f"def set_{kind}_embeddings(self, {value}: nn.Module) -> None:\n    self.net.{_dotted(path)} = {value}"
+        f"def get_{kind}_embeddings(self) -> nn.Module:\n    return self.net.{dotted(path)}\n\n"
+        f"def set_{kind}_embeddings(self, {value}: nn.Module) -> None:\n    self.net.{dotted(path)} = {value}"
     )
-
-
-def _dotted(path: str) -> str:
-    """A path of modules as Python writes it; children of a list by number."""
-    first, *rest = path.split(".")
-    return first + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in rest)
-
-
-def _generation() -> str:
-    return """\
-@classmethod
-def _supports_default_dynamic_cache(cls) -> bool:
-    return False  # the module keeps no keys and values
-
-def prepare_inputs_for_generation(
-    self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-) -> dict[str, Any]:
-    return {"input_ids": input_ids, "attention_mask": attention_mask}"""
 
 
 REFUSE = '''\
@@ -294,9 +284,16 @@ def with_values(made: Any, **values: Any) -> Any:
         setattr(made, name, value)
     return made
 '''
+PADDING_LAST = '''\
+def padding_last(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The place of each token in a row whose padding is moved behind its tokens, `[batch, length]`."""
+    kept = attention_mask.bool()
+    return torch.where(kept, kept.cumsum(1), kept.sum(1, keepdim=True) + (~kept).cumsum(1)) - 1
+'''
+HELPERS = {"refuse_unknown(": REFUSE, "with_values(": WITH_VALUES, "padding_last(": PADDING_LAST}
 
 
 def pretty(text: str) -> str:
     """The text with the helpers that wrappers share, before the class."""
-    helpers = f"{REFUSE}\n\n{WITH_VALUES}" if "with_values(" in text else REFUSE
+    helpers = "\n\n".join(helper for call, helper in HELPERS.items() if call in text)
     return text.replace("\n\n\nclass ", f"\n\n\n{helpers}\n\nclass ", 1)

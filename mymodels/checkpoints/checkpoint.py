@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..messages import first_line
+
 # safetensors' names of torch's dtypes; used in files and in messages
 _DTYPES = {
     "BOOL": "bool",
@@ -47,13 +49,13 @@ def resolve_dtype(dtype: "str | torch.dtype | None") -> torch.dtype | None:
     """The dtype of a name such as `"bfloat16"`; None for None and `"auto"`, which mean the checkpoint's own.
 
     Raises:
-        CheckpointError: it is no floating-point dtype.
+        CheckpointError: it is not a floating-point dtype.
     """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is None or dtype == "auto":
         return None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise CheckpointError(f"{dtype!r} is no floating-point dtype: use float32, bfloat16, float16 or auto")
+        raise CheckpointError(f"{dtype!r} is not a floating-point dtype: use float32, bfloat16, float16 or auto")
     return found
 
 
@@ -243,8 +245,7 @@ def is_zip(path: Path) -> bool:
 
 def unreadable(path: str | os.PathLike, what: str, error: BaseException) -> CheckpointError:
     """A one-sentence error for an exception from inside a reader."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = (lines[0].rstrip(". ") if lines else type(error).__name__)[:300]
+    reason = first_line(error).rstrip(". ")
     if "Cannot allocate memory" in reason:
         return CheckpointError(
             f"{path}: {what} needs more memory than is available ({reason}): split it into smaller shards"

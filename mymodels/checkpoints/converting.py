@@ -123,7 +123,7 @@ def convert_checkpoint(
 
 
 def _refuse(where: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    """Raise if the checkpoint is no model, only a part of one, or quantised and to be cast."""
+    """Raise if the checkpoint is not a model, only a part of one, or quantised and to be cast."""
     if OPTIMIZER in checkpoint.format:
         raise CheckpointError(f"{where} holds {OPTIMIZER}: there are no weights to convert, copy the file instead")
     if checkpoint.part_of:

@@ -328,7 +328,7 @@ def _refuse_quantised(source: Checkpoint) -> None:
     if stored or declared:
         remedy = "" if stored else ", or remove quantization_config from config.json if the weights are plain numbers"
         raise CheckpointError(
-            f"{source.path} is quantised, {stored or declared}: its values are no weights without their scales; load it with "
+            f"{source.path} is quantised, {stored or declared}: its values are not weights without their scales; load it with "
             f"from_pretrained and the quantiser's package, or dequantise it first{remedy}"
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..messages import one_line
+from ..messages import one_line, shorten
 from .adapters import adapter_config, describe_adapter
 from .checkpoint import Checkpoint
 from .nested_objects import Leaf, unread
@@ -140,6 +140,10 @@ def describe(value: Any) -> str:
         return f"tensor {value.info.shape}"
     if isinstance(value, Unopened):
         return f"{_short(value, 200)}, not unpickled, as its class is not imported"
+    if isinstance(value, type) and issubclass(
+        value, Unopened
+    ):  # a class; from Python 3.11.0 to 3.11.3 an enum's member
+        return f"{shorten(value.qualified, 200)}, not imported"
     if isinstance(value, torch.Tensor):
         return (
             f"{value.item():.6g}" if value.numel() == 1 and not value.is_complex() else f"tensor {tuple(value.shape)}"

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..messages import printable
+from ..tables import print_table, print_text
 
 
 def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: bool = False) -> None:
@@ -17,57 +18,56 @@ def show_inspection(data: Mapping[str, Any], console: Console, *, every_tensor: 
     dtypes = ", ".join(
         f"{name} {_share(count, sum(data['dtypes'].values()))}" for name, count in data["dtypes"].items()
     )
-    console.print(Text(f"{data['path']}: {data['format']}", style="bold"))
-    console.print(
-        Text(f"{data['parameters']:,} parameters in {len(data['tensors'])} tensors, {_size(data['bytes'])}, {dtypes}")
-    )
+    print_text(Text(f"{data['path']}: {data['format']}", style="bold"), console)
+    size = _size(data["bytes"])
+    print_text(f"{data['parameters']:,} parameters in {len(data['tensors'])} tensors, {size}, {dtypes}", console)
     for what, text in (
         ("quantised", data["quantisation"]),
         ("adapter", data["adapter"]),
         ("only a part", data["part_of"]),
     ):
         if text:
-            console.print(Text(printable(f"{what}: {text}")))
+            print_text(printable(f"{what}: {text}"), console)
     if packed := data["quantised_modules"]:
         share = _share(sum(packed.values()), data["parameters"])
         first = ", ".join(list(packed)[:3]) + (", …" if len(packed) > 3 else "")
         text = f"{sum(packed.values()):,} of the parameters ({share}) are quantised, in {len(packed)} modules: {first}"
-        console.print(Text(printable(f"{text}; they are counted unpacked, without scales and zero points")))
+        print_text(printable(f"{text}; they are counted unpacked, without scales and zero points"), console)
     if data["left_out"]:
-        console.print(Text(printable(f"not opened, name a file to inspect it: {', '.join(data['left_out'])}")))
+        print_text(printable(f"not opened, name a file to inspect it: {', '.join(data['left_out'])}"), console)
     if len(data["sections"]) > 1 or "(top)" not in data["sections"]:
         table = _table("models", ("section", "left"), ("tensors", "right"))
         for name, count in data["sections"].items():
             _add_row(table, name, str(count))
-        console.print(table)
+        print_table(table, console)
     if data["extras"]:
         table = _table("besides the weights", ("name", "left"), ("content", "left"))
         for name, text in data["extras"].items():
             _add_row(table, name, text)
-        console.print(table)
+        print_table(table, console)
     table = _table("modules", ("module", "left"), ("parameters", "right"), ("share", "right"))
     for name, count in data["modules"].items():
         _add_row(table, name, f"{count:,}", _share(count, data["parameters"]))
-    console.print(table)
+    print_table(table, console)
     table = _table("tensors", ("name", "left"), ("shape", "left"), ("dtype", "left"), ("file", "left"))
     for names, shape, dtype, files in _rows(data["tensors"], every_tensor):
         _add_row(table, names, "×".join(map(str, shape)) or "scalar", dtype, files)
-    console.print(table)
+    print_table(table, console)
     for alias, name in data["tied"].items():
-        console.print(Text(printable(f"tied: {alias} is {name}")))
+        print_text(printable(f"tied: {alias} is {name}"), console)
     for names in data["duplicates"]:
-        console.print(Text(printable(f"stored {len(names)} times with the same bytes: {', '.join(names)}")))
+        print_text(printable(f"stored {len(names)} times with the same bytes: {', '.join(names)}"), console)
     if "files" in data:
         table = _table("files", ("file", "left"), ("size", "right"), ("purpose", "left"))
         for name, file in data["files"].items():
             _add_row(table, name, _size(file["size"]), file["purpose"])
-        console.print(table)
+        print_table(table, console)
     if data.get("auto_map"):
         table = _table("auto_map", ("class", "left"), ("code", "left"), ("", "left"))
         for name, entry in data["auto_map"].items():
             state = f"in {entry['repo']}" if "repo" in entry else "ok" if entry["exists"] else "missing"
             _add_row(table, name, entry["target"], state)
-        console.print(table)
+        print_table(table, console)
 
 
 def show_difference(rows: list[dict[str, Any]], a: str, b: str, console: Console) -> None:
@@ -79,13 +79,13 @@ def show_difference(rows: list[dict[str, Any]], a: str, b: str, console: Console
             change = "" if row["max_difference"] is None else f"{row['max_difference']:.3g}"
             _add_row(table, row["name"], row["status"], row["a"] or "–", row["b"] or "–", change)
     if table.row_count:
-        console.print(table)
+        print_table(table, console)
     if prefix := next((row["prefix"] for row in rows if "prefix" in row), None):
         ((side, text),) = prefix.items()
         longer, shorter = (a, b) if side == "a" else (b, a)
-        console.print(Text(printable(f"the names in {longer} are those in {shorter} with the prefix {text!r}")))
+        print_text(printable(f"the names in {longer} are those in {shorter} with the prefix {text!r}"), console)
     counts = Counter({"equal except for the prefix" if key == "prefix" else key: n for key, n in counts.items()})
-    console.print(Text(", ".join(f"{count} {status}" for status, count in counts.items()) or "no tensors"))
+    print_text(", ".join(f"{count} {status}" for status, count in counts.items()) or "no tensors", console)
 
 
 def _rows(tensors: Mapping[str, Mapping[str, Any]], every: bool) -> list[tuple[str, list[int], str, str]]:
@@ -120,7 +120,7 @@ def ranges(numbers: list[int]) -> str:
 def _table(title: str | None, *columns: tuple[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for name, justify in columns:
-        table.add_column(name, justify=justify, overflow="fold")
+        table.add_column(name, justify=justify)
     return table
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..messages import first_line
 
@@ -50,7 +49,7 @@ def remote_code_error(source: Any) -> ValueError:
 
 
 def refuse_plain_module(model: Any, verb: str) -> None:
-    """Refuse an `nn.Module` that is no transformers model, so has no config, tokenizer or Auto class.
+    """Refuse an `nn.Module` that is not a transformers model, so has no config, tokenizer or Auto class.
 
     Raises:
         ValueError: `model` is one; `verb` is named in the message.
@@ -94,26 +93,7 @@ def refuse_mismatched(info: Mapping[str, Any], source: Any) -> None:
     raise ValueError(f"{source}: {name}{reason}{more}: config.json or the weights belong to another model")
 
 
-@contextlib.contextmanager
-def only_errors_logged(*, progress_bars: bool = True) -> Iterator[None]:
-    """Around `from_pretrained`: transformers logs errors only, no table of new weights; the caller reports these.
-
-    Args:
-        progress_bars: whether transformers may show them.
-    """
-    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not progress_bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if shown and not progress_bars:
-            logging.enable_progress_bar()
-
-
-def _embedded_tokens(model: PreTrainedModel) -> int | None:
+def embedded_tokens(model: PreTrainedModel) -> int | None:
     """The number of tokens that a model has embeddings for; None if neither the model nor its config shows it."""
     with contextlib.suppress(NotImplementedError, AttributeError, StopIteration):  # a custom class need not have it
         return next(model.get_input_embeddings().parameters()).shape[0]
@@ -126,7 +106,7 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     Raises:
         ValueError: the tokenizer has more tokens than the model embeddings (`remedy` says what to do), or no token can pad.
     """
-    rows = _embedded_tokens(model)
+    rows = embedded_tokens(model)
     if rows is not None and len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} has embeddings for {rows}: {remedy}"

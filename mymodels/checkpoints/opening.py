@@ -75,8 +75,8 @@ def open_checkpoint(
     Args:
         path: a file, a folder, the prefix of a TensorFlow checkpoint, or the id of a Hub repo.
         section: the model to open of a file with several; see `Checkpoint.sections`.
-        allow_pickle: run the code of a pickle that needs more than plain data, in another process with your rights.
-            If false, such a file is refused, and the error names that code.
+        allow_pickle: run the code of a pickle that needs more than plain data, in another process, which is confined
+            where the machine can do it (`sandbox.available`). If false, such a file is refused, and the error names that code.
         revision: branch, tag or commit of a Hub repo.
         token: as in `huggingface_hub`.
 

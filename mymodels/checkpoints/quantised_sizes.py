@@ -10,7 +10,7 @@ import torch
 
 from .checkpoint import Checkpoint, CheckpointError
 
-# Last parts of the names of tensors that quantisers store with packed weights, and that are no parameters.
+# Last parts of the names of tensors that quantisers store with packed weights, and that are not parameters.
 _AUXILIARY = {
     *("qzeros", "scales", "g_idx", "SCB", "weight_format", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
     *("weight_scale", "weight_scale_inv", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale"),
@@ -22,7 +22,7 @@ class Packed(NamedTuple):
     """The quantised weights of a checkpoint."""
 
     modules: dict[str, int]  # module → number of parameters, unpacked
-    beside: set[str]  # names of tensors that are no parameters
+    beside: set[str]  # names of tensors that are not parameters
     packed: set[str]  # names of tensors that `modules` counts
     bits: list[int]  # the bit widths that were found
 

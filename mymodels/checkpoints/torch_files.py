@@ -1,9 +1,6 @@
 """Files that `torch.save` wrote: state dicts, training checkpoints and pickled modules; also bare pickles."""
 
 import re
-import subprocess
-import sys
-import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ from .checkpoint import Checkpoint, CheckpointError, is_zip, unreadable
 from .nested_objects import class_name, entries_of, is_tensor, is_training_state, leaves_of, nested_checkpoint
 from .pickled_modules import NeedsClassCode, with_state_dicts
 from .plain_pickle import PLAIN_TYPES, Unopened, UnopenedTensor, find_unopened
+from .unpickling import unpickle
 
 HOW_TO_SAVE = (
     "A pickled module loads only with the code it was saved with; where that is available, save it as "
@@ -30,7 +28,7 @@ def open_torch_file(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Open a file of `torch.save` without running its code; tensors in zip files (torch 1.6 and newer) stay on disk.
 
     Args:
-        allow_pickle: if the file needs more than plain data, run its code in another process.
+        allow_pickle: if the file needs more than plain data, run its code in the box, see `sandbox`.
 
     Raises:
         CheckpointError: the file is damaged, or needs more than plain data and `allow_pickle` is false.
@@ -42,7 +40,7 @@ def open_torch_file(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     except NotPlainData:
         if not allow_pickle:
             raise
-        return _unpickle_in_subprocess(path)
+        return _unpickle(path)
     return nested_checkpoint(path, "PyTorch (torch.save)", node, path.name)
 
 
@@ -96,8 +94,8 @@ def _unsafe_globals_message(where: Any, wanted: list[str]) -> str:
 
 
 _ALLOW = (
-    "If you trust the file, --allow-pickle (allow_pickle=True) runs its code in another process, with your rights, to "
-    "extract the tensors"
+    "--allow-pickle (allow_pickle=True) runs its code in another process, confined where the machine can do it, to extract "
+    "the tensors"
 )
 
 
@@ -180,7 +178,7 @@ def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
     except NotPlainData:
         if not allow_pickle:
             raise
-        return _unpickle_in_subprocess(path)
+        return _unpickle(path)
 
     def read(name: str) -> torch.Tensor:
         return load()[name].clone()  # the loaded file is cached, and may be read again
@@ -192,17 +190,9 @@ def _open_legacy(path: Path, allow_pickle: bool) -> Checkpoint:
     return checkpoint
 
 
-def _unpickle_in_subprocess(path: Path) -> Checkpoint:
-    script = Path(__file__).with_name("unpickle_script.py")
-    folder = tempfile.TemporaryDirectory(prefix="mymodels-unpickled-")
-    plain = Path(folder.name) / "plain.pt"
-    run = subprocess.run([sys.executable, script, path, plain], capture_output=True, text=True)
-    if run.returncode:
-        reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
-        raise CheckpointError(f"{path}: unpickling it failed ({reason.strip()[:300]}). {HOW_TO_SAVE}.")
-    checkpoint = nested_checkpoint(path, "PyTorch (pickled objects)", load_plain(plain, path), path.name)
-    weakref.finalize(checkpoint, folder.cleanup)
-    return checkpoint
+def _unpickle(path: Path) -> Checkpoint:
+    node, keep = unpickle(path, HOW_TO_SAVE)
+    return keep(nested_checkpoint(path, "PyTorch (pickled objects)", node, path.name))
 
 
 def open_pickle(path: Path) -> Checkpoint:

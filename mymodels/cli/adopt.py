@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_card_options, add_verb, card_fields, config_field, console, picked
+from .options import FAILED, add_card_options, add_pickle_options, add_verb, card_fields, config_field, console, picked
 from .progress import working
 
 
@@ -42,11 +42,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer to save with the model")
     parser.add_argument("--section", metavar="NAME", help="the model to take from a file that holds several")
-    parser.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="run the code that a pickled checkpoint names; only for files you trust",
-    )
+    add_pickle_options(parser)
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="skip the slow checks of mymodels verify")
     parser.add_argument("--no-verify", action="store_true", help="only compare the outputs, without mymodels verify")

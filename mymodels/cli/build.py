@@ -4,7 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_card_options, add_verb, card_fields, metric, pair, read_text
+from .options import (
+    FAILED,
+    add_card_options,
+    add_isolation_option,
+    add_verb,
+    card_fields,
+    metric,
+    pair,
+    read_text,
+    show_isolation,
+)
 from .progress import working
 
 
@@ -57,6 +67,7 @@ def add_parser(verbs: Any) -> None:
         help="forward arguments for the golden outputs (.safetensors, .npz or JSON); default: generated from the config",
     )
     parser.add_argument("--no-golden", action="store_true", help="do not run the model and write no golden.safetensors")
+    add_isolation_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     metrics = dict(metric(text) for text in arguments.metric)
     lists = {"metrics": metrics, "datasets": arguments.datasets, "tags": arguments.tags}
     fields = card_fields(arguments) | {name: value for name, value in lists.items() if value}
+    if not arguments.no_golden:
+        show_isolation(arguments)
     card = read_text(arguments.card) if arguments.card else Card(**fields) if fields else None
     with working(f"building a folder of {arguments.source}"):
         folder = build_repo(

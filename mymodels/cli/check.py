@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_verb, console
+from .options import FAILED, add_pickle_options, add_verb, console
 from .progress import working
 
 
@@ -23,11 +23,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="a file or folder of safetensors or PyTorch weights")
     parser.add_argument("--full", action="store_true", help="read every byte: hashes, checksums, NaN weights")
-    parser.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="run the code that a pickle names, in another process; only for files you trust",
-    )
+    add_pickle_options(parser)
     parser.add_argument(
         "--write-manifest", action="store_true", help="first write manifest.json for the files as they are"
     )

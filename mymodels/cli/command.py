@@ -26,7 +26,8 @@ from . import (
     verify,
     warm_start,
 )
-from .options import Parser
+from .options import Parser, show_isolation
+from .progress import working
 
 _VERBS = (
     demo,
@@ -51,8 +52,13 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the command line, and the parser of each verb; a verb's `run` takes the parsed arguments."""
     parser = Parser(
         prog="mymodels",
-        description="Modified GPT-2 and BERT models that load anywhere.",
-        epilog="mymodels VERB --help shows the options of a verb, an example and its exit codes.",
+        description="Build, train, check and share modified GPT-2 and BERT models that load anywhere.",
+        epilog="mymodels VERB --help shows the options, an example and the exit codes of a verb.\n\n"
+        + Parser.help_ending(
+            "mymodels inspect hub_repo/mygpt2",
+            {0: "success", 1: "a check failed; or an error, reported on standard error"},
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mymodels {mymodels.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
@@ -102,7 +108,10 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
-        mymodels._register_all()
+        if getattr(arguments, "allow_pickle", False):
+            show_isolation(arguments)
+        with working("loading torch and transformers"):
+            mymodels._register_all()
         return arguments.run(arguments)
     except (OSError, ValueError, RuntimeError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():

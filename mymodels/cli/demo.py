@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_verb
+from .options import FAILED, add_verb, console
 
 
 def add_parser(verbs: Any) -> None:
@@ -22,4 +22,4 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..demo import run_demo
 
-    return 0 if run_demo(arguments.out) else 1
+    return 0 if run_demo(arguments.out, console()) else 1

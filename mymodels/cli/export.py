@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_verb, console, dtype_of, picked, read_text
+from .options import FAILED, add_isolation_option, add_verb, console, dtype_of, picked, read_text, show_isolation
 from .progress import working
 
 
@@ -34,21 +34,29 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--texts", type=Path, metavar="FILE", help="texts to measure --int8 on, one per line")
     parser.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="forward arguments (.safetensors, .npz or JSON), for models whose inputs cannot be generated, such as images",
+    )
+    parser.add_argument(
         "--dtype", default="float32", help="of the weights; auto: as in the checkpoint; default: %(default)s"
     )
     parser.add_argument("--opset", type=int, metavar="N", help="opset version of ONNX; default: 20")
     parser.add_argument("--task", help="text-generation, text-classification, …; default: the model's task")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
     parser.add_argument("--trust-remote-code", action="store_true", help="run a model's own code that is not mymodels'")
+    add_isolation_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..export import export_model
 
-    names = ("task", "int8", "opset", "revision", "trust_remote_code")
+    names = ("task", "int8", "opset", "revision", "trust_remote_code", "inputs")
     options = picked(arguments, *names)
     if arguments.texts:
         options["texts"] = [line for line in read_text(arguments.texts).splitlines() if line.strip()]
+    show_isolation(arguments)
     with working(f"exporting {arguments.path}"):
         result = export_model(arguments.path, arguments.to, arguments.out, dtype=dtype_of(arguments), **options)
     result.show(console())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_card_options, add_verb, card_fields, config_field, console
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -50,7 +51,7 @@ _METAVARS: dict[Any, str] = {str: "TEXT", int: "N", float: "X", Path: "DIR"}
 _OPTIONS: dict[str, tuple[Any, str]] = {
     "task": (
         str,
-        "classification (default), lm (causal or masked language modelling) or seq2seq",
+        "classification (default), token-classification, question-answering, lm (causal or masked) or seq2seq",
     ),
     "to": (str, "mybert or mygpt2: train one that is warm-started from --model"),
     "tokenizer": (str, "default: the model's"),
@@ -80,7 +81,10 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "lora_alpha": (int, "default: twice the rank"),
     "lora_target_modules": (str, "suffixes of module names, separated by commas; default: all matrices of the layers"),
     "eval_steps": (int, "steps between evaluations with a checkpoint; default: an epoch, or a tenth of --max-steps"),
-    "metric_for_best_model": (str, "accuracy (default), f1_macro or loss; perplexity for lm and seq2seq"),
+    "metric_for_best_model": (
+        str,
+        "accuracy, f1_macro, exact_match or loss, by the task; perplexity for lm and seq2seq",
+    ),
     "early_stopping_patience": (int, "stop after this many evaluations without improvement"),
     "bf16": (..., "compute in bfloat16 or not; default: if the hardware supports it"),
     "seed": (int, "default: 42"),
@@ -112,15 +116,18 @@ def run(arguments: argparse.Namespace) -> int:
     others = dict(config_field(text) for text in arguments.arg)
     if twice := sorted(others.keys() & _OPTIONS.keys()):
         raise ValueError(f"--arg {twice[0]}={others[twice[0]]}: use the option --{twice[0].replace('_', '-')}")
-    finetune(
-        arguments.model,
-        arguments.data,
-        arguments.out,
-        overrides=dict(config_field(text) for text in arguments.set),
-        resume_from_checkpoint=arguments.resume_from_checkpoint or arguments.resume,
-        card=Card(**card_fields(arguments)),
-        console=console(),
-        **given,
-        **others,
-    )
+    overrides = dict(config_field(text) for text in arguments.set)
+    out = console()
+    with working("reading the data and the model", until=out):
+        finetune(
+            arguments.model,
+            arguments.data,
+            arguments.out,
+            overrides=overrides,
+            resume_from_checkpoint=arguments.resume_from_checkpoint or arguments.resume,
+            card=Card(**card_fields(arguments)),
+            console=out,
+            **given,
+            **others,
+        )
     return 0

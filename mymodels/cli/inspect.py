@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .options import FAILED, add_verb, checkpoint_options, console, picked
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -37,14 +38,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = picked(arguments, "section", "allow_pickle", "revision")
     if arguments.diff is None:
-        found = inspect_checkpoint(arguments.path, **options)
+        with working(f"reading {arguments.path}"):
+            found = inspect_checkpoint(arguments.path, **options)
         if arguments.json:
             print(json.dumps(found, indent=2))
         else:
             show_inspection(found, console(), every_tensor=arguments.all)
         return 0
-    other = open_checkpoint(arguments.diff, allow_pickle=arguments.allow_pickle)
-    rows = compare_checkpoints(open_checkpoint(arguments.path, **options), other)
+    with working(f"comparing {arguments.path} with {arguments.diff}"):
+        other = open_checkpoint(arguments.diff, allow_pickle=arguments.allow_pickle)
+        rows = compare_checkpoints(open_checkpoint(arguments.path, **options), other)
     if arguments.json:
         print(json.dumps(_without_nan(rows), indent=2))
     else:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_verb
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -29,7 +30,8 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..hub.lock import write_lock
 
-    lock = write_lock(arguments.source, arguments.out)
+    with working(f"hashing the code of {arguments.source}"):
+        lock = write_lock(arguments.source, arguments.out)
     print(
         f"{arguments.out}: {len(lock.files)} code files locked; mymodels.load(…, lock={str(arguments.out)!r}) runs no other code"
     )

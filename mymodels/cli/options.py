@@ -4,6 +4,7 @@ import argparse
 import ast
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,13 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(argument.partition("=")[0], self._option_string_actions, 1)
         self.error(f"unexpected {argument!r}" + (f", did you mean {near[0]}?" if near else ""))
 
+    @staticmethod
+    def help_ending(example: str, exit_codes: dict[int, str]) -> str:
+        """The end of a help text: an example, and the exit codes with those that all verbs share."""
+        codes = exit_codes | {2: "wrong command line, nothing was done", 130: "interrupted by Ctrl-C"}
+        listed = "\n".join(f"  {code:<5}{meaning}" for code, meaning in sorted(codes.items()))
+        return f"example:\n  {example}\n\nexit codes:\n{listed}"
+
 
 def add_verb(
     verbs: Any,
@@ -62,13 +70,11 @@ def add_verb(
         exit_codes: code → meaning; 2 and 130 mean the same for every verb and are added here.
         parents: parsers whose options the verb has too.
     """
-    codes = exit_codes | {2: "wrong command line, nothing was done", 130: "interrupted by Ctrl-C"}
-    listed = "\n".join(f"  {code:<5}{meaning}" for code, meaning in sorted(codes.items()))
     parser = verbs.add_parser(
         name,
         help=sentence[0].lower() + sentence[1:].rstrip("."),
         description=sentence,
-        epilog=f"example:\n  {example}\n\nexit codes:\n{listed}",
+        epilog=Parser.help_ending(example, exit_codes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=list(parents),
     )
@@ -80,13 +86,41 @@ def checkpoint_options() -> argparse.ArgumentParser:
     """The options of each verb that opens checkpoints of any format."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--section", metavar="NAME", help="the model to take from a file that holds several")
+    add_pickle_options(parser)
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
+    return parser
+
+
+def add_pickle_options(parser: argparse.ArgumentParser) -> None:
+    """The options of each verb that reads pickles."""
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="run the code that a pickle names, in another process with your rights; only for files you trust",
+        help="run the code that a pickle names, in another process, confined where the machine can do it",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
-    return parser
+    add_isolation_option(parser)
+
+
+def add_isolation_option(parser: argparse.ArgumentParser) -> None:
+    """The option of each verb that runs the code of others; see `show_isolation`."""
+    parser.add_argument(
+        "--require-isolation",
+        action="store_true",
+        help="do nothing where the kernel cannot confine that code; without it, one line says what confines it",
+    )
+
+
+def show_isolation(arguments: argparse.Namespace) -> None:
+    """Say on standard error what confines the code that a verb is about to run.
+
+    Raises:
+        NotIsolated: nothing does, and `--require-isolation` was given.
+    """
+    from ..sandbox import available
+
+    if arguments.require_isolation:
+        available().require()
+    print(available(), file=sys.stderr)
 
 
 def add_card_options(parser: argparse.ArgumentParser) -> None:
@@ -149,11 +183,11 @@ def config_field(text: str) -> tuple[str, Any]:
 
 
 def console() -> "Console":
-    """A console of rich, as wide as the terminal, or 160 columns wide for a file or a pipe."""
+    """A console of rich, as wide as the terminal; for a file or a pipe as wide as COLUMNS says, or 160."""
     from rich.console import Console
 
     class PipeConsole(Console):
         def on_broken_pipe(self) -> NoReturn:
             raise BrokenPipeError  # `main` handles it
 
-    return PipeConsole() if sys.stdout.isatty() else PipeConsole(width=160)
+    return PipeConsole() if sys.stdout.isatty() or "COLUMNS" in os.environ else PipeConsole(width=160)

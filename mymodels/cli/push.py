@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_verb, console, picked
+from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -32,10 +33,18 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..hub import verify
     from ..hub.push import push
 
     names = ("revision", "create_pr", "dry_run", "tag", "no_verify", "allow")
-    push(
-        arguments.path, arguments.repo_id, private=not arguments.public, console=console(), **picked(arguments, *names)
-    )
+    out = console()
+    with working(f"pushing {arguments.path}", until=out) as progress:
+        push(
+            arguments.path,
+            arguments.repo_id,
+            private=not arguments.public,
+            verify=lambda folder: verify(folder, progress=progress),
+            console=out,
+            **picked(arguments, *names),
+        )
     return 0

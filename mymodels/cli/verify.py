@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_verb, console
+from .options import FAILED, add_isolation_option, add_verb, console, show_isolation
 from .progress import working
 
 
@@ -44,6 +44,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--write-card", action="store_true", help="if all checks pass, write the table of releases into the model card"
     )
+    add_isolation_option(parser)
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--all", action="store_true", help="also list the checks that passed or do not apply")
     shown.add_argument("--json", action="store_true", help="print the checks as JSON")
@@ -60,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
             )
     if arguments.inputs and arguments.no_exec:
         raise ValueError("--inputs needs to run the model: leave out --no-exec")
+    if not arguments.no_exec:
+        show_isolation(arguments)
     if arguments.record:
         with working("recording the outputs"):
             recorded = record_golden(arguments.path, inputs=arguments.inputs)

@@ -132,11 +132,13 @@ def run(arguments: argparse.Namespace) -> int:
         error.report.show(console(), every_tensor=arguments.all)
         raise
     if arguments.check:
-        report.check()
+        with working("running source and target on the same inputs"):
+            report.check()
     report_in_options(report)
     report.show(console(), every_tensor=arguments.all)
     if arguments.out:
-        report.save_pretrained(arguments.out, max_shard_size=size)
+        with working(f"saving {arguments.out}"):
+            report.save_pretrained(arguments.out, max_shard_size=size)
     if arguments.json:
         report.save_json(arguments.json)
     if arguments.out:

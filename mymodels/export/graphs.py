@@ -1,5 +1,6 @@
 """The module to export: a model for a task, from tensors to a dict of tensors."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -7,15 +8,17 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..forward_calls import accepted, as_mapping, names_argument, takes
+from ..checkpoints.load_errors import embedded_tokens
+from ..forward_calls import accepted, as_mapping, is_known, names_argument, takes
 
 
 class Task(NamedTuple):
-    """The Auto class of a task, suffixes of its model classes, and the names of the graph's outputs."""
+    """The Auto class of a task, suffixes of its model classes, the names of the graph's outputs, and what it reads."""
 
     auto_class: str
     endings: tuple[str, ...]
     outputs: tuple[str, ...] = ("logits",)
+    reads: str = "text"
 
 
 # names as in transformers' pipelines and optimum
@@ -29,7 +32,12 @@ TASKS = {
     ),
     "fill-mask": Task("AutoModelForMaskedLM", ("ForMaskedLM",)),
     "feature-extraction": Task("AutoModel", ("Model",), ("last_hidden_state", "pooler_output")),
+    "image-classification": Task("AutoModelForImageClassification", ("ForImageClassification",), reads="images"),
+    "image-segmentation": Task("AutoModelForSemanticSegmentation", ("ForSemanticSegmentation",), reads="images"),
+    "audio-classification": Task("AutoModelForAudioClassification", ("ForAudioClassification",), reads="audio"),
+    "automatic-speech-recognition": Task("AutoModelForCTC", ("ForCTC",), reads="audio"),
 }
+OTHER = "other"  # of another Auto class, whose inputs are given: every floating-point output, by its name
 
 
 def task_of(architecture: str, auto_map: Mapping[str, Any] | None = None) -> str | None:
@@ -41,15 +49,49 @@ def task_of(architecture: str, auto_map: Mapping[str, Any] | None = None) -> str
     return next((name for name, task in TASKS.items() if architecture.endswith(task.endings)), None)
 
 
+def vocab_size_of(model: PreTrainedModel) -> int | None:
+    """The number of token ids that a model knows, by its config or its embeddings; None if neither has one."""
+    size = getattr(model.config, "vocab_size", None)
+    return size if isinstance(size, int) else embedded_tokens(model)
+
+
+def reads_text(model: PreTrainedModel, task: str) -> bool:
+    """Whether the inputs of a model for `task` are token ids alone, which can be generated."""
+    text = task in TASKS and TASKS[task].reads == "text" and model.main_input_name == "input_ids"
+    return text and vocab_size_of(model) is not None
+
+
 def input_names(task: str, model: PreTrainedModel) -> list[str]:
-    """The input tensors of a model for `task`, all `[batch, length]`, without cached keys and values."""
+    """The input tensors of a model for `task`, all `[batch, length]`, without cached keys and values.
+
+    Of custom code, arguments that `forward` only seems to take, through **kwargs, and refuses, are left out.
+    """
     wanted = ["input_ids", "attention_mask"]
     if getattr(model.config, "type_vocab_size", 0):
         wanted.append("token_type_ids")
     if task == "text-generation" and names_argument(model, "position_ids"):
         wanted.append("position_ids")  # an input, because rows may be padded on the left
     names = [name for name in wanted if takes(model, name)]
-    return [*names, "decoder_input_ids"] if task == "text2text-generation" else names
+    names += ["decoder_input_ids"] if task == "text2text-generation" else []
+    refused = (
+        () if is_known(model) else ((), ("token_type_ids",), ("attention_mask",), ("token_type_ids", "attention_mask"))
+    )
+    fewer = ([name for name in names if name not in left] for left in refused)
+    return next((tried for tried in fewer if _runs(model, task, tried)), names)
+
+
+@torch.no_grad()
+def _runs(model: PreTrainedModel, task: str, names: list[str]) -> bool:
+    """Whether `forward` takes these inputs, with a row that is padded."""
+    ids = torch.ones(2, 3, dtype=torch.long)
+    given = {name: ids if "input_ids" in name else torch.zeros_like(ids) for name in names}
+    if "attention_mask" in given:
+        given["attention_mask"] = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    try:
+        run_forward(model.eval(), task, given)
+    except Exception:  # custom code can raise anything
+        return False
+    return True
 
 
 def named_outputs(task: str, outputs: Any) -> dict[str, torch.Tensor]:
@@ -58,7 +100,13 @@ def named_outputs(task: str, outputs: Any) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the model returns none of them.
     """
-    found, names = as_mapping(outputs), TASKS[task].outputs
+    found = as_mapping(outputs)
+    if task == OTHER:
+        floating = {n: v for n, v in found.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim}
+        if not floating:
+            raise ValueError("forward returns no floating-point tensor")
+        return floating
+    names = TASKS[task].outputs
     if named := {name: found[name] for name in names if isinstance(found.get(name), torch.Tensor)}:
         return named
     tensors = [value for value in found.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
@@ -85,7 +133,7 @@ class Graph(nn.Module):
         self.task = task
         self.cache_shapes = _cache_shapes(model) if cache else []
         names = [f"{i}.{part}" for i in range(len(self.cache_shapes)) for part in ("key", "value")]
-        self.inputs = input_names(task, model)
+        self.inputs = input_names(task, model) if reads_text(model, task) else []
         self.past = [f"past_key_values.{name}" for name in names]
         self.present = [f"present.{name}" for name in names]
         self.eval()
@@ -118,7 +166,7 @@ class Graph(nn.Module):
     def example(self) -> dict[str, Any]:
         """Inputs for tracing: no size is 0 or 1, which tracing specialises on, and no two sizes are equal."""
         batch, length, past = 3, 5, 7 if self.past else 0
-        ids = torch.arange(batch * length).view(batch, length) % (self.model.config.vocab_size - 1) + 1
+        ids = torch.arange(batch * length).view(batch, length) % ((vocab_size_of(self.model) or 2) - 1) + 1
         found: dict[str, Any] = {"input_ids": ids}
         if "attention_mask" in self.inputs:
             found["attention_mask"] = torch.ones(batch, past + length, dtype=torch.long)
@@ -136,13 +184,54 @@ class Graph(nn.Module):
             ]
         return found
 
+    def axes(self) -> dict[str, dict[int, str]]:
+        """Input → its axes of any size, by name; without the cache."""
+        axes = {name: {0: "batch_size", 1: "sequence_length"} for name in self.inputs}
+        if "attention_mask" in axes and self.past:
+            axes["attention_mask"][1] = "total_sequence_length"
+        if "decoder_input_ids" in axes:
+            axes["decoder_input_ids"][1] = "decoder_sequence_length"
+        return axes
+
+
+class GivenGraph(Graph):
+    """A model as a function of given tensors, such as images; only the batch may have another size.
+
+    Args:
+        given: argument of `forward` → tensor, all with the same number of rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, task: str, given: Mapping[str, torch.Tensor]):
+        super().__init__(model, task)
+        self.given = dict(given)
+        self.inputs = list(given)
+
+    def example(self) -> dict[str, Any]:
+        return {name: torch.cat([tensor] * 3)[:3] for name, tensor in self.given.items()}
+
+    def axes(self) -> dict[str, dict[int, str]]:
+        return {name: {0: "batch_size"} for name in self.inputs}
+
+
+def graph_of_inputs(model: PreTrainedModel, task: str, given: Mapping[str, torch.Tensor]) -> GivenGraph:
+    """A `GivenGraph` whose `forward` has one argument for each given tensor, by its name."""
+
+    def forward(self: GivenGraph, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return named_outputs(task, run_forward(self.model, task, inputs))
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *given)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # tracing reads the names
+    return type("Graph", (GivenGraph,), {"forward": forward})(model, task, given)
+
 
 def run_forward(model: PreTrainedModel, task: str, given: dict[str, Any], *, cache: bool = False) -> Any:
     """The model's outputs, with `return_dict=True` if `forward` takes it, and a cache only if `cache`."""
     options: dict[str, Any] = {"return_dict": True}
     if task in ("text-generation", "text2text-generation"):
         options["use_cache"] = cache
-    return model(**accepted(model, {**given, **options}))
+    dtype = model.dtype
+    cast = {n: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in given.items()}
+    return model(**accepted(model, {**cast, **options}))
 
 
 @torch.no_grad()

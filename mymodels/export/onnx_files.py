@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .graphs import Graph
-from .programs import without_tracing_logs
+from .programs import causal_masks_unread, without_tracing_logs
 
 FILE, DATA_FILE = "model.onnx", "model.onnx_data"
 DEFAULT_OPSET = 20  # the first with Gelu; needs onnxruntime 1.18 or newer
@@ -57,15 +57,10 @@ def write_onnx(
 
 def _trace(graph: Graph, opset: int) -> Any:
     example = graph.example()
-    length = "total_sequence_length" if graph.past else "sequence_length"
-    shapes: dict[str, Any] = {name: {0: "batch_size", 1: "sequence_length"} for name in graph.inputs}
-    if "attention_mask" in graph.inputs:
-        shapes["attention_mask"] = {0: "batch_size", 1: length}
-    if "decoder_input_ids" in graph.inputs:
-        shapes["decoder_input_ids"] = {0: "batch_size", 1: "decoder_sequence_length"}
+    shapes: dict[str, Any] = dict(graph.axes())
     if graph.past:
         shapes["past_key_values"] = [{0: "batch_size", 2: "past_sequence_length"}] * len(graph.past)
-    with without_tracing_logs():
+    with without_tracing_logs(), causal_masks_unread():
         with torch.no_grad():
             outputs = list(graph(**example))
         program = torch.onnx.export(

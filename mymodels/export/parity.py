@@ -1,9 +1,6 @@
 """Compare an exported graph with its model: the graph runs in a new process, on batches of several shapes."""
 
-import json
-import subprocess
-import sys
-import tempfile
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .graphs import TASKS, Graph, named_outputs, run_forward
+from ..messages import one_line
+from ..sandbox import results, run
+from .graphs import TASKS, GivenGraph, Graph, named_outputs, run_forward, vocab_size_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -22,6 +21,7 @@ Tensors = dict[str, torch.Tensor]
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 KL_LIMIT, COSINE_LIMIT = 0.1, 0.95  # the limits for int8
 SHAPES = ((1, 1, ""), (1, 9, ""), (2, 12, "left"), (4, 6, "right"), (3, 32, "right"))  # batch, length, padding
+_SCRATCH, _COPIES = 4 * 10**9, 4  # bytes that the other process may write: these, and so many times the graph
 RUNNER = Path(__file__).with_name("run_graph.py")
 
 
@@ -40,27 +40,31 @@ class Case:
 
     @property
     def mask(self) -> torch.Tensor:
-        """`[batch, length]`, true for the outputs' tokens that are no padding; for an encoder-decoder the decoder's."""
+        """`[batch, length]`, true for the outputs' tokens that are not padding; for an encoder-decoder the decoder's."""
         if "decoder_input_ids" in self.inputs:
             return torch.ones_like(self.inputs["decoder_input_ids"], dtype=torch.bool)
         if "attention_mask" in self.inputs:
             return self.inputs["attention_mask"].bool()
-        return torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
+        return torch.ones(self.shape[:2], dtype=torch.bool)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        rows, length = self.inputs["attention_mask" if "attention_mask" in self.inputs else "input_ids"].shape
-        return rows, length
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first input."""
+        first = "attention_mask" if "attention_mask" in self.inputs else next(iter(self.inputs))
+        return tuple(self.inputs[first].shape)
 
 
 def make_cases(graph: Graph) -> list[Case]:
     """Batches of random tokens, of other shapes than the traced one, padded on the task's side.
 
     Raises:
-        ValueError: the config has no `vocab_size`.
+        ValueError: neither the config nor the embeddings have a size of the vocabulary.
     """
+    if isinstance(graph, GivenGraph):
+        return given_cases(graph)
     config: Any = graph.model.config
-    if not isinstance(getattr(config, "vocab_size", None), int):
+    vocabulary = vocab_size_of(graph.model)
+    if vocabulary is None:
         raise ValueError(f"the config of {type(graph.model).__name__} has no vocab_size, so no inputs can be generated")
     limit = getattr(config, "max_position_embeddings", None) or 64
     window = getattr(config, "sliding_window", None) or 0
@@ -75,9 +79,17 @@ def make_cases(graph: Graph) -> list[Case]:
         for row in range(1, rows if padding and "attention_mask" in graph.inputs else 0):
             hidden = slice(None, row) if padding == "left" else slice(-row, None)
             mask[row, hidden] = 0
-        ids = torch.randint(config.vocab_size, (rows, length), generator=generator)
+        ids = torch.randint(vocabulary, (rows, length), generator=generator)
         cases.append(_make_case(graph, ids, mask, generator))
     return cases
+
+
+def given_cases(graph: GivenGraph) -> list[Case]:
+    """The given rows, the first of them alone, the last alone, and all of them twice."""
+    rows = len(next(iter(graph.given.values())))
+    batches = {"all": range(rows), "first": [0], "last": [rows - 1], "twice": [*range(rows), *range(rows)]}
+    chosen = list(dict.fromkeys(tuple(batch) for batch in batches.values()))
+    return [Case({name: tensor[list(batch)] for name, tensor in graph.given.items()}, [0]) for batch in chosen]
 
 
 def text_cases(graph: Graph, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Case]:
@@ -102,7 +114,7 @@ def _make_case(graph: Graph, ids: torch.Tensor, mask: torch.Tensor, generator: t
     config, length = graph.model.config, ids.shape[1]
     padding = getattr(config, "pad_token_id", None)
     if padding is not None:  # some models detect padding by the token
-        other = (padding + 1) % config.vocab_size
+        other = (padding + 1) % (vocab_size_of(graph.model) or padding + 2)
         ids = torch.where((ids == padding) & (mask == 1), other, ids).masked_fill(mask == 0, padding)
     inputs = {"input_ids": ids} | ({"attention_mask": mask} if "attention_mask" in graph.inputs else {})
     if "decoder_input_ids" in graph.inputs:
@@ -144,31 +156,48 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
         for step, piece in enumerate(case.pieces):
             start, end = end, end + piece
             for name, value in case.inputs.items():
-                part = value[:, :end] if name == "attention_mask" else value[:, start:end]
-                part = part if graph.past else value
+                part = value
+                if graph.past:
+                    part = value[:, :end] if name == "attention_mask" else value[:, start:end]
                 calls[f"{number}/{step}/{name}"] = part.clone(memory_format=torch.contiguous_format)
-    with tempfile.TemporaryDirectory(prefix="mymodels-parity-") as folder:
-        inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
+    with results.scratch_folder("mymodels-parity-") as folder:
+        inputs, outputs = folder / "inputs.safetensors", folder / "outputs.safetensors"
         save_file(calls, inputs)
-        command = [sys.executable, str(RUNNER), kind, str(file.resolve()), str(inputs), str(outputs)]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-        if run.returncode:
-            reason = ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1]
-            raise ParityError(f"{file.name} cannot be run in another process: {reason.strip()[:300]}")
-        with safe_open(outputs, "pt") as opened:
-            unwanted = json.loads(opened.metadata()["unwanted"])
+        size = sum(part.stat().st_size for part in file.parent.rglob("*") if part.is_file())
+        done = run(
+            [RUNNER, kind, file.resolve(), inputs, outputs],
+            readable=[file.parent],
+            scratch=folder,
+            scratch_size=_SCRATCH + _COPIES * size,
+        )
+        if done.returncode:
+            reason = done.why or _reason(done.stderr.decode("utf-8", errors="replace"), done.returncode)
+            more = "; a trace keeps loops, branches and len() as on its example" if kind == "torchscript" else ""
+            raise ParityError(f"{file.name} cannot be run in another process: {reason}{more}")
+        try:
+            found = results.read_tensors(outputs)
+            with safe_open(outputs, "pt") as opened:
+                unwanted = results.parse_json((opened.metadata() or {})["unwanted"])
+        except (results.UntrustedResult, KeyError) as error:
+            raise ParityError(f"{file.name} left no outputs that can be read: {one_line(error, 300)}") from None
         if unwanted:
             raise ParityError(f"{file.name} needs {' and '.join(unwanted)} to run, so it is not self-contained")
-        found = load_file(outputs)
     for number, case in enumerate(cases):
         last = len(case.pieces) - 1
         case.found = {}
         for name in case.expected:
             steps = (
-                range(last + 1) if name in TASKS[graph.task].outputs and last else [last]
+                range(last + 1) if last and name in TASKS[graph.task].outputs else [last]
             )  # the last cache holds all tokens
             parts = [found[f"{number}/{step}/{name}"] for step in steps]
             case.found[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _reason(stderr: str, code: int) -> str:
+    """The message of a process's last error: TorchScript's is followed by lines of code."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    messages = [found[1] for line in lines if (found := re.match(r"[A-Za-z_][\w.]*: (\S.*)", line))]
+    return one_line((messages or lines or [f"exit code {code}"])[-1], 300)
 
 
 def largest_difference(cases: Sequence[Case]) -> dict[str, float]:
@@ -204,9 +233,12 @@ def check(cases: Sequence[Case], tolerance: float) -> dict[str, float]:
             for case in cases:
                 here = largest_difference([case])[name]
                 if not here <= tolerance:
+                    text = "input_ids" in case.inputs
+                    size = (
+                        f"{case.shape[0]} rows of {case.shape[1]} tokens" if text else f"the shape {list(case.shape)}"
+                    )
                     raise ParityError(
-                        f"{name} differs from torch's by {here:.2g}, more than {tolerance:g}, in a batch of "
-                        f"{case.shape[0]} rows of {case.shape[1]} tokens"
+                        f"{name} differs from torch's by {here:.2g}, more than {tolerance:g}, in a batch of {size}"
                     )
     return worst
 
@@ -218,7 +250,7 @@ class Quality:
     Attributes:
         agreement: share of equal decisions: labels, next tokens, starts and ends of answers.
         kl: mean Kullback-Leibler divergence from the model's distribution to the graph's, in nats per decision.
-        cosine: mean cosine of vectors, for outputs that are no distributions.
+        cosine: mean cosine of vectors, for outputs that are not distributions.
         decisions: number of decisions or vectors compared.
     """
 

@@ -1,14 +1,18 @@
 """`torch.export`, AOTInductor and TorchScript: files that torch loads without other packages."""
 
 import contextlib
+import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
 from .graphs import Graph
 
@@ -17,15 +21,49 @@ FILES = {"pt2": "model.pt2", "aoti": "model_aoti.pt2", "torchscript": "model_tor
 
 @contextlib.contextmanager
 def without_tracing_logs() -> Iterator[None]:
-    """Silence warnings and logs of tracing, which concern torch's internals."""
+    """Silence warnings, logs and prints of tracing, which concern torch's internals, such as the graph of a failure."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    printed = io.StringIO()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def causal_masks_unread() -> Iterator[None]:
+    """Within it, `nn.TransformerEncoder` and its kind do not read a mask's values to see if it is causal.
+
+    They would only replace it by torch's own causal mask; reading values cannot be traced.
+    """
+    from torch.nn.modules import transformer
+
+    def detect(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    if hasattr(transformer, "_detect_is_causal_mask"):
+        with mock.patch.object(transformer, "_detect_is_causal_mask", detect):
+            yield
+    else:
+        yield
+
+
+def _looser(shapes: dict[str, Any], message: str) -> dict[str, Any] | None:
+    """`shapes` for a second trial after an error, or None: with the limits that torch.export suggests, or without any.
+
+    A table of positions limits the length; a slice of a whole table excludes the one length at which it is no slice.
+    """
+    heading = "Suggested fixes:"
+    if heading not in message:
+        excluded = "Not all values of" in message
+        return {name: dict.fromkeys(axes, Dim.DYNAMIC) for name, axes in shapes.items()} if excluded else None
+    fixes = [line for line in message.split(heading)[1].splitlines() if " = " in line]  # advice follows
+    found = refine_dynamic_shapes_from_suggested_fixes("\n".join([heading, *fixes]), shapes)
+    axes = [axis for axes in found.values() for axis in axes.values()]  # type: ignore[union-attr]
+    return None if any(isinstance(axis, int) for axis in axes) else found  # type: ignore[return-value]
 
 
 def export_program(graph: Graph) -> ExportedProgram:
@@ -33,12 +71,17 @@ def export_program(graph: Graph) -> ExportedProgram:
     config = graph.model.config
     learned = getattr(config, "position_embedding_type", "learned") in ("learned", "absolute")
     limit = getattr(config, "max_position_embeddings", None) if learned else None
-    batch, length = Dim("batch_size", min=1), Dim("sequence_length", min=1, max=limit)
-    shapes = {name: {0: batch, 1: length} for name in graph.inputs}
-    if "decoder_input_ids" in shapes:
-        shapes["decoder_input_ids"] = {0: batch, 1: Dim("decoder_sequence_length", min=1, max=limit)}
-    with without_tracing_logs(), torch.no_grad():
-        program = torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes)
+    axes = graph.axes()
+    names = sorted({name for axis in axes.values() for name in axis.values()})
+    dims = {name: Dim(name, min=1, max=None if name == "batch_size" else limit) for name in names}
+    shapes = {name: {number: dims[dim] for number, dim in axis.items()} for name, axis in axes.items()}
+    with without_tracing_logs(), causal_masks_unread(), torch.no_grad():
+        try:
+            program = torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes)
+        except Exception as error:
+            if (looser := _looser(shapes, str(error))) is None:
+                raise
+            program = torch.export.export(graph, (), graph.example(), dynamic_shapes=looser)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it contains paths of this machine
     return program
@@ -71,11 +114,27 @@ def write_aoti(graph: Graph, folder: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _readable_class_names(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, every class has a module name that TorchScript can parse; that of remote code holds a hash."""
+    before = {type(part): type(part).__module__ for part in model.modules()}
+    try:
+        for cls, name in before.items():
+            readable = ".".join(re.sub(r"\W|^(?=\d)", "_", part) for part in name.split("."))
+            if readable != name:
+                cls.__module__ = readable
+        yield
+    finally:
+        for cls, name in before.items():
+            if cls.__module__ != name:
+                cls.__module__ = name
+
+
 def write_torchscript(graph: Graph, folder: Path) -> Path:
     """Write `model_torchscript.pt`: `torch.jit.load(file)`. Legacy: PyTorch recommends `torch.export` instead."""
     target = folder / FILES["torchscript"]
     example: dict[str, Any] = graph.example()
-    with without_tracing_logs(), torch.no_grad():
+    with without_tracing_logs(), causal_masks_unread(), torch.no_grad(), _readable_class_names(graph):
         # strict=False permits a dict as output
         traced = torch.jit.trace(graph, example_kwarg_inputs=example, strict=False, check_trace=False)
         torch.jit.save(traced, target)

@@ -1,8 +1,10 @@
 """The README of an exported folder: its content, the comparison, and code that runs it without mymodels."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from transformers import PretrainedConfig
 
 RUNS_WITH = {
@@ -82,6 +84,7 @@ def snippet(
     outputs: list[str],
     dtype: str,
     tokenizer: bool,
+    examples: Mapping[str, torch.Tensor] | None = None,
 ) -> str:
     """Python code that runs `file` in the current folder with its runtime, numpy and tokenizers only.
 
@@ -90,9 +93,18 @@ def snippet(
         file: name of the graph's file.
         inputs, outputs: names of the graph's inputs and outputs.
         dtype: numpy's name of the cache's dtype.
+        examples: inputs that are no texts, of which the code makes zeros of the same shape and dtype.
         tokenizer: whether there is a `tokenizer.json`; otherwise the code uses token ids instead of a text.
     """
     lines = ["import numpy as np", *_OPEN[kind]]
+    if examples is not None:
+        lines += ["", _LOAD[kind].format(file=file), "feed = {  # any number of rows"]
+        for name, value in examples.items():
+            kept = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+            lines.append(f'    "{name}": np.zeros({tuple(value.shape)}, np.{kept}),')
+        lines.append("}")
+        lines += [f"{_variable(name)} = {_RUN.get(kind, _RUN_TORCH).format(name=name)}" for name in outputs]
+        return "\n".join([*lines, f"print({', '.join(map(_variable, outputs))})"])
     if tokenizer:
         lines += ["from tokenizers import Tokenizer", "", 'tokenizer = Tokenizer.from_file("tokenizer.json")']
     else:
@@ -100,7 +112,8 @@ def snippet(
     lines.append(_LOAD[kind].format(file=file))
     fed = ", ".join(f'"{name}": {_FEED[name]}' for name in inputs if name in _FEED)
     if task in ("text-generation", "text2text-generation"):
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        end = getattr(config, "eos_token_id", None)
+        ends = end if isinstance(end, list) else [end]
         code = (
             'ids = np.array([tokenizer.encode("Once upon a time").ids])' if tokenizer else "ids = np.array([[5, 6, 7]])"
         )
@@ -144,6 +157,11 @@ def snippet(
     else:
         lines.append(f"print({', '.join(outputs)})")
     return "\n".join(lines)
+
+
+def _variable(name: str) -> str:
+    """A name for an output, which may be a number."""
+    return name if name.isidentifier() else f"output_{name}"
 
 
 def write_readme(folder: Path, title: str, kind: str, task: str, compared: str, code: str) -> None:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..tables import print_table
 from .parity import Quality
 from .readme import RUNS_WITH
 
@@ -26,7 +27,7 @@ class Exported:
             value if that exceeds 1. Empty for int8.
         tolerance: the largest accepted difference.
         quality: the loss of quality by int8.
-        shapes: the compared `(batch, length)`.
+        shapes: the compared `(batch, length)`, or shapes of the first input.
         size: bytes of the graph with its weights.
         opset: of ONNX.
     """
@@ -41,7 +42,7 @@ class Exported:
     differences: dict[str, float]
     tolerance: float
     quality: Quality | None
-    shapes: list[tuple[int, int]] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
     size: int = 0
     opset: int | None = None
 
@@ -61,20 +62,24 @@ class Exported:
             text += f"; {kept if cached else 'no cache: each step computes all tokens'}"
         if self.task == "text2text-generation":
             text += "; one graph of encoder and decoder, no cache: each step computes all tokens"
+        if "input_ids" not in self.inputs:
+            text += "; inputs of these shapes, any number of rows"
         if self.kind == "torchscript":
             text += f"; fixed by the trace: {self.dtype}, the CPU; inputs are not checked"
         return text
 
     def show(self, console: Console | None = None) -> None:
         """Print a small table."""
-        table = Table(show_header=False, title=f"{self.folder}", title_justify="left")
+        table = Table(show_header=False, title=Text(str(self.folder)), title_justify="left")
+        text = "input_ids" in self.inputs
         rows = {
             "graph": f"{self.file.name}, {self.size / 1e6:,.1f} MB" + (f", opset {self.opset}" if self.opset else ""),
             "task": self.task,
             "inputs": _shortened(self.inputs),
             "outputs": _shortened(self.outputs),
             "runs with": self._runs_with(),
-            "compared": "in a fresh process, batch × length " + ", ".join(f"{a}×{b}" for a, b in self.shapes[:8]),
+            "compared": f"in a fresh process, {'batch × length' if text else self.inputs[0]} "
+            + ", ".join("×".join(map(str, shape)) for shape in self.shapes[:8]),
         }
         if self.quality is not None:
             rows["int8 against torch"] = self.quality.sentence
@@ -82,7 +87,7 @@ class Exported:
             rows[f"{name}: off by"] = f"{difference:.1e} (at most {self.tolerance:g})"
         for name, value in rows.items():
             table.add_row(name, Text(value))
-        (console or Console()).print(table)
+        print_table(table, console or Console())
 
 
 def _shortened(names: list[str]) -> str:

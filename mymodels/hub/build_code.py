@@ -101,7 +101,7 @@ def check_code_arguments(code: Sequence[Path], auto_classes: Mapping[str, str]) 
     """Raise a `CheckpointError` for a code file that does not exist, or an Auto class that transformers does not have."""
     for path in code:
         if not path.is_file() or path.suffix != ".py":
-            what = "is no .py file" if path.exists() else "does not exist"
+            what = "is not a .py file" if path.exists() else "does not exist"
             raise CheckpointError(f"{path} {what}: name the file with the model's class by --code (code=)")
     known = ["AutoConfig", *known_auto_classes()]
     for auto_class in auto_classes:
@@ -129,7 +129,7 @@ def named_code(
         within: see `collect_code`.
 
     Raises:
-        CheckpointError: a class does not exist or is no model, or the model's Auto class cannot be determined.
+        CheckpointError: a class does not exist or is not a model, or the model's Auto class cannot be determined.
     """
     files = collect_code(code, within=within)
     classes = classes_of(files)

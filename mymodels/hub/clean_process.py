@@ -1,7 +1,8 @@
 """Run a folder's code in a new process: without mymodels, offline, with an empty cache and limits of time and memory.
 
-The process runs `isolated/run.py`. It reads its job as JSON and writes its results to a file of events. Whatever
-happens in it, crashes and timeouts included, raises nothing here.
+The process runs `isolated/run.py`, in the box of `sandbox` where the machine has one. It reads its job as JSON and
+writes its results to a file of events. Whatever happens in it, crashes and timeouts included, raises nothing here, and
+nothing that it wrote is trusted.
 """
 
 import contextlib
@@ -11,20 +12,20 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.opening import weight_files
 from ..checkpoints.safetensors_files import inside, read_json
 from ..messages import one_line
+from ..sandbox import Isolation, available, command, end, environment_of, results, why_ended
+from ..sandbox.isolation import NONE
 
 SCRIPT = Path(__file__).parent / "isolated" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
@@ -33,7 +34,9 @@ _INTERVAL = 0.25  # seconds between two reports of progress
 _ONE_DAY = 86_400.0
 LONGEST = 1000  # characters of one message; a folder may have anything to say
 _COPY_LIMIT = 10_000_000  # bytes; larger files are linked
-_INHERITED = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
+_PROCESSES = 4  # how many of its processes may use all the memory of one
+_SCRATCH, _COPIES = 4 * 10**9, 8  # bytes of the scratch folder: these, and so many times the weights
+_EVENTS_LIMIT = 32_000_000  # bytes
 
 
 class CleanRun(NamedTuple):
@@ -44,12 +47,14 @@ class CleanRun(NamedTuple):
         failure: a sentence on why it did not complete; empty if it did.
         scratch: its temporary folder, deleted after the `with` block.
         seconds: its duration.
+        isolation: what confined it.
     """
 
     events: list[dict[str, Any]]
     failure: str
     scratch: Path
     seconds: float
+    isolation: Isolation = NONE
 
     def one(self, key: str) -> Any:
         """The value of the last event that has this key, or None."""
@@ -67,6 +72,7 @@ def clean_process(
     golden: Path | None = None,
     progress: Callable[[str], None] | None = None,
     beside: Mapping[str, Path] | None = None,
+    readable: Iterable[Path] = (),
     **job: Any,
 ) -> Iterator[CleanRun]:
     """Run stages of `isolated/stages.py` on a folder.
@@ -80,13 +86,16 @@ def clean_process(
         golden: a golden file to compare with.
         progress: called with the name of the check that is running, a few times a second.
         beside: further folders by key, for stages that run several; each is copied too.
+        readable: further files that the process may read, beside `inputs` and `reference` of `job`.
         job: more that the stages want.
 
     Yields:
         The `CleanRun`. Failures of the process are reported there and raise nothing.
     """
-    with tempfile.TemporaryDirectory(prefix="mymodels-clean-", ignore_cleanup_errors=True) as name:
-        scratch = Path(name).resolve()
+    isolation = available()
+    control = Path(tempfile.mkdtemp(prefix="mymodels-clean-")).resolve()
+    scratch = control / "scratch"
+    try:
         began = time.monotonic()
         try:
             folder = _copy(Path(path), scratch / "folder")
@@ -100,17 +109,33 @@ def clean_process(
                 "time_limit": time_limit,
                 "stages": stages,
                 "beside": {key: _beside(other, scratch / "beside" / key) for key, other in (beside or {}).items()},
+                "confined": isolation.confined,
                 **job,
             }
             default = 4 * 10**9 + 6 * everything["weights_size"]
-            everything["memory_limit"] = default if memory_limit is None else memory_limit
+            everything["memory_limit"] = limit = default if memory_limit is None else memory_limit
+            folders = [everything, *everything["beside"].values()]
             (scratch / "events.jsonl").touch()
-            (scratch / "job.json").write_text(json.dumps(everything), encoding="utf-8")
-            failure = _run(scratch, _STARTUP_LIMIT + time_limit * len(stages), progress)
+            (control / "job.json").write_text(json.dumps(everything), encoding="utf-8")
+            needed = [SCRIPT.parent, control / "job.json", *([release] if release else [])]
+            needed += [Path(job[name]) for name in ("inputs", "reference") if name in job]
+            started = command(
+                [SCRIPT, control / "job.json"],
+                control=control,
+                scratch=scratch,
+                readable=[*needed, *readable, *_linked_files(scratch)],
+                memory=_PROCESSES * limit,
+                process_memory=limit,
+                scratch_size=_SCRATCH + _COPIES * sum(each["weights_size"] for each in folders),
+                isolation=isolation,
+            )
+            failure = _run(started, control, _STARTUP_LIMIT + time_limit * len(stages), isolation, progress)
             events = _read_events(scratch)
         except (OSError, CheckpointError) as error:
             events, failure = [], str(error)
-        yield CleanRun(events, failure, scratch, time.monotonic() - began)
+        yield CleanRun(events, failure, scratch, time.monotonic() - began, isolation)
+    finally:
+        results.delete(control)
 
 
 def _beside(source: Path, parent: Path) -> dict[str, Any]:
@@ -122,7 +147,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """The settings of the stages that depend on the folder: the classes to load, that of `architectures` first.
 
     Raises:
-        CheckpointError: `config.json` is missing or is no JSON object.
+        CheckpointError: `config.json` is missing or is not a JSON object.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: name the folder of a model")
@@ -178,8 +203,11 @@ def load_in_clean_process(
     with clean_process(path, ["texts"], time_limit=_ONE_DAY, memory_limit=0, classes=auto_classes, **how) as run:
         if not (run.scratch / "report.json").exists():
             raise RuntimeError(f"{path} did not load in a clean process: {failure_reason(run)}")
-        report = json.loads((run.scratch / "report.json").read_text(encoding="utf-8"))
-        return report, load_file(run.scratch / "outputs.safetensors")
+        try:
+            report = results.read_json(run.scratch / "report.json")
+            return report, results.read_tensors(run.scratch / "outputs.safetensors")
+        except results.UntrustedResult as error:
+            raise RuntimeError(f"the code of {path} tampered with its results: {error}") from None
 
 
 def failure_reason(run: CleanRun) -> str:
@@ -220,13 +248,16 @@ def _copy_into(file: Path | None, scratch: Path, name: str) -> str | None:
     return str(scratch / name)
 
 
+def _linked_files(folder: Path) -> list[Path]:
+    """The files that a folder links to."""
+    files = (Path(base, name) for base, _, names in os.walk(folder) for name in names)
+    return [file.resolve() for file in files if file.is_symlink()]
+
+
 def environment(scratch: Path) -> dict[str, str]:
     """The environment variables of a clean process: no user settings, no network, no progress bars."""
-    kept = {name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)}
-    return kept | {
+    return environment_of(scratch) | {
         "HF_HOME": str(scratch / "hf"),
-        "HOME": str(scratch),
-        "TMPDIR": str(scratch),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",  # progress bars create a multiprocessing lock, which would be reported as a side effect
@@ -239,12 +270,18 @@ def environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def _run(scratch: Path, time_limit: float, progress: Callable[[str], None] | None = None) -> str:
+def _run(
+    started: list[str],
+    control: Path,
+    time_limit: float,
+    isolation: Isolation,
+    progress: Callable[[str], None] | None = None,
+) -> str:
     """Start the process and wait for it; returns a sentence on why it failed, or ""."""
-    with (scratch / "stderr").open("wb") as errors:
-        # -I: no PYTHONPATH, no user packages, nothing from the script's own folder
+    scratch = control / "scratch"
+    with (control / "stderr").open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-I", str(SCRIPT), str(scratch / "job.json")],
+            started,
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
@@ -257,17 +294,32 @@ def _run(scratch: Path, time_limit: float, progress: Callable[[str], None] | Non
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            stages = [event["pid"] for event in _read_events(scratch) if "stage" in event]
-            running = process.poll() is None
-            for group in [process.pid, *(stages[-1:] if running else [])]:
-                with contextlib.suppress(OSError):
-                    os.killpg(group, signal.SIGKILL)
-            process.wait()
+            if isolation.confined:
+                end(process)
+            else:
+                _end_groups(process, scratch)
     if code == 0:
         return ""
-    printed = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    how = f"did not end within {time_limit:g} s" if code is None else f"ended with exit code {code}"
+    printed = _last_lines(control / "stderr")
+    how = why_ended(control).removeprefix("it ") if code is not None else ""
+    how = how or (f"did not end within {time_limit:g} s" if code is None else f"ended with exit code {code}")
     return f"it {how}: {printed[-1].strip()[:300]}" if printed else f"it {how}"
+
+
+def _end_groups(process: subprocess.Popen, scratch: Path) -> None:
+    """End a process that nothing confines, and the stage that runs."""
+    stages = [event["pid"] for event in _read_events(scratch) if "stage" in event]
+    running = process.poll() is None
+    for group in [process.pid, *(stages[-1:] if running else [])]:
+        with contextlib.suppress(OSError, TypeError, OverflowError):
+            os.killpg(group, signal.SIGKILL)
+    process.wait()
+
+
+def _last_lines(file: Path) -> list[str]:
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 100_000))
+        return opened.read().decode("utf-8", errors="replace").strip().splitlines()
 
 
 def _wait(process: subprocess.Popen, scratch: Path, time_limit: float, progress: Callable[[str], None] | None) -> int:
@@ -285,10 +337,13 @@ def _wait(process: subprocess.Popen, scratch: Path, time_limit: float, progress:
 def _read_events(scratch: Path) -> list[dict[str, Any]]:
     """The events so far, with temporary paths shortened; skips invalid lines, which the folder's code may write."""
     events = []
-    text = (scratch / "events.jsonl").read_text(encoding="utf-8", errors="replace")
+    try:
+        text = results.read_text(scratch / "events.jsonl", _EVENTS_LIMIT)
+    except results.UntrustedResult:
+        return []
     for line in text.replace(f"{scratch / 'folder'}/", "").splitlines():
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
+        with contextlib.suppress(results.UntrustedResult):
+            event = results.parse_json(line)
             if isinstance(event, dict):
                 events.append(event)
     return events

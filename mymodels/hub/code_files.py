@@ -43,7 +43,7 @@ def file_of(cls: type) -> Path | None:
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     if file is None or not Path(file).is_file():
         raise CheckpointError(
-            f"{cls.__name__} is defined in {cls.__module__}, which is no file: put it into a .py file and import it from there"
+            f"{cls.__name__} is defined in {cls.__module__}, which is not a file: put it into a .py file and import it from there"
         )
     return Path(file)
 

@@ -67,14 +67,14 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
     except (SafetensorError, zipfile.BadZipFile, ValueError, EOFError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as {kind}: {first_line(error)}") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f'{path} is no JSON object: write {{"argument of forward": nested lists of numbers}}')
+        raise CheckpointError(f'{path} is not a JSON object: write {{"argument of forward": nested lists of numbers}}')
     return str(path), found
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):  # such as a pickle or a .npy file with this suffix
-            raise CheckpointError(f"{path} is no .npz archive: write it with numpy.savez")
+            raise CheckpointError(f"{path} is not an .npz archive: write it with numpy.savez")
     arrays = {}
     with np.load(path, allow_pickle=False) as archive:
         for name in archive.files:

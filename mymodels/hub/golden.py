@@ -13,6 +13,7 @@ from ..checkpoints.atomic_write import replace_file
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.integrity import update_manifest
 from ..checkpoints.safetensors_files import read_header
+from ..sandbox.results import UntrustedResult, open_regular
 from .clean_process import TIME_LIMIT, clean_process, failure_reason
 from .given_inputs import Inputs, write_inputs
 from .isolated.golden_outputs import Golden
@@ -56,7 +57,7 @@ def record_golden(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is no local folder: golden outputs are recorded in the folder of a model on this machine"
+            f"{folder} is not a local folder: golden outputs are recorded in the folder of a model on this machine"
         )
     if (folder / GOLDEN).exists():
         raise CheckpointError(f"{folder} has {GOLDEN} already: remove it first if the model was changed on purpose")
@@ -99,6 +100,10 @@ def temporary_golden(
                 raise CheckpointError(
                     f"{folder}: golden outputs cannot be recorded, {_without_internals(failure_reason(run))}"
                 )
+            try:
+                os.close(open_regular(made))
+            except UntrustedResult as error:
+                raise CheckpointError(f"{folder}: golden outputs cannot be recorded: {error}") from None
             read_golden(made)
             yield made
 
@@ -113,7 +118,7 @@ def read_golden(path: str | os.PathLike) -> Golden:
     """The content of a golden file.
 
     Raises:
-        CheckpointError: the file is damaged or is no golden file.
+        CheckpointError: the file is damaged or is not a golden file.
     """
     path = Path(path)
     read_header(path)

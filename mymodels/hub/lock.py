@@ -15,6 +15,7 @@ from ..checkpoints import replace_file
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import inside, parse_json, read_json
 from ..messages import printable
+from .isolated_model import load_isolated
 from .remote import REPO_ID, Remote
 
 LOCK_NAME = "mymodels.lock"
@@ -88,7 +89,7 @@ def read_lock(file: str | os.PathLike) -> Lock:
     """The lock in `file`.
 
     Raises:
-        LockError: the file is no valid lock.
+        LockError: the file is not a valid lock.
         FileNotFoundError: the file does not exist.
     """
     path = Path(file).expanduser()
@@ -104,7 +105,7 @@ def read_lock(file: str | os.PathLike) -> Lock:
             files[name] = (size, digest)
     of_a_commit = _AT_COMMIT.fullmatch(f"{repo_id}@{commit}") is not None
     if not files or len(files) < len(table) or not (of_a_commit or repo_id is commit is None):
-        raise LockError(f"{path} is no valid lock: review the code again, and write a new one with `mymodels lock`")
+        raise LockError(f"{path} is not a valid lock: review the code again, and write a new one with `mymodels lock`")
     return Lock(repo_id, commit, files)
 
 
@@ -113,32 +114,47 @@ def load(
     *,
     lock: str | os.PathLike | None = None,
     auto_class: str = "AutoModel",
+    isolated: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """`auto_class.from_pretrained`, which with a lock runs only the reviewed code.
+    """`auto_class.from_pretrained`, which with a lock runs only the reviewed code, or runs it in a confined process.
 
     With a lock, a Hub repo is fetched at the lock's commit. The code files are read once, compared with the lock, and
     written to a private folder from which the model is loaded, so that later changes of the repo, the cache or the
     folder have no effect. Weights are linked, not copied. `trust_remote_code=True` is implied. MyGPT2 and MyBert are
     registered by this package, so their classes in this package are used.
 
+    With `isolated=True` the model's code lives in a process that the kernel confines, see `sandbox`: it reads the folder
+    and writes nowhere else. The result is an `IsolatedModel`, for inference. `trust_remote_code` is not needed. A lock
+    is checked first.
+
     Args:
         path_or_repo_id: a folder or `user/name`.
         lock: a file written by `write_lock`; None loads as transformers does.
         auto_class: name of the class in transformers, such as `"AutoModelForCausalLM"` or `"AutoTokenizer"`.
-        kwargs: passed to `from_pretrained`. With a lock, `revision` and `code_revision` must equal its commit.
+        isolated: run the model's code in a confined process.
+        kwargs: passed to `from_pretrained`. With a lock, `revision` and `code_revision` must equal its commit. With
+            `isolated`, also `memory_limit` in bytes, `time_limit` in seconds for loading and each call, and `cuda=True`
+            to pass GPUs through.
 
     Raises:
         LockError: a code file differs from the lock, is not in it, or is missing; nothing was executed.
         HubError: the repo could not be fetched.
+        NotIsolated: `isolated`, and this machine cannot confine a process.
+        IsolatedError: `isolated`, and the model does not load.
 
     Examples:
         >>> model = load("me/my-model", lock="mymodels.lock", auto_class="AutoModelForCausalLM")
+        >>> model = load("someone/strange-model", isolated=True)
     """
     loader = getattr(transformers, auto_class, None) if re.fullmatch(r"Auto\w+", auto_class) else None
     if not hasattr(loader, "from_pretrained"):
-        raise ValueError(f"{auto_class} is no Auto class of transformers: name one, such as AutoModelForCausalLM")
+        raise ValueError(f"{auto_class} is not an Auto class of transformers: name one, such as AutoModelForCausalLM")
     assert loader is not None
+    if isolated and not auto_class.startswith("AutoModel"):
+        raise ValueError(f"isolated=True loads models, and {auto_class} loads none: name a class such as AutoModel")
+    if lock is None and isolated:
+        return load_isolated(path_or_repo_id, auto_class, **kwargs)
     if lock is None:
         return loader.from_pretrained(path_or_repo_id, **kwargs)
     locked = read_lock(lock)
@@ -156,6 +172,10 @@ def load(
             )
         folder = Remote(repo_id, token=token).request(lambda: locate(repo_id, revision=revision, token=token))
     copy = _checked_copy(folder, locked, Path(lock))
+    if isolated:
+        model = load_isolated(copy, auto_class, **kwargs)
+        model.config.name_or_path = str(path_or_repo_id)
+        return model
     loaded = loader.from_pretrained(copy, **{"trust_remote_code": True, **kwargs})
     result = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info, return_unused_kwargs
     for owner in (result, getattr(result, "config", None)):
@@ -231,7 +251,7 @@ def _read_code(folder: Path, files: list[str] | None = None) -> dict[str, bytes]
     for name in filter(_CODE.fullmatch, _walk(folder) if files is None else files):
         path = inside(folder, name, folder)
         if not path.is_file():
-            raise LockError(f"{path} is no regular file, so it cannot be read as code: remove it")
+            raise LockError(f"{path} is not a regular file, so it cannot be read as code: remove it")
         code[name] = path.read_bytes()
         if not name.lower().endswith(".json"):
             continue

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..checkpoints.safetensors_files import read_json
 from ..messages import printable
+from ..tables import print_table
 from .push_files import (
     LOADED,
     PICKLES,
@@ -171,12 +172,14 @@ def compare(files: dict[str, LocalFile], tree: dict[str, Any]) -> list[FileState
 
 def show_files(states: list[FileState], repo_id: str, console: Console) -> None:
     """Print the comparison as a table, and the number and size of the files to upload."""
-    table = Table("file", "size", "on the Hub", title=f"push to {printable(repo_id)}", title_justify="left", box=None)
+    table = Table(
+        "file", "size", "on the Hub", title=Text(f"push to {printable(repo_id)}"), title_justify="left", box=None
+    )
     table.columns[1].justify = "right"
     styles = {NEW: "green", CHANGED: "yellow", REMOVED: "red"}
     for name, size, state in states:
         table.add_row(Text(printable(name)), f"{size:,}", Text(state, style=styles.get(state, "dim")))
-    console.print(table)
+    print_table(table, console)
     sent = [state.size for state in states if state.state in (NEW, CHANGED)]
     console.print(Text(f"{len(sent)} files to upload, {sum(sent):,} bytes" if sent else "no files to upload"))
 

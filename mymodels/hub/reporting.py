@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..checkpoints.atomic_write import replace_file
 from ..checkpoints.integrity import update_manifest
+from ..tables import print_table
 from .checks import Check
 from .results_to_checks import DYNAMIC
 from .verifying import Verification
@@ -33,7 +34,7 @@ class _Row(NamedTuple):
 
 
 def show_verification(verification: Verification, console: Console | None = None, *, every_check: bool = False) -> None:
-    """Print what failed, warned or was left out (what is wrong, where, how to mend it), and the verdict.
+    """Print what failed, warned or was left out (what is wrong, where, how to fix it), and the verdict.
 
     What needs attention comes first in full, and is named again at the end, above the verdict.
 
@@ -94,7 +95,7 @@ def _joined(rows: list[_Row]) -> list[_Row]:
 
 
 def _show_row(row: _Row, console: Console, *, releases: bool) -> None:
-    """Status, check and place in one line, and under it what is wrong and how to mend it."""
+    """Status, check and place in one line, and under it what is wrong and how to fix it."""
     check = row.check
     under = f"under transformers {', '.join(row.releases)}" if releases and row.releases else ""
     head = "  ".join(filter(None, (check.name, check.where, under)))
@@ -114,7 +115,7 @@ def _show_text(label: str, text: str, console: Console) -> None:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Lines of whole words; a word that is longer than a line, such as a path, stays in one piece."""
+    """Lines broken between words; a word longer than a line, such as a path, is not broken."""
     return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False)
 
 
@@ -194,7 +195,7 @@ def _show_matrix(verification: Verification, console: Console, *, every_check: b
         for name, *signs in rows:
             cells = signs[start : start + columns]
             table.add_row(name, *(Text(cell, style="bold red" if cell == _SIGNS["failed"] else "") for cell in cells))
-        console.print(table)
+        print_table(table, console)
 
 
 def write_matrix(verification: Verification, folder: str | os.PathLike) -> Path:

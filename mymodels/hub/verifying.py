@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.opening import locate
 from ..messages import one_line
+from ..sandbox import available
 from .checks import Check
 from .clean_process import LONGEST, TIME_LIMIT, clean_process, describe_folder
 from .engine_readiness import serving_checks
@@ -34,12 +35,14 @@ class Verification(NamedTuple):
         static: the checks that execute no code.
         runs: transformers release → the checks in a clean process under it.
         serving: readiness for serving engines and tools; informational.
+        isolation: what confined the folder's code, in a line, see `sandbox.available`; empty if none was run.
     """
 
     path: str
     static: list[Check]
     runs: dict[str, list[Check]]
     serving: list[Check]
+    isolation: str = ""
 
     @property
     def rows(self) -> list[tuple[str, Check]]:
@@ -80,6 +83,7 @@ class Verification(NamedTuple):
             "path": self.path,
             "passed": self.passed,
             "complete": self.complete,
+            "isolation": self.isolation,
             "skipped": [{"release": release, **check._asdict()} for release, check in self.skipped],
             "static": [check._asdict() for check in self.static],
             "runs": {release: [check._asdict() for check in checks] for release, checks in self.runs.items()},
@@ -100,13 +104,14 @@ def verify(
     memory_limit: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     inputs: Inputs | None = None,
+    require_isolation: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check a Hub repo folder, with custom code or without: statically, then by running it in clean processes.
 
     Such a process has no mymodels, no network, an empty Hugging Face cache, limits of time and memory, and a copy of
-    the folder. It is no sandbox against code that is written to break out: for a folder you do not trust, read the
-    static checks first (`execute=False`).
+    the folder. The kernel confines it where it can (`Verification.isolation` says by what); where it cannot, read the
+    static checks first for a folder that you do not trust (`execute=False`).
 
     Args:
         path: a folder, or the id of a Hub repo.
@@ -122,6 +127,7 @@ def verify(
         cache_dir: where releases are installed, see `releases.install`.
         inputs: arguments of `forward` to run the model on, for models whose inputs cannot be generated; a file or a
             mapping, see `given_inputs.read_inputs`. Golden outputs are compared on the inputs they were recorded with.
+        require_isolation: raise where the kernel cannot confine the code, and run none of it.
         progress: called with what is being done, in a few words, whenever that changes.
 
     Returns:
@@ -130,7 +136,7 @@ def verify(
     Raises:
         FileNotFoundError: the folder or repo does not exist.
         ValueError: a release is not supported, or `inputs` cannot be read or are not what `forward` takes.
-        RuntimeError: a release cannot be installed.
+        RuntimeError: a release cannot be installed; or isolation is required, and this machine has none.
 
     Examples:
         >>> verification = verify("hub_repo/mygpt2", releases="4.57,5.0,latest")
@@ -147,6 +153,8 @@ def verify(
     )
     if not execute:
         return result
+    if require_isolation:
+        available().require()
     if is_adapter(folder):
         what = "the folder holds only an adapter, without a model to run, so only static checks were made"
         result.runs["installed"] = [Check("load", "skipped", what, "adapter_config.json")]
@@ -156,6 +164,7 @@ def verify(
     except (CheckpointError, OSError) as error:
         result.runs["installed"] = [Check("load", "failed", str(error), "config.json", DYNAMIC["load"])]
         return result
+    result = result._replace(isolation=str(available()))
     main, stages = about["classes"][0], QUICK if quick else FULL
     stages = [stage for stage in stages if training or stage != "training"]
     limits: dict[str, Any] = {"time_limit": time_limit, "memory_limit": memory_limit}

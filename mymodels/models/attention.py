@@ -1,4 +1,4 @@
-"""Attention: written out, in sliding windows, on packed sequences; rotary positions; masks.
+"""Attention functions (eager, sliding-window, on packed sequences), rotary positions and masks.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -31,7 +31,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: the only one that returns its weights.
+    """Attention in plain torch, for `attn_implementation="eager"`, the only implementation that returns weights.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.
@@ -76,19 +76,19 @@ def rotary_of(
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn queries or keys `[batch, heads, length, head_dim]` by their positions; half i pairs with half i + d/2."""
+    """Rotate queries or keys `[batch, heads, length, head_dim]` by position; dimension i pairs with i + head_dim / 2."""
     first, second = states.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (states * cos[:, None] + turned * sin[:, None]).to(states.dtype)  # autocast: states may be narrower
+    rotated = torch.cat((-second, first), dim=-1)
+    return (states * cos[:, None] + rotated * sin[:, None]).to(states.dtype)  # under autocast, cos is float32
 
 
 def norm_heads(norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """Normalise each head; under autocast the projections are narrower than the norm's weight."""
+    """Normalise each head in the dtype of the norm's weight; under autocast, `states` may have fewer bits."""
     return norm(states.to(norm.weight.dtype)).to(states.dtype)
 
 
 class ALL_ATTENTION_FUNCTIONS:
-    """transformers' attention functions, each called through `attend`."""
+    """transformers' attention functions, each wrapped in `attend`; vLLM's is returned unchanged."""
 
     @staticmethod
     def get_interface(name: str, default: Callable) -> Callable:
@@ -109,18 +109,18 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Call an attention `function` in its fastest form: sequence by sequence, in blocks, or as it is.
 
-    With `output_attentions`, `eager_attention_forward` is called in its place. Shapes as there.
+    With `output_attentions`, calls `eager_attention_forward` instead. Shapes as in `eager_attention_forward`.
     """
     if output_attentions:
         return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if packing is not None:
-        return attend_apart(function, packing, module, query, key, value, None, **kwargs)
+        return attend_packed(function, packing, module, query, key, value, None, **kwargs)
     if attention_mask is None and attends_in_blocks(module.config, query, kwargs.get("sliding_window")):
         return attend_in_blocks(function, module, query, key, value, None, **kwargs)
     return function(module, query, key, value, attention_mask, **kwargs)
 
 
-def attend_apart(
+def attend_packed(
     function: Callable,
     packing: Any,
     module: Any,
@@ -130,7 +130,7 @@ def attend_apart(
     attention_mask: None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Call an attention `function` on a `Packing` of one row, sequence by sequence, those of one length together.
+    """Call an attention `function` on the sequences of a `Packing`, neighbours of equal length as one batch.
 
     Shapes as in `eager_attention_forward`.
     """
@@ -140,15 +140,14 @@ def attend_apart(
     for length, count in packing.groups:
         rows = slice(start, start := start + length * count)
         parts = [states[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value)]
-        if window is not None and length > window:
-            pieces.append(attend_in_blocks(function, module, *parts, None, **kwargs)[0].flatten(0, 1))
-        else:
-            pieces.append(function(module, *parts, None, **kwargs)[0].flatten(0, 1))
+        in_blocks = window is not None and length > window
+        run: Callable[..., Any] = partial(attend_in_blocks, function) if in_blocks else function
+        pieces.append(run(module, *parts, None, **kwargs)[0].flatten(0, 1))
     return torch.cat(pieces)[None], None
 
 
 def attends_in_blocks(config: PretrainedConfig, states: torch.Tensor, window: int | None) -> bool:
-    """Whether a layer with this sliding window takes rows `[batch, heads, length, …]` in blocks, and needs no mask."""
+    """Whether `attend_in_blocks` computes a layer with this window for `states` `[batch, heads, length, …]`: no mask needed."""
     if window is None or config._attn_implementation != "sdpa" or not readable():
         return False
     return states.device.type == "cpu" and states.shape[2] > window
@@ -181,7 +180,7 @@ def attend_in_blocks(
     parts = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     seen = torch.ones(size, before + size, dtype=torch.bool, device=query.device).triu().tril(before)
     seen = seen.repeat(rows, blocks, 1, 1)
-    seen[:, 0, :, :before] = False  # nothing is before the first block
+    seen[:, 0, :, :before] = False  # no keys precede the first block
     kwargs["sliding_window"] = sliding_window
     mixed, _ = function(module, *parts, seen.flatten(0, 1)[:, None], **kwargs)  # [B × blocks, size, H, D]
     return mixed.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :length], None
@@ -190,7 +189,7 @@ def attend_in_blocks(
 def positions_in_cache(
     layers: list[Any], inputs_embeds: torch.Tensor, past_key_values: Any, given: torch.Tensor | None
 ) -> torch.Tensor:
-    """`[length]`: where the keys of the input go, behind what the cache of these layers holds; as given, if it is."""
+    """Cache positions `[length]` of the input, after those that the cache of `layers` holds; `given` if it is not None."""
     if given is not None:
         return given
     past = 0
@@ -212,12 +211,12 @@ def masks_by_layer_type(
     cache_position: torch.Tensor,
     output_attentions: bool = False,
 ) -> dict[str, torch.Tensor | None]:
-    """A causal mask for each layer type, None where its attention needs none; a dict that is given is taken as it is.
+    """A causal mask for each layer type, None for a type that needs no mask. A dict is returned unchanged.
 
-    Called before a cache is made: transformers looks for packed sequences only where there is none.
+    Must be called before a cache is created: transformers detects packed sequences only without a cache.
 
     Args:
-        layers: those that run here, which under pipeline parallelism are not all.
+        layers: the layers that run in this process; not all of them under pipeline parallelism.
     """
     if isinstance(attention_mask, dict):
         return attention_mask
@@ -225,7 +224,7 @@ def masks_by_layer_type(
     in_blocks = set()
     if not output_attentions:
         in_blocks = _types_in_blocks(config, inputs_embeds, attention_mask, past_key_values, position_ids, first)
-    of_type: dict[str, int] = {}  # in a pipeline: the layer whose cache says how much there is
+    of_type: dict[str, int] = {}  # in a pipeline: the first own layer of each type, whose cache has its length
     if len(layers) < config.num_hidden_layers:
         of_type = {layer.layer_type: layer.self_attn.layer_idx for layer in reversed(layers)}
     given = {
@@ -250,7 +249,7 @@ def _types_in_blocks(
     position_ids: torch.Tensor | None,
     layer_idx: int,
 ) -> set[str]:
-    """The layer types that run in blocks without a mask: with a window, on rows without padding and nothing cached."""
+    """The layer types that `attend_in_blocks` computes: sliding ones, on rows without padding and with an empty cache."""
     if not attends_in_blocks(config, states[:, None], config.sliding_window):
         return set()
     if past_key_values is not None and (
@@ -258,7 +257,7 @@ def _types_in_blocks(
     ):
         return set()
     if attention_mask is None:
-        one_sequence = position_ids is None or past_key_values is not None  # else rows may be packed
+        one_sequence = position_ids is None or past_key_values is not None  # otherwise rows may be packed
     else:
         one_sequence = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
         one_sequence = one_sequence and bool(attention_mask.all())
@@ -272,11 +271,12 @@ def bidirectional_mask(
     sequence_ids: torch.Tensor | None,
     output_attentions: bool = False,
 ) -> torch.Tensor | None:
-    """The mask of an encoder; None where its attention needs none.
+    """The attention mask of an encoder, or None if it needs no mask.
 
     Args:
-        attention_mask: as given to the model; a dict, by layer type, is taken as it is.
-        sequence_ids: `[batch, length]`, numbers of the sequences packed in each row, which do not see each other.
+        attention_mask: as passed to the model; from a dict by layer type, the mask is returned unchanged.
+        sequence_ids: `[batch, length]`, the number of each token's sequence in packed rows; tokens attend to tokens of
+            the same number only.
     """
     if isinstance(attention_mask, dict):
         return attention_mask["full_attention"]
@@ -288,7 +288,7 @@ def bidirectional_mask(
 
 
 def with_eager_attention(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of the config, for masks in the form that eager attention takes."""
+    """A copy of the config with eager attention, so that masks are made in the form that eager attention needs."""
     config = copy.copy(config)
     config._attn_implementation_internal = "eager"
     return config

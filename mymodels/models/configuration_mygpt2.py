@@ -6,7 +6,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .base import NORMS, MyPretrainedConfig, Plan
-from .compat import WHOLE_BUT_SEES_A_SHARE
+from .compat import TP_REPLICATED
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +27,7 @@ class MyGPT2Config(MyPretrainedConfig):
         head_dim: width of one head. Default: `hidden_size // num_attention_heads`.
         intermediate_size: width of the MLP. Default: `4 * hidden_size`.
         max_position_embeddings: rows of the learned position table, which is also the longest input; with `rope` and
-            `none` just a hint for engines, no limit.
+            `none` a hint for inference engines, not a limit.
         position_embedding_type: `learned`, `rope` (rotary, arXiv 2104.09864) or `none` (arXiv 2305.19466).
         rope_theta: base of the rotary frequencies.
         norm_type: `layernorm` or `rmsnorm` (arXiv 1910.07467).
@@ -73,17 +73,17 @@ class MyGPT2Config(MyPretrainedConfig):
 
     @Plan
     def base_model_tp_plan(self) -> dict[str, str]:
-        """How tensor parallelism shares out the projections: by outputs (`colwise`) or by inputs (`rowwise`)."""
+        """Tensor parallelism splits projections by outputs (`colwise`) or by inputs (`rowwise`)."""
         attention, mlp = "layers.*.self_attn.", "layers.*.mlp."
         plan = {attention + name: "colwise" for name in ("q_proj", "k_proj", "v_proj")}
-        if self.qk_norm and WHOLE_BUT_SEES_A_SHARE:  # a norm of one head's width, which sees its process's heads only
-            plan |= {attention + name: WHOLE_BUT_SEES_A_SHARE for name in ("q_norm", "k_norm")}
+        if self.qk_norm and TP_REPLICATED:  # each process normalises its own heads with the same weight
+            plan |= {attention + name: TP_REPLICATED for name in ("q_norm", "k_norm")}
         plan |= {mlp + name: "colwise" for name in ("gate_proj", "up_proj")[self.mlp_type == "dense" :]}
         return plan | {attention + "o_proj": "rowwise", mlp + "down_proj": "rowwise"}
 
     @Plan
     def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]]:
-        """What pipeline parallelism shares out, in this order, with the inputs and outputs of each."""
+        """The modules that pipeline parallelism distributes, in order, with the inputs and outputs of each."""
         learned = {"embed_positions": (["position_ids"], ["position_embeds"])}
         return {
             "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -154,13 +154,13 @@ class MyGPT2Config(MyPretrainedConfig):
         self.attn_pdrop = attn_pdrop
         self.initializer_range = initializer_range
 
-        super().__init__(**kwargs)  # GPT-2's old names among them reach the fields above through `attribute_map`
+        super().__init__(**kwargs)  # `attribute_map` maps GPT-2's old names to the fields above
 
         heads = self.num_attention_heads
         self._finish_init(
             auto_map,
             num_key_value_heads=heads if num_key_value_heads is None else num_key_value_heads,
-            # max(): zero heads is for `check_consistency` to report
+            # max(): `check_consistency` reports zero heads
             head_dim=self.hidden_size // max(heads, 1) if head_dim is None else head_dim,
             intermediate_size=4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size,
             layer_types=None if layer_types is None else list(layer_types),
@@ -171,7 +171,7 @@ class MyGPT2Config(MyPretrainedConfig):
             pad_token_id=pad_token_id,
         )
 
-    _followed_layer_types = None  # the default by `sliding_window`, which `layer_types` follows while it is the same
+    _followed_layer_types = None  # the last default; `layer_types` equal to it follow later changes of other fields
 
     def _default_layer_types(self) -> list[str]:
         return ["full_attention" if self.sliding_window is None else "sliding_attention"] * self.num_hidden_layers
@@ -191,28 +191,28 @@ class MyGPT2Config(MyPretrainedConfig):
                 f"num_attention_heads={heads}: change one of them, or set head_dim"
             )
         self._require(kv_heads > 0 and heads % kv_heads == 0, "num_key_value_heads", f"a divisor of {heads} heads")
-        self._require_whole_heads("num_attention_heads", "num_key_value_heads")
+        self._require_heads_per_process("num_attention_heads", "num_key_value_heads")
         self._require(self.head_dim > 0, "head_dim", "a positive integer")
         if self.position_embedding_type == "rope":
             self._require(self.head_dim % 2 == 0, "head_dim", "even for position_embedding_type='rope'")
             self._require(self.rope_theta > 0, "rope_theta", "positive")
         self._require(self.activation_function in ACT2FN, "activation_function", "a key of transformers' ACT2FN")
-        self._require(not getattr(self, "add_cross_attention", False), "add_cross_attention", "False: not built here")
+        self._require(not getattr(self, "add_cross_attention", False), "add_cross_attention", "False: not supported")
         window, cap = self.sliding_window, self.final_logit_softcapping
-        # with 1, transformers' cache, which holds the window's earlier tokens, holds all of them: wrong text
-        self._require(window is None or window > 1, "sliding_window", "None or 2 tokens at the least")
+        # with 1, transformers' sliding cache keeps all tokens instead of none, and the text is wrong
+        self._require(window is None or window > 1, "sliding_window", "None or at least 2")
         self._require(cap is None or cap > 0, "final_logit_softcapping", "None or positive")
         if self.layer_types is None or self.layer_types == self._followed_layer_types:
-            self.layer_types = self._default_layer_types()
+            self.layer_types: list[str] = self._default_layer_types()
         elif window is not None and set(self.layer_types) == {"full_attention"}:
             logger.warning_once(
-                f"sliding_window={window} has no effect: layer_types names 'full_attention' for every layer. For layers "
-                "that slide, leave layer_types out (None), or name 'sliding_attention'"
+                f"sliding_window={window} has no effect: layer_types names 'full_attention' for every layer. For "
+                "sliding layers, leave layer_types at None, or name 'sliding_attention'"
             )
         self._followed_layer_types = self._default_layer_types()
         known = {"full_attention", "sliding_attention"}
         self._require(set(self.layer_types) <= known, "layer_types", f"a list over {sorted(known)}")
-        if len(set(self.layer_types)) == 1:  # one kind of layer goes on when num_hidden_layers is changed afterwards
+        if len(set(self.layer_types)) == 1:  # layers of one type follow a later change of num_hidden_layers
             self.layer_types = self.layer_types[:1] * self.num_hidden_layers
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(

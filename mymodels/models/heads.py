@@ -1,4 +1,4 @@
-"""Task heads that both models share: arguments, losses and outputs. Each stands on a base model, at `self.base_model`.
+"""Task heads as mixins: arguments, losses and outputs. The base model is at `self.base_model`.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -18,13 +18,13 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .cpu_kernels import linear_by_onednn, make_activation
-from .losses import check_loss_is_ours, classification_loss
+from .losses import check_loss_fields, classification_loss
 from .padding import may_skip_padding, packed_lengths, unpacked
 from .vllm_adapter import FirstTokenLinear, served_class
 
 
 def make_classifier(config: PretrainedConfig, bias: bool = True) -> nn.Linear:
-    """A linear layer from the hidden states to the labels; under vLLM one that takes its pooled vectors."""
+    """A linear layer from the hidden states to the labels; under vLLM, one that accepts vLLM's pooled vectors."""
     head = nn.Linear if served_class(config) is None else FirstTokenLinear
     return head(config.hidden_size, config.num_labels, bias=bias)
 
@@ -42,7 +42,7 @@ class MyBertPredictionHeadTransform(nn.Module):
 
 
 class MyBertLMPredictionHead(nn.Module):
-    """The bias stands beside the tied matrix, not in it: one parameter, under the name stock checkpoints use."""
+    """The bias is a parameter of this module and not of `decoder`, as in stock checkpoints."""
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
@@ -73,7 +73,7 @@ class EncoderHead:
     loss_function: Any
 
     def _run_encoder(self, labels: Any, attention_mask: Any, kwargs: dict[str, Any], **inputs: Any) -> Any:
-        """The base model's outputs, for a head that reads every token. `kwargs`: what `forward` takes beside inputs."""
+        """The base model's outputs for a head that reads every token. `kwargs`: further arguments of `forward`."""
         skip_padding = may_skip_padding(self, labels, attention_mask, kwargs.pop("skip_padding", None))
         return self.base_model(
             attention_mask=attention_mask, skip_padding=skip_padding, return_dict=True, **inputs, **kwargs
@@ -103,7 +103,7 @@ class TokenHead(EncoderHead):
         """Predict a label, or a token of the vocabulary, for each token. Arguments beyond the base model's:
 
         Args:
-            labels: `[batch, length]` numbers of labels or tokens, -100 where none counts.
+            labels: `[batch, length]` numbers of labels or tokens, -100 is ignored.
 
         Returns:
             `logits` `[batch, length, labels or vocabulary]`, with `labels` the mean cross-entropy in nats as `loss`.
@@ -120,7 +120,7 @@ class TokenHead(EncoderHead):
         logits = self.logits_of(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            kwargs |= {"vocab_size": self.config.vocab_size, "config": self.config}  # each loss takes one of them
+            kwargs |= {"vocab_size": self.config.vocab_size, "config": self.config}  # each loss needs one of these
             loss = self.loss_function(logits=logits, labels=labels, **kwargs)
         return self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -128,7 +128,7 @@ class TokenHead(EncoderHead):
 
 
 class SpanHead(EncoderHead):
-    """Where in the text an answer starts and ends. Subclasses have `qa_outputs`, a linear layer to two numbers."""
+    """The start and end of an answer in the text. Subclasses have `qa_outputs`, a linear layer to two numbers."""
 
     qa_outputs: nn.Module
 
@@ -152,7 +152,7 @@ class SpanHead(EncoderHead):
         Returns:
             `start_logits` and `end_logits` `[batch, length]`, with positions the mean of both losses as `loss`.
         """
-        kwargs["skip_padding"] = False  # an answer is looked for among all positions, as in stock
+        kwargs["skip_padding"] = False  # as in stock models, every position can be an answer
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -200,16 +200,16 @@ class PooledHead:
 
         Args:
             labels: `[batch]` class numbers, `[batch, num_labels]` 0/1 floats (multi-label), or floats (regression),
-                by `config.problem_type`, which is inferred at the first call as everywhere in transformers.
+                depending on `config.problem_type`, which is inferred at the first call if unset, as in transformers.
 
         Returns:
             `logits` `[batch, num_labels]`, with `labels` the mean `loss`.
 
         Raises:
-            ValueError: in training, no `labels`, although the config has fields for the loss.
+            ValueError: in training, `labels` is missing although the config has settings for the loss.
         """
         if labels is None and self.training and torch.is_grad_enabled():
-            check_loss_is_ours(self.config)
+            check_loss_fields(self.config)
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -235,7 +235,7 @@ class PooledHead:
 class LastTokenHead:
     """A classifier on the last token of each sequence of a decoder. Subclasses have `score`, a linear layer."""
 
-    accepts_loss_kwargs = False  # as above
+    accepts_loss_kwargs = False  # as in `PooledHead`
     base_model: Any
     config: Any
     loss_function: Any
@@ -263,7 +263,7 @@ class LastTokenHead:
             `logits` `[batch, num_labels]` (packed rows: `[sequences, num_labels]`), with `labels` the `loss`.
 
         Raises:
-            ValueError: several rows, and neither `config.pad_token_id` nor `attention_mask` tells where they end.
+            ValueError: several rows, and neither `config.pad_token_id` nor `attention_mask` is there to find their ends.
         """
         outputs = self.base_model(
             input_ids=input_ids,

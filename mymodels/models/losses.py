@@ -1,4 +1,4 @@
-"""Losses: cross-entropy that stores no copy of the logits; classification with smoothing, class weights and focus.
+"""Losses: cross-entropy that stores no copy of the logits; classification with smoothing, class weights, focal loss.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from .cpu_kernels import ONE_DNN, differentiated, is_plain, one_dnn, recordable
+from .cpu_kernels import ONE_DNN, gradients_of, is_plain, one_dnn, recordable
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each row, `[rows]`, which keeps nothing of the size of the logits but the logits themselves."""
+    """Cross-entropy of each row, `[rows]`, which stores no other tensor of the size of the logits."""
 
     generate_vmap_rule = True
 
@@ -31,7 +31,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, None]:
         logits, labels, norms = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated once more
+        if torch.is_grad_enabled():  # for second derivatives
             hits = labels[:, None] == torch.arange(logits.shape[-1], device=labels.device)
             return ((logits.float().softmax(-1) - hits.float()) * gradient[:, None]).to(logits.dtype), None
         result, rows = torch.empty_like(logits), max(1, 2**22 // logits.shape[-1])
@@ -43,9 +43,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """The same from what the logits were made of, `head(states)`: logits are not kept, but made again piece by piece.
+    """Cross-entropy of `head(states)`, whose logits are not stored but computed again piece by piece for the gradient.
 
-    `logits` are only looked at: what depends on them otherwise has its gradient through them.
+    `logits` are read only in the forward pass; no gradient goes to them.
     """
 
     generate_vmap_rule = True
@@ -71,17 +71,17 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple:
         states, weight, bias, labels, norms = ctx.saved_tensors
         cap, wanted = ctx.cap, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # to be differentiated once more
-            # seen through views: `states` may themselves depend on a weight that is tied
+        if torch.is_grad_enabled():  # for second derivatives
+            # views, because `states` may depend on a tied weight
             inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (states, weight, bias)]
             logits = soft_cap(nn.functional.linear(*inputs), cap).float()
             losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-            return *differentiated(losses, inputs, wanted[:3], gradient), None, None, None
+            return *gradients_of(losses, inputs, wanted[:3], gradient), None, None, None
         product = one_dnn if ONE_DNN and states.dtype is torch.float32 else nn.functional.linear
         for_states = torch.zeros_like(states) if wanted[0] else None
         for_weight = torch.empty_like(weight) if wanted[1] else None
         for_bias = torch.empty_like(bias) if wanted[2] else None
-        for start in range(0, len(weight), 4096):  # a part of the vocabulary
+        for start in range(0, len(weight), 4096):  # one part of the vocabulary at a time
             part = slice(start, start + 4096)
             some = weight[part]
             logits = soft_cap(product(states, some, None if bias is None else bias[part]), cap)
@@ -102,12 +102,12 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """`cap * tanh(logits / cap)`, as in Gemma 2 (arXiv 2408.00118); None: as they are."""
+    """`cap * tanh(logits / cap)`, as in Gemma 2 (arXiv 2408.00118); None returns `logits` unchanged."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def next_labels(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:
-    """The label that each position predicts, `[batch, length]`: the next one; `shift_labels` are such already."""
+    """The label that each position predicts, `[batch, length]`: `shift_labels`, or `labels` shifted by one."""
     if shift_labels is not None or labels is None:
         return shift_labels
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
@@ -123,16 +123,16 @@ def causal_lm_loss(
     made_of: tuple[torch.Tensor, nn.Module, float | None] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' loss of causal language models, same arguments, in less memory: no second matrix of logits' size.
+    """transformers' `ForCausalLMLoss`, with the same arguments, without a second matrix of the size of the logits.
 
     Args:
-        logits: `[batch, length, vocab_size]`, taken to float32 piece by piece.
+        logits: `[batch, length, vocab_size]`, converted to float32 piece by piece.
         labels: `[batch, length]`, shifted by one here; or `shift_labels`, already shifted.
-        num_items_in_batch: what the sum is divided by; None: the number of labels that count.
-        ignore_index: the label that does not count.
-        made_of: what gave the logits: states `[batch, length, width]`, head and soft cap. Then no logits are kept for
-            the backward pass either, where the head's product, a tenth of a step's work, is made once more, and the loss
-            depends on the states, not on `logits`.
+        num_items_in_batch: divisor of the sum; None: the number of labels that are not ignored.
+        ignore_index: the label that is ignored.
+        made_of: what the logits were computed from: states `[batch, length, width]`, head and soft cap. Then the logits
+            are not stored for the backward pass, which computes the head's product again (about a tenth of a training
+            step), and the gradient goes to the states, not to `logits`.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -154,11 +154,11 @@ def causal_lm_loss(
 
 
 def classification_loss(config: PretrainedConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean loss of `logits` `[B, L]`, by `config.problem_type`, with the config's smoothing, weights and focus.
+    """Mean loss of `logits` `[B, L]` for `config.problem_type`, with the config's smoothing, class weights and focal loss.
 
-    With these switches off it is the loss of every stock sequence classifier.
+    With these at their defaults, it is the loss of every stock sequence classifier.
     """
-    if config.problem_type is None:  # inferred once and kept, as stock models do: pipelines read it
+    if config.problem_type is None:  # inferred once and stored in the config, as in stock models: pipelines read it
         if config.num_labels == 1:
             config.problem_type = "regression"
         elif labels.dtype in (torch.long, torch.int):
@@ -175,7 +175,7 @@ def classification_loss(config: PretrainedConfig, logits: torch.Tensor, labels: 
         targets = labels.float() * (1 - config.label_smoothing) + config.label_smoothing / 2
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
         total: int | torch.Tensor = losses.numel()
-        truth = torch.where(labels > 0.5, logits, -logits).sigmoid()  # probability given to what is true
+        truth = torch.where(labels > 0.5, logits, -logits).sigmoid()  # probability of the true answer
     else:
         labels = labels.view(-1).long()
         losses = nn.functional.cross_entropy(
@@ -192,16 +192,16 @@ def classification_loss(config: PretrainedConfig, logits: torch.Tensor, labels: 
 LOSS_FIELDS = {"label_smoothing": 0, "class_weights": None, "focal_gamma": 0, "multi_sample_dropout": 1}  # off
 
 
-def check_loss_is_ours(config: PretrainedConfig) -> None:
-    """Raise a `ValueError` if the config asks for a loss that nobody computes: in training, and no labels given.
+def check_loss_fields(config: PretrainedConfig) -> None:
+    """Raise a `ValueError` if the config has settings for a loss that is not computed, as no labels were passed.
 
-    transformers' Trainer keeps labels to itself, and takes another loss, with `label_smoothing_factor` or
+    transformers' Trainer passes no labels and computes another loss with `label_smoothing_factor` or
     `compute_loss_func`.
     """
     on = [f"{name}={getattr(config, name)}" for name, off in LOSS_FIELDS.items() if getattr(config, name) != off]
     if on:
         raise ValueError(
-            f"config.{', config.'.join(on)} would have no effect: they are for the loss that this model computes, but in "
-            "training it was given no labels. The Trainer takes them away for label_smoothing_factor (set "
-            "config.label_smoothing instead) and for compute_loss_func (leave one of the two out)"
+            f"config.{', config.'.join(on)} would have no effect: they apply to the loss that this model computes, "
+            "but no labels were passed in training. The Trainer withholds labels with label_smoothing_factor (set "
+            "config.label_smoothing instead) and with compute_loss_func (remove one of the two)"
         )

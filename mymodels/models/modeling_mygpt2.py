@@ -24,21 +24,21 @@ from .attention import (
     positions_in_cache,
     rotary_of,
 )
-from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_elsewhere, make_norm, own_layers
-from .compat import SHARED_OUT_AND_GATHERED
+from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_placeholder, make_norm, own_layers
+from .compat import TP_COLWISE_GATHERED
 from .configuration_mygpt2 import MyGPT2Config
 from .cpu_kernels import dense_mlp, gated_mlp, linear_by_onednn, make_activation, trained_as
 from .heads import LastTokenHead, make_classifier
 from .losses import causal_lm_loss, next_labels, soft_cap
 from .padding import may_skip_padding, skips_padding
-from .tokenwise import calls_of_class  # noqa: F401  a file that others need has to be imported here, for older releases
+from .tokenwise import calls_of_class  # noqa: F401  releases up to 5.6 fetch only files that are imported here
 from .vllm_adapter import adapt_decoder, pools_for_vllm
 
 
-# `set_attn_implementation` looks for texts in this file: `eager_attention_forward`, and after 5.0
-# `ALL_ATTENTION_FUNCTIONS.get_interface(`, before that `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
-# vLLM reads the source of `forward` too: the function has to be looked up there and called once, with `scaling=`, and
-# each projection to be called plainly, once.
+# `set_attn_implementation` searches this file for `eager_attention_forward`, and for
+# `ALL_ATTENTION_FUNCTIONS.get_interface(` (after 5.0) or `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
+# vLLM reads the source of `forward`: it must look up the attention function and call it once with `scaling=`, and call
+# each projection once.
 class MyGPT2Attention(nn.Module):
     """Causal self-attention, grouped-query if `num_key_value_heads < num_attention_heads`."""
 
@@ -180,8 +180,8 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
     def embed(
         self, inputs_embeds: torch.Tensor, token_type_ids: torch.Tensor | None, position_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Add to token embeddings what GPT-2 adds; stages of a pipeline after the first are given hidden states."""
-        if is_elsewhere(self.layers[0]):
+        """Add position and token-type embeddings; later pipeline stages return their input, which is hidden states."""
+        if is_placeholder(self.layers[0]):
             return inputs_embeds
         hidden_states = inputs_embeds
         if self.config.position_embedding_type == "learned":
@@ -218,14 +218,14 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
                 `[batch, 1, length, past + length]` mask; or a dict of such masks by layer type.
             token_type_ids: `[batch, length]`; as in GPT-2, their *token* embeddings are added.
             position_ids: `[batch, length]`. Without cache and `attention_mask`, positions that start over mark
-                sequences packed in one row, which then do not see each other.
+                packed sequences, which do not attend to each other.
             inputs_embeds: `[batch, length, hidden_size]` instead of `input_ids`.
             use_cache: return `past_key_values` for the next call. Default: `config.use_cache`, but not in training.
-            output_attentions, output_hidden_states: also return them; for attentions, `eager` computes this call.
-            skip_padding: where it is faster (not with a cache), compute nothing for padding; its hidden states are then 0.
+            output_attentions, output_hidden_states: also return these; attentions are computed by `eager` attention.
+            skip_padding: skip padding where that is faster (never with a cache); hidden states at padding are then 0.
 
         Returns:
-            `last_hidden_state` `[batch, length, hidden_size]`, after the last norm, and what was asked for:
+            `last_hidden_state` `[batch, length, hidden_size]`, after the last norm, and what was requested:
             `hidden_states` has `num_hidden_layers + 1` entries, the last one being `last_hidden_state`.
 
         Raises:
@@ -239,9 +239,9 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, C]
 
-        # the depth by the config: assisted decoding with an early exit lowers it for a while
+        # assisted decoding with early exit lowers `num_hidden_layers` temporarily
         layers = own_layers(self.layers, config.num_hidden_layers)
-        # `cache_position` by name in the signature, 5.4 and newer would warn
+        # popped from kwargs: 5.4 and newer warn about `cache_position` in a signature
         cache_position = positions_in_cache(layers, inputs_embeds, past_key_values, kwargs.pop("cache_position", None))
         if position_ids is None and config.position_embedding_type == "learned":
             check_length(inputs_embeds.shape[1], config.max_position_embeddings)
@@ -277,17 +277,17 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
     """MyGPT2 with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": SHARED_OUT_AND_GATHERED}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _tp_plan = {"lm_head": TP_COLWISE_GATHERED}
+    _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     shifts_labels = True
 
     def __init__(self, config: MyGPT2Config):
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # by name, a subclass called otherwise would have other labels counted
+        self.loss_type = "ForCausalLM"  # otherwise derived from the class name, which a subclass may change
         self.loss_function = causal_lm_loss
         self.model = MyGPT2Model(config)
-        self.model.shifts_labels = True  # PEFT's prefix tuning shows the Trainer this one
+        self.model.shifts_labels = True  # the model that the Trainer sees under PEFT's prefix tuning
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
@@ -321,10 +321,10 @@ class MyGPT2ForCausalLM(MyGPT2PreTrainedModel, GenerationMixin):
         """Predict the next token at each position. Arguments beyond `MyGPT2Model`'s:
 
         Args:
-            labels: `[batch, length]`, usually `input_ids` itself: the shift by one happens inside; -100 is left out. On a
-                CPU the loss is differentiated by the states that the logits were made of, and not by `logits`; for that,
-                set `model.loss_function` to transformers' `ForCausalLMLoss`.
-            logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
+            labels: `[batch, length]`, usually `input_ids`: they are shifted by one inside; -100 is ignored. On a CPU, the
+                gradient of the loss goes to the hidden states directly, not through `logits`; if you need it there, set
+                `model.loss_function` to transformers' `ForCausalLMLoss`.
+            logits_to_keep: compute logits only for this number of last positions (0: all), or for these indices.
 
         Returns:
             `logits` `[batch, kept, vocab_size]`, with `labels` the mean cross-entropy in nats as `loss`.
@@ -364,7 +364,7 @@ class MyGPT2ForSequenceClassification(LastTokenHead, MyGPT2PreTrainedModel):
 
     def __init__(self, config: MyGPT2Config):
         super().__init__(config)
-        self.loss_type = "ForSequenceClassification"  # by name, a subclass called otherwise would get another loss
+        self.loss_type = "ForSequenceClassification"  # otherwise derived from the class name
         self.num_labels = config.num_labels
         self.model = MyGPT2Model(config)
         self.score = make_classifier(config, bias=False)

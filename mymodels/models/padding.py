@@ -1,4 +1,4 @@
-"""Running a model without padding: sequences laid end to end in one row.
+"""Run a model without padding: sequences are concatenated in one row.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import HOOKS, hooks_everywhere, is_hooked
+from .base import HOOKS, has_global_hooks, is_hooked
 from .compat import EXPORTING, readable
-from .tokenwise import calls_of_class, stack_keeps_tokens_apart, treats_tokens_alone
+from .tokenwise import calls_are_unpatched, calls_of_class, stack_is_tokenwise
 
 
 def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
-    """Number the sequences packed in each row: a new one starts wherever positions do not go on by one.
+    """Number the sequences packed in each row: a new one starts where a position is not the previous one plus 1.
 
     `[[0, 1, 2, 0, 1]]` → `[[0, 0, 0, 1, 1]]`.
     """
@@ -31,14 +31,14 @@ def packed_sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
 def packed_lengths(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> list[int] | None:
     """Lengths of the sequences packed in rows of `position_ids` `[batch, length]`, row by row.
 
-    None if each row is one sequence, if a mask says what sees what, or in a graph that is exported.
+    None if each row is one sequence, if there is an attention mask, or while exporting or tracing.
     """
     if position_ids is None or attention_mask is not None or EXPORTING() or torch.jit.is_tracing():
         return None
     return _read_lengths(position_ids)
 
 
-@torch.compiler.disable  # a compiled model stops here to look, rather than take packed sequences for one
+@torch.compiler.disable  # a graph break, so that a compiled model also detects packed sequences
 def _read_lengths(position_ids: torch.Tensor) -> list[int] | None:
     ids = packed_sequence_ids(position_ids)
     if not ids[:, -1:].any():
@@ -47,7 +47,7 @@ def _read_lengths(position_ids: torch.Tensor) -> list[int] | None:
 
 
 def lengths_in_rows(states: torch.Tensor, position_ids: torch.Tensor | None, attention_mask: Any) -> list[int] | None:
-    """`packed_lengths` of an input or its states `[batch, length, …]`, for which one row of positions may stand for all."""
+    """`packed_lengths` of an input or its states `[batch, length, …]`; one row of `position_ids` applies to all rows."""
     if position_ids is None:
         return None
     return packed_lengths(position_ids.expand(states.shape[0], -1), attention_mask)
@@ -56,10 +56,10 @@ def lengths_in_rows(states: torch.Tensor, position_ids: torch.Tensor | None, att
 def sequence_ids_in_rows(
     states: torch.Tensor, position_ids: torch.Tensor | None, attention_mask: Any, read: bool = True
 ) -> torch.Tensor | None:
-    """`packed_sequence_ids` of an input whose rows are packed, or may be and cannot be read; else None.
+    """`packed_sequence_ids` of an input whose rows are packed, or whose positions cannot be read; otherwise None.
 
     Args:
-        read: False: look at no value, where it is known that one row is not to be taken apart.
+        read: False: do not read positions; return None if they could be read.
     """
     if position_ids is None or attention_mask is not None:
         return None
@@ -68,58 +68,58 @@ def sequence_ids_in_rows(
     return packed_sequence_ids(position_ids.expand(states.shape[0], -1))
 
 
-def counts_padding(labels: torch.Tensor | None, attention_mask: Any) -> bool:
-    """Whether some label other than -100 is for an output at padding, so that padding has to be computed too."""
+def has_labels_at_padding(labels: torch.Tensor | None, attention_mask: Any) -> bool:
+    """Whether a label other than -100 is at padding, which then must be computed too."""
     if labels is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != labels.shape:
         return False
     return readable() and bool(((labels != -100) & (attention_mask == 0)).any())
 
 
 def unpacked(packed: torch.Tensor, lengths: list[int], padding_value: float = 0) -> torch.Tensor:
-    """Sequences of `lengths` out of packed rows `[batch, length, …]`, each in a row of its own, padded on the right."""
+    """The sequences of packed rows `[batch, length, …]`, each in a row of its own, padded on the right."""
     return nn.utils.rnn.pad_sequence(packed.flatten(0, 1).split(lengths), True, padding_value)
 
 
 def may_skip_padding(
     model: nn.Module, labels: torch.Tensor | None, attention_mask: Any, wanted: bool | None = None
 ) -> bool:
-    """Whether a head that reads every token may have zeros for the states at padding.
+    """Whether a head that reads every token can skip padding, so that states there are 0.
 
-    Only if `labels` are given, none of which counts there: without them it is unknown what becomes of the outputs, which
-    transformers' Trainer for one compares with labels itself (`label_smoothing_factor`).
+    Only with `labels` that are -100 at all padding. Without labels, the caller may use the outputs at padding;
+    transformers' Trainer does with `label_smoothing_factor`.
 
     Args:
-        wanted: the caller's own choice, which is taken.
+        wanted: the caller's choice; returned unless None.
     """
     if wanted is not None:
         return wanted
-    if labels is None or counts_padding(labels, attention_mask):
+    if labels is None or has_labels_at_padding(labels, attention_mask):
         return False
-    return not hooks_everywhere() and not any(map(is_watched, _modules_of(model)))
+    return not has_global_hooks() and not any(map(layout_is_visible, _modules_of(model)))
 
 
 class Packing:
-    """Sequences laid end to end in one row, `[1, tokens]`, without padding, and the way back.
+    """Maps a padded batch to one row of concatenated sequences without padding, `[1, tokens]`, and back.
 
-    Nothing is computed for padding, and each sequence attends to itself alone, without a mask.
+    Nothing is computed for padding, and each sequence attends only to itself, without a mask.
 
     Args:
         lengths: tokens of each sequence, in their order in the row.
-        shape: `(batch, length)` of what they come from.
-        index: `[tokens]`, where each token stands in the flattened `[batch * length]`; None: in this very order.
+        shape: `(batch, length)` of the batch.
+        index: `[tokens]`, the place of each token in the flattened batch `[batch * length]`; None: the same order.
     """
 
     def __init__(self, lengths: list[int], shape: tuple[int, int], index: torch.Tensor | None = None):
         self.shape, self.index, self.tokens = shape, index, sum(lengths)
-        self.groups = [(length, len(list(same))) for length, same in groupby(lengths)]  # neighbours of one length
+        self.groups = [(length, len(list(same))) for length, same in groupby(lengths)]  # neighbours of equal length
 
     @classmethod
     def find(
         cls, shape: tuple[int, int], attention_mask: Any, lengths: list[int] | None, right_padded: bool = False
     ) -> "Packing | None":
-        """What a batch of `shape` holds, longest sequence first, or packed rows of sequences of `lengths`.
+        """The packing of a batch of `shape`, longest sequence first, or of rows already packed with `lengths`.
 
-        None where nothing is gained or the mask says more than where padding is: no padding, or some amid the tokens.
+        None if there is no padding, or if the mask is not a contiguous run of tokens in each row.
         """
         if lengths is not None:
             return cls(lengths, shape)
@@ -132,8 +132,8 @@ class Packing:
         ordered, order = mask.sum(dim=1).sort(descending=True, stable=True)
         rows, columns = mask[order].nonzero(as_tuple=True)
         index, lengths = order[rows] * shape[1] + columns, ordered.tolist()
-        # oneDNN compiles kernels for each number of rows and keeps them, in the end half a gigabyte. So that numbers
-        # recur, some tokens (at most 1 in 16) are there twice: as one more sequence, which `put` leaves out.
+        # oneDNN compiles and caches kernels for each number of rows, up to half a gigabyte. To use fewer different
+        # numbers, some tokens (at most 1 in 16) are repeated as one more sequence, which `put` drops.
         step = 1 if torch.is_grad_enabled() else max(1, (1 << len(index).bit_length()) // 32)
         rest = -len(index) % step
         packing = cls(lengths + [rest] * (rest > 0), shape, torch.cat((index, index[:rest])))
@@ -141,7 +141,7 @@ class Packing:
         return packing
 
     def take(self, padded: torch.Tensor | None) -> torch.Tensor | None:
-        """`[batch, length, …]` → `[1, tokens, …]`; a batch of one row counts for all, None stays None."""
+        """`[batch, length, …]` → `[1, tokens, …]`; a batch of one row is expanded, None is returned as None."""
         if padded is None:
             return None
         flat = padded.expand(self.shape[0], *padded.shape[1:]).flatten(0, 1)
@@ -156,43 +156,43 @@ class Packing:
         return flat.unflatten(0, self.shape)
 
 
-# whose hooks move, gather or cast tensors, or ask for their gradient (with gradient checkpointing), whatever their
-# shape; accelerate's replace `forward` for that
-NOT_LOOKING = ("accelerate.", "deepspeed.", "torch.distributed.", "transformers.distributed.")
-NOT_LOOKING += ("transformers.integrations.tensor_parallel", "transformers.modeling_utils")
+# modules whose hooks only move, gather or cast tensors, or request gradients, whatever the shape; accelerate's replace
+# `forward` for that
+IGNORES_LAYOUT = ("accelerate.", "deepspeed.", "torch.distributed.", "transformers.distributed.")
+IGNORES_LAYOUT += ("transformers.integrations.tensor_parallel", "transformers.modeling_utils")
 
 
-def _made_by(function: Any) -> str:
+def _defining_module(function: Any) -> str:
     function = function.func if isinstance(function, partial) else getattr(function, "__func__", function)
     return str(getattr(function, "__module__", ""))
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether somebody might see how tokens are laid out: hooks, or a replaced `forward`, by others than `NOT_LOOKING`."""
+def layout_is_visible(module: nn.Module) -> bool:
+    """Whether hooks or a replaced `forward`, except those of `IGNORES_LAYOUT`, could see how tokens are laid out."""
     if not is_hooked(module):
         return False
     own = vars(module)
     for hooks in HOOKS:
-        if own.get(hooks) and not all(_made_by(hook).startswith(NOT_LOOKING) for hook in own[hooks].values()):
+        if own.get(hooks) and not all(
+            _defining_module(hook).startswith(IGNORES_LAYOUT) for hook in own[hooks].values()
+        ):
             return True
     forward = own.get("forward")
     if forward is None:
         return False
-    if not _made_by(forward).startswith(NOT_LOOKING):
+    if not _defining_module(forward).startswith(IGNORES_LAYOUT):
         return True
-    hook, before = (
-        own.get("_hf_hook"),
-        own.get("_old_forward"),
-    )  # accelerate's: a caller's own may be among them, or below
+    # accelerate's hook and the `forward` that it replaced; either may be, or contain, the caller's
+    hook, before = own.get("_hf_hook"), own.get("_old_forward")
     replaced_before = before is not None and getattr(before, "__func__", None) is not type(module).forward
     parts = getattr(hook, "hooks", (hook,))
     return replaced_before or any(not type(part).__module__.startswith("accelerate.") for part in parts if part)
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:
-    """`model.modules()`, without their names, which take most of its time."""
+    """`model.modules()`, faster because it builds no names."""
     found, seen = [model], {model}
-    for module in found:  # which grows
+    for module in found:  # grows in the loop
         for child in module._modules.values():
             if child is not None and child not in seen:
                 found.append(child)
@@ -200,19 +200,19 @@ def _modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def takes_packed(model: nn.Module) -> bool:
-    """Whether each module of `model` computes each token by itself, and nobody sees how they are laid out.
+def can_run_packed(model: nn.Module) -> bool:
+    """Whether every module of `model` computes tokens independently, and no hook sees their layout.
 
-    Looked at anew at each call, since any module may be hooked, patched or replaced. A `pooler` is called with padding,
-    outside.
+    Not cached, since any module may be hooked, patched or replaced between calls. A `pooler` is excluded: it is called
+    on padded states.
     """
-    if hooks_everywhere():
+    if has_global_hooks():
         return False
     pooler = getattr(model, "pooler", None)
     apart = {model, *(_modules_of(pooler) if isinstance(pooler, nn.Module) else ())}
     calls: dict[type, frozenset[str] | None] = {}
     for module in _modules_of(model):
-        if is_watched(module):
+        if layout_is_visible(module):
             return False
         if module in apart:
             continue
@@ -220,17 +220,17 @@ def takes_packed(model: nn.Module) -> bool:
         if kind not in calls:
             calls[kind] = calls_of_class(kind)
         called = calls[kind]
-        if called is None or (called and not treats_tokens_alone(module, called)):
+        if called is None or (called and not calls_are_unpatched(module, called)):
             return False
     return True
 
 
 def skips_padding(forward: Callable | None = None, *, right_padded: bool = False) -> Any:
-    """Decorate a method that runs a model's layers: where it is faster, it gets the tokens without padding between them.
+    """Decorate a method that runs a model's layers: where that is faster, pass it the tokens without padding.
 
-    It gets them in one row, `[1, tokens]`, with a dict of masks that are None, and an argument `packing` for `attend`.
-    Its `last_hidden_state` then has zeros at padding. Not under compilation, with a cache, with other outputs wanted,
-    or where somebody could see the difference (`takes_packed`).
+    It receives one row, `[1, tokens]`, a dict of masks that are None, and an argument `packing` for `attend`. The
+    returned `last_hidden_state` has zeros at padding. Does not apply under compilation, with a cache, if hidden states
+    or attentions are requested, or if the difference could be observed (`can_run_packed`).
 
     Args:
         right_padded: only with padding on the right.
@@ -276,13 +276,13 @@ def _find_packing(
     if position_ids is None and states.shape[1] > _position_limit(config):
         return None
     lengths = lengths_in_rows(states, position_ids, attention_mask)
-    needed = flash and lengths is not None  # it takes no mask that keeps sequences apart
+    needed = flash and lengths is not None  # flash attention takes no mask that separates sequences
     if not needed and (flash or (lengths is None and not skip_padding)):
         return None
     if any(model._outputs_wanted(given.get("output_attentions"), given.get("output_hidden_states"))):
         return None
     packing = Packing.find(tuple(states.shape[:2]), attention_mask, lengths, right_padded)
-    if packing is None or needed or (stack_keeps_tokens_apart(model, forward) and takes_packed(model)):
+    if packing is None or needed or (stack_is_tokenwise(model, forward) and can_run_packed(model)):
         return packing
     return None
 

@@ -1,4 +1,4 @@
-"""What vLLM needs beyond the models' code: it builds the base model alone and does a head's work itself.
+"""Adapts the models to vLLM, which builds only the base model and computes pooling and heads itself.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -19,16 +19,16 @@ logger = logging.get_logger(__name__)
 
 
 def served_class(config: PretrainedConfig) -> str | None:
-    """Under vLLM, which builds the base model alone and does a head's work itself: the class that was saved, by name."""
+    """Under vLLM: the name of the class that was saved, "" if unknown. Otherwise None."""
     if config._attn_implementation != "vllm":
         return None
     return config.architectures[0] if config.architectures else ""
 
 
 def pools_for_vllm(forward: Callable) -> Callable:
-    """Around a stack's `forward`: change its outputs by `self.adapt_outputs`, which is None but under vLLM.
+    """Decorate a stack's `forward`: apply `self.adapt_outputs` to its outputs, if it is set (only under vLLM).
 
-    No forward hook could: vLLM calls `forward` itself.
+    A forward hook would not run, as vLLM calls `forward` directly.
     """
 
     @wraps(forward)
@@ -42,40 +42,40 @@ def pools_for_vllm(forward: Callable) -> Callable:
 
 
 class FirstTokenLinear(nn.Linear):
-    """A classifier as vLLM calls it: its pooled vectors come as `[sequences, 1, width]`."""
+    """A classifier for vLLM's pooled vectors, `[sequences, 1, width]`."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return super().forward(states[:, 0])
 
 
 def adapt_decoder(model: PreTrainedModel) -> None:
-    """At the end of a decoder's `__init__`: under vLLM, a classifier's last state stands at every token of its sequence."""
+    """At the end of a decoder's `__init__`: under vLLM, a classifier returns each sequence's last state at all its tokens."""
     served = served_class(model.config)
     if served is None or not served.endswith(("ForSequenceClassification", "Model")):
         return
     if served.endswith("Model"):
         logger.warning_once(
-            "vLLM makes embeddings of a base model's first token unless told otherwise, which here has seen nothing "
-            'else: pass --pooler-config \'{"pooling_type": "LAST"}\', or "MEAN"'
+            "vLLM by default makes embeddings from the first token, which in a decoder attends to no other token: "
+            'pass --pooler-config \'{"pooling_type": "LAST"}\', or "MEAN"'
         )
         return
-    rename_while_loading(served, r"^score\.", "classifier.")  # vLLM's own name of any such head
-    model.adapt_outputs = _last_state_everywhere
+    rename_while_loading(served, r"^score\.", "classifier.")  # vLLM's name for such a head
+    model.adapt_outputs = _last_state_per_token
 
 
-def _last_state_everywhere(model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def _last_state_per_token(model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
     lengths = lengths_of_row(position_ids)
     ends = torch.tensor(lengths, device=hidden_states.device).cumsum(0) - 1
-    return spread(hidden_states[0, ends], lengths)
+    return repeat_per_token(hidden_states[0, ends], lengths)
 
 
 def adapt_encoder(model: Any, pool: Callable) -> None:
-    """At the end of an encoder's `__init__`: under vLLM, what `pool` makes of a sequence stands at each of its tokens."""
+    """At the end of an encoder's `__init__`: under vLLM, each sequence's pooled vector is returned at all its tokens."""
     served = served_class(model.config)
     if served is None:
         return
     if served.endswith("ForTokenClassification"):
-        model.pooler = None  # which its weights do not have
+        model.pooler = None  # not in its weights
     elif not served.endswith(("ForSequenceClassification", "Model")):
         raise ValueError(
             f"vLLM cannot serve {served}: it has no such head. Load the folder with AutoModel, "
@@ -88,10 +88,10 @@ def adapt_encoder(model: Any, pool: Callable) -> None:
         )
         return
     if model.pooler is not None:
-        model.adapt_outputs = partial(_pooled_everywhere, pool)
+        model.adapt_outputs = partial(_pool_per_token, pool)
 
 
-def _pooled_everywhere(
+def _pool_per_token(
     pool: Callable, model: Any, hidden_states: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
     position_ids = position_ids.view(1, -1)
@@ -99,23 +99,23 @@ def _pooled_everywhere(
         first = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids[0]
         return model.pooler(hidden_states[0, first.clamp(min=0)][:, None], None)[None]
     lengths = lengths_of_row(position_ids)
-    return spread(pool(model.pooler, model.config, hidden_states, None, lengths), lengths)
+    return repeat_per_token(pool(model.pooler, model.config, hidden_states, None, lengths), lengths)
 
 
 def lengths_of_row(position_ids: torch.Tensor) -> list[int]:
-    """Lengths of the sequences in the one row that vLLM runs.
+    """Lengths of the sequences in vLLM's single row.
 
     Raises:
-        ValueError: in a compiled graph, where they cannot be read, and where padding may follow.
+        ValueError: in a compiled graph, where the lengths cannot be read.
     """
     if not readable():
         raise ValueError("this pooling needs vLLM's eager mode: add --enforce-eager, or enforce_eager=True for LLM")
     return packed_lengths(position_ids, None) or [position_ids.shape[1]]
 
 
-def spread(pooled: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Repeat a vector per sequence, `[sequences, width]`, at each of its tokens, `[1, tokens, width]`.
+def repeat_per_token(pooled: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Repeat one vector per sequence, `[sequences, width]`, for each of its tokens, `[1, tokens, width]`.
 
-    vLLM's pooler, which takes the first token, the last or the mean, then finds that vector.
+    vLLM's pooler (first token, last token or mean) then returns that vector.
     """
     return pooled.repeat_interleave(torch.tensor(lengths, device=pooled.device), dim=0)[None]

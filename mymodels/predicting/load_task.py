@@ -15,7 +15,6 @@ from ..checkpoints.load_errors import (
     clear_load_errors,
     fit_tokenizer,
     needs_trust_remote_code,
-    only_errors_logged,
     refuse_mismatched,
     refuse_other_class,
     refuse_plain_module,
@@ -24,6 +23,7 @@ from ..checkpoints.load_errors import (
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..hub.auto_class_names import auto_class_of
+from ..library_logging import only_errors_logged
 from ..messages import first_line
 from ..training.preprocessing import longest_input
 from .tasks import TASKS, Embedding, Task

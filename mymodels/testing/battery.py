@@ -1,4 +1,4 @@
-"""`ModelBattery`: what a model of one's own should do, as tests of pytest. The checks are those of `mymodels verify`."""
+"""`ModelBattery`: pytest tests for your own model, with the checks of `mymodels verify`."""
 
 import contextlib
 import copy
@@ -19,7 +19,7 @@ from ..hub.isolated.stages import Outcome
 
 
 class _Events:
-    """Takes the place of a clean process's file of events: a failed check fails the test at once."""
+    """Replaces the event file of a clean process: a failed check fails the test at once."""
 
     def __init__(self) -> None:
         self.skipped: list[str] = []
@@ -42,14 +42,14 @@ class _Events:
 
 
 class ModelBattery:
-    """The tests of a model: subclass it, say how to make the model, and pytest runs them.
+    """The tests of a model: subclass it, define how to make the model, and run pytest.
 
-    What a model does not serve is skipped with the reason: generation of an encoder, padding of a model without a mask.
+    Tests that do not apply are skipped with a reason, such as generation for an encoder.
 
     Attributes:
         model_class: the class to test.
-        packs: whether rows may be packed, sequences one behind another with `position_ids` that start again at 0.
-        tolerance: by how much two ways to the same numbers may differ, times the largest number or 1.
+        packs: whether rows may hold several sequences, with `position_ids` that start again at 0.
+        tolerance: maximum difference between two ways to compute a result, relative to its largest value or 1.
 
     Example:
         >>> class TestMyNet(ModelBattery):
@@ -73,7 +73,7 @@ class ModelBattery:
         return self.model_class(self.make_config()).eval()
 
     def make_inputs(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-        """The arguments of `forward` for two rows; override it where they cannot be made up from the config."""
+        """The arguments of `forward` for two rows; override it if they cannot be generated from the config."""
         try:
             return inputs.make_inputs(model)
         except inputs.NoSuitableInputs as error:
@@ -93,7 +93,7 @@ class ModelBattery:
     # ---- the model itself
 
     def test_forward(self, model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
-        """Outputs are finite, and the same twice; neither weights nor inputs are changed."""
+        """Outputs are finite and the same in two runs; weights and inputs are not changed."""
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         kept = {name: tensor.clone() for name, tensor in given.items()}
         first, second = (comparing.unpadded_outputs(model, given) for _ in range(2))
@@ -127,7 +127,7 @@ class ModelBattery:
     # ---- save and load
 
     def test_save_and_load(self, model: PreTrainedModel, given: dict[str, torch.Tensor], tmp_path: Path) -> None:
-        """What is saved is loaded, every tensor, with the same outputs and ties."""
+        """Every saved tensor is loaded, with the same outputs and ties."""
         model.save_pretrained(tmp_path)
         made: Any = self.model_class.from_pretrained(tmp_path, output_loading_info=True)
         loaded, account = made
@@ -137,14 +137,14 @@ class ModelBattery:
         for name, tensor in model.state_dict().items():
             assert torch.equal(after[name], tensor), name
         for (name, want), (_, got) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
-            assert torch.equal(got, want), f"the buffer {name} is another one after loading"
+            assert torch.equal(got, want), f"the buffer {name} changes in saving and loading"
         assert tie(loaded) == tie(model)
         assert not comparing.difference(
             comparing.unpadded_outputs(loaded.eval(), given), comparing.unpadded_outputs(model, given)
         )
 
     def test_clean_process(self, tmp_path: Path) -> None:
-        """Built as a Hub repo folder, it passes `mymodels verify --quick` in processes without your code, golden outputs too."""
+        """Its Hub repo folder passes `mymodels verify --quick`, including golden outputs, in processes without your code."""
         from ..hub import build_repo
         from ..hub.testing import check_repo
 
@@ -154,7 +154,7 @@ class ModelBattery:
         check_repo(folder, quick=True, allow_skipped=True)
 
     def test_golden(self, model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
-        """A second model of the same seed has the same weights and outputs: nothing depends on what ran before."""
+        """A second model of the same seed has the same weights and outputs: the result does not depend on earlier code."""
         torch.rand(7)
         second = self.make_model()
         for (name, want), (_, got) in zip(model.state_dict().items(), second.state_dict().items(), strict=True):
@@ -166,35 +166,35 @@ class ModelBattery:
     # ---- text
 
     def test_resize(self, model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
-        """More tokens leave the outputs of the old ones as they are; head and tie go along."""
+        """Adding tokens does not change the outputs for old ones; head and tie are resized too."""
         events = _Events()
         with events.check("resize") as check:
             training.check_resize(check, model, given, self._labels(model, given))
         events.skip_if_none_held()
 
     def test_generation(self, model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
-        """Generation with a dynamic and a static cache, and with beams, is generation without a cache."""
+        """Generation with a dynamic cache, a static cache and beams gives the same tokens as without a cache."""
         events = _Events()
         generating.check_generation(events, type(model).__name__, model, given)
         if not inputs.generates(model):
             pytest.skip("this model does not generate")
 
     def test_padding(self, model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
-        """A row alone, and padded beside a longer one, gives the same outputs and tokens."""
+        """A row gives the same outputs and tokens alone and padded in a batch with a longer one."""
         events = _Events()
         with events.check("padding") as check:
             outputs.check_padding(check, model, given, with_generation=inputs.generates(model))
         events.skip_if_none_held()
 
     def test_inputs_embeds(self, model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
-        """Embeddings handed over give what their ids give."""
+        """Embeddings passed as inputs_embeds give the same outputs as their ids."""
         events = _Events()
         with events.check("inputs_embeds") as check:
             outputs.check_inputs_embeds(check, model, given)
         events.skip_if_none_held()
 
     def test_packing(self, model: PreTrainedModel) -> None:
-        """Sequences packed into one row give what they give alone."""
+        """Sequences packed into one row give the same outputs as alone."""
         if not self.packs:
             pytest.skip("the class does not set packs = True")
         if not accepts(model, "position_ids"):
@@ -233,7 +233,7 @@ class ModelBattery:
         return training.make_labels(type(model).__name__, model, given)
 
     def test_training(self, model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
-        """The loss is that of its labels, all that it depends on gets a gradient, and a step of AdamW lowers it."""
+        """The loss depends on the labels, all parameters it depends on get gradients, and a step of AdamW lowers it."""
         labels, events = self._labels(model, given), _Events()
         with events.check("training loss") as check:
             training.check_loss(check, model, given, labels)
@@ -252,12 +252,12 @@ class ModelBattery:
     # ---- placement and export
 
     def test_device_map(self, model: PreTrainedModel, given: dict[str, torch.Tensor], tmp_path: Path) -> None:
-        """With half of its blocks on the disk it gives the same outputs."""
+        """With half of its blocks offloaded to disk, it gives the same outputs."""
         device_map = half_on_disk(model)
         if "disk" not in device_map.values():
             pytest.skip("the model has no list of blocks to split")
         if any(isinstance(part, torch.nn.MultiheadAttention) for part in model.modules()):
-            pytest.skip("nn.MultiheadAttention reads the weights of its parts past accelerate's hooks")
+            pytest.skip("nn.MultiheadAttention reads weights of its submodules without accelerate's hooks")
         model.save_pretrained(tmp_path / "saved")
         split = self.model_class.from_pretrained(
             tmp_path / "saved", device_map=device_map, offload_folder=str(tmp_path / "offload")
@@ -268,7 +268,7 @@ class ModelBattery:
         assert not wrong, wrong
 
     def test_dtype(self, model: PreTrainedModel, given: dict[str, torch.Tensor], tmp_path: Path) -> None:
-        """Saved and loaded in bfloat16 it runs, with outputs near those in float32."""
+        """Saved and loaded in bfloat16, it runs with outputs close to those in float32."""
         want = comparing.floating(comparing.unpadded_outputs(model, given))
         model.save_pretrained(tmp_path)
         half = self.model_class.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
@@ -281,7 +281,7 @@ class ModelBattery:
         assert not wrong, wrong
 
     def test_export(self, model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
-        """`torch.export` makes a program that gives the same outputs."""
+        """The program from `torch.export` gives the same outputs."""
         how = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         program = torch.export.export(_Exported(model, how), (), kwargs=given, strict=False)
         want = comparing.unpadded_outputs(_Exported(model, how), given)

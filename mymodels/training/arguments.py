@@ -35,6 +35,12 @@ _POSITIVE = {
     "save_steps",
     "logging_steps",
 }
+# task → the metrics that can choose the weights, the default first; of other tasks only the loss is measured
+METRICS = {
+    "classification": ["accuracy", "f1_macro", "loss"],
+    "token-classification": ["f1_macro", "accuracy", "loss"],
+    "question-answering": ["exact_match", "loss"],
+}
 LEARNING_RATE, LORA_LEARNING_RATE = 5e-5, 4e-4  # the latter from table 9 of the LoRA paper, arXiv 2106.09685
 
 
@@ -48,14 +54,16 @@ def checked_options(task: str, given: Mapping[str, Any], lora: bool) -> dict[str
     for name in _POSITIVE & options.keys():
         if not isinstance(options[name], Real) or not options[name] > 0:
             raise ValueError(f"{name}={options[name]!r}, but it must be a number above 0")
-    best = str(options.setdefault("metric_for_best_model", "accuracy" if task == "classification" else "loss"))
-    possible = ["accuracy", "f1_macro", "loss"] if task == "classification" else ["loss", "perplexity"]
+    possible = METRICS.get(task, ["loss", "perplexity"])
+    best = str(options.setdefault("metric_for_best_model", possible[0]))
     if best.removeprefix("eval_") not in possible:
         raise ValueError(f"metric_for_best_model={best!r} is none of {', '.join(possible)}")
     if best.endswith("perplexity"):  # the minimum of both is at the same step
         options["metric_for_best_model"] = "loss"
-    if task != "classification":
+    if task not in METRICS:
         options["prediction_loss_only"] = True
+    if task == "question-answering":
+        options["label_names"] = ["start_positions", "end_positions"]
     steps = int(options.get("max_steps", -1))
     if "eval_steps" in given or (steps > 0 and "eval_strategy" not in given):
         options |= {"eval_strategy": "steps", "eval_steps": given.get("eval_steps", max(1, steps // 10))}

@@ -39,7 +39,7 @@ def check_training_checkpoint(folder: Path) -> str | None:
     A folder without a manifest, as transformers' Trainer writes, is complete if its weights and its state can be read.
     """
     if not (folder / STATE).is_file():
-        return f"{folder} has no {STATE}: it is incomplete, or is no training checkpoint"
+        return f"{folder} has no {STATE}: it is incomplete, or is not a training checkpoint"
     if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):  # DeepSpeed's
         return f"{folder} has no optimizer state (optimizer.pt), so it cannot be resumed: save checkpoints without save_only_model=True"
     if (folder / MANIFEST).is_file():

@@ -58,7 +58,8 @@ def load_data(
     Args:
         data: a CSV, TSV, JSON, JSONL, Parquet or text file; a folder with files `train.…`, and optionally
             `validation.…` and `test.…`; the id of a Hub data set; `"sample_text"`; or a `datasets.Dataset` or `DatasetDict`.
-        task: `"classification"`, `"lm"` or `"seq2seq"`.
+        task: `"classification"`, `"token-classification"` (a list of words and a list of labels a row),
+            `"question-answering"` (`question`, `context`, and `answers` as in SQuAD or `answer`), `"lm"` or `"seq2seq"`.
         validation: a file, or the share of the training rows to hold out (default 0.1 where `data` has no validation
             split): drawn by `seed`, with the labels' shares; of running text its end.
         test: a file.
@@ -83,19 +84,27 @@ def load_data(
         if running:
             raise DataError(f"{splits['train'][1]} is a text file, which has no targets: use CSV, JSONL or Parquet")
         loaded = _read_pairs(splits, text_column, target_column)
+    elif task in ("token-classification", "question-answering"):
+        from .words_and_answers import read_answers, read_labelled_words
+
+        if task == "question-answering":
+            loaded = read_answers(splits)
+        else:
+            loaded = read_labelled_words(splits, text_column, label_column, known_labels)
     else:
         loaded = _read_texts(splits, text_column)
     train, held_out = loaded.train, loaded.validation
+    classes = loaded.labels if task == "classification" else None  # one for each row
     if held_out is None:
         share = 0.1 if validation is None else float(validation)  # type: ignore[arg-type]  # a path was read above
-        train, held_out = _hold_out(train, share, loaded.labels, seed, running, splits["train"][1])
+        train, held_out = _hold_out(train, share, classes, seed, running, splits["train"][1])
     else:
         if isinstance(validation, (int, float)):
             raise DataError(f"{name} has a validation split already: leave out the share {validation}")
         if shared := len(set(held_out["text"]) & set(train["text"])):
             loaded.notes.append(f"{shared} of the validation texts are also training texts: the metrics are too good")
-        if loaded.labels and (lacking := set(range(len(loaded.labels))) - set(held_out["label"])):
-            names = _quote_names(loaded.labels[number] for number in sorted(lacking))
+        if classes and (lacking := set(range(len(classes))) - set(held_out["label"])):
+            names = quote_names(classes[number] for number in sorted(lacking))
             loaded.notes.append(f"the validation data have no example of {names}: the metrics do not cover it")
     loaded.train, loaded.validation = train, held_out
     loaded.name, loaded.hub_id, loaded.is_running_text = name, hub_id, running
@@ -127,7 +136,7 @@ def _read_pairs(splits: dict[str, tuple[Any, str]], text_column: str | None, tar
             others = others if text_column is not None and len(others) == 1 else []
             if len(named or others) != 1:
                 raise DataError(
-                    f"{where} has the columns {_quote_names(names)}: name the one with the targets by --target-column"
+                    f"{where} has the columns {quote_names(names)}: name the one with the targets by --target-column"
                 )
             target = (named or others)[0]
         if text_column is not None:
@@ -137,7 +146,7 @@ def _read_pairs(splits: dict[str, tuple[Any, str]], text_column: str | None, tar
             rest = [name for name in names if "string" in str(rows.features[name]) and name != target]
             if not texts and len(rest) != 1:
                 raise DataError(
-                    f"{where} has the columns {_quote_names(names)}: name the one with the texts by --text-column"
+                    f"{where} has the columns {quote_names(names)}: name the one with the texts by --text-column"
                 )
             source = (texts or rest)[0]
         if source == target:
@@ -168,7 +177,7 @@ def _read_labelled_texts(
         names[split] = _label_names(rows, where, label)
     if "test" in splits and not any(names["test"]):  # Hub data sets of contests have unlabelled test splits
         del splits["test"], names["test"]
-    labels = _order_labels(splits["train"][0].features[columns["train"][1]], names["train"], known_labels)
+    labels = order_labels(splits["train"][0].features[columns["train"][1]], names["train"], known_labels)
     numbers = {name: i for i, name in enumerate(labels)}
     found = {}
     for split, (rows, where) in splits.items():
@@ -181,7 +190,7 @@ def _read_labelled_texts(
             if name not in numbers:
                 raise DataError(
                     f"{where} row {row}, column {label!r}: the label {name!r} does not occur in {splits['train'][1]}, "
-                    f"which has {_quote_names(labels)}: correct it, or add training examples of it"
+                    f"which has {quote_names(labels)}: correct it, or add training examples of it"
                 )
         encoded = [numbers[str(name)] for name in names[split]]
         features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=labels)})
@@ -200,7 +209,7 @@ def _read_labelled_texts(
     return Data(found["train"], found.get("validation"), found.get("test"), labels)
 
 
-def _order_labels(feature: Any, names: Sequence[str | None], known: Sequence[str]) -> list[str]:
+def order_labels(feature: Any, names: Sequence[str | None], known: Sequence[str]) -> list[str]:
     """The labels in a stable order: the data set's or the model's order, else numeric, else alphabetical."""
     present = {name for name in names if name is not None}
     if hasattr(feature, "names"):
@@ -251,7 +260,7 @@ def _text_column(rows: Any, where: str, asked: str | None, without: str | None =
     if named or len(texts) == 1:
         return (named or texts)[0]
     raise DataError(
-        f"{where} has the columns {_quote_names(rows.column_names)}: name the one with the texts by --text-column"
+        f"{where} has the columns {quote_names(rows.column_names)}: name the one with the texts by --text-column"
     )
 
 
@@ -268,13 +277,13 @@ def _label_column(rows: Any, where: str, asked: str | None, text_column: str | N
     if not named and len(others) == 1:
         return others[0]
     raise DataError(
-        f"{where} has the columns {_quote_names(rows.column_names)}: name the one with the labels by --label-column"
+        f"{where} has the columns {quote_names(rows.column_names)}: name the one with the labels by --label-column"
     )
 
 
 def _require_column(rows: Any, where: str, column: str, option: str) -> str:
     if column not in rows.column_names:
-        raise DataError(f"{where} has no column {column!r}, but {_quote_names(rows.column_names)}: correct {option}")
+        raise DataError(f"{where} has no column {column!r}, but {quote_names(rows.column_names)}: correct {option}")
     return column
 
 
@@ -320,6 +329,6 @@ def _one_of_each(giving: Any, taking: Any) -> tuple[Any, Any]:
     )
 
 
-def _quote_names(names: Iterable[str], most: int = 12) -> str:
+def quote_names(names: Iterable[str], most: int = 12) -> str:
     names = list(map(str, names))
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

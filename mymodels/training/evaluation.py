@@ -16,7 +16,7 @@ def count_labels(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tens
     """The number of labels over which the model's loss of `batch` is the mean, `[]`: those that are not -100.
 
     In a causal language model the first label of a row is not predicted, so it does not count. Without `labels`, as for
-    question answering, the number of rows. For a module that is no transformers model, all labels but -100 count.
+    question answering, the number of rows. For a module that is not a transformers model, all labels but -100 count.
     """
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor):

@@ -21,12 +21,13 @@ from transformers import (
 from ..forward_calls import fitting_collator, is_known, uniform_outputs
 from ..hub.build import check_output_dir
 from ..hub.card import Card
+from ..tables import print_table
 from .arguments import bf16_is_faster, checked_options, make_arguments
 from .checkpoint_dirs import list_checkpoints
 from .data import Data, load_data
 from .datasets_io import require_module
 from .generated import measure_texts
-from .load_base import KINDS, LoadedBase, check_task, known_labels, load_base
+from .load_base import KINDS, LABELLED, LoadedBase, check_task, known_labels, load_base
 from .output import FineTuned, best_step, evaluate_splits, finish_run, try_to_write_repo, write_repo
 from .parameters import add_lora, freeze
 from .plots import class_table, confusion_matrix, metric_table
@@ -34,6 +35,13 @@ from .preprocessing import choose_collator, encode_blocks, encode_classification
 from .run_record import ADAPTER, MAY_CHANGE, checkpoint_to_resume, hash_data, hash_vocabulary, write_run_record
 from .training_state import check_code_of_checkpoint
 from .tuner import FineTuner, Progress, apply_class_weights, class_weights_of, compute_metrics
+from .words_and_answers import answer_metrics, encode_answers, encode_words, word_metrics
+
+MEASURES = {
+    "classification": compute_metrics,
+    "token-classification": word_metrics,
+    "question-answering": answer_metrics,
+}
 
 
 def finetune(
@@ -83,7 +91,8 @@ def finetune(
         model: a folder or Hub id of a mymodels or any other model, or a model in memory (then with `tokenizer`).
         data, validation, test, text_column, label_column, target_column, data_config: see `mymodels.training.data.load_data`.
         output_dir: the new folder; an older Hub repo folder there is replaced.
-        task: `"classification"`; `"lm"`: next tokens for a decoder, masked tokens for an encoder; or `"seq2seq"`: the
+        task: `"classification"`; `"token-classification"`: a label for each word; `"question-answering"`: an answer in a
+            context; `"lm"`: next tokens for a decoder, masked tokens for an encoder; or `"seq2seq"`: the
             target text for an encoder-decoder.
         to, overrides: warm-start a `"mybert"` or `"mygpt2"` with these config fields from `model`; see `warm_start`.
         tokenizer: default: the model's.
@@ -141,7 +150,7 @@ def finetune(
         label_column=label_column,
         target_column=target_column,
         data_config=data_config,
-        known_labels=known_labels(model, revision) if task == "classification" else (),
+        known_labels=known_labels(model, revision) if task in LABELLED else (),
         seed=seed,
     )
     set_seed(seed)
@@ -156,7 +165,7 @@ def finetune(
         trust_remote_code=trust_remote_code,
     )
     length = longest_input(base.model, base.tokenizer, max_length)
-    weights = class_weights_of(class_weights, loaded)
+    weights = class_weights_of(class_weights, loaded, task)
     loss_function = apply_class_weights(base.model, weights)
     if freeze_embeddings or freeze_layers:
         freeze(base.model, embeddings=freeze_embeddings, layers=freeze_layers)
@@ -188,7 +197,11 @@ def finetune(
     if checkpoint:
         check_code_of_checkpoint(base.model, Path(checkpoint))
 
-    if task == "classification":
+    if task == "token-classification":
+        examples = encode_words(loaded, base.tokenizer, length)
+    elif task == "question-answering":
+        examples = encode_answers(loaded, base.tokenizer, length)
+    elif task == "classification":
         examples = encode_classification(loaded, base.tokenizer, length)
     elif task == "seq2seq":
         examples = encode_pairs(loaded, base.tokenizer, length)
@@ -211,7 +224,7 @@ def finetune(
         train_dataset=examples["train"],
         eval_dataset=examples["validation"],
         processing_class=base.tokenizer,
-        compute_metrics=compute_metrics if task == "classification" else None,
+        compute_metrics=MEASURES.get(task),
         compute_loss_func=loss_function,
         callbacks=[] if early_stopping_patience is None else [EarlyStoppingCallback(early_stopping_patience)],
     )
@@ -256,8 +269,8 @@ def finetune(
         write_repo(result, base, card or Card(), task, max_shard_size=max_shard_size, golden=golden)
         finish_run(result, keep_checkpoints)
         if matrix is not None and loaded.labels is not None:
-            console.print(class_table(matrix, loaded.labels, "on the validation data"))
-        console.print(metric_table(metrics))
+            print_table(class_table(matrix, loaded.labels, "on the validation data"), console)
+        print_table(metric_table(metrics), console)
         names = ", ".join(sorted(path.name for path in output_dir.iterdir()))
         console.print(f"{output_dir}: {names}", highlight=False, soft_wrap=True)
     PartialState().wait_for_everyone()

@@ -139,7 +139,7 @@ def _fit_optimizer_state(
     """
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     if not isinstance(state.get("param_groups"), list) or not isinstance(state.get("state"), Mapping):
-        raise CheckpointError(f"{where} is no optimizer's state: it has no 'state' and 'param_groups'")
+        raise CheckpointError(f"{where} is not an optimizer's state: it has no 'state' and 'param_groups'")
     saved, groups = state["param_groups"], optimizer.param_groups
     if len(saved) != len(groups):
         raise CheckpointError(

@@ -12,14 +12,16 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.load_errors import clear_load_errors, fit_tokenizer, only_errors_logged, refuse_other_class
+from ..checkpoints.load_errors import clear_load_errors, fit_tokenizer, refuse_other_class
 from ..checkpoints.opening import locate
 from ..checkpoints.safetensors_files import read_json
 from ..forward_calls import check_loss, logits_of
 from ..hub.auto_class_names import auto_class_of
+from ..library_logging import only_errors_logged
 from ..messages import first_line
 from ..released import own_code, reader
 from ..warmstart import warm_start
+from .added_heads import heads_added, own_base_model
 from .data import Data
 
 CLASS_SUFFIXES = {
@@ -27,8 +29,17 @@ CLASS_SUFFIXES = {
     "causal": "ForCausalLM",
     "masked": "ForMaskedLM",
     "seq2seq": "ForSeq2SeqLM",
+    "tokens": "ForTokenClassification",
+    "span": "ForQuestionAnswering",
 }
-KINDS = {"classification": ("classification",), "lm": ("causal", "masked"), "seq2seq": ("seq2seq",)}  # by task
+KINDS = {  # by task
+    "classification": ("classification",),
+    "token-classification": ("tokens",),
+    "question-answering": ("span",),
+    "lm": ("causal", "masked"),
+    "seq2seq": ("seq2seq",),
+}
+LABELLED = ("classification", "token-classification")
 _OURS = {"mygpt2": "causal", "mybert": "masked"}
 
 
@@ -59,7 +70,8 @@ def known_labels(model: PreTrainedModel | str | os.PathLike, revision: str | Non
     else:
         path = locate(model, revision=revision)
         config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-        found = config.get("id2label") or {} if "ForSequenceClassification" in str(config.get("architectures")) else {}
+        heads = ("ForSequenceClassification", "ForTokenClassification")
+        found = config.get("id2label") or {} if any(h in str(config.get("architectures")) for h in heads) else {}
     names = [str(found[number]) for number in sorted(found, key=int)]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
@@ -90,14 +102,14 @@ def load_base(
         OSError: the folder or Hub repo does not exist.
     """
     _check_model_argument(model)
-    known = known_labels(model, revision) if task == "classification" else []
+    known = known_labels(model, revision) if task in LABELLED else []
     if isinstance(model, PreTrainedModel):
         if to or overrides:
             raise ValueError("to= and overrides= do not apply to a model in memory: leave them out")
         found = _in_memory(model, task, labels, tokenizer)
     else:
         found = _from_checkpoint(model, task, labels, to, dict(overrides or {}), tokenizer, revision, trust_remote_code)
-    if task == "classification":
+    if task in LABELLED:
         inside = f"{found.model.base_model_prefix}."
         head = [name for name, _ in found.model.named_parameters() if not name.startswith(inside)]
         found.new = list(dict.fromkeys([*found.new, *head]))
@@ -118,7 +130,7 @@ def _in_memory(model: PreTrainedModel, task: str, labels: Sequence[str] | None, 
     if kind not in KINDS[task]:
         wanted = " or ".join(f"AutoModel{CLASS_SUFFIXES[kind]}" for kind in KINDS[task])
         raise ValueError(
-            f"{name} is no model for --task {task} by its name: use a class that ends in {_class_suffixes(task)}, or call "
+            f"{name} is not a model for --task {task} by its name: use a class that ends in {_class_suffixes(task)}, or call "
             f"{name}.register_for_auto_class with {wanted}"
         )
     if labels is not None:
@@ -159,8 +171,8 @@ def _from_checkpoint(
         if to not in _OURS:
             raise ValueError(f"to={to!r}: mymodels has {' and '.join(_OURS)}")
         if task == "seq2seq":
-            raise ValueError(f"to={to!r} is no encoder-decoder: leave out to= for --task seq2seq")
-        kind = "classification" if task == "classification" else _OURS[to]
+            raise ValueError(f"to={to!r} is not an encoder-decoder: leave out to= for --task seq2seq")
+        kind = _OURS[to] if task == "lm" else KINDS[task][0]
         if labels is not None:
             named = PretrainedConfig()
             _set_labels(named, labels)
@@ -185,12 +197,21 @@ def _from_checkpoint(
         raise ValueError(
             f"{source} is a {config.model_type}, whose config has no field {', '.join(unknown)}: pass --to mygpt2 or mybert"
         )
-    kind = task if task != "lm" else _language_model_kind(config, raw)
+    kind = _language_model_kind(config, raw) if task == "lm" else KINDS[task][0]
     if labels is not None:
         _set_labels(config, labels)
         if len(getattr(config, "class_weights", None) or labels) != len(labels):
             config.class_weights = None
     auto_class = getattr(transformers, f"AutoModel{CLASS_SUFFIXES[kind]}")
+    if own_base_model(raw.get("auto_map"), kind) is not None:
+        with heads_added(path, source, raw, trust_remote_code) as folder:
+            loaded = _from_checkpoint(
+                folder, task, labels, None, overrides, tokenizer or path, revision, trust_remote_code
+            )
+        loaded.model.name_or_path = loaded.model.config._name_or_path = str(source)
+        loaded.hub_id = hub_id
+        loaded.how = f"{type(loaded.model).__name__}, a new head on the base model of {source}"
+        return loaded
     with only_errors_logged(), clear_load_errors(source), _explain_missing_head(source, config, task):
         model, info = auto_class.from_pretrained(
             path,
@@ -280,7 +301,7 @@ def _fit_tokenizer(found: LoadedBase) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if found.kind == "classification":
+    if found.kind in ("classification", "tokens", "span"):
         tokenizer.padding_side = "right"  # so that positions are the same in training and inference
 
 
@@ -292,13 +313,15 @@ def check_task(base: LoadedBase, data: Data, batch: Mapping[str, Any]) -> None:
     """
     outputs = check_loss(base.model, batch)
     logits, name = logits_of(outputs), type(base.model).__name__
-    if data.labels is not None and (logits is None or logits.shape != (len(batch["labels"]), len(data.labels))):
+    wanted = None if data.labels is None else (*batch["labels"].shape, len(data.labels))
+    if wanted is not None and (logits is None or logits.shape != wanted):
         shape = "none" if logits is None else str(list(logits.shape))
+        form = f"[batch, {'tokens, ' if base.kind == 'tokens' else ''}{wanted[-1]}]"
         raise ValueError(
-            f"{name}.forward returns logits of the shape {shape}, but {len(data.labels)} labels need "
-            f"[batch, {len(data.labels)}]: create its head with config.num_labels"
+            f"{name}.forward returns logits of the shape {shape}, but {wanted[-1]} labels need {form}: create its head with "
+            "config.num_labels"
         )
-    if "attention_mask" not in batch and base.kind in ("classification", "seq2seq"):
+    if "attention_mask" not in batch and base.kind not in ("causal", "masked"):
         data.notes.append(
             f"{name}.forward takes no attention_mask, so padding counts as text unless it detects the pad token itself"
         )

@@ -18,6 +18,7 @@ from ..hub import build_repo
 from ..hub.card import Card
 from ..hub.own_classes import code_of
 from ..released import is_installed
+from .arguments import METRICS as MEASURED
 from .checkpoint_dirs import list_checkpoints
 from .data import Data
 from .load_base import LoadedBase
@@ -69,7 +70,7 @@ def evaluate_splits(
         if split == "validation" and task == "classification":
             logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
         metrics = {name.removeprefix("test_"): float(value) for name, value in values.items() if is_metric(name)}
-        if task != "classification":
+        if task not in MEASURED:
             metrics["perplexity"] = math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf
         found[split] = metrics
     return found, logits
@@ -125,7 +126,7 @@ def _card(result: FineTuned, base: LoadedBase, card: Card, task: str, pictures: 
     """The user's card, with missing fields filled in from the training."""
     data, empty = result.data, Card()
     split = "test" if "test" in result.metrics else "validation"
-    names = {"f1_macro": "f1 (macro)", "loss": "loss" if task == "classification" else "loss (nats per token)"}
+    names = {"f1_macro": "f1 (macro)", "loss": "loss" if task in MEASURED else "loss (nats per token)"}
     last = sorted(result.metrics[split].items(), key=lambda item: item[0] == "loss")  # the loss last
     measured = {names.get(name, name): value for name, value in last}
     chosen = (

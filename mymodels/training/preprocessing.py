@@ -6,6 +6,7 @@ from typing import Any
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -171,9 +172,11 @@ def choose_collator(
     """The collator of a task: it pads texts (and targets), stacks blocks, or stacks and masks blocks.
 
     Args:
-        kind: `"classification"`, `"seq2seq"`, `"causal"` or `"masked"`.
+        kind: a key of `load_base.CLASS_SUFFIXES`.
     """
-    if kind == "classification":
+    if kind == "tokens":
+        return DataCollatorForTokenClassification(tokenizer)
+    if kind in ("classification", "span"):
         return DataCollatorWithPadding(tokenizer)
     if kind == "seq2seq":  # pads labels with -100 and adds decoder_input_ids
         return DataCollatorForSeq2Seq(tokenizer, model=model)

@@ -53,7 +53,7 @@ def checkpoint_to_resume(
     named = None if isinstance(resume, bool) or resume is None else Path(resume)
     folder = named.parent if named else where if resume else None
     if named and not (named / STATE).is_file():
-        raise ValueError(f"{named} is no checkpoint of a training: name a folder checkpoint-N")
+        raise ValueError(f"{named} is not a checkpoint of a training: name a folder checkpoint-N")
     if there and (folder is None or folder.resolve() != where.resolve()):
         raise FileExistsError(
             f"{where} holds checkpoints of an earlier training, the newest is {there[-1].name}: pass --resume, or "

@@ -25,13 +25,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from ..checkpoints import CheckpointError, replace_folder, write_manifest
 from ..checkpoints.dispatch import load_in_place
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.torch_files import load_plain
 from ..checkpoints.writing import save_model_files, torch_save, write_shards
+from ..library_logging import without_progress_bars
 from ..messages import first_line
 from ..released import is_installed, own_code, reader
 from .checkpoint_dirs import STATE, remove_old_checkpoints, try_to_write
@@ -118,18 +118,6 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Disable transformers' progress bars, which would interrupt the one of training."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-
-
 def save_training_checkpoint(
     output_dir: str | os.PathLike,
     accelerator: Accelerator,
@@ -177,7 +165,7 @@ def save_training_checkpoint(
             "arguments": dict(arguments or {}),
             "versions": versions(),
         }
-        with _without_progress_bars(), replace_folder(folder, finish=write_manifest) as new:
+        with without_progress_bars(), replace_folder(folder, finish=write_manifest) as new:
             plain = accelerator.unwrap_model(model)
             save_weights(plain, new, max_shard_size, weights)
             torch_save(optimizer_state, new / OPTIMIZER)
@@ -215,7 +203,7 @@ def trial_save(model: torch.nn.Module, where: str | os.PathLike) -> Iterator[Pat
     where, existed = Path(where), Path(where).exists()
     try_to_write(where)
     try:
-        with _without_progress_bars(), tempfile.TemporaryDirectory(dir=where, prefix=".trial-") as scratch:
+        with without_progress_bars(), tempfile.TemporaryDirectory(dir=where, prefix=".trial-") as scratch:
             yield Path(scratch)
     except OSError:
         raise

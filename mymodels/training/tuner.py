@@ -57,10 +57,10 @@ def compute_metrics(prediction: Any) -> dict[str, float]:
     return classification_metrics(logits, prediction.label_ids)
 
 
-def class_weights_of(given: str | Sequence[float] | None, data: Data) -> list[float] | None:
+def class_weights_of(given: str | Sequence[float] | None, data: Data, task: str) -> list[float] | None:
     if given is None:
         return None
-    if data.labels is None:
+    if data.labels is None or task != "classification":
         raise ValueError("class_weights are for classification")
     if given == "balanced":
         counts = Counter(data.train["label"])

@@ -69,7 +69,7 @@ class Checker:
     Attributes:
         source: the opened source.
         token_rows: for each token of the target, the source's tokens it is made of; None: the same ids.
-        unproven, proven, unshown, compared_all: empty here, as the tables of names determine every parameter; see
+        unproven, proven, unshown, until_proven, compared_all: empty here, as the tables of names determine every parameter; see
             `any_model.running.AnyChecker`.
     """
 
@@ -78,6 +78,7 @@ class Checker:
     unproven: frozenset[str] = frozenset()
     proven: frozenset[str] = frozenset()
     unshown: str = ""
+    until_proven: Mapping[str, set[str]] = field(default_factory=dict)
     compared_all: bool = True
 
     def is_small(self, model: PreTrainedModel) -> bool:

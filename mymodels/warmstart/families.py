@@ -27,7 +27,7 @@ class Family(NamedTuple):
     transposed: str = "$^"  # regex of names whose matrices are stored [in, out]
     fields: Mapping[str, str] = {}  # config fields named otherwise: theirs → ours
     implied: Mapping[str, Any] = {}  # config fields that are fixed in its code
-    constants: str = "$^"  # regex of tensors that are no weights: masks, position ids
+    constants: str = "$^"  # regex of tensors that are not weights: masks, position ids
     not_used: Mapping[str, Why] = {}  # regex → why our model has no such tensor
     zeros: tuple[str, ...] = ()  # parameters of ours that it does not have, and that are set to 0
     positions_after_padding: bool = False  # the table's first position is row `pad_token_id + 1`

@@ -13,7 +13,7 @@ class Why(NamedTuple):
     Attributes:
         text: the reason.
         kind: `"exact"` if the target's outputs are the same without it.
-        constant: whether it is no weight: a mask, or a second name of another tensor.
+        constant: whether it is not a weight: a mask, or a second name of another tensor.
         requested: whether the caller excluded it.
     """
 

@@ -22,6 +22,7 @@ from ..checkpoints.safetensors_files import read_json
 from ..models.base import MyPreTrainedModel
 from ..models.compat import TRANSFORMERS_VERSION
 from ..released import check_code, is_installed
+from ..tables import print_table, print_text
 from .adapter_sources import refuse_adapter
 from .configs import make_config, own_config, translate_config
 from .key_mapping import CONFIGS, family_of
@@ -195,9 +196,10 @@ def _warn_of_new_and_unused(report: WarmStartReport, model_class: type[PreTraine
         return
     console = Console(width=140, force_terminal=False, no_color=True)
     with console.capture() as capture:
-        console.print(report.tables(only=("new", "unused"))[0] if lost else "")
+        if lost:
+            print_table(report.tables(only=("new", "unused"))[0], console)
         for note in report.notes:
-            console.print(f"note: {note}")
+            print_text(f"note: {note}", console)
     head, tail = f"{model_class.__name__}.from_pretrained({report.source!r}): ", ""
     if lost:
         head += f"{sum(len(row.targets) for row in lost)} parameters are newly initialised, "

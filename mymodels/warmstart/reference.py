@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import CheckpointError
-from ..checkpoints.load_errors import only_errors_logged
+from ..library_logging import only_errors_logged, without_progress_bars
 from ..models import modeling_mybert, modeling_mygpt2
 from .key_mapping import CONFIGS, position_offset
 from .sources import Source
@@ -114,7 +114,7 @@ def load_without_warnings(
     model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, torch.Tensor]
 ) -> tuple[PreTrainedModel, list[str]]:
     config._name_or_path = ""
-    with only_errors_logged(progress_bars=False), torch.random.fork_rng(devices=[]):
+    with only_errors_logged(), without_progress_bars(), torch.random.fork_rng(devices=[]):
         loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )

@@ -21,11 +21,13 @@ from ..checkpoints.inspection_tables import ranges
 from ..checkpoints.integrity import is_weight_file
 from ..checkpoints.writing import parse_size, save_model_files, save_tokenizer_files
 from ..messages import printable
+from ..tables import print_table, print_text
 from .checking import Check
 
 REPORT_NAME = "warm_start.json"
 STATUSES = ("loaded", "transformed", "resized", "new", "unused")
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
+AMBIGUOUS = "ambiguous, so not loaded"  # how notes on tensors that can go to several places begin
 UNPROVEN = "matched by structure: exact only if a check confirms it"
 _STYLES = {"new": "yellow", "unused": "yellow", "resized": "cyan", "transformed": "cyan", "loaded": "green"}
 
@@ -42,7 +44,7 @@ class Row:
         how: what was done; for a new parameter its initial value, for an unused tensor the reason.
         parameters: number of elements of the targets, or of an unused tensor.
         steps: target → what was done for it, in order.
-        constant: an unused tensor that is no weight: a mask, an optimizer's state, a second name.
+        constant: an unused tensor that is not a weight: a mask, an optimizer's state, a second name.
         frozen: whether `freeze_loaded` made the targets untrainable.
         unproven: whether the step is approximate only because no check has confirmed that the right tensor was used.
     """
@@ -135,7 +137,9 @@ class WarmStartReport:
             self.notes.append(unshown)
 
     def _prove(self, proven: Collection[str]) -> None:
-        """Mark the rows that a check confirmed as exact."""
+        """Mark the rows that a check confirmed as exact, and drop the notes that only doubted them."""
+        confirmed = {note for note, names in self.checker.until_proven.items() if names <= set(proven)}
+        self.notes = [note for note in self.notes if note not in confirmed]
         self.rows = [
             replace(
                 row,
@@ -268,9 +272,9 @@ class WarmStartReport:
         """The rows and the totals; equal rows of several layers are joined unless `every_tensor`."""
         only = tuple(only)
         table = Table(header_style="bold", box=None, pad_edge=False, title_justify="left", title_style="bold")
-        table.title = f"{printable(self.source)} → {self.target}"
+        table.title = Text(f"{printable(self.source)} → {self.target}")
         for name in ("", "kind", "source", "target", "how"):
-            table.add_column(name, overflow="fold")
+            table.add_column(name)
         for row, targets, sources in _collapsed([row for row in self.rows if row.status in only], every_tensor):
             cells = (
                 row.status,
@@ -294,19 +298,19 @@ class WarmStartReport:
         """Print the tables, the notes and the coverage."""
         console = console or Console()
         for table in self.tables(every_tensor=every_tensor):
-            console.print(table)
+            print_table(table, console)
         for name, count in self.coverage.items():
-            console.print(Text(printable(f"{name}: {count:,}")))
+            print_text(printable(f"{name}: {count:,}"), console)
         for note in self.notes:
-            console.print(Text(printable(f"note: {note}"), style="yellow"))
+            print_text(Text(printable(f"note: {note}"), style="yellow"), console)
         ran = self.checked is not None and self.checked.ran
         if self.is_exact and ran:
-            console.print(Text("Every step is exact: the target gives the outputs of the source.", style="green"))
+            print_text(Text("Every step is exact: the target gives the outputs of the source.", style="green"), console)
         elif self.is_exact:
             why = "source and target were not run" if self.checked is None else str(self.checked)
-            console.print(Text(printable(f"Every step is exact by construction; {why}."), style="green"))
+            print_text(Text(printable(f"Every step is exact by construction; {why}."), style="green"), console)
         if ran:
-            console.print(Text(printable(f"Checked: {self.checked}.")))
+            print_text(printable(f"Checked: {self.checked}."), console)
 
     def __str__(self) -> str:
         console = Console(width=160, record=True, file=io.StringIO(), force_jupyter=False)

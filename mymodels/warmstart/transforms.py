@@ -174,8 +174,9 @@ def positions(change: Change) -> None:
         change.drop(name, f"position_embedding_type={new_type!r} has no table")
         if old_type == "none" and new_type == "learned":
             shape = (change.target.max_position_embeddings, change.target.hidden_size)
-            like = change.tensors["model.embed_tokens.weight"]
-            change.tensors[name] = constant(shape, 0.0, like, "zeros: the source has no positions")
+            like = next(iter(change.tensors.values()), None)
+            if like is not None:
+                change.tensors[name] = constant(shape, 0.0, like, "zeros: the source has no positions")
         return
     value = change.tensors.get(name)
     if value is None or value.shape[0] == change.target.max_position_embeddings:

@@ -29,13 +29,14 @@ from .key_mapping import CONFIGS, UnknownNamesError
 from .opening import Opened, has_own_code, open_tensors
 from .own_models import model_class_of, token_fields
 from .planning import Plan, compiled, make_plan
-from .report import Row, WarmStartReport, mark_unproven
+from .report import AMBIGUOUS, Row, WarmStartReport, mark_unproven
 from .sources import Source
 from .sources import describe_source as read_source
 from .token_rows import match_vocabulary
 from .vocabulary import load_tokenizer
 
 _MIN_LOADED_SHARE = 0.1  # minimum fraction of a source's weights that must load
+_SHOWN_NOTES = 3  # of those that name candidates
 
 
 class NotAllowedError(CheckpointError):
@@ -59,6 +60,11 @@ class NotAllowedError(CheckpointError):
                 f"and {unused} tensors are not used, such as {names}: it may belong to another model; use another source, map its "
                 "names with rename=, or allow all of this with allow= (allow='.' for anything)"
             )
+        ambiguous = [note for note in report.notes if note.startswith(AMBIGUOUS)]
+        if ambiguous:
+            more = len(ambiguous) - _SHOWN_NOTES
+            text += "; some tensors have several places: " + "; ".join(ambiguous[:_SHOWN_NOTES])
+            text += f"; and {more} more such notes in error.report.notes" if more > 0 else ""
         super().__init__(text)
         self.report = report
 
@@ -182,8 +188,10 @@ def warm_start(
         sizes = table_rows(opened.info), *vocabulary_of(target)
         match = match_vocabulary(opened.where, opened.folder, sizes, *rows_by)
         options |= {"token_rows": match.rows, "vectors": match.vectors, **choices}
-        plan, unproven = plan_any(target, opened, rename=rename or {}, made_here=asked.model is None, **options)
-        checker = AnyChecker(opened, unproven, match.rows, not_shown(opened, target))
+        plan, unproven, until_proven = plan_any(
+            target, opened, rename=rename or {}, made_here=asked.model is None, **options
+        )
+        checker = AnyChecker(opened, unproven, match.rows, not_shown(opened, target), until_proven)
     report = plan.report()
     report.rows = mark_unproven(report.rows, checker.unproven)
     report.notes += asked.notes

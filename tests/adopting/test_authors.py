@@ -123,6 +123,37 @@ def test_padding_on_either_side_changes_no_token(examined: dict, file: str) -> N
             assert torch.equal(made[0, -4:], want[0, -4:])
 
 
+@torch.no_grad()
+def test_an_encoder_is_found_and_runs_once_for_all_steps(examined: dict) -> None:
+    found, out = examined["seq2seq"]
+    model = load(out, "seq2seq", "AutoModelForSeq2SeqLM")
+    source, mask = torch.tensor([[3, 9, 4, 0], [7, 2, 8, 5]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    runs: list[int] = []
+    encoder = model.net.transformer.encoder
+    inner = encoder.layers[0].linear1.register_forward_hook(lambda part, args, output: runs.append(len(output)))
+    got = model.generate(source, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    inner.remove()
+    assert runs == [2] and "encoder: transformer.encoder" in " ".join(found["derived"])
+    beams = model.generate(source, attention_mask=mask, max_new_tokens=6, num_beams=3)
+    for row, length in enumerate((3, 4)):
+        alone = source[row : row + 1, :length]
+        target = torch.full((1, 1), model.config.decoder_start_token_id)
+        for _ in range(6):
+            target = torch.cat([target, model.net(alone, target)[:, -1:].argmax(-1)], 1)
+        assert torch.equal(got[row], target[0])
+        assert torch.equal(beams[row], model.generate(alone, max_new_tokens=6, num_beams=3)[0])
+    assert "forward" not in vars(encoder)
+
+
+def test_special_tokens_of_the_tokenizer_end_generation(tmp_path: Path) -> None:
+    tokens = {"eos_token_id": 5, "bos_token_id": 4, "pad_token_id": 3}
+    examine(job(AUTHORS / "gpt.py", "GPT", CASES["gpt"][1], tokens=tokens), tmp_path)
+    (tmp_path / "source").rename(tmp_path / "source_ends")
+    model = load(tmp_path, "ends", "AutoModelForCausalLM")
+    assert {name: getattr(model.generation_config, name) for name in tokens} == tokens
+    assert {name: getattr(model.config, name) for name in tokens} == tokens
+
+
 def test_a_training_checkpoint_brings_weights_and_arguments(tmp_path: Path) -> None:
     author = author_module("gpt")
     torch.manual_seed(7)
@@ -145,7 +176,7 @@ def test_a_training_checkpoint_brings_weights_and_arguments(tmp_path: Path) -> N
 
 def test_what_could_not_be_derived_is_listed(examined: dict) -> None:
     missing = {file: " ".join(found["missing"]) for file, (found, _) in examined.items()}
-    assert "cache" in missing["gpt"] and "generation" in missing["seq2seq"] and "training" in missing["my_gpt2"]
+    assert "cache" in missing["gpt"] and "cache" in missing["seq2seq"] and "training" in missing["my_gpt2"]
     assert "padding" not in missing["encoder"] and "gradient checkpointing" not in missing["bert_cls"]
     changed = " ".join(examined["my_gpt2"][0]["changed"])
     assert "'gpt2' is a family of transformers' own" in changed and "eos_token_id is None" in changed

@@ -31,6 +31,8 @@ CASES = {
     "EncoderDecoder": ({}, "AutoModelForSeq2SeqLM"),
     "ZeroHead": ({}, "AutoModelForMaskedLM"),
     "Patches": ({"image_size": 40}, "AutoModelForImageClassification"),
+    "Spans": ({}, "AutoModelForQuestionAnswering"),
+    "Forecast": ({}, "AutoModel"),
     "FromClass": ({"vocab_size": 40, "block_size": 16, "drop": 0.2}, "AutoModelForCausalLM"),
     "FromDictionary": (DICTIONARY, "AutoModelForSequenceClassification"),
 }
@@ -106,6 +108,46 @@ def test_one_logit_and_several_labels(made: dict) -> None:
         made["Quantity"][1](IDS, labels=torch.tensor([0.0, 1.0]))
 
 
+def test_spans_have_the_author_s_loss(made: dict) -> None:
+    result, model, _ = made["Spans"]
+    places = {"start_positions": torch.tensor([1, 0]), "end_positions": torch.tensor([3, 2])}
+    output = model(IDS, **places)
+    loss, start, end = model.net(IDS, **places)
+    assert abs(output.loss - loss) < 1e-6 and torch.equal(output.start_logits, start)
+    assert torch.equal(output.end_logits, end) and "equal to the module's own" in " ".join(result["derived"])
+
+
+def test_sounds_with_labels_if_the_caller_says_so(tmp_path: Path) -> None:
+    result = examine(job(FILE, "Waves", {}, auto_class="AutoModelForAudioClassification"), tmp_path)
+    (tmp_path / "source").rename(tmp_path / "source_waves")
+    auto = transformers.AutoModelForAudioClassification
+    model = auto.from_pretrained(tmp_path / "source_waves", trust_remote_code=True).eval()
+    sounds, labels = torch.rand(2, 1, 400), torch.tensor([1, 4])
+    want = cross_entropy(model.net(sounds), labels)
+    assert abs(model(sounds, labels=labels).loss - want) < 1e-6 and model.main_input_name == "input_values"
+    assert model.config.num_labels == 5 and "feature extractor" in " ".join(result["missing"])
+
+
+def greedy(model, source: torch.Tensor, steps: int) -> torch.Tensor:
+    """By the author's module alone."""
+    target = torch.full((len(source), 1), model.config.decoder_start_token_id)
+    for _ in range(steps):
+        target = torch.cat([target, model.net(source, target)[:, -1:].argmax(-1)], 1)
+    return target
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_generates_and_makes_its_own_inputs(made: dict) -> None:
+    result, model, _ = made["EncoderDecoder"]
+    got = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert torch.equal(got, greedy(model, IDS, 5)) and "runs the source again" in " ".join(result["missing"])
+    labels = torch.tensor([[7, 8, 9], [4, 5, -100]])
+    shifted = torch.tensor([[0, 7, 8], [0, 4, 5]])
+    want = cross_entropy(model.net(IDS, shifted).flatten(0, 1), labels.flatten())
+    assert abs(model(IDS, labels=labels).loss - want) < 1e-6
+    assert torch.equal(model(IDS, labels=labels).logits, model(IDS, decoder_input_ids=shifted).logits)
+
+
 @pytest.mark.parametrize("name", ["Sentiment", "Keep", "PadById"])
 @torch.no_grad()
 def test_padding_is_left_out(made: dict, name: str) -> None:
@@ -127,7 +169,7 @@ def test_padding_that_cannot_be_left_out_is_refused(made: dict) -> None:
 
 
 def test_what_is_not_passed_on_is_listed(made: dict) -> None:
-    assert "outputs that are left out: forward(…)[0]" in made["Keep"][0]["missing"]
+    assert "outputs that are not returned: forward(…)[0]" in made["Keep"][0]["missing"]
 
 
 HEADING = "import torch\nfrom torch import nn\nclass Net(nn.Module):\n    def __init__(self, vocab=20, dim=8):\n        super().__init__()\n"
@@ -136,7 +178,7 @@ RNN = TABLE + "        self.r = nn.GRU(dim, dim)\n"
 REFUSED = {
     "time first": (
         RNN + "    def forward(self, x):\n        return self.o(self.r(self.e(x))[0])\n",
-        r"py:8: a row of a batch depends on the other rows",
+        r"py:8: a row of the batch depends on the other rows",
     ),
     "probabilities": (
         TABLE + "    def forward(self, x):\n        return self.o(self.e(x)).softmax(-1)\n",
@@ -144,7 +186,7 @@ REFUSED = {
     ),
     "random outputs": (
         TABLE + "    def forward(self, x):\n        return self.o(nn.functional.dropout(self.e(x)))\n",
-        r"py:7: forward gives other outputs each time",
+        r"py:7: forward gives different outputs each time",
     ),
     "a plain list": (
         TABLE + "        self.blocks = [nn.Linear(dim, dim)]\n    def forward(self, x):\n"
@@ -158,7 +200,7 @@ REFUSED = {
     "a mask of two meanings": (
         TABLE
         + "    def forward(self, x, mask):\n        return self.o(self.e(x).cumsum(1) * (1.0 + mask[..., None]))\n",
-        "it is not clear which of them it takes",
+        "it is not clear which of them it expects",
     ),
 }
 
@@ -181,6 +223,8 @@ def test_a_module_whose_attributes_do_not_hold_its_arguments(tmp_path: Path) -> 
     module: nn.Module = others.Scaled()
     made = _job(module, tmp_path, None, {})
     found = examine(job(FILE, "Scaled", made["config"], weights=made["weights"]), tmp_path)
-    with pytest.raises(CheckpointError, match="does not give the outputs of one that is built from the arguments"):
+    with pytest.raises(
+        CheckpointError, match="a module built from the arguments found in its attributes gives other outputs"
+    ):
         _check_rebuilt(module, tmp_path, found)
     assert module.training

@@ -43,13 +43,13 @@ READ = {
     "a device": (HEADING + NET.replace("self.table(x)", "self.table(x.to('cuda:0'))"), 11, "x.device"),
     "a magic line": (HEADING + "%matplotlib inline\n" + NET, 3, "a line of a notebook"),
     "a shell line": (HEADING + "!pip install einops\n" + NET, 3, "a line of a notebook"),
-    "no Python": (HEADING + NET + "def broken(:\n", 12, "no Python"),
+    "no Python": (HEADING + NET + "def broken(:\n", 12, "is not Python"),
     "another class": (
         HEADING + NET.replace("class Net", "class Nett"),
         None,
         "has no class Net; its modules are: Nett",
     ),
-    "no module": (HEADING + "class Net:\n    pass\n", None, "Net is no nn.Module"),
+    "no module": (HEADING + "class Net:\n    pass\n", None, "Net is not an nn.Module"),
     "inside a function": (
         HEADING + "def make():\n    class Net(nn.Module):\n        pass\n    return Net\n",
         4,
@@ -84,13 +84,13 @@ BUILT = {
         {},
         "share the parameter table.weight",
     ),
-    "state that is no tensor": (
+    "state that is not a tensor": (
         NET.replace(
             "    def forward",
             "    def get_extra_state(self):\n        return {'step': 1}\n\n    def set_extra_state(self, state):\n        pass\n\n    def forward",
         ),
         {},
-        "_extra_state in its state_dict is a dict and no tensor",
+        "_extra_state in its state_dict is a dict and not a tensor",
     ),
     "a module twice": (
         NET.replace(TIED, TIED + "        self.again = self.table\n"),
@@ -102,15 +102,15 @@ BUILT = {
         {},
         "holds the module that it is part of",
     ),
-    "a constructor without end": (
+    "a constructor that calls itself": (
         NET.replace(TIED, TIED + "        self.inner = Net(vocab, width)\n"),
         {},
-        "cannot be built: it calls itself without end",
+        "cannot be built: it calls itself without a limit",
     ),
-    "forward without end": (
+    "forward that calls itself": (
         NET.replace("return self.out(self.table(x))", "return self.forward(x)"),
         {},
-        "it calls itself without end",
+        "it calls itself without a limit",
     ),
     "two configs that suit": (
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    vocab: int = 20\n@dataclass\nclass B:\n    vocab: int = 30\n"
@@ -123,7 +123,12 @@ BUILT = {
     "an input that cannot be made up": (
         NET.replace("def forward(self, x)", "def forward(self, x, graph, nodes)"),
         {},
-        r"no inputs could be made up for forward\(x, graph, nodes\)",
+        r"no working inputs were found for forward\(x, graph, nodes\)",
+    ),
+    "a module as an argument": (
+        NET.replace("self, vocab=20, width=8", "self, body: nn.Module, vocab=20, width=8"),
+        {},
+        "needs its argument 'body', a module, which config.json cannot hold: build it in __init__",
     ),
     "a package that is not there": (
         "import no_such_package\n" + NET,
@@ -196,7 +201,7 @@ def test_classes_in_memory_that_no_file_defines(tmp_path: Path) -> None:
         (Local(), "not at the top level of its file"),
         (in_main(), "is defined in __main__, a notebook or script"),
         (nn.Linear(2, 2), "is a class of torch"),
-        (dict, "is no nn.Module"),
+        (dict, "is not an nn.Module"),
     ):
         with pytest.raises(CheckpointError, match=says) as caught:
             adopt(source, tmp_path / "out")
@@ -222,7 +227,7 @@ def test_a_field_that_two_arguments_have(tmp_path: Path) -> None:
     text = (AUTHORS / "bert_cls.py").read_text().replace("args.dropout", "args.hidden_size")
     text = text.replace("super(BertForCLS, self).__init__(config)", "super().__init__(config)")
     config = {**BERT, "num_classes": 3, "cls_hidden": 24}
-    with pytest.raises(CheckpointError, match="'hidden_size' is read of two arguments"):
+    with pytest.raises(CheckpointError, match="'hidden_size' is read from two arguments"):
         examine(job(write(tmp_path, text), "BertForCLS", config), tmp_path)
 
 

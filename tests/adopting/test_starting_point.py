@@ -61,10 +61,10 @@ def test_its_tests_pass_untouched(base: str, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    for name, says in (("whale", "no name for a class"), ("My-Whale", "no name for a class"), ("Bert", "is taken")):
+    for name, says in (("whale", "is not a class name"), ("My-Whale", "is not a class name"), ("Bert", "is taken")):
         with pytest.raises(CheckpointError, match=says):
             write_starting_point(name, "gpt2", tmp_path / "out")
-    with pytest.raises(CheckpointError, match="is no base"):
+    with pytest.raises(CheckpointError, match="is not a base"):
         write_starting_point("Whale", "gpt3", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("kept")

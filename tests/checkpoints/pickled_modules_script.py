@@ -50,7 +50,7 @@ class Net(nn.Module):
         self.embed = nn.Embedding(5, 3)
         self.head = nn.Linear(3, 5, bias=False)
         self.head.weight = self.embed.weight
-        self.unregistered = [nn.Linear(2, 2)]  # which is no state of a module
+        self.unregistered = [nn.Linear(2, 2)]  # which is not a state of a module
 
     def forward(self, x):
         return x

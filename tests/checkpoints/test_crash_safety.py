@@ -344,8 +344,16 @@ def in_a_small_disk(place: Path, work: Callable[[], Any]) -> Any:
         new_mounts, new_user, private = 0x20000, 0x10000000, 0x44000  # CLONE_NEWNS, CLONE_NEWUSER, MS_REC | MS_PRIVATE
         libc = ctypes.CDLL(None, use_errno=True)
         try:
-            if libc.unshare(new_mounts) and libc.unshare(new_mounts | new_user):
-                raise OSError(ctypes.get_errno(), "unshare")
+            user, group = os.getuid(), os.getgid()
+            if libc.unshare(new_mounts):  # not root
+                if libc.unshare(new_mounts | new_user):
+                    raise OSError(ctypes.get_errno(), "unshare")
+                for name, text in (
+                    ("setgroups", "deny"),
+                    ("uid_map", f"{user} {user} 1"),
+                    ("gid_map", f"{group} {group} 1"),
+                ):
+                    Path("/proc/self", name).write_text(text)
             libc.mount(None, b"/", None, private, None)
             mount(place, 0, "size=64m")
         except OSError as error:

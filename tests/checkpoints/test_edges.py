@@ -49,7 +49,7 @@ def test_dtypes_by_name(dtype, tmp_path: Path) -> None:
     folder = save_checkpoint(ONE, tmp_path / "one")
     expected = torch.float32 if dtype in (None, "auto") else torch.float16
     assert load_state_dict(folder, dtype=dtype)["a"].dtype == expected
-    with pytest.raises(CheckpointError, match="'int3' is no floating-point dtype: use float32"):
+    with pytest.raises(CheckpointError, match="'int3' is not a floating-point dtype: use float32"):
         load_state_dict(folder, dtype="int3")
 
 
@@ -141,7 +141,7 @@ def test_a_subfolder_of_the_hub_s_cache(tmp_path: Path) -> None:
     assert set(open_checkpoint(folder)) == {"a", "b"}
 
 
-def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+def test_a_single_file_takes_precedence_over_an_index_as_in_transformers(tmp_path: Path) -> None:
     stock = MyGPT2ForCausalLM(mygpt2_config())
     stock.save_pretrained(tmp_path, max_shard_size="20KB")
     save_file({"lone": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -197,7 +197,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["lots", 0, -5, "", "5 MBit", "GB", None])
-def test_what_is_no_size_is_said_before_anything_is_made(text, tmp_path: Path) -> None:
+def test_invalid_sizes_are_refused_before_anything_is_created(text, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a size: use bytes, or text such as 500MB"):
         save_checkpoint(ONE, tmp_path / "deep" / "m", max_shard_size=text)
     assert not list(tmp_path.iterdir())

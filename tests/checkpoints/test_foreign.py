@@ -276,7 +276,7 @@ def test_onnx_external_data(onnx, tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "cut later", "gone later"])
-def test_onnx_external_data_not_whole(onnx, damage: str, tmp_path: Path) -> None:
+def test_incomplete_onnx_external_data(onnx, damage: str, tmp_path: Path) -> None:
     path = save_external(onnx, tmp_path, {"a": random_array("float32"), "b": random_array("int64", (30, 40))})
     data = tmp_path / "weights.data"
     checkpoint = open_checkpoint(path) if "later" in damage else None

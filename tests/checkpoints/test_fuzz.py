@@ -197,7 +197,7 @@ def fuzz_index(data: st.DataObject, folder: Path) -> None:
 
 
 def fuzz_manifest(data: st.DataObject, folder: Path) -> None:
-    """A manifest that does not describe the folder is a `Problem`, and one that is no manifest too."""
+    """A manifest that does not describe the folder is a `Problem`, and one that is not a manifest too."""
     target, _ = fresh(folder, "sharded")
     path = target / MANIFEST
     manifest = json.loads(path.read_text())

@@ -46,7 +46,7 @@ def assert_equal(found, expected) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_lone_shard_is_not_whole(suffix: str, tmp_path: Path) -> None:
+def test_a_lone_shard_is_incomplete(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"model-00001-of-00003.{suffix}"
     save_file(WEIGHTS, path) if suffix == "safetensors" else torch.save(WEIGHTS, path)
     for full in (True, False):

@@ -57,7 +57,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def is_said(text: str, *names: str) -> None:
+def is_reported(text: str, *names: str) -> None:
     assert "\n" not in text and len(text) < 7000, text
     assert all(name[:60] in text or repr(name)[1:60] in text for name in names), (names, text)
 
@@ -66,7 +66,7 @@ def check_finds(folder: Path, file: str, tensor: str = "", *, full: bool = False
     """Some `Problem` is about this file and tensor, and each is one sentence that names its own."""
     problems = check_checkpoint(folder, full=full)
     for problem in problems:
-        is_said(problem.message, problem.file, problem.tensor)
+        is_reported(problem.message, problem.file, problem.tensor)
     about = [p for p in problems if p.file == file or file in p.message]
     assert [p for p in about if not tensor or p.tensor == tensor or repr(tensor) in p.message], (file, tensor, problems)
     return problems
@@ -75,10 +75,10 @@ def check_finds(folder: Path, file: str, tensor: str = "", *, full: bool = False
 def refused(path: Path, *names: str) -> None:
     with pytest.raises(CheckpointError) as raised:
         open_checkpoint(path)
-    is_said(str(raised.value), *names)
+    is_reported(str(raised.value), *names)
 
 
-def test_a_whole_checkpoint_has_no_problems(folder: Path) -> None:
+def test_a_complete_checkpoint_has_no_problems(folder: Path) -> None:
     assert check_checkpoint(folder) == check_checkpoint(folder, full=True) == []
     assert check_checkpoint(without_manifest(folder), full=True) == []
 
@@ -222,7 +222,7 @@ def test_headers(tmp_path: Path, kind: str) -> None:
     path = write_raw(tmp_path / "model.safetensors", header, data)
     with pytest.raises(CheckpointError) as raised:
         open_safetensors(path)
-    is_said(str(raised.value), path.name, tensor)
+    is_reported(str(raised.value), path.name, tensor)
     refused(path, path.name, tensor)
     check_finds(tmp_path, path.name)
 
@@ -239,7 +239,7 @@ def test_a_very_long_shape_is_not_all_shown(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "model.safetensors", {"a": F32 | {"shape": [HUGE] * 6_000}}, bytes(8))
     with pytest.raises(CheckpointError) as raised:
         open_safetensors(path)
-    is_said(str(raised.value)[:1000], path.name, "'a'")
+    is_reported(str(raised.value)[:1000], path.name, "'a'")
     assert len(str(raised.value)) < 2000, "the whole shape is in the message"
 
 
@@ -270,7 +270,7 @@ def test_odd_names_come_back_or_are_refused(tmp_path: Path, name: str, format: s
     try:
         save_checkpoint(state_dict, tmp_path / "model", format=format)
     except CheckpointError as error:
-        is_said(str(error), repr(name))
+        is_reported(str(error), repr(name))
         assert name in ("__metadata__", ""), error
         return
     opened = open_checkpoint(tmp_path / "model")
@@ -490,7 +490,7 @@ def test_a_damaged_table_of_a_zip_file(tmp_path: Path, fields: str, record: str)
             damaged[start + (local if record == "local" else central)[fields]] ^= bit
             path.write_bytes(damaged)
             for problem in check_checkpoint(path, full=True):
-                is_said(problem.message, path.name)
+                is_reported(problem.message, path.name)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +515,7 @@ def test_other_formats(tmp_path: Path, data: bytes, name: str) -> None:
     (tmp_path / name).write_bytes(data)
     refused(tmp_path / name, name)
     for problem in check_checkpoint(tmp_path / name, full=True):
-        is_said(problem.message, name)
+        is_reported(problem.message, name)
     assert check_checkpoint(tmp_path / name)
 
 

@@ -1,4 +1,4 @@
-"""What is no checkpoint is said in one sentence; the Hub's cache is read, links out of a folder are not."""
+"""What is not a checkpoint is said in one sentence; the Hub's cache is read, links out of a folder are not."""
 
 import gzip
 import io

@@ -40,7 +40,7 @@ def training_file(tmp_path: Path) -> Path:
     return path
 
 
-def said(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+def printed(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
     """The exit code and what the command printed, line breaks of tables undone."""
     code = cli.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -48,7 +48,7 @@ def said(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, s
 
 
 def test_inspect_a_hub_folder(capsys: pytest.CaptureFixture) -> None:
-    code, out, _ = said(capsys, "inspect", HUB_REPO / "mygpt2", "--json")
+    code, out, _ = printed(capsys, "inspect", HUB_REPO / "mygpt2", "--json")
     found = json.loads(out)
     model = AutoModelForCausalLM.from_pretrained(HUB_REPO / "mygpt2")
     assert code == 0 and found["format"] == "sharded safetensors"
@@ -61,12 +61,12 @@ def test_inspect_a_hub_folder(capsys: pytest.CaptureFixture) -> None:
     assert {path.name for path in (HUB_REPO / "mygpt2").iterdir()} == set(found["files"])
     assert all("unknown" not in file["purpose"] for file in found["files"].values())
     assert all(entry["exists"] for entry in found["auto_map"].values()) and len(found["auto_map"]) == 4
-    code, out, _ = said(capsys, "inspect", HUB_REPO / "mygpt2")
+    code, out, _ = printed(capsys, "inspect", HUB_REPO / "mygpt2")
     assert code == 0 and "model.layers.*.mlp" in out and "architecture and settings" in out
 
 
 def test_inspect_says_what_stands_beside_the_weights(training_file: Path, capsys: pytest.CaptureFixture) -> None:
-    code, out, _ = said(capsys, "inspect", training_file, "--json")
+    code, out, _ = printed(capsys, "inspect", training_file, "--json")
     found = json.loads(out)
     assert found["sections"] == {"model_state_dict": 4} and list(found["tensors"]) == [
         "0.weight",
@@ -77,7 +77,7 @@ def test_inspect_says_what_stands_beside_the_weights(training_file: Path, capsys
     assert found["extras"]["epoch"] == "7" and found["extras"]["loss"] == "0.25"
     assert found["extras"]["optimizer_state_dict"] == "optimizer: state of 4 parameters, 1 groups, lr 0.0003"
     assert "lr=0.0003" in found["extras"]["args"]
-    assert code == 0 and "besides the weights" in said(capsys, "inspect", training_file)[1]
+    assert code == 0 and "besides the weights" in printed(capsys, "inspect", training_file)[1]
 
 
 def test_inspect_an_optimizer_file_alone(tmp_path: Path) -> None:
@@ -133,10 +133,10 @@ def test_nothing_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     torch.save(model, tmp_path / "whole.pt")
     model.attribute = Touch(tmp_path / "executed")
     torch.save(model, tmp_path / "worse.pt")
-    assert said(capsys, "inspect", tmp_path / "repo")[0] == 0
-    code, out, _ = said(capsys, "inspect", tmp_path / "whole.pt")
+    assert printed(capsys, "inspect", tmp_path / "repo")[0] == 0
+    code, out, _ = printed(capsys, "inspect", tmp_path / "whole.pt")
     assert code == 0 and "MyGPT2ForCausalLM" in out
-    code, _, err = said(capsys, "inspect", tmp_path / "worse.pt")
+    code, _, err = printed(capsys, "inspect", tmp_path / "worse.pt")
     assert code == 1 and err.count("\n") == 1 and f"{os.system.__module__}.system" in err and "--allow-pickle" in err
     assert "model.save_pretrained(folder)" in err and not (tmp_path / "executed").exists()
 
@@ -151,10 +151,10 @@ class Touch:
         return os.system, (f"touch {self.path}",)
 
 
-def test_a_whole_module(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_pickled_module(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = MyGPT2ForCausalLM(mygpt2_config())
     torch.save(model, tmp_path / "whole.pt")
-    code, _, _ = said(capsys, "convert", tmp_path / "whole.pt", tmp_path / "out")
+    code, _, _ = printed(capsys, "convert", tmp_path / "whole.pt", tmp_path / "out")
     written = open_checkpoint(tmp_path / "out")
     assert code == 0 and written.aliases
     assert all(torch.equal(written[name], tensor) for name, tensor in model.state_dict().items())
@@ -176,7 +176,7 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     }
     save_file(a, tmp_path / "a.safetensors")
     torch.save({"model": b | {"new": torch.ones(1)}}, tmp_path / "b.pt")
-    code, out, _ = said(capsys, "inspect", tmp_path / "a.safetensors", "--diff", tmp_path / "b.pt", "--json")
+    code, out, _ = printed(capsys, "inspect", tmp_path / "a.safetensors", "--diff", tmp_path / "b.pt", "--json")
     rows = {row["name"]: row for row in json.loads(out)}
     assert code == 1 and {name: row["status"] for name, row in rows.items()} == {
         "same": "equal",
@@ -187,7 +187,7 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         "new": "extra",
     }
     assert rows["moved"]["max_difference"] == 0.5 and rows["cast"]["max_difference"] == 0
-    assert said(capsys, "inspect", tmp_path / "a.safetensors", "--diff", tmp_path / "a.safetensors")[0] == 0
+    assert printed(capsys, "inspect", tmp_path / "a.safetensors", "--diff", tmp_path / "a.safetensors")[0] == 0
 
 
 def test_largest_difference_with_nan_and_infinity() -> None:
@@ -224,7 +224,7 @@ def test_convert_keeps_every_byte(source: str, target: str, tmp_path: Path) -> N
 def test_convert_casts_floats_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tensors = {"weight": torch.randn(4), "count": torch.arange(4)}
     save_file(tensors, tmp_path / "a.safetensors")
-    assert said(capsys, "convert", tmp_path / "a.safetensors", tmp_path / "out", "--dtype", "bf16")[0] == 0
+    assert printed(capsys, "convert", tmp_path / "a.safetensors", tmp_path / "out", "--dtype", "bf16")[0] == 0
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(written["weight"], tensors["weight"].bfloat16()) and torch.equal(
         written["count"], tensors["count"]
@@ -237,7 +237,7 @@ def test_several_models_become_several_folders_or_one_file(tmp_path: Path, capsy
         for name, size in (("modelA_state_dict", 2), ("modelB_state_dict", 4))
     }
     torch.save(models | {"epoch": 3}, tmp_path / "both.pt")
-    code, out, _ = said(capsys, "convert", tmp_path / "both.pt", tmp_path / "out")
+    code, out, _ = printed(capsys, "convert", tmp_path / "both.pt", tmp_path / "out")
     assert code == 0 and "not converted: epoch" in out
     for name, state_dict in models.items():
         written = load_file(tmp_path / "out" / name / "model.safetensors")
@@ -266,7 +266,7 @@ def test_convert_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("dear")
     for destination, form in ((tmp_path / "out", "safetensors"), (tmp_path / "a.pt", "pt"), (tmp_path / "a.pt", "bin")):
-        code, _, err = said(capsys, "convert", tmp_path / "a.pt", destination, "--format", form)
+        code, _, err = printed(capsys, "convert", tmp_path / "a.pt", destination, "--format", form)
         assert code == 1 and err.count("\n") == 1 and destination.name in err
     assert (tmp_path / "out" / "thesis.tex").read_text() == "dear" and len(load_state_dict(tmp_path / "a.pt")) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "out"]
@@ -281,16 +281,16 @@ def test_what_safetensors_cannot_hold_is_named(tmp_path: Path) -> None:
 
 def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     save_checkpoint({f"w{i}": torch.randn(8) for i in range(4)}, tmp_path / "model", max_shard_size=64)
-    assert said(capsys, "check", tmp_path / "model", "--full")[:2] == (0, "ok (every byte read)\n")
+    assert printed(capsys, "check", tmp_path / "model", "--full")[:2] == (0, "ok (every byte read)\n")
     shard = tmp_path / "model" / "model-00002-of-00002.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert said(capsys, "check", tmp_path / "model")[0] == 0  # same size, data not read
-    code, out, _ = said(capsys, "check", tmp_path / "model", "--full")
+    assert printed(capsys, "check", tmp_path / "model")[0] == 0  # same size, data not read
+    code, out, _ = printed(capsys, "check", tmp_path / "model", "--full")
     assert code == 1 and shard.name in out and "SHA-256" in out and "1 problem" in out
-    assert said(capsys, "check", tmp_path / "model", "--full", "--write-manifest")[0] == 0
+    assert printed(capsys, "check", tmp_path / "model", "--full", "--write-manifest")[0] == 0
     shard.write_bytes(data[:-4])
-    problems = json.loads(said(capsys, "check", tmp_path / "model", "--json")[1])
+    problems = json.loads(printed(capsys, "check", tmp_path / "model", "--json")[1])
     assert len(problems) == 2 and all(shard.name in problem["message"] for problem in problems)
-    assert said(capsys, "check", tmp_path / "absent")[0] == 1
+    assert printed(capsys, "check", tmp_path / "absent")[0] == 1

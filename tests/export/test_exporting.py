@@ -152,10 +152,10 @@ def test_quality_counts_decisions_at_tokens() -> None:
         ({"texts": ["a text"]}, "texts are only used to measure int8"),
         ({"to": "onnx", "int8": True, "dtype": "float16"}, "int8 quantises float32 weights"),
         ({"to": "onnx", "dtype": "bfloat16"}, "no CPU kernels for bfloat16"),
-        ({"dtype": "int4"}, "'int4' is no floating-point dtype"),
+        ({"dtype": "int4"}, "'int4' is not a floating-point dtype"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence(options: dict, message: str, tmp_path: Path) -> None:
+def test_impossible_exports_raise_one_sentence(options: dict, message: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime") if options.get("to") == "onnx" else None
     folder = saved(mygpt2(), tmp_path / "model")
     with pytest.raises(ValueError, match=message) as caught:
@@ -178,7 +178,7 @@ def test_other_models_and_missing_packages(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="T5Model cannot be exported to torchscript: You must specify"):
         export_model(folder, "torchscript", tmp_path / "out", task="feature-extraction")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match=r"needs the package onnxruntime: run pip install 'onnx>="):
+    with pytest.raises(ValueError, match=r"needs the package onnxruntime: run .*pip install 'onnx>="):
         export_model(saved(mygpt2(**MODERN), tmp_path / "model"), "onnx", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -98,7 +98,7 @@ def test_weights_and_a_code_file_become_a_folder_that_auto_classes_load(tmp_path
         assert torch.equal(load_file(tmp_path / f"{name}-out")["logits"], expected), name
 
 
-def test_what_is_missing_or_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_missing_or_wrong_code_raises_one_sentence(tmp_path: Path) -> None:
     save_without_code("moe_gpt2", tmp_path / "moe")
     save_without_code("conv_bert", tmp_path / "bert")
     alone = tmp_path / "alone"

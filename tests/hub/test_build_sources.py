@@ -409,7 +409,7 @@ class BModel(APreTrainedModel): ...
     ours = {"AutoConfig": "m.AConfig", "AutoModel": "m.AModel", "AutoModelForCausalLM": "m.AForCausalLM"}
     assert (
         auto_map_of_files({"m.py": code}, ["AForImageClassification"]) == ours
-    )  # no sub-model, nothing that is no model
+    )  # no sub-model, nothing that is not a model
     assert auto_map_of_files({"m.py": code}, ["BModel"]) == {"AutoModel": "m.BModel"}
 
 

@@ -53,11 +53,11 @@ def test_each_fault_of_a_file_is_one_sentence(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     for name, message in {
         "objects.npz": "'past_values' is pickled Python objects, which are not loaded",
-        "bare.npz": "is no .npz archive",
+        "bare.npz": "is not an .npz archive",
         "nan.json": "'x' holds NaN or infinite values",
         "ragged.json": "'x' is ragged",
         "text.json": "'x' is not an array of numbers",
-        "list.json": "is no JSON object",
+        "list.json": "is not a JSON object",
         "broken.json": "cannot be read as .json",
         "none.json": "holds no array",
         "scalar.json": r"'x' has the shape \(\)",

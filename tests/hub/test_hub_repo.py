@@ -53,6 +53,7 @@ def test_mygpt2_continues_a_sentence_in_a_clean_process() -> None:
     assert not seen["missing_keys"] + seen["unexpected_keys"] + seen["mismatched_keys"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_start")
 def test_mybert_classifies_held_out_passages_in_a_clean_process() -> None:
     texts, labels = zip(*passages(load_sample_text("held_out")))

@@ -202,7 +202,7 @@ CHANGES = {
     "no json": (write("config.json", "{"), r"config\.json: it is not valid JSON"),
     "duplicate keys": (write("config.json", '{"a": 1, "a": 2}'), "names 'a' twice"),
     "deep nesting": (write("config.json", '{"a":' * 400 + "1" + "}" * 400), "differs from the reviewed file"),
-    "a pipe": (lambda folder, code: os.mkfifo(folder / "pipe.py"), r"pipe\.py is no regular file"),
+    "a pipe": (lambda folder, code: os.mkfifo(folder / "pipe.py"), r"pipe\.py is not a regular file"),
     "link out of the folder": (add_link, "leads out of the folder"),
 }
 
@@ -277,7 +277,7 @@ def test_a_commit_that_cannot_be_read_is_one_sentence_without_the_token(hub, tmp
 )
 def test_a_damaged_lock_is_refused(folder, tmp_path, never, content: str) -> None:
     (tmp_path / "lock").write_text(content)
-    with pytest.raises((LockError, CheckpointError), match=r"is no valid lock|not valid JSON|not an object"):
+    with pytest.raises((LockError, CheckpointError), match=r"is not a valid lock|not valid JSON|not an object"):
         load(folder, lock=tmp_path / "lock")
 
 
@@ -292,8 +292,8 @@ def test_options_that_would_lead_elsewhere_are_refused(folder, tmp_path, never) 
         ({"code_revision": "b" * 40}, "is not the commit of the lock"),
         ({}, "is for me/x, not for me/other"),
         ({"cache_dir": "x"}, "cache_dir has no effect with a lock"),
-        ({"auto_class": "GPT2LMHeadModel"}, "GPT2LMHeadModel is no Auto class"),
-        ({"auto_class": "AutoNothing"}, "AutoNothing is no Auto class"),
+        ({"auto_class": "GPT2LMHeadModel"}, "GPT2LMHeadModel is not an Auto class"),
+        ({"auto_class": "AutoNothing"}, "AutoNothing is not an Auto class"),
     ):
         with pytest.raises(ValueError, match=sentence):
             load("me/other", lock=tmp_path / "lock", **options)

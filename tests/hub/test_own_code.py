@@ -275,11 +275,11 @@ def test_training_begins_with_a_save(tmp_path: Path) -> None:
 
 
 def test_a_model_in_memory_may_be_called_anything(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """What is trained is the head that its class derives from; a module that is no model of transformers is refused."""
+    """What is trained is the head that its class derives from; a module that is not a model of transformers is refused."""
     tokenizer = train_gpt2_tokenizer(["the cat sat on the mat"], vocab_size=290, model_max_length=64)
     model = type("Own", (MyGPT2ForCausalLM,), {})(mygpt2_config(vocab_size=len(tokenizer)))
     assert load_base(model, "lm", tokenizer=tokenizer).kind == "causal"
-    with pytest.raises(ValueError, match=r"^Own is no model for --task classification"):
+    with pytest.raises(ValueError, match=r"^Own is not a model for --task classification"):
         load_base(model, "classification", tokenizer=tokenizer)
 
     class Plain(torch.nn.Module):

@@ -1,5 +1,6 @@
 """A stock GPT-2 on the Hub, private and sharded: loaded by its id, online and then offline, whole or by `warm_start`."""
 
+import pytest
 from hub_server import Hub
 from tiny import stock_gpt2_config
 from transformers import GPT2LMHeadModel
@@ -26,6 +27,7 @@ print("loaded")
 """
 
 
+@pytest.mark.slow
 def test_by_its_id(hub: Hub, client, tmp_path) -> None:
     GPT2LMHeadModel(stock_gpt2_config()).save_pretrained(tmp_path / "stock", max_shard_size="20KB")
     push(tmp_path / "stock", "me/stock", token=TOKEN, endpoint=hub.url, no_verify=True)

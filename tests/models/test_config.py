@@ -218,7 +218,7 @@ def test_a_subclass_inherits_the_constructor(base: type, tmp_path: Path) -> None
 FULL, SLIDING = ["full_attention"] * 3, ["sliding_attention"] * 3
 
 
-def test_layers_slide_with_the_window_as_long_as_nobody_says_which(tmp_path: Path) -> None:
+def test_layers_slide_with_the_window_unless_layer_types_are_given(tmp_path: Path) -> None:
     """As in Mistral; also if the window is set afterwards, or on a config that was saved without one."""
     assert mygpt2_config(sliding_window=4).layer_types == SLIDING
     later = mygpt2_config()

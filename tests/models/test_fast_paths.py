@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
-from mymodels.models.cpu_kernels import ONE_DNN, OneDnnLinear, make_activation, product_of
+from mymodels.models.cpu_kernels import ONE_DNN, OneDnnLinear, make_activation, recomputed_linear
 from mymodels.models.losses import causal_lm_loss, soft_cap
 from mymodels.models.padding import Packing
 
@@ -162,14 +162,16 @@ def test_product_of_something_computed_again(count: int, function, bias: bool) -
     inputs = [torch.randn(2, 3, 8, requires_grad=True) for _ in range(count)]
     leaves = [*inputs, *layer.parameters()]
     results = []
-    for output in (product_of(function, layer, *inputs), layer(function(*inputs))):
+    for output in (recomputed_linear(function, layer, *inputs), layer(function(*inputs))):
         first = torch.autograd.grad(output.tanh().sum(), leaves, retain_graph=True)
         again = torch.autograd.grad(output.tanh().sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(gradient.square().sum() for gradient in again), leaves)
         results.append((output, *first, *again, *second))
     for mine, theirs in zip(*results):
         assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
-    product_of(function, layer, *(tensor.detach() for tensor in inputs)).sum().backward()  # of the parameters alone
+    recomputed_linear(
+        function, layer, *(tensor.detach() for tensor in inputs)
+    ).sum().backward()  # of the parameters alone
     assert layer.weight.grad is not None
 
 

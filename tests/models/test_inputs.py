@@ -54,7 +54,7 @@ def test_an_empty_prompt_says_so() -> None:
         MODELS["mygpt2"]().generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2)
 
 
-def test_a_prompt_that_is_too_long_is_told_of_itself() -> None:
+def test_a_prompt_that_is_too_long_is_reported() -> None:
     model = MODELS["mygpt2"]().eval()  # 64 positions
     with pytest.raises(
         ValueError, match=r"the input is 70 tokens long, .*max_position_embeddings=64: shorten"

@@ -132,7 +132,7 @@ def test_each_process_holds_half_of_the_projections(name: str, halved: str, mode
 
 
 @pytest.mark.parametrize("name", SHARED_OUT)
-def test_what_two_processes_save_is_whole(name: str, models, two) -> None:
+def test_what_two_processes_save_is_complete(name: str, models, two) -> None:
     folder = models[name][1]
     saved, again = open_checkpoint(folder), open_checkpoint(f"{folder}-again")
     for key in saved:
@@ -156,9 +156,9 @@ def test_heads_that_cannot_be_shared_out_are_refused(models, tmp_path: Path) -> 
     for said in run(refusals, tmp_path, cases):
         assert said == {
             "multi-query": "MyGPT2Config: num_key_value_heads=1, but it must be a multiple of tp_size=2: "
-            "each of these processes takes whole heads",
+            "each process gets the same number of heads",
             "one-head": "MyBertConfig: num_attention_heads=1, but it must be a multiple of tp_size=2: "
-            "each of these processes takes whole heads",
+            "each process gets the same number of heads",
         }
 
 

@@ -158,6 +158,7 @@ print(Hasher.hash(type(model)), Hasher.hash(model.config), Hasher.hash(model.mod
 """
 
 
+@pytest.mark.slow
 def test_a_remote_model_can_be_dilled_and_hashed_for_a_cache(tmp_path: Path) -> None:
     """`datasets.map` looks for what it has already computed by a hash of what the function holds."""
     MyGPT2ForCausalLM(mygpt2_config()).save_pretrained(tmp_path / "dilled")

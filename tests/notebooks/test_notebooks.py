@@ -33,7 +33,7 @@ def figures(name: str) -> int:
     return sum("plt.show()" in cell.source or "display(Image(" in cell.source for cell in read(name).cells)
 
 
-def assert_said_nothing_wrong(notebook: NotebookNode) -> None:
+def assert_no_errors_in_output(notebook: NotebookNode) -> None:
     loud = [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
     assert not loud  # warnings, too
     for text in texts(notebook):
@@ -46,7 +46,7 @@ def test_runs(name: str, tmp_path: Path) -> None:
     started = time.monotonic()
     notebook = run_with_hub(name, tmp_path)
     seconds[name] = time.monotonic() - started
-    assert_said_nothing_wrong(notebook)
+    assert_no_errors_in_output(notebook)
     assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == figures(name)
     there = {path.name for path in tmp_path.iterdir()}
     assert there <= {"hub_repo", "notebooks", "hf"}, "it writes only below notebooks/output"
@@ -61,7 +61,7 @@ def test_in_ten_minutes() -> None:
 
 def test_without_a_token_nothing_is_sent(tmp_path: Path) -> None:
     notebook = run(ON_THE_HUB, tmp_path)
-    assert_said_nothing_wrong(notebook)
+    assert_no_errors_in_output(notebook)
     said = "\n".join(texts(notebook))
     assert "nobody is logged in: nothing will be sent" in said and re.search(r"would get \d+ files", said)
     assert "commit" not in said
@@ -72,7 +72,7 @@ def test_committed_as_it_ran(name: str) -> None:
     notebook = jupytext.read(NOTEBOOKS / f"{name}.ipynb")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run `make notebooks`"
-    assert_said_nothing_wrong(notebook)
+    assert_no_errors_in_output(notebook)
     assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == figures(name)
 
 

@@ -331,7 +331,7 @@ def test_code_of_a_folder_runs_only_if_trusted(saved) -> None:
 NO_SUCH_PACKAGE = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
 
 
-def test_what_cannot_be_asked_is_said_in_one_sentence(
+def test_invalid_requests_raise_one_sentence(
     saved, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masked = saved(MyBertForMaskedLM(mybert_config()))

@@ -1,4 +1,4 @@
-"""Training of models that are no classes of transformers or mymodels: of a file of one's own, or plain modules."""
+"""Training of models that are not classes of transformers or mymodels: of a file of one's own, or plain modules."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_the_form_of_the_outputs_changes_nothing() -> None:
     assert accepted(plain_net(), examples()[0]).keys() == {"input_ids", "labels"}
 
 
-def test_what_cannot_be_trained_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_untrainable_models_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     class WithState(PlainNet):
         def get_extra_state(self):
             return {"a": 1}

@@ -96,7 +96,7 @@ def test_every_label_is_trained_and_measured_on(tmp_path: Path) -> None:
         assert sorted(pairs(data)) == sorted(rows) and not data.notes
 
 
-def test_a_label_that_nothing_measures_is_told(tmp_path: Path) -> None:
+def test_a_label_that_nothing_measures_is_reported(tmp_path: Path) -> None:
     data = load_data(
         write(tmp_path / "d.csv", ROWS), task="classification", validation=write(tmp_path / "v.csv", [("new", "good")])
     )
@@ -192,7 +192,7 @@ def test_bad_files_get_one_sentence(tmp_path: Path) -> None:
     assert Path(good).exists()
 
 
-def test_validation_texts_that_were_trained_on_are_told(tmp_path: Path) -> None:
+def test_validation_texts_that_were_trained_on_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "d.csv", ROWS)
     data = load_data(path, task="classification", validation=write(tmp_path / "v.csv", ROWS[:5]))
     assert data.notes == ["5 of the validation texts are also training texts: the metrics are too good"]

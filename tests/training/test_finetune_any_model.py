@@ -155,7 +155,7 @@ def test_own_decoders_and_encoder_decoders_are_tuned_and_answer(own: Path, tmp_p
         assert losses[-1] < losses[0]
 
 
-def test_what_cannot_be_tuned_or_asked_is_said_before_training(own: Path, tmp_path: Path) -> None:
+def test_invalid_requests_are_refused_before_training(own: Path, tmp_path: Path) -> None:
     class NoLoss(type(make("conv_bert"))):
         def forward(self, input_ids, attention_mask, labels=None):
             return super().forward(input_ids, attention_mask)
@@ -165,8 +165,8 @@ def test_what_cannot_be_tuned_or_asked_is_said_before_training(own: Path, tmp_pa
         (own / "moe_gpt2", "seq2seq", {}, "is a moe_gpt2_of_one_file, which has no class for AutoModelForSeq2SeqLM"),
         (own / "moe_gpt2", "classification", {}, "has no class for AutoModelForSequenceClassification"),
         (own / "small_t5", "lm", {}, "have no language-model head"),
-        (own / "small_t5", "seq2seq", {"to": "mygpt2"}, "is no encoder-decoder"),
-        (make("conv_bert"), "lm", {"tokenizer": train_bert_tokenizer(TEXTS, 97, 64)}, "ConvBert is no model for --task lm by its name"),
+        (own / "small_t5", "seq2seq", {"to": "mygpt2"}, "is not an encoder-decoder"),
+        (make("conv_bert"), "lm", {"tokenizer": train_bert_tokenizer(TEXTS, 97, 64)}, "ConvBert is not a model for --task lm by its name"),
         (own / "small_t5", "seq2seq", {"text_column": "text", "target_column": "text"}, "named as text and as target"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message) as caught:

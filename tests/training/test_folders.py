@@ -41,8 +41,20 @@ def damage(file: Path) -> None:
     file.write_bytes(data)
 
 
-@either
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    ("run", "file"),
+    [
+        (by_loop, "model.safetensors"),
+        (by_loop, "optimizer.pt"),
+        (by_loop, "rng_state.pth"),
+        (by_loop, "trainer_state.json"),
+        (by_trainer, "model.safetensors"),
+        *(
+            pytest.param(by_trainer, f, marks=pytest.mark.slow)
+            for f in ("optimizer.pt", "rng_state.pth", "trainer_state.json")
+        ),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over(run, file, tmp_path, caplog) -> None:
     whole = run(tmp_path)
     damage(tmp_path / "checkpoint-8" / file)
@@ -164,7 +176,7 @@ def test_the_loop_tries_its_folder_first(tmp_path) -> None:
         by_loop(tmp_path / "file" / "run")
 
 
-def test_changed_arguments_are_taken_and_told(tmp_path, caplog, monkeypatch) -> None:
+def test_changed_arguments_are_used_and_reported(tmp_path, caplog, monkeypatch) -> None:
     """Also the advice to lower the learning rate after a bad loss would be vain otherwise."""
     used, step = [], torch.optim.AdamW.step
 
@@ -182,7 +194,7 @@ def test_changed_arguments_are_taken_and_told(tmp_path, caplog, monkeypatch) -> 
     assert "learning_rate=0.001 (now 1e-06)" in said and "weight_decay=0.1 (now 0.5)" in said
 
 
-def test_a_checkpoint_of_the_model_alone_is_no_whole_one(tmp_path, caplog) -> None:
+def test_a_checkpoint_of_the_model_alone_is_incomplete(tmp_path, caplog) -> None:
     by_trainer(tmp_path, max_steps=2)
     by_trainer(tmp_path, max_steps=4, save_only_model=True, resume_from_checkpoint=True)
     assert checkpoint_dirs.newest_checkpoint(tmp_path).name == "checkpoint-2"

@@ -111,6 +111,7 @@ def test_gpt2_classifier_passes_over_end_tokens_that_pad() -> None:
     assert largest_difference(model(**packed).logits, model(**inputs).logits) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [MyBertForSequenceClassification, MyGPT2ForSequenceClassification])
 def test_a_compiled_classifier_tells_packed_sequences_apart(make: type) -> None:
     config = (mybert_config if make is MyBertForSequenceClassification else mygpt2_config)(num_labels=3)

@@ -22,8 +22,23 @@ def uninterrupted(kind: str, variant: str, tmp_path_factory: pytest.TempPathFact
     return _whole[kind, variant]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", ["loop", "trainer"])
+# each variant once in the fast suite
+FAST = {
+    ("loop", "padded"),
+    ("loop", "two processes"),
+    ("trainer", "masked at random, no accumulation"),
+    ("trainer", "packed"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        pytest.param(kind, variant, marks=() if (kind, variant) in FAST else pytest.mark.slow)
+        for kind in ("loop", "trainer")
+        for variant in VARIANTS
+    ],
+)
 def test_killed_twice_and_resumed(kind, variant, tmp_path, tmp_path_factory) -> None:
     whole = uninterrupted(kind, variant, tmp_path_factory)
     assert len(whole["losses"]) == 18

@@ -123,7 +123,7 @@ def test_sizes_that_make_no_sense_are_refused_at_once(change, message, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_to_predict_is_said() -> None:
+def test_nothing_to_predict_is_reported() -> None:
     with pytest.raises(ValueError, match=r"nothing to predict at step 1 of 3: .* dataset\[i\] for i in \d: leave"):
         train(small_model(), of_lengths(1, 1, 1), data_collator=pack, per_device_train_batch_size=1)
 

@@ -38,7 +38,7 @@ OUTPUTS = ("last_hidden_state", "logits", "pooler_output", "start_logits", "end_
 
 @torch.no_grad()
 def difference(mine, stock, padding: str = "right", inputs: dict | None = None) -> float:
-    """The largest difference of all outputs that both have, on tokens that are no padding."""
+    """The largest difference of all outputs that both have, on tokens that are not padding."""
     inputs = inputs or batch(padding)
     shown = inputs["attention_mask"].bool()
     ours, theirs = mine(**inputs), stock(**inputs)

@@ -131,11 +131,92 @@ def test_norms_that_add_one_and_embeddings_that_are_scaled() -> None:
     report = warm_start(new, old)
     weight = old.model.layers[1].input_layernorm.weight
     assert torch.allclose(new.model.layers[1].input_layernorm.weight, weight + 1)
-    kinds = {row.targets: row.kind for row in report.rows if row.targets}
-    assert kinds[("model.embed_tokens.weight",)] == "approximate" and not report.is_exact
-    with torch.no_grad():
-        new.model.embed_tokens.weight *= 32**0.5  # what the embeddings' factor does
-    assert gap(new, old) < 1e-5
+    assert torch.allclose(new.model.embed_tokens.weight, old.model.embed_tokens.weight * 32**0.5)
+    assert report.is_exact and gap(new, old) < 1e-5
+
+
+@pytest.mark.parametrize("old_tied", [True, False])
+@pytest.mark.parametrize("new_tied", [True, False])
+def test_the_factor_of_the_embeddings_with_tied_and_untied_heads(old_tied: bool, new_tied: bool) -> None:
+    act = {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6}
+    gemma = stock("gemma", **{**GROUPED, **act, "tie_word_embeddings": old_tied})
+    llama = family("llama", **act, tie_word_embeddings=new_tied)
+    report = warm_start(llama, gemma)
+    expressible = old_tied or not new_tied
+    assert report.is_exact == expressible and (gap(llama, gemma) < 1e-5) == expressible
+    gemma = stock("gemma", **{**GROUPED, **act, "tie_word_embeddings": old_tied})
+    llama = family("llama", **act, tie_word_embeddings=new_tied)
+    report = warm_start(gemma, llama)
+    expressible = new_tied or not old_tied
+    assert report.is_exact == expressible and (gap(gemma, llama) < 1e-5) == expressible
+
+
+def bart_of(auto: str = "AutoModelForSeq2SeqLM", **changes) -> nn.Module:
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder")
+             for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
+    config = {"vocab_size": 97, "d_model": 32, "max_position_embeddings": 64, "pad_token_id": 1, **sizes, **changes}
+    return randomised(getattr(transformers, auto).from_config(transformers.AutoConfig.for_model("bart", **config)))
+
+
+def test_tables_of_positions_that_begin_with_other_rows() -> None:
+    for new in (
+        family("gpt2", n_positions=66),
+        family("gpt2", n_positions=64),
+    ):  # as many rows as BART's table, and fewer
+        old = bart_of("AutoModelForCausalLM")
+        warm_start(new, old)
+        theirs = old.model.decoder.embed_positions.weight[2:]
+        assert torch.equal(new.transformer.wpe.weight[:64], theirs)
+    old, new = bart_of(), bart_of(max_position_embeddings=80)  # one table each for encoder and decoder
+    assert warm_start(new, old).is_exact
+    for side in ("encoder", "decoder"):
+        ours, theirs = (model.get_submodule(f"model.{side}.embed_positions").weight for model in (new, old))
+        assert torch.equal(ours[2:66], theirs[2:])
+
+
+@pytest.mark.parametrize("kind", ["opt", "roberta"])
+def test_positions_of_bare_tensors(kind: str) -> None:
+    old, new = family(kind), family(kind)
+    report = warm_start(new, old.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), old.state_dict().values()))
+    table = {"opt": "gpt2", "roberta": "bert"}[kind]
+    other = family(table, **{"n_positions" if table == "gpt2" else "max_position_embeddings": 66})
+    report = warm_start(other, old.state_dict())
+    row = next(row for row in report.rows if any("wpe" in n or "position_embeddings" in n for n in row.targets))
+    assert row.kind == "approximate" and any("nothing tells at which row" in note for note in report.notes)
+
+
+def test_positions_of_ones_own_are_found_by_running() -> None:
+    class Late(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids + 3)
+
+    class Reader(nn.Module):
+        def __init__(self, table):
+            super().__init__()
+            self.tok_emb, self.pos_emb, self.lm_head = nn.Embedding(97, 8), table, nn.Linear(8, 97)
+
+        def forward(self, ids):
+            return self.lm_head(self.tok_emb(ids) + self.pos_emb(torch.arange(ids.shape[1])))
+
+    old, new = randomised(Reader(Late(19, 8))), randomised(Reader(nn.Embedding(16, 8)))
+    report = warm_start(new, old)
+    assert torch.equal(new.pos_emb.weight, old.pos_emb.weight[3:]) and report.checked.agrees
+
+
+def test_albert_into_bert() -> None:
+    fields = {**SIZES, "embedding_size": 32, "inner_group_num": 1, "hidden_act": "gelu"}
+    albert = randomised(transformers.AlbertForMaskedLM(transformers.AlbertConfig(**fields)))
+    bert = family("bert")
+    warm_start(bert, albert)
+    theirs = albert.albert.encoder.albert_layer_groups[0].albert_layers[0]
+    for layer in bert.bert.encoder.layer:
+        assert torch.equal(layer.attention.self.value.weight, theirs.attention.value.weight)
+        assert torch.equal(layer.attention.output.LayerNorm.weight, theirs.attention.LayerNorm.weight)
+        assert torch.equal(layer.intermediate.dense.weight, theirs.ffn.weight)
+        assert torch.equal(layer.output.dense.bias, theirs.ffn_output.bias)
+        assert torch.equal(layer.output.LayerNorm.bias, theirs.full_layer_layer_norm.bias)
+    assert torch.equal(bert.cls.predictions.transform.dense.weight, albert.predictions.dense.weight)
 
 
 def test_another_scale_of_attention_goes_into_the_queries() -> None:

@@ -11,6 +11,7 @@ from warmstart.random_stock_models import randomised
 from warmstart.stock_families import family
 
 from mymodels import warm_start
+from mymodels.warmstart.warm_start_model import NotAllowedError
 
 
 def outputs(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,7 @@ def test_interleaved_by_head(kind: str, path: str) -> None:
     report = warm_start(back, target, allow=".")
     again = back.get_submodule(path).query_key_value
     assert torch.equal(again.weight, fused.weight) and torch.equal(again.bias, fused.bias)
-    assert any("head by head" in row.how for row in report.rows)
+    assert any("3 fused, in each of 4 blocks" in row.how for row in report.rows)
 
 
 def test_a_fused_matrix_of_unknown_order_is_not_guessed() -> None:
@@ -150,6 +151,10 @@ def test_a_fused_matrix_of_unknown_order_is_not_guessed() -> None:
     note = next(note for note in report.notes if "query_key_value" in note)
     assert "ambiguous, so not loaded" in note and "interleaved by head" in note and "rename=" in note
     assert not any("q_proj.weight" in name for row in report.rows if row.sources for name in row.targets)
+    with pytest.raises(NotAllowedError) as error:
+        warm_start(target, tensors, strict=True)
+    assert "interleaved by head" in str(error.value) and "qkv_by_head" in str(error.value)
+    assert "rename={" in str(error.value) and error.value.report.notes
     for word, chosen in (
         ("qkv_proj", lambda w: w[:32]),
         ("qkv_by_head", lambda w: w.view(4, 3, 8, 32)[:, 0].reshape(32, 32)),

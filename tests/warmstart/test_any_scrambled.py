@@ -53,7 +53,7 @@ def test_the_share_that_is_placed(kind: str) -> None:
     report = warm_start(target, tensors)
     share, wrong = placed(report, target, tensors, names)
     assert share >= 0.99 and wrong == 0, share
-    assert not report.is_exact  # the tensors alone cannot be run, and an order is no proof
+    assert not report.is_exact  # the tensors alone cannot be run, and an order is not proof
     assert any(row.unproven for row in report.rows)
 
 

@@ -77,7 +77,7 @@ def test_a_config_of_ones_own_is_never_replaced() -> None:
     assert torch.equal(layer.weight, origin.weight)
     for config, words in (
         (LonelyConfig(**OUR_SIZES), r"no model class has config_class = LonelyConfig.*model_class="),
-        (SIZES, "a dict is no model and no config"),
+        (SIZES, "a dict is neither a model nor a config"),
     ):
         with pytest.raises(CheckpointError, match=words):
             warm_start(config, source)
@@ -220,14 +220,14 @@ def test_two_parts_that_fit_are_not_chosen_from() -> None:
         ({"out.weight": torch.ones(3, 8, dtype=torch.int8)}, {"allow": "."}, "not floating point"),
         ({"other": torch.ones(3)}, {}, "too little of it loads"),
         ({"out.weight": torch.randn(3, 8)}, {"strict": True}, "strict: "),
-        ({"out.weight": torch.randn(3, 8)}, {"rename": {"(": ""}}, "is no regular expression"),
+        ({"out.weight": torch.randn(3, 8)}, {"rename": {"(": ""}}, "is not a regular expression"),
         (
             {"a.weight": torch.randn(3, 8), "b.weight": torch.randn(3, 8)},
             {"rename": {"^[ab]": "out"}},
             r"are both 'out\.weight'",
         ),
         ({"out.weight": torch.randn(3, 8)}, {"overrides": {"width": 3}}, "overrides= changes the config"),
-        ({"out.weight": torch.randn(3, 8)}, {"model_class": Net}, "model_class= names the class"),
+        ({"out.weight": torch.randn(3, 8)}, {"model_class": Net}, "model_class= is the class to build"),
         (3, {}, "a int cannot be a source"),
     ],
 )
@@ -242,19 +242,19 @@ def test_what_is_refused_leaves_the_model_as_it_was(source, options: dict, words
 
 def test_other_refusals(tmp_path: Path) -> None:
     wide = family("llama", hidden_size=64)
-    with pytest.raises(CheckpointError, match="hidden_size=32, the target 64: the width of the model"):
+    with pytest.raises(CheckpointError, match="hidden_size=32, the target 64: a warm start cannot change the width"):
         warm_start(wide, family("gpt2"))
     with torch.device("meta"):
         empty = Net()
     with pytest.raises(CheckpointError, match="has parameters without data"):
         warm_start(empty, trained())
     (tmp_path / "bare").mkdir()
-    with pytest.raises(CheckpointError, match=r"has no config\.json, so it names no target"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json: pass a model"):
         warm_start(tmp_path / "bare", trained())
     (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoModel": "m.M"}}))
     with pytest.raises(CheckpointError, match="has code of its own, which would be run"):
         warm_start(tmp_path / "bare", trained())
-    with pytest.raises(CheckpointError, match="model_class=3 is no class of a model"):
+    with pytest.raises(CheckpointError, match="model_class=3 is not a model class"):
         warm_start(family("llama").config, family("llama"), model_class=3)
     with pytest.raises(CheckpointError, match="head='ForImages': LlamaConfig has"):
         warm_start(family("llama").config, family("llama"), head="ForImages")

@@ -136,13 +136,13 @@ def test_impossible_wishes(folder: Path) -> None:
         warm_start("mygpt2", folder, overrides={"hidden_size": 64})
     with pytest.raises(CheckpointError, match="head='ForTokenClassification': MyGPT2 has Model, ForCausalLM"):
         warm_start("mygpt2", folder, head="ForTokenClassification")
-    with pytest.raises(CheckpointError, match="'llama' is no model of mymodels: warm_start fills mygpt2 and mybert"):
+    with pytest.raises(CheckpointError, match="'llama' is not a model of mymodels: warm_start fills mygpt2 and mybert"):
         warm_start("llama", folder)
-    with pytest.raises(CheckpointError, match="a dict is no model and no config"):
+    with pytest.raises(CheckpointError, match="a dict is neither a model nor a config"):
         warm_start({}, folder)
     with pytest.raises(NotAllowedError, match="too little of it loads into Linear"):
         warm_start(torch.nn.Linear(1, 1), folder)
-    with pytest.raises(CheckpointError, match="overrides= changes the config that a model is made from"):
+    with pytest.raises(CheckpointError, match="overrides= changes the config before a model is built"):
         warm_start(MyGPT2ForCausalLM(mygpt2_config()), folder, overrides={"n_layer": 2})
     with pytest.raises(CheckpointError, match="its num_attention_heads is not known: pass config="):
         warm_start("mygpt2", stock_model("GPT2LMHeadModel").state_dict())

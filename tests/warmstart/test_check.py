@@ -102,7 +102,7 @@ def test_models_and_modes_stay_as_they_are() -> None:
     assert half.checked.agrees and half.model.dtype == torch.bfloat16
 
 
-def test_what_is_not_run_is_said(
+def test_skipped_runs_are_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     stock = stock_model("GPT2LMHeadModel")

@@ -150,28 +150,28 @@ def test_variant_subfolder_and_file_kind(tmp_path: Path) -> None:
 
 
 class TestSwitches:
-    """A switch that leaves a tensor without a place is told in one table, which names `warm_start`."""
+    """A switch that leaves a tensor without a place is logged in one table, which names `warm_start`."""
 
     @pytest.fixture
-    def said(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    def logged(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         from mymodels.warmstart import pretrained
 
-        said: list[str] = []
-        monkeypatch.setattr(pretrained.logger, "warning", said.append)
-        return said
+        logged: list[str] = []
+        monkeypatch.setattr(pretrained.logger, "warning", logged.append)
+        return logged
 
-    def test_nothing_is_said_when_all_fits(self, tmp_path: Path, said: list[str]) -> None:
+    def test_nothing_is_logged_when_all_fits(self, tmp_path: Path, logged: list[str]) -> None:
         MyGPT2ForCausalLM.from_pretrained(write(stock_model("GPT2LMHeadModel"), tmp_path, "safetensors"))
-        assert not said
+        assert not logged
 
-    def test_key_value_heads_and_norms(self, tmp_path: Path, said: list[str]) -> None:
+    def test_key_value_heads_and_norms(self, tmp_path: Path, logged: list[str]) -> None:
         stock = stock_model("GPT2LMHeadModel")
         folder = write(stock, tmp_path, "safetensors")
         mine, loading = MyGPT2ForCausalLM.from_pretrained(
             folder, num_key_value_heads=2, norm_type="rmsnorm", output_loading_info=True
         )
-        assert len(said) == 1
+        assert len(logged) == 1
         for words in (
             "{k,v}_proj",
             "ln_1.bias",
@@ -179,39 +179,39 @@ class TestSwitches:
             "warm_start",
             "random, normal",
         ):
-            assert words in said[0], words
+            assert words in logged[0], words
         assert "self_attn.k_proj.weight" in " ".join(loading["missing_keys"])
         assert "transformer.ln_f.bias" in loading["unexpected_keys"]
         assert torch.equal(mine.model.embed_tokens.weight, stock.transformer.wte.weight)
 
-    def test_a_note_alone_comes_without_a_count_of_nothing(self, tmp_path: Path, said: list[str]) -> None:
+    def test_a_note_alone_comes_without_a_count_of_nothing(self, tmp_path: Path, logged: list[str]) -> None:
         stock = stock_model("GPT2LMHeadModel")
         tensors = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
         tensors["lm_head.weight"] += 1
         write(stock, tmp_path, "bin")
         torch.save(tensors, tmp_path / "pytorch_model.bin")
         MyGPT2ForCausalLM.from_pretrained(tmp_path)
-        assert len(said) == 1 and "both are stored with different values" in said[0]
-        assert "0 parameters" not in said[0] and "warm_start" not in said[0]
+        assert len(logged) == 1 and "both are stored with different values" in logged[0]
+        assert "0 parameters" not in logged[0] and "warm_start" not in logged[0]
 
-    def test_a_config_says_the_switches_too(self, tmp_path: Path, said: list[str]) -> None:
+    def test_a_config_says_the_switches_too(self, tmp_path: Path, logged: list[str]) -> None:
         folder = write(stock_model("GPT2LMHeadModel"), tmp_path, "safetensors")
         config = mygpt2_config(position_embedding_type="rope")
         mine = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config)
         assert type(mine) is MyGPT2ForCausalLM
-        assert len(said) == 1 and "transformer.wpe.weight" in said[0] and "has no embed_positions" in said[0]
+        assert len(logged) == 1 and "transformer.wpe.weight" in logged[0] and "has no embed_positions" in logged[0]
 
-    def test_a_new_head_starts_as_the_library_would(self, tmp_path: Path, said: list[str]) -> None:
+    def test_a_new_head_starts_as_the_library_would(self, tmp_path: Path, logged: list[str]) -> None:
         folder = write(stock_model("BertModel"), tmp_path, "safetensors")
         mine = mymodels.MyBertForSequenceClassification.from_pretrained(folder, num_labels=5)
-        assert len(said) == 1 and "classifier.weight" in said[0]
+        assert len(logged) == 1 and "classifier.weight" in logged[0]
         assert mine.classifier.weight.shape == (5, 32) and not mine.classifier.bias.any()
         assert abs(mine.classifier.weight.std() - mine.config.initializer_range) < 0.05
 
-    def test_other_pooling_and_fewer_layers(self, tmp_path: Path, said: list[str]) -> None:
+    def test_other_pooling_and_fewer_layers(self, tmp_path: Path, logged: list[str]) -> None:
         folder = write(stock_model("BertModel"), tmp_path, "safetensors")
         mine = MyBertModel.from_pretrained(folder, pooling="mean", num_hidden_layers=2)
-        assert len(said) == 1 and "pooling='mean'" in said[0] and "encoder.layer.2.output.dense" in said[0]
+        assert len(logged) == 1 and "pooling='mean'" in logged[0] and "encoder.layer.2.output.dense" in logged[0]
         assert len(mine.encoder.layer) == 2
 
 

@@ -147,7 +147,7 @@ def test_bare_state_dicts(prefixed: bool) -> None:
     assert report.model is target and difference(target, stock) <= 1e-5
 
 
-def test_bare_state_dict_of_roberta_is_told_by_its_one_token_type() -> None:
+def test_bare_state_dict_of_roberta_is_recognised_by_its_one_token_type() -> None:
     stock = roberta("RobertaModel")
     report = warm_start("mybert", stock.state_dict(), config={"num_attention_heads": 4, "layer_norm_eps": 1e-5})
     assert difference(report.model, stock, inputs=no_padding()) <= 1e-5

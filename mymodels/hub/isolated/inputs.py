@@ -398,4 +398,4 @@ def _kept_inputs_path(job: dict[str, Any]) -> Path:
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a mapping

@@ -1,6 +1,7 @@
 """Limits of the clean process: no network, no writes outside of its temporary folder, bounded memory.
 
-This stops accidents and common attacks. It is no sandbox against code that is written to break out.
+Its audit hook reports what the folder's code attempts. What confines the code is the box of `mymodels.sandbox`; where
+the machine has none, this stops accidents and common attacks, and no code that is written to break out.
 """
 
 import ctypes
@@ -29,11 +30,12 @@ _PATHS = {  # audit event: which of its arguments are paths that it changes
 
 def lock(job: dict[str, Any]) -> None:
     """Set the limits of this process and its children; attempts of the folder's code to break them become events."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if job["memory_limit"]:
-        resource.setrlimit(resource.RLIMIT_DATA, (job["memory_limit"], job["memory_limit"]))
-    if sys.platform == "linux":
-        _enter_empty_network_namespace()
+    if not job.get("confined"):  # the box has its own limits, and cannot change them
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if job["memory_limit"]:
+            resource.setrlimit(resource.RLIMIT_DATA, (job["memory_limit"], job["memory_limit"]))
+        if sys.platform == "linux":
+            _enter_empty_network_namespace()
     events = os.open(job["events"], os.O_WRONLY | os.O_APPEND)
     roots = [os.path.realpath(job["scratch"]), "/dev", "/proc"]
 

@@ -32,7 +32,7 @@ def main() -> None:
     from mymodels_clean import stages
 
     events = stages.Events(JOB["events"])
-    stages.import_libraries(events)
+    stages.import_libraries(events, confined=JOB["confined"])
     found = str(sys.modules["transformers"].__file__)
     if JOB["release"] and not found.startswith(JOB["release"]):  # never the results of another release
         raise ImportError(f"transformers was to be imported from {JOB['release']}, but came from {found}")

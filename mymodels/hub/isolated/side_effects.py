@@ -38,7 +38,7 @@ from .processors import processed_inputs, processor_names
 
 SEED = 0x5EED_0F_7E57  # unlikely to be set by other code
 MAX_LISTED = 12
-BLOCKS = 2000  # of 624 numbers each: the most draws that are told from seeding
+BLOCKS = 2000  # of 624 numbers each: the most draws that are distinguished from seeding
 _PACKAGES = ("torch", "transformers", "numpy", "accelerate", "tokenizers", "safetensors", "huggingface_hub")
 
 

@@ -22,6 +22,7 @@ STAGES = {  # name: (module of this folder, function), in the order they run; ea
     "placement": ("placement", "run"),
     "training": ("training", "run"),
     "workers": ("workers", "run"),
+    "spawned worker": ("workers", "run_spawned"),
     "parallel load": ("workers", "run_parallel"),
     "facts": ("facts", "run"),
     "export": ("facts", "run_export"),
@@ -106,7 +107,7 @@ def innermost(error: BaseException) -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def import_libraries(events: Events) -> None:
+def import_libraries(events: Events, *, confined: bool = False) -> None:
     """Import what every stage needs before forking; computing would start threads, so nothing is computed."""
     import accelerate
     import torch
@@ -116,11 +117,26 @@ def import_libraries(events: Events) -> None:
     transformers.utils.logging.set_verbosity_error()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
     events.write(versions=versions)
+    if confined:
+        pass_tensors_by_value()
+
+
+def pass_tensors_by_value() -> None:
+    """Let worker processes return tensors in pipes: to share their memory they need sockets, which the box has not."""
+    from multiprocessing.reduction import ForkingPickler
+
+    import torch.multiprocessing  # noqa: F401  registers what is taken back here
+
+    extra = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+    for kind in [kind for kind in extra if kind.__module__.partition(".")[0] == "torch"]:
+        del extra[kind]
 
 
 def run_stages(job: dict[str, Any], events: Events) -> None:
     """Run the job's stages in order; after a stage that makes the others pointless, report them as not run."""
     names = list(job["stages"])
+    if job.get("confined") and "workers" in names:  # no program can be started, so it is a fork of this process
+        names.insert(names.index("workers") + 1, "spawned worker")
     for number, name in enumerate(names):
         module, function = STAGES[name]
         run = getattr(importlib.import_module(f"{__package__}.{module}"), function)

@@ -148,7 +148,7 @@ def mismatched_special_ids(model: Any, tokenizer: Any) -> Iterator[tuple[bool, s
         )
         special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
         if start and special and start[0] not in special and not outside(start[0]):
-            what = f"decoder_start_token_id is {start[0]} ({_token_repr(tokenizer, start[0])}), which is no special token of the tokenizer"
+            what = f"decoder_start_token_id is {start[0]} ({_token_repr(tokenizer, start[0])}), which is not a special token of the tokenizer"
             yield True, what
 
 

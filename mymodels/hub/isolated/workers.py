@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .stages import sentence
 
 PROCESSES = 8
 ATTEMPTS = 3
+SPAWNED = "spawned-worker.pkl"
 
 
 class Outputs(Dataset):
@@ -50,9 +52,30 @@ def run(job: dict[str, Any], events: Any) -> None:
     for method in job["worker_methods"]:
         if method == "spawn" and parametrized:
             continue
+        if method == "spawn" and job.get("confined"):
+            _keep_for_spawned(job, items)
+            continue
         with events.check(f"{method}ed worker", name) as check:
             loader = DataLoader(items, batch_size=None, num_workers=1, multiprocessing_context=method)
             check.fail_if(difference(next(iter(loader)), items[0]))
+
+
+def _keep_for_spawned(job: dict[str, Any], items: Outputs) -> None:
+    """Pickle what a spawned worker gets; another process of this job unpickles it, see `run_spawned`."""
+    with Path(job["scratch"], SPAWNED).open("wb") as file:
+        pickle.dump(sys.path, file)
+        pickle.dump((items, items[0]), file)
+
+
+def run_spawned(job: dict[str, Any], events: Any) -> None:
+    """The model in a process that has never loaded the folder's code, as in a spawned worker."""
+    kept = Path(job["scratch"], SPAWNED)
+    if not kept.exists():
+        return
+    with events.check("spawned worker", job["classes"][0]) as check, kept.open("rb") as file:
+        sys.path[:] = pickle.load(file)
+        items, expected = pickle.load(file)
+        check.fail_if(difference(items[0], expected))
 
 
 def _parametrized(model: torch.nn.Module) -> str:
@@ -64,7 +87,7 @@ def _parametrized(model: torch.nn.Module) -> str:
 def run_parallel(job: dict[str, Any], events: Any) -> None:
     """Load in eight processes with an empty code cache, as when training starts on eight devices of a new machine.
 
-    transformers copies code files in place, so a process may read a file that is half written. That is no fault of
+    transformers copies code files in place, so a process may read a file that is half written. That is not a fault of
     the folder: the check fails only if every attempt does.
     """
     name = job["classes"][0]

@@ -32,7 +32,7 @@ from . import (
 from .api_availability import find_releases
 from .repo_snapshot import Finding, Folder, read_folder
 
-MAX_FINDINGS = 20  # of one check: a hostile folder must not drown the table
+MAX_FINDINGS = 20  # per check, so that a hostile folder cannot flood the table
 
 CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
     name: check
@@ -68,43 +68,43 @@ CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
 
 
 def static_checks(folder: Path, *, releases: Sequence[str] | None = None) -> list[Check]:
-    """Everything that can be told about a Hub folder without executing anything of it.
+    """Check a Hub folder without executing anything in it.
 
-    A thing that breaks under some transformers releases only is `failed` if one of `releases` is among them, and a
-    `warning` if it is another supported release.
+    A fault under some transformers releases only is `failed` if one of `releases` is among these, and a `warning` if
+    only other supported releases are.
 
     Args:
         folder: any model folder, with custom code or without; it may be hostile.
-        releases: version numbers (`"4.57.6"`), or folders that a release is installed in, whose source is then asked
-            which names it has. Default: the transformers that is installed here.
+        releases: version numbers (`"4.57.6"`), or folders with a release installed, whose source then shows which
+            names it has. Default: the installed transformers.
 
     Returns:
         The outcomes in the order of `CHECKS`, every check at least once, at most `MAX_FINDINGS` times.
 
     Raises:
-        NotADirectoryError: `folder` is none.
+        NotADirectoryError: `folder` is not a folder.
         ValueError: one of `releases` is neither a version nor a folder with transformers in it.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder: name the folder of a model")
+        raise NotADirectoryError(f"{folder} is not a folder: name the folder of a model")
     content = read_folder(folder, find_releases(releases))
     found = [(name, finding) for name, check in CHECKS.items() for finding in _outcomes(check, content)]
     return [Check(name, *map(printable, finding)) for name, finding in found]
 
 
 def _outcomes(check: Callable[[Folder], Iterator[Finding]], content: Folder) -> list[Finding]:
-    """What a check finds, failures first, each once, not too much; `ok` if that is nothing."""
+    """The findings of a check: failures first, no duplicates, at most `MAX_FINDINGS`; `ok` if there are none."""
     found: dict[Finding, None] = {}
     try:
         for finding in islice(check(content), 50 * MAX_FINDINGS):
             found[finding] = None
-    except Exception as error:  # whatever a hostile folder provokes is a finding, not a crash
+    except Exception as error:  # an error that a hostile folder causes is a finding, not a crash
         kind, reason = type(error).__name__, first_line(error)
         what = f"this check could not be finished: {kind if reason == kind else f'{kind} {reason}'}"
         found[Finding("failed", what, "", "look at the folder by hand, and report this")] = None
     ordered = sorted(found, key=lambda finding: finding.status != "failed")
     if len(ordered) > MAX_FINDINGS:
         what = f"{len(ordered) - MAX_FINDINGS} more of this kind are not listed"
-        ordered[MAX_FINDINGS:] = [Finding(ordered[MAX_FINDINGS].status, what, "", "mend those above first")]
+        ordered[MAX_FINDINGS:] = [Finding(ordered[MAX_FINDINGS].status, what, "", "fix those above first")]
     return ordered or [Finding("ok", "")]

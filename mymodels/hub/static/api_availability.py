@@ -1,4 +1,4 @@
-"""transformers releases read as syntax trees: which names does a module of a release have?"""
+"""Which names the modules of a transformers release have, from its source."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .symbols import GONE
+from .walking import walk
 
 Minor = tuple[int, int]
 FIRST, LAST = (4, 56), (5, 23)  # the supported range
@@ -25,7 +26,7 @@ class Release(NamedTuple):
 
 
 def find_releases(names: Sequence[str] | None) -> list[Release]:
-    """Version numbers, or folders that releases are installed in, as releases; None is the one that is installed here.
+    """Releases for version numbers or folders that they are installed in; for None, the installed release.
 
     Raises:
         ValueError: an entry is neither.
@@ -70,12 +71,12 @@ class Span(NamedTuple):
 
 
 def level_for(span: Span, releases: Iterable[Release]) -> str:
-    """`failed` if one of the releases asked for is in the span, else `warning`: a release that others may have is."""
+    """`failed` if the span contains one of `releases`, else `warning`: another supported release is affected."""
     return "failed" if any(release.version in span for release in releases) else "warning"
 
 
 def lacking(module: str, name: str, releases: Sequence[Release]) -> tuple[list[str], Span | None]:
-    """Where `from module import name` fails: in which of `releases`, and in which others as far as is known.
+    """Where `from module import name` fails: in which of `releases`, and in which span of releases, if known.
 
     Args:
         module: full name, such as `transformers.cache_utils`.
@@ -92,7 +93,7 @@ def lacking(module: str, name: str, releases: Sequence[Release]) -> tuple[list[s
 
 
 def model_types(releases: Iterable[Release]) -> dict[str, str]:
-    """transformers' own model types with their config classes, of all the releases that are installed."""
+    """transformers' model types and their config classes, from all installed releases among these."""
     found: dict[str, str] = {}
     for release in releases:
         if release.folder is not None:
@@ -121,7 +122,7 @@ def _has(package: Path | None, module: str, name: str) -> bool:
     return not name or name == "*" or name in names or _names(package, f"{module}.{name}") is not None
 
 
-_GATHERING = ("transformers", "transformers.models")  # they star-import every model; `__all__` says it faster
+_GATHERING = ("transformers", "transformers.models")  # they star-import every model; reading `__all__` is faster
 _ALIASES = re.compile(r'"?(?:\{__name__\}\.)?(\w+)"?\s*[:,]\s*"\.?(\w+)"')
 
 
@@ -139,7 +140,7 @@ def _names(package: Path, module: str) -> frozenset[str] | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return frozenset()
     names = {"__version__", "__name__", "__file__"}
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -153,7 +154,7 @@ def _names(package: Path, module: str) -> frozenset[str] | None:
                 inner = ".".join([*_package_of(module, file, node.level), *(node.module or "").split(".")]).rstrip(".")
                 names |= _names(package, inner) or frozenset()
         elif file.name == "__init__.py" and isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names.add(node.value)  # the tables that lazy modules are made from
+            names.add(node.value)  # the tables of lazy modules
     if module == "transformers":
         names |= _exported_by_models(package)
     return frozenset(names)
@@ -166,7 +167,7 @@ def _package_of(module: str, file: Path, level: int) -> list[str]:
 
 
 def _alias(package: Path, module: str) -> str | None:
-    """Where transformers 5 sends a module that was renamed: read from the table in its `__init__.py`."""
+    """The new name of a module that transformers 5 renamed, from the table in its `__init__.py`."""
     parent, _, name = module.rpartition(".")
     if fast := re.fullmatch(r"transformers\.models\.(\w+)\.(image_processing_\w+)_fast", module):
         return f"transformers.models.{fast[1]}.{fast[2]}"
@@ -180,7 +181,7 @@ def _alias(package: Path, module: str) -> str | None:
 
 @lru_cache(maxsize=16)
 def _exported_by_models(package: Path) -> frozenset[str]:
-    """What `transformers` gathers lazily from its models: each module's `__all__`."""
+    """Names that `transformers` exports lazily from its models: each module's `__all__`."""
     found: set[str] = set()
     for file in (package / "models").rglob("*.py"):
         if file.name == "__init__.py":

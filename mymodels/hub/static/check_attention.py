@@ -1,4 +1,4 @@
-"""Checks of attention: reached through transformers' interface, with everything that engines pass along."""
+"""Checks of attention: it uses transformers' attention interface and receives all arguments that engines pass."""
 
 import ast
 import re
@@ -8,6 +8,7 @@ from .api_availability import Span, level_for
 from .check_model import live_code, served
 from .code_tree import Code, Klass, bridged, calls, constant
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _PROJECTIONS = {
@@ -20,13 +21,13 @@ _TEXT_OLD = "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]"
 
 
 def _words(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {
-        n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)
+    return {n.id for n in walk(node) if isinstance(n, ast.Name)} | {
+        n.attr for n in walk(node) if isinstance(n, ast.Attribute)
     }
 
 
 def _gates(code: Code) -> set[str]:
-    """The interface's name, and the functions of the folder that lead to it."""
+    """The names of the interface, and of the folder's functions that call it."""
     gates = {_INTERFACE}
     functions = [n for f in code.files.values() for n in f.tree.body if isinstance(n, ast.FunctionDef)]
     for _ in range(3):
@@ -35,7 +36,7 @@ def _gates(code: Code) -> set[str]:
 
 
 def _kwargs_passed(method: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a method takes `**kwargs` and hands them to at least one call."""
+    """Whether a method takes `**kwargs` and passes them to at least one call."""
     if method.args.kwarg is None:
         return False
     name = method.args.kwarg.arg
@@ -47,7 +48,7 @@ def _kwargs_passed(method: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def attention(folder: Folder) -> Iterator[Finding]:
-    """Attention goes through the interface, and `**kwargs` reach it from the top."""
+    """Attention uses the interface, and `**kwargs` reach it from the model's `forward`."""
     code = live_code(folder)
     gates = _gates(code)
     declared = [klass for klass in code.classes if constant(klass.value("_supports_attention_backend")) is True]
@@ -66,17 +67,16 @@ def attention(folder: Folder) -> Iterator[Finding]:
                 remedy = "take **kwargs and pass them: packed sequences and engines such as vLLM need them"
                 yield Finding("warning", what, klass.file.at(forward), remedy)
             if "is_causal" not in words:
-                what = f"{klass.name} does not say is_causal, so its attention is causal wherever there is no mask"
+                what = f"{klass.name} does not set is_causal, so its attention is causal wherever there is no mask"
                 yield Finding("warning", what, klass.file.at(forward), "set self.is_causal, and pass it if it is False")
         elif words & _PROJECTIONS and words & _COMPUTES:
             past.append(klass)
     for klass in past:
-        borrowed = any(
-            "AutoModel" in file.text for file in code.files.values()
-        )  # another model's attention may reach it
+        # attention of another model may call the interface
+        borrowed = any("AutoModel" in file.text for file in code.files.values())
         false_claim = declared and not reaching and not borrowed
         more = f", although {declared[0].name} declares _supports_attention_backend" if false_claim else ""
-        what = f"{klass.name} computes attention itself, past transformers' interface{more}"
+        what = f"{klass.name} computes attention itself, without transformers' attention interface{more}"
         remedy = "call ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)"
         yield Finding("failed" if false_claim else "warning", what, klass.where, remedy)
     yield from _holders(code, reaching)
@@ -84,17 +84,17 @@ def attention(folder: Folder) -> Iterator[Finding]:
 
 def _holders(code: Code, reaching: set[str]) -> Iterator[Finding]:
     """Modules between the model and its attention that drop `**kwargs`."""
-    told = set(reaching)
+    seen = set(reaching)
     growing = set(reaching)
     while growing:
         made, growing = growing, set()
         for klass in code.classes:
             init, forward = klass.method("__init__"), klass.method("forward")
-            if klass.name in told or init is None or not code.is_module(klass):
+            if klass.name in seen or init is None or not code.is_module(klass):
                 continue
             if not any(isinstance(call.func, ast.Name) and call.func.id in made for call in calls(init)):
                 continue
-            told.add(klass.name)
+            seen.add(klass.name)
             growing.add(klass.name)
             if forward is not None and not _kwargs_passed(forward):
                 what = f"{klass.name}.forward drops **kwargs on the way to the attention function"
@@ -103,7 +103,7 @@ def _holders(code: Code, reaching: set[str]) -> Iterator[Finding]:
 
 
 def attention_switch(folder: Folder) -> Iterator[Finding]:
-    """`set_attn_implementation` decides by the file's text whether it may switch."""
+    """The text that `set_attn_implementation` searches for is in the file."""
     code = live_code(folder)
     gates = _gates(code)
     for file in {klass.file.name: klass.file for klass in served(folder, code)}.values():
@@ -112,8 +112,8 @@ def attention_switch(folder: Folder) -> Iterator[Finding]:
             continue
         for text, span in ((_TEXT_NEW, Span((5, 3), (5, 99))), (_TEXT_OLD, Span(last=(5, 2)))):
             if text not in file.text:
-                what = f"set_attn_implementation changes nothing {span}: it looks for `{text}` in {file.name}"
-                yield Finding("warning", what, file.at(users[0].node), "write it so, if only in a comment")
+                what = f"set_attn_implementation changes nothing {span}: it searches {file.name} for `{text}`"
+                yield Finding("warning", what, file.at(users[0].node), "write this text, in code or in a comment")
 
 
 def masks_and_caches(folder: Folder) -> Iterator[Finding]:
@@ -132,13 +132,13 @@ def masks_and_caches(folder: Folder) -> Iterator[Finding]:
                     if keyword in keywords:
                         what = f"{name} has no argument {keyword} {span}"
                         status = level_for(span, folder.releases)
-                        remedy = "look into its signature at import, and pass the name that it has"
+                        remedy = "inspect its signature at import, and pass the name that it has"
                         yield Finding(status, what, file.at(call), remedy)
                 if "cache_position" not in keywords:
                     span = Span(last=(5, 3))
                     what = f"{name} needs cache_position {span}"
                     yield Finding(
-                        level_for(span, folder.releases), what, file.at(call), "pass it where it is in the signature"
+                        level_for(span, folder.releases), what, file.at(call), "pass it if the signature has it"
                     )
             elif isinstance(call.func, ast.Attribute) and call.func.attr == "update" and len(call.args) == 3:
                 is_cache = re.search(r"past_key_values?$|cache$", ast.unparse(call.func.value))

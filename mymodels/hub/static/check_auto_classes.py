@@ -1,4 +1,4 @@
-"""Checks that each entry of `auto_map` leads to the class that is meant: a config, a base, or the head of that name."""
+"""Checks that each entry of `auto_map` names the right kind of class: a config, a base model, or the named head."""
 
 import ast
 import re
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from .check_config import all_code, target
 from .code_tree import Code, Klass, calls, is_self, references
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
-# what a head makes, by the end of the Auto class, the end of a class's name, and the output that forward returns
+# kinds of heads: the end of the Auto class, the end of a class's name, and the output class of forward
 _HEADS = {
     "CausalLM": (r"(ForCausalLM|LMHeadModel)$", r"CausalLMOutput"),
     "MaskedLM": (r"ForMaskedLM$", r"MaskedLMOutput"),
@@ -25,13 +26,13 @@ _HEADS = {
     "SemanticSegmentation": (r"ForSemanticSegmentation$", r"SemanticSegmenterOutput"),
     "MaskedImageModeling": (r"ForMaskedImageModeling$", r"MaskedImageModelingOutput"),
 }
-# generation of one kind is served under the Auto class of the other, and images are classified as sequences are
+# heads that are also loaded by another Auto class
 _ALIKE = [{"CausalLM", "Seq2SeqLM"}, {"SequenceClassification", "ImageClassification", "AudioClassification"}]
 _OUTPUT = re.compile(r"^\w*Output\w*$")
 
 
 def auto_classes(folder: Folder) -> Iterator[Finding]:
-    """No two entries of `auto_map` are exchanged."""
+    """No two entries of `auto_map` are swapped."""
     code = all_code(folder)
     found = {str(auto): klass for auto in folder.auto_map if (klass := target(folder, code, str(auto))) is not None}
     for auto, klass in found.items():
@@ -44,7 +45,7 @@ def auto_classes(folder: Folder) -> Iterator[Finding]:
             what = f"{auto} names {klass.name}, which is {_a(kind)}, not a model"
             yield Finding("failed", what, where, "name the model class")
         elif auto.startswith("AutoModel") and not kind and _is_complete(code, klass) and not _loads(code, klass):
-            what = f"{auto} names {klass.name}, which is no PreTrainedModel, so it has no from_pretrained"
+            what = f"{auto} names {klass.name}, which is not a PreTrainedModel, so it has no from_pretrained"
             yield Finding("failed", what, where, "derive the class from PreTrainedModel")
         elif auto.startswith("AutoModel"):
             yield from _head(code, found, auto, klass, where)
@@ -72,7 +73,7 @@ def _others(folder: Folder, code: Code) -> Iterator[Finding]:
             what = f"{auto} names {klass.name}, which is no {wanted}, so it has no from_pretrained"
             yield Finding("failed", what, where, f"derive the class from transformers' base of a {wanted}")
         elif kind and kind != wanted and {kind, wanted} != {"feature extractor", "image processor"}:
-            # any of them can be loaded as a processor; nothing else can take another's place
+            # each of them can be loaded as a processor; other kinds are not interchangeable
             status = "warning" if auto == "AutoProcessor" and kind not in ("model", "config") else "failed"
             what = f"{auto} names {klass.name}, which is {_a(kind)}, not {_a(wanted)}"
             yield Finding(status, what, where, f"name the class of the {wanted}")
@@ -112,7 +113,7 @@ def _no_classes(folder: Folder, code: Code) -> Iterator[Finding]:
 
 
 def _is_complete(code: Code, klass: Klass) -> bool:
-    """Whether all that a class is derived from is known: the folder's own, plain Python, torch, or transformers' bases."""
+    """Whether all base classes are known: of the folder, plain Python, torch, or base classes of transformers."""
     return all(
         re.match(r"object$|torch\.nn\.|abc\.ABC$|typing\.Generic$|transformers\.PreTrainedModel$|$", root)
         for root in code.roots(klass)
@@ -124,7 +125,7 @@ def _loads(code: Code, klass: Klass) -> bool:
 
 
 def _kind(code: Code, klass: Klass) -> str:
-    """What a class is by what it is derived from; empty if that is not known."""
+    """The kind of a class, from its base classes; empty if unknown."""
     roots = code.roots(klass)
     if code.is_model(klass):
         return "model"
@@ -146,7 +147,7 @@ def _kind(code: Code, klass: Klass) -> str:
 def _head(code: Code, found: dict[str, Klass], auto: str, klass: Klass, where: str) -> Iterator[Finding]:
     wanted = auto.removeprefix("AutoModel").removeprefix("For")
     named, made = _named_head(klass), _made_heads(code, klass)
-    remedy = "exchange the entries so that each Auto class names its own head"
+    remedy = "swap the entries so that each Auto class names its own head"
     if auto == "AutoModel":
         bases = {other for other, base in found.items() if other.startswith("AutoModelFor") and _is_base(code, base)}
         if (named or made) and bases:
@@ -178,7 +179,7 @@ def _named_head(klass: Klass) -> str | None:
 
 
 def _outputs(code: Code, klass: Klass) -> set[str]:
-    """The names of the output classes that `forward` makes."""
+    """The names of the output classes that `forward` creates."""
     found = code.method(klass, "forward")
     if found is None:
         return set()
@@ -196,17 +197,17 @@ def _made_heads(code: Code, klass: Klass) -> set[str]:
 
 
 def _is_base(code: Code, klass: Klass) -> bool:
-    """Whether a model is one without a head: its outputs say so."""
+    """Whether a model has no head, according to its output class."""
     outputs = _outputs(code, klass)
     return bool(outputs) and all(re.match(r"(BaseModel|Seq2SeqModel|\w*BaseModel)\w*Output", o) for o in outputs)
 
 
 def _inner_base(code: Code, klass: Klass) -> str | None:
-    """The class of the folder that a model with a head makes its base from."""
+    """The class of the folder that a model with a head uses as its base model."""
     found = code.method(klass, "__init__")
     if found is None:
         return None
-    for node in ast.walk(found[1]):
+    for node in walk(found[1]):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and any(map(is_self, node.targets)):
             inner = code.find(found[0].file, found[0].file.dotted(node.value.func))
             if inner is not None and code.is_model(inner) and _is_base(code, inner):

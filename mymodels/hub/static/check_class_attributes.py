@@ -1,4 +1,4 @@
-"""Checks of the class attributes that name modules and parameters: device maps, dtypes, ties, and keys left alone."""
+"""Checks of class attributes that name modules and parameters: device maps, dtypes, ties, and ignored keys."""
 
 import ast
 import re
@@ -9,12 +9,13 @@ from .check_model import live_code
 from .code_tree import Code, Klass, constant, is_self
 from .headers import tensor_headers
 from .repo_snapshot import Finding, Folder, brief
+from .walking import walk
 
 _LISTS = (ast.List, ast.Tuple, ast.Set)
 
 
 def no_split_modules(folder: Folder) -> Iterator[Finding]:
-    """`_no_split_modules` names classes that the model has: a device map cuts through their middle otherwise."""
+    """`_no_split_modules` names classes of the model; otherwise a device map may split such a module."""
     code = live_code(folder)
     defined = {klass.name for klass in code.classes}
     no_module = {k.name for k in code.classes if code.is_config(k) or code.roots(k) <= {"object", ""}}
@@ -22,7 +23,7 @@ def no_split_modules(folder: Folder) -> Iterator[Finding]:
     for klass in code.classes:
         value = klass.value("_no_split_modules")
         if isinstance(value, ast.Constant) and isinstance(text := value.value, str):
-            what = f"{klass.name}._no_split_modules is the text {text!r}, not a list: its letters are taken for names"
+            what = f"{klass.name}._no_split_modules is the text {text!r}, not a list: each letter counts as a name"
             yield Finding("failed", what, klass.file.at(value), f'write ["{text}"]')
         if not isinstance(value, _LISTS):
             continue
@@ -37,13 +38,13 @@ def no_split_modules(folder: Folder) -> Iterator[Finding]:
         if not strange:
             continue
         left = [name for name in names if name not in strange]
-        kind = "no module" if no_modules else "no class of this code"
+        kind = "not a module" if no_modules else "not a class of this code"
         what = f"{klass.name}._no_split_modules names {', '.join(strange)}, which is {kind}"
         yield Finding("warning" if left else "failed", what, klass.file.at(value), remedy)
 
 
 def _holds_another(code: Code) -> bool:
-    """Whether the code builds on a model of transformers, whose blocks may be meant."""
+    """Whether the code builds a model of transformers, whose blocks may be meant."""
     return any(
         "AutoModel" in file.text
         or any(
@@ -59,7 +60,7 @@ _PARTS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_skip_keys_d
 
 
 def named_parts(folder: Folder) -> Iterator[Finding]:
-    """Attributes that name modules, parameters or patterns name some that exist, in the form that is read."""
+    """Attributes that name modules, parameters or patterns have the right form and match something."""
     code = live_code(folder)
     for klass in code.classes if own_code(folder) else ():
         if not code.is_model(klass):
@@ -92,26 +93,26 @@ def _one_attribute(folder: Folder, code: Code, klass: Klass, attribute: str, val
             try:
                 everything = re.fullmatch(pattern, "model.layers.0.weight") and re.fullmatch(pattern, "x")
             except re.error as error:
-                what = f"{shown} has {brief(pattern)}, which is no regular expression: {error}"
+                what = f"{shown} has {brief(pattern)}, which is not a regular expression: {error}"
                 yield Finding("failed", what, where, "write a regular expression, with dots escaped")
                 continue
             if everything and attribute != "_keys_to_ignore_on_save":
                 what = f"{shown} has {brief(pattern)}, which matches every name: no weight is ever reported"
-                yield Finding("failed", what, where, "name what is meant to be left out")
+                yield Finding("failed", what, where, "name the keys to ignore")
     elif attribute.startswith("_keep"):
         parts = _all_parts(code) | {part for key in tensor_headers(folder) for part in key.split(".")}
         for name in names if not _holds_another(code) else ():
             if any(part not in parts | {"weight", "bias"} and not part.isdigit() for part in name.split(".")):
-                what = f"{shown} names {brief(name)}, which is no module of this code: nothing is kept in float32"
+                what = f"{shown} names {brief(name)}, which is not a module of this code: nothing is kept in float32"
                 yield Finding("failed", what, where, "name the attribute that holds the module")
 
 
 def _all_parts(code: Code) -> set[str]:
-    """The attributes of all modules: what the names of their parameters are made of."""
+    """The attributes of all modules, which are the parts of parameter names."""
     return {
         goal.attr
         for klass in code.classes
-        for node in ast.walk(klass.node)
+        for node in walk(klass.node)
         if isinstance(node, (ast.Assign, ast.AnnAssign))
         for goal in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(goal, ast.Attribute) and is_self(goal)
@@ -119,7 +120,7 @@ def _all_parts(code: Code) -> set[str]:
 
 
 def _ties(code: Code, klass: Klass) -> Iterator[Finding]:
-    """Both ends of a tie are parameters of the model, by their full names."""
+    """Both sides of a tie are parameters of the model, with full names."""
     found = klass.value("_tied_weights_keys")
     if not isinstance(found, ast.Dict) or _holds_another(code):
         return
@@ -129,7 +130,7 @@ def _ties(code: Code, klass: Klass) -> Iterator[Finding]:
             continue
         words = name.split(".")
         strange = [word for word in words[:-1] if word not in parts and not word.isdigit()]
-        if not strange or words[-1] not in ("weight", "bias"):  # a module's name stands for its parameters
+        if not strange or words[-1] not in ("weight", "bias"):  # a module's name means its parameters
             continue
         what = f"{klass.name}._tied_weights_keys names {name}, but no module here has a part {strange[0]!r}"
         remedy = 'name the parameters: {"lm_head.weight": "model.embed_tokens.weight"}'
@@ -138,7 +139,7 @@ def _ties(code: Code, klass: Klass) -> Iterator[Finding]:
 
 
 def _prefix(code: Code, klass: Klass) -> Iterator[Finding]:
-    """`base_model_prefix` is the attribute that models with a head keep the base in: loading a base goes by it."""
+    """`base_model_prefix` is the attribute of a model with a head that holds the base model; loading relies on it."""
     if id(klass.node) in code.parents or not re.search(r"For[A-Z]|Head", klass.name):
         return
     found = code.value(klass, "base_model_prefix")
@@ -147,7 +148,7 @@ def _prefix(code: Code, klass: Klass) -> Iterator[Finding]:
     if not isinstance(prefix, str) or not prefix or init is None or _holds_another(code):
         return
     kept: dict[str, str] = {}
-    for node in ast.walk(init):
+    for node in walk(init):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             inner = code.find(klass.file, klass.file.dotted(node.value.func))
             if inner is not None and code.is_model(inner):

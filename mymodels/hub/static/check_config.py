@@ -1,4 +1,4 @@
-"""Checks of the JSON files: valid, complete, in agreement with the code, and overriding nothing."""
+"""Checks of the JSON files: valid, complete, consistent with the code, and without keys that override code."""
 
 import ast
 import json
@@ -13,10 +13,11 @@ from .api_availability import Span, level_for, model_types
 from .code_tree import Code, Klass, constant, is_self, references
 from .headers import tensor_headers
 from .repo_snapshot import Finding, Folder, brief
+from .walking import walk
 
 
 def json_files(folder: Folder) -> Iterator[Finding]:
-    """Every config is one JSON object: no key twice, no `NaN`, nothing nested without end."""
+    """Every config is one JSON object without duplicate keys, `NaN` or excessive nesting."""
     for name, path in folder.files.items():
         head = _head(path)
         if head.startswith(b"version https://git-lfs"):
@@ -29,7 +30,7 @@ def json_files(folder: Folder) -> Iterator[Finding]:
         if _head(folder.files[name]).startswith((b"version https://git-lfs", b"\xef\xbb\xbf")):
             continue
         reason = reason.removeprefix(f"{name}: ").removesuffix("; copy or download it again")
-        yield Finding("failed", f"{name} cannot be read: {reason}", name, "mend it, or save it again")
+        yield Finding("failed", f"{name} cannot be read: {reason}", name, "correct it, or save it again")
 
 
 def _head(path: Path) -> bytes:
@@ -38,7 +39,7 @@ def _head(path: Path) -> bytes:
 
 
 def config(folder: Folder) -> Iterator[Finding]:
-    """There is a config, and it says what model this is."""
+    """There is a config, and it identifies the model."""
     if "config.json" not in folder.files:
         if "adapter_config.json" in folder.files:
             yield Finding("n/a", "this is an adapter (PEFT), which is loaded onto a model of another repo")
@@ -66,7 +67,7 @@ def config(folder: Folder) -> Iterator[Finding]:
     elif own_code(folder) and model_type in own:
         what = f"model_type {model_type!r} is one of transformers' own, which loads instead where code is not trusted"
         named = str(folder.auto_map.get("AutoConfig", "")).rpartition(".")[2]
-        adopted = named.lower() == own[model_type].lower()  # the library took this family up after its code was written
+        adopted = named.lower() == own[model_type].lower()  # transformers added this family after the code was written
         remedy = "give the config class a model_type of its own"
         if adopted:
             remedy += ", or check that the library's class gives the same outputs"
@@ -79,7 +80,7 @@ def config(folder: Folder) -> Iterator[Finding]:
 
 
 def own_code(folder: Folder) -> bool:
-    """Whether config and model are the folder's own, not just its tokenizer or processor."""
+    """Whether config and model have code in the folder, and not only its tokenizer or processor."""
     return any(name == "AutoConfig" or name.startswith("AutoModel") for name in folder.auto_map)
 
 
@@ -96,7 +97,7 @@ _AUTO = re.compile(
 
 
 def auto_map(folder: Folder) -> Iterator[Finding]:
-    """Every entry leads to a class that is there, and the entries suffice to load the folder."""
+    """Every entry names an existing class, and the entries suffice to load the folder."""
     code = all_code(folder)
     for name in folder.values:
         value = folder.values[name].get("auto_map")
@@ -111,7 +112,9 @@ def auto_map(folder: Folder) -> Iterator[Finding]:
     for name, auto, reference in references(folder):
         where = f"{name}: auto_map.{auto}"[:120]
         if not _AUTO.fullmatch(auto):
-            yield Finding("failed", f"{brief(auto)} is no Auto class", where, "name one of transformers' Auto classes")
+            yield Finding(
+                "failed", f"{brief(auto)} is not an Auto class", where, "name one of transformers' Auto classes"
+            )
             continue
         repo, marked, local = reference.rpartition("--")
         if marked:
@@ -120,7 +123,7 @@ def auto_map(folder: Folder) -> Iterator[Finding]:
             what = f"{auto} takes its code from another repo, {brief(repo)}, " + (
                 "and transformers leaves it to the reader to pass code_revision"
                 if pinned
-                else "without a pinned code_revision: it may change any day"
+                else "without a pinned code_revision: it can change at any time"
             )
             remedy = f"copy the code here and write {brief(local)}"
             yield Finding("warning" if pinned else "failed", what, where, remedy)
@@ -145,7 +148,7 @@ def _defines(code: Code, file: str, name: str) -> bool:
 
 
 def target(folder: Folder, code: Code, auto: str) -> Klass | None:
-    """The class that an entry of the config's `auto_map` leads to."""
+    """The class that an entry of the config's `auto_map` names."""
     reference = folder.auto_map.get(auto)
     module, _, name = reference.rpartition(".") if isinstance(reference, str) else ("", "", "")
     file = code.files.get(f"{module}.py")
@@ -179,21 +182,21 @@ def _complete(folder: Folder, code: Code) -> Iterator[Finding]:
 
 @lru_cache(maxsize=1)
 def library_names() -> frozenset[str]:
-    """What `transformers`, as it is installed here, has at its top."""
+    """The top-level names of the installed `transformers`."""
     import transformers
 
     return frozenset(dir(transformers))
 
 
 def in_library(name: str) -> bool:
-    """Whether transformers has a class of this name; newer releases have some that they do not list."""
+    """Whether transformers has a class of this name; newer releases do not list all of them."""
     import transformers
 
     return name in library_names() or (name.isidentifier() and name.endswith("Fast") and hasattr(transformers, name))
 
 
 def architectures(folder: Folder) -> Iterator[Finding]:
-    """The class that was saved is in the code, and one of the Auto classes leads to it."""
+    """The saved class is in the code, and an entry of `auto_map` names it."""
     if "config.json" not in folder.values:
         return
     value, where = folder.config.get("architectures"), "config.json: architectures"
@@ -221,16 +224,17 @@ def architectures(folder: Folder) -> Iterator[Finding]:
 
 # key → what it does there
 _OVERRIDES: dict[str, tuple[str, str]] = {
-    "attribute_map": ("failed", "turns config fields into others behind the class's back"),
-    "trust_remote_code": ("failed", "would have the folder grant itself trust"),  # no effect in tokenizer_config.json
+    "attribute_map": ("failed", "renames config fields without the class's knowledge"),
+    # no effect in tokenizer_config.json
+    "trust_remote_code": ("failed", "would make the folder trusted without asking"),
     "_attn_implementation_internal": ("failed", "sets transformers' own state"),
     "_experts_implementation_internal": ("failed", "sets transformers' own state"),
     "_commit_hash": ("failed", "claims the commit that code and weights come from"),
     "_auto_class": ("failed", "sets transformers' own state"),
-    "kernel_config": ("failed", "has kernels downloaded and run"),
-    "custom_pipelines": ("warning", "has code of the folder run by pipeline()"),
-    "_attn_implementation": ("warning", "chooses the attention function for every reader"),
-    "attn_implementation": ("warning", "chooses the attention function for every reader"),
+    "kernel_config": ("failed", "makes transformers download and run kernels"),
+    "custom_pipelines": ("warning", "makes pipeline() run code of the folder"),
+    "_attn_implementation": ("warning", "sets the attention function for every user"),
+    "attn_implementation": ("warning", "sets the attention function for every user"),
     "base_model_tp_plan": ("warning", "replaces the class's tensor-parallel plan"),
     "base_model_pp_plan": ("warning", "replaces the class's pipeline plan"),
 }
@@ -249,7 +253,7 @@ def _methods() -> frozenset[str]:
 
 
 def config_keys(folder: Folder) -> Iterator[Finding]:
-    """Keys that are no settings of the model: they override methods or internals, or have code run."""
+    """Keys that are not settings of the model: they override methods or internals, or run code."""
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         waiting: list[tuple[str, Any]] = [("", folder.values.get(name, {}))]
         while waiting:
@@ -259,8 +263,8 @@ def config_keys(folder: Folder) -> Iterator[Finding]:
                 if isinstance(inner, dict) and key.endswith("_config") and len(path) < 200:
                     waiting.append((f"{full}.", inner))
                 if key.startswith("__") or (name == "config.json" and key in _methods()):
-                    what = f"{brief(full)} takes the place of a method of the config class"
-                    yield Finding("failed", what, where, "remove the key; do not load what sets it")
+                    what = f"{brief(full)} replaces a method of the config class"
+                    yield Finding("failed", what, where, "remove the key; do not load a folder that sets it")
                 elif isinstance(inner, str) and key.lstrip("_").endswith("implementation") and "/" in inner:
                     what = f"{full} is {brief(inner)}, a repo whose compiled code would be downloaded and run"
                     yield Finding("failed", what, where, "remove the key")
@@ -275,7 +279,7 @@ def config_keys(folder: Folder) -> Iterator[Finding]:
 
 
 def config_code(folder: Folder) -> Iterator[Finding]:
-    """The config class: named, buildable without arguments, passing on what it does not know."""
+    """The config class has a model_type, can be built without arguments, and passes on unknown ones."""
     code = all_code(folder)
     klass = target(folder, code, "AutoConfig")
     if klass is None or not code.is_config(klass):
@@ -314,13 +318,13 @@ _FORGETS = Span(last=(4, 57))
 
 
 def _lost_fields(folder: Folder, klass: Klass, init: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Finding]:
-    """Fields that `PretrainedConfig.__init__` of transformers 4 sets to its own default, whatever was there before."""
+    """Fields that `PretrainedConfig.__init__` of transformers 4 overwrites with its default."""
     parent = [i for i, step in enumerate(init.body) if "super().__init__(" in ast.unparse(step)]
     if not parent:
         return
     later = ast.Module(body=init.body[parent[0] :], type_ignores=[])
-    kept = {node.arg for node in ast.walk(later) if isinstance(node, ast.keyword)}
-    kept |= {node.attr for node in ast.walk(later) if isinstance(node, ast.Attribute) and is_self(node)}
+    kept = {node.arg for node in walk(later) if isinstance(node, ast.keyword)}
+    kept |= {node.attr for node in walk(later) if isinstance(node, ast.Attribute) and is_self(node)}
     for argument in [*init.args.args, *init.args.kwonlyargs]:
         if argument.arg in _SET_BY_PARENT - kept:
             what = f"{klass.name}.__init__ does not pass {argument.arg} on, so it falls back to the default {_FORGETS}"
@@ -329,7 +333,7 @@ def _lost_fields(folder: Folder, klass: Klass, init: ast.FunctionDef | ast.Async
 
 
 def dtype(folder: Folder) -> Iterator[Finding]:
-    """The weights have the dtype that the config names, which transformers 5 loads them in."""
+    """The weights have the dtype of the config, which transformers 5 loads them in."""
     named = folder.config.get("dtype", folder.config.get("torch_dtype"))
     if named is None or "quantization_config" in folder.config:
         return

@@ -1,4 +1,4 @@
-"""Checks of devices: a forward pass follows its inputs, it names no device and takes none from a module."""
+"""Checks of devices: forward uses the device of its inputs, not a fixed one or that of a module."""
 
 import ast
 import re
@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from .check_model import live_code
 from .code_tree import Code, Klass, calls, constant
 from .repo_snapshot import CodeFile, Finding, Folder
+from .walking import walk
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _FIXED = re.compile(r"(cuda|mps|xpu|npu|hpu|tpu|xla)(:\d+)?$")
 _TYPE = re.compile(r"torch\.(cuda|mps|xpu|npu|hpu)\.\w+Tensor$")
-# these raise where there is no such device; emptying caches and asking for memory do nothing there
+# calls that raise without such a device; emptying caches and querying memory do nothing then
 _ONLY_THERE = re.compile(
     r"torch\.(cuda|xpu|mps|npu|hpu)\.(streams\.)?(current_device|synchronize|Stream|Event|current_stream|default_stream|stream|"
     r"get_device_name|get_device_capability|get_device_properties|set_device|device|mem_get_info|graph|CUDAGraph)$"
@@ -23,7 +24,7 @@ _REMEDY = "take the device from the tensor it meets: x.device, or register the t
 
 
 def devices(folder: Folder) -> Iterator[Finding]:
-    """No device is written into the code that loads and runs the model."""
+    """The code that loads and runs the model names no fixed device."""
     code = live_code(folder)
     running = _running(code)
     for file in code.files.values():
@@ -39,7 +40,7 @@ def devices(folder: Folder) -> Iterator[Finding]:
             soft = works or id(node) in guarded or not inside
             where = f"in {function}" if function else "as soon as it is imported"
             where += "" if inside else ", which the model itself does not call"
-            does = "other devices get none of it" if works else "the model runs nowhere but on that device"
+            does = "it has no effect on other devices" if works else "the model runs nowhere but on that device"
             yield Finding("warning" if soft else "failed", f"{named} {where}: {does}", file.at(node), _REMEDY)
     for klass in code.classes:
         yield from _device_of_a_module(code, klass)
@@ -58,9 +59,9 @@ def _within_functions(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 
 
 def _constants(file: CodeFile) -> dict[str, str]:
-    """Names that stand for one text and nothing else: `DEVICE = "cuda"`, or `torch.device("cuda")`."""
+    """Names that are only ever assigned one device: `DEVICE = "cuda"`, or `torch.device("cuda")`."""
     values: dict[str, list[str | None]] = {}
-    for node in ast.walk(file.tree):
+    for node in walk(file.tree):
         if isinstance(node, ast.Assign):
             made = node.value
             if isinstance(made, ast.Call) and file.dotted(made.func) == "torch.device" and made.args:
@@ -74,12 +75,12 @@ def _constants(file: CodeFile) -> dict[str, str]:
 
 
 def _source(node: ast.AST) -> str:
-    """The start of an expression's source; only for what is reported, as it fails on nesting without end."""
+    """The start of an expression's source; only for findings, because it fails on deep nesting."""
     return f"`{ast.unparse(node)[:60]}`"
 
 
 def _fixed_device(file: CodeFile, node: ast.AST, texts: dict[str, str]) -> tuple[str, bool]:
-    """How an expression names a device, or nothing; and whether it runs elsewhere all the same."""
+    """The fixed device in an expression, or ""; and whether the expression works without that device too."""
     if isinstance(node, ast.Attribute):
         dotted = file.dotted(node)
         return (_source(node) if _TYPE.match(dotted) or dotted == "torch.cuda.current_device" else ""), False
@@ -124,7 +125,7 @@ def _fixed_by_call(file: CodeFile, call: ast.Call, texts: dict[str, str]) -> tup
 
 
 def _is_fixed(value: ast.expr | None, texts: dict[str, str]) -> bool:
-    """Whether an expression is the name of a device, in so many words or by a name that stands for it."""
+    """Whether an expression is a device name, as a literal or through a constant."""
     text = constant(value)
     if text is None and isinstance(value, (ast.Name, ast.Attribute)):
         text = texts.get(ast.unparse(value))
@@ -136,15 +137,15 @@ def _is_fixed(value: ast.expr | None, texts: dict[str, str]) -> bool:
 
 
 def _behind_a_test(file: CodeFile) -> set[int]:
-    """The `id` of what runs only where the code found the device: `if torch.cuda.is_available()`, `if x.is_cuda`."""
+    """The `id` of nodes that run only if the code found the device: `if torch.cuda.is_available()`, `if x.is_cuda`."""
     found: set[int] = set()
-    for node in ast.walk(file.tree):
+    for node in walk(file.tree):
         if isinstance(node, (ast.If, ast.IfExp)) and re.search(
             r"cuda|xpu|npu|device|is_available", ast.unparse(node.test)
         ):
-            found |= {id(inner) for inner in ast.walk(node)}
+            found |= {id(inner) for inner in walk(node)}
         elif isinstance(node, ast.Try) and node.handlers:
-            found |= {id(inner) for step in node.body for inner in ast.walk(step)}
+            found |= {id(inner) for step in node.body for inner in walk(step)}
     return found
 
 
@@ -152,13 +153,13 @@ _ENTRIES = ("forward", "__init__", "_init_weights", "prepare_inputs_for_generati
 
 
 def _running(code: Code) -> set[str]:
-    """The names of the functions that loading and running a model call, directly or not."""
+    """The names of the functions that loading or running a model calls, directly or indirectly."""
     bodies: dict[str, set[str]] = {}
     for file in code.files.values():
-        for node in ast.walk(file.tree):
+        for node in walk(file.tree):
             if isinstance(node, _Function):
-                words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-                words |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+                words = {n.id for n in walk(node) if isinstance(n, ast.Name)}
+                words |= {n.attr for n in walk(node) if isinstance(n, ast.Attribute)}
                 bodies.setdefault(node.name, set()).update(words)
     found = {name for name in _ENTRIES if name in bodies}
     waiting = list(found)
@@ -176,17 +177,17 @@ _OF_A_WEIGHT = re.compile(r"self\.\w+(\.\w+|\[\w+\])*\.(weight|bias)\.device$")
 
 
 def _device_of_a_module(code: Code, klass: Klass) -> Iterator[Finding]:
-    """Devices that `forward` takes off parameters: on "meta" where accelerate keeps these on the disk."""
+    """Devices that `forward` takes from parameters, which are on "meta" if accelerate offloads them to disk."""
     forward = klass.method("forward") if code.is_module(klass) else None
     if forward is None:
         return
     values = [value for call in calls(forward) for value in _device_values(call)]
-    inside = {id(n) for value in values for n in ast.walk(value)}
+    inside = {id(n) for value in values for n in walk(value)}
     used = {value.id for value in values if isinstance(value, ast.Name)}
-    for node in ast.walk(forward):
+    for node in walk(forward):
         if isinstance(node, ast.Assign) and any(isinstance(g, ast.Name) and g.id in used for g in node.targets):
-            inside |= {id(n) for n in ast.walk(node.value)}
-    for node in ast.walk(forward):
+            inside |= {id(n) for n in walk(node.value)}
+    for node in walk(forward):
         if not isinstance(node, ast.Attribute) or node.attr != "device" or id(node) not in inside:
             continue
         text = ast.unparse(node)

@@ -1,4 +1,4 @@
-"""Code that makes or loads code at run time, and what hides it: names from variables, modules as values, internals."""
+"""Code that creates or loads code at run time, or hides it: names in variables, modules as values, internals."""
 
 import ast
 import re
@@ -10,12 +10,13 @@ from .policy import FORBIDDEN_DUNDERS, HANDLED, INTERNAL_TEXT, PIECED, verdict_o
 from .reading import Reader, readers
 from .repo_snapshot import Finding, Folder, brief
 from .used_names import is_super, used_names
+from .walking import walk
 
 _LIBRARIES = ("torch", "transformers", "numpy", "os", "sys", "builtins")
 
 
 def dynamic_code(folder: Folder) -> Iterator[Finding]:
-    """Code that makes or loads code at run time: what it will do, nobody can read here."""
+    """Code that creates or loads code at run time, whose effect cannot be read from the source."""
     yield from used_names(folder, "dynamic code")
     for reader in readers(folder):
         for call, names, inside in reader.calls:
@@ -31,7 +32,7 @@ def dynamic_code(folder: Folder) -> Iterator[Finding]:
 
 
 def _loading_calls(reader: Reader, call: ast.Call, names: frozenset[str]) -> Iterator[tuple[str, str, str]]:
-    """What is wrong with a call that depends on its arguments: (what it does, remedy, status)."""
+    """Faults of a call that depend on its arguments: (what it does, remedy, status)."""
     keywords = _keywords(reader, call)
     method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
     if names & {"torch.load", "torch.serialization.load"}:
@@ -78,7 +79,7 @@ def _loading_calls(reader: Reader, call: ast.Call, names: frozenset[str]) -> Ite
 
 
 def _keywords(reader: Reader, call: ast.Call) -> dict[str | None, ast.expr]:
-    """The keywords of a call, those of a table that is unpacked too: `f(**{"allow_pickle": True})`."""
+    """The keywords of a call, including those of an unpacked dict: `f(**{"allow_pickle": True})`."""
     found: dict[str | None, ast.expr] = {}
     for keyword in call.keywords:
         if keyword.arg is not None:
@@ -91,19 +92,19 @@ def _keywords(reader: Reader, call: ast.Call) -> dict[str | None, ast.expr]:
 
 
 def _trusts(keywords: dict[str | None, ast.expr]) -> bool:
-    """Whether a call trusts remote code by itself: not by a variable, with which its caller decides."""
+    """Whether a call sets `trust_remote_code` itself, and not from a variable that its caller controls."""
     given = [keywords["trust_remote_code"]] if "trust_remote_code" in keywords else []
     for value in given:
         if isinstance(value, ast.Constant):
             if value.value:
                 return True
-        elif not any(isinstance(n, ast.Name) and n.id not in ("bool", "int", "all", "any") for n in ast.walk(value)):
+        elif not any(isinstance(n, ast.Name) and n.id not in ("bool", "int", "all", "any") for n in walk(value)):
             return True
     return False
 
 
 def _tables(reader: Reader, call: ast.Call, names: frozenset[str]) -> Iterator[tuple[str, str, str]]:
-    """`globals()[x]`, `vars(module)[x]`: harmless where x is written out, or where an object's own fields are read."""
+    """`globals()[x]`, `vars(module)[x]`: harmless if x is a literal, or if the fields of an object are read."""
     module = call.args and reader.meanings.names(call.args[0])
     if (call.args and not module) or names & {"builtins.locals"} or (not call.args and names & {"builtins.vars"}):
         return
@@ -124,7 +125,7 @@ def _tables(reader: Reader, call: ast.Call, names: frozenset[str]) -> Iterator[t
 
 
 def _unknown_attribute(reader: Reader, call: ast.Call) -> Iterator[tuple[str, str, str]]:
-    """`getattr(torch, x)`: which x there may be, nobody can read; two of them in a row reach anything."""
+    """`getattr(torch, x)` with an unknown x; two of these in a row can reach anything."""
     bases = sorted(
         n for n in reader.meanings.names(call.args[0]) if n.partition(".")[0] in ("torch", "transformers", "numpy")
     )
@@ -149,7 +150,7 @@ def _unknown_attribute(reader: Reader, call: ast.Call) -> Iterator[tuple[str, st
 
 def _is_pieced(reader: Reader, node: ast.AST, depth: int = 0) -> bool:
     """Whether a text is put together from pieces, and not just read from a config or a parameter."""
-    for inner in ast.walk(node):
+    for inner in walk(node):
         if isinstance(inner, ast.Call):
             name = inner.func.attr if isinstance(inner.func, ast.Attribute) else getattr(inner.func, "id", "")
             if name in (
@@ -178,7 +179,7 @@ def _is_pieced(reader: Reader, node: ast.AST, depth: int = 0) -> bool:
 
 
 def _modules_as_values(reader: Reader) -> Iterator[Finding]:
-    """A module of the machine that is passed around: what is taken from it then, nobody can read."""
+    """System modules used as values, so that the source does not show what is taken from them."""
     for node, names, inside in reader.uses:
         parent = reader.parent(node)
         if "builtins.getattr" in names and isinstance(parent, ast.Call) and node in parent.args:
@@ -199,19 +200,19 @@ def _modules_as_values(reader: Reader) -> Iterator[Finding]:
             does = f"handles {table}, a table of modules or of what a module holds"
         else:
             continue
-        remedy = "do not load it: plain code writes out what it takes from a module"
+        remedy = "do not load it: plain code names what it takes from a module"
         what = f"{reader.file.name} {does}, {reader.moment(inside)}"
         yield Finding(reader.status(inside), what, reader.file.at(node), remedy)
 
 
 def _library_modules(reader: Reader, node: ast.AST) -> bool:
-    """Whether an argument is a module of a library or of the machine, or a list that holds one."""
+    """Whether an argument is a module of a library or the system, or a list that contains one."""
     names = {name for inner in getattr(node, "elts", [node]) for name in reader.meanings.names(inner)}
     return any(name.partition(".")[0] in _LIBRARIES and is_module(name) for name in names)
 
 
 def _getters_given_modules(reader: Reader) -> Iterator[Finding]:
-    """A function of the file's own that takes attributes by a variable, called with a module: `take(torch, name)`."""
+    """Functions of the file that read attributes by a variable, called with a module: `take(torch, name)`."""
     getters = {
         getattr(node, "name", ""): node
         for node, _ in reader.nodes
@@ -233,7 +234,7 @@ def _getters_given_modules(reader: Reader) -> Iterator[Finding]:
 
 def _takes_by_variable(reader: Reader, function: ast.FunctionDef | ast.Lambda) -> bool:
     parameters = {argument.arg for argument in [*function.args.posonlyargs, *function.args.args]}
-    for node in ast.walk(function):
+    for node in walk(function):
         if isinstance(node, ast.Call) and "builtins.getattr" in reader.meanings.names(node.func) and len(node.args) > 1:
             of, which = node.args[0], node.args[1]
             if isinstance(of, ast.Name) and of.id in parameters and reader.meanings.text(which) is None:
@@ -242,11 +243,11 @@ def _takes_by_variable(reader: Reader, function: ast.FunctionDef | ast.Lambda) -
 
 
 def _own_pickling(reader: Reader) -> Iterator[Finding]:
-    """A class that says what unpickling it calls, which may be anything."""
+    """Classes that define what unpickling calls, which may be anything."""
     for node, inside in reader.nodes:
         if not isinstance(node, ast.FunctionDef) or node.name not in ("__reduce__", "__reduce_ex__"):
             continue
-        for step in ast.walk(node):
+        for step in walk(node):
             if not isinstance(step, ast.Return):
                 continue
             first = step.value.elts[0] if isinstance(step.value, ast.Tuple) and step.value.elts else step.value
@@ -262,7 +263,7 @@ def _is_table(name: str) -> bool:
 
 
 def _is_getter(reader: Reader, node: ast.AST, parent: ast.AST | None) -> bool:
-    """`getattr(os, "sep")`, which is judged by the name that it stands for."""
+    """`getattr(os, "sep")`, which is checked by the name that it resolves to."""
     if not (isinstance(parent, ast.Call) and parent.args[:1] == [node] and len(parent.args) > 1):
         return False
     getter = reader.meanings.names(parent.func) & {"builtins.getattr", "builtins.hasattr"}
@@ -270,7 +271,7 @@ def _is_getter(reader: Reader, node: ast.AST, parent: ast.AST | None) -> bool:
 
 
 def _is_plain_look_up(reader: Reader, node: ast.AST, parent: ast.AST | None) -> bool:
-    """`sys.modules[__name__]`, `"x" in sys.modules`, or an entry that is judged by its own name."""
+    """`sys.modules[__name__]`, `"x" in sys.modules`, or an entry that is checked by its own name."""
     if isinstance(parent, ast.Compare):
         return True
     if not isinstance(parent, ast.Subscript) or parent.value is not node:
@@ -281,7 +282,7 @@ def _is_plain_look_up(reader: Reader, node: ast.AST, parent: ast.AST | None) -> 
 
 
 def _internals(reader: Reader) -> Iterator[Finding]:
-    """Python's internals, by attribute or by text, and modules by their names on things that are not known."""
+    """Python's internals, as attribute or text, and attributes of unknown objects that are named like system modules."""
     for node, inside in reader.nodes:
         does, remedy = "", "do not load it"
         if isinstance(node, ast.Attribute):
@@ -319,7 +320,7 @@ def _is_internal(reader: Reader, node: ast.Attribute) -> bool:
 
 
 def _is_module_of_something(reader: Reader, node: ast.Attribute) -> bool:
-    """`x.os` where nothing is known of x, and the file itself puts nothing there."""
+    """`x.os` where x is unknown and the file assigns no such attribute."""
     unknown = not reader.meanings.names(node.value) and f".{node.attr}" not in reader.meanings.values
     return node.attr in _TELLING and unknown and isinstance(node.ctx, ast.Load)
 

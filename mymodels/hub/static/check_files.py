@@ -1,4 +1,4 @@
-"""Checks of the files themselves: names, links, archives, pickles, strays, sizes, and the weights' integrity."""
+"""Checks of the files: names, links, archives, pickles, stray files, sizes, and integrity of the weights."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from ...checkpoints.kinds import kind_of
 from ...checkpoints.opening import weight_files
 from .repo_snapshot import MAX_FILES, Finding, Folder, brief, strings
 
-HUB_FILE_LIMIT = 50 * 10**9  # what the Hub takes as one file
+HUB_FILE_LIMIT = 50 * 10**9  # the largest file that the Hub accepts
 TEXT_LIMIT = 10_000_000  # larger texts have to go through git-lfs
 MAX_PICKLE_BYTES = 50_000_000
 
@@ -26,13 +26,13 @@ _DIRECTION = set("\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u
 
 
 def file_names(folder: Folder) -> Iterator[Finding]:
-    """Names that a terminal, another system or a person would take for something else."""
+    """Names that a terminal, another system or a person would misread."""
     lower: dict[str, str] = {}
     for name in [*folder.files, *folder.odd, *folder.folders]:
         bad = [c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Co", "Zl", "Zp") or c in _DIRECTION]
         if bad:
             what = f"the name {name!a} contains the invisible character U+{ord(bad[0]):04X}"
-            yield Finding("failed", what, ascii(name), "rename it; do not use a folder that hides a name")
+            yield Finding("failed", what, ascii(name), "rename it; do not use a folder with hidden names")
         elif "\\" in name or ":" in name or any(part.endswith((" ", ".")) for part in name.split("/")):
             what = f"the name {brief(name)} is another file, or none, on Windows"
             yield Finding("warning", what, name, "use letters, digits, dots, dashes and underscores")
@@ -43,7 +43,7 @@ def file_names(folder: Folder) -> Iterator[Finding]:
 
 
 def links(folder: Folder) -> Iterator[Finding]:
-    """Links and special files: what they hold is decided elsewhere."""
+    """Links and special files, whose content is outside the folder."""
     for name, path in folder.odd.items():
         try:
             if not path.is_symlink():
@@ -59,15 +59,15 @@ def links(folder: Folder) -> Iterator[Finding]:
         yield Finding("failed", f"{name} is a link to {brief(target)}: {kind}", name, "put the file itself there")
 
 
-# Keys whose text some loader opens as a file
+# keys whose value a loader opens as a file
 _OPENED = re.compile(r"(_file|_files|_path|_dir|filename|transformers_weights|chat_template_file)(\[|\.|$)")
 _PATH = re.compile(r"^(/|~|[A-Za-z]:[\\/]|\\\\|file:)|(^|[\\/])\.\.([\\/]|$)")
-# Parts of a config that hold tokens or templates: text of any form
+# parts of a config that hold tokens or templates, which may look like paths
 _TEXTS = re.compile(r"(^|\.)(\w*_tokens?|added_tokens_decoder|chat_template|\w*special_tokens\w*|id2label|label2id)\b")
 
 
 def paths(folder: Folder) -> Iterator[Finding]:
-    """Paths in configs that lead out of the folder: read by a loader, or left behind. (Those of indexes: `weights`.)"""
+    """Paths in configs that lead out of the folder. (`weights` checks the paths in indexes.)"""
     for name, value in folder.values.items():
         for key, text in strings(value):
             if (
@@ -94,14 +94,14 @@ MAX_MEMBERS = 100_000
 
 
 def archives(folder: Folder) -> Iterator[Finding]:
-    """Archives: members that would be written elsewhere, links, bombs; and anything that hides its content."""
+    """Archives: members that unpack outside the folder, links, zip bombs, and archives in general, as they hide content."""
     for name, path in folder.files.items():
         zipped = is_zip(path)
         if not zipped and not _ARCHIVE.search(name):
             continue
         try:
             members = list(_zip_members(path) if zipped else _tar_members(path) if _TAR.search(name) else ())
-        except Exception as error:  # zipfile, tarfile and the decompressors raise what they come across
+        except Exception as error:  # zipfile, tarfile and the decompressors raise errors of many types
             what = f"{name} cannot be read as the archive that it claims to be ({type(error).__name__})"
             yield Finding("warning" if is_weight_file(name) else "failed", what, name, "remove it, or make it again")
             continue
@@ -118,7 +118,7 @@ def archives(folder: Folder) -> Iterator[Finding]:
             what = f"{name} has {packed:,} bytes and would unpack to {total:,} in {len(members):,} files"
             yield Finding("failed", what, name, "do not unpack it")
         elif _ARCHIVE.search(name):
-            yield Finding("warning", f"{name} is an archive: what is in it, nothing here has seen", name, "unpack it")
+            yield Finding("warning", f"{name} is an archive, whose content was not checked", name, "unpack it")
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, int, bool]]:
@@ -144,7 +144,7 @@ _HARMLESS = re.compile(
 
 
 def pickles(folder: Folder) -> Iterator[Finding]:
-    """Files that run code when they are unpickled; what they ask for is read from their instructions, not tried."""
+    """Files that run code when unpickled; their imports are read from the pickle instructions, nothing is unpickled."""
     for name, path in folder.files.items():
         for data in _pickle_bytes(name, path):
             asked, broken = pickle_globals(data)
@@ -153,7 +153,7 @@ def pickles(folder: Folder) -> Iterator[Finding]:
                 what = f"{name} is a pickle that calls {brief(strange[0].replace(' ', '.'))} when it is loaded"
                 yield Finding("failed", what, name, "do not load it; ask for safetensors")
             elif broken and data.startswith(b"\x80"):
-                what = f"{name} begins like a pickle, but cannot be read to its end, so what it calls is unknown"
+                what = f"{name} begins like a pickle, but cannot be read completely, so what it calls is unknown"
                 yield Finding("failed", what, name, "do not load it; ask for safetensors")
             elif asked or not broken:
                 what = f"{name} is a pickle, a format that can run code; this one asks for tensors and plain data only"
@@ -161,7 +161,7 @@ def pickles(folder: Folder) -> Iterator[Finding]:
 
 
 def _pickle_bytes(name: str, path: Path) -> Iterator[bytes]:
-    """The pickles in a file: its whole content, or the `.pkl` members of torch's zip files."""
+    """The pickles in a file: its entire content, or the `.pkl` members of torch's zip files."""
     if is_zip(path):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -172,13 +172,13 @@ def _pickle_bytes(name: str, path: Path) -> Iterator[bytes]:
                     elif member.endswith(".npy"):
                         with archive.open(member) as file:
                             yield from array_pickle(file.read(MAX_PICKLE_BYTES))
-        except Exception:  # zipfile raises what it comes across; `weights` and `archives` report it
+        except Exception:  # zipfile raises errors of many types; `weights` and `archives` report them
             return
     else:
         with path.open("rb") as file:
             data = file.read(2)
             if name.endswith(".safetensors") and kind_of(path) == "safetensors":
-                return  # the length of its header can begin like a pickle
+                return  # the length of a safetensors header can look like the start of a pickle
             if data == ARRAY_MAGIC[:2]:
                 yield from array_pickle(data + file.read(MAX_PICKLE_BYTES))
             elif data in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or _PICKLE_NAME.search(name):
@@ -189,10 +189,10 @@ ARRAY_MAGIC = b"\x93NUMPY"
 
 
 def array_pickle(data: bytes) -> Iterator[bytes]:
-    """The pickle that NumPy's file of an array of objects is, behind its header."""
+    """The pickle behind the header of a NumPy file that holds an array of objects."""
     if not data.startswith(ARRAY_MAGIC) or len(data) < 12:
         return
-    long = data[6] > 1  # the version of the format: its header's length has four bytes, not two
+    long = data[6] > 1  # from format version 2, the length of the header has four bytes instead of two
     start = 12 if long else 10
     end = start + int.from_bytes(data[8:start], "little")
     if re.search(rb"descr'\s*:\s*'?\|?O|'\|?O\d*'", data[start:end]):
@@ -203,11 +203,11 @@ _PUTS, _GETS = ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"), ("BINGET", "LONG_BIN
 
 
 def pickle_globals(data: bytes) -> tuple[set[str], bool]:
-    """The `module name` of everything a stream of pickles imports, and whether not even the first could be read."""
+    """The `module name` of everything that a stream of pickles imports, and whether the first pickle is unreadable."""
     asked: set[str] = set()
     stream = io.BytesIO(data)
-    for number in range(5):  # torch's old format is five pickles, then raw data
-        pushed: list[str] = []  # the texts on top of the stack, as far as they were pushed one after the other
+    for number in range(5):  # torch's old format: five pickles, then raw data
+        pushed: list[str] = []  # the texts on top of the stack that were pushed consecutively
         memo: dict[Any, str] = {}
         try:
             for opcode, argument, _ in pickletools.genops(stream):
@@ -226,7 +226,7 @@ def pickle_globals(data: bytes) -> tuple[set[str], bool]:
                     elif opcode.name.startswith("EXT"):
                         asked.add("something registered")
                     pushed.clear()
-        except Exception:  # pickletools raises what it comes across
+        except Exception:  # pickletools raises errors of many types
             return asked, number == 0
     return asked, False
 
@@ -234,7 +234,7 @@ def pickle_globals(data: bytes) -> tuple[set[str], bool]:
 # name of a file or folder → what it is, and whether it may stay
 _STRAY: list[tuple[str, str, str]] = [
     (r"(^|/)\.git$", "failed", "a git repository: its configuration may hold a token, its history what was removed"),
-    (r"(^|/)__pycache__$|\.py[co]$", "failed", "compiled Python code, which nobody can read"),
+    (r"(^|/)__pycache__$|\.py[co]$", "failed", "compiled Python code, which cannot be reviewed"),
     (r"(^|/)\.ipynb_checkpoints$", "failed", "older copies of files, kept by Jupyter"),
     (r"(^|/)(\.DS_Store|Thumbs\.db|desktop\.ini|__MACOSX|\._[^/]+)$", "failed", "left by a file browser"),
     (
@@ -253,7 +253,7 @@ _STRAY: list[tuple[str, str, str]] = [
         "failed",
         "secrets",
     ),
-    (r"\.(so|dll|dylib|exe|msi|bat|cmd|com|scr|ps1)$", "failed", "a program for the machine, which nobody can read"),
+    (r"\.(so|dll|dylib|exe|msi|bat|cmd|com|scr|ps1)$", "failed", "a program in machine code, which cannot be reviewed"),
     (r"(^|/)\.cache$", "warning", "a cache, as huggingface_hub keeps one beside its downloads"),
     (
         r"(^|/)(optimizer|scheduler|scaler|rng_state\w*)\.(pt|bin|pth)$|(^|/)(trainer_state\.json|training_args\.bin)$|"
@@ -265,22 +265,22 @@ _STRAY: list[tuple[str, str, str]] = [
 
 
 def stray_files(folder: Folder) -> Iterator[Finding]:
-    """What does not belong into a Hub repo. Files in a stray folder are told with it."""
-    told: list[str] = []
+    """Files that do not belong in a Hub repo; of a stray folder, only the folder is reported."""
+    reported: list[str] = []
     for name in [*sorted(folder.folders), *folder.files]:
-        if any(name.startswith(f"{parent}/") for parent in told):
+        if any(name.startswith(f"{parent}/") for parent in reported):
             continue
         for pattern, status, what in _STRAY:
             if re.search(pattern, name, re.IGNORECASE):
-                told.append(name)
+                reported.append(name)
                 yield Finding(status, f"{name} does not belong into a Hub repo: {what}", name, "remove it")
                 break
 
 
 def file_sizes(folder: Folder) -> Iterator[Finding]:
-    """Limits of the Hub, of git, and of good sense."""
+    """Sizes above the limits of the Hub and of git, and implausible sizes."""
     if folder.crowded:
-        what = f"the folder has more than {MAX_FILES:,} files; the rest was not looked at"
+        what = f"the folder has more than {MAX_FILES:,} files; the rest was not checked"
         yield Finding("failed", what, "", "verify the folder of one model")
     for name, path in folder.files.items():
         size = path.stat().st_size
@@ -288,18 +288,18 @@ def file_sizes(folder: Folder) -> Iterator[Finding]:
             what = f"{name} has {size / 1e9:.1f} GB, more than the Hub takes as one file"
             yield Finding("failed", what, name, 'save in shards: max_shard_size="5GB"')
         elif size > TEXT_LIMIT and re.search(r"\.(py|md|txt|jinja)$|(^|/)config\.json$", name):
-            what = f"{name} has {size / 1e6:.1f} MB, which no file of its kind needs"
-            yield Finding("failed", what, name, "look at what is in it")
+            what = f"{name} has {size / 1e6:.1f} MB, too large for a file of its kind"
+            yield Finding("failed", what, name, "check its content")
         elif size == 0 and re.search(r"\.(json|safetensors|bin|model)$", name):
             yield Finding("failed", f"{name} is empty", name, "copy or download it again")
 
 
 def _problems(folder: Folder) -> list[tuple[str, str]]:
-    """What `check_checkpoint` finds, as (file, message): read once, for two checks."""
+    """The problems found by `check_checkpoint`, as (file, message); cached, because two checks need them."""
     if folder.problems is None:
         try:
-            whole = weight_files(folder.path) or MANIFEST in folder.files
-            found = check_checkpoint(folder.path, full=True) if whole else []
+            has_weights = weight_files(folder.path) or MANIFEST in folder.files
+            found = check_checkpoint(folder.path, full=True) if has_weights else []
             folder.problems = [(problem.file, problem.message) for problem in found]
         except (CheckpointError, OSError) as error:
             folder.problems = [("", str(error))]
@@ -307,7 +307,7 @@ def _problems(folder: Folder) -> list[tuple[str, str]]:
 
 
 def _sentence(folder: Folder, message: str) -> tuple[str, str]:
-    """A message of `check_checkpoint`, without the folder's own path, split into what is wrong and what to do."""
+    """A message of `check_checkpoint` without the folder's path, split into fault and remedy."""
     message = message.replace(f"{folder.path}{os.sep}", "").replace(str(folder.path), "the folder")
     for mark in ("; ", ": remove", ": copy"):
         what, found, remedy = message.rpartition(mark)
@@ -317,7 +317,7 @@ def _sentence(folder: Folder, message: str) -> tuple[str, str]:
 
 
 def weights(folder: Folder) -> Iterator[Finding]:
-    """The weights against their index and headers, every byte read."""
+    """The weights match their index and headers; every byte is read."""
     if folder.odd:
         yield Finding("skipped", "not read, because there are links or special files in the folder")
         return
@@ -334,7 +334,7 @@ def weights(folder: Folder) -> Iterator[Finding]:
 
 
 def manifest(folder: Folder) -> Iterator[Finding]:
-    """Every file against the manifest: size, SHA-256, and files that it does not list."""
+    """The files match the manifest: sizes, SHA-256, and no unlisted files."""
     if MANIFEST not in folder.files or folder.odd:
         if folder.odd:
             yield Finding("skipped", "not read, because of the links in the folder")

@@ -1,18 +1,19 @@
-"""Checks of `generation_config.json`: values that transformers' own validation, or its logits processors, refuse."""
+"""Checks of `generation_config.json`: values that transformers' validation or its logits processors reject."""
 
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ...library_logging import only_errors_logged
 from .api_availability import Span, level_for
 from .repo_snapshot import Finding, Folder, brief
-from .settings import POSITIONS, position_rows, quiet_transformers, setting, stretches_positions
+from .settings import POSITIONS, position_rows, setting, stretches_positions
 
 _FILE = "generation_config.json"
 _NOT_SAVED = Span(last=(5, 22))  # `save_pretrained` refuses what `validate(strict=True)` does
 
 
-def _whole(low: int) -> Callable[[Any], bool]:
+def _integer(low: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
@@ -24,22 +25,22 @@ def _number(low: float, high: float = float("inf"), *, zero: bool = False) -> Ca
     return fits
 
 
-# field → whether a value can be used, and what it must be; what generate() raises, or takes for something else
+# field → whether a value is valid, and what it must be; with others, generate() raises or misreads them
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (_number(0), "a number above 0"),
     "top_p": (_number(0, 1), "above 0 and at most 1"),
-    "top_k": (_whole(0), "a whole number, 0 or more"),
+    "top_k": (_integer(0), "an integer, 0 or more"),
     "min_p": (_number(0, 1, zero=True), "between 0 and 1"),
     "typical_p": (_number(0, 1), "above 0 and at most 1"),
     "repetition_penalty": (_number(0), "a number above 0"),
     "encoder_repetition_penalty": (_number(0), "a number above 0"),
-    "num_beams": (_whole(1), "a whole number, 1 or more"),
-    "num_return_sequences": (_whole(1), "a whole number, 1 or more"),
-    "max_length": (_whole(1), "a whole number, 1 or more"),
-    "max_new_tokens": (_whole(1), "a whole number, 1 or more"),
-    "min_length": (_whole(0), "a whole number, 0 or more"),
-    "min_new_tokens": (_whole(0), "a whole number, 0 or more"),
-    "no_repeat_ngram_size": (_whole(0), "a whole number, 0 or more"),
+    "num_beams": (_integer(1), "an integer, 1 or more"),
+    "num_return_sequences": (_integer(1), "an integer, 1 or more"),
+    "max_length": (_integer(1), "an integer, 1 or more"),
+    "max_new_tokens": (_integer(1), "an integer, 1 or more"),
+    "min_length": (_integer(0), "an integer, 0 or more"),
+    "min_new_tokens": (_integer(0), "an integer, 0 or more"),
+    "no_repeat_ngram_size": (_integer(0), "an integer, 0 or more"),
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
     "use_cache": (lambda value: isinstance(value, bool), "true or false"),
 }
@@ -47,7 +48,7 @@ _ONLY_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def generation_config(folder: Folder) -> Iterator[Finding]:
-    """Values that generation refuses, and combinations with which the model cannot be saved."""
+    """Values that generation rejects, and combinations with which the model cannot be saved."""
     values = folder.values.get(_FILE, {})
     refused = False
     for key, (fits, must) in _RANGES.items():
@@ -56,7 +57,7 @@ def generation_config(folder: Folder) -> Iterator[Finding]:
             continue
         refused = True
         used = values.get("do_sample") is True or key not in _ONLY_SAMPLING
-        greedy = key == "temperature" and value == 0 and not used  # "0" for greedy, which is what it does then
+        greedy = key == "temperature" and value == 0 and not used  # meant as greedy, which it is without sampling
         what = f"{key} is {brief(value)}, but must be {must}"
         status = "warning" if greedy else "failed"
         yield Finding(status, what, f"{_FILE}: {key}", "correct it, or remove the key")
@@ -86,7 +87,7 @@ def _beyond_positions(folder: Folder, values: dict[str, Any]) -> Iterator[Findin
     for key in ("max_length", "max_new_tokens", "min_length", "min_new_tokens") if known else ():
         value = values.get(key)
         if isinstance(value, int) and value > min(known) and not stretches_positions(folder):
-            # without a table of positions the texts become bad, but nothing raises
+            # without a position table nothing raises, but the texts become bad
             what = f"{key} is {value}, but the model has {min(known)} positions"
             status = "failed" if learned is not None or key.startswith("min") else "warning"
             yield Finding(status, what, f"{_FILE}: {key}", "name a length that the model has positions for")
@@ -131,7 +132,7 @@ def _serves(folder: Folder) -> bool:
 
 
 def _start(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
-    """An encoder and decoder need an id that the decoder begins with."""
+    """Encoder-decoder models need an id that the decoder starts with."""
     key, where = "decoder_start_token_id", "config.json: decoder_start_token_id"
     listed = folder.config.get("architectures")
     name = str(listed[0]) if isinstance(listed, list) and listed else ""
@@ -147,13 +148,13 @@ def _start(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _in_vocabulary(folder: Folder, value: Any) -> bool:
-    """Whether a value is a token id; one outside of the vocabulary is named by `token ids`."""
+    """Whether a value is a token id; `token ids` reports ids outside the vocabulary."""
     size = setting(folder, "vocab_size")
     return isinstance(value, int) and value >= 0 and not (isinstance(size, int) and value >= size)
 
 
 def _ends(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
-    """Generation ends at the token that the config calls the end."""
+    """Generation ends at the end token of config.json."""
     end, ends = folder.config.get("eos_token_id"), values.get("eos_token_id")
     if isinstance(end, int) and ends is not None and end not in (ends if isinstance(ends, list) else [ends]):
         what = f"eos_token_id is {brief(ends)} here, but {end} in config.json: generation does not end there"
@@ -161,13 +162,13 @@ def _ends(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _validated(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
-    """What `GenerationConfig.validate` of the installed release says of the values, which are data, not code."""
+    """Errors of `GenerationConfig.validate` of the installed release; the values are data, so no code of the folder runs."""
     from transformers import GenerationConfig
 
     known = vars(GenerationConfig())
     plain = {key: value for key, value in values.items() if key in known and not key.startswith("_")}
     try:
-        with quiet_transformers():
+        with only_errors_logged():
             made = GenerationConfig(**plain)
             made.validate()
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -183,7 +184,7 @@ def _validated(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _first(text: str) -> str:
-    """The first sentence of an error, the heading before a list left out."""
+    """The first sentence of an error, without the heading of a list."""
     lines = [line.strip(" -") for line in text.splitlines() if line.strip() and not line.rstrip().endswith(":")]
     return re.split(r"(?<=[.!]) (?=[A-Z])| -- ", lines[0])[0][:250] if lines else "no reason given"
 

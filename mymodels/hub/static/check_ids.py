@@ -1,4 +1,4 @@
-"""Checks of token ids: each one that a config, a generation config or the tokenizer's files name is in the vocabulary."""
+"""Checks that token ids in configs, generation configs and the tokenizer's files are in the vocabulary."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,16 +11,16 @@ from .vocabulary import special_tokens, vocabulary
 
 _IDS = re.compile(r"\w*token_ids?|\w*_token_index|\w*suppress_tokens|\w*_tokens_ids?|(lang|task)_to_id")
 _LISTS = {"bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias"}
-# ids of texts; others may be codes of sounds or pictures, with a vocabulary of their own
+# ids of text tokens; others may be audio or image codes with a separate vocabulary
 _OF_TEXT = re.compile(
     r"(pad|eos|bos|unk|sep|cls|mask|decoder_start|forced_\w+|begin_suppress|suppress|prev_sot|no_timestamps|sot|eot)(_|$)|"
     r"suppress_tokens$|bad_words|force_words|sequence_bias|(lang|task)_to_id"
 )
-_REMEDY = "write the id that the tokenizer has for this token"
+_REMEDY = "write the tokenizer's id of this token"
 
 
 def token_ids(folder: Folder) -> Iterator[Finding]:
-    """The ids that configs and tokenizer name are in the vocabulary, which the embeddings have rows for."""
+    """Ids in configs and tokenizer files are in the vocabulary, which the embeddings cover."""
     size = _size(setting(folder, "vocab_size"))
     yield from _tokenizer_ids(folder, size)
     parts = [("config.json", "", folder.config, _own_size(folder.config) or size)]
@@ -31,12 +31,10 @@ def token_ids(folder: Folder) -> Iterator[Finding]:
     parts.append(
         ("generation_config.json", "", folder.values.get("generation_config.json", {}), _generated(folder, size))
     )
-    found: dict[
-        str, Finding
-    ] = {}  # by what is wrong: save_pretrained writes the ids into both files, which is one fault
+    found: dict[str, Finding] = {}  # by fault: save_pretrained writes an id into both files, which is one fault
     largest = max(_all_sizes(folder.config) | {size or 0})
     for file, path, values, limit in parts:
-        coded = any("codebook" in key for key in values)  # texts and sounds are counted together there
+        coded = any("codebook" in key for key in values)  # there, vocab_size includes the audio codes
         for key, value in values.items() if limit != 1 and not coded else ():
             if not key.startswith("_") and (_IDS.fullmatch(key) or key in _LISTS):
                 text = bool(_OF_TEXT.match(key))
@@ -53,18 +51,18 @@ def _size(value: Any) -> int | None:
 
 
 def _own_size(values: Mapping[str, Any]) -> int | None:
-    """The vocabulary of one config; that of texts where its `vocab_size` counts the codes of sounds."""
+    """The vocabulary size of one config; the text vocabulary if its `vocab_size` includes audio codes."""
     return max((n for key in ("vocab_size", "text_vocab_size") if (n := _size(values.get(key)))), default=None)
 
 
 def _generated(folder: Folder, size: int | None) -> int | None:
-    """The vocabulary that is generated from: the decoder's, where encoder and decoder have configs of their own."""
+    """The vocabulary size for generation: the decoder's, if encoder and decoder have separate configs."""
     decoder = folder.config.get("decoder")
     return _own_size(decoder) if isinstance(decoder, dict) else _own_size(folder.config) or size
 
 
 def _all_sizes(config: Mapping[str, Any]) -> set[int]:
-    """Every size of a vocabulary or codebook that a config names, at any depth."""
+    """All sizes of vocabularies and codebooks in a config, at any depth."""
     found: set[int] = set()
     waiting: list[Any] = [config]
     while waiting:
@@ -93,7 +91,7 @@ def _one_field(shown: str, key: str, value: Any, size: int | None, where: str, t
             yield Finding("failed", what, where, _REMEDY)
             return
         if text and (number < -1 or (number == -1 and key != "pad_token_id" and "suppress" not in key)):
-            what = f"{shown} is {number}, which is no token id"
+            what = f"{shown} is {number}, which is not a token id"
             yield Finding("failed", what, where, f"{_REMEDY}, or null")
             return
 
@@ -118,7 +116,7 @@ def _numbers(key: str, value: Any) -> Iterator[Any]:
 
 
 def _tokenizer_ids(folder: Folder, size: int | None) -> Iterator[Finding]:
-    """The tokenizer makes no id that the embeddings have no row for, and no id twice."""
+    """The embeddings have a row for every id of the tokenizer, and no two tokens have the same id."""
     tokens = vocabulary(folder)
     remedy = "save the tokenizer that belongs to this model again, or call resize_token_embeddings"
     if size is not None:
@@ -182,10 +180,10 @@ def _same_id(folder: Folder, role: str, text: str, number: int) -> Iterator[Find
     tables = {"config.json": values.get(key), "generation_config.json": generation.get(key)}
     given = {file: ids if isinstance(ids, list) else [ids] for file, ids in tables.items() if ids is not None}
     if role == "eos_token" and any(number in ids for ids in given.values()):
-        return  # chat models end at one token more than the config names
+        return  # chat models end at more tokens than the config names
     for file, ids in given.items():
         if size is not None and any(isinstance(one, int) and one >= size for one in ids):
-            continue  # named by `token ids`
+            continue  # reported by `token ids`
         if number not in ids and ids != [-1]:
             generates = any(_GENERATES.search(str(name)) for name in folder.config.get("architectures") or ())
             generates = generates or "AutoModelForCausalLM" in folder.auto_map

@@ -1,4 +1,4 @@
-"""Checks of what the code imports: its siblings, other packages, and transformers' names release by release."""
+"""Checks of imports: siblings, other packages, and transformers' names in each release."""
 
 import ast
 import re
@@ -10,8 +10,9 @@ from .api_availability import Span, lacking, level_for
 from .code_tree import attributes, bridged, calls, constant, entry_files, guarded, reachable, siblings
 from .repo_snapshot import CodeFile, Finding, Folder
 from .symbols import ATTRIBUTES
+from .walking import walk
 
-# What every machine that loads a model has: the standard library, torch, transformers and what these bring along
+# present wherever a model is loaded: the standard library, torch, transformers and their dependencies
 _GIVEN = {
     *sys.stdlib_module_names,
     *("torch", "transformers", "numpy", "safetensors", "einops", "huggingface_hub", "tokenizers", "packaging"),
@@ -22,7 +23,7 @@ _SECOND_LEVEL = Span(last=(5, 6))
 
 
 def code_files(folder: Folder) -> Iterator[Finding]:
-    """Every Python file can be parsed; those that nothing loads are named."""
+    """Every Python file can be parsed; files that are never loaded are reported."""
     live = reachable(folder)
     for name, reason in folder.unparsed.items():
         line = re.match(r"line (\d+): ", reason)
@@ -31,7 +32,7 @@ def code_files(folder: Folder) -> Iterator[Finding]:
             "failed" if name in live or not folder.auto_map else "warning",
             f"{name} cannot be read as Python: {reason}",
             where,
-            "mend it, or remove it",
+            "correct it, or remove it",
         )
     for name in sorted(folder.code.keys() - live):
         if not name.endswith("__init__.py"):
@@ -40,7 +41,7 @@ def code_files(folder: Folder) -> Iterator[Finding]:
 
 
 def relative_imports(folder: Folder) -> Iterator[Finding]:
-    """Siblings are imported flatly, are there, and are seen by transformers, which looks for them by pattern."""
+    """Imported siblings are in the same folder, exist, and match the pattern by which transformers finds them."""
     for name in sorted(reachable(folder) & folder.code.keys()):
         file = folder.code[name]
         yield from _wrong_forms(folder, file)
@@ -52,7 +53,7 @@ def relative_imports(folder: Folder) -> Iterator[Finding]:
 
 def _wrong_forms(folder: Folder, file: CodeFile) -> Iterator[Finding]:
     home = file.name.rpartition("/")[0]
-    for node in ast.walk(file.tree):
+    for node in walk(file.tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             text = f"from {'.' * node.level}{node.module or ''} import {node.names[0].name}"
             if node.level > 1 or not node.module or "." in node.module:
@@ -71,7 +72,7 @@ def _wrong_forms(folder: Folder, file: CodeFile) -> Iterator[Finding]:
 
 
 def _unseen(folder: Folder, file: CodeFile) -> Iterator[Finding]:
-    # transformers' own patterns: what they find is fetched, wherever it stands; what they miss is not
+    # transformers' patterns: whatever matches is fetched, even in a text; the rest is not
     seen = {
         match[1] or match[2]: file.text.count("\n", 0, match.start(1) if match[1] else match.start(2)) + 1
         for match in re.finditer(
@@ -83,7 +84,9 @@ def _unseen(folder: Folder, file: CodeFile) -> Iterator[Finding]:
     for module, line in seen.items():
         missing = (f"{home}/{module}.py" if home else f"{module}.py") not in folder.files
         if module not in imported and "." not in module and missing:
-            what = f"transformers takes this text for an import and looks for {module}.py, which is not in the folder"
+            what = (
+                f"transformers mistakes this text for an import and looks for {module}.py, which is not in the folder"
+            )
             yield Finding("failed", what, f"{file.name}:{line}", "write the text differently")
     for module, node in imported.items():
         if module not in seen:
@@ -109,29 +112,29 @@ def _second_level(folder: Folder, file: CodeFile) -> Iterator[Finding]:
 
 
 def other_imports(folder: Folder) -> Iterator[Finding]:
-    """Packages that not every machine has: declared in a requirements file, or named here."""
+    """Packages that not every machine has must be declared in a requirements file."""
     declared: set[str] = set()
     for name in ("requirements.txt", "pyproject.toml", "custom_generate/requirements.txt"):
         if name in folder.files:
             with folder.files[name].open("rb") as handle:
                 text = handle.read(1_000_000).decode("utf-8", errors="replace")
             declared |= {word.lower().replace("_", "-") for word in re.findall(r"[A-Za-z][\w.-]*", text)}
-    told: set[str] = set()
+    reported: set[str] = set()
     for name in sorted(reachable(folder) & folder.code.keys()):
         file, optional = folder.code[name], guarded(folder.code[name].tree, _excuses_imports)
-        for node in ast.walk(file.tree):
+        for node in walk(file.tree):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in (module.split(".")[0] for module in modules):
                 package = _DISTRIBUTIONS.get(top, top).lower().replace("_", "-")
-                here = f"{top}.py" in folder.files  # told by `relative imports`
-                if top in _GIVEN or top in told or here or package in declared or id(node) in optional:
+                here = f"{top}.py" in folder.files  # reported by `relative imports`
+                if top in _GIVEN or top in reported or here or package in declared or id(node) in optional:
                     continue
-                told.add(top)
+                reported.add(top)
                 what = f"{name} needs the package {package}, and nothing in the folder says so"
                 remedy = f"add {package} to requirements.txt"
                 if id(node) in guarded(file.tree):
-                    what += "; an `if` does not excuse the import, transformers looks for the package all the same"
+                    what += "; transformers requires the package even if the import is inside an `if`"
                     remedy += ", or import it inside try/except ImportError"
                 yield Finding("failed", what, file.at(node), remedy)
 
@@ -144,10 +147,10 @@ def _availability_tests() -> frozenset[str]:
 
 
 def _excuses_imports(node: ast.AST) -> bool:
-    """Whether transformers leaves out the imports below a node: `try`, and `if` with a test of its own.
+    """Whether transformers ignores imports below a node: a `try`, or an `if` that calls one of its availability tests.
 
-    As `transformers.dynamic_module_utils.get_imports` has it in every supported release: the test is called by its bare
-    name, which is one of `transformers.utils.import_utils`.
+    As in `transformers.dynamic_module_utils.get_imports` of every supported release: the test is called by its bare name
+    and is a function of `transformers.utils.import_utils`.
     """
     if isinstance(node, ast.If):
         names = [call.func.id for call in calls(node.test) if isinstance(call.func, ast.Name)]
@@ -159,20 +162,20 @@ def _excuses_imports(node: ast.AST) -> bool:
 
 
 def transformers_names(folder: Folder) -> Iterator[Finding]:
-    """Names imported from transformers, looked up in each release: removed, not there yet, or private."""
-    told: set[tuple[str, str, str]] = set()
+    """Names imported from transformers that some release lacks, or that are private."""
+    reported: set[tuple[str, str, str]] = set()
     for name in sorted(reachable(folder) & folder.code.keys()):
         file, optional = folder.code[name], guarded(folder.code[name].tree)
-        for node in ast.walk(file.tree):
+        for node in walk(file.tree):
             pairs: list[tuple[str, str]] = []
             if isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 pairs = [(node.module, alias.name) for alias in node.names]
             elif isinstance(node, ast.Import):
                 pairs = [(alias.name, "") for alias in node.names]
             for module, symbol in pairs:
-                if module.split(".")[0] != "transformers" or id(node) in optional or (name, module, symbol) in told:
+                if module.split(".")[0] != "transformers" or id(node) in optional or (name, module, symbol) in reported:
                     continue
-                told.add((name, module, symbol))
+                reported.add((name, module, symbol))
                 yield from _missing(folder, file, node, module, symbol)
         yield from _old_attributes(folder, file)
 
@@ -180,7 +183,7 @@ def transformers_names(folder: Folder) -> Iterator[Finding]:
 def _missing(folder: Folder, file: CodeFile, node: ast.AST, module: str, symbol: str) -> Iterator[Finding]:
     shown = f"{symbol} of {module}" if symbol else module
     failing, span = lacking(module, symbol, folder.releases)
-    remedy = "take it from where every release has it, define it here, or import it inside try/except"
+    remedy = "import it from where every release has it, define it here, or import it inside try/except"
     if failing:
         what = f"{shown} does not exist under transformers {', '.join(failing[:8])}"
         yield Finding("failed", what, file.at(node), remedy)
@@ -191,21 +194,19 @@ def _missing(folder: Folder, file: CodeFile, node: ast.AST, module: str, symbol:
 
 
 def _old_attributes(folder: Folder, file: CodeFile) -> Iterator[Finding]:
-    asked = {
-        constant(call.args[1]) for call in ast.walk(file.tree) if isinstance(call, ast.Call) and len(call.args) > 1
-    }
-    own = {n.name for n in ast.walk(file.tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    asked = {constant(call.args[1]) for call in walk(file.tree) if isinstance(call, ast.Call) and len(call.args) > 1}
+    own = {n.name for n in walk(file.tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     own |= {a.attr for a in attributes(file.tree) if isinstance(a.ctx, ast.Store)}
-    told: set[str] = set()
+    reported: set[str] = set()
     optional = bridged(file)
     for node in attributes(file.tree):
-        if node.attr not in ATTRIBUTES or node.attr in asked | own | told or id(node) in optional:
-            continue  # looked for by hasattr or getattr, defined here, or in a branch for some releases only
+        if node.attr not in ATTRIBUTES or node.attr in asked | own | reported or id(node) in optional:
+            continue  # guarded by hasattr or getattr, defined here, or in a branch for some releases only
         first, last, owner, instead = ATTRIBUTES[node.attr]
         span = Span(first, last)
-        told.add(node.attr)
+        reported.add(node.attr)
         what = f"transformers' {owner} have no {node.attr} {span}"
-        yield Finding(level_for(span, folder.releases), what, file.at(node), f"use {instead}, or ask hasattr first")
+        yield Finding(level_for(span, folder.releases), what, file.at(node), f"use {instead}, or check hasattr first")
 
 
 CHECKS = {

@@ -1,4 +1,4 @@
-"""Checks of how weights start: `_init_weights`, buffers, and what `__init__` does while there is no data."""
+"""Checks of initialisation: `_init_weights`, buffers, and what `__init__` does on the meta device."""
 
 import ast
 import re
@@ -9,16 +9,17 @@ from .check_model import FROM_5, live_code
 from .code_tree import Code, Klass, attributes, calls, constant, depth, is_self
 from .kept_buffers import kept_buffers
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
 _INIT_MODULES = re.compile(r"(torch\.nn\.init|transformers\.initialization|nn\.init|init)(\.|$)")
 _WALKS = ("named_parameters", "parameters", "modules", "named_modules", "apply")
 _SINGLE = re.compile(r"(LSTM|GRU|RNN|MultiheadAttention)")
-# `_initialize_weights` of 5.3 and newer leaves alone the modules of custom code whose tensors were all loaded
+# from 5.3, `_initialize_weights` skips modules of custom code whose tensors were all loaded
 UNPROTECTED = Span((5, 0), (5, 2))
 
 
 def init_weights(folder: Folder) -> Iterator[Finding]:
-    """`_init_weights` starts the leaf it is given, through `nn.init` alone, so that loaded weights stay."""
+    """`_init_weights` initialises only the module it receives, through `nn.init`, so that loaded weights are kept."""
     code = live_code(folder)
     unsaved = {name for klass in code.classes for name, _ in _unsaved_buffers(klass)}
     for klass in code.classes:
@@ -28,12 +29,12 @@ def init_weights(folder: Folder) -> Iterator[Finding]:
         guards = _guards(method)
         single = bool(_SINGLE.search(ast.unparse(method)))
         tensors = _tensors(method)
-        for node in ast.walk(method):
+        for node in walk(method):
             for finding in _faults(klass, node, unsaved, tensors, single) if id(node) not in guards else ():
                 if finding.status != "failed":
                     yield finding
                     continue
-                # the loader does not protect a module with a buffer that is in no file
+                # the loader does not protect a module with a non-persistent buffer
                 span = FROM_5 if unsaved and _of_a_child(node) else UNPROTECTED
                 status = level_for(span, folder.releases)
                 yield finding._replace(status=status, what=f"{finding.what}: weights are lost {span}")
@@ -46,7 +47,7 @@ def _faults(klass: Klass, node: ast.AST, unsaved: set[str], tensors: set[str], s
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         yield from _call_faults(klass, node, node.func, unsaved, tensors, single)
     elif isinstance(node, ast.Call) and klass.file.dotted(node.func).startswith("torch.nn.init."):
-        what = f"_init_weights calls {ast.unparse(node.func)} by a name of its own, which the loader cannot guard"
+        what = f"_init_weights calls {ast.unparse(node.func)} under another name, which the loader cannot guard"
         yield Finding("failed", what, where, f"write nn.init.{ast.unparse(node.func)}")
     elif isinstance(node, (ast.Assign, ast.AugAssign)):
         for goal in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -56,7 +57,7 @@ def _faults(klass: Klass, node: ast.AST, unsaved: set[str], tensors: set[str], s
 
 def _of_a_child(node: ast.AST) -> bool:
     """Whether a write goes to a module below the one that is given, or to whatever a loop comes by."""
-    inner = [n for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+    inner = [n for n in walk(node) if isinstance(n, ast.Attribute)]
     looped = any(n.attr == "data" and isinstance(n.value, ast.Name) for n in inner)
     return looped or any(n.attr in ("weight", "bias") and depth(n) >= 3 for n in inner)
 
@@ -69,10 +70,10 @@ def _call_faults(
     first = call.args[0] if call.args else None
     if _INIT_MODULES.match(klass.file.dotted(func).rpartition(".")[0]):
         if isinstance(first, ast.Subscript) and isinstance(first.value, ast.Attribute):
-            what = f"_init_weights writes a part, {ast.unparse(first)}, which has lost the mark that it was loaded"
-            yield Finding("failed", what, where, "ask getattr(weight, '_is_hf_initialized', False) first")
+            what = f"_init_weights writes a part, {ast.unparse(first)}, which lacks the mark of loaded tensors"
+            yield Finding("failed", what, where, "check getattr(weight, '_is_hf_initialized', False) first")
         elif isinstance(first, ast.Attribute) and first.attr != "data" and depth(first) >= 3:
-            what = f"_init_weights starts {ast.unparse(first)} from its parent, which newer releases skip"
+            what = f"_init_weights initialises {ast.unparse(first)} from its parent, which newer releases skip"
             yield Finding("warning", what, where, mark)
     elif re.search(r"[a-z]_$", func.attr) and func.attr != "requires_grad_" and ".data" not in text:
         kept = isinstance(func.value, ast.Attribute) and func.value.attr not in unsaved
@@ -84,25 +85,25 @@ def _call_faults(
 
 
 def _past_guard(does: str, where: str) -> Finding:
-    what = f"_init_weights {does}, past the guard that keeps loaded weights"
+    what = f"_init_weights {does}, without the guard that keeps loaded weights"
     return Finding("failed", what, where, "use nn.init on the parameter itself; the loader guards exactly these calls")
 
 
 def _guards(method: ast.AST) -> set[int]:
-    """The `id` of what is done only if the tensor was not loaded."""
+    """The `id` of nodes that run only if the tensor was not loaded."""
     found: set[int] = set()
-    for node in ast.walk(method):
+    for node in walk(method):
         if isinstance(node, ast.If) and "_is_hf_initialized" in ast.unparse(node.test):
-            found |= {id(inner) for inner in ast.walk(node)}
+            found |= {id(inner) for inner in walk(node)}
     return found
 
 
 def _tensors(method: ast.AST) -> set[str]:
-    """The variables that hold parameters: from a loop over them, or taken off a module."""
+    """The variables that hold parameters, from a loop over them or from a module."""
     found: set[str] = set()
-    for node in ast.walk(method):
+    for node in walk(method):
         if isinstance(node, ast.For) and "parameters()" in ast.unparse(node.iter):
-            found |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+            found |= {n.id for n in walk(node.target) if isinstance(n, ast.Name)}
         elif isinstance(node, ast.Assign) and re.search(r"\.(weight|bias)$", ast.unparse(node.value)):
             found |= {goal.id for goal in node.targets if isinstance(goal, ast.Name)}
     return found
@@ -119,7 +120,7 @@ def _unsaved_buffers(klass: Klass) -> Iterator[tuple[str, ast.Call]]:
 
 
 def buffers(folder: Folder) -> Iterator[Finding]:
-    """Buffers that are in no file are computed again after loading, which leaves them as garbage otherwise."""
+    """Non-persistent buffers are computed again after loading, which otherwise leaves garbage in them."""
     code = live_code(folder)
     kept = kept_buffers(folder, code)
     refilled = _refilled(code)
@@ -128,9 +129,9 @@ def buffers(folder: Folder) -> Iterator[Finding]:
     for klass in code.classes if folder.code else ():
         rotary = "RotaryEmbedding" in klass.name and "original_inv_freq" in ast.unparse(klass.node)
         if id(klass.node) in kept:
-            continue  # the model makes them persistent, so they are in the file
+            continue  # made persistent by the model, so they are in the file
         if not code.is_module(klass) or (rotary and by_parent) or any(klass.name in text for text in starts):
-            continue  # transformers 5 itself refills what looks like its own rotary embedding
+            continue  # transformers 5 refills buffers that look like its own rotary embedding
         for name, call in _unsaved_buffers(klass):
             if name not in refilled:
                 what = f"the buffer {name} of {klass.name} is in no file, and nothing computes it again after loading"
@@ -139,13 +140,13 @@ def buffers(folder: Folder) -> Iterator[Finding]:
 
 
 def _refilled(code: Code) -> set[str]:
-    """The attributes that are set anew, not from their old value, where loading or a forward pass comes by."""
+    """The attributes that loading or a forward pass sets, and not from their old value."""
     found: set[str] = set()
     for klass in code.classes:
         for method in klass.methods():
             if method.name not in ("_init_weights", "reset_parameters", "forward"):
                 continue
-            for node in ast.walk(method):
+            for node in walk(method):
                 if isinstance(node, ast.Assign):
                     goals, value = node.targets, ast.unparse(node.value)
                     found |= {g.attr for g in goals if isinstance(g, ast.Attribute) and f".{g.attr}" not in value}
@@ -173,21 +174,21 @@ _READS = {"item", "tolist", "numpy"}
 
 
 def init_data(folder: Folder) -> Iterator[Finding]:
-    """`__init__` makes no tensor that is neither parameter nor buffer, and reads no value: there is none yet."""
+    """`__init__` creates no plain tensors and reads no values, as it runs on the meta device."""
     code = live_code(folder)
     for klass in code.classes:
         init = klass.method("__init__") if code.is_module(klass) else None
         if init is None:
             continue
         sources = _loop_sources(init)
-        for node in ast.walk(init):
+        for node in walk(init):
             text, where = ast.unparse(node) if isinstance(node, (ast.Call, ast.Assign)) else "", klass.file.at(node)
             if not text or "cpu" in text:
-                continue  # made on the CPU on purpose: it has data
+                continue  # explicitly created on the CPU, so it has data
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _READS:
                 source = sources.get(ast.unparse(node.func.value), text)
                 if not node.args and "cpu" not in source and _is_tensor(klass, node.func.value, source):
-                    # newer releases make what linspace returns on the CPU
+                    # newer releases run linspace on the CPU
                     span = Span((5, 0), (5, 9)) if "torch.linspace" in source else FROM_5
                     what = f"{klass.name}.__init__ calls .{node.func.attr}(), but it runs without data (on meta)"
                     yield Finding(
@@ -200,7 +201,7 @@ def init_data(folder: Folder) -> Iterator[Finding]:
 
 
 def _factory(klass: Klass, node: ast.AST) -> bool:
-    """Whether an expression ends in a tensor made by torch: `torch.arange(8)`, `torch.ones(2).tril()`, `1 / torch…`."""
+    """Whether an expression is a tensor created by torch: `torch.arange(8)`, `torch.ones(2).tril()`, `1 / torch…`."""
     if isinstance(node, ast.Call):
         if isinstance(node.func, ast.Attribute):
             if node.func.attr in _READS:
@@ -219,15 +220,15 @@ def _factory(klass: Klass, node: ast.AST) -> bool:
 
 def _loop_sources(init: ast.AST) -> dict[str, str]:
     """What each loop variable goes through, as text."""
-    loops = [node for node in ast.walk(init) if isinstance(node, (ast.comprehension, ast.For))]
+    loops = [node for node in walk(init) if isinstance(node, (ast.comprehension, ast.For))]
     return {ast.unparse(loop.target): ast.unparse(loop.iter) for loop in loops}
 
 
 def _is_tensor(klass: Klass, node: ast.AST, source: str) -> bool:
-    """Whether `.item()` and the like are called on a tensor: anything but what is plainly NumPy's or a config's."""
+    """Whether `.item()` or similar is called on a tensor: on anything not clearly from NumPy or a config."""
     if re.search(r"\b(np|numpy|torch\.(Float|Long)?Tensor)\b", source):
         return False  # `torch.Tensor(…)`, unlike `torch.tensor(…)`, is on the CPU whatever the default device
-    names = {klass.file.dotted(n).split(".")[0] for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
+    names = {klass.file.dotted(n).split(".")[0] for n in walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
     return "config" not in names or "torch" in names
 
 

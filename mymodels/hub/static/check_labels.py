@@ -1,4 +1,4 @@
-"""Checks of labels: one name for each output of the classifier, and the kind of problem that they are for."""
+"""Checks of labels: one name for each output of the classifier, and a valid problem type."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def labels(folder: Folder) -> Iterator[Finding]:
     if isinstance(names, dict) and names:
         odd = [key for key in names if not re.fullmatch(r"\d+", str(key))]
         if odd:
-            yield Finding("failed", f"id2label has the key {brief(odd[0])}, which is no number", where, remedy)
+            yield Finding("failed", f"id2label has the key {brief(odd[0])}, which is not a number", where, remedy)
             return
         ids = {int(key): value for key, value in names.items()}
         yield from _names(ids, where, remedy)
@@ -60,7 +60,7 @@ def _names(ids: dict[int, Any], where: str, remedy: str) -> Iterator[Finding]:
     if twice:
         first, second = twice[0]
         what = f"id2label names {first} and {second} both {brief(ids[first])}"
-        few = len(twice) <= len(ids) / 100  # ImageNet has a few of these itself
+        few = len(twice) <= len(ids) / 100  # ImageNet itself has a few duplicates
         yield Finding("warning" if few else "failed", what, where, "give each label a name of its own")
 
 
@@ -89,7 +89,7 @@ def _inverse(ids: dict[int, Any], numbers: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _head_rows(folder: Folder) -> tuple[str, int] | None:
-    """The classifier's weight and how many rows it has, if the folder has one and its config says so."""
+    """Name and number of rows of the classifier's weight, if the config and the folder have one."""
     listed = folder.config.get("architectures")
     if not isinstance(listed, list) or not any(_CLASSIFIER.search(str(name)) for name in listed):
         return None

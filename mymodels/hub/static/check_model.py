@@ -1,4 +1,4 @@
-"""Checks of the model classes: what transformers' loader expects of them, and breaks without a word."""
+"""Checks of the model classes: what transformers' loader expects of them, and silently breaks otherwise."""
 
 import ast
 import re
@@ -8,6 +8,7 @@ from .api_availability import Span, level_for
 from .check_config import target
 from .code_tree import Code, Klass, calls, depth, is_self, reachable
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
 FROM_5 = Span((5, 0), (5, 99))
 
@@ -20,7 +21,7 @@ def live_code(folder: Folder) -> Code:
 
 
 def served(folder: Folder, code: Code) -> list[Klass]:
-    """The models that must stand on their own: what `auto_map` names, and what no other class is derived from."""
+    """The models that must load on their own: those in `auto_map`, and those without a subclass in the code."""
     named = [target(folder, code, auto) for auto in folder.auto_map if str(auto).startswith("AutoModel")]
     found = {id(klass.node): klass for klass in [*named, *code.leaves()] if klass is not None and code.is_model(klass)}
     return list(found.values())
@@ -29,13 +30,13 @@ def served(folder: Folder, code: Code) -> list[Klass]:
 def post_init(folder: Folder) -> Iterator[Finding]:
     """Every model ends its `__init__` with `self.post_init()`."""
     code = live_code(folder)
-    told: set[int] = set()
+    reported: set[int] = set()
     for klass in served(folder, code):
         found = code.method(klass, "__init__")
-        if found is None or id(found[1]) in told:
+        if found is None or id(found[1]) in reported:
             continue
         owner, init = found
-        told.add(id(init))
+        reported.add(id(init))
         ends = [i for i, step in enumerate(init.body) if any(is_self(c.func, "post_init") for c in calls(step))]
         if not ends:
             inherited = any(
@@ -46,7 +47,7 @@ def post_init(folder: Folder) -> Iterator[Finding]:
             )
             borrowed = any(not root.endswith("PreTrainedModel") for root in code.roots(owner) if "Mixin" not in root)
             status = "warning" if inherited or borrowed else level_for(FROM_5, folder.releases)
-            what = f"{owner.name}.__init__ does not call self.post_init(), without which transformers 5 cannot load it"
+            what = f"{owner.name}.__init__ does not call self.post_init(), so transformers 5 cannot load it"
             if status == "warning" and (inherited or borrowed):
                 what = f"{owner.name}.__init__ adds modules after its parent's post_init(), which does not see them"
             yield Finding(status, what, owner.file.at(init), "end __init__ with self.post_init()")
@@ -69,7 +70,7 @@ def _sets_module(step: ast.stmt) -> bool:
 
 
 def tied_weights(folder: Folder) -> Iterator[Finding]:
-    """Ties are declared as transformers 5 wants them, and are where the loader finds them."""
+    """Ties are declared as transformers 5 requires, where the loader finds them."""
     code = live_code(folder)
     tied = folder.config.get("tie_word_embeddings", True)
     for klass in code.classes:
@@ -77,9 +78,7 @@ def tied_weights(folder: Folder) -> Iterator[Finding]:
             continue
         keys = klass.value("_tied_weights_keys")
         if isinstance(keys, (ast.List, ast.Tuple, ast.Set)):
-            what = (
-                f"{klass.name}._tied_weights_keys is a {type(keys).__name__.lower()}, with which transformers 5 crashes"
-            )
+            what = f"{klass.name}._tied_weights_keys is a {type(keys).__name__.lower()}, which crashes transformers 5"
             remedy = 'write a dict: {"lm_head.weight": "model.embed_tokens.weight"}'
             yield Finding(level_for(FROM_5, folder.releases), what, klass.file.at(keys), remedy)
         tie = klass.method("tie_weights")
@@ -87,10 +86,10 @@ def tied_weights(folder: Folder) -> Iterator[Finding]:
             what = f"{klass.name}.tie_weights takes no missing_keys, which transformers 5 passes when it loads"
             yield Finding(level_for(FROM_5, folder.releases), what, klass.file.at(tie), "add **kwargs and pass them on")
         found = code.value(klass, "_tied_weights_keys")
-        for node in ast.walk(klass.node):
+        for node in walk(klass.node):
             if isinstance(node, ast.Assign) and _ties_by_hand(node) and found is None:
                 what = f"{ast.unparse(node)} ties two weights that _tied_weights_keys does not name"
-                remedy = "declare the tie in _tied_weights_keys: it is lost in saving and loading otherwise"
+                remedy = "declare the tie in _tied_weights_keys: otherwise saving and loading lose it"
                 yield Finding("failed", what, klass.file.at(node), remedy)
     for klass in served(folder, code):
         found = code.value(klass, "_tied_weights_keys")
@@ -99,10 +98,10 @@ def tied_weights(folder: Folder) -> Iterator[Finding]:
         heads = code.method(klass, "get_output_embeddings"), code.method(klass, "set_output_embeddings")
         if None in heads and "self.lm_head" not in ast.unparse(klass.node):
             what = f"{klass.name} ties its head, but has no get_output_embeddings and set_output_embeddings"
-            yield Finding("warning", what, klass.where, "add both: resizing and tying go through them")
+            yield Finding("warning", what, klass.where, "add both: resizing and tying use them")
         if code.method(klass, "tie_weights") is None:
-            what = f"the tied head of {klass.name} is left empty under transformers 5.3, by its own mistake"
-            remedy = "override tie_weights for 5.3, or tell readers to use another release"
+            what = f"the tied head of {klass.name} stays uninitialised under transformers 5.3, because of a bug there"
+            remedy = "override tie_weights for 5.3, or ask users to use another release"
             yield Finding(level_for(Span((5, 3), (5, 3)), folder.releases), what, klass.where, remedy)
 
 
@@ -118,12 +117,12 @@ _LOADERS = ("from_pretrained", "_load_pretrained_model", "load_state_dict", "_lo
 
 
 def custom_loading(folder: Folder) -> Iterator[Finding]:
-    """Loading goes the library's own way: what a custom `from_pretrained` does, other engines skip."""
+    """Loading needs no custom `from_pretrained`, which engines such as vLLM skip."""
     code = live_code(folder)
     for klass in code.classes:
         for method in klass.methods():
             if method.name in _LOADERS and code.is_model(klass):
-                what = f"{klass.name} has a {method.name} of its own: what it does, engines such as vLLM skip"
+                what = f"{klass.name} overrides {method.name}, which engines such as vLLM do not call"
                 yield Finding("warning", what, klass.file.at(method), "do it in __init__ or in the checkpoint")
     causal = target(folder, code, "AutoModelForCausalLM")
     if causal is not None and code.is_model(causal):

@@ -1,4 +1,4 @@
-"""Checks of processors: their classes can be found, their files are there, and they make what the model takes."""
+"""Checks of processors: their classes and files exist, and their output fits the model."""
 
 import ast
 import re
@@ -27,7 +27,7 @@ _AUTOS = ("AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVi
 
 
 def processors(folder: Folder) -> Iterator[Finding]:
-    """The processor's class can be found, and the files it is made from are there."""
+    """The processor's class can be found, and its files exist."""
     code = all_code(folder)
     own = {reference.rpartition(".")[2] for _, _, reference in references(folder)}
     for file, keys in _CLASSES.items():
@@ -54,7 +54,7 @@ def processors(folder: Folder) -> Iterator[Finding]:
 
 
 def _promised(folder: Folder) -> str:
-    """What in the folder says that there is a processor."""
+    """The evidence in the folder that the model needs a processor; "" if there is none."""
     for name, auto, _ in references(folder):
         if auto in ("AutoImageProcessor", "AutoFeatureExtractor"):
             return f"auto_map of {name} has {auto}"
@@ -74,7 +74,7 @@ def _promised(folder: Folder) -> str:
 
 
 def _takes(folder: Folder) -> str:
-    """Which input of images or sounds the main model asks for, if it is known not to take texts alone."""
+    """The image or audio input of the main model, if it is known to need one."""
     if own_code(folder):
         code = all_code(folder)
         for auto in folder.auto_map:
@@ -93,12 +93,12 @@ def _takes(folder: Folder) -> str:
 
     try:
         main = getattr(getattr(transformers, name, None), "main_input_name", "input_ids")
-    except ImportError:  # a class whose package is not installed raises whatever it is asked
+    except ImportError:  # a class whose package is not installed raises on any attribute
         return ""
     return main if main in _NEEDS else ""
 
 
-# families whose position table is made for one size of images, and which raise on another
+# families whose position table is for one image size; they raise for another
 _FIXED_SIZE = re.compile(
     r"(vit|vit_mae|vit_msn|deit|beit|clip\w*|clip_vision_model|chinese_clip\w*|siglip|siglip_vision_model|blip|blip_\w+|yolos|"
     r"altclip\w*|x-clip|vilt|dpt|data2vec-vision|ijepa)$"
@@ -109,7 +109,7 @@ _SOUNDS_OF_16_KHZ = re.compile(
 
 
 def processor_values(folder: Folder) -> Iterator[Finding]:
-    """The processor makes images and sounds of the size, scale and rate that the model was made for."""
+    """The processor's image sizes, scale and sampling rate match the model."""
     values = folder.values.get("preprocessor_config.json", {})
     inner = folder.values.get("processor_config.json", {})
     for key in ("image_processor", "feature_extractor"):
@@ -199,7 +199,7 @@ def _sounds(folder: Folder, values: dict[str, Any]) -> Iterator[Finding]:
 
 
 def processor_code(folder: Folder) -> Iterator[Finding]:
-    """The parts that the folder's own processor class names are classes that can be found."""
+    """The classes that the folder's processor class names can be found."""
     code = all_code(folder)
     for klass in code.classes:
         if not any(root.rpartition(".")[2] == "ProcessorMixin" for root in code.roots(klass)):
@@ -213,7 +213,7 @@ def processor_code(folder: Folder) -> Iterator[Finding]:
                 yield Finding("warning", what, klass.where, "name the class, which transformers 4 asks for")
             for name in _texts(named):
                 if not in_library(name) and not _in_code(code, name):
-                    what = f"{klass.name}.{part}_class names {brief(name)}, which is no class of transformers or this folder"
+                    what = f"{klass.name}.{part}_class names {brief(name)}, which is not a class of transformers or this folder"
                     yield Finding(
                         "failed", what, klass.where, "name the class, or AutoTokenizer, AutoImageProcessor, …"
                     )

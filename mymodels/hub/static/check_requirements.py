@@ -1,12 +1,16 @@
-"""Requirements that pip takes from elsewhere than PyPI: what they are when they are installed, nobody here has read."""
+"""Checks of requirements that pip installs from elsewhere than PyPI, so that their code is unknown."""
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-import tomllib
-
 from .repo_snapshot import Finding, Folder, brief, strings
+
+if sys.version_info >= (3, 11):
+    import tomllib  # novm
+else:
+    import tomli as tomllib
 
 MAX_BYTES = 1_000_000
 _KNOWN_INDEX = re.compile(
@@ -35,7 +39,7 @@ def requirements(folder: Folder) -> Iterator[Finding]:
             try:
                 value: Any = tomllib.loads(data.decode("utf-8", errors="replace"))
             except (tomllib.TOMLDecodeError, RecursionError):
-                continue  # nothing reads it then
+                continue  # not read by any installer
             for key, text in _dependencies(value):
                 yield from _of_line(name, f"{name}: {key[:80]}", text)
 

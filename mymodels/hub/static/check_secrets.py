@@ -10,7 +10,7 @@ MAX_BYTES = 100_000_000
 _CHUNK = 1 << 20
 _OVERLAP = 4096
 
-# what it is → how it looks; the forms are the services' own, long enough that no word or hash looks like one
+# kind → pattern; the services' formats, long enough that no word or hash matches
 _FORMS: dict[str, str] = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,40}\b|\bapi_(?:org_)?[A-Za-z]{30,40}\b",
     "an OpenAI key": r"\bsk-(?:proj|svcacct|admin)-[\w-]{20,}|\bsk-[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}\b|\bsk-[A-Za-z0-9]{48}\b",
@@ -44,7 +44,7 @@ _FORMS: dict[str, str] = {
     "a password in an address": r"\b(?:https?|ftp|postgres(?:ql)?|mysql|mongodb(?:\+srv)?|rediss?|amqps?|ssh|git|smtp)://[\w.%-]{1,64}:[\w.%!$&*+-]{6,128}@[\w-]{1,63}",
 }
 _COMPILED = {kind: re.compile(form) for kind, form in _FORMS.items()}
-# what a text must contain for a form to match it: looking for these first is many times faster
+# texts that each pattern requires: searching for these first is many times faster
 _HINTS: dict[str, tuple[str, ...]] = {
     "a Hugging Face token": ("hf_", "api_"),
     "an OpenAI key": ("sk-",),
@@ -80,7 +80,7 @@ _ANY_CASE = ("wandb", "aws_secret", "authorization", "passw", "secret", "api_key
 
 
 def secrets(folder: Folder) -> Iterator[Finding]:
-    """Tokens and keys, named by what they are and where, never shown."""
+    """Tokens and keys; findings name their kind and place and never show them."""
     for name, path in folder.files.items():
         for line, kind in find_secrets(path):
             where = f"{name}:{line}"
@@ -90,7 +90,7 @@ def secrets(folder: Folder) -> Iterator[Finding]:
 
 def find_secrets(path: Path) -> Iterator[tuple[int, str]]:
     """(line, what it is) of every secret in a text file, each kind once; nothing for a binary file."""
-    told: set[str] = set()
+    reported: set[str] = set()
     with path.open("rb") as file:
         data = file.read(8192)
         if b"\0" in data:
@@ -104,11 +104,11 @@ def find_secrets(path: Path) -> Iterator[tuple[int, str]]:
             text = block.decode("latin-1")
             lower = text.lower()
             for kind, hints in _HINTS.items():
-                if kind in told or not any(hint in (lower if hint in _ANY_CASE else text) for hint in hints):
+                if kind in reported or not any(hint in (lower if hint in _ANY_CASE else text) for hint in hints):
                     continue
                 found = next((m for m in _COMPILED[kind].finditer(text) if not _is_placeholder(m[0])), None)
                 if found is not None:
-                    told.add(kind)
+                    reported.add(kind)
                     yield line + text.count("\n", 0, found.start()), kind
             tail = block[-_OVERLAP:]
             line += text.count("\n", 0, len(block) - len(tail))
@@ -116,7 +116,7 @@ def find_secrets(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _is_placeholder(text: str) -> bool:
-    """What a manual writes where a secret goes: one character over and over, or names that stand for anything."""
+    """Whether a text is a placeholder for a secret: one repeated character, or a placeholder name."""
     if text.startswith("-----"):
         return False
     longest = max(re.findall(r"[A-Za-z0-9]+", text), key=len)

@@ -1,7 +1,8 @@
-"""Code that changes the process it is loaded into: settings of torch, seeds, the environment, other people's classes.
+"""Checks for code that changes its process: torch settings, seeds, the environment, classes of other packages.
 
-A model is loaded into a process that does other things too. What it changes there when it is imported, made or called
-changes these as well, and nobody looks for the reason in a model's file. Read here; `isolated/side_effects.py` compares.
+A model is loaded into a process that also does other things. Global changes on import, construction or call affect
+these too, and are hard to trace back to the model. These checks read the code; `isolated/side_effects.py` compares the
+state of a process before and after.
 """
 
 import ast
@@ -12,8 +13,9 @@ from .code_tree import constant
 from .reading import Reader, readers
 from .replacements import assignments, effect, given_to_patchers
 from .repo_snapshot import Finding, Folder
+from .walking import walk
 
-# full name of what is called → what that changes, and what to do instead
+# full name of the function → what it changes, and the remedy
 _CALLS: list[tuple[str, str, str]] = [
     (
         r"torch\.(random\.)?(manual_seed|seed|set_rng_state)|torch\.(cuda|mps|xpu)\.(random\.)?(manual_seed|seed|set_rng_state)(_all)?|"
@@ -82,7 +84,7 @@ _CALLS: list[tuple[str, str, str]] = [
         r"signal\.(signal|alarm|setitimer|pthread_sigmask|set_wakeup_fd|siginterrupt)|atexit\.(un)?register|os\.register_at_fork|"
         r"threading\.(settrace|setprofile|excepthook|stack_size)|weakref\.finalize",
         "registers code that runs at a signal, a fork or the end of the process",
-        "do not: a model has no need of it",
+        "remove it: a model does not need it",
     ),
     (
         r"torch\.nn\.modules\.module\.register_module_\w+|torch\.nn\.modules\.lazy\.register_\w+|"
@@ -94,11 +96,11 @@ _CALLS: list[tuple[str, str, str]] = [
         r"threading\.(Thread|Timer)|_thread\.start_new(_thread)?|concurrent\.futures\.(thread\.)?ThreadPoolExecutor|"
         r"multiprocessing\.(pool\.)?(ThreadPool|Manager|dummy\.Pool)|queue\.Queue\.start|asyncio\.(run|new_event_loop|get_event_loop)",
         "starts threads",
-        "do not: a model has no need of them",
+        "remove them: a model does not need them",
     ),
 ]
 _EFFECTS = [(re.compile(rf"({pattern})$"), does, remedy) for pattern, does, remedy in _CALLS]
-_SCOPED = re.compile(  # as a context manager each undoes itself
+_SCOPED = re.compile(  # as context managers, these undo their effect
     r"torch\.(autograd\.(grad_mode\.)?)?(set_grad_enabled|set_detect_anomaly|set_default_device)$|contextlib\.chdir$|concurrent\.futures\.|multiprocessing\."
 )
 _GUARDS = re.compile(r"warnings\.catch_warnings$|torch\.(random\.)?fork_rng$|torch\.\w+\.\w+\.flags$|\.fork_rng$")
@@ -127,7 +129,7 @@ _LAYER = re.compile(
 
 
 def side_effects(folder: Folder) -> Iterator[Finding]:
-    """Everything that changes the process: when the code is imported, when a model is made, and when it is called."""
+    """Changes of the process on import, on construction of a model, and on calls."""
     own = {node.name for reader in readers(folder) for node, _ in reader.nodes if isinstance(node, ast.ClassDef)}
     for reader in readers(folder):
         if reader.live:
@@ -150,7 +152,10 @@ def _settings(reader: Reader) -> Iterator[Finding]:
             yield effect(reader, call, inside, f"{does}, by {name}", remedy)
         elif isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
             yield from _methods(reader, call, inside)
-    for node, inside in reader.nodes:  # a decorator is called too: @torch.set_grad_enabled is none, @atexit.register is
+    for (
+        node,
+        inside,
+    ) in reader.nodes:  # decorators are calls too, such as @atexit.register, but not all change something
         for decorator in getattr(node, "decorator_list", []):
             for name in reader.meanings.names(decorator) if not isinstance(decorator, ast.Call) else ():
                 for pattern, does, remedy in _EFFECTS:
@@ -159,7 +164,7 @@ def _settings(reader: Reader) -> Iterator[Finding]:
 
 
 def _replaced_kernel(reader: Reader, call: ast.Call, names: frozenset[str]) -> str:
-    """The function of torch.library that is called to implement one of torch's own operators; empty if none is."""
+    """The function of torch.library that replaces one of torch's own operators; "" if none does."""
     first = reader.meanings.text(call.args[0]) if call.args else None
     if first is None or not re.match(r"(aten|prim|prims|quantized)(::|$)", first):
         return ""
@@ -167,7 +172,7 @@ def _replaced_kernel(reader: Reader, call: ast.Call, names: frozenset[str]) -> s
 
 
 def _methods(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
-    """Calls of methods of something that is itself called: `torch.no_grad().__enter__()`, `getLogger().setLevel()`."""
+    """Calls of methods on the result of a call: `torch.no_grad().__enter__()`, `getLogger().setLevel()`."""
     assert isinstance(call.func, ast.Attribute)
     of, method = call.func.value, call.func.attr
     if method == "enter_context":
@@ -201,7 +206,7 @@ def _methods(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
 
 
 def _entered(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
-    """`stack.enter_context(torch.no_grad())` of a stack that no `with` closes."""
+    """`stack.enter_context(torch.no_grad())` on a stack without a `with`."""
     assert isinstance(call.func, ast.Attribute)
     of, first = call.func.value, call.args[0] if call.args else None
     if not isinstance(first, ast.Call) or not isinstance(of, ast.Name):
@@ -223,7 +228,7 @@ def _entered(reader: Reader, call: ast.Call, inside: str) -> Iterator[Finding]:
 
 
 def _undone(reader: Reader, call: ast.Call, name: str) -> bool:
-    """Whether a `with` around the call takes its effect back, or the call is itself the context manager."""
+    """Whether a `with` around the call undoes its effect, or the call itself is the context manager."""
     node: ast.AST | None = call
     while node is not None:
         parent = reader.parent(node)
@@ -251,21 +256,21 @@ def _threads(reader: Reader) -> Iterator[Finding]:
         for base in node.bases:
             if name := next((n for n in sorted(reader.meanings.names(base)) if _THREADS.match(n)), ""):
                 does = f"has a class of threads or processes of its own, {node.name}, derived from {name}"
-                yield effect(reader, node, inside, does, "do not: a model has no need of them")
+                yield effect(reader, node, inside, does, "remove it: a model does not need threads")
 
 
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels", "pixel_values", "input_features"}
 
 
 def _inputs_changed(reader: Reader) -> Iterator[Finding]:
-    """`forward` that writes into the tensors that its caller goes on using, or into the model itself."""
+    """Statements of `forward` that modify the caller's tensors or the model."""
     for node, _ in reader.nodes:
         if not isinstance(node, ast.FunctionDef) or node.name != "forward":
             continue
-        own = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own = {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         given = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]} & _INPUTS - own
         remedy = "clone it first, or write the result to a tensor of its own"
-        for step in ast.walk(node):
+        for step in walk(node):
             if isinstance(step, ast.Call) and isinstance(step.func, ast.Attribute):
                 of, method = step.func.value, step.func.attr
                 in_place = bool(re.search(r"[a-z]_$", method)) and method != "requires_grad_"
@@ -286,13 +291,13 @@ def _inputs_changed(reader: Reader) -> Iterator[Finding]:
 
 
 def _work(reader: Reader, own: set[str]) -> Iterator[Finding]:
-    """What a file does as soon as it is imported, beside defining things."""
-    remedy = "leave nothing at the top of the file but definitions"
+    """What a file does on import, besides definitions."""
+    remedy = "keep only definitions at the top level of the file"
     for node, inside in reader.nodes:
         if not reader.runs_at_import(inside):
             continue
         if isinstance(node, ast.While) and isinstance(node.test, ast.Constant) and node.test.value:
-            yield effect(reader, node, inside, "loops without an end in sight", remedy)
+            yield effect(reader, node, inside, "runs a loop with no visible end", remedy)
         if not isinstance(node, ast.Call):
             continue
         names, method = reader.meanings.names(node.func), getattr(node.func, "attr", "")

@@ -1,7 +1,7 @@
-"""Checks of sizes: what the config says of widths, heads, layers and rows, against the shapes in the checkpoint.
+"""Checks of the config's sizes (widths, heads, layers, rows) against the shapes in the checkpoint.
 
-transformers' own models are built on meta, from the config alone, and compared tensor by tensor. Of the folder's own
-code, which is not run, those layers are compared whose sizes `__init__` takes from the config as they are.
+Models of transformers are built on meta from the config and compared tensor by tensor. Code of the folder is not run;
+layers are compared if `__init__` takes their sizes from the config unchanged.
 """
 
 import ast
@@ -10,12 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...checkpoints import open_checkpoint
+from ...library_logging import only_errors_logged
+from ...messages import first_line
 from .check_config import library_names, own_code
 from .check_model import live_code
 from .code_tree import Code, Klass, is_self
 from .headers import tensor_headers
 from .repo_snapshot import Finding, Folder, brief
-from .settings import class_defaults, quiet_transformers, setting, text_config
+from .settings import class_defaults, setting, text_config
+from .walking import walk
 
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -27,7 +30,7 @@ _REMEDY = "take config and weights from the same model, or correct the config"
 
 
 def sizes(folder: Folder) -> Iterator[Finding]:
-    """The sizes of the config agree with each other, and with the shapes of the weights."""
+    """The sizes in the config are consistent with each other and with the shapes of the weights."""
     if not folder.config:
         return
     wrong = list(_arithmetic(folder))
@@ -46,13 +49,13 @@ def _integer(value: Any) -> int | None:
 
 
 def _arithmetic(folder: Folder) -> Iterator[Finding]:
-    """Sizes that contradict each other whatever the weights are."""
+    """Sizes that contradict each other, independent of the weights."""
     values = text_config(folder)
     for key in ("vocab_size", *_HIDDEN, *_HEADS, *_LAYERS, "num_key_value_heads"):
         value = values.get(key)
         least = 0 if key in _LAYERS else 1
         if isinstance(value, (int, float, str)) and (_integer(value) is None or int(value) < least):
-            what = f"{key} is {brief(value)}, which is no size"
+            what = f"{key} is {brief(value)}, which is not a size"
             yield Finding("failed", what, f"config.json: {key}", _REMEDY)
     width, heads = _integer(setting(folder, *_HIDDEN)), _integer(setting(folder, *_HEADS))
     layers, groups = _integer(setting(folder, *_LAYERS)), _integer(setting(folder, "num_key_value_heads"))
@@ -72,7 +75,7 @@ def _arithmetic(folder: Folder) -> Iterator[Finding]:
 
 
 def _divides(folder: Folder) -> bool:
-    """Whether the folder's code divides the width among the heads; transformers' own code says so when it is built."""
+    """Whether the folder's code divides the width by the heads; transformers' own code is checked by building it."""
     return own_code(folder) and any(
         isinstance(node, ast.BinOp)
         and isinstance(node.op, (ast.FloorDiv, ast.Div))
@@ -80,7 +83,7 @@ def _divides(folder: Folder) -> bool:
         and "head" in ast.unparse(node.right)
         for file in live_code(folder).files.values()
         if not re.search(r"getattr\(\s*(self\.)?config,\s*\"head_dim", file.text)  # a width of its own, if it is given
-        for node in ast.walk(file.tree)
+        for node in walk(file.tree)
     )
 
 
@@ -98,10 +101,10 @@ def _by_library(folder: Folder, names: Mapping[str, Any]) -> Iterator[Finding]:
     try:
         model = _on_meta(folder.config, name)
     except (ValueError, AssertionError, ZeroDivisionError, KeyError) as error:
-        reason = str(error).strip("'\" \n").split("\n")[0][:200]
+        reason = first_line(error, 200).strip("'\"")
         yield Finding("failed", f"transformers cannot build {name} from config.json: {reason}", "config.json", _REMEDY)
         return
-    except Exception:  # a package that is not installed, or a class that cannot be built without data
+    except Exception:  # a missing package, or a class that cannot be built without data
         return
     if model is None or not names:
         return
@@ -115,7 +118,7 @@ def _by_library(folder: Folder, names: Mapping[str, Any]) -> Iterator[Finding]:
             return
     known = len(in_file.keys() & made.keys())
     if known < len(in_file) / 2:
-        return  # the weights are converted on loading: what is missing cannot be told from the names
+        return  # weights are converted on loading, so names do not show what is missing
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     in_use = [key for key in in_file if not any(re.search(pattern, key) for pattern in ignored)]
     yield from _counted(folder, _depths(made), _depths(in_use))
@@ -123,7 +126,7 @@ def _by_library(folder: Folder, names: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _is_bounded(config: dict[str, Any]) -> bool:
-    """Whether a config describes a model that is built from it alone, in a moment."""
+    """Whether a config describes a model of plausible size, so that building it takes little time."""
     waiting: list[tuple[str, Any]] = list(config.items())
     while waiting:
         key, value = waiting.pop()
@@ -143,7 +146,7 @@ def _is_bounded(config: dict[str, Any]) -> bool:
 
 
 def _on_meta(config: dict[str, Any], name: str) -> Any:
-    """A model of transformers' own, built from a config without memory for its weights; None if it has no config."""
+    """A model of transformers, built from a config on the meta device; None without a config."""
     import torch
     import transformers
     from transformers import CONFIG_MAPPING
@@ -151,7 +154,7 @@ def _on_meta(config: dict[str, Any], name: str) -> Any:
     values = {key: value for key, value in config.items() if not key.endswith("_implementation")}
     if values.get("model_type") not in CONFIG_MAPPING:
         return None
-    with quiet_transformers(), torch.device("meta"):
+    with only_errors_logged(), torch.device("meta"):
         made = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         made._attn_implementation = "eager"
         klass = getattr(transformers, name)
@@ -159,23 +162,23 @@ def _on_meta(config: dict[str, Any], name: str) -> Any:
 
 
 def _counterpart(key: str, made: Mapping[str, Any], prefix: str) -> str:
-    """The name in the model of a tensor of the files, which may have been saved with or without the base's prefix."""
+    """The model's name for a tensor of the files, which may be saved with or without the base model's prefix."""
     other = key.removeprefix(prefix) if key.startswith(prefix) else f"{prefix}{key}"
     if key in made or other in made:
         return key if key in made else other
-    own = any(name.startswith(prefix) for name in made)  # what the model does not have is named as its neighbours are
+    own = any(name.startswith(prefix) for name in made)  # tensors that the model lacks are named like the others
     return other if own != key.startswith(prefix) else key
 
 
 def _field(config: dict[str, Any], made: tuple[int, ...], found: tuple[int, ...]) -> str:
-    """The field of the config whose value is the size that differs, if there is just one."""
+    """The config field with the value of the differing size, if exactly one has it."""
     odd = {a for a, b in zip(made, found) if a != b}
     fields = [key for key, value in config.items() if _integer(value) in odd]
     return fields[0] if len(fields) == 1 else "sizes"
 
 
 def _depths(keys: Any) -> dict[str, int]:
-    """How many layers each list has, by what stands before the number: `{"model.layers": 32}`."""
+    """The number of layers of each list, by the prefix before the layer number: `{"model.layers": 32}`."""
     found: dict[str, int] = {}
     for key in keys:
         if match := re.match(r"(.*?)\.(\d+)\.", key):
@@ -198,7 +201,7 @@ def _layers_field(folder: Folder) -> str:
 
 
 def _head(folder: Folder, model: Any, in_file: Mapping[str, Any]) -> Iterator[Finding]:
-    """The head is in the files if it is not the embedding, and is the embedding if it is tied to it."""
+    """An untied head is in the files; a tied head equals the embedding."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     weight, embedding = names.get(id(head), ""), names.get(id(table), "")
@@ -224,10 +227,10 @@ _NESTED = re.compile(r"_config$|^(encoder|decoder)$")
 
 
 def _by_own_code(folder: Folder, names: Mapping[str, Any]) -> Iterator[Finding]:
-    """Layers whose sizes are fields of the config, against the tensors that end in their name."""
+    """Layers whose sizes are config fields, compared with the tensors whose names end in theirs."""
     nested = any(_NESTED.search(key) and isinstance(value, dict) for key, value in folder.config.items())
     if nested or not names:
-        return  # which part's field is meant, the name alone does not say
+        return  # a nested config: the name alone does not show which part's field is meant
     code = live_code(folder)
     shapes, counts = _declared(folder, code)
     for attribute, (shape, fields) in sorted(shapes.items()):
@@ -247,15 +250,15 @@ _Shapes = dict[str, tuple[tuple[int, ...], str]]
 
 
 def _declared(folder: Folder, code: Code) -> tuple[_Shapes, dict[str, tuple[int, str]]]:
-    """The layers and lists of layers that `__init__` makes in sizes of the config, by the attribute they are kept in.
+    """The layers and lists of layers that `__init__` creates with sizes from the config, by attribute name.
 
-    What is made twice under one name in different sizes, or in a size that is not known, is left out.
+    Names with several sizes, or with an unknown one, are omitted.
     """
     shapes: dict[str, set[Any]] = {}
     counts: dict[str, set[Any]] = {}
     for klass in code.classes:
         init = klass.method("__init__") if code.is_module(klass) else None
-        for node in ast.walk(init) if init is not None else ():
+        for node in walk(init) if init is not None else ():
             if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
                 continue
             kept = [goal.attr for goal in node.targets if isinstance(goal, ast.Attribute) and is_self(goal)]
@@ -295,7 +298,7 @@ def _length(folder: Folder, klass: Klass, init: Any, call: ast.Call) -> tuple[in
 
 
 def _size(folder: Folder, klass: Klass, init: Any, node: ast.expr, fields: list[str], depth: int = 0) -> int | None:
-    """The number that an expression over fields of the config makes; the fields are noted."""
+    """The value of an expression over config fields; the names of these are added to `fields`."""
     if depth > 6:
         return None
     if isinstance(node, ast.Constant):
@@ -319,7 +322,7 @@ def _size(folder: Folder, klass: Klass, init: Any, node: ast.expr, fields: list[
         text = ast.unparse(node)
         values = [
             step.value
-            for step in ast.walk(init)
+            for step in walk(init)
             if isinstance(step, ast.Assign) and any(ast.unparse(goal) == text for goal in step.targets)
         ]
         return _size(folder, klass, init, values[0], fields, depth + 1) if len(values) == 1 else None

@@ -1,4 +1,4 @@
-"""Checks of chat templates: programs that must parse, read every message, and reach for nothing else. None is rendered."""
+"""Checks of chat templates: they parse, use the messages, and access nothing else. No template is rendered."""
 
 import re
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment, nodes
 
 _UNSAFE = re.compile(r"__(class|subclasses|globals|mro|builtins|import|init|getattribute)__|\|\s*attr\s*\(")
-# what transformers gives a template beside Jinja's own functions
+# what transformers passes to a template, besides Jinja's own functions
 _GIVEN = {"raise_exception", "strftime_now"}
-_DUMPS = {"tojson", "string", "pprint", "join", "items", "dictsort", "xmlattr", "urlencode"}  # of a whole message
+_DUMPS = {"tojson", "string", "pprint", "join", "items", "dictsort", "xmlattr", "urlencode"}  # of an entire message
 _REMEDY = "correct it, and try tokenizer.apply_chat_template"
 
 
@@ -30,10 +30,10 @@ def _templates(folder: Folder) -> Iterator[tuple[str, str]]:
 
 
 def templates(folder: Folder) -> Iterator[Finding]:
-    """Chat templates are programs: they must parse, read the messages, and reach for nothing else."""
+    """Chat templates parse, use the messages, and access nothing else."""
     for where, text in _templates(folder):
         if found := _UNSAFE.search(text):
-            what = f"the chat template uses {found[0]}, the way out of its sandbox"
+            what = f"the chat template uses {found[0]}, which is used to escape Jinja's sandbox"
             yield Finding("failed", what, where, "do not render it")
         yield from _parsed(where, text)
 
@@ -47,7 +47,7 @@ def _parsed(where: str, text: str) -> Iterator[Finding]:
     text = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}", "", text)  # transformers' own tag
     try:
         tree = environment.parse(text)
-        environment.compile(tree)  # to Python code, which is not run: names of filters are looked up here
+        environment.compile(tree)  # compiles to Python code, which is not run; unknown filters raise here
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
         at = f" (line {line})" if line else ""
@@ -70,7 +70,9 @@ def _parsed(where: str, text: str) -> Iterator[Finding]:
     words |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     if not _prints_messages(tree):
         if "content" not in words:
-            what = "the chat template never reads the content of a message, so it gives the same text whatever was said"
+            what = (
+                "the chat template never reads the content of a message, so its text does not depend on what was said"
+            )
             yield Finding("failed", what, where, _REMEDY)
         if "role" not in words:
             what = "the chat template does not read who speaks (role), so questions and answers look alike"
@@ -81,15 +83,15 @@ def _parsed(where: str, text: str) -> Iterator[Finding]:
 
 
 def _not_there(environment: "Environment", tree: "nodes.Template", unknown: set[str]) -> Iterator[str]:
-    """What a template asks for that Jinja and transformers do not have: rendering raises there."""
+    """What a template uses that neither Jinja nor transformers provides: rendering raises there."""
     from jinja2 import nodes
 
     for step in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
         kind = type(step).__name__.lower().replace("fromimport", "import")
-        yield f"the chat template has an {kind} of another file, which transformers does not give it (line {step.lineno})"
+        yield f"the chat template has an {kind} of another file, which transformers does not provide (line {step.lineno})"
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Name) and call.node.name in unknown - _GIVEN:
-            yield f"the chat template calls {call.node.name}(), which nobody defines (line {call.lineno})"
+            yield f"the chat template calls {call.node.name}(), which is not defined (line {call.lineno})"
     for used in tree.find_all(nodes.Filter):
         if used.name not in environment.filters:
             yield f"the chat template uses the filter {used.name}, which does not exist (line {used.lineno})"

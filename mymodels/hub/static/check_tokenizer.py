@@ -1,4 +1,4 @@
-"""Checks of the tokenizer's files: its class, the files it is made from, and how long its texts may be."""
+"""Checks of the tokenizer: its class, its files, and its maximum length."""
 
 import ast
 import json
@@ -13,17 +13,17 @@ from .repo_snapshot import Finding, Folder, brief
 from .settings import POSITIONS, position_rows, setting, stretches_positions
 from .vocabulary import MAX_TOKENIZER_BYTES, tokenizer_file
 
-# Files that hold a vocabulary, by the names that transformers' tokenizers give them
+# names of vocabulary files of transformers' tokenizers
 _VOCABULARY = re.compile(
     r"(tokenizer\.json|vocab\.(json|txt|bpe)|.*\.(model|spm|tiktoken|tik)|spiece\.\w+|tekken\.json|"
     r"vocab_file.*|dict\.txt|bpe\.codes|.*vocab.*|merges\.txt|source\.spm|char.*\.(txt|json))$"
 )
-# These read bytes, or make their vocabulary from the config
+# these read bytes, or build their vocabulary from the config
 _NO_VOCABULARY = re.compile(r"(ByT5|Canine|Perceiver|Byte|Char|Myt5)\w*Tokenizer")
 
 
 def tokenizer(folder: Folder) -> Iterator[Finding]:
-    """The tokenizer's class can be found, and its vocabulary is there."""
+    """The tokenizer's class can be found, and its vocabulary exists."""
     value = folder.values.get("tokenizer_config.json", {})
     name = value.get("tokenizer_class")
     where = "tokenizer_config.json: tokenizer_class"
@@ -45,7 +45,7 @@ def _known(name: Any) -> bool:
 
 
 def _options(folder: Folder, value: dict[str, Any]) -> Iterator[Finding]:
-    """Options of `tokenizer_config.json` that the tokenizer refuses, or that name what is not there."""
+    """Options of `tokenizer_config.json` that the tokenizer rejects, or that name missing files."""
     for key in ("padding_side", "truncation_side"):
         side = value.get(key)
         if side is not None and side not in ("left", "right"):
@@ -63,11 +63,12 @@ def _options(folder: Folder, value: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(status, what, f"tokenizer_config.json: {key}", "add the file, or remove the key")
 
 
-_REBUILT = Span((5, 0), (5, 99))  # these releases make the tokenizer by its class, not as tokenizer.json describes it
+# these releases build the tokenizer by its class, and ignore what tokenizer.json describes
+_REBUILT = Span((5, 0), (5, 99))
 
 
 def _kind_of_model(folder: Folder, name: Any) -> Iterator[Finding]:
-    """The class is one for the kind of model in `tokenizer.json`: BPE, WordPiece or Unigram."""
+    """The class fits the kind of model in `tokenizer.json`: BPE, WordPiece or Unigram."""
     import transformers
 
     file = tokenizer_file(folder)
@@ -144,7 +145,7 @@ def tokenizer_json(folder: Folder) -> Iterator[Finding]:
         return
     data = path.read_bytes()
     if data.startswith((b"version https://git-lfs", b"\xef\xbb\xbf")):
-        return  # named by `json files`
+        return  # reported by `json files`
     where, remedy = "tokenizer.json", "save the tokenizer again"
     try:
         value = json.loads(data)
@@ -156,7 +157,7 @@ def tokenizer_json(folder: Folder) -> Iterator[Finding]:
 
     try:
         Tokenizer.from_buffer(data)
-    except Exception as error:  # what its reader, which is no Python, raises is a plain Exception
+    except Exception as error:  # the Rust reader raises plain Exceptions
         reason = re.sub(r" at line \d+ column \d+$", "", str(error).strip())
         what = f"tokenizer.json cannot be loaded: {reason[:150]}"
         yield Finding("failed", what, where, remedy)
@@ -170,11 +171,11 @@ def tokenizer_json(folder: Folder) -> Iterator[Finding]:
         yield Finding("failed", what, f"{where}: model.unk_token", "name a token of the vocabulary")
 
 
-SHORTEST = 16  # tokens: fewer leave nothing of a text
+SHORTEST = 16  # tokens; fewer are useless
 
 
 def lengths(folder: Folder) -> Iterator[Finding]:
-    """The tokenizer does not promise more positions than the model has."""
+    """The tokenizer's maximum length fits the model's positions."""
     longest = folder.values.get("tokenizer_config.json", {}).get("model_max_length")
     where = "tokenizer_config.json: model_max_length"
     if isinstance(longest, (str, bool, list, dict)):

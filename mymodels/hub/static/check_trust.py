@@ -1,9 +1,9 @@
-"""What a reader should see before trusting code: network, processes, files, code made at run time, hidden text.
+"""Checks of what a user should know before trusting code: network, processes, files, dynamic code, hidden text.
 
-Names are followed through imports, aliases, `getattr`, and the modules that libraries import for themselves; what is
-then used is held against lists of what model code needs (`policy.py`). Reading is no proof: code that hides well enough
-is not found. What is found in code that transformers loads is `failed` if no model needs it; in a file that nothing
-loads, in `if __name__ == "__main__"`, and for plain file access, it is a `warning`.
+Names are resolved through imports, aliases, `getattr`, and modules that libraries import themselves, and compared with
+lists of what model code needs (`policy.py`). This is not proof: well-hidden code is not found. A finding is `failed` in
+code that transformers loads if no model needs it. It is a `warning` in files that are never loaded, under
+`if __name__ == "__main__"`, and for plain file access.
 """
 
 import ast
@@ -89,14 +89,14 @@ def network(folder: Folder) -> Iterator[Finding]:
 
 
 def _sends(reader: Reader, call: ast.Call, inside: str) -> bool:
-    """Whether a call uploads by itself, and is not the method of that name handing on what its caller asked for."""
+    """Whether a call uploads, and is not a method of that name that passes on its caller's request."""
     assert isinstance(call.func, ast.Attribute)
     own = {node.name for node, _ in reader.nodes if isinstance(node, ast.FunctionDef)}
     return inside != call.func.attr and not is_super(call.func.value) and call.func.attr not in own
 
 
 def _literal_repo(reader: Reader, call: ast.Call) -> str:
-    """The repo that a call names in so many words; a path of the file's own, `.` or "" is none."""
+    """The repo that a call names as a literal, or ""; local paths are not repos."""
     named = {keyword.arg: keyword.value for keyword in call.keywords}
     keys = ("pretrained_model_name_or_path", "path_or_repo_id", "repo_id", "model", "path_or_repo")
     given = next((named[key] for key in keys if key in named), call.args[0] if call.args else None)
@@ -119,7 +119,7 @@ def processes(folder: Folder) -> Iterator[Finding]:
 
 
 def file_access(folder: Folder) -> Iterator[Finding]:
-    """Code that writes, moves or removes files; it is expected in methods that save."""
+    """Code that writes, moves or removes files; methods that save are expected to."""
     for reader in readers(folder):
         for call, names, inside in reader.calls:
             if not isinstance(call, ast.Call):
@@ -174,7 +174,7 @@ def _takes_the_environment(reader: Reader, node: ast.AST, names: frozenset[str])
 
 
 def obfuscation(folder: Folder) -> Iterator[Finding]:
-    """Code written so that a reader does not see what it does."""
+    """Code written to hide what it does."""
     for reader in readers(folder):
         file, status = reader.file, reader.status(AT_IMPORT)
         runs = any(DYNAMIC.match(name) for _, names, _ in reader.uses for name in names)
@@ -193,7 +193,7 @@ def obfuscation(folder: Folder) -> Iterator[Finding]:
             if re.search(r"\S[^\S\n]{80,}[^\s#]", line):
                 yield Finding(status, f"{file.name} has code far right of the window, behind spaces", where, "read it")
             if any(0x202A <= ord(c) <= 0x202E or 0x2066 <= ord(c) <= 0x2069 for c in line):
-                what = f"{file.name} turns the direction of its text, so that it is shown otherwise than it runs"
+                what = f"{file.name} reverses the direction of its text, so that it is displayed differently from what runs"
                 yield Finding(status, what, where, "do not load it")
         for node, _ in reader.nodes:
             word = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None)

@@ -1,4 +1,4 @@
-"""The classes of a folder's code and how they are related, from the syntax trees alone."""
+"""The classes of a folder's code and their inheritance, from syntax trees."""
 
 import ast
 import re
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .repo_snapshot import MAX_CONFIG_BYTES, CodeFile, Folder
+from .walking import walk
 
 MAX_CLASSES = 1000
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-# transformers' own classes that are modules without being models
+# classes of transformers that are modules but not models
 _TRANSFORMERS_MODULES = re.compile(
     r"(GradientCheckpointingLayer|RMSNorm|LayerNorm|Attention|MLP|Embedding|Layer|Block)$"
 )
@@ -35,7 +36,14 @@ class Klass(NamedTuple):
         return next((m for m in self.methods() if m.name == name), None)
 
     def methods(self) -> Iterator[_Function]:
-        yield from (node for node in self.node.body if isinstance(node, _Function))
+        """The functions of the body, also those that an `if` or `try` in it defines, for some releases only."""
+        waiting: list[ast.AST] = list(reversed(self.node.body))
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, _Function):
+                yield node
+            elif isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
+                waiting.extend(reversed(list(ast.iter_child_nodes(node))))
 
     def value(self, name: str) -> ast.expr | None:
         """What this class itself assigns to a class attribute."""
@@ -55,7 +63,7 @@ class Code:
         self.classes = [
             Klass(file, node)
             for file in self.files.values()
-            for node in ast.walk(file.tree)
+            for node in walk(file.tree)
             if isinstance(node, ast.ClassDef)
         ]
         if len(self.classes) > MAX_CLASSES:
@@ -65,8 +73,8 @@ class Code:
         self.parents = {id(base.node) for klass in self.classes for base in self.lineage(klass)[1:]}
 
     def find(self, file: CodeFile, dotted: str) -> Klass | None:
-        """The class that a name in `file` stands for, if the folder defines it."""
-        for _ in range(20):  # a name may be passed on from sibling to sibling
+        """The class that a name in `file` refers to, if the folder defines it."""
+        for _ in range(20):  # a name may be re-exported by siblings
             if (klass := self._by_name.get((file.name, dotted))) is not None:
                 return klass
             if not dotted.startswith("."):
@@ -104,7 +112,7 @@ class Code:
         return self._lineage[id(klass.node)][1]
 
     def is_model(self, klass: Klass) -> bool:
-        """Whether it is a `PreTrainedModel`, by its own code or by a class of transformers."""
+        """Whether it is a `PreTrainedModel`, directly or through a class of transformers."""
         return any(
             root.rpartition(".")[2] == "PreTrainedModel"
             or (
@@ -127,14 +135,14 @@ class Code:
         return any(re.search(r"(^|\.)\w*Config$", root) for root in self.roots(klass))
 
     def value(self, klass: Klass, name: str) -> tuple[Klass, ast.expr] | None:
-        """A class attribute, and the class of the lineage that sets it."""
+        """A class attribute, and the class or ancestor that sets it."""
         for member in self.lineage(klass):
             if (value := member.value(name)) is not None:
                 return member, value
         return None
 
     def method(self, klass: Klass, name: str) -> tuple[Klass, _Function] | None:
-        """A method, and the class of the lineage that defines it."""
+        """A method, and the class or ancestor that defines it."""
         for member in self.lineage(klass):
             if (method := member.method(name)) is not None:
                 return member, method
@@ -147,12 +155,12 @@ class Code:
 
 def calls(node: ast.AST) -> Iterator[ast.Call]:
     """Every call inside a node."""
-    return (inner for inner in ast.walk(node) if isinstance(inner, ast.Call))
+    return (inner for inner in walk(node) if isinstance(inner, ast.Call))
 
 
 def attributes(node: ast.AST) -> Iterator[ast.Attribute]:
     """Every attribute access inside a node."""
-    return (inner for inner in ast.walk(node) if isinstance(inner, ast.Attribute))
+    return (inner for inner in walk(node) if isinstance(inner, ast.Attribute))
 
 
 def is_self(node: ast.AST, name: str | None = None) -> bool:
@@ -166,7 +174,7 @@ def is_self(node: ast.AST, name: str | None = None) -> bool:
 
 
 def depth(node: ast.AST) -> int:
-    """How many names an attribute expression has: `self.head.weight` has 3; 0 for what is none."""
+    """The number of names in an attribute expression: 3 for `self.head.weight`, 0 for other expressions."""
     count = 1
     while isinstance(node, ast.Attribute):
         count, node = count + 1, node.value
@@ -195,15 +203,22 @@ _RELEASE_TEST = re.compile(
     r"signature|getfullargspec|__version__|parse_version|find_spec|Version|"
     r"is_\w+_(available|version|or_later|or_equal|or_higher)\w*"
 )
-_OWN = {"self", "config", "module"}  # whether these have an attribute says nothing of a release
+_OWN = {"self", "config", "module"}  # attributes of these do not depend on the release
 
 
 def bridged(file: CodeFile) -> set[int]:
     """The `id` of every node that runs under some releases only: the code asks for a version, a name or a signature
     first, or catches what the other releases raise."""
+    kept = getattr(file.tree, "_bridged", None)
+    if kept is None:
+        kept = file.tree._bridged = _find_bridged(file)  # type: ignore[attr-defined]
+    return kept
+
+
+def _find_bridged(file: CodeFile) -> set[int]:
     names: set[str] = set()
     for _ in range(3):  # names that hold the answer to such a test, or a function that gives it
-        for node in ast.walk(file.tree):
+        for node in walk(file.tree):
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 goals = node.targets if isinstance(node, ast.Assign) else [node.target]
                 if _asks_release(node.value, names):
@@ -225,8 +240,8 @@ def bridged(file: CodeFile) -> set[int]:
 
 
 def _asks_release(node: ast.AST, names: set[str]) -> bool:
-    words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    words |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    words = {n.id for n in walk(node) if isinstance(n, ast.Name)}
+    words |= {n.attr for n in walk(node) if isinstance(n, ast.Attribute)}
     if words & names or {"version", "parse"} <= words or any(map(_RELEASE_TEST.fullmatch, words)):
         return True
     asked = [n.args[0] for n in calls(node) if isinstance(n.func, ast.Name) and n.func.id == "hasattr" and n.args]
@@ -238,7 +253,7 @@ _CAUGHT = {"TypeError", "AttributeError", "ImportError", "ModuleNotFoundError", 
 
 def _catches(node: ast.Try) -> bool:
     """Whether what another release raises is caught: not a bare `finally`."""
-    kinds = {n.id for h in node.handlers if h.type for n in ast.walk(h.type) if isinstance(n, ast.Name)}
+    kinds = {n.id for h in node.handlers if h.type for n in walk(h.type) if isinstance(n, ast.Name)}
     return bool(kinds & _CAUGHT) or any(handler.type is None for handler in node.handlers)
 
 
@@ -266,7 +281,7 @@ def entry_files(folder: Folder) -> list[str]:
     if "custom_generate/generate.py" in folder.files:
         names["custom_generate/generate.py"] = None
     if any("/" in name and name.endswith("config.json") and _has_auto_map(file) for name, file in folder.files.items()):
-        names |= dict.fromkeys(folder.code)  # a model in a subfolder: which code it takes is not followed further
+        names |= dict.fromkeys(folder.code)  # a model in a subfolder, whose code is not traced further
     return [name for name in names if name in folder.files]
 
 
@@ -276,11 +291,11 @@ def _has_auto_map(file: Path) -> bool:
 
 
 def siblings(file: CodeFile) -> list[tuple[str, ast.ImportFrom]]:
-    """The files that a file imports from flatly, `from .name import …`, and where."""
+    """The siblings that a file imports with `from .name import …`, and where."""
     home = file.name.rpartition("/")[0]
     return [
         (f"{home}/{node.module}.py" if home else f"{node.module}.py", node)
-        for node in ast.walk(file.tree)
+        for node in walk(file.tree)
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module and "." not in node.module
     ]
 

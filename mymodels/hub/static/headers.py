@@ -1,4 +1,4 @@
-"""Names, shapes and dtypes of the checkpoint's tensors, read off the headers of its files once for all checks."""
+"""Names, shapes and dtypes of the checkpoint's tensors from the file headers, read once for all checks."""
 
 from collections.abc import Mapping
 
@@ -19,8 +19,8 @@ def _read(folder: Folder) -> Mapping[str, TensorInfo]:
     if folder.odd or not weight_files(folder.path):
         return {}
     if all((folder.path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
-        return {}  # two checkpoints, named by `weights`: which one counts is not known
+        return {}  # two checkpoints, reported by `weights`: unclear which one is used
     try:
         return dict(open_checkpoint(folder.path).info)
     except (CheckpointError, OSError):
-        return {}  # named by `weights`
+        return {}  # reported by `weights`

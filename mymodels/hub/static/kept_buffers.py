@@ -1,4 +1,4 @@
-"""Which classes have their non-persistent buffers made persistent by the code, so that they are in the file after all."""
+"""Classes whose non-persistent buffers the code makes persistent, so that they are saved."""
 
 import ast
 import re
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from .check_config import target
 from .code_tree import Code, Klass, calls, is_self
 from .repo_snapshot import CodeFile, Folder
+from .walking import walk
 
 _CLEAR = "._non_persistent_buffers_set.clear"
 Method = ast.FunctionDef | ast.AsyncFunctionDef
@@ -14,7 +15,7 @@ _ALL, _DIRECT = ("modules", "named_modules"), ("children", "named_children")
 
 
 def kept_buffers(folder: Folder, code: Code) -> set[int]:
-    """The `id` of the node of each class whose buffers are made persistent wherever the folder's models use it."""
+    """The `id` of each class node whose buffers are made persistent in all models of the folder that use it."""
     if not any(ast.unparse(call.func).endswith(_CLEAR) for klass in code.classes for call in calls(klass.node)):
         return set()
     reached = {id(klass.node): _reached(code, [klass]) for klass in code.classes}
@@ -31,7 +32,7 @@ def kept_buffers(folder: Folder, code: Code) -> set[int]:
 
 
 def _reached(code: Code, start: Iterable[Klass]) -> set[int]:
-    """These classes, their bases, and all that their code names: what a model of theirs can be made of."""
+    """These classes, their bases, and all classes named in their code: the possible parts of their models."""
     found: set[int] = set()
     waiting: list[tuple[CodeFile, ast.AST]] = [(klass.file, klass.node) for klass in start]
     while waiting:
@@ -40,7 +41,7 @@ def _reached(code: Code, start: Iterable[Klass]) -> set[int]:
             continue
         found.add(id(node))
         functions = {step.name: step for step in file.tree.body if isinstance(step, ast.FunctionDef)}
-        for inner in ast.walk(node):
+        for inner in walk(node):
             if isinstance(inner, (ast.Name, ast.Attribute)):
                 other = code.find(file, file.dotted(inner))
                 if other is not None:
@@ -68,8 +69,8 @@ def _cleared(code: Code, klass: Klass) -> Iterator[int]:
 
 
 def _owners(code: Code, klass: Klass, method: Method, owner: ast.expr) -> set[int]:
-    """The classes that an expression inside a method can be a module of; all that the class is made of, if unknown."""
-    # a constructor runs before those of the classes derived from it have made their parts; other methods run later
+    """The classes of module that an expression in a method can have; if unknown, all possible parts of the class."""
+    # a constructor runs before subclasses create their parts; other methods run later
     derived = [one for one in code.classes if any(base.node is klass.node for base in code.lineage(one))]
     own = [klass] if method.name == "__init__" else derived
     if isinstance(owner, ast.Name) and owner.id == "self":
@@ -77,8 +78,8 @@ def _owners(code: Code, klass: Klass, method: Method, owner: ast.expr) -> set[in
     if is_self(owner):
         made = _made(code, klass, owner)
         return _reached(code, own) if made is None else _with_bases(code, made)
-    for loop in ast.walk(method):
-        if not isinstance(loop, ast.For) or ast.unparse(owner) not in map(ast.unparse, ast.walk(loop.target)):
+    for loop in walk(method):
+        if not isinstance(loop, ast.For) or ast.unparse(owner) not in map(ast.unparse, walk(loop.target)):
             continue
         source = loop.iter
         kind = source.func.attr if isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute) else ""
@@ -102,7 +103,7 @@ def _made(code: Code, klass: Klass, owner: ast.expr) -> list[Klass] | None:
         return None
     found: list[Klass] | None = None
     for member in code.lineage(klass):
-        for step in ast.walk(member.node):
+        for step in walk(member.node):
             if isinstance(step, ast.Assign) and any(is_self(goal, owner.attr) for goal in step.targets):
                 found = found or []
                 for call in calls(step.value):
@@ -124,7 +125,7 @@ def _named(code: Code, klass: Klass) -> Iterator[Klass]:
 
 
 def _registers_after(klass: Klass, method: Method, clear: ast.Call) -> bool:
-    """Whether a class registers a buffer below this call, in the same method: it is not cleared."""
+    """Whether the method registers a buffer after this call, which then stays non-persistent."""
     return method in klass.methods() and any(
         is_self(call.func, "register_buffer") and (call.lineno, call.col_offset) > (clear.lineno, clear.col_offset)
         for call in calls(method)
@@ -132,10 +133,10 @@ def _registers_after(klass: Klass, method: Method, clear: ast.Call) -> bool:
 
 
 def _tested(code: Code, klass: Klass, method: ast.AST, clear: ast.Call, owner: str) -> set[int] | None:
-    """The classes that an `isinstance` around the call asks for, or None if there is none."""
+    """The classes in an `isinstance` test around the call, or None without a test."""
     found: set[int] | None = None
-    for step in ast.walk(method):
-        if not isinstance(step, ast.If) or not any(clear is inner for part in step.body for inner in ast.walk(part)):
+    for step in walk(method):
+        if not isinstance(step, ast.If) or not any(clear is inner for part in step.body for inner in walk(part)):
             continue
         for test in calls(step.test):
             if ast.unparse(test.func) == "isinstance" and len(test.args) == 2 and ast.unparse(test.args[0]) == owner:

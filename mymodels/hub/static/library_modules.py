@@ -1,4 +1,4 @@
-"""Modules that libraries import for themselves: `torch.os` is `os`, and is named so."""
+"""Resolve modules reached through libraries: `torch.os` is `os`."""
 
 import sys
 from functools import lru_cache
@@ -12,7 +12,7 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Modules that reach the machine or other code. A library's attribute of such a name is this module.
+# modules with access to the machine or to other code; an attribute of a library with such a name is this module
 SENSITIVE_MODULES = words(
     "os posix nt sys builtins subprocess socket ssl shutil importlib ctypes pickle _pickle marshal pty "
     "signal runpy code codeop imp inspect gc multiprocessing threading asyncio tempfile pathlib io glob "
@@ -24,7 +24,7 @@ SENSITIVE_MODULES = words(
 
 @lru_cache(maxsize=65536)
 def canonical(dotted: str) -> str:
-    """A full name with every module that a library imported for itself named as what it is: `torch.os.x` → `os.x`."""
+    """A full name with modules reached through libraries replaced by their own names: `torch.os.x` → `os.x`."""
     parts = dotted.split(".")
     if parts[0] == "":
         return dotted
@@ -37,7 +37,7 @@ def canonical(dotted: str) -> str:
 
 @lru_cache(maxsize=65536)
 def _foreign(module: str, attribute: str) -> str | None:
-    """The full name of what a library's module has imported from elsewhere under this name, or None."""
+    """The full name of what a library's module has imported under this name, or None."""
     if module == "os" and attribute == "path":
         return None
     live, top = sys.modules.get(module), module.partition(".")[0]
@@ -63,7 +63,7 @@ def _foreign(module: str, attribute: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def is_module(dotted: str) -> bool:
-    """Whether an installed library has this module, looked up among its files; unknown libraries have them all."""
+    """Whether an installed library has this module, looked up among its files; every name without a dot counts."""
     top, *rest = dotted.split(".")
     if sys.modules.get(dotted) is not None:
         return True

@@ -1,7 +1,7 @@
-"""What an expression stands for: imported names followed through aliases, `getattr`, tables and library modules.
+"""Resolve expressions to full names through imports, aliases, `getattr`, dicts and library modules.
 
-Nothing of a folder is run. Strings are put together here as Python would (`"o" + "s"`), and a module that a library
-imported for itself (`torch.os`) is named as what it is (`os`).
+Nothing of a folder is run. Constant strings are concatenated as Python would (`"o" + "s"`), and a module reached through
+a library (`torch.os`) gets its own name (`os`).
 """
 
 import ast
@@ -31,7 +31,7 @@ _IMPORTERS = {"builtins.__import__", "importlib.import_module", "importlib.__imp
 
 
 class Meanings:
-    """The meanings of one file's expressions.
+    """Resolves the expressions of one file.
 
     Attributes:
         bound: `id` of a name node → whether a function around it has a variable or parameter of this name.
@@ -42,7 +42,7 @@ class Meanings:
         self.values: dict[str, list[ast.expr]] = {}  # variable, or ".attribute" → what is assigned to it
         self.own: set[str] = set()  # names that the file itself defines at its top level
         self.bound: set[int] = set()
-        self.stars: list[str] = []  # modules that are imported with *
+        self.stars: list[str] = []  # modules imported with *
         self._known: dict[int, frozenset[str]] = {}
         self._of_name: dict[str, frozenset[str]] = {}
         self._texts: dict[int, str | bytes | int | None] = {}
@@ -74,7 +74,7 @@ class Meanings:
                 waiting += [(child, local, top and not inside_class) for child in ast.iter_child_nodes(node)]
 
     def names(self, node: ast.AST | None, depth: int = 0) -> frozenset[str]:
-        """Full names of all that an expression may stand for: `{"os.system"}`; empty if that is not known."""
+        """All full names that an expression may refer to, such as `{"os.system"}`; empty if unknown."""
         attributes: list[str] = []
         top = node
         while isinstance(node, ast.Attribute) and id(node) not in self._known:
@@ -83,7 +83,7 @@ class Meanings:
         if node is None or depth > MAX_DEPTH:
             return frozenset()
         if id(node) not in self._known:
-            self._known[id(node)] = frozenset()  # while it is worked out: `x = x.y` has no end
+            self._known[id(node)] = frozenset()  # while it is being resolved, as `x = x.y` is circular
             self._known[id(node)] = frozenset(map(canonical, self._names(node, depth)))
         found = self._known[id(node)]
         for attribute in reversed(attributes):
@@ -130,7 +130,7 @@ class Meanings:
                     yield f"{module}.{name}"
 
     def _of_values(self, name: str, depth: int) -> frozenset[str]:
-        """All that is assigned to a variable, or to an attribute of this name, somewhere in the file."""
+        """The names of all values assigned in the file to a variable or attribute of this name."""
         if name not in self._of_name:
             self._of_name[name] = frozenset()
             values = [v for v in self.values.get(name, ())[:MAX_VALUES] if not isinstance(v, _CONTAINERS)]
@@ -138,7 +138,7 @@ class Meanings:
         return self._of_name[name]
 
     def _of_sibling(self, meaning: str, depth: int) -> Iterator[str]:
-        """What `.layers.os` is, if the folder has a `layers.py`."""
+        """The names that `.layers.os` may have, if the folder has a `layers.py`."""
         yield meaning
         module, _, name = meaning.lstrip(".").partition(".")
         home = self.file.name.rpartition("/")[0]
@@ -157,7 +157,7 @@ class Meanings:
             if module is not None:
                 yield from {module, module.partition(".")[0]} if "builtins.__import__" in functions else {module}
         elif functions & {"multiprocessing.get_context", "multiprocessing.context.get_context"}:
-            yield "multiprocessing.context"  # what it has is named as what the package has
+            yield "multiprocessing.context"  # its functions are those of the package
         elif "string.Formatter" in functions:
             yield "string.Formatter"
         elif "builtins.vars" in functions and first is not None:
@@ -192,7 +192,7 @@ class Meanings:
             yield "builtins" if key == "__builtins__" else self.file.names.get(key, f"builtins.{key}")
 
     def text(self, node: ast.AST | None, depth: int = 0) -> str | None:
-        """The text that an expression makes, if nothing but constants goes into it."""
+        """The text of an expression made of constants only, or None."""
         value = self._constant(node, depth)
         return value if isinstance(value, str) else None
 
@@ -287,7 +287,7 @@ class Meanings:
 
 
 def meanings(folder: Folder, file: CodeFile) -> Meanings:
-    """The `Meanings` of a file of the folder, worked out once."""
+    """The `Meanings` of a file of the folder, cached."""
     key = f"meanings of {file.name}"
     if key not in folder.memo:
         folder.memo[key] = Meanings(folder, file)
@@ -298,7 +298,7 @@ _CONTAINERS = (ast.List, ast.Tuple, ast.Dict, ast.Set)
 
 
 def _alternatives(node: ast.AST) -> list[ast.expr]:
-    """The expressions that an expression may turn out to be, one or the other."""
+    """The alternatives of an expression, such as the branches of a conditional."""
     if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
         return node.elts
     if isinstance(node, (ast.Dict, ast.BoolOp)):
@@ -326,7 +326,7 @@ def _defaults(arguments: ast.arguments) -> list[ast.expr]:
 
 
 def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """Every (target, value) that a node assigns; defaults of parameters are values of theirs."""
+    """Every (target, value) that a node assigns, including default values of parameters."""
     if isinstance(node, ast.Assign):
         for target in node.targets:
             if isinstance(target, (ast.Tuple, ast.List)) and isinstance(node.value, (ast.Tuple, ast.List)):
@@ -346,7 +346,7 @@ def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def _locals(node: _Function) -> frozenset[str]:
-    """Names that a function binds itself; what it imports or declares global is no local of its own."""
+    """The local names of a function, without imported names and globals."""
     given = node.args
     arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
     found, outer = {argument.arg for argument in arguments}, set()

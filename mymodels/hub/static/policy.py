@@ -1,7 +1,7 @@
-"""What model code may use: allow-lists of modules that reach the machine, and what is known to be worse.
+"""What model code may use: allow-lists for modules with access to the machine, and patterns of dangerous names.
 
-A name is judged as what it is, after aliases and the modules that libraries import for themselves were followed (see
-`meanings.py`). A name of no list here, of a package that is not known, is not judged: `other imports` names it.
+Names are checked after resolving aliases and modules reached through libraries (see `meanings.py`). Names of packages
+that are on no list here are not checked; `other imports` reports the packages.
 """
 
 import re
@@ -12,7 +12,7 @@ from .library_modules import SENSITIVE_MODULES, words
 
 
 class Verdict(NamedTuple):
-    """The check that a name belongs to, what the name does, and how bad that is."""
+    """The check that reports a name, what the name does, and the status of the finding."""
 
     check: str
     does: str
@@ -30,7 +30,7 @@ NETWORK = re.compile(
     r"torch\.distributed\.(\w+\.)*(TCPStore|HashStore|FileStore|rendezvous|init_process_group)$|deepspeed\.init\w*$|"
     r"logging\.handlers\.(HTTP|SMTP|Socket|Datagram|SysLog)Handler$|kernels\.(get_kernel|install_kernel)|transformers\.utils(\.hub)?\.http_get)(\.|$)"
 )
-# what asks the Hub for files: judged at the call, by the repo that it names
+# functions that fetch files from the Hub: checked at the call, by the repo named there
 HUB = re.compile(
     r"(huggingface_hub\.(\w+\.)*(\w*download\w*|HfApi|HfFileSystem|login|"
     r"whoami|InferenceClient|ModelHubMixin|list_\w+|save_pretrained_\w+|get_session)|"
@@ -78,7 +78,7 @@ _SAFE_OS = (
     r"remove|unlink|rename|renames|replace|makedirs|mkdir|rmdir|removedirs|chmod|chown|symlink|link|readlink|truncate|"
     r"open|close|read|write|fdopen|fsync|utime|mkfifo|chdir|umask|putenv|unsetenv|nice|register_at_fork|getuid|getlogin"
 )
-# Modules of which model code needs a part; whatever else is taken from them is a finding
+# modules of which model code needs a part; any other use of them is a finding
 ALLOWED: dict[str, re.Pattern[str]] = {
     module: re.compile(rf"({names})$")
     for module, names in {
@@ -87,7 +87,7 @@ ALLOWED: dict[str, re.Pattern[str]] = {
         r"std(out|err|in)(\..*)?|argv|path(\..*)?|modules(\..*)?|exit|exc_info|getsizeof|getrefcount|getdefaultencoding|"
         r"executable|flags(\..*)?|intern|(get|set)recursionlimit|(version_info|implementation|float_info)\..*|"
         r"meta_path(\..*)?|path_hooks(\..*)?|excepthook|displayhook|is_finalizing|getfilesystemencoding|warnoptions",
-        "builtins": r"\w+(\..*)?",  # what is worse is in DYNAMIC
+        "builtins": r"\w+(\..*)?",  # the dangerous ones are in DYNAMIC
         "importlib": r"metadata(\..*)?|resources(\..*)?|util|util\.find_spec|import_module|reload|invalidate_caches",
         "inspect": r"signature|Signature(\..*)?|Parameter(\..*)?|BoundArguments|getfullargspec|isclass|isfunction|ismethod|"
         r"isabstract|isroutine|ismodule|isgeneratorfunction|iscoroutinefunction|getsource|getdoc|cleandoc|unwrap|getmembers|_empty|"
@@ -112,7 +112,7 @@ ALLOWED: dict[str, re.Pattern[str]] = {
     }.items()
 }
 _MODULE_NAMES = {"os.path", "multiprocessing.context", "urllib.request", "multiprocessing.pool", "importlib.util"}
-# modules of the standard library of which everything may be used
+# modules of the standard library without restrictions
 _PURE = words(
     "__future__ abc argparse array ast base64 binascii bisect bz2 calendar cmath codecs collections "
     "colorsys configparser concurrent contextlib contextvars copy csv dataclasses datetime decimal "
@@ -125,7 +125,7 @@ _PURE = words(
     "zoneinfo atexit doctest audioop plistlib quopri sndhdr imghdr symtable posixpath ntpath dis _thread "
     "_collections_abc _weakref _operator _io genericpath ipaddress cgi nturl2path optparse copyreg"
 )
-# modules of torch that models use; its hub, its compilers and its launchers are not among them
+# modules of torch that models use, without its hub, compilers and launchers
 _TORCH = words(
     "nn utils cuda amp backends distributed autograd jit fx onnx compiler _dynamo _inductor linalg fft "
     "special random distributions func types library mps xpu cpu sparse nested masked optim profiler "
@@ -133,7 +133,7 @@ _TORCH = words(
     "_utils functional storage _jit_internal return_types torch serialization multiprocessing ops classes "
     "_prims _refs _decomp _functorch _subclasses _tensor _ops _VF mtia"
 )
-# modules that plain code takes attributes of, and does not hand around
+# modules that plain code does not use as values, but only takes attributes from
 HANDLED = {"posix", "nt", "importlib.util"} | (
     SENSITIVE_MODULES
     - {"io", "pathlib", "glob", "tempfile", "concurrent", "threading", "atexit", "platform", "sqlite3", "signal"}
@@ -147,20 +147,20 @@ INTERNAL_TEXT = re.compile(
     r"^(__(globals|builtins|subclasses|import|code|closure|mro|bases?|reduce(_ex)?|loader|spec)__|f_globals|f_builtins)$|"
     r"\{[^{}]*\.__\w+__|__class__[\s\S]*__(mro|bases?|subclasses|init|globals)__"
 )
-# words that nobody has a reason to put together from pieces
+# words that no honest code concatenates from pieces
 PIECED = SENSITIVE_MODULES - {"code", "platform", "glob", "io", "http", "signal"} | words(
     "system popen eval exec compile __import__ getattr Popen check_output urlopen import_module loads load_library CDLL"
 )
 
 
 def verdict_on(name: str) -> Verdict | None:
-    """What is wrong with using a full name, or None."""
+    """The `Verdict` on using a full name, or None if it is allowed or unknown."""
     for pattern, check, does in (
         (NETWORK, "network", "reaches the network"),
         (PROCESSES, "processes", "starts programs"),
         (DYNAMIC, "dynamic code", "makes or loads code at run time"),
         (SECRETS, "secrets access", "reads what users keep secret"),
-        (ASKS, "dynamic code", "asks whoever sits at the terminal"),
+        (ASKS, "dynamic code", "reads from the terminal"),
     ):
         if pattern.match(name):
             return Verdict(check, does)
@@ -169,16 +169,16 @@ def verdict_on(name: str) -> Verdict | None:
         rest = name.replace("multiprocessing.context.", "multiprocessing.")[len(module) + 1 :]
         if rest and name not in _MODULE_NAMES and not allowed.match(rest):
             loads = module in ("pickle", "ctypes", "importlib", "builtins")
-            does = "makes or loads code at run time" if loads else "takes what model code has no need of"
+            does = "makes or loads code at run time" if loads else "uses what model code does not need"
             return Verdict("dynamic code", does)
         return None
     top, _, rest = name.partition(".")
     if top in sys.stdlib_module_names and top not in _PURE:
-        return Verdict("dynamic code", "takes what model code has no need of")
+        return Verdict("dynamic code", "uses what model code does not need")
     if top == "torch" and rest:
         first = rest.partition(".")[0]
         if first not in _TORCH and _is_torch_module(first):
-            return Verdict("dynamic code", "takes a part of torch that models have no need of", "warning")
+            return Verdict("dynamic code", "uses a part of torch that models do not need", "warning")
     return None
 
 

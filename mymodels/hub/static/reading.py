@@ -1,4 +1,4 @@
-"""One pass over each code file: every name that is used, what it stands for, and when it runs."""
+"""One pass over each code file: every name used, what it refers to, and when it runs."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Use(NamedTuple):
-    """An expression, the full names that it may stand for, and the function it is in (`AT_IMPORT`, `MAIN`: none)."""
+    """An expression, the full names it may refer to, and its function (`AT_IMPORT` or `MAIN` outside functions)."""
 
     node: ast.AST
     names: frozenset[str]
@@ -27,7 +27,7 @@ class Reader:
 
     Attributes:
         live: transformers loads this file.
-        uses: every name, attribute, call and table entry that stands for something from outside.
+        uses: every name, attribute, call and dict entry that refers to something outside the folder.
         calls: every call, with what is called.
         nodes: every node with the function it is in.
         eager: functions that run while the file is imported.
@@ -70,7 +70,7 @@ class Reader:
                 self.calls.append(Use(node, self.meanings.names(node.func), inside))
 
     def _called(self) -> dict[str, set[str]]:
-        """Which functions of the file each function calls, by their names; a decorator of the file's own runs too."""
+        """The functions of the file that each function calls, by name; decorators of the file count as calls."""
         defined: dict[str, set[str]] = {}
         for node, _ in self.nodes:
             if isinstance(node, ast.ClassDef):
@@ -108,7 +108,7 @@ class Reader:
 
 
 def _closure(called: dict[str, set[str]], start: set[str]) -> set[str]:
-    """All functions that those of `start` call, or that these call in turn."""
+    """All functions that those of `start` call, directly or indirectly."""
     found: set[str] = set()
     waiting = [name for place in start for name in called.get(place, ())]
     while waiting:
@@ -120,7 +120,7 @@ def _closure(called: dict[str, set[str]], start: set[str]) -> set[str]:
 
 
 def _own_name(function: ast.expr) -> str:
-    """The name of a function or method of the file, where `f` or `self.f` stands for it."""
+    """The name of a function or method of the file, from `f` or `self.f`."""
     if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "self":
         return function.attr
     return function.id if isinstance(function, ast.Name) else ""
@@ -131,10 +131,10 @@ def _is_def(node: ast.AST, name: str) -> bool:
 
 
 def _children(node: ast.AST, inside: str) -> Iterator[tuple[ast.AST, str]]:
-    """The children of a node, and the function that each of them is in: decorators and defaults run outside of it."""
+    """The children of a node, each with its function; decorators and defaults run outside of the function."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
         name = "lambda" if isinstance(node, ast.Lambda) else node.name
-        if inside.endswith("."):  # of a metaclass, whose methods run while classes are made
+        if inside.endswith("."):  # of a metaclass, whose methods run when classes are created
             name, inside = f"{inside}{name}", AT_IMPORT
         body = [node.body] if isinstance(node, ast.Lambda) else node.body
         inner = {id(child) for child in body}

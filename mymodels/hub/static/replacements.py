@@ -1,4 +1,4 @@
-"""What the code replaces in modules, classes and tables that are not its own, by assignment or by a call."""
+"""Checks for code that changes modules, classes and tables of other packages, by assignment or by a call."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from .library_modules import is_module, words
 from .reading import MAIN, Reader
 from .repo_snapshot import Finding
+from .walking import walk
 
 _REGISTRIES = re.compile(
     r"(ALL_\w*FUNCTIONS|ACT2FN|ACT2CLS|ROPE_\w+FUNCTIONS|\w*_MAPPING|\w*_REGISTRY|AttentionInterface|AttentionMaskInterface)"
@@ -28,7 +29,7 @@ def effect(reader: Reader, node: ast.AST, inside: str, does: str, remedy: str, s
 
 
 def _status(reader: Reader, inside: str) -> str:
-    """What runs when the code is imported or a model is made or called is a failure; what some function may do, is not."""
+    """`failed` for code that runs on import, construction or a call of the model; otherwise `warning`."""
     used = reader.runs_at_import(inside) or inside in _USED or inside in reader.used
     return "failed" if used and inside != MAIN else "warning"
 
@@ -62,7 +63,7 @@ _SETTERS = {
 
 
 def assignments(reader: Reader) -> Iterator[Finding]:
-    """What is assigned to, or deleted from, things that are not the folder's own."""
+    """Assignments to, and deletions from, objects of other packages."""
     for node, inside in reader.nodes:
         targets: list[ast.expr] = []
         if isinstance(node, (ast.Assign, ast.Delete)):
@@ -133,7 +134,7 @@ def _changed(
 
 
 def given_to_patchers(reader: Reader) -> Iterator[Finding]:
-    """Modules and classes of others that are handed to a function of the file which changes what it is given."""
+    """Modules and classes of other packages passed to a function of the file that changes its argument."""
     patchers: dict[str, list[tuple[int, str]]] = {}
     for function, _ in reader.nodes:
         if isinstance(function, ast.FunctionDef):
@@ -156,7 +157,7 @@ def given_to_patchers(reader: Reader) -> Iterator[Finding]:
 def _changed_names(reader: Reader, function: ast.FunctionDef) -> set[str]:
     """The variables whose attributes a function sets or deletes."""
     found: set[str] = set()
-    for node in ast.walk(function):
+    for node in walk(function):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
             found.add(getattr(node.value, "id", ""))
         elif isinstance(node, ast.Call) and node.args and reader.meanings.names(node.func) & _SETTERS:
@@ -165,7 +166,7 @@ def _changed_names(reader: Reader, function: ast.FunctionDef) -> set[str]:
 
 
 def _is_foreign(name: str) -> bool:
-    """A module or class of another package; what a call returned or what an instance holds is not meant."""
+    """Whether a name is a module or class of another package, and not a call result or an instance's attribute."""
     return bool(re.match(r"[A-Za-z_]\w*(\.\w+)*$", name)) and not name.startswith("builtins.")
 
 
@@ -181,7 +182,7 @@ def _is_stock_entry(name: str, key: str | None) -> bool:
 
 @lru_cache(maxsize=1)
 def _model_types() -> frozenset[str]:
-    """The names of the families that the installed transformers has."""
+    """The model types of the installed transformers."""
     from importlib.util import find_spec
 
     spec = find_spec("transformers")
@@ -216,7 +217,7 @@ def _registered(reader: Reader, call: ast.Call, inside: str, of: ast.expr) -> It
 
 
 def _family(config_class: str) -> str | None:
-    """The family whose config class a full name is: `transformers.GPT2Config` → `gpt2`."""
+    """The model type of a config class given by full name: `transformers.GPT2Config` → `gpt2`."""
     found = re.match(r"transformers\.(?:models\.(\w+)\.)?(?:\w+\.)*(\w+)Config$", config_class)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""A Hub folder as the static checks see it: names, JSON values and syntax trees, read with suspicion, never run."""
+"""The content of a Hub folder for the static checks: names, JSON values and syntax trees. No code is run."""
 
 import ast
 import os
@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from ...checkpoints import CheckpointError
 from ...checkpoints.safetensors_files import parse_json
 from .api_availability import Release
+from .walking import walk
 
 MAX_FILES = 20_000
-MAX_CODE_BYTES = 1_000_000  # of one file, and of all together; transformers' longest model has 0.3 MB
+MAX_CODE_BYTES = 1_000_000  # per file and in total; transformers' longest model has 0.3 MB
 MAX_ALL_CODE_BYTES = 4_000_000
 MAX_CONFIG_BYTES = 10_000_000
-# JSON files that are read for what they say; indexes are read with the weights, others only looked through for secrets
+# JSON files whose values are checked; indexes are read with the weights, others only searched for secrets
 CONFIG_FILES = (
     "config.json",
     "tokenizer_config.json",
@@ -33,7 +34,7 @@ CONFIG_FILES = (
 
 
 class Finding(NamedTuple):
-    """One outcome of a check, before the check's name is put to it; see `Check`."""
+    """One outcome of a check, without the check's name; see `Check`."""
 
     status: str
     what: str
@@ -48,8 +49,8 @@ class CodeFile:
     name: str
     text: str
     tree: ast.Module
-    names: dict[str, str]  # local name → what it stands for: "nn" → "torch.nn", "MyConfig" → ".configuration.MyConfig"
-    others: dict[str, set[str]]  # local name → what it stands for elsewhere in the file, if it is imported twice
+    names: dict[str, str]  # local name → full name: "nn" → "torch.nn", "MyConfig" → ".configuration.MyConfig"
+    others: dict[str, set[str]]  # local name → its other full names, if it is imported several times
 
     def at(self, node: ast.AST) -> str:
         return f"{self.name}:{getattr(node, 'lineno', 1)}"
@@ -65,7 +66,7 @@ class CodeFile:
         return ".".join([self.names.get(node.id, node.id), *reversed(parts)])
 
     def meanings(self, node: ast.AST) -> set[str]:
-        """All that `dotted` may be, for a name that is imported more than once."""
+        """All full names of an expression whose first name is imported several times."""
         root = node
         while isinstance(root, ast.Attribute):
             root = root.value
@@ -83,15 +84,15 @@ class Folder:
     Attributes:
         path: the folder.
         files: regular files by their `/`-separated name.
-        odd: everything else that is not a folder: links, pipes, devices, by name.
-        crowded: there are more than `MAX_FILES`; the rest was not looked at.
+        odd: links, pipes and devices by name.
+        crowded: there are more than `MAX_FILES`; the rest was not read.
         values: the `CONFIG_FILES` that are valid JSON objects.
         invalid: those that are not, with the reason.
         code: the Python files that could be parsed.
         unparsed: those that could not, with the reason.
         releases: the transformers releases that the code is checked for.
-        problems: what `check_checkpoint` said, once it was asked.
-        memo: what one check has worked out and others need too, by name.
+        problems: the problems found by `check_checkpoint`, once it was called.
+        memo: results that several checks share, by name.
     """
 
     path: Path
@@ -118,7 +119,7 @@ class Folder:
 
 
 def read_folder(path: Path, releases: Sequence[Release] = ()) -> Folder:
-    """Look through a folder without following links out of it, executing or unpickling anything."""
+    """Read a folder without following links out of it, executing or unpickling anything."""
     folder = Folder(path, releases)
     for name, file in _walk(path, folder):
         if _is_regular(file, path):
@@ -149,13 +150,13 @@ def _walk(root: Path, folder: Folder) -> Iterator[tuple[str, Path]]:
         folders.sort()
         inside = Path(parent).relative_to(root).as_posix()
         for name in list(folders):
-            if Path(parent, name).is_symlink():  # `os.walk` does not enter it; here it counts as a file
+            if Path(parent, name).is_symlink():  # `os.walk` does not enter it; counted as a file here
                 folders.remove(name)
                 names.append(name)
             else:
                 folder.folders.add(name if inside == "." else f"{inside}/{name}")
         if ".git" in folders:
-            folders.remove(".git")  # reported by name; its content is no content of the repo
+            folders.remove(".git")  # reported by name; its content is not part of the repo
         for name in sorted(names):
             count += 1
             if count > MAX_FILES:
@@ -165,14 +166,14 @@ def _walk(root: Path, folder: Folder) -> Iterator[tuple[str, Path]]:
 
 
 def _is_regular(file: Path, root: Path) -> bool:
-    """A regular file, or the link into `blobs` that huggingface_hub's cache has in its place."""
+    """Whether this is a regular file, or a link into `blobs` in huggingface_hub's cache."""
     try:
         if file.is_symlink():
             target = file.resolve(strict=True)
             blobs = [parent.parent / "blobs" for parent in root.resolve().parents if parent.name == "snapshots"]
             return any(target.is_relative_to(home) for home in blobs) and stat.S_ISREG(target.stat().st_mode)
         return stat.S_ISREG(file.lstat().st_mode)
-    except (OSError, RuntimeError):  # gone, or a loop
+    except (OSError, RuntimeError):  # removed meanwhile, or a circular link
         return False
 
 
@@ -185,7 +186,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def parse_code(name: str, file: Path) -> CodeFile | str:
-    """The syntax tree of a Python file, or in a few words why there is none."""
+    """The parsed Python file, or a few words on why it cannot be parsed."""
     try:
         with file.open("rb") as handle:
             data = handle.read(MAX_CODE_BYTES + 1)
@@ -218,7 +219,7 @@ def parse_text(name: str, text: str) -> CodeFile | str:
 def _imported_names(tree: ast.Module) -> tuple[dict[str, str], dict[str, set[str]]]:
     names: dict[str, str] = {}
     others: dict[str, set[str]] = {}
-    for node in ast.walk(tree):
+    for node in walk(tree):
         found: list[tuple[str, str]] = []
         if isinstance(node, ast.Import):
             tops = [(alias, alias.name.split(".")[0]) for alias in node.names]
@@ -233,7 +234,7 @@ def _imported_names(tree: ast.Module) -> tuple[dict[str, str], dict[str, set[str
 
 
 def strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a JSON value, with the keys that lead to it."""
+    """Every string in a JSON value, with the path of its keys."""
     waiting = [(path, value)]
     while waiting:
         path, value = waiting.pop()
@@ -246,6 +247,6 @@ def strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def brief(text: Any, limit: int = 80) -> str:
-    """`repr`, shortened: what stands in a hostile file must not flood a table."""
+    """`repr`, shortened, because texts from a hostile file may be long."""
     shown = repr(text)
     return shown if len(shown) <= limit else f"{shown[: limit - 20]}… ({len(shown)} characters)"

@@ -1,9 +1,7 @@
-"""What the config says, or what its class says where `config.json` is silent."""
+"""Settings from `config.json`, or the defaults of its config class."""
 
 import ast
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from .check_config import all_code, target
@@ -15,21 +13,8 @@ TEXT_PARTS = ("text_config", "llm_config", "language_config")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own warnings off the terminal while its classes read what a folder says."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
 def text_config(folder: Folder) -> dict[str, Any]:
-    """The part of `config.json` that describes the language model: its own, or that of a nested config."""
+    """The config of the language model: `config.json` itself, or a nested config in it."""
     for name in TEXT_PARTS:
         if isinstance(inner := folder.config.get(name), dict):
             return inner
@@ -37,9 +22,10 @@ def text_config(folder: Folder) -> dict[str, Any]:
 
 
 def setting(folder: Folder, *names: str) -> Any:
-    """The value of a config field under the first of these names that is set; None if nothing says it."""
+    """The value of a config field under the first of these names that is set; None if none is."""
     nested = text_config(folder) is not folder.config
-    defaults, renamed = ({}, {}) if nested else class_defaults(folder)  # those of the outer class, not the nested one
+    # the defaults belong to the outer class, not to a nested config
+    defaults, renamed = ({}, {}) if nested else class_defaults(folder)
     for values in (text_config(folder), folder.config):
         for name in names:
             for key in (name, renamed.get(name, name)):
@@ -52,7 +38,7 @@ def setting(folder: Folder, *names: str) -> Any:
 
 
 def class_defaults(folder: Folder) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The defaults of the config class of `auto_map`, and its `attribute_map`, as far as they are literals."""
+    """The literal defaults of the config class in `auto_map`, and its `attribute_map`."""
     if "config defaults" not in folder.memo:
         folder.memo["config defaults"] = _read_defaults(folder)
     return folder.memo["config defaults"]
@@ -87,7 +73,7 @@ def _library_defaults(folder: Folder) -> dict[str, Any]:
 
     try:
         return dict(CONFIG_MAPPING[folder.config["model_type"]]().to_dict())
-    except Exception:  # unknown, or one that cannot be made without arguments
+    except Exception:  # an unknown type, or a class that needs arguments
         return {}
 
 
@@ -97,7 +83,7 @@ _POSITION_TABLE = re.compile(
 
 
 def position_rows(folder: Folder) -> int | None:
-    """The rows of a learned table of positions, if the checkpoint has one for texts."""
+    """The rows of the learned position table for texts, if the checkpoint has one."""
     rows = [
         tensor.shape[0]
         for name, tensor in tensor_headers(folder).items()
@@ -110,6 +96,6 @@ def position_rows(folder: Folder) -> int | None:
 
 
 def stretches_positions(folder: Folder) -> bool:
-    """Whether rotary positions are stretched beyond what the model was trained on."""
+    """Whether rotary positions are scaled beyond the trained length."""
     tables = [text_config(folder).get(key) for key in ("rope_scaling", "rope_parameters")]
     return any(isinstance(t, dict) and t.get("rope_type", t.get("type")) not in (None, "default") for t in tables)

@@ -1,12 +1,12 @@
-"""transformers' names that are not in every supported release, read off the releases themselves.
+"""Names of transformers that some supported releases lack, found by comparing the releases.
 
-Only what custom code is known to import; where a release is installed, its own source is asked instead. A span is named
-by the releases it was measured in: 4.56, 4.57, 5.0, 5.2, 5.3, 5.4, 5.10 and 5.23.
+The table has only names that custom code is known to import; for an installed release its source is read instead. The
+compared releases are 4.56, 4.57, 5.0, 5.2, 5.3, 5.4, 5.10 and 5.23.
 """
 
 Minor = tuple[int, int]
 
-_ALWAYS = ((4, 56), (5, 99))  # gone before the first supported release
+_ALWAYS = ((4, 56), (5, 99))  # removed before the first supported release
 _FROM_5 = ((5, 0), (5, 99))
 _BEFORE_5 = ((4, 56), (4, 57))
 _TABLE: list[tuple[tuple[Minor, Minor], str, str]] = [
@@ -62,7 +62,7 @@ _TABLE: list[tuple[tuple[Minor, Minor], str, str]] = [
     (((4, 56), (5, 0)), "masking_utils", "create_bidirectional_sliding_window_mask"),
     (((4, 56), (5, 10)), "modeling_utils", "slice_logits_to_keep"),
 ]
-# (module, name) → first and last release without it; the name "" stands for the whole module
+# (module, name) → first and last release without it; the name "" means the entire module
 GONE: dict[tuple[str, str], tuple[Minor, Minor]] = {
     (f"transformers.{module}", name): span for span, module, names in _TABLE for name in names.split() or [""]
 }

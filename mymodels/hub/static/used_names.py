@@ -1,4 +1,4 @@
-"""Each line of the code that uses a name which the policy is against: one check asks for one kind of names."""
+"""Findings for each line of code that uses a name that the policy forbids."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from .repo_snapshot import Finding, Folder
 
 
 def used_names(folder: Folder, check: str) -> Iterator[Finding]:
-    """Each line that uses a name of which the policy says that it belongs to this check."""
+    """A finding for each line that uses a forbidden name of this check."""
     remedies = {
         "network": "do not load it unless you know what it fetches or sends",
         "processes": "do not load it",

@@ -1,4 +1,4 @@
-"""The tokens of a folder's tokenizer and their ids, read off its JSON files."""
+"""The tokens of a folder's tokenizer and their ids, from its JSON files."""
 
 import json
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ ROLES = ("pad_token", "eos_token", "bos_token", "unk_token", "sep_token", "cls_t
 
 
 class Tokens(NamedTuple):
-    """What the tokenizer's files say.
+    """Tokens and ids in the tokenizer's files.
 
     Attributes:
-        ids: token → id over all files, the first that names a token.
+        ids: token → id over all files; the first file with a token counts.
         files: the same for each file.
-        complete: the tokens are all that the tokenizer has: they come from `tokenizer.json`.
+        complete: whether these are all tokens of the tokenizer, as `tokenizer.json` has them.
     """
 
     ids: dict[str, int]
@@ -23,12 +23,12 @@ class Tokens(NamedTuple):
     complete: bool
 
     def file_of(self, token: str) -> str:
-        """The first file that names a token."""
+        """The first file that has a token."""
         return next(file for file, ids in self.files.items() if token in ids)
 
 
 def vocabulary(folder: Folder) -> Tokens:
-    """The tokens of `tokenizer.json` or `vocab.json`, and those that were added; no ids where neither can be read."""
+    """The tokens of `tokenizer.json` or `vocab.json` with the added ones; no ids if neither can be read."""
     if "vocabulary" not in folder.memo:
         folder.memo["vocabulary"] = _read(folder)
     return folder.memo["vocabulary"]
@@ -57,7 +57,7 @@ def _read(folder: Folder) -> Tokens:
 
 
 def tokenizer_file(folder: Folder) -> Any:
-    """What `tokenizer.json` holds; None if it is not there or cannot be read, which `tokenizer.json` reports."""
+    """The content of `tokenizer.json`; None if it is missing or unreadable, which the check `tokenizer.json` reports."""
     if "tokenizer.json" not in folder.memo:
         folder.memo["tokenizer.json"] = _json(folder, "tokenizer.json")
     return folder.memo["tokenizer.json"]

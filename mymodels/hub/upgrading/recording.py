@@ -1,15 +1,16 @@
 """What folders compute under one transformers release, recorded in one clean process, and the comparison of two records."""
 
-import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ...messages import one_line
+from ...sandbox import results
 from ..clean_process import LONGEST, TIME_LIMIT, clean_process, failure_reason
 from ..isolated.comparing import difference
 
@@ -125,19 +126,53 @@ def record(
             memory_limit=memory_limit,
             progress=progress,
             beside=folders,
+            readable=map(Path, [*given.values(), *own_files.values()]),
             **job,
         ) as run:
             found = {}
             for key in folders:
-                report, tensors_file = run.scratch / f"{key}.json", run.scratch / f"{key}.safetensors"
-                if report.is_file() and tensors_file.is_file():
-                    classes = json.loads(report.read_text(encoding="utf-8"))["classes"]
-                    found[key] = Recorded(named, classes, load_file(tensors_file))
+                try:
+                    if os.path.lexists(run.scratch / f"{key}.json"):
+                        found[key] = _read_record(run.scratch, key, named)
+                        continue
+                except results.UntrustedResult as error:
+                    found[key] = Recorded(named, {}, {}, f"its code tampered with the record: {error}")
                     continue
                 ended = [e for e in run.events if e.get("ended") == f"numbers of {key}"]
                 why = failure_reason(run._replace(events=ended)) if ended else failure_reason(run)
                 found[key] = Recorded(named, {}, {}, one_line(why, LONGEST))
             return found
+
+
+def _read_record(scratch: Path, key: str, release: str) -> Recorded:
+    """The record that `isolated/numbers.py` wrote for a folder, whose code may have written anything there.
+
+    Raises:
+        UntrustedResult: it is not such a record.
+    """
+    report = results.read_json(scratch / f"{key}.json")
+    tensors = results.read_tensors(scratch / f"{key}.safetensors")
+    classes = report.get("classes") if isinstance(report, dict) else None
+    if not isinstance(classes, dict) or not all(map(_is_class, classes.values())):
+        raise results.UntrustedResult("it has another structure")
+    return Recorded(release, classes, tensors)
+
+
+def _is_class(items: Any) -> bool:
+    return isinstance(items, dict) and all(_is_item(name, found) for name, found in items.items())
+
+
+def _is_item(name: str, found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    texts = {"recorded": (), "random": (), "failed": ("what", "where")}.get(str(found.get("status")), ("what",))
+    held = ("weights", "buffers") if (name, found.get("status")) == ("load", "recorded") else ()
+    return (
+        isinstance(found.get("status"), str)
+        and all(isinstance(found.get(key), str) for key in texts)
+        and all(isinstance(found.get(key), dict) for key in held)
+        and (not held or isinstance(found.get("second names"), list))
+    )
 
 
 def compare(old: Recorded, new: Recorded) -> list[Compared]:

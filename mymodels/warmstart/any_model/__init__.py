@@ -1,5 +1,5 @@
-"""Weights of any model into any other, where no table of `key_mapping` names both.
+"""Warm starts between any two models, without tables in `key_mapping`.
 
-Each side is described (`sides`), its tensors get roles (`roles`) and layouts (`layouts`), the named matchers of `matching`
-and `structure` place them, and `planning` makes the plan that `warm_start` carries out.
+Source and target are described alike (`sides`). Their tensors get roles (`roles`) and layouts (`layouts`), the matchers in
+`matching` and `structure` assign source tensors to target tensors, and `planning` makes the plan for `warm_start`.
 """

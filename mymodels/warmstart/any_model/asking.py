@@ -1,4 +1,4 @@
-"""What a warm start was asked to fill, and whether tables know it."""
+"""The requested target of a warm start, and checks of the source against it."""
 
 import os
 from collections import Counter
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...checkpoints import CheckpointError, TensorInfo
@@ -42,11 +43,11 @@ class Asked:
     """The target that a caller asks for.
 
     Attributes:
-        own: `"mygpt2"` or `"mybert"`, if it is one of ours.
-        model: itself, if it was given or loaded.
-        config: what to make it from.
-        like: a config of ours that says what the source leaves open.
-        model_class: the class to make, where it is settled.
+        own: `"mygpt2"` or `"mybert"`, if it is one of these.
+        model: the target, if it was given or loaded.
+        config: the config to build the target from.
+        like: a config of MyGPT2 or MyBert with the settings that the source leaves open.
+        model_class: the class to build, if known.
     """
 
     own: str | None = None
@@ -60,16 +61,16 @@ class Asked:
 
 
 def ask(target: Any, model_class: Any, head: str | None, overrides: Mapping[str, Any], trusted: bool) -> Asked:
-    """Settle what `warm_start`'s first argument means.
+    """Interpret the target argument of `warm_start`.
 
     Raises:
-        CheckpointError: it is no target, or an option does not go with it.
+        CheckpointError: it is not a target, or an option cannot be combined with it.
     """
     if isinstance(target, (str, os.PathLike)):
         if str(target) in CONFIGS and not Path(target).is_dir():
             if model_class is not None:
                 raise CheckpointError(
-                    f"model_class= goes with a config or a folder, {str(target)!r} names a model of mymodels"
+                    f"model_class= needs a config or a folder, but {str(target)!r} names a model of mymodels"
                 )
             return Asked(str(target), head=head, overrides=overrides)
         return _folder(target, model_class, head, overrides, trusted)
@@ -77,15 +78,16 @@ def ask(target: Any, model_class: Any, head: str | None, overrides: Mapping[str,
         return _config(target, model_class, head, overrides)
     if not isinstance(target, torch.nn.Module):
         raise CheckpointError(
-            f"a {type(target).__name__} is no model and no config: pass a model, a config, a folder, or one of "
+            f"a {type(target).__name__} is neither a model nor a config: pass a model, a config, a folder, or one of "
             f"{' and '.join(CONFIGS)}"
         )
+    target = extract_model_from_parallel(target, keep_torch_compile=False)
     if overrides:
         raise CheckpointError(
-            "overrides= changes the config that a model is made from; this model is made: pass its config"
+            "overrides= changes the config before a model is built, but this model is built already: pass its config"
         )
     if model_class is not None:
-        raise CheckpointError("model_class= names the class that a model is made of; this model is made: leave it out")
+        raise CheckpointError("model_class= is the class to build, but this model is built already: leave it out")
     return _instance(target)
 
 
@@ -108,7 +110,7 @@ def _config(config: PretrainedConfig, model_class: Any, head: str | None, overri
         like = own_config(config)
         return Asked(kind_of(like), config=like, like=like, head=head, overrides=overrides)
     if is_of_ones_own(config) and config.model_type in CONFIGS and not is_ours(config):
-        kind_of(config)  # of a folder with its own copy of the code: refused
+        kind_of(config)  # raises for a folder with its own copy of the code
     changed = changed_config(config, overrides)
     if is_ours(config):
         found = class_for(changed, head, "", model_class)
@@ -121,7 +123,7 @@ def _config(config: PretrainedConfig, model_class: Any, head: str | None, overri
 def _folder(folder: Any, model_class: Any, head: str | None, overrides: Mapping[str, Any], trusted: bool) -> Asked:
     if not Path(folder).is_dir():
         raise CheckpointError(
-            f"{str(folder)!r} is no model of mymodels: warm_start fills {' and '.join(CONFIGS)}, a folder with a config.json, a "
+            f"{str(folder)!r} is not a model of mymodels: warm_start fills {' and '.join(CONFIGS)}, a folder with a config.json, a "
             "config or a model, and there is no such folder"
         )
     config = config_in(folder, trusted)
@@ -145,14 +147,14 @@ def _ending(name: str) -> str | None:
 
 
 def table_rows(info: Mapping[str, TensorInfo]) -> int:
-    """How many tokens a source has embeddings for; 0 if it has none that are known."""
+    """The number of token embeddings of a source; 0 if unknown."""
     names = {plain(name): about.shape for name, about in info.items()}
     roles = roles_by_name(names)
     return next((names[n][0] for n, role in roles.items() if role.parts[0] == "model.embed_tokens.weight"), 0)
 
 
 def vocabulary_of(model: torch.nn.Module) -> tuple[int, int]:
-    """How many tokens a model has embeddings for, and their width; zeros if it has none that are known."""
+    """Number and width of a model's token embeddings; zeros if unknown."""
     tensors = own_tensors(model)
     roles = roles_by_name(tensors)
     found = next((n for n, role in roles.items() if role.parts[0] == "model.embed_tokens.weight"), None)
@@ -160,7 +162,7 @@ def vocabulary_of(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def worth_trying(model: torch.nn.Module, info: Mapping[str, TensorInfo]) -> bool:
-    """Whether a source whose names say nothing has most of a model's shapes, so that its structure may place them."""
+    """Whether a source with unknown names has most of a model's shapes, so that matching by structure may work."""
     ours = Counter(tuple(sorted(t.shape)) for t in own_tensors(model).values())
     theirs = Counter(tuple(sorted(about.shape)) for about in info.values())
     return sum((ours & theirs).values()) > sum(ours.values()) // 2

@@ -1,4 +1,4 @@
-"""What a model's code does with its weights and no tensor shows: rotary pairs, norms of 1 + weight, scales."""
+"""Conventions in a model's code that its tensors do not show: rotary pairs, norms of 1 + weight, scales."""
 
 import inspect
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# which two numbers of a head rotary positions turn together, by how code takes them apart
+# code that pairs the dimensions of a head for rotary positions
 _INTERLEAVED = re.compile(
     r"view_as_complex|rotate_every_two|\[\.\.\., *[01]?::2\]|unflatten\(-1, *\(-1, *2\)\)|repeat_interleave\(2\b|"
     r"(?:reshape|view)\([^()]*\.shape\[:-1\], *-1, *2\)"
@@ -16,7 +16,7 @@ _INTERLEAVED = re.compile(
 _HALVES = re.compile(r"\[\.\.\., *: *[^\]:,]+// *2 *\]|\[\.\.\., *: *(?:half|d2|mid)\w*\]|rotate_half")
 _SPLIT = re.compile(
     r"\.(?:chunk|split)\(|\[\.\.\., *: *\w+ *\]"
-)  # of a function that turns, not of a forward that takes q, k and v apart
+)  # in a function that rotates, not in a forward that splits q, k and v
 _ROTARY = re.compile(r"\b(?:cos|sin|freqs\w*|rotate_half|rotate_every_two)\b|rotary|rope", re.IGNORECASE)
 _ROTARY_NAME = re.compile(r"rot|rope", re.IGNORECASE)
 _PLUS_ONE = re.compile(r"\b1(?:\.0)? *\+ *self\.(?:weight|scale|gamma)\b|self\.(?:weight|scale|gamma)[\w.()]* *\+ *1\b")
@@ -24,11 +24,11 @@ _SCALED_BY_WIDTH = {"gemma", "gemma2", "gemma3_text", "recurrent_gemma", "vaultg
 
 
 def rotary_pairs(model: torch.nn.Module) -> str | None:
-    """How a model's code pairs the numbers of a head for rotary positions, read from its source text.
+    """How a model pairs the dimensions of a head for rotary positions, from its source code.
 
     Returns:
-        `"halves"`: i with i + d/2 (GPT-NeoX, Llama in transformers); `"interleaved"`: 2i with 2i + 1 (GPT-J, Llama as Meta
-        wrote it); None: no rotary positions, no source text, or both ways in it.
+        `"halves"`: i with i + d/2 (GPT-NeoX, Llama in transformers); `"interleaved"`: 2i with 2i + 1 (GPT-J, Meta's
+        Llama); None: no rotary positions, no source code, or both ways in it.
 
     Example:
         >>> rotary_pairs(LlamaForCausalLM(config))
@@ -47,7 +47,7 @@ def rotary_pairs(model: torch.nn.Module) -> str | None:
 
 
 def _rotary_code(classes: Iterable[type]) -> Iterator[tuple[str, str]]:
-    """Source of the functions that turn queries and keys, or, after `"forward"`, of other code that does it itself."""
+    """Source of functions that rotate queries and keys, or of a `forward` that does it inline."""
     pending: list[Any] = [
         function for cls in classes if not cls.__module__.startswith("torch.") for function in _methods(cls)
     ]
@@ -65,7 +65,7 @@ def _rotary_code(classes: Iterable[type]) -> Iterator[tuple[str, str]]:
                 pending.append(called)
         named = any(_ROTARY_NAME.search(name) for name in (function.__name__, owner))
         text = _source(function)
-        # what only computes the angles, or hands them on, pairs nothing
+        # code that only computes or passes on angles pairs nothing
         if "view_as_complex" in text or (_ROTARY.search(text) and _turns(text)):
             yield "" if named else "forward", text
 
@@ -100,14 +100,14 @@ def _source(thing: Any) -> str:
 
 
 def norm_offset(model: torch.nn.Module) -> float | None:
-    """What a model's norms add to their weights: 1 in Gemma; None: they are of several kinds, or there are none."""
+    """What a model's norms add to their weights (1 in Gemma); None if they differ or there are none."""
     kinds = {type(module) for module in model.modules() if "Norm" in type(module).__name__}
     found = {1.0 if _PLUS_ONE.search("" if k.__module__.startswith("torch.") else _source(k)) else 0.0 for k in kinds}
     return next(iter(found)) if len(found) == 1 else None
 
 
 def scales(config: Any) -> dict[str, float]:
-    """Factors of a transformers config that stand between the weights: of embeddings, of attention scores."""
+    """Factors of a transformers config that stand between the weights; a cap of 0 is none."""
     kind = config.model_type
     width = float(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 1
@@ -122,11 +122,21 @@ def scales(config: Any) -> dict[str, float]:
     attention = attention or getattr(own, "softmax_scale", None)
     if kind in ("gpt_neo", "t5", "mt5", "umt5") or getattr(config, "scale_attn_weights", True) is False:
         attention = 1.0
-    return {"embedding_scale": float(embedding), "attention_scale": float(attention or head_dim**-0.5)}
+    logits = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    if kind in ("t5", "mt5", "umt5", "longt5", "switch_transformers") and config.tie_word_embeddings:
+        logits = width**-0.5
+    return {
+        "embedding_scale": float(embedding),
+        "attention_scale": float(attention or head_dim**-0.5),
+        "logit_scale": float(logits),
+        "residual_scale": float(getattr(config, "residual_multiplier", None) or 1.0),
+        "logit_cap": float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        "attention_cap": float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+    }
 
 
 def permutation(dim: int, rotated: int, *, to: str) -> list[int]:
-    """The rows of a head of `dim` in the other pairing; only the first `rotated` are turned.
+    """The order of a head's `dim` rows for the other pairing; only the first `rotated` rows change.
 
     Example:
         >>> permutation(6, 4, to="interleaved")

@@ -1,4 +1,4 @@
-"""A matrix into two low-rank factors, and two factors into the matrix that they make."""
+"""Convert a matrix to two low-rank factors, and two factors to their product."""
 
 from collections import defaultdict
 from functools import cache
@@ -14,13 +14,13 @@ from .sides import Side, Tensor
 
 
 def by_factors(matching: Matching) -> None:
-    """Two matrices under one name on one side, of which the other side has the product under that name or role."""
+    """Match two factors on one side with their product on the other, under the same name or role."""
     _into_factors(matching)
     _into_product(matching)
 
 
 def _pairs(side: Side, names: list[str]) -> dict[str, tuple[str, str]]:
-    """What two matrices have in front → the one that is applied first [r, in] and the one after it [out, r]."""
+    """Common prefix → the factor applied first [r, in] and the second factor [out, r]."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         path = name.removesuffix(".weight")
@@ -39,7 +39,7 @@ def _pairs(side: Side, names: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def _matrix(side: Side, other: Side, front: str, shape: tuple[int, ...], names: list[str]) -> str | None:
-    """The one matrix of a side that stands where the other has factors."""
+    """The matrix of a side that corresponds to the other side's factors."""
     wanted = f"{front}.weight"
     roles = roles_by_name([*side.tensors, *other.tensors, wanted])
     same_role = [

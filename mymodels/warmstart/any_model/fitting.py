@@ -1,4 +1,4 @@
-"""The transforms of `warm_start` on roles: heads, depth, width, norms, positions, vocabulary; and experts."""
+"""The transforms of `warm_start` by role: heads, depth, width, norms, positions, vocabulary, experts."""
 
 import re
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ _EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.)experts\.(\d+)\.(.+)$")
 
 @dataclass
 class RoleChange(Change):
-    """`Change` for any two models: `tensors` is by role, `source` and `target` are what `terms` gives."""
+    """`Change` for any two models: `tensors` is by role; `source` and `target` are results of `terms`."""
 
     source: Any
     target: Any
     post_norm: bool = False
-    normalised: bool = False  # whether the target's weights of the chosen experts add up to 1
-    marks: list[tuple[str, str]] = field(default_factory=list)  # regex over roles → what makes them approximate
+    normalised: bool = False  # whether the target normalises the weights of the chosen experts to sum 1
+    marks: list[tuple[str, str]] = field(default_factory=list)  # regex over roles → why these are approximate
     conventions: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})  # settings of the two sides
 
     @property
@@ -41,10 +41,10 @@ class RoleChange(Change):
 
 
 def terms(side: Side, places: Places, other: Side, other_places: Places, front: str = "") -> SimpleNamespace:
-    """A side in the terms of `MyGPT2Config`, as the transforms read it; what it leaves open is taken from the other.
+    """The settings of a side as fields of `MyGPT2Config`, for the transforms; unknown ones are taken from the other side.
 
     Args:
-        front: the list of layers that `places` is of, such as `"decoder:"`.
+        front: prefix of the list of layers in `places`, such as `"decoder:"`.
     """
     shapes = {
         role: place.layout.read(side.tensors[place.tensor].value, place.part).shape for role, place in places.of.items()
@@ -75,7 +75,7 @@ def terms(side: Side, places: Places, other: Side, other_places: Places, front: 
 
 
 def _norm_type(side: Side, places: Places) -> str | None:
-    """By the class of the norms; of a source without classes by its config and by their biases; None: unknown."""
+    """The norm type from the class of the norms, or from config and biases; None if unknown."""
     norms = [
         place.tensor for role, place in places.of.items() if role.endswith("norm.weight") and ".self_attn." not in role
     ]
@@ -92,10 +92,11 @@ def _norm_type(side: Side, places: Places) -> str | None:
 
 
 def fit(change: RoleChange) -> None:
-    """Run the transforms that the two sides call for."""
+    """Run the transforms that the two sides need."""
     source, target = change.source, change.target
     _conventions(change)
     tie(change)
+    _scale_embeddings(change)
     blocks_alike = not any("norm" in pattern for pattern, _ in change.marks)
     simple = not change.post_norm and blocks_alike and "model.embed_norm.weight" not in change.tensors
     if simple and source.norm_type != target.norm_type:
@@ -114,7 +115,8 @@ def fit(change: RoleChange) -> None:
         positions(change)
     else:
         change.drop("model.embed_positions.weight", "the target has no table of positions")
-    vocabulary(change)
+    if target.vocab_size:
+        vocabulary(change)
     word_vectors(change)
     _token_types(change)
     if to_experts:
@@ -129,7 +131,7 @@ def fit(change: RoleChange) -> None:
 
 
 def _cross_attention(change: RoleChange) -> None:
-    """What `attention` does, for the decoder's attention to the encoder."""
+    """Like `attention`, for the decoder's cross-attention."""
     crossed = {role.replace(".cross_attn.", ".self_attn."): role for role in change.tensors if ".cross_attn." in role}
     if not crossed:
         return
@@ -139,11 +141,11 @@ def _cross_attention(change: RoleChange) -> None:
 
 
 def _conventions(change: RoleChange) -> None:
-    """Bring what the two sides' code does with the same numbers to one form; norms to those that add nothing."""
+    """Convert weights between the conventions of the two sides: rotary pairs, scales, norms of 1 + weight."""
     theirs, ours = change.conventions
     offsets = [side.get("norm_offset") for side in (theirs, ours)]
     if None in offsets and any(offsets):
-        change.marks.append((r"norm\.weight$", "one side's norms add 1 to their weights, and the other's may"))
+        change.marks.append((r"norm\.weight$", "norms of one side add 1 to their weights, those of the other may"))
         change.conventions = ({**theirs, "norm_offset": 0.0}, {**ours, "norm_offset": 0.0})
     elif offsets[0]:
         _shift_norms(change, offsets[0])
@@ -166,6 +168,29 @@ def _conventions(change: RoleChange) -> None:
                 change.tensors[role] = change.tensors[role].then(step, partial(_times, factor=ratio))
 
 
+def _scale_embeddings(change: RoleChange) -> None:
+    """Embeddings for another factor behind them; if the head is tied to them, the last norm takes it back."""
+    scales = [side.get("embedding_scale") for side in change.conventions]
+    table = change.tensors.get("model.embed_tokens.weight")
+    if table is None or None in scales or abs(scales[0] / scales[1] - 1) < 1e-6:  # type: ignore[operator]
+        return
+    ratio = scales[0] / scales[1]  # type: ignore[operator]
+    why = f"the source multiplies embeddings by {scales[0]:.4g}, the target by {scales[1]:.4g}"
+    if change.target.head_is_tied:
+        last = [role for role in ("model.norm.weight", "model.norm.bias") if role in change.tensors]
+        between = any(role.startswith("head.") for role in (*change.tensors, *change.parameters))
+        if "model.norm.weight" not in last or between:
+            change.notes.append(f"{why}, which changes what the same weights compute")
+            change.marks.append((r"^model\.embed_tokens\.", why))
+            return
+        for role in last:
+            step = f"divided by {ratio:.4g}, which the tied head multiplies by"
+            change.tensors[role] = change.tensors[role].then(step, partial(_times, factor=1 / ratio))
+    change.tensors["model.embed_tokens.weight"] = table.then(
+        f"times {ratio:.4g}, as {why}", partial(_times, factor=ratio)
+    )
+
+
 def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     return (tensor.double() * factor).to(tensor)
 
@@ -175,14 +200,14 @@ def _plus(tensor: torch.Tensor, offset: float) -> torch.Tensor:
 
 
 def _shift_norms(change: RoleChange, offset: float) -> None:
-    """Add to the weights of all norms; of what has no source too, as a norm of ones is one of zeros in Gemma."""
+    """Add `offset` to the weights of all norms, also of new ones: a weight of ones is one of zeros in Gemma."""
     step = "plus 1, which the source's norms add" if offset > 0 else "minus 1, which the target's norms add"
     for role in [role for role in change.tensors if role.endswith("norm.weight")]:
         change.tensors[role] = change.tensors[role].then(step, partial(_plus, offset=offset))
 
 
 def _repair(change: RoleChange, order: list[int], step: str) -> None:
-    """Queries and keys for the other pairs of rotary positions: their rows in another order, head by head."""
+    """Reorder the rows of queries and keys, head by head, for the other rotary pairing."""
 
     def ordered(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(-1, len(order), *tensor.shape[1:])[:, order].reshape(tensor.shape)
@@ -203,7 +228,7 @@ def _token_types(change: Change) -> None:
 
 
 def _copy_to_experts(change: RoleChange) -> None:
-    """Each expert starts as the dense MLP; with the routing weights adding up to 1, nothing changes."""
+    """Initialise each expert as the dense MLP; if routing weights sum to 1, outputs do not change."""
     count = change.target.experts
     kind = "exact" if change.normalised else "approximate"
     step = f"copied into {count} experts" + ("" if change.normalised else ", whose weights need not add up to 1")
@@ -216,7 +241,7 @@ def _copy_to_experts(change: RoleChange) -> None:
     ):
         router = change.fresh(role)
         change.tensors[role] = replace(
-            router, kind="exact", steps=("new: all experts are alike, so any choice gives the same",)
+            router, kind="exact", steps=("new: all experts are equal, so any choice gives the same",)
         )
 
 
@@ -254,7 +279,10 @@ _DIFFERENCES: tuple[tuple[str, str, str], ...] = (
     ("positions", "positions", r"self_attn\.[qk]_proj\."),
     ("rope_theta", "rope_theta", r"self_attn\.[qk]_proj\."),
     ("rotary_share", "the rotated share of each head", r"self_attn\.[qk]_proj\."),
-    ("embedding_scale", "the factor of the embeddings", r"^model\.embed_tokens\."),
+    ("logit_scale", "the factor of the logits", r"^lm_head\."),
+    ("logit_cap", "the cap of the logits", r"^lm_head\."),
+    ("attention_cap", "the cap of attention scores", r"self_attn\.[qk]_proj\."),
+    ("residual_scale", "the factor of what each block adds", r"self_attn\.o_proj\.|mlp\.down_proj\."),
     ("parallel_residual", "parallel attention and MLP", r"self_attn\.o_proj\.|mlp\.down_proj\.|layers\.\d+\.\w*norm\."),
     ("norm_place", "the place of the norms", r"self_attn\.o_proj\.|mlp\.down_proj\.|norm\."),
     ("norm_eps", "the norms' epsilon", ""),
@@ -263,7 +291,7 @@ _DIFFERENCES: tuple[tuple[str, str, str], ...] = (
 
 
 def differences(source: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
-    """What differs without any tensor to show it: notes, and marks for the roles concerned."""
+    """Differences that no tensor shows, as notes and as marks for the affected roles."""
     notes, marks = [], []
     for name, what, roles in _DIFFERENCES:
         if name == "sliding_window":

@@ -1,4 +1,4 @@
-"""How a tensor stores what it holds: transposed, several matrices in one, all experts in one. Both ways."""
+"""Layouts of stored tensors: transposed, fused matrices, all experts in one. For reading and writing."""
 
 import re
 from collections.abc import Sequence
@@ -9,36 +9,38 @@ import torch
 from ..lazy_tensor import Value
 
 # how the code of these model types reads its fused projections
-_BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}
-_STACKED = {"gpt2", "phi3", "modernbert", "mpt", "openai-gpt", "glm", "dbrx", "imagegpt", "clvp", "phi4_multimodal"}
-_STACKED_NAMES = re.compile(r"^(c_attn|qkv_proj|Wqkv|in_proj|gate_up_proj|w13)$")
+_BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "deberta"}
+_STACKED = {
+    "gpt2", "phi3", "modernbert", "mpt", "openai-gpt", "dbrx", "imagegpt", "clvp", "phi4_multimodal", "decision_transformer",
+    "layoutlmv2",
+}  # fmt: skip
+_CODEGEN = (4, (0, 2, 1))  # four blocks of queries, values, keys, whatever the number of heads
+_STACKED_NAMES = re.compile(r"^(c_attn|Wqkv|gate_up_proj|w13)$")
+_SPLIT_BY_HEAD = re.compile(r"3 *\* *(?:self\.)?\w*head_\w+|, *3, *(?:self\.)?\w*head\w*\)|, *3, *-1\)|\.unflatten\(")
+_SPLIT = re.compile(r"\.chunk\(\s*[23]\b|\.split\(|\.tensor_split\(\s*3")
 _ALTERNATING = {"gpt_oss"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor stores its parts, each of which is [out, in] (or [out], a bias) by itself.
+    """How a tensor stores its parts, each of which is [out, in], or [out] for a bias.
 
     Attributes:
-        arrangement: `"alone"`; `"stacked"`: one part's rows after the other's; `"by head"`: each key/value head has its
-            rows of all parts together (GPT-NeoX, BLOOM; with several query heads for one key/value head also Falcon).
         transposed: stored [in, out], as `Conv1D` has it.
         rows: of each part.
-        heads: number of key/value heads, for `"by head"`.
+        blocks: how many blocks follow each other, each with its share of all parts' rows. 1: the parts are stacked. As
+            many as key/value heads: interleaved by head (GPT-NeoX, BLOOM, Falcon). CodeGen has 4.
+        order: of the parts in a block; default: as they are named.
         experts: of a tensor that holds all experts their number; each has all parts.
         offset: rows in front that are no part: of a table of positions, those before position 0.
     """
 
-    arrangement: str = "alone"
     transposed: bool = False
     rows: tuple[int, ...] = ()
-    heads: int = 0
+    blocks: int = 1
+    order: tuple[int, ...] = ()
     experts: int = 0
     offset: int = 0
-
-    @property
-    def describes(self) -> str:
-        return {"alone": "", "stacked": "stacked", "by head": "interleaved by head"}[self.arrangement]
 
     def read(self, value: Value, part: int) -> Value:
         """One part of a stored tensor."""
@@ -51,22 +53,30 @@ class Layout:
             value = value.rows("rows before position 0 cut", slice(self.offset, None), resized=True)
         if len(self.rows) < 2:
             return value
-        shape, heads = (self.rows[part], *value.shape[1:]), self.heads
-        start = sum(self.rows[:part])
-        if self.arrangement == "stacked":
-            return value.then(f"split in {len(self.rows)}", lambda t: t[start : start + shape[0]], shape)
-        first, size = start // heads, shape[0] // heads
+        shape, blocks = (self.rows[part], *value.shape[1:]), self.blocks
+        first, size = self._start(part), shape[0] // blocks
         return value.then(
-            f"split in {len(self.rows)}, head by head",
-            lambda t: t.view(heads, -1, *t.shape[1:])[:, first : first + size].reshape(shape),
+            f"split in {len(self.rows)}{self._blockwise()}",
+            lambda t: t.reshape(blocks, -1, *t.shape[1:])[:, first : first + size].reshape(shape),
             shape,
         )
 
+    def _ordered(self) -> tuple[int, ...]:
+        return self.order or tuple(range(len(self.rows)))
+
+    def _start(self, part: int) -> int:
+        """Where a part begins in each block."""
+        order = self._ordered()
+        return sum(self.rows[other] for other in order[: order.index(part)]) // self.blocks
+
+    def _blockwise(self) -> str:
+        return "" if self.blocks == 1 else f", in each of {self.blocks} blocks"
+
     def write(self, parts: Sequence[Value], shape: tuple[int, ...], before: Value | None = None) -> Value:
-        """The stored tensor of its parts; `before`: what it has in the rows in front of position 0."""
+        """The stored tensor from its parts; `before`: the tensor with the leading rows to keep."""
         if len(parts) == 1 and not self.experts:
             return self._alone(parts[0], shape, before)
-        step = f"{len(self.rows)} fused" + (", head by head" if self.arrangement == "by head" else "")
+        step = f"{len(self.rows)} fused{self._blockwise()}"
         step = f"{self.experts} experts in one tensor" if self.experts else step
 
         def join(first: torch.Tensor) -> torch.Tensor:
@@ -98,39 +108,39 @@ class Layout:
         return part
 
     def _fuse(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        if self.arrangement == "by head":
-            heads = self.heads
-            grouped = [tensor.view(heads, -1, *tensor.shape[1:]) for tensor in tensors]
-            return self._turned(torch.cat(grouped, dim=1).flatten(0, 1))
-        return self._turned(torch.cat(list(tensors)))
+        grouped = [tensors[part].reshape(self.blocks, -1, *tensors[part].shape[1:]) for part in self._ordered()]
+        return self._turned(torch.cat(grouped, dim=1).flatten(0, 1))
 
     def _turned(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.t() if self.transposed else tensor
 
 
-def arrangement_of(model_type: str, module: str, *, multi_query: bool, new_falcon: bool, code: str) -> tuple[str, bool]:
-    """How a fused projection is arranged, and whether that is known or only usual for its name; `""`: unknown.
+def known_arrangement(
+    model_type: str, module: str, parts: int, kv_heads: int, new_falcon: bool
+) -> tuple[int, tuple[int, ...]] | None:
+    """The blocks and the order of a fused projection's parts, of model types whose code is known; None: unknown.
 
     Args:
-        model_type: of its config; empty if none is known.
-        module: the last part of its module's name.
-        multi_query: one key/value head for all; `new_falcon`: Falcon's `new_decoder_architecture`.
-        code: the source text of the module that has it, if known.
+        module: the last part of its module's name, or a name that `rename=` gives.
+        kv_heads: number of key/value heads; 0 if unknown.
+        new_falcon: Falcon's `new_decoder_architecture`.
     """
-    if model_type == "falcon":
-        return ("stacked" if multi_query and not new_falcon else "by head"), True
-    if model_type == "gpt_bigcode":
-        return ("stacked" if multi_query else "by head"), True
-    if model_type in _BY_HEAD:
-        return "by head", True
-    if model_type in _STACKED or module == "in_proj":
-        return "stacked", True
-    if model_type in _ALTERNATING:
-        return "", True
+    by_head = (kv_heads, ()) if kv_heads else None
     if module == "qkv_by_head":
-        return "by head", True
-    if module == "gate_up_proj" and model_type:
-        return "stacked", True
-    if _STACKED_NAMES.match(module) or re.search(r"\.chunk\(\s*[23]\b|\.split\(|\.tensor_split\(\s*3", code):
-        return "stacked", False
-    return "", False
+        return by_head
+    if parts == 2:
+        return (1, ()) if model_type and module == "gate_up_proj" and model_type not in _ALTERNATING else None
+    if model_type == "codegen":
+        return _CODEGEN
+    if model_type in ("falcon", "gpt_bigcode"):
+        return (1, ()) if kv_heads == 1 and not new_falcon else by_head
+    if model_type in _BY_HEAD:
+        return by_head
+    return (1, ()) if model_type in _STACKED else None
+
+
+def is_usually_stacked(module: str, code: str) -> bool:
+    """Whether a name or code that could not be run makes it likely that the parts are stacked."""
+    if code:
+        return bool(_SPLIT.search(code)) and not _SPLIT_BY_HEAD.search(code)
+    return bool(_STACKED_NAMES.match(module))

@@ -1,18 +1,16 @@
-"""The matchers, one function each: they place the source's tensors in the target's, by role, by name, by prefix."""
+"""Matchers, one function each: they assign source tensors to target tensors by role, by name, by prefix."""
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..conversion import same
-from ..lazy_tensor import Value, Why, constant
-from .fitting import RoleChange, differences, fit, layer_choice, terms
-from .placing import Ambiguity, Places, places_of, stack_of
+from ..lazy_tensor import Value, Why
+from .placing import Ambiguity
 from .roles import LEAVES, roles_by_name
 from .sides import Side
 
@@ -20,26 +18,26 @@ _WRAPPER = re.compile(
     r"^(?:(?:module|model|transformer|bert|roberta|distilbert|electra|base_model|backbone|net|encoder|decoder|gpt_neox|"
     r"_orig_mod|state_dict|network|core)\.)*$"
 )
-_LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.")
+LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 @dataclass
 class Matching:
-    """A matching on its way: what each tensor of the target becomes.
+    """The state of a matching: which source tensors fill each target tensor.
 
     Attributes:
         options: fields of `Change`.
-        values: the target's tensor → its value.
-        used: the source's tensors that are placed.
-        why: the source's tensors that have no place, and why.
-        unproven: the target's tensors of which only a run can say that the right tensor was placed.
-        by: the target's tensor → the matcher that placed it.
-        layers: of each list of layers the source's layer for each of the target's; by what its roles have in front.
-        stacks: the path of each of the target's lists of layers → what its roles have in front.
-        undecided: the source's tensors that can go to several places.
-        doubles: roles that several of the source's tensors have, which count if no later matcher places these.
-        squares: the source's square matrices that were taken as stored [out, in], and nothing shows it.
+        values: target tensor → its value.
+        used: source tensors that are assigned.
+        why: source tensors that are not assigned → reason.
+        unproven: target tensors whose assignment only a run can confirm.
+        by: target tensor → the matcher that assigned it.
+        layers: role prefix of a list of layers → the source layer for each target layer.
+        stacks: path of each list of layers in the target → its role prefix.
+        undecided: source tensors with several possible places.
+        doubles: roles of several source tensors, reported if no later matcher assigns these.
+        squares: square source matrices that are assumed to be stored [out, in].
     """
 
     source: Side
@@ -72,186 +70,15 @@ class Matching:
 
 
 def by_new_name(matching: Matching) -> None:
-    """What `rename=` gave the target's own name goes there."""
+    """Assign source tensors that `rename=` gave a target's name."""
     for name, tensor in matching.source.tensors.items():
         wanted = tensor.renamed and name in matching.target.tensors
         if wanted and (value := turned(matching, name, name)) is not None:
             matching.place(name, value, "rename", (name,))
 
 
-def by_role(matching: Matching) -> None:
-    """What both sides have a role for, with the transforms that their differences call for."""
-    source, target, options = matching.source, matching.target, matching.options
-    ours = places_of(target)
-    theirs = places_of(source, prefer=target.tensors)
-    matching.used.update(theirs.copies)
-    for copy, kept in theirs.copies.items():
-        matching.why[copy] = Why(f"{kept} stands for it", "exact", constant=True)
-    shared = {role for role in theirs.of if role in ours.of}
-    if not shared and options["vectors"] is None:
-        _report_ambiguous(matching, theirs, ours)
-        return
-    for places, placed in ((theirs, matching.used), (ours, matching.values)):
-        places.of = {role: place for role, place in places.of.items() if place.tensor not in placed}
-    values = {
-        role: place.layout.read(source.tensors[place.tensor].value, place.part) for role, place in theirs.of.items()
-    }
-    for side, places in ((source, theirs), (target, ours)):
-        if any(role.endswith("attention_output_norm.weight") for role in places.of):
-            side.settings.setdefault("norm_place", "after the sum")
-    notes, marks = differences(source.settings, target.settings)
-    matching.notes += notes
-    head_stored, tied = "lm_head.weight" in values, _tied(matching, values)
-
-    def fresh(role: str) -> Value:
-        place = ours.of[role]
-        return place.layout.read(target.tensors[place.tensor].value, place.part)
-
-    post_norm = any(side.settings.get("norm_place") == "after the sum" for side in (source, target))
-    tensors: dict[str, Value] = {}
-    unsure_stacks: set[str] = set()
-    for front in [front for front in ours.stacks() if front in theirs.stacks()]:
-        own_places = theirs.stack(front), ours.stack(front)
-        old, new = terms(source, own_places[0], target, own_places[1], front), terms(target, own_places[1], source, own_places[0], front)  # fmt: skip
-        new.types = target.tensors[ours.of["model.embed_types.weight"].tensor].shape[0] if "model.embed_types.weight" in ours.of else 0  # fmt: skip
-        old.tie_word_embeddings, new.tie_word_embeddings = tied, "lm_head.weight" not in ours.of
-        change = RoleChange(
-            {role[len(front) :]: value for role, value in values.items() if stack_of(role) == front},
-            old, new, set(own_places[1].of), partial(_fresh_in, fresh, front), dict(matching.why),
-            post_norm=post_norm or not old.num_hidden_layers,
-            normalised=target.settings.get("normalised_top_k") is True, marks=list(marks),
-            conventions=(source.settings, target.settings), **{**options, **({"vectors": None} if front else {})},
-        )  # fmt: skip
-        fit(change)
-        tensors |= {front + role: value for role, value in change.tensors.items()}
-        chosen = matching.layers[front] = layer_choice(change)
-        if len(set(chosen)) < len(chosen) and "norm_place" not in target.settings:
-            unsure_stacks.add(front)  # an added block that writes zeros changes nothing only if no norm comes after it
-        matching.why |= change.why
-        matching.notes += [note for note in change.notes if note not in matching.notes]
-    if not head_stored and "lm_head.weight" in tensors and "lm_head.weight" not in ours.of:
-        del tensors["lm_head.weight"]
-    for name, roles in ours.roles.items():
-        layer = _LAYER.match(name)
-        if layer is not None:
-            matching.stacks[layer[1] or ""] = stack_of(roles[0])
-    usual = {role for role, place in theirs.of.items() if place.tensor in theirs.usual}
-    for name, roles in ours.roles.items():
-        parts = [tensors.get(role) for role in roles]
-        if name in matching.values or (all(part is None or not part.sources for part in parts) and not any(parts)):
-            continue
-        value = _written(matching, ours, name, parts, fresh)
-        if value is None:
-            continue
-        unsure = name in ours.usual or any(_origin(matching, role) in usual for role in roles)
-        unsure = unsure or (stack_of(roles[0]) in unsure_stacks and "model.layers." in roles[0])
-        alike = name in source.tensors and value.sources == source.tensors[name].value.sources
-        stored = _as_stored(matching, theirs, ours, name, value)
-        if alike and unsure and stored is not value:
-            unsure = False  # fused on both sides under one name: in one way
-        value = stored
-        matching.place(name, value, "role", proven=not unsure)
-    taken = {own for value in matching.values.values() for own in value.sources}
-    for name in theirs.roles:
-        own = source.tensors[name].value.sources
-        if set(own) & taken:
-            matching.used.add(name)
-        elif set(own) & matching.why.keys():
-            matching.undecided.add(name)
-    _report_ambiguous(matching, theirs, ours)
-
-
-def _as_stored(matching: Matching, theirs: Places, ours: Places, name: str, value: Value) -> Value:
-    """A tensor that was taken apart and put together again the same way, without the two steps."""
-    stored = next((n for n in theirs.roles if theirs.roles[n] == ours.roles[name]), None)
-    if stored is None or value.kind != "exact" or value.resized:
-        return value
-    layouts = theirs.layouts[stored], ours.layouts[name]
-    origin = matching.source.tensors[stored].value
-    mechanical = all(re.match(r"split in|\d+ fused|transposed|expert \d|\d+ experts", step) for step in value.steps)
-    if (
-        not mechanical
-        or value.sources != origin.sources
-        or replace(layouts[0], transposed=layouts[1].transposed) != layouts[1]
-    ):
-        return value
-    return origin if layouts[0] == layouts[1] else origin.then("transposed", torch.t, origin.shape[::-1])
-
-
-def _fresh_in(fresh: Callable[[str], Value], front: str, role: str) -> Value:
-    return fresh(front + role)
-
-
-def _origin(matching: Matching, role: str) -> str:
-    """The source's role for one of the target's, by the choice of layers."""
-    front = stack_of(role)
-    found, chosen = re.match(r"^model\.layers\.(\d+)\.(.*)$", role[len(front) :]), matching.layers.get(front, [])
-    if found is None or int(found[1]) >= len(chosen):
-        return role
-    return f"{front}model.layers.{chosen[int(found[1])]}.{found[2]}"
-
-
-def _tied(matching: Matching, values: Mapping[str, Value]) -> bool:
-    """Whether the source's head is its token embeddings."""
-    head, table = values.get("lm_head.weight"), values.get("model.embed_tokens.weight")
-    said = getattr(matching.source.config, "tie_word_embeddings", None)
-    if head is not None and table is not None:
-        same_values = head.shape == table.shape and torch.equal(head.compute(), table.compute())
-        return same_values if said is None else bool(said) and same_values
-    return said is not False
-
-
-def _written(
-    matching: Matching, ours: Places, name: str, parts: list[Value | None], fresh: Callable[[str], Value]
-) -> Value | None:
-    """The target's tensor of its parts; parts that the source lacks are zeros if biases, else what the target had."""
-    target, layout, roles = matching.target.tensors[name], ours.layouts[name], ours.roles[name]
-    filled: list[Value] = []
-    for role, part in zip(roles, parts):
-        own = fresh(role) if role in ours.of else target.value
-        if part is not None and part.shape != own.shape:
-            shapes = ["×".join(map(str, shape)) for shape in (part.shape, own.shape)]
-            for source in part.sources:
-                matching.why.setdefault(source, Why(f"the source's shape {shapes[0]} is not {shapes[1]}"))
-            part = None
-        if part is None and len(roles) > 1:
-            zeros = constant(own.shape, 0.0, own, "zeros, as the source has none")
-            part = zeros if role.endswith(".bias") else own
-        if part is not None:
-            filled.append(part)
-    if len(filled) != len(roles) or not any(part.sources or part.steps for part in filled):
-        return None
-    if not any(part.sources for part in filled) and len(roles) > 1:
-        return None
-    if layout.offset and filled[0].shape[0] + layout.offset != target.shape[0]:
-        return None
-    return layout.write(filled, target.shape, target.value)
-
-
-def _report_ambiguous(matching: Matching, theirs: Places, ours: Places) -> None:
-    """Ambiguities count only where the other side needs what they are about."""
-    for found in theirs.ambiguous:
-        if found.by_names:  # the names may tell yet
-            matching.doubles.append(found)
-            continue
-        names = [name for name in found.names if name in matching.source.tensors] or list(found.candidates)
-        same_names = [
-            n for n in names
-            if n in matching.target.tensors and matching.target.tensors[n].shape == matching.source.tensors[n].shape
-            and "Conv1D" not in (matching.target.tensors[n].holder, matching.source.tensors[n].holder)
-            and n not in matching.values
-        ]  # fmt: skip
-        if "stacked" in found.why and len(same_names) == len(names):
-            continue  # both have it under one name: the way it is divided is taken to be one too
-        matching.undecided.update(name for name in names if name not in matching.used)
-        matching.ambiguous.append(found)
-    for found in ours.ambiguous:
-        if not found.by_names and not all(name in matching.source.tensors for name in found.names):
-            matching.ambiguous.append(found)
-
-
 def by_name(matching: Matching) -> None:
-    """Tensors of one name and shape; in layers that were chosen, by the number of the source's layer."""
+    """Assign tensors with equal name and shape; in chosen layers, with the number of the source's layer."""
     target = matching.target
     votes = _votes(matching, {name: name for name in target.tensors if name in matching.source.tensors})
     for name in matching.open_targets():
@@ -293,10 +120,10 @@ def _other_leaves(name: str) -> Iterator[str]:
 
 
 def turned(matching: Matching, seen: str, name: str, votes: set[bool] | None = None) -> Value | None:
-    """The source's tensor in the shape and orientation of the target's; None: it does not fit, or that is not known.
+    """The source's tensor in the shape and orientation of the target's; None if it does not fit or that is unknown.
 
     Args:
-        votes: how the matrices that are not square went across: turned, straight, both.
+        votes: whether non-square matrices were transposed (True), not (False), or both.
     """
     source, target = matching.source.tensors[seen], matching.target.tensors[name]
     value, shape = source.value, target.shape
@@ -327,13 +154,13 @@ def _is_matrix(holder: str) -> bool:
 
 def _square(matching: Matching, seen: str, name: str) -> None:
     kernel = f"{name.removesuffix('weight')}kernel"
-    why = "it is square, and nothing tells whether it is stored [out, in], as nn.Linear has it, or [in, out], as Conv1D has it"
+    why = "it is square, so its shape does not show whether it is stored [out, in] as in nn.Linear or [in, out] as in Conv1D"
     matching.undecided.add(seen)
     matching.ambiguous.append(Ambiguity((seen,), why, (name, kernel), {f"^{re.escape(seen)}$": kernel}))
 
 
 def _votes(matching: Matching, pairs: Mapping[str, str]) -> set[bool]:
-    """How the matrices that are not square go across, of a source whose classes are not known: target → source."""
+    """Whether non-square matrices of a source without known classes are transposed; `pairs`: target → source."""
     found = set()
     for name, seen in pairs.items():
         a, b = matching.source.tensors[seen], matching.target.tensors[name]
@@ -344,7 +171,7 @@ def _votes(matching: Matching, pairs: Mapping[str, str]) -> set[bool]:
 
 
 def by_prefix(matching: Matching) -> None:
-    """Tensors whose names are the same behind a prefix that all of them have in front."""
+    """Assign tensors whose names are equal after a common prefix."""
     roles = roles_by_name(matching.source.tensors), roles_by_name(matching.target.tensors)
     while True:
         pairs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
@@ -355,7 +182,7 @@ def by_prefix(matching: Matching) -> None:
         for name in matching.open_targets():
             for seen in sources.get((*name.split(".")[-2:], *sorted(matching.target.tensors[name].shape)), ()):
                 known = [found[n].parts for found, n in zip(roles, (seen, name)) if n in found]
-                if len(known) < 2 or _inside(known[0]) == _inside(known[1]):  # two roles that differ are no match
+                if len(known) < 2 or _inside(known[0]) == _inside(known[1]):  # two roles that differ are not a match
                     pairs[_fronts(seen, name)][name] = seen
         usable = {pair: found for pair, found in pairs.items() if not re.search(r"\d", "".join(pair))}
         if not usable:
@@ -381,12 +208,12 @@ def by_prefix(matching: Matching) -> None:
 
 
 def _inside(roles: tuple[str, ...]) -> tuple[str, ...]:
-    """Roles without the list of layers that they are in."""
+    """Roles without the prefix of their list of layers."""
     return tuple(role.rpartition(":")[2] for role in roles)
 
 
 def _fronts(seen: str, name: str) -> tuple[str, str]:
-    """What two names have in front of what they share."""
+    """The different prefixes of two names that end alike."""
     a, b = seen.split("."), name.split(".")
     shared = 0
     while shared < min(len(a), len(b)) and a[-1 - shared] == b[-1 - shared]:

@@ -1,4 +1,4 @@
-"""The config of MyGPT2 or MyBert that is nearest to a source of another family: `warm_start("mygpt2", LLAMA_FOLDER)`."""
+"""The closest config of MyGPT2 or MyBert for a source of another family: `warm_start("mygpt2", LLAMA_FOLDER)`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ _HEADS = ("id2label", "label2id", "problem_type")
 def nearest_config(
     opened: Opened, own: str, rename: Mapping[str, str], overrides: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """A config with the source's sizes and settings, as far as MyGPT2 or MyBert has them.
+    """A config with the sizes and settings of the source that MyGPT2 or MyBert supports.
 
     Raises:
         CheckpointError: the source's config is of no class of transformers, or `overrides` has an impossible field.
@@ -30,7 +30,7 @@ def nearest_config(
     known = source.config
     if known is None or "model.embed_tokens.weight" not in places.of or not places.width:
         raise CheckpointError(
-            f"{opened.where}: its config and tensors do not tell what {own!r} should look like: pass a config of "
+            f"{opened.where}: its config and tensors do not show the sizes for {own!r}: pass a config of "
             f"{own!r} instead of its name"
         )
     sizes = terms(source, places, source, places)
@@ -45,7 +45,7 @@ def nearest_config(
     try:
         return make_config(own, fields, overrides)
     except ValueError as error:
-        raise CheckpointError(f"{opened.where}: no {own!r} can have its sizes ({error}): pass a config") from error
+        raise CheckpointError(f"{opened.where}: {own!r} cannot have its sizes ({error}): pass a config") from error
 
 
 def _of_mygpt2(source: Side, places: Places, sizes: Any) -> dict[str, Any]:

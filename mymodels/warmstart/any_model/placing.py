@@ -1,4 +1,4 @@
-"""Where a side keeps each role: the tensor, its layout, and what cannot be known of it."""
+"""Where a side stores each role: the tensor, its layout, and ambiguities."""
 
 import re
 from collections import Counter, defaultdict
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..lazy_tensor import Value
-from .layouts import Layout, arrangement_of
+from .layouts import Layout, is_usually_stacked, known_arrangement
+from .probing import kind_of_module, probed, probed_offset
 from .roles import GATE_UP, Role, roles_by_name
 from .sides import Side
 
@@ -19,14 +20,14 @@ _CONV1D_NAMES = ("c_attn", "c_proj", "c_fc")
 
 @dataclass
 class Ambiguity:
-    """Something that can be read in several ways, of which none was taken, or one that is no more than likely.
+    """Tensors with several possible readings, of which none was chosen, or one that is only likely.
 
     Attributes:
         names: the tensors or parameters that are left out for it.
         why: what cannot be known.
         candidates: what the reader chooses from.
-        rename: a `rename=` that decides, regex → replacement.
-        placed: whether the order decided after all, which is no proof.
+        rename: a `rename=` that decides, regex → replacement; empty if none can.
+        placed: what decided after all, which is no proof; empty if the names are left out.
         by_names: whether the tensors' whole names may still decide.
     """
 
@@ -34,13 +35,13 @@ class Ambiguity:
     why: str
     candidates: tuple[str, ...]
     rename: dict[str, str]
-    placed: bool = False
+    placed: str = ""
     by_names: bool = False
 
 
 @dataclass
 class Place:
-    """Where a role is kept: as which part of which tensor."""
+    """Where a role is stored: which part of which tensor."""
 
     tensor: str
     layout: Layout
@@ -55,8 +56,9 @@ class Places:
         of: role → place.
         roles: tensor → its roles, in the order of its parts (of all experts one after the other).
         layouts: tensor → its layout.
-        usual: tensors whose arrangement is only usual for their names.
+        usual: tensors whose arrangement is only usual for their names or code.
         copies: tensor → the tensor with the same role and the same values.
+        unknown_offsets: tables of positions of which nothing tells at which row they begin.
     """
 
     of: dict[str, Place] = field(default_factory=dict)
@@ -64,11 +66,12 @@ class Places:
     layouts: dict[str, Layout] = field(default_factory=dict)
     usual: set[str] = field(default_factory=set)
     copies: dict[str, str] = field(default_factory=dict)
+    unknown_offsets: set[str] = field(default_factory=set)
     ambiguous: list[Ambiguity] = field(default_factory=list)
     width: int = 0
 
     def stacks(self) -> list[str]:
-        """What the roles of each list of layers have in front; nothing for those outside, or of the only list."""
+        """The role prefixes of the lists of layers; "" for roles outside of layers, or of the only list."""
         return list(dict.fromkeys(["", *(stack_of(role) for role in self.of)]))
 
     def stack(self, front: str) -> "Places":
@@ -78,7 +81,7 @@ class Places:
 
 
 def stack_of(role: str) -> str:
-    """What a role has in front for the list of layers that it is in: `"encoder:"`, or nothing."""
+    """The prefix of a role for its list of layers: `"encoder:"`, or ""."""
     return role[: role.find(":") + 1]
 
 
@@ -100,15 +103,15 @@ def places_of(side: Side, *, prefer: Iterable[str] = ()) -> Places:
 
 
 def _width(side: Side, roles: dict[str, Role]) -> int:
-    """The width of the residual stream: of the norms in the layers, of the embeddings, or what most matrices have."""
+    """The width of the residual stream, from norms in the layers, the embeddings, or most matrices."""
     norms = Counter(
         side.tensors[name].shape[0]
         for name, role in roles.items()
         if role.layer is not None and role.parts[0].endswith("norm.weight") and ".self_attn." not in role.parts[0]
     )
-    if norms:
-        return norms.most_common(1)[0][0]
     table = next((side.tensors[n].shape for n, r in roles.items() if r.parts[0] == "model.embed_tokens.weight"), (0, 0))
+    if norms:  # of several towers that of the tokens
+        return table[-1] if table[-1] in norms else norms.most_common(1)[0][0]
     if table[-1]:
         return table[-1]
     matrices = [side.tensors[n].shape for n, r in roles.items() if _IN.search(r.parts[0]) or _OUT.search(r.parts[0])]
@@ -117,10 +120,10 @@ def _width(side: Side, roles: dict[str, Role]) -> int:
 
 
 def orientations(side: Side, roles: dict[str, Role], width: int) -> dict[str, bool | None]:
-    """Each matrix → whether it is stored [in, out]; None: nothing tells.
+    """Matrix → whether it is stored [in, out]; None if unknown.
 
-    The module's class decides where it is known. Else the matrices that are not square show it, and the square ones
-    follow if all of those agree.
+    The module's class decides if it is known. Otherwise the shapes of non-square matrices do, and square ones follow if
+    all of these agree.
     """
     found: dict[str, bool | None] = {}
     square: list[str] = []
@@ -170,7 +173,7 @@ def _layout(
         found.ambiguous.append(
             Ambiguity(
                 (name,),
-                "nothing tells whether it is stored [out, in], as nn.Linear has it, or [in, out], as Conv1D has it",
+                "it is unknown whether it is stored [out, in] as in nn.Linear or [in, out] as in Conv1D",
                 (linear, kernel),
                 {rf"{re.escape(role.module)}\.{role.leaf}$": kernel},
             )
@@ -178,44 +181,100 @@ def _layout(
         return None, ()
     canonical = shape[::-1] if transposed else shape
     offset = 0
-    if parts == ("model.embed_positions.weight",):
-        offset = side.settings.get("position_offset", 0)
+    if parts[0].endswith("model.embed_positions.weight"):
         if len(shape) == 3 and shape[0] == 1:
             return None, ()
-    if len(parts) == 1 and parts[0].endswith(GATE_UP[1] + ".weight") and _twice(side, roles, role, canonical, found):
+        known_offset = _position_offset(side, name)
+        offset = known_offset or 0
+        if known_offset is None:
+            found.unknown_offsets.add(name)
+    if len(parts) == 1 and GATE_UP[1] in parts[0] and _twice(side, roles, role, canonical, found):
         parts = (parts[0].replace("up_proj", "gate_proj"), parts[0])
     if len(parts) == 1:
-        layout = Layout("alone", transposed, (canonical[0],) if canonical else (), experts=experts, offset=offset)
+        layout = Layout(transposed, (canonical[0],) if canonical else (), experts=experts, offset=offset)
         return layout, _each_expert(parts, experts)
-    arrangement, known = arrangement_of(
-        side.model_type,
-        role.module,
-        multi_query=side.settings.get("num_key_value_heads") == 1,
-        new_falcon=bool(getattr(side.config, "new_decoder_architecture", False)),
-        code=side.tensors[name].code,
-    )
-    if len(parts) == 2 and arrangement == "by head":
-        arrangement, known = "stacked", False
     rows = _rows(side, len(parts), canonical[0], found.width)
-    if not arrangement or not rows:
-        front = name[: -len(f"{role.module}.{role.leaf}")] if role.leaf else name
-        found.ambiguous.append(
-            Ambiguity(
-                (name,),
-                "its query, key and value may be stacked or interleaved by head, and nothing tells which"
-                if rows and len(parts) == 3
-                else "nothing tells how its parts are divided",
-                (f"{front}qkv_proj (stacked)", f"{front}qkv_by_head (interleaved)"),
-                {rf"\b{re.escape(role.module)}\.": "qkv_proj."},
-            )
-        )
-        return None, ()
-    if not known:
+    arrangement = _arrangement(side, name, role, len(parts))
+    if arrangement is None and rows and is_usually_stacked(role.module, side.tensors[name].code):
         found.usual.add(name)
-    heads = side.settings.get("num_key_value_heads", 0)
-    if arrangement == "by head" and (not heads or rows[1] % heads):
+        arrangement = (1, ())
+    blocks, order = arrangement or (1, ())
+    if arrangement is None or not rows or any(size % blocks for size in rows):
+        found.ambiguous.append(_undivided(name, role, len(parts), known_rows=bool(rows)))
         return None, ()
-    return Layout(arrangement, transposed, rows, heads, experts), _each_expert(parts, experts)
+    return Layout(bool(transposed), rows, blocks, order, experts), _each_expert(parts, experts)
+
+
+def _position_offset(side: Side, name: str) -> int | None:
+    """The row of a table of positions that the first position has; None: unknown."""
+    known = side.settings.get("position_offset")
+    if known is not None or side.module is None or side.tensors[name].renamed:
+        return known
+    path = _own_name(side, name).rpartition(".")[0]
+    if path not in side.probes:
+        try:
+            side.module.get_submodule(path)
+        except AttributeError:  # no module's parameter
+            return None
+        side.probes[path] = probed_offset(side.module, path) if path else None
+    return side.probes[path]
+
+
+def _own_name(side: Side, name: str) -> str:
+    """A tensor's name in the side's module."""
+    sources = side.tensors[name].value.sources
+    return sources[0] if sources else name
+
+
+def _arrangement(side: Side, name: str, role: Role, parts: int) -> tuple[int, tuple[int, ...]] | None:
+    """The blocks and the order of a fused tensor's parts, if they are known; None: they are not."""
+    tensor = side.tensors[name]
+    if (role.module == "in_proj" and tensor.holder == "MultiheadAttention") or name.rpartition(".")[2].startswith(
+        "in_proj_"
+    ):
+        return (1, ())
+    if tensor.renamed and role.module in ("qkv_proj", "gate_up_proj"):
+        return (1, ())
+    heads = side.settings.get("num_key_value_heads", 0)
+    new_falcon = bool(getattr(side.config, "new_decoder_architecture", False))
+    known = known_arrangement(side.model_type, role.module, parts, heads, new_falcon)
+    if known is not None or side.module is None or tensor.renamed:
+        return known
+    path = _own_name(side, name).rpartition(".")[0]
+    try:
+        kind = kind_of_module(side.module, path)
+    except AttributeError:  # no module's parameter
+        return None
+    if kind not in side.probes:
+        side.probes[kind] = probed(side.module, path, parts)
+    found = side.probes[kind]
+    return (found[0], () if list(found[1]) == sorted(found[1]) else found[1]) if found else None
+
+
+def taken_as_stacked(name: str, role: Role, target: str) -> Ambiguity:
+    """The note on a fused tensor of the source that was read as is usual for its name, and went to `target`."""
+    why = f"{name} is read as stacked, which is usual for this name, and may be interleaved by head"
+    candidates = ("qkv_proj (stacked)", "qkv_by_head (interleaved)")
+    rename = {rf"\b{re.escape(role.module)}\.": "qkv_by_head."}
+    return Ambiguity((target,), why, candidates, rename, "placed by what is usual")
+
+
+def _undivided(name: str, role: Role, parts: int, *, known_rows: bool) -> Ambiguity:
+    """A fused tensor of which nothing tells how its parts are divided."""
+    front = name[: -len(f"{role.module}.{role.leaf}")] if role.leaf else name
+    if parts == 3:
+        why = "its query, key and value may be stacked or interleaved by head, and nothing tells which"
+        candidates: tuple[str, ...] = (f"{front}qkv_proj (stacked)", f"{front}qkv_by_head (interleaved)")
+        chosen = "qkv_proj."
+    else:
+        why, candidates, chosen = (
+            "nothing tells which part is the gate",
+            (f"{front}gate_up_proj (gate first)",),
+            "gate_up_proj.",
+        )
+    if not known_rows:
+        why = "nothing tells how many rows each of its parts has: pass config="
+    return Ambiguity((name,), why, candidates, {rf"\b{re.escape(role.module)}\.": chosen})
 
 
 def _each_expert(parts: tuple[str, ...], experts: int) -> tuple[str, ...]:
@@ -225,7 +284,7 @@ def _each_expert(parts: tuple[str, ...], experts: int) -> tuple[str, ...]:
 
 
 def _twice(side: Side, roles: dict[str, Role], role: Role, shape: tuple[int, ...], found: Places) -> bool:
-    """Whether an MLP's first matrix holds gate and up: it has twice the rows that the second one reads."""
+    """Whether an MLP's first matrix contains gate and up: it has twice as many rows as the second has inputs."""
     down = role.parts[0].replace(GATE_UP[1], "mlp.down_proj")
     down = down.rpartition(".")[0] + ".weight"
     other = next((side.tensors[n].shape for n, r in roles.items() if r.parts == (down,)), None)
@@ -247,7 +306,7 @@ def _rows(side: Side, parts: int, rows: int, width: int) -> tuple[int, ...]:
 
 
 def _settle_doubles(side: Side, found: Places, prefer: set[str]) -> None:
-    """Of several tensors with one role none counts, unless they are equal, or one has the name that is asked for."""
+    """Drop a role that several tensors have, unless they are equal or one has the requested name."""
     holding: dict[str, list[str]] = defaultdict(list)
     for name, parts in found.roles.items():
         for part in parts:

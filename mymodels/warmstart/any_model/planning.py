@@ -1,4 +1,4 @@
-"""From any source and any target to a `Plan`: both are described, the matchers run, what is left starts anew."""
+"""Make a `Plan` for any source and target: describe both, run the matchers, initialise the rest."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,12 @@ from ..conversion import same
 from ..key_mapping import is_chosen, plain
 from ..lazy_tensor import Value, Why, constant
 from ..opening import Opened, read_tensor
-from ..planning import Plan, check_dtype, compiled, loaded_share, make_rows, rounded, tied_names
-from ..report import short_names
+from ..planning import Plan, check_dtype, compiled, loaded_share, make_rows, rounded
+from ..report import AMBIGUOUS, short_names
 from ..sources import Source
+from .by_role import by_role
 from .factors import by_factors
-from .matching import Matching, by_name, by_new_name, by_prefix, by_role
+from .matching import Matching, by_name, by_new_name, by_prefix
 from .placing import Ambiguity
 from .sides import (
     Side,
@@ -26,6 +27,7 @@ from .sides import (
     holders,
     joined_pairs,
     made_by,
+    names_in_order,
     norm_like,
     own_tensors,
     pairs_of,
@@ -35,12 +37,12 @@ from .sides import (
 )
 from .structure import by_structure
 
-_META_LLAMA = re.compile(r"(?:^|\.)layers\.\d+\.attention\.wq\.weight$")  # as Meta publishes Llama
+_META_LLAMA = re.compile(r"(?:^|\.)layers\.\d+\.attention\.wq\.weight$")  # Meta's Llama checkpoints
 MATCHERS = (by_new_name, by_role, by_name, by_prefix, by_factors, by_structure)
 
 
 def describe_target(model: torch.nn.Module) -> Side:
-    """The target as a side; of tied tensors the first name."""
+    """The target as a side; tied tensors have their first name."""
     refuse_meta(model)
     config = getattr(model, "config", None)
     config = config if isinstance(config, PretrainedConfig) else None
@@ -49,14 +51,14 @@ def describe_target(model: torch.nn.Module) -> Side:
         own = partial(torch.Tensor.detach, tensor)
         value = Value(tuple(tensor.shape), tensor.dtype, own, steps=("kept as the model had it",), kind="new")
         tensors[name] = Tensor(value, *held.get(name, ("", "")))
-    return Side(tensors, config, type(model).__name__, True, settings_of(config, model))
+    return Side(tensors, config, type(model).__name__, True, settings_of(config, model), module=model)
 
 
 def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, dict[str, Why]]:
-    """The source as a side, its tensors renamed; and tensors that are no weights.
+    """The source as a side with `rename` applied, and its tensors that are not weights.
 
     Raises:
-        CheckpointError: `rename` is no regular expression, or gives two tensors one name.
+        CheckpointError: `rename` is not a valid regular expression, or gives two tensors the same name.
     """
     module, raw, empty = opened.module, opened.raw, None
     config = getattr(module, "config", None) if module is not None else None
@@ -77,7 +79,7 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
                 seen = re.sub(pattern, replacement, seen)
             except (re.error, IndexError) as error:
                 raise CheckpointError(
-                    f"rename={{{pattern!r}: {replacement!r}}} is no regular expression: {error}"
+                    f"rename={{{pattern!r}: {replacement!r}}} is not a regular expression: {error}"
                 ) from None
         if seen in seen_as:
             raise CheckpointError(
@@ -86,7 +88,7 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
             )
         seen_as[seen] = name
         if info.dtype == torch.bool or re.search(r"(^|\.)(position_ids|token_type_ids|masked_bias|inv_freq)$", seen):
-            why[name] = Why("a constant, which the model computes itself", "exact", constant=True)
+            why[name] = Why("a constant that the model computes itself", "exact", constant=True)
             continue
         renamed = seen != plain(name)
         holder = known.get(name, known.get(plain(name), ("", ""))) if not renamed else ("", "")
@@ -100,11 +102,11 @@ def describe_source(opened: Opened, rename: Mapping[str, str]) -> tuple[Side, di
         settings["rotary_pairs"] = "interleaved"
     seconds = second_names(opened.tensors)
     aliases = {seen: seconds[name] for seen, name in seen_as.items() if name in seconds}
-    return Side(tensors, config, kind, ordered, settings, aliases), why
+    return Side(tensors, config, kind, ordered, settings, aliases, module), why
 
 
 def _settings_beside(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config of no known class says of the heads."""
+    """Head settings from a config of unknown class."""
     if not raw:
         return {}
     return settings_of(
@@ -121,27 +123,28 @@ def plan_any(
     only: Sequence[str] = (),
     made_here: bool = False,
     **options: Any,
-) -> tuple[Plan, set[str]]:
+) -> tuple[Plan, set[str], dict[str, set[str]]]:
     """Decide what each tensor of `model` is made of; its own values stay where nothing is loaded.
 
     Args:
-        made_here: whether the model was made for this warm start, from a config.
+        made_here: whether the model was built from a config for this warm start.
         options: fields of `Change`.
 
     Returns:
-        the plan, and the tensors whose placement only a run can prove.
+        the plan; the tensors whose placement only a run can prove; and notes that hold until all of their tensors are
+        proven.
 
     Raises:
-        CheckpointError: the widths differ, a quantised tensor would be needed, or an option is impossible.
+        CheckpointError: the widths differ, a quantised tensor would be needed, or an option is invalid.
     """
     if not opened.info and options["vectors"] is None:
-        raise CheckpointError(f"{opened.where} has no tensors: there is nothing to start from")
+        raise CheckpointError(f"{opened.where} has no tensors, so there is nothing to load")
     unwanted, wanted = compiled("skip", skip), compiled("only", only)
     target = describe_target(model)
     source, why = describe_source(opened, rename)
     source.tensors = {n: t for n, t in source.tensors.items() if not _left_out(t, n, unwanted, wanted, why)}
     pairs = _common_pairs(source, target)
-    tied = {names[0]: names for names in tied_names(model).values()}
+    tied = {names[0]: names for names in names_in_order(model).values()}
     _check_width(source, target, opened.where)
     matching = Matching(source, target, options, why=why)
     for matcher in MATCHERS:
@@ -161,7 +164,8 @@ def plan_any(
             f"nothing shows how the square matrices {shown} are stored: they are taken as nn.Linear has them, [out, in]; a "
             "model or a config as the source, or rename= to a name that ends in .kernel for [in, out], settles it"
         )
-    notes = [*matching.notes, *_assumed(matching), *(_described(found) for found in _collapsed(matching.ambiguous))]
+    described = [(_described(found), found.placed, own) for found, own in _collapsed(matching.ambiguous)]
+    notes = [*matching.notes, *_assumed(matching), *(note for note, *_ in described)]
     used = _as_source(opened, source, matching)
     rows = make_rows(
         values,
@@ -172,7 +176,10 @@ def plan_any(
     )
     share = loaded_share(used, matching.why, values)
     plan: Any = Plan(model, used, values, names, rows, notes, *share)  # type: ignore[arg-type]
-    return plan, {n for name in unproven for n in names.get(name, (name,))}
+    until_proven = {
+        note: {n for name in own for n in names.get(name, (name,))} for note, placed, own in described if placed
+    }
+    return plan, {n for name in unproven for n in names.get(name, (name,))}, until_proven
 
 
 def _left_out(tensor: Tensor, name: str, skip: list[re.Pattern], only: list[re.Pattern], why: dict[str, Why]) -> bool:
@@ -220,7 +227,7 @@ def _values(
 
 
 def _no_bias(matching: Matching, weight: str) -> bool:
-    """Whether the module that a weight came from has no bias at all."""
+    """Whether the source module of a weight has no bias."""
     origin = {
         name
         for name, t in matching.source.tensors.items()
@@ -250,27 +257,22 @@ def _why_unused(matching: Matching, model: torch.nn.Module, opened: Opened, name
     if buffer is not None:
         stored = opened.tensors[name]
         if buffer.shape == stored.shape and torch.equal(buffer, stored.to(buffer)):
-            return Why("a buffer, which has these values already", "exact", constant=True)
-        return Why("a buffer, which keeps the target's values")
+            return Why("a buffer that already has these values", "exact", constant=True)
+        return Why("a buffer that keeps the target's values")
     kind = matching.target.kind
     if seen in matching.source.aliases:
         return Why(f"{matching.source.aliases[seen]} is the same tensor", "exact", constant=True)
     if any(name in found.names or seen in found.names or seen in found.candidates for found in matching.ambiguous):
-        return Why("it can go to several places, see the notes")
+        return Why("several target tensors are possible, see the notes")
     if seen in matching.undecided:
-        return Why("nothing decides where it belongs, see the notes")
-    return Why(f"{kind} has no place for it")
+        return Why("its place is unknown, see the notes")
+    return Why(f"{kind} has no tensor for it")
 
 
 def _assumed(matching: Matching) -> list[str]:
-    """What had to be assumed of a source without config or class."""
+    """Notes on what is assumed for a source without config or class."""
     source, target = matching.source, matching.target
     if source.kind or source.config is not None:
-        return []
-    names = {n: t.shape for n, t in source.tensors.items()}
-    if names == {n: t.shape for n, t in target.tensors.items()}:
-        return []
-    if {n: s for n, s in names.items() if n in target.tensors} == {n: t.shape for n, t in target.tensors.items()}:
         return []
     open_settings = [name for name in target.settings if name not in source.settings and name != "position_offset"]
     heads = [
@@ -284,17 +286,18 @@ def _assumed(matching: Matching) -> list[str]:
     ]
 
 
-def _collapsed(ambiguous: list[Ambiguity]) -> list[Ambiguity]:
-    """Layers that are ambiguous in one way, as one."""
+def _collapsed(ambiguous: list[Ambiguity]) -> list[tuple[Ambiguity, set[str]]]:
+    """Layers that are ambiguous in one way, as one; and the names of all."""
     number = re.compile(r"(?<=[.^])\d+(?=\\?\.)")
     groups: dict[tuple, list[Ambiguity]] = {}
     for found in ambiguous:
-        key = (found.placed, *(number.sub("*", name) for name in (*found.names, *found.candidates, found.why)))
+        key = (found.placed, *(number.sub("*", text) for text in (*found.rename, *found.candidates, found.why)))
         groups.setdefault(key, []).append(found)
     made = []
     for members in groups.values():
+        all_names = {name for found in members for name in found.names}
         if len(members) == 1:
-            made.append(members[0])
+            made.append((members[0], all_names))
             continue
         rename = {}
         for pattern, replacement in members[0].rename.items():
@@ -307,28 +310,30 @@ def _collapsed(ambiguous: list[Ambiguity]) -> list[Ambiguity]:
             rename[pattern] = replacement
         names = tuple(short_names([found.names for found in members]).split(", "))
         candidates = tuple(short_names([(c,) for found in members for c in found.candidates]).split(", "))
-        made.append(Ambiguity(names, members[0].why, candidates, rename, members[0].placed))
+        why = number.sub("*", members[0].why)
+        made.append((Ambiguity(names, why, candidates, rename, members[0].placed), all_names))
     return made
 
 
 def _described(found: Ambiguity) -> str:
     names = ", ".join(found.names[:4]) + (f" and {len(found.names) - 4} more" if len(found.names) > 4 else "")
     candidates = ", ".join(found.candidates[:8])
-    how = "placed by their order alone" if found.placed else "ambiguous, so not loaded"
-    return f"{how}: {names}: {found.why}; candidates: {candidates}; decide with rename={found.rename!r}"
+    how = found.placed or AMBIGUOUS
+    decide = f"; decide with rename={found.rename!r}" if found.rename else ""
+    return f"{how}: {names}: {found.why}; candidates: {candidates}{decide}"
 
 
 def _check_width(source: Side, target: Side, where: str) -> None:
-    """Refuse another width.
+    """Check that both models have the same width.
 
     Raises:
-        CheckpointError: both configs say how wide the models are, and differ.
+        CheckpointError: the hidden_size of the configs differs.
     """
     widths = [getattr(side.config, "hidden_size", None) for side in (source, target)]
     if all(isinstance(width, int) for width in widths) and widths[0] != widths[1]:
         raise CheckpointError(
-            f"{where} has hidden_size={widths[0]}, the target {widths[1]}: the width of the model is the one thing that "
-            "cannot be changed; set hidden_size to the source's"
+            f"{where} has hidden_size={widths[0]}, the target {widths[1]}: a warm start cannot change the width "
+            "of a model; set hidden_size to the source's"
         )
 
 
@@ -345,13 +350,13 @@ def _norms(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 class _Pairs:
-    """Weight-normed pairs of the target that are filled as the weight they give."""
+    """Weight-norm pairs of the target, which are matched as the weight that they represent."""
 
     def __init__(self, pairs: dict[str, tuple[str, str]], names: dict[str, str], tensors: dict[str, Tensor]):
         self.pairs, self.names, self.tensors = pairs, names, tensors
 
     def restored(self, values: dict[str, Value], unproven: set[str]) -> tuple[dict[str, Value], set[str]]:
-        """The values under the target's own names, each weight again as its pair."""
+        """The values under the target's names, with weights converted back to pairs."""
         made: dict[str, Value] = {}
         unsure = set()
         for name, value in values.items():
@@ -373,7 +378,7 @@ class _Pairs:
 
 
 def _common_pairs(source: Side, target: Side) -> _Pairs:
-    """Bring weight-normed pairs to one form: as pairs if both have them, else as the weight that they give."""
+    """Convert weight-norm pairs to weights, unless both sides have the pair."""
     original = dict(target.tensors)
     found = [pairs_of(side.tensors) for side in (source, target)]
     for side, pairs in zip((source, target), found):

@@ -1,4 +1,4 @@
-"""What a tensor is for, by the names that models commonly use: each name → a role.
+"""Roles of tensors, from the names that models commonly use.
 
 Roles have the names of MyGPT2's parameters (`model.layers.3.self_attn.q_proj.weight`), so that the transforms of
 `warm_start` apply to them. Roles that MyGPT2 lacks (norms after the sum, experts, a head's transform) have names of their
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_ATTENTION = r"(?:attn|attention|self_attn|self_attention|SelfAttention|mha|sa|self)"
+_ATTENTION = r"(?:attn|attention|self_attn|self_attention|SelfAttention|multi_head_attention|mha|sa|self)"
 _MLP = r"(?:mlp|ffn|DenseReluDense|feed_forward|ff|feedforward|moe|block_sparse_moe)"
-# regex of a module's path inside a layer → its roles; the first that matches the whole path counts
+# regex of a module's path inside a layer → its roles; the first full match counts
 _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?:.*\.)?(?:c_attn|qkv|qkv_proj|Wqkv|wqkv|in_proj|query_key_value|qkv_by_head|to_qkv|qkv_linear)", QKV),
     (r"(?:.*\.)?(?:q_proj|q_lin|query_proj|query|wq|to_q|q_linear|linear_q|Wq|W_q|w_q|q)", QKV[:1]),
@@ -27,8 +27,8 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("self_attn.o_proj",),
     ),
     (r"o_proj", ("self_attn.o_proj",)),
-    (r"attention\.output\.LayerNorm|sa_layer_norm", ("attention_output_norm",)),
-    (r"output\.LayerNorm|output_layer_norm", ("mlp_output_norm",)),
+    (r"attention\.output\.LayerNorm|sa_layer_norm|(?:.*\.)?attention\.(?:LayerNorm|ln)", ("attention_output_norm",)),
+    (r"output\.LayerNorm|output_layer_norm|(?:.*\.)?full_layer_layer_norm", ("mlp_output_norm",)),
     (
         r"(?:.*\.)?(?:input_layernorm|ln_1|ln1|attn_norm|self_attn_layer_norm|norm1|norm_1|attention_norm|ln_attn|"
         r"layer_?norm1|layer_?norm_?before|attn_ln|pre_attention_norm)",
@@ -36,7 +36,8 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         r"(?:.*\.)?(?:post_attention_layernorm|ln_2|ln2|mlp_norm|final_layer_norm|norm2|norm_2|ffn_norm|ln_mlp|"
-        r"layer_?norm2|layer_?norm_?after|mlp_ln|ffn_ln|pre_feedforward_layernorm)",
+        r"layer_?norm2|layer_?norm_?after|mlp_ln|ffn_ln|pre_feedforward_layernorm)|"
+        r"intermediate\.LayerNorm|LayerNorm|ln",
         ("post_attention_layernorm",),
     ),
     (r"(?:.*\.)?post_feedforward_layernorm", ("mlp_output_norm",)),
@@ -44,11 +45,12 @@ _IN_LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(?:.*\.)?(?:gate_up_proj|w13)", GATE_UP),
     (r"(?:.*\.)?(?:gate_proj|gate|wi_0)", GATE_UP[:1]),
     (
-        r"(?:.*\.)?(?:c_fc|fc1|fc_1|lin1|intermediate\.dense|dense_h_to_4h|fc_in|linear1|linear_1|fc|up_proj|wi|wi_1|Wi|up|w3)",
+        r"(?:.*\.)?(?:c_fc|fc1|fc_1|lin1|intermediate\.dense|dense_h_to_4h|fc_in|linear1|linear_1|fc|up_proj|wi|wi_1|Wi|up|w3|"
+        r"ffn)",
         GATE_UP[1:],
     ),
     (
-        r"(?:.*\.)?(?:fc2|fc_2|lin2|dense_4h_to_h|fc_out|linear2|linear_2|down_proj|w2|down)|output\.dense|"
+        r"(?:.*\.)?(?:fc2|fc_2|lin2|dense_4h_to_h|fc_out|linear2|linear_2|down_proj|w2|down|ffn_output)|output\.dense|"
         rf"(?:.*\.)?{_MLP}\.(?:c_proj|proj|wo|Wo|out_proj|dense|output)",
         ("mlp.down_proj",),
     ),
@@ -69,31 +71,33 @@ _OUTSIDE: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:.*\.)?(?:token_type_embeddings|segment_embeddings)", "model.embed_types"),
     (r"(?:.*\.)?(?:embeddings\.(?:LayerNorm|norm)|word_embeddings_layernorm|embed_norm)", "model.embed_norm"),
-    (r"(?:.*\.)?(?:embeddings_project|project_in)", "model.embed_project"),
+    (r"(?:.*\.)?(?:embeddings_project|embedding_hidden_mapping_in|project_in)", "model.embed_project"),
     (r"(?:.*\.)?pooler\.dense", "model.pooler"),
     (
-        r"(?:.*\.)?(?:cls\.predictions\.transform\.dense|lm_head\.dense|vocab_transform|generator_predictions\.dense)|head\.dense",
+        r"(?:.*\.)?(?:cls\.predictions\.transform\.dense|lm_head\.dense|vocab_transform|generator_predictions\.dense|predictions\.dense)|head\.dense",
         "head.dense",
     ),
     (
         r"(?:.*\.)?(?:cls\.predictions\.transform\.LayerNorm|lm_head\.layer_norm|vocab_layer_norm|"
-        r"generator_predictions\.LayerNorm)|head\.norm",
+        r"generator_predictions\.LayerNorm|predictions\.LayerNorm)|head\.norm",
         "head.norm",
     ),
     (
         r"(?:.*\.)?(?:lm_head|embed_out|generator_lm_head|vocab_projector|cls\.predictions\.decoder|lm_head\.decoder|"
-        r"cls\.predictions)|decoder|output|unembed",
+        r"cls\.predictions|predictions\.decoder|predictions)|decoder|output|unembed",
         "lm_head",
     ),
     (r"(?:.*\.)?(?:ln_f|final_layernorm|final_layer_norm|final_norm|norm_f|ln_final)", "model.norm"),
     (r"(?:(?:.*\.)?(?:model|transformer|decoder|encoder|backbone|net))?\.?norm", "model.norm"),
 )
+_OF_A_STACK = ("model.embed_positions.", "model.embed_norm.", "model.norm.")  # an encoder and a decoder have one each
 _CROSS = re.compile(
     r"(?:^|\.)(?:encoder_attn|EncDecAttention|crossattention|cross_attn|cross_attention|multihead_attn)"
 )
 _EXPERT = re.compile(r"^(?:.*\.)?experts\.(\d+)\.(.+)$")
 _STACKED_EXPERTS = re.compile(r"^(?:.*\.)?experts\.(gate_up_proj|down_proj|up_proj|gate_proj)$")
 _LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.(.+)$")
+_OUT_BESIDE = re.compile(r"o_proj|out_proj|out_lin|wo|Wo|W_o|w_o|o|out|proj|to_out")  # beside query, key and value
 # a parameter's own name → weight or bias; a kernel is stored [in, out]
 LEAVES = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "kernel": "weight", "scale": "weight"}
 _INSIDE = [(re.compile(pattern), roles) for pattern, roles in _IN_LAYER]
@@ -101,10 +105,10 @@ _AROUND = [(re.compile(pattern), role) for pattern, role in _OUTSIDE]
 
 
 class Role(NamedTuple):
-    """What one tensor is for.
+    """The role of a tensor.
 
     Attributes:
-        parts: the roles of what the tensor holds, in order; several of a fused tensor.
+        parts: the roles of the tensor's parts, in order; several for a fused tensor.
         module: the last part of the module's name, such as `c_attn`.
         leaf: the parameter's own name.
         layer: the layer's number; None outside the layers.
@@ -119,7 +123,7 @@ class Role(NamedTuple):
 
 
 def roles_by_name(names: Iterable[str]) -> dict[str, Role]:
-    """The roles of those names that have one.
+    """Name → role, for names with a known role.
 
     Example:
         >>> roles_by_name(["transformer.h.0.ln_1.weight"])["transformer.h.0.ln_1.weight"].parts
@@ -144,8 +148,18 @@ def roles_by_name(names: Iterable[str]) -> dict[str, Role]:
             roles[name] = role._replace(parts=parts)
     for name in split:
         if name not in roles and not _in_a_layer(name, main) and (found := _outside(name)):
-            roles[name] = found
+            front = _stack_around(name, main) if found.parts[0].startswith(_OF_A_STACK) else ""
+            roles[name] = found._replace(parts=tuple(front + part for part in found.parts))
     return roles
+
+
+def _stack_around(name: str, stacks: dict[str, str]) -> str:
+    """What the roles of an encoder or a decoder have in front, for a tensor beside its layers."""
+    for stack, front in stacks.items():
+        beside = stack.rpartition(".")[0]
+        if front in ("encoder:", "decoder:") and beside and name.startswith(f"{beside}."):
+            return front
+    return ""
 
 
 def _split(name: str) -> tuple[str, int, str, str] | None:
@@ -162,7 +176,7 @@ def _split(name: str) -> tuple[str, int, str, str] | None:
 
 
 def _stacks(found: Iterable[str]) -> dict[str, str]:
-    """Each list of layers → what its roles have in front: nothing if there is one list, else encoder or decoder."""
+    """Path of each list of layers → role prefix: "" for a single list, else encoder or decoder."""
     stacks = list(dict.fromkeys(found))
     if len(stacks) == 1:
         return {stacks[0]: ""}
@@ -199,12 +213,21 @@ def _in_layer(path: str, leaf: str, modules: set[str]) -> Role | None:
         return role._replace(parts=tuple(part.replace("mlp.", f"mlp.experts.{expert[1]}.", 1) for part in role.parts))
     has_experts = any("experts." in m for m in modules)
     parts = next((roles for pattern, roles in _INSIDE if pattern.fullmatch(path)), ())
+    if not parts and _OUT_BESIDE.fullmatch(module):
+        beside = [m for m in modules if m.rpartition(".")[0] == path.rpartition(".")[0]]
+        projections = {role for m in beside for pattern, roles in _INSIDE[:4] if pattern.fullmatch(m) for role in roles}
+        parts = ("self_attn.o_proj",) if projections >= set(QKV) else ()
     if not parts:
         return None
     if module == "gate" and has_experts:
         parts = ("mlp.router",)
     if module == "w1" and not any(m.rpartition(".")[2] == "w3" for m in modules):
         parts = GATE_UP[1:]
+    after = any(m.endswith("full_layer_layer_norm") or m == "output.LayerNorm" for m in modules)
+    if path.endswith(("attention.LayerNorm", "attention.ln")) and not after:  # ESM, Megatron: before the attention
+        parts = ("input_layernorm",)
+    if path in ("LayerNorm", "ln") and not modules & {"attention.LayerNorm", "attention.ln"}:
+        return None
     gemma = any(m.endswith("pre_feedforward_layernorm") for m in modules)
     if gemma and module == "post_attention_layernorm":
         parts = ("attention_output_norm",)
@@ -221,7 +244,7 @@ def _outside(name: str) -> Role | None:
         path = path[path.rindex("head.") :]
     for pattern, role in _AROUND:
         if pattern.fullmatch(path):
-            if role == "lm_head" and path.endswith("cls.predictions") and leaf != "bias":
+            if role == "lm_head" and path.endswith("predictions") and leaf != "bias":
                 return None
             return Role((f"{role}.{LEAVES[leaf]}",), path.rpartition(".")[2], leaf)
     return None

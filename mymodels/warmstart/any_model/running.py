@@ -1,4 +1,4 @@
-"""Run any source and any target on the same inputs: only that proves what was placed by structure."""
+"""Run source and target on the same inputs, the only proof of an assignment by structure."""
 
 import contextlib
 from collections.abc import Mapping
@@ -31,13 +31,14 @@ _ERRORS = (
 
 @dataclass
 class AnyChecker:
-    """How to run a warm start's source beside its target, where no table knows them.
+    """Compares outputs of a warm start's source and target, for models without a table in `key_mapping`.
 
     Attributes:
         opened: what was read.
         unproven: the target's parameters of which only a run can say that they are right.
         token_rows: which tokens go together, if the two have other tokenizers.
         unshown: what no tensor shows, and only a run that agrees can.
+        until_proven: notes that hold until all of their tensors are proven.
         compared_all: whether the last run compared all that was loaded, and not only the models below their heads.
         proven: those of `unproven` that the last run that agreed depended on.
     """
@@ -46,6 +47,7 @@ class AnyChecker:
     unproven: set[str]
     token_rows: Any = None
     unshown: str = ""
+    until_proven: Mapping[str, set[str]] = field(default_factory=dict)
     proven: set[str] = field(default_factory=set)
     compared_all: bool = True
 
@@ -54,18 +56,18 @@ class AnyChecker:
         return max(sizes) <= SMALL
 
     def run(self, model: torch.nn.Module, new: set[str], inputs: Any = None, *, exact: bool) -> tuple[Check, None]:
-        """Compare the outputs; see `Checker.run`. Where the difference begins is not looked for."""
+        """Compare the outputs; see `Checker.run`. Does not locate the first difference."""
         self.proven = set()
         try:
             if self.token_rows is not None:
                 raise CheckpointError("source and target have other tokens")
             reference = self._reference(model)
-            given = _made_up(model, reference) if inputs is None else [_given(inputs)]
+            given = self._runnable(model, reference) if inputs is None else [_given(inputs)]
             theirs, ours = _same_parts(reference, model, new)
             front = "" if ours is model else f"{model.base_model_prefix}."
             self.compared_all = not front or all(n.startswith(front) or n in new for n, _ in model.named_parameters())
             check = self._compare(theirs, ours, given, torch.float32)
-            if not check.agrees:  # is it float32's rounding?
+            if not check.agrees:  # repeat in float64, in case of rounding errors
                 with contextlib.suppress(*_ERRORS):  # not every kernel takes float64
                     check = self._compare(theirs, ours, given, torch.float64)
             if check.agrees and self.unproven:
@@ -74,7 +76,7 @@ class AnyChecker:
                 }
         except CheckpointError as error:
             return Check(what=str(error)), None
-        except _ERRORS as error:  # someone's forward
+        except _ERRORS as error:  # of any forward
             if inputs is not None:
                 raise CheckpointError(
                     f"source and target could not be run on these inputs: {first_line(error, 200)}"
@@ -83,6 +85,18 @@ class AnyChecker:
                 what=f"running them failed ({first_line(error, 200)}); report.check(inputs) takes others"
             ), None
         return check, None
+
+    def _runnable(self, model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
+        """Made-up inputs that both take; of a model that does not say it, tokens or numbers, whichever runs."""
+        first = made_up(model, reference)
+        if isinstance(first[0], dict):
+            return first
+        with torch.no_grad():
+            for inputs in (first, *_other_inputs(model, reference, first)):
+                with contextlib.suppress(*_ERRORS), evaluating(reference, torch.float32) as theirs:
+                    _call(theirs, inputs[0], torch.float32)
+                    return inputs
+        return first
 
     def _reference(self, model: torch.nn.Module) -> torch.nn.Module:
         if self.opened.module is not None:
@@ -116,7 +130,7 @@ class AnyChecker:
             for batch in batches:
                 for name, (mine, other) in _outputs(_call(ours, batch, dtype), _call(theirs, batch, dtype)).items():
                     if name == "logits" and mine.shape[:-1] == other.shape[:-1] and mine.shape[-1] != other.shape[-1]:
-                        both = min(mine.shape[-1], other.shape[-1])  # the tokens that both have
+                        both = min(mine.shape[-1], other.shape[-1])  # tokens of both vocabularies
                         mine, other = mine[..., :both], other[..., :both]
                     if mine.shape != other.shape:
                         raise CheckpointError(
@@ -136,7 +150,7 @@ def _rows(batches: list[Any]) -> int:
 
 
 def _same_parts(reference: Any, model: Any, new: set[str]) -> tuple[Any, Any]:
-    """Both models, or both without their heads, where the heads are not of one kind or start anew."""
+    """Both models, or both without their heads if these differ in kind or are new."""
     if not (isinstance(reference, PreTrainedModel) and isinstance(model, PreTrainedModel)):
         return reference, model
     heads = [_head(side) for side in (reference, model)]
@@ -164,14 +178,14 @@ def _given(inputs: Any) -> Any:
     raise CheckpointError("inputs= is a dict of tensors, as a tokenizer returns it, or what the models' forward takes")
 
 
-def _made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
+def made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
     """Inputs that both take: tokens that both have, else numbers as wide as the first layer."""
     made = torch.Generator().manual_seed(0)
     first = next((m for m in model.modules() if next(m.parameters(recurse=False), None) is not None), None)
     if isinstance(model, PreTrainedModel) or isinstance(first, torch.nn.Embedding):
         tables = [_vocabulary(side) for side in (model, reference)]
         if None in tables:
-            raise CheckpointError("no inputs can be made up for these models: call report.check(inputs)")
+            raise CheckpointError("no inputs can be generated for these models: call report.check(inputs)")
         size = min(table for table in tables if table is not None)
         lengths = [
             getattr(getattr(side, "config", None), "max_position_embeddings", 16) or 16 for side in (model, reference)
@@ -194,7 +208,16 @@ def _made_up(model: torch.nn.Module, reference: torch.nn.Module) -> list[Any]:
         ][:1]
     if isinstance(first, torch.nn.Conv2d):
         return [(torch.randn(2, first.in_channels, 32, 32, generator=made),)]
-    raise CheckpointError("no inputs can be made up for these models: call report.check(inputs)")
+    raise CheckpointError("no inputs can be generated for these models: call report.check(inputs)")
+
+
+def _other_inputs(model: torch.nn.Module, reference: torch.nn.Module, first: list[Any]) -> list[list[Any]]:
+    """Tokens for models whose first module takes numbers but which have embeddings behind it, such as a tied head's."""
+    tables = [_vocabulary(side) for side in (model, reference)]
+    if not first[0][0].is_floating_point() or None in tables:
+        return []
+    size = min(table for table in tables if table is not None)
+    return [[(torch.randint(size, (3, 8), generator=torch.Generator().manual_seed(0)),)]]
 
 
 def _vocabulary(model: torch.nn.Module) -> int | None:
@@ -227,7 +250,7 @@ def _named(output: Any) -> dict[str, torch.Tensor]:
 
 
 def _outputs(ours: Any, theirs: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The outputs that both have, by name; a tuple's first is compared with whatever the other has first."""
+    """The outputs of both models by name; the first element of a tuple is compared with the other's first output."""
     mine, other = _named(ours), _named(theirs)
     shared = {name: (mine[name], other[name]) for name in mine if name in other}
     if not shared and mine and other and ("output" in mine or "output" in other):
@@ -236,7 +259,7 @@ def _outputs(ours: Any, theirs: Any) -> dict[str, tuple[torch.Tensor, torch.Tens
 
 
 def _depended_on(model: torch.nn.Module, batches: list[Any], compared: set[str]) -> set[str]:
-    """The parameters that change the outputs that were compared, on these inputs."""
+    """The parameters that affect the compared outputs on these inputs."""
     found: set[str] = set()
     with torch.enable_grad(), evaluating(model, torch.float64) as ours:
         copies = dict(ours.named_parameters(remove_duplicate=False))

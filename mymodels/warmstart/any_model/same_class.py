@@ -1,4 +1,4 @@
-"""Whether source and target compute the same with the same weights, as far as their classes and settings show it."""
+"""Whether classes and settings show that source and target compute the same with the same weights."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,14 +10,14 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..opening import Opened
 
-# what a config says of training, of tokens, of where it came from: without effect on what the weights compute
+# config fields on training, tokens and origin, which do not change the outputs of a forward
 _WITHOUT_EFFECT = re.compile(
     r"^_|drop|^init|initializer|_token_id$|^(?:id2label|label2id|num_labels|architectures|transformers_version|dtype|"
     r"torch_dtype|name_or_path|use_cache|return_dict|output_\w+|problem_type|gradient_checkpointing|auto_map|chunk_size\w*|"
     r"pretraining_tp|router_aux_loss_coef|aux_loss_\w+|router_jitter_noise|tokenizer_class|task_specific_params|keys_to_ignore\w*|"
     r"summary_\w+|model_type|is_encoder_decoder|classifier_\w+|bos|eos|training)$"
 )
-# sizes that shapes show, and settings of which the report has rows or a note of their own
+# sizes that shapes show, and settings that the report covers elsewhere
 _SHOWN = re.compile(
     r"^(?:vocab_size|max_position_embeddings|n_positions|n_ctx|type_vocab_size|hidden_size|embedding_size|n_embd|d_model|dim|"
     r"intermediate_size|n_inner|ffn_dim|hidden_dim|d_ff|num_key_value_heads|num_kv_heads|num_local_experts|num_experts|"
@@ -36,7 +36,7 @@ _LAYERS = (
 
 
 def not_shown(opened: Opened, model: torch.nn.Module) -> str:
-    """That source and target compute the same, where nothing but a run can show it; empty where their code shows it."""
+    """Why only a run can show that source and target compute the same; "" if their code shows it."""
     config: Any = getattr(model, "config", None)
     own = type(model).__name__
     source_type = opened.raw.get("model_type")
@@ -72,7 +72,9 @@ def _differing(own: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], mod
         f"{n}: {_text(theirs.get(n))} in the source, {_text(ours.get(n))} in the target" for n in sorted(names)[:4]
     ]
     more = f", and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"two {own} of other settings ({'; '.join(shown)}{more}), and no run has shown that they compute the same"
+    return (
+        f"two {own} with different settings ({'; '.join(shown)}{more}), and no run has shown that they compute the same"
+    )
 
 
 def _text(value: Any) -> str:
@@ -80,7 +82,7 @@ def _text(value: Any) -> str:
 
 
 def _layers_shown(name: str, values: tuple[Any, Any], model: torch.nn.Module) -> bool:
-    """Whether a number of layers is one of modules, whose rows show what became of them; ALBERT's run one again."""
+    """Whether a number of layers is one of modules, so that report rows show each; ALBERT repeats one module."""
     return name in _LAYERS and any(f".{values[1] - 1}." in f".{own}" for own, _ in model.named_parameters())
 
 
@@ -92,7 +94,7 @@ def _of_raw(raw: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in raw.items() if name not in ("model_type", "architectures")}
     try:
         return _of_config(AutoConfig.for_model(raw["model_type"], **given))
-    except Exception:  # fields that this release's class does not take
+    except Exception:  # fields that the class of this release rejects
         return dict(_flat(given))
 
 
@@ -107,7 +109,7 @@ def _flat(values: Mapping[str, Any], front: str = "") -> Iterator[tuple[str, Any
 
 
 def _of_modules(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Class and plain attributes of every module, and buffers that are not saved."""
+    """Class and plain attributes of every module, and non-persistent buffers."""
     saved = model.state_dict()
     for path, module in model.named_modules():
         front = f"{path}." if path else ""

@@ -1,4 +1,4 @@
-"""A source or a target of any kind, described alike: its tensors, what holds them, what its config says."""
+"""Describes a source or target: its tensors, their modules, and settings from its config."""
 
 import inspect
 import re
@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from ...checkpoints import Checkpoint, CheckpointError
 from ..lazy_tensor import Value
+from ..planning import tied_names
 from .conventions import norm_offset, rotary_pairs, scales
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "nhead", "heads")
@@ -45,20 +46,28 @@ _PRE_NORM = {
     "glm",
     "gpt_bigcode",
 }
-_OFFSETS = {"opt": 2, "biogpt": 2}
-_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert"}
+# tables of learned positions whose first rows are no positions
+_OFFSETS = {
+    "opt": 2, "biogpt": 2, "bart": 2, "mbart": 2, "mvp": 2, "plbart": 2, "trocr": 2, "nystromformer": 2, "yoso": 2, "mra": 2,
+    "pp_formulanet": 2,
+}  # fmt: skip
+_AFTER_PADDING = {
+    "roberta", "xlm-roberta", "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "mpnet",
+    "markuplm", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "bridgetower_text_model", "altclip_text_model",
+    "clap_text_model",
+}  # fmt: skip
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu", "gelu_python": "gelu"}
 
 
 @dataclass
 class Tensor:
-    """One tensor of a side.
+    """A tensor of a side.
 
     Attributes:
-        value: what it holds; of a target, what it had.
-        holder: the class of the module that has it; empty if unknown.
-        code: the source text of the modules around it, if there is one.
-        renamed: whether `rename=` gave it its name.
+        value: its value; for a target, before the warm start.
+        holder: the class of its module; "" if unknown.
+        code: source code of the modules around it, if available.
+        renamed: whether its name is from `rename=`.
     """
 
     value: Value
@@ -76,11 +85,13 @@ class Side:
     """A source or a target.
 
     Attributes:
-        tensors: by name, as they are matched; in the order of registration if `ordered`.
-        config: its config, if it is known.
-        kind: what a report calls its class: two sides of one kind compute the same with the same weights and settings.
-        settings: what no tensor shows and changes what is computed: name → value.
+        tensors: name → tensor; in the order of registration if `ordered`.
+        config: its config, if known.
+        kind: its class in reports; sides of one kind compute the same with the same weights and settings.
+        settings: name → value of settings that change the outputs and that no tensor shows.
         aliases: second names of a tensor → the first.
+        module: the model itself, if there is one that can run.
+        probes: what running it showed of its fused projections, see `probing`.
     """
 
     tensors: dict[str, Tensor]
@@ -89,22 +100,39 @@ class Side:
     ordered: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    module: torch.nn.Module | None = None
+    probes: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
         return getattr(self.config, "model_type", "") or ""
 
 
+def names_in_order(model: torch.nn.Module) -> dict[int, tuple[str, ...]]:
+    """`tied_names`; of a parameter that is tied, the name in an embedding first, as it says what the parameter is for."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def elsewhere(name: str) -> bool:
+        return not isinstance(modules.get(name.rpartition(".")[0]), torch.nn.Embedding)
+
+    return {key: tuple(sorted(names, key=elsewhere)) for key, names in tied_names(model).items()}
+
+
 def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a warm start may fill: parameters, and buffers that are saved and are no constants; tied ones once."""
+    """The tensors that a warm start fills: parameters and persistent buffers without constants; tied ones once."""
     saved = model.state_dict()
-    found = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {
+        names[0]: parameters[names[0]]
+        for names in names_in_order(model).values()
+        if parameters[names[0]].is_floating_point()
+    }
     norms = ("running_mean", "running_var", "num_batches_tracked")
     return found | {name: b for name, b in model.named_buffers() if name in saved and name.rpartition(".")[2] in norms}
 
 
 def holders(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    """Each tensor → the class of the module that has it, and the source text of that module's parent."""
+    """Tensor → class of its module, and source code of that module's parent."""
     modules = dict(model.named_modules(remove_duplicate=False))
     texts: dict[type, str] = {}
 
@@ -128,7 +156,7 @@ def holders(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def made_by(raw: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[str, str]], torch.nn.Module | None]:
-    """Config, holders and an empty model of the transformers class that a `config.json` names; nothing if there is none."""
+    """Config, holders and a model on meta of the transformers class in a `config.json`; empty if there is none."""
     if not isinstance(raw.get("model_type"), str) or raw.get("auto_map"):
         return None, {}, None
     fields = {name: value for name, value in raw.items() if name not in ("model_type", "architectures")}
@@ -138,18 +166,18 @@ def made_by(raw: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[str, str]], to
         model_class: Any = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
         with init_empty_weights():
             model = model_class(config)
-    except Exception:  # a type of another release, or fields that its class does not take: read by names alone
+    except Exception:  # a type of another release, or rejected fields: matched by names only
         return None, {}, None
     base = f"{model.base_model_prefix}."
     known = holders(model)
-    for seen, held in list(known.items()):  # a base model's folder has no prefix, a head's has one
+    for seen, held in list(known.items()):  # names in a base model's folder have no prefix, names in a head's have one
         known.setdefault(seen.removeprefix(base), held)
         known.setdefault(base + seen, held)
     return config, known, model
 
 
 def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
-    """What changes the outputs and no tensor shows, as far as config or modules say it."""
+    """Settings from config or modules that change the outputs and that no tensor shows."""
     found: dict[str, Any] = {}
 
     def first(names: tuple[str, ...]) -> Any:
@@ -207,7 +235,8 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
     if kind == "falcon" and config.alibi:
         found |= {"positions": "alibi", "rotary_pairs": None}
     found["sliding_window"] = first(("sliding_window",)) if getattr(config, "use_sliding_window", True) else None
-    found["position_offset"] = _OFFSETS.get(kind, 0)
+    if stock or kind == "mybert":
+        found["position_offset"] = _OFFSETS.get(kind, 0)
     if kind in _AFTER_PADDING:
         found["position_offset"] = (config.pad_token_id or 0) + 1
     found["normalised_top_k"] = True if kind == "mixtral" else getattr(config, "norm_topk_prob", None)
@@ -215,7 +244,7 @@ def settings_of(config: Any, model: torch.nn.Module | None) -> dict[str, Any]:
 
 
 def second_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Names of tensors that are the same memory as one before them → the name of that one."""
+    """Name → an earlier name of a tensor that shares its memory."""
     if isinstance(tensors, Checkpoint):
         return {name: first for name, first in tensors.aliases.items() if name != first}
     first: dict[tuple, str] = {}
@@ -228,7 +257,7 @@ def second_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def pairs_of(names: Mapping[str, Any]) -> dict[str, str]:
-    """The names of weight-normed tensors in one form: `weight_g` and `weight_v`."""
+    """Names of weight-norm tensors → their names as `weight_g` and `weight_v`."""
     named = {}
     for name in names:
         found = _PAIR.match(name)
@@ -245,7 +274,7 @@ def pairs_of(names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def joined_pairs(tensors: dict[str, Tensor], keep: set[str]) -> dict[str, Tensor]:
-    """Weight-normed pairs as the weight that they give: g · v / |v|; those in `keep` stay pairs."""
+    """Replace weight-norm pairs by their weight, g · v / |v|, except for those in `keep`."""
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         front = name[: -len("weight_g")]
@@ -264,16 +293,16 @@ def _weight(v: torch.Tensor, length: Value) -> torch.Tensor:
 
 
 def norm_like(v: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The norms of `v` over the dimensions in which `shape` has 1."""
+    """The norms of `v` over the dimensions where `shape` is 1."""
     over = [i for i, size in enumerate(shape) if size == 1] or list(range(v.ndim))
     return v.norm(dim=over, keepdim=True).view(shape)
 
 
 def refuse_meta(model: torch.nn.Module) -> None:
-    """Refuse a model without data.
+    """Check that a model has data.
 
     Raises:
-        CheckpointError: the model has no data to fill.
+        CheckpointError: it has parameters without data.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError(

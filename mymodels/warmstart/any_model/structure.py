@@ -1,8 +1,8 @@
-"""The matcher for names that say nothing: both sides as trees of modules, compared by their shapes.
+"""The matcher for unknown names: both sides are trees of modules, compared by shapes.
 
-Two subtrees are alike if they have the same children, of the same shapes. What has one counterpart only goes there. Where
-several are alike, their order decides if it is known and agrees with the order of what is placed without it; else none is
-placed, and the report names the candidates. What was placed so is called exact only once both models were run.
+Two subtrees are alike if they have the same children with the same shapes. A subtree with exactly one counterpart is
+assigned to it. Of several, order decides if it is known and agrees with the order of the unique ones; otherwise none is
+assigned, and the report names the candidates. These assignments count as exact only after both models were run.
 """
 
 import re
@@ -18,7 +18,9 @@ from .placing import Ambiguity
 from .roles import roles_by_name
 from .sides import Side
 
-_ANCHORS = 3  # so often tensors of other shapes must alternate, alike on both sides, before order counts as evidence
+_ANCHORS = (
+    3  # how often tensors of different shapes must alternate, equally on both sides, for order to count as evidence
+)
 
 
 @dataclass
@@ -64,9 +66,9 @@ def _sign(node: Node) -> tuple:
 
 
 def by_structure(matching: Matching) -> None:
-    """What is left, by the place in the tree and the shapes.
+    """Assign remaining tensors by their place in the tree and their shapes.
 
-    Where the names of both sides say what most tensors are for, one of two must be without a role.
+    If the names of both sides give most tensors a role, only pairs in which one has no role are assigned.
     """
     _equal_twins(matching.source)
     roles = roles_by_name(matching.source.tensors), roles_by_name(matching.target.tensors)
@@ -90,7 +92,7 @@ def _place_alike(matching: Matching, names: list[str], own: list[str]) -> None:
 
 
 def _equal_twins(side: Side) -> None:
-    """A matrix that is there twice with the same values, as a tied one may be saved, is an alias."""
+    """Treat a second matrix with equal values, as saved for a tied one, as an alias."""
     shapes: dict[tuple, list[str]] = defaultdict(list)
     for name, tensor in side.tensors.items():
         if len(tensor.shape) == 2 and name not in side.aliases:
@@ -136,7 +138,7 @@ def _match(source: Node, target: Node, matching: Matching, pairs: list[tuple[Nod
 
 
 def _without_wrapper(node: Node, other: Node) -> Node:
-    """The only child of a node, as long as its children have more in common with the other's than it has itself."""
+    """Descend to a node's only child while its children have more in common with the other's."""
     while len(node.children) == 1 and not node.is_list:
         (child,) = node.children.values()
         if child.shape is not None or _overlap(child, other) <= _overlap(node, other):
@@ -146,7 +148,7 @@ def _without_wrapper(node: Node, other: Node) -> Node:
 
 
 def _overlap(a: Node, b: Node) -> int:
-    """How many tensors the children of two nodes have in common, each child with the one that is most like it."""
+    """The number of common tensors of two nodes' children, each paired with its most similar one."""
     pairs = ((common(x, y), i, j) for i, x in enumerate(a.children.values()) for j, y in enumerate(b.children.values()))
     total, taken = 0, (set[int](), set[int]())
     for score, i, j in sorted(pairs, reverse=True):
@@ -158,7 +160,7 @@ def _overlap(a: Node, b: Node) -> int:
 
 
 def common(a: Node, b: Node) -> int:
-    """How many tensors of one shape two subtrees have."""
+    """The number of tensors of equal shape in two subtrees."""
     counts = (Counter(t.signature for t in node.tensors()) for node in (a, b))
     return sum((next(counts) & next(counts)).values())
 
@@ -179,7 +181,7 @@ def _by_signature(node: Node) -> dict[tuple, list[Node]]:
 
 
 def _same_order(matching: Matching) -> bool:
-    """Whether the order of registration is evidence: tensors that their shapes tell apart alternate alike on both sides."""
+    """Whether registration order is evidence: tensors of different shapes alternate equally on both sides."""
     return any(_alternate_alike(matching, turned) for turned in (False, True))
 
 
@@ -199,7 +201,7 @@ def _alternate_alike(matching: Matching, turned: bool) -> bool:
 
 
 def _chosen_layers(source: Node, target: Node, matching: Matching, pairs: list[tuple[Node, Node]]) -> bool:
-    """Lists of like blocks of two lengths."""
+    """Match lists of similar blocks with different lengths."""
     if not (source.is_list and target.is_list) or len(source.children) == len(target.children):
         return False
     kinds = {child.signature for node in (source, target) for child in node.children.values()}
@@ -213,7 +215,7 @@ def _chosen_layers(source: Node, target: Node, matching: Matching, pairs: list[t
 
 
 def _largest(left: list[Node], open_: list[Node], matching: Matching, pairs: list[tuple[Node, Node]]) -> None:
-    """Children that differ: those that have the most tensors in common, if that is one pair only."""
+    """Match the pair of differing children with the most common tensors, if there is only one such pair."""
 
     scores = sorted(((common(a, b), i, j) for i, a in enumerate(left) for j, b in enumerate(open_)), reverse=True)
     taken: tuple[set[int], set[int]] = (set(), set())
@@ -227,7 +229,7 @@ def _largest(left: list[Node], open_: list[Node], matching: Matching, pairs: lis
 
 
 def _undecided(matching: Matching, theirs: list[Node], ours: list[Node], *, placed: bool) -> None:
-    """Note that each of some modules can go to each of some places."""
+    """Report that each of several modules fits each of several places."""
     names = tuple(t.path for node in ours for t in node.tensors())
     if not placed:
         matching.undecided.update(t.path for node in theirs for t in node.tensors())
@@ -235,11 +237,12 @@ def _undecided(matching: Matching, theirs: list[Node], ours: list[Node], *, plac
     leaf = a.shape is not None
     rename = {rf"^{re.escape(a.path)}" + ("$" if leaf else r"\."): b.path + ("" if leaf else ".")}
     why = "several of the source's tensors have this place and shape"
-    matching.ambiguous.append(Ambiguity(names, why, tuple(node.path for node in theirs), rename, placed))
+    how = "placed by their order alone" if placed else ""
+    matching.ambiguous.append(Ambiguity(names, why, tuple(node.path for node in theirs), rename, how))
 
 
 def _orientation(matching: Matching, leaves: list[tuple[Node, Node]]) -> dict[tuple[str, str], bool | None]:
-    """For each pair of module classes, whether the matrices that are not square went across turned."""
+    """Pair of module classes → whether its non-square matrices are transposed."""
     shown: dict[tuple[str, str], set[bool]] = defaultdict(set)
     for seen, own in leaves:
         if len(seen.shape or ()) == 2 and seen.shape[0] != seen.shape[1]:  # type: ignore[index]
@@ -271,7 +274,7 @@ def _oriented(matching: Matching, seen: Node, own: Node, kinds: dict[tuple[str, 
         kernel = f"{own.path.removesuffix('weight')}kernel"
         matching.ambiguous.append(
             Ambiguity(
-                (own.path,), "the matrix is square, and nothing tells whether it is stored [out, in] or [in, out]",
+                (own.path,), "the matrix is square, so its shape does not show whether it is stored [out, in] or [in, out]",
                 (own.path, kernel), {f"^{re.escape(seen.path)}$": own.path},
             )
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The target of a warm start, whatever it is given as: a model, a config, a folder."""
+"""The target of a warm start from a model, a config or a folder."""
 
 import copy
 import os
@@ -11,8 +11,8 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ...checkpoints import CheckpointError
-from ...checkpoints.load_errors import only_errors_logged
 from ...checkpoints.safetensors_files import read_json
+from ...library_logging import only_errors_logged, without_progress_bars
 from ...messages import first_line
 from ..key_mapping import CONFIGS, family_of
 
@@ -21,36 +21,36 @@ _STOCK = {"LMHeadModel": "ForCausalLM", "DoubleHeadsModel": "ForCausalLM", "ForP
 
 
 def is_of_ones_own(config: PretrainedConfig) -> bool:
-    """Whether a config's class is neither ours nor transformers'."""
+    """Whether a config's class is neither of mymodels nor of transformers."""
     return type(config) not in CONFIGS.values() and type(config).__module__.split(".")[0] != "transformers"
 
 
 def is_stock_of_ours(config: PretrainedConfig) -> bool:
-    """Whether a config is transformers' own of a family that is translated to MyGPT2 or MyBert."""
+    """Whether a config is of a transformers family that can be converted to MyGPT2 or MyBert."""
     family = family_of(vars(config).get("model_type", type(config).model_type))
     return family is not None and not is_of_ones_own(config)
 
 
 def class_for(config: PretrainedConfig, head: str | None, hint: str, model_class: Any = None) -> type[torch.nn.Module]:
-    """The class that a config belongs to.
+    """The model class for a config.
 
     Args:
-        head: what its name should end with; `"Model"` for the base model.
-        hint: the name of the source's class, whose head is taken if `head` is None.
-        model_class: the class that the caller names.
+        head: suffix of its name; `"Model"` for the base model.
+        hint: name of the source's class, whose head is used if `head` is None.
+        model_class: the class from the caller.
 
     Raises:
-        CheckpointError: there is none, or several and nothing decides.
+        CheckpointError: there is no such class, or several.
     """
     name = type(config).__name__
     if model_class is not None:
         if not (isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)):
-            raise CheckpointError(f"model_class={model_class!r} is no class of a model: pass a subclass of nn.Module")
+            raise CheckpointError(f"model_class={model_class!r} is not a model class: pass a subclass of nn.Module")
         return model_class
     found = _classes_of(type(config))
     if not found:
         raise CheckpointError(
-            f"no model class has config_class = {name}, so nothing says which model this config is of: pass model_class=, or "
+            f"no model class has config_class = {name}, so the model of this config is unknown: pass model_class=, or "
             "an instance of the model"
         )
     wanted = head or next((_STOCK.get(end, end) for end in (*_ENDINGS, *_STOCK) if hint.endswith(end)), None)
@@ -70,7 +70,7 @@ def class_for(config: PretrainedConfig, head: str | None, hint: str, model_class
 
 
 def _classes_of(config_class: type) -> list[type[PreTrainedModel]]:
-    """The model classes with this `config_class`: those of the Auto classes, and all that are defined."""
+    """The model classes with this `config_class`, from the Auto classes and all other defined classes."""
     found: dict[str, type[PreTrainedModel]] = {}
     for auto in (*(f"AutoModel{end}" for end in _ENDINGS), "AutoModel"):
         mapping = getattr(transformers, auto)._model_mapping
@@ -85,12 +85,12 @@ def _classes_of(config_class: type) -> list[type[PreTrainedModel]]:
             own = child.__dict__.get("config_class") or getattr(child, "config_class", None)
             abstract = any(getattr(sub, "config_class", None) is config_class for sub in child.__subclasses__())
             if own is config_class and not (abstract and child.__name__.endswith("PreTrainedModel")):
-                found[child.__name__] = child  # of two of one name, the one that was defined last
+                found[child.__name__] = child  # of two classes with one name, the later one
     return [c for c in found.values() if not c.__name__.endswith("PreTrainedModel")]
 
 
 def changed_config(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
-    """A copy with other fields.
+    """A copy of a config with changed fields.
 
     Raises:
         CheckpointError: there is no such field.
@@ -104,10 +104,10 @@ def changed_config(config: PretrainedConfig, overrides: Mapping[str, Any]) -> Pr
 
 
 def build(model_class: type[torch.nn.Module], config: PretrainedConfig, dtype: torch.dtype | None) -> torch.nn.Module:
-    """The model, as its class initialises it.
+    """Build the model with the initial weights of its class.
 
     Raises:
-        CheckpointError: its class refuses the config.
+        CheckpointError: its class rejects the config.
     """
     try:
         if issubclass(model_class, PreTrainedModel):
@@ -116,9 +116,9 @@ def build(model_class: type[torch.nn.Module], config: PretrainedConfig, dtype: t
             model = model_class(copy.deepcopy(config)).to(dtype or torch.float32)
     except CheckpointError:
         raise
-    except Exception as error:  # someone's constructor
+    except Exception as error:  # any constructor
         raise CheckpointError(
-            f"{model_class.__name__} cannot be made from this {type(config).__name__}: {first_line(error, 200)}"
+            f"{model_class.__name__} cannot be built from this {type(config).__name__}: {first_line(error, 200)}"
         ) from error
     return model.eval()
 
@@ -131,13 +131,13 @@ def config_in(folder: str | os.PathLike, trust_remote_code: bool) -> PretrainedC
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json, so it names no target: pass a model, or a folder with one")
+        raise CheckpointError(f"{folder} has no config.json: pass a model, or a folder with one")
     raw = read_json(path)
     if raw.get("model_type") in CONFIGS:
         return CONFIGS[raw["model_type"]].from_pretrained(folder)
     if raw.get("auto_map") and not trust_remote_code:
         raise CheckpointError(
-            f"the target {folder} has code of its own, which would be run to make it: read it, then pass "
+            f"the target {folder} has code of its own, which would be run to build it: read it, then pass "
             "trust_remote_code=True (--trust-remote-code), or pass an instance"
         )
     try:
@@ -160,13 +160,13 @@ def has_weights(folder: str | os.PathLike) -> bool:
 def load_target(
     folder: str | os.PathLike, config: PretrainedConfig, model_class: Any, trusted: bool
 ) -> torch.nn.Module:
-    """The model of a folder with its weights.
+    """Load the model of a folder.
 
     Raises:
         CheckpointError: it cannot be loaded.
     """
     try:
-        with only_errors_logged(progress_bars=False):
+        with only_errors_logged(), without_progress_bars():
             loaded: Any = model_class.from_pretrained(folder, config=config, trust_remote_code=trusted)
     except Exception as error:  # many kinds
         raise CheckpointError(f"the target {folder} cannot be loaded: {first_line(error, 200)}") from error
@@ -175,7 +175,7 @@ def load_target(
 
 
 def remote_class(folder: str | os.PathLike, config: PretrainedConfig, head: str | None) -> Any:
-    """The class in a folder with code of its own: of the head that is asked for, else of its `architectures`."""
+    """The model class in a folder with custom code: with the requested head, else from its `architectures`."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     entries: Mapping[str, Any] = getattr(config, "auto_map", None) or {}

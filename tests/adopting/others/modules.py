@@ -232,3 +232,41 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return self.o((self.e(x) * self.scale).tanh())
+
+
+class Spans(nn.Module):
+    """Starts and ends of answers, with a loss of its own of the usual kind."""
+
+    def __init__(self, vocab_size=30, dim=8):
+        super().__init__()
+        self.e, self.rnn = nn.Embedding(vocab_size, dim), nn.GRU(dim, dim, batch_first=True)
+        self.ends = nn.Linear(dim, 2)
+
+    def forward(self, x, start_positions=None, end_positions=None):
+        start, end = self.ends(self.rnn(self.e(x))[0]).split(1, dim=-1)
+        start, end = start.squeeze(-1), end.squeeze(-1)
+        if start_positions is None:
+            return start, end
+        return (cross_entropy(start, start_positions) + cross_entropy(end, end_positions)) / 2, start, end
+
+
+class Waves(nn.Module):
+    """Sounds of at least 80 samples, one channel."""
+
+    def __init__(self, classes=5):
+        super().__init__()
+        self.conv, self.out = nn.Conv1d(1, 4, 80, stride=16), nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.out(self.conv(x).relu().mean(-1))
+
+
+class Forecast(nn.Module):
+    """The next numbers of a series with several features; the layer that takes it is recurrent."""
+
+    def __init__(self, features=3, dim=8, horizon=5):
+        super().__init__()
+        self.rnn, self.out = nn.GRU(features, dim, batch_first=True), nn.Linear(dim, horizon)
+
+    def forward(self, series):
+        return self.out(self.rnn(series)[0][:, -1])

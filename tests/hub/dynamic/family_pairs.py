@@ -207,7 +207,7 @@ FAMILY_PAIRS: dict[str, Pair] = {
         "cached generation",
         "generate computes other logits for the first token than forward does",
     ),
-    "a number that is no tensor": Pair(
+    "a number that is not a tensor": Pair(
         extra("score", "pooled.mean().item()"),
         edit(('output["score"] = pooled.mean()', 'output["score"] = pooled.sum()')),
         "golden",

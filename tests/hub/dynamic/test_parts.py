@@ -70,7 +70,7 @@ def test_golden_inputs_of_the_authors_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_recorded_of_a_folder_that_is_not_whole(tmp_path: Path) -> None:
+def test_nothing_is_recorded_for_an_incomplete_folder(tmp_path: Path) -> None:
     folder = tiny_repo(tmp_path / "repo")
     code(before="raise RuntimeError('not today')\n")(folder)
     with pytest.raises(CheckpointError, match=r"cannot be recorded.*RuntimeError: not today"):

@@ -90,7 +90,7 @@ TWO = {"wanted": True, "tied": False, "head": ["lm_head.weight"]}
         ({"fresh_error": "TypeError: x"}, True, "buffers", "failed", "no new model can be built: TypeError: x"),
     ],
 )
-def test_what_differs_is_told(changes: dict, main: bool, check: str, status: str, says: str, files: Files) -> None:
+def test_differences_are_reported(changes: dict, main: bool, check: str, status: str, says: str, files: Files) -> None:
     checks = {found.name: found for found in compare_weights(event(**changes), files, main)}
     assert checks[check].status == status and says in checks[check].what, checks[check]
     if status == "failed":
@@ -115,7 +115,7 @@ def test_converted_tensors_are_shown_to_come_from_the_files(files: Files) -> Non
         assert first.status == "failed" and "not found to come from the files" in first.what
 
 
-def test_what_a_loader_of_its_own_passes_over_is_told(files: Files) -> None:
+def test_weights_ignored_by_a_custom_loader_are_reported(files: Files) -> None:
     loaded = event(accounted=False)
     assert compare_weights(loaded, files, True)[0].status == "ok"
     del loaded["tensors"][NORM]

@@ -55,7 +55,9 @@ CONFIGS = [
         "warning",
     ),
     Fault("path in auto_map", auto_map(AutoModel="../x.Model"), "auto_map", "AutoModel", "not file.Class"),
-    Fault("no Auto class", auto_map(MyModel=f"{MODELING[:-3]}.TinymanyModel"), "auto_map", "MyModel", "no Auto class"),
+    Fault(
+        "no Auto class", auto_map(MyModel=f"{MODELING[:-3]}.TinymanyModel"), "auto_map", "MyModel", "not an Auto class"
+    ),
     Fault("no AutoConfig", auto_map(AutoConfig=None), "auto_map", "auto_map", "no AutoConfig"),
     Fault(
         "no AutoModel", auto_map(AutoModel=None), "auto_map", "auto_map", "AutoModel.from_pretrained fails", "warning"
@@ -78,11 +80,11 @@ CONFIGS = [
         config(attribute_map={"a": "b"}),
         "config keys",
         "attribute_map",
-        "behind the class's back",
+        "without the class's knowledge",
     ),
     Fault("kernels from the Hub", config(_attn_implementation="a/b"), "config keys", "_attn", "downloaded and run"),
     Fault(
-        "trust granted by itself", config(trust_remote_code=True), "config keys", "trust_remote_code", "itself trust"
+        "trust granted by itself", config(trust_remote_code=True), "config keys", "trust_remote_code", "without asking"
     ),
     Fault("dunder", config(__class__="x"), "config keys", "__class__", "a method", base="stock_gpt2"),
     Fault("generation in the config", config(top_k=5), "config keys", "top_k", "belongs to generation", "warning"),
@@ -177,7 +179,7 @@ CONFIGS = [
         config(custom_pipelines={"x": {"impl": "modeling_tinymany.P"}}),
         "config keys",
         "custom_pipelines",
-        "run by pipeline()",
+        "makes pipeline() run code",
         "warning",
     ),
 ]

@@ -130,7 +130,7 @@ FILES = [
         "zip bomb", zipped("data.zip", ("a", b"0" * 30_000_000)), "archives", "data.zip", "would unpack to 30,000,000"
     ),
     Fault("tar with a link", tarred("data.tar", "/etc/passwd"), "archives", "data.tar", "link or a device"),
-    Fault("archive", zipped("data.zip", ("a.txt", b"a")), "archives", "data.zip", "nothing here has seen", "warning"),
+    Fault("archive", zipped("data.zip", ("a.txt", b"a")), "archives", "data.zip", "was not checked", "warning"),
     Fault("malicious pickle", write("extra.pkl", pickle.dumps(_Evil())), "pickles", "extra.pkl", "posix.system"),
     Fault("malicious torch file", write("optimizer.extra", torch_zip()), "pickles", "optimizer.extra", "posix.system"),
     Fault("old pickle", write("extra.pkl", pickle.dumps(_Evil(), 0)), "pickles", "extra.pkl", "posix.system"),
@@ -147,7 +147,9 @@ FILES = [
     Fault("OpenAI key", append(MODELING, f"\n# {OPENAI}\n"), "secrets", MODELING, "OpenAI key"),
     Fault("private key", write("key.txt", PRIVATE_KEY), "secrets", "key.txt:1", "private key"),
     Fault("git repository", write(".git/config", "[core]"), "stray files", ".git", "git repository"),
-    Fault("bytecode", write("__pycache__/a.cpython-311.pyc", b"\0"), "stray files", "__pycache__", "nobody can read"),
+    Fault(
+        "bytecode", write("__pycache__/a.cpython-311.pyc", b"\0"), "stray files", "__pycache__", "cannot be reviewed"
+    ),
     Fault("notebook checkpoint", write(".ipynb_checkpoints/a.md", "x"), "stray files", ".ipynb", "Jupyter"),
     Fault("file browser", write(".DS_Store", b"\0\0\0\1Bud1"), "stray files", ".DS_Store", "file browser"),
     Fault("unfinished write", write("model.safetensors.tmp", b"\0"), "stray files", ".tmp", "unfinished write"),
@@ -192,7 +194,7 @@ FILES = [
         "registered extension", write("extra.pkl", b"\x80\x02\x82\x01."), "pickles", "extra.pkl", "something.registered"
     ),
     Fault(
-        "pickle without an end", write("extra.pkl", b"\x80\x04]"), "pickles", "extra.pkl", "cannot be read to its end"
+        "pickle without an end", write("extra.pkl", b"\x80\x04]"), "pickles", "extra.pkl", "cannot be read completely"
     ),
     Fault("name that Windows cannot have", write("a:b.md", "x"), "file names", "a:b.md", "on Windows", "warning"),
     Fault("damaged archive", write("data.tar.gz", b"no archive"), "archives", "data.tar.gz", "claims to be"),

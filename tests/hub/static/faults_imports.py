@@ -40,7 +40,7 @@ IMPORTS = [
         module('USAGE = """\nfrom .example import Model\n"""'),
         "relative imports",
         MODELING,
-        "takes this text",
+        "mistakes this text",
     ),
     Fault(
         "import not at the start of a line",

@@ -64,7 +64,7 @@ MODELS = [
         init_weights(f"{INIT_NORMAL}\n            nn.init.zeros_(module.weight[0])"),
         "init weights",
         MODELING,
-        "lost the mark",
+        "lacks the mark",
         releases=("5.0.0",),
     ),
     Fault(
@@ -158,7 +158,7 @@ MODELS = [
         both(replace(MODELING, "def tie_weights", "def tie_weights_for_5_3"), config(tie_word_embeddings=True)),
         "tied weights",
         MODELING,
-        "left empty under transformers 5.3",
+        "uninitialised under transformers 5.3",
         releases=("5.3.0",),
     ),
     Fault(
@@ -170,7 +170,7 @@ MODELS = [
         ),
         "custom loading",
         MODELING,
-        "from_pretrained of its own",
+        "overrides from_pretrained",
         "warning",
     ),
     Fault(
@@ -241,7 +241,7 @@ MODELS = [
         replace(LAYERS, "        self.is_causal = True\n", ""),
         "attention",
         LAYERS,
-        "does not say is_causal",
+        "does not set is_causal",
         "warning",
     ),
     Fault(

@@ -62,7 +62,7 @@ SIDE_EFFECTS = [
     ),
     _at_import("model loaded", 'from transformers import AutoModel\nm = AutoModel.from_pretrained("./x")', "does work"),
     _at_import("random numbers drawn", "NOISE = torch.randn(10)", "draws random numbers"),
-    _at_import("endless loop", "while True:\n    break", "loops without an end"),
+    _at_import("endless loop", "while True:\n    break", "a loop with no visible end"),
     _at_import("waits", "import time\ntime.sleep(0)", "does work: time.sleep"),
     _at_import("prints", 'print("loaded")', "prints", "warning"),
     _at_import("warnings off", 'import warnings\nwarnings.filterwarnings("ignore")', "warnings"),

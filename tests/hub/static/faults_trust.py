@@ -95,7 +95,7 @@ TRUST = [
     ),
     Fault("ssh key read", in_forward('open("/root/.ssh/config")'), "secrets access", MODELING, ".ssh/"),
     Fault("hidden behind spaces", in_forward("x = 1" + " " * 120 + "; y = 2"), "obfuscation", MODELING, "far right"),
-    Fault("text turned round", in_forward("x = 'a\u202eb'"), "obfuscation", MODELING, "turns the direction"),
+    Fault("text turned round", in_forward("x = 'a\u202eb'"), "obfuscation", MODELING, "reverses the direction"),
     Fault(
         "encoded data",
         module(f'DATA = "{"QUJD" * 120}"'),
@@ -647,7 +647,7 @@ _DIG = "def dig(of, name):\n    return getattr(of, name)"
 _REDUCE = "class Kept:\n    def __reduce__(self):\n        return {0}, (1,)"
 _META = "class Meta(type):\n    def __init__(cls, *given):\n        {0}\n\n\nclass Made(metaclass=Meta):\n    pass"
 TRUST += [
-    Fault("asks at the terminal", in_forward("input()"), "dynamic code", MODELING, "asks whoever sits at the terminal"),
+    Fault("asks at the terminal", in_forward("input()"), "dynamic code", MODELING, "reads from the terminal"),
     Fault(
         "group of processes",
         both(module("import torch.distributed as dist"), in_forward("dist.init_process_group()")),

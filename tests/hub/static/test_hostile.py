@@ -170,7 +170,7 @@ def test_too_many_files_are_not_looked_at(healthy: Path, tmp_path: Path, monkeyp
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(NotADirectoryError, match="is no folder"):
+    with pytest.raises(NotADirectoryError, match="is not a folder"):
         static_checks(tmp_path / "missing")
     with pytest.raises(ValueError, match="neither a transformers version nor a folder"):
         static_checks(tmp_path, releases=["latest"])

@@ -1,4 +1,4 @@
-"""transformers' own models as remote code: what its maintainers wrote for this release is no fault."""
+"""transformers' own models as remote code: what its maintainers wrote for this release is not a fault."""
 
 import json
 import re

@@ -1,5 +1,6 @@
 """Static checks: every fault is found and named, alone; healthy folders raise no alarm; nothing ever raises."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -29,6 +30,7 @@ from mymodels.hub.releases import install
 from mymodels.hub.static import CHECKS, static_checks
 from mymodels.hub.static.api_availability import Span, find_releases, lacking
 from mymodels.hub.static.symbols import GONE
+from mymodels.hub.static.walking import walk
 
 FAULTS = (
     FILES + CONFIGS + IMPORTS + MODELS + READING + TRUST + SIDE_EFFECTS + [fault for fault, _ in VALUES + MORE_PAIRS]
@@ -168,7 +170,7 @@ def test_a_header_of_640_bytes_is_no_pickle(healthy, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_plain_torch_files_are_a_warning_whole_modules_a_failure(new_format: bool, healthy, tmp_path: Path) -> None:
+def test_plain_torch_files_are_a_warning_pickled_modules_a_failure(new_format: bool, healthy, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(healthy("stock_gpt2"), tmp_path / "folder"))
     state = {"a": torch.ones(3, dtype=torch.bfloat16), "step": 3, "b": torch.nn.Parameter(torch.zeros(2))}
     torch.save(state, folder / "extra.pt", _use_new_zipfile_serialization=new_format)
@@ -226,7 +228,7 @@ def test_a_stock_model_with_its_own_tokenizer_is_healthy(healthy, tmp_path: Path
     assert [check for check in static_checks(folder) if check.status == "failed"] == []
 
 
-def test_an_adapter_is_told_from_a_folder_without_a_config(tmp_path: Path) -> None:
+def test_an_adapter_is_not_a_folder_without_a_config(tmp_path: Path) -> None:
     save_file(
         {"q_proj.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"}
     )
@@ -235,3 +237,11 @@ def test_an_adapter_is_told_from_a_folder_without_a_config(tmp_path: Path) -> No
     found = verify(tmp_path)
     assert found.passed and not found.complete  # there is no model to run
     assert [check.what[:25] for check in found.static if check.name == "config"] == ["this is an adapter (PEFT)"]
+
+
+def test_walk_gives_the_nodes_that_ast_gives() -> None:
+    """In the same order, also the second time; a part of a file too."""
+    for file in sorted((Path(__file__).parents[3] / "mymodels").rglob("*.py"))[::12]:
+        tree = ast.parse(file.read_text())
+        for node in (tree, tree, *tree.body):
+            assert list(map(id, walk(node))) == list(map(id, ast.walk(node))), file

@@ -1,0 +1,92 @@
+"""Staying behind: processes that go on when the box is over."""
+
+import ctypes
+import json
+import os
+import signal
+import time
+
+from . import Remains, Target, attempt
+from .kernel import libc, syscall
+
+
+def _name(name: str) -> None:
+    libc.prctl(15, ctypes.c_char_p(name.encode()), 0, 0, 0)
+
+
+def _stay(target: Target) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _name(target.marker)
+    time.sleep(20)
+    os._exit(0)
+
+
+@attempt(seconds=10)
+def leave_child(target: Target):
+    if not os.fork():
+        _stay(target)
+    return Remains(target.marker)
+
+
+@attempt(seconds=10)
+def leave_daemon(target: Target):
+    """Its parent is gone, its session is its own, the output is closed."""
+    if not os.fork():
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        for descriptor in range(3):
+            os.close(descriptor)
+        _stay(target)
+    os.wait()
+    return Remains(target.marker)
+
+
+@attempt(seconds=10)
+def leave_daemon_that_holds_output(target: Target):
+    """Whoever reads the output to its end waits for the daemon."""
+    if not os.fork():
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        _stay(target)
+    os.wait()
+    return Remains(target.marker)
+
+
+@attempt(seconds=10)
+def leave_sibling(target: Target):
+    """CLONE_PARENT: the new process is a child of whoever started the box."""
+    child = syscall("clone", 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)
+    if not child:
+        os.setsid()
+        for descriptor in range(3):
+            os.close(descriptor)
+        _stay(target)
+    return Remains(target.marker)
+
+
+@attempt(seconds=10)
+def leave_child_and_die(target: Target):
+    """The first process is killed, by itself, before it could tidy up."""
+    if not os.fork():
+        os.setsid()
+        _stay(target)
+    print(json.dumps({"name": target.name, "outcome": "stopped", "remains": target.marker}), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@attempt(seconds=10)
+def leave_process_that_starts_others(target: Target):
+    """A process that never lives long enough to be found."""
+    if not os.fork():
+        os.setsid()
+        _name(target.marker)
+        end = time.monotonic() + 8
+        while time.monotonic() < end:
+            if os.fork():
+                os._exit(0)
+            time.sleep(0.002)
+        os._exit(0)
+    return Remains(target.marker)
