@@ -171,6 +171,7 @@ def _is_item(name: str, found: Any) -> bool:
         isinstance(found.get("status"), str)
         and all(isinstance(found.get(key), str) for key in texts)
         and all(isinstance(found.get(key), dict) for key in held)
+        and (not held or isinstance(found.get("second names"), list))
     )
 
 
