@@ -1,0 +1,91 @@
+"""What counts as equal, as different, and as not compared."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+
+from mymodels.hub.releases import PinnedRelease, install
+from mymodels.hub.upgrading.proof import Proof
+from mymodels.hub.upgrading.recording import Recorded, compare
+
+LOAD = {"status": "recorded", "weights": {"a": "1", "b": "2", "c": "2"}, "buffers": {"t": "3"}, "second names": ["c"]}
+CLASSES = {"AutoModel": {"load": LOAD, "outputs": {"status": "recorded"}, "one row": {"status": "recorded"}}}
+TENSORS = {"AutoModel|outputs|logits": torch.tensor([1.0, 2.0]), "AutoModel|one row|logits": torch.tensor([3.0])}
+OLD = Recorded("4.36.2", CLASSES, TENSORS)
+
+
+def new(**tensors: torch.Tensor) -> Recorded:
+    return Recorded("5.23.0", deepcopy(CLASSES), TENSORS | tensors)
+
+
+def statuses(record: Recorded, old: Recorded = OLD) -> dict[str, str]:
+    return {row.item: row.status for row in compare(old, record)}
+
+
+def test_equal_within_the_tolerance() -> None:
+    near = new(**{"AutoModel|outputs|logits": torch.tensor([1.0, 2.000008])})
+    assert statuses(near) == {"load": "equal", "outputs": "equal", "one row": "equal"}
+    proof = Proof("4.36.2", targets=["5.23.0"], rows=compare(OLD, near))
+    assert proof.holds
+
+
+def test_a_number_that_differs_is_named() -> None:
+    far = new(**{"AutoModel|outputs|logits": torch.tensor([1.0, 2.5])})
+    rows = compare(OLD, far)
+    assert [row.what for row in rows if row.status == "differs"] == ["logits differs by up to 0.5, more than 2e-05"]
+    assert not Proof("4.36.2", targets=["5.23.0"], rows=rows).holds
+
+
+def test_nan_and_missing_outputs_differ() -> None:
+    assert statuses(new(**{"AutoModel|outputs|logits": torch.tensor([1.0, float("nan")])}))["outputs"] == "differs"
+    shorter = Recorded("5.23.0", CLASSES, {key: t for key, t in TENSORS.items() if "one row" not in key})
+    assert statuses(shorter)["one row"] == "differs"
+
+
+def test_weights_are_compared_bit_for_bit_by_name() -> None:
+    for change, status in (
+        ({"a": "9"}, "differs"),
+        ({"a": None}, "differs"),
+        ({"c": None}, "equal"),
+        ({"d": "7"}, "equal"),
+    ):
+        record = new()
+        weights = record.classes["AutoModel"]["load"]["weights"]
+        for name, digest in change.items():
+            weights.pop(name) if digest is None else weights.update({name: digest})
+        assert statuses(record)["load"] == status, change
+    other = new()
+    other.classes["AutoModel"]["load"]["buffers"]["t"] = "4"
+    assert statuses(other)["load"] == "differs"
+
+
+def test_what_the_original_could_not_do_is_not_compared() -> None:
+    old = Recorded("4.36.2", deepcopy(CLASSES), TENSORS)
+    old.classes["AutoModel"]["one row"] = {"status": "failed", "what": "ValueError: no", "where": "m.py:3"}
+    rows = compare(old, new())
+    assert [(row.item, row.status, row.what) for row in rows][-1] == (
+        "one row",
+        "not compared",
+        "the original raises ValueError: no (m.py:3)",
+    )
+    old.classes["AutoModel"]["outputs"] = {"status": "random"}
+    assert not Proof("4.36.2", targets=["5.23.0"], rows=compare(old, new())).holds
+
+
+def test_a_release_without_a_record_fails() -> None:
+    gone = Recorded("5.23.0", {}, {}, "it crashed with SIGSEGV")
+    rows = compare(OLD, gone)
+    assert [row.status for row in rows] == ["failed"] and rows[0].what == "it crashed with SIGSEGV"
+    proof = Proof("4.36.2", targets=["5.0.0", "5.23.0"], rows=compare(OLD, new()))
+    assert proof.runs and not proof.holds  # nothing is known of 5.0.0
+    assert not Proof(None, targets=["5.23.0"], rows=compare(OLD, new())).holds
+
+
+def test_the_place_of_a_release_is_absolute(tmp_path: Path, monkeypatch) -> None:
+    """A clean process has another current folder, where a relative place would silently be none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache" / "4.36.2" / "transformers").mkdir(parents=True)
+    (tmp_path / "cache" / "4.36.2" / "transformers" / "__init__.py").touch()
+    place = install(PinnedRelease("4.36.2", "0.36.2", "0.15.2"), "cache")
+    assert place == tmp_path / "cache" / "4.36.2"
