@@ -20,7 +20,7 @@ from mymodels.cli.command import make_parser, parse
 
 ROOT = Path(__file__).parents[1]
 VERBS = sorted(make_parser()[1])
-SLOW = {"adopt", "demo", "finetune", "verify", "export"}  # each runs models for longer than a few seconds
+SLOW = {"adopt", "demo", "finetune", "verify", "upgrade", "export"}  # each runs models for longer than a few seconds
 SCRIPT = "import sys, mymodels_command as start; sys.exit(start.main())"  # what the installed script does
 STARTS = {"script": ["-c", SCRIPT], "module": ["-m", "mymodels"]}
 
@@ -182,6 +182,11 @@ def test_the_example_runs(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.syspath_prepend(tmp_path)
         torch.save(importlib.import_module("my_model").MyNet(256, 4).state_dict(), "net.pt")
         command.append("--quick")
+    if verb == "upgrade":
+        monkeypatch.syspath_prepend(ROOT / "tests" / "upgrading")
+        monkeypatch.setenv("MYMODELS_CACHE", str(ROOT / ".cache"))
+        importlib.import_module("folders").make("stablelm", Path("old-model"))
+        command += ["--to", "5.23"]  # tests/upgrading proves the other releases
     assert command[0] == "mymodels"
     assert cli.main(command[1:]) == 0
 
