@@ -182,6 +182,8 @@ def test_the_example_runs(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.syspath_prepend(tmp_path)
         torch.save(importlib.import_module("my_model").MyNet(256, 4).state_dict(), "net.pt")
         command.append("--quick")
+    if verb == "upgrade":
+        shutil.copytree("hub_repo/mygpt2", "old-model")  # nothing to change: tests/upgrading/ has the others
     assert command[0] == "mymodels"
     assert cli.main(command[1:]) == 0
 
