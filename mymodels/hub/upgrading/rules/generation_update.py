@@ -36,6 +36,21 @@ class _Update(Rewriter):
         outputs = updated_node.args[0].with_changes(comma=cst.MaybeSentinel.DEFAULT, keyword=None)
         return cst.Call(cst.Name(name), [outputs])
 
+    def leave_Comparison(self, original_node: cst.Comparison, updated_node: cst.Comparison) -> cst.BaseExpression:
+        """`"attention_mask" in model_kwargs`: the key is there with None if every token counts."""
+        first = updated_node.comparisons[0]
+        if len(updated_node.comparisons) != 1 or not isinstance(first.operator, cst.In):
+            return updated_node
+        if name_of(first.comparator) != "model_kwargs" or not isinstance(updated_node.left, cst.SimpleString):
+            return updated_node
+        if self.context.scope(original_node)[-1:] != [_NAME]:
+            return updated_node
+        key = updated_node.left.value
+        self.context.note(original_node, f"{key} of model_kwargs may be None")
+        return cst.parse_expression(f"model_kwargs.get({key}) is not None").with_changes(
+            lpar=updated_node.lpar, rpar=updated_node.rpar
+        )
+
     def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
         scope = self.context.scope(original_node)
         klass = self.context.klass(scope[0]) if len(scope) == 1 else None
@@ -53,7 +68,7 @@ class _Update(Rewriter):
 
 RULE = Rule(
     name="generation update",
-    reason="generate passes num_new_tokens, and _extract_past_from_model_output is gone",
+    reason="generate passes num_new_tokens and a mask of None, and _extract_past_from_model_output is gone",
     releases="4.56 and newer",
     before="""
         from transformers import GenerationMixin, PreTrainedModel
@@ -62,6 +77,8 @@ RULE = Rule(
         class ToyForCausalLM(PreTrainedModel, GenerationMixin):
             def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False):
                 model_kwargs["past_key_values"] = self._extract_past_from_model_output(outputs, standardize_cache_format=False)
+                if "attention_mask" in model_kwargs:
+                    model_kwargs["attention_mask"] = one_more(model_kwargs["attention_mask"])
                 return model_kwargs
     """,
     after="""
@@ -81,6 +98,8 @@ RULE = Rule(
         class ToyForCausalLM(PreTrainedModel, GenerationMixin):
             def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, **kwargs):
                 model_kwargs["past_key_values"] = past_of(outputs)
+                if model_kwargs.get("attention_mask") is not None:
+                    model_kwargs["attention_mask"] = one_more(model_kwargs["attention_mask"])
                 return model_kwargs
     """,
     apply=rewrites(_Update, (_NAME, "_extract_past_from_model_output")),

@@ -57,18 +57,34 @@ class Layer(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.up, self.down = nn.Linear(config.hidden_size, config.intermediate_size), nn.Linear(config.intermediate_size, config.hidden_size)
-        self.norm1, self.norm2 = Norm(config.hidden_size, config.rms_norm_eps), Norm(config.hidden_size, config.rms_norm_eps)
+        self.up, self.down = (
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            nn.Linear(config.intermediate_size, config.hidden_size),
+        )
+        self.norm1, self.norm2 = (
+            Norm(config.hidden_size, config.rms_norm_eps),
+            Norm(config.hidden_size, config.rms_norm_eps),
+        )
 
     def forward(self, x, mask, positions, past_key_value, cache_position):
         normed = self.norm1(x)
-        q, k, v = (p(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = turn(q, *positions), turn(k, *positions)
         if past_key_value is not None:
-            k, v = past_key_value.update(k, v, self.layer_idx, {"sin": positions[1], "cos": positions[0], "cache_position": cache_position})
+            k, v = past_key_value.update(
+                k, v, self.layer_idx, {"sin": positions[1], "cos": positions[0], "cache_position": cache_position}
+            )
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, :, : k.shape[-2]] if mask is not None else None,
-                                                              is_causal=mask is None and q.shape[-2] > 1)
+        attended = nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask[:, :, :, : k.shape[-2]] if mask is not None else None,
+            is_causal=mask is None and q.shape[-2] > 1,
+        )
         x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
         return x + self.down(nn.functional.silu(self.up(self.norm2(x))))
 
@@ -102,8 +118,19 @@ class AquilaModel(AquilaPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embed_tokens = value
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
-                output_attentions=None, output_hidden_states=None, return_dict=None, cache_position=None):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        cache_position=None,
+    ):
         use_cache = use_cache if use_cache is not None else self.config.use_cache
         return_dict = return_dict if return_dict is not None else self.config.use_return_dict
         if inputs_embeds is None:
@@ -117,7 +144,9 @@ class AquilaModel(AquilaPreTrainedModel):
                 past_key_values = DynamicCache.from_legacy_cache(past_key_values)
         if cache_position is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            cache_position = torch.arange(past_seen_tokens, past_seen_tokens + inputs_embeds.shape[1], device=inputs_embeds.device)
+            cache_position = torch.arange(
+                past_seen_tokens, past_seen_tokens + inputs_embeds.shape[1], device=inputs_embeds.device
+            )
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
         mask = self._update_causal_mask(attention_mask, inputs_embeds, cache_position, past_key_values)
@@ -138,12 +167,16 @@ class AquilaModel(AquilaPreTrainedModel):
         else:
             target = attention_mask.shape[-1] if isinstance(attention_mask, torch.Tensor) else seen + like.shape[1]
         hidden = torch.arange(target, device=like.device)[None, :] > cache_position[:, None]
-        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill(hidden, torch.finfo(like.dtype).min)
+        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill(
+            hidden, torch.finfo(like.dtype).min
+        )
         mask = mask[None, None].expand(like.shape[0], 1, -1, -1)
         if attention_mask is not None:
             padding = attention_mask[:, None, None, :] == 0
             mask = mask.clone()
-            mask[..., : attention_mask.shape[-1]] = mask[..., : attention_mask.shape[-1]].masked_fill(padding, torch.finfo(like.dtype).min)
+            mask[..., : attention_mask.shape[-1]] = mask[..., : attention_mask.shape[-1]].masked_fill(
+                padding, torch.finfo(like.dtype).min
+            )
         return mask
 
 
@@ -165,18 +198,49 @@ class AquilaForCausalLM(AquilaPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values: Optional[Union[Cache, List[torch.FloatTensor]]] = None,
-                inputs_embeds=None, labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
-                cache_position=None, num_logits_to_keep: int = 0, **loss_kwargs) -> Union[Tuple, CausalLMOutputWithPast]:
-        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache_position=cache_position)
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values: Optional[Union[Cache, List[torch.FloatTensor]]] = None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        cache_position=None,
+        num_logits_to_keep: int = 0,
+        **loss_kwargs,
+    ) -> Union[Tuple, CausalLMOutputWithPast]:
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cache_position=cache_position,
+        )
         logits = self.lm_head(outputs[0][:, -num_logits_to_keep:, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, cache_position=None,
-                                      position_ids=None, use_cache=True, num_logits_to_keep=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        cache_position=None,
+        position_ids=None,
+        use_cache=True,
+        num_logits_to_keep=None,
+        **kwargs,
+    ):
         if past_key_values is not None:
             if inputs_embeds is not None:  # Exception 1
                 input_ids = input_ids[:, -cache_position.shape[0] :]
@@ -194,6 +258,13 @@ class AquilaForCausalLM(AquilaPreTrainedModel, GenerationMixin):
             model_inputs = {"input_ids": input_ids.clone(memory_format=torch.contiguous_format), "inputs_embeds": None}
         if num_logits_to_keep is not None:
             model_inputs["num_logits_to_keep"] = num_logits_to_keep
-        model_inputs.update({"position_ids": position_ids, "cache_position": cache_position, "past_key_values": past_key_values,
-                             "use_cache": use_cache, "attention_mask": attention_mask})
+        model_inputs.update(
+            {
+                "position_ids": position_ids,
+                "cache_position": cache_position,
+                "past_key_values": past_key_values,
+                "use_cache": use_cache,
+                "attention_mask": attention_mask,
+            }
+        )
         return model_inputs

@@ -7,8 +7,21 @@ from transformers import PretrainedConfig
 class MiniSpeechConfig(PretrainedConfig):
     model_type = "mini_speech"
 
-    def __init__(self, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, conv_dim=(12, 24), conv_kernel=(10, 4), conv_stride=(5, 2),
-                 max_source_positions=200, layerdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2, **kwargs):
+    def __init__(
+        self,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        conv_dim=(12, 24),
+        conv_kernel=(10, 4),
+        conv_stride=(5, 2),
+        max_source_positions=200,
+        layerdrop=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **kwargs,
+    ):
         super().__init__(**kwargs, pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers

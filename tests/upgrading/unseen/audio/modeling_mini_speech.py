@@ -1,4 +1,5 @@
 """A waveform through convolutions, sinusoidal places, an encoder."""
+
 import math
 from typing import Optional, Tuple, Union
 
@@ -39,7 +40,10 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
         self.heads = config.num_attention_heads
-        self.qkv, self.out = nn.Linear(config.hidden_size, 3 * config.hidden_size), nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv, self.out = (
+            nn.Linear(config.hidden_size, 3 * config.hidden_size),
+            nn.Linear(config.hidden_size, config.hidden_size),
+        )
         self.fc1, self.fc2 = nn.Linear(config.hidden_size, 48), nn.Linear(48, config.hidden_size)
         self.register_buffer("distance_bias", -torch.arange(config.max_source_positions).float() / 50, persistent=False)
 
@@ -78,17 +82,28 @@ class MiniSpeechModel(MiniSpeechPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         dims = [1] + list(config.conv_dim)
-        self.convs = nn.ModuleList([nn.Conv1d(dims[i], dims[i + 1], k, s) for i, (k, s) in enumerate(zip(config.conv_kernel, config.conv_stride))])
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv1d(dims[i], dims[i + 1], k, s)
+                for i, (k, s) in enumerate(zip(config.conv_kernel, config.conv_stride))
+            ]
+        )
         scale = torch.tensor(config.hidden_size).sqrt()
         self.scale = scale.item()
         self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.num_hidden_layers)])
-        frequencies = torch.exp(-torch.arange(0, config.hidden_size, 2).float() * math.log(10000.0) / config.hidden_size)
+        frequencies = torch.exp(
+            -torch.arange(0, config.hidden_size, 2).float() * math.log(10000.0) / config.hidden_size
+        )
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
 
-    def forward(self, input_values, attention_mask=None, output_attentions=None, output_hidden_states=None, return_dict=None):
-        output_hidden_states = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+    def forward(
+        self, input_values, attention_mask=None, output_attentions=None, output_hidden_states=None, return_dict=None
+    ):
+        output_hidden_states = (
+            output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        )
         return_dict = return_dict if return_dict is not None else self.config.use_return_dict
         x = input_values[:, None]
         for conv in self.convs:

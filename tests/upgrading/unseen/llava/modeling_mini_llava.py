@@ -1,4 +1,5 @@
 """Pictures' patches stand where the text has a mark for them; the text's model is a stock one."""
+
 from dataclasses import dataclass
 from typing import List, Optional
 
@@ -24,7 +25,11 @@ class VisionTower(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.patches = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
-        self.register_buffer("position_ids", torch.arange((config.image_size // config.patch_size) ** 2).expand((1, -1)), persistent=False)
+        self.register_buffer(
+            "position_ids",
+            torch.arange((config.image_size // config.patch_size) ** 2).expand((1, -1)),
+            persistent=False,
+        )
         self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2, config.hidden_size)
 
     def forward(self, pixel_values):
@@ -66,7 +71,9 @@ class MiniLlavaForConditionalGeneration(MiniLlavaPreTrainedModel):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         self.vocab_size = config.text_config.vocab_size
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=config._attn_implementation)
+        self.language_model = AutoModelForCausalLM.from_config(
+            config.text_config, attn_implementation=config._attn_implementation
+        )
         self.pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else -1
         self.post_init()
 
@@ -88,23 +95,43 @@ class MiniLlavaForConditionalGeneration(MiniLlavaPreTrainedModel):
     def tie_weights(self):
         return self.language_model.tie_weights()
 
-    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None):
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None and input_ids.shape[1] != 1:
                 features = self.multi_modal_projector(self.vision_tower(pixel_values))
                 marks = (input_ids == self.config.image_token_index).unsqueeze(-1).expand_as(inputs_embeds)
                 inputs_embeds = inputs_embeds.masked_scatter(marks, features.to(inputs_embeds.dtype))
-        outputs = self.language_model(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                                      inputs_embeds=inputs_embeds, use_cache=use_cache, return_dict=True)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+        )
         logits = outputs[0]
         loss = None
         if labels is not None:
             loss = nn.CrossEntropyLoss()(logits[:, :-1].reshape(-1, logits.size(-1)), labels[:, 1:].reshape(-1))
         return MiniLlavaOutput(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, pixel_values=None, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, pixel_values=None, attention_mask=None, **kwargs
+    ):
         if past_key_values is not None:
             if isinstance(past_key_values, Cache):
                 cache_length = past_key_values.get_seq_length()
@@ -129,8 +156,15 @@ class MiniLlavaForConditionalGeneration(MiniLlavaPreTrainedModel):
             model_inputs = {"inputs_embeds": inputs_embeds}
         else:
             model_inputs = {"input_ids": input_ids}
-        model_inputs.update({"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": kwargs.get("use_cache"),
-                             "attention_mask": attention_mask, "pixel_values": pixel_values})
+        model_inputs.update(
+            {
+                "position_ids": position_ids,
+                "past_key_values": past_key_values,
+                "use_cache": kwargs.get("use_cache"),
+                "attention_mask": attention_mask,
+                "pixel_values": pixel_values,
+            }
+        )
         return model_inputs
 
     def _reorder_cache(self, *args, **kwargs):

@@ -5,7 +5,16 @@ class MiniRwkvConfig(PretrainedConfig):
     model_type = "mini_rwkv"
     attribute_map = {"max_position_embeddings": "context_length"}
 
-    def __init__(self, vocab_size=58, context_length=64, hidden_size=16, num_hidden_layers=2, rescale_every=0, use_cache=True, **kwargs):
+    def __init__(
+        self,
+        vocab_size=58,
+        context_length=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        rescale_every=0,
+        use_cache=True,
+        **kwargs,
+    ):
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.hidden_size = hidden_size

@@ -1,4 +1,5 @@
 """A recurrent decoder: every layer keeps its last input and a decayed sum."""
+
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional
 
@@ -22,7 +23,9 @@ class TimeMix(nn.Module):
         self.key, self.value = nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False)
         self.receptance, self.output = nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False)
         ratio = layer_id / max(config.num_hidden_layers - 1, 1)
-        self.register_buffer("time_curve", torch.tensor([1.0 - ratio * 0.1 * i / size for i in range(size)]), persistent=False)
+        self.register_buffer(
+            "time_curve", torch.tensor([1.0 - ratio * 0.1 * i / size for i in range(size)]), persistent=False
+        )
 
     def forward(self, x, state):
         last, total = state
@@ -42,7 +45,9 @@ class RwkvBlock(nn.Module):
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
         self.attention = TimeMix(config, layer_id)
-        self.feed_forward = nn.Sequential(nn.Linear(config.hidden_size, 32), nn.ReLU(), nn.Linear(32, config.hidden_size))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(config.hidden_size, 32), nn.ReLU(), nn.Linear(32, config.hidden_size)
+        )
 
     def forward(self, x, state):
         mixed, state = self.attention(self.ln1(x), state)
@@ -63,7 +68,9 @@ class MiniRwkvPreTrainedModel(PreTrainedModel):
         if isinstance(module, TimeMix):
             size = module.time_decay.shape[0]
             with torch.no_grad():
-                module.time_decay.data = torch.linspace(-1.0, 1.0, size, dtype=module.time_decay.dtype, device=module.time_decay.device)
+                module.time_decay.data = torch.linspace(
+                    -1.0, 1.0, size, dtype=module.time_decay.dtype, device=module.time_decay.device
+                )
                 module.time_mix.data.fill_(0.5)
 
 
@@ -95,7 +102,9 @@ class MiniRwkvModel(MiniRwkvPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embeddings = value
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, state=None, use_cache=None, return_dict=None):
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, state=None, use_cache=None, return_dict=None
+    ):
         use_cache = use_cache if use_cache is not None else (self.config.use_cache if not self.training else False)
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if state is None:
@@ -144,8 +153,18 @@ class MiniRwkvForCausalLM(MiniRwkvPreTrainedModel):
         model_inputs["use_cache"] = kwargs.get("use_cache")
         return model_inputs
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, state=None, labels=None, use_cache=None,
-                output_attentions=None, output_hidden_states=None, return_dict=None):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        state=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
         outputs = self.rwkv(input_ids, inputs_embeds=inputs_embeds, state=state, use_cache=use_cache)
         logits = self.head(outputs[0])
         loss = None

@@ -6,8 +6,19 @@ class TelechatConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
-    def __init__(self, vocab_size=60, hidden_size=24, n_layer=2, n_head=3, layer_norm_epsilon=1e-5, initializer_range=0.02, use_cache=True,
-                 bos_token_id=1, eos_token_id=2, **kwargs):
+    def __init__(
+        self,
+        vocab_size=60,
+        hidden_size=24,
+        n_layer=2,
+        n_head=3,
+        layer_norm_epsilon=1e-5,
+        initializer_range=0.02,
+        use_cache=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        **kwargs,
+    ):
         self.vocab_size = vocab_size
         n_embed = kwargs.pop("n_embed", None)
         self.hidden_size = hidden_size if n_embed is None else n_embed

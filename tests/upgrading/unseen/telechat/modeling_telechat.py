@@ -1,4 +1,5 @@
 """Biases from the mask; keys kept as [batch * heads, head_dim, length]."""
+
 import math
 from typing import Optional, Tuple
 
@@ -31,7 +32,9 @@ class TelechatAttention(nn.Module):
 
     def forward(self, x, alibi, attention_mask, layer_past=None, head_mask=None, use_cache=False):
         b, n, _ = x.shape
-        q, k, v = self.query_key_value(x).view(b, n, self.num_heads, 3, self.head_dim).permute(3, 0, 2, 1, 4).flatten(1, 2)
+        q, k, v = (
+            self.query_key_value(x).view(b, n, self.num_heads, 3, self.head_dim).permute(3, 0, 2, 1, 4).flatten(1, 2)
+        )
         k = k.transpose(1, 2)
         if layer_past is not None:
             past_key, past_value = layer_past
@@ -42,7 +45,12 @@ class TelechatAttention(nn.Module):
         weights = F.softmax(torch.masked_fill(scores, attention_mask, torch.finfo(scores.dtype).min), dim=-1)
         if head_mask is not None:
             weights = weights * head_mask
-        mixed = torch.bmm(weights.view(b * self.num_heads, n, -1), v).view(b, self.num_heads, n, -1).transpose(1, 2).flatten(2)
+        mixed = (
+            torch.bmm(weights.view(b * self.num_heads, n, -1), v)
+            .view(b, self.num_heads, n, -1)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         return self.dense(mixed), present
 
 
@@ -81,7 +89,9 @@ class TelechatPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _convert_to_standard_cache(past_key_value, batch_size):
-        return tuple((k.view(batch_size, -1, *k.shape[1:]), v.view(batch_size, -1, *v.shape[1:])) for k, v in past_key_value)
+        return tuple(
+            (k.view(batch_size, -1, *k.shape[1:]), v.view(batch_size, -1, *v.shape[1:])) for k, v in past_key_value
+        )
 
     @staticmethod
     def _convert_to_telechat_cache(past_key_value):
@@ -102,7 +112,16 @@ class TelechatModel(TelechatPreTrainedModel):
     def set_input_embeddings(self, value):
         self.word_embeddings = value
 
-    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, head_mask=None, inputs_embeds=None, use_cache=None, return_dict=None):
+    def forward(
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        head_mask=None,
+        inputs_embeds=None,
+        use_cache=None,
+        return_dict=None,
+    ):
         use_cache = use_cache if use_cache is not None else self.config.use_cache
         batch_size, seq_length = input_ids.shape
         if past_key_values is None:
@@ -115,13 +134,24 @@ class TelechatModel(TelechatPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones((batch_size, seq_length + past), device=hidden_states.device)
         alibi = alibi_from(attention_mask, self.config.n_head, hidden_states.dtype)
-        causal_mask = _prepare_4d_causal_attention_mask(attention_mask, (batch_size, seq_length), hidden_states, past).bool()
+        causal_mask = _prepare_4d_causal_attention_mask(
+            attention_mask, (batch_size, seq_length), hidden_states, past
+        ).bool()
         presents = () if use_cache else None
         for i, (block, layer_past) in enumerate(zip(self.h, past_key_values)):
-            hidden_states, present = block(hidden_states, alibi=alibi, attention_mask=causal_mask, layer_past=layer_past, head_mask=head_mask[i], use_cache=use_cache)
+            hidden_states, present = block(
+                hidden_states,
+                alibi=alibi,
+                attention_mask=causal_mask,
+                layer_past=layer_past,
+                head_mask=head_mask[i],
+                use_cache=use_cache,
+            )
             if use_cache is True:
                 presents = presents + (present,)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.ln_f(hidden_states), past_key_values=presents)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=presents
+        )
 
 
 class TelechatForCausalLM(TelechatPreTrainedModel):
@@ -139,17 +169,31 @@ class TelechatForCausalLM(TelechatPreTrainedModel):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs) -> dict:
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ) -> dict:
         if past_key_values:
             input_ids = input_ids[:, -1].unsqueeze(-1)
             if past_key_values[0][0].shape[0] == input_ids.shape[0]:
                 past_key_values = self._convert_to_telechat_cache(past_key_values)
         model_inputs = {"input_ids": input_ids}
-        model_inputs.update({"past_key_values": past_key_values, "use_cache": kwargs.get("use_cache"), "attention_mask": attention_mask})
+        model_inputs.update(
+            {"past_key_values": past_key_values, "use_cache": kwargs.get("use_cache"), "attention_mask": attention_mask}
+        )
         return model_inputs
 
-    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, head_mask=None, labels=None, use_cache=None,
-                output_attentions=None, output_hidden_states=None, return_dict=None):
+    def forward(
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        head_mask=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
         outputs = self.transformer(input_ids, past_key_values, attention_mask, head_mask, use_cache=use_cache)
         logits = self.lm_head(outputs[0])
         loss = None
@@ -159,4 +203,6 @@ class TelechatForCausalLM(TelechatPreTrainedModel):
 
     def _reorder_cache(self, past, beam_idx) -> Tuple[Tuple[torch.Tensor, torch.Tensor], ...]:
         standardized = self._convert_to_standard_cache(past, batch_size=len(beam_idx))
-        return self._convert_to_telechat_cache(tuple((k.index_select(0, beam_idx), v.index_select(0, beam_idx)) for k, v in standardized))
+        return self._convert_to_telechat_cache(
+            tuple((k.index_select(0, beam_idx), v.index_select(0, beam_idx)) for k, v in standardized)
+        )
