@@ -31,7 +31,7 @@ from .inputs import (
     with_required,
 )
 from .load_repo import class_of, digest, seed_all, text_config
-from .losses import make_labels
+from .losses import IGNORED, make_labels
 from .processors import TEXTS, processed_inputs, processor_names, run_processor
 from .stages import innermost, run_stage, sentence
 from .tokenizers import RECORDED, load_tokenizer
@@ -141,7 +141,7 @@ def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Ten
     record.item("outputs", lambda: _outputs(model, given), twice=not own)  # what is random is known from the original
     for item, batch in _batches(model, given).items():
         record.item(item, lambda batch=batch: _outputs(model, batch))  # type: ignore[misc]
-    labels = make_labels(record.name, model, given)
+    labels = _without_padding(make_labels(record.name, model, given), given)
 
     def loss_and_gradients() -> dict[str, torch.Tensor]:
         fresh, _ = _load(job, record.name)  # what the code keeps from forward in inference mode cannot be trained on
@@ -187,6 +187,15 @@ def _tokens(job: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _processed(job: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
     processor = class_of(name).from_pretrained(job["folder"], trust_remote_code=True)
     return run_processor(processor)
+
+
+def _without_padding(labels: dict[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Labels that are scored against real tokens only: what a padding token predicts is not defined."""
+    mask, scored = given.get("attention_mask"), labels.get("labels")
+    if mask is None or scored is None or scored.shape != mask.shape:
+        return labels
+    after_padding = torch.cat([mask[:, :1], mask[:, :-1]], 1) == 0
+    return {**labels, "labels": torch.where(after_padding, IGNORED, scored)}
 
 
 def _digests(model: Any) -> dict[str, str]:

@@ -28,7 +28,7 @@ class _Guarded(Rewriter):
             if changed is not None:
                 self.context.note(original_node, f"{source_of(changed)} goes through the guard of loaded weights")
                 return updated_node.with_changes(body=[step.with_changes(value=changed)])
-        tensor = _written(step)
+        tensor = _written(step) or self._looped(original_node, step)
         if tensor is None:
             return updated_node
         self.context.note(original_node, f"{tensor} is written only if it was not loaded")
@@ -36,6 +36,23 @@ class _Guarded(Rewriter):
         guard = statements(f'if not getattr({tensor}, "{_FLAG}", False):\n    pass\n')[0]
         assert isinstance(guard, cst.If)
         return guard.with_changes(leading_lines=updated_node.leading_lines, body=cst.IndentedBlock([inner]))
+
+    def _looped(self, line: cst.SimpleStatementLine, step: cst.BaseSmallStatement) -> str | None:
+        """The variable of a loop over parameters that a statement writes in place (`p /= 2`), or None."""
+        target: cst.CSTNode | None = None
+        if isinstance(step, cst.AugAssign):
+            target = step.target
+        elif isinstance(step, cst.Expr) and m.matches(step.value, m.Call(func=m.Attribute(value=m.Name()))):
+            func = step.value.func  # type: ignore[attr-defined]
+            target = func.value if func.attr.value.endswith("_") and func.attr.value != "requires_grad_" else None
+        current = self.context.parent(line)
+        while isinstance(target, cst.Name) and current is not None and not isinstance(current, cst.FunctionDef):
+            loop = isinstance(current, cst.For) and "parameters(" in source_of(current.iter)
+            names = m.findall(current.target, m.Name()) if loop else []  # type: ignore[attr-defined]
+            if any(name.value == target.value for name in names):  # type: ignore[attr-defined]
+                return target.value
+            current = self.context.parent(current)
+        return None
 
     def _is_guarded(self, node: cst.CSTNode) -> bool:
         current = self.context.parent(node)
@@ -155,6 +172,9 @@ RULE = Rule(
                         module.weight.data[module.padding_idx].zero_()
                 elif isinstance(module, nn.LayerNorm):
                     module.weight.data.fill_(1.0)
+                for name, p in module.named_parameters():
+                    if name == "c_proj.weight":
+                        p /= 2
     """,
     after="""
         from torch import nn
@@ -175,6 +195,10 @@ RULE = Rule(
                             module.weight.data[module.padding_idx].zero_()
                 elif isinstance(module, nn.LayerNorm):
                     nn.init.constant_(module.weight, 1.0)
+                for name, p in module.named_parameters():
+                    if name == "c_proj.weight":
+                        if not getattr(p, "_is_hf_initialized", False):
+                            p /= 2
     """,
     apply=rewrites(_Guarded, ("_init_weights",)),
     words=("_init_weights",),
