@@ -145,7 +145,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
     result = _libc().mount(
         source.encode(), os.fsencode(target), kind.encode() if kind else None, ctypes.c_ulong(flags), options.encode()
     )
-    _check(result, f"mount {target}")
+    _check(result, f"mounting {kind or 'a folder'}")
 
 
 def _libc() -> Any:
