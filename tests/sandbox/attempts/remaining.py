@@ -22,14 +22,14 @@ def _stay(target: Target) -> None:
     os._exit(0)
 
 
-@attempt(seconds=10)
+@attempt(seconds=30)
 def leave_child(target: Target):
     if not os.fork():
         _stay(target)
     return Remains(target.marker)
 
 
-@attempt(seconds=10)
+@attempt(seconds=30)
 def leave_daemon(target: Target):
     """Its parent is gone, its session is its own, the output is closed."""
     if not os.fork():
@@ -43,7 +43,7 @@ def leave_daemon(target: Target):
     return Remains(target.marker)
 
 
-@attempt(seconds=10)
+@attempt(seconds=30)
 def leave_daemon_that_holds_output(target: Target):
     """Whoever reads the output to its end waits for the daemon."""
     if not os.fork():
@@ -55,7 +55,7 @@ def leave_daemon_that_holds_output(target: Target):
     return Remains(target.marker)
 
 
-@attempt(seconds=10)
+@attempt(seconds=30)
 def leave_sibling(target: Target):
     """CLONE_PARENT: the new process is a child of whoever started the box."""
     child = syscall("clone", 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)
@@ -67,7 +67,7 @@ def leave_sibling(target: Target):
     return Remains(target.marker)
 
 
-@attempt(seconds=10)
+@attempt(seconds=30)
 def leave_child_and_die(target: Target):
     """The first process is killed, by itself, before it could tidy up."""
     if not os.fork():
@@ -77,7 +77,7 @@ def leave_child_and_die(target: Target):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@attempt(seconds=10)
+@attempt(seconds=30)
 def leave_process_that_starts_others(target: Target):
     """A process that never lives long enough to be found."""
     if not os.fork():

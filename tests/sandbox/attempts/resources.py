@@ -19,8 +19,8 @@ from . import Impossible, Target, attempt
 from .kernel import libc
 
 MB = 2**20
-MEMORY = {"memory": 200 * MB, "seconds": 8}
-SHORT = {"seconds": 3}  # a busy machine takes a while to start
+MEMORY = {"memory": 200 * MB, "seconds": 30}
+SHORT = {"seconds": 5}  # a busy machine takes a while to start
 PAGE = mmap.PAGESIZE
 
 
@@ -170,7 +170,7 @@ def take_memory_by_stack(target: Target):
 # ---- processes, threads, descriptors
 
 
-@attempt(seconds=10)
+@attempt(seconds=30)
 def start_many_processes(target: Target):
     """All alive at once, and each asleep."""
     started = []
@@ -190,7 +190,7 @@ def start_many_processes(target: Target):
             os.waitpid(child, 0)
 
 
-@attempt(seconds=10)
+@attempt(seconds=30)
 def start_fork_bomb(target: Target):
     """Every process starts two more, nine times over."""
     read_end, write_end = os.pipe()
@@ -211,7 +211,7 @@ def start_fork_bomb(target: Target):
     return count >= 1000
 
 
-@attempt(seconds=10)
+@attempt(seconds=30)
 def start_many_threads(target: Target):
     threading.stack_size(64 * 1024)
     done = threading.Event()
@@ -227,7 +227,7 @@ def start_many_threads(target: Target):
         done.set()
 
 
-@attempt(seconds=5)
+@attempt(seconds=30)
 def open_many_files(target: Target):
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if 0 <= hard < 6000:

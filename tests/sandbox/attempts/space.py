@@ -10,7 +10,7 @@ from . import Printed, Target, attempt
 from .kernel import libc
 
 MB = 2**20
-SPACE = {"scratch_size": 16 * MB, "seconds": 8}
+SPACE = {"scratch_size": 16 * MB, "seconds": 30}
 PAGE = mmap.PAGESIZE
 
 
