@@ -41,6 +41,43 @@ MOVED: dict[tuple[str, str], tuple[str, str]] = {
     },
 }
 
+# names that modules of models once passed on → where they are defined in every supported release
+PASSED_ON: dict[str, str] = {
+    **dict.fromkeys(
+        [
+            "AttentionMaskConverter",
+            "_prepare_4d_attention_mask",
+            "_prepare_4d_attention_mask_for_sdpa",
+            "_prepare_4d_causal_attention_mask",
+            "_prepare_4d_causal_attention_mask_for_sdpa",
+        ],
+        "transformers.modeling_attn_mask_utils",
+    ),
+    **dict.fromkeys(["Cache", "DynamicCache", "StaticCache", "EncoderDecoderCache"], "transformers.cache_utils"),
+    **dict.fromkeys(
+        ["ALL_LAYERNORM_LAYERS", "apply_chunking_to_forward", "prune_linear_layer"], "transformers.pytorch_utils"
+    ),
+    **dict.fromkeys(
+        [
+            "BaseModelOutput",
+            "BaseModelOutputWithPast",
+            "BaseModelOutputWithPooling",
+            "BaseModelOutputWithPoolingAndCrossAttentions",
+            "BaseModelOutputWithPastAndCrossAttentions",
+            "CausalLMOutputWithPast",
+            "CausalLMOutputWithCrossAttentions",
+            "SequenceClassifierOutput",
+            "SequenceClassifierOutputWithPast",
+            "TokenClassifierOutput",
+            "MaskedLMOutput",
+        ],
+        "transformers.modeling_outputs",
+    ),
+    "ACT2FN": "transformers.activations",
+    "PreTrainedModel": "transformers.modeling_utils",
+    "logging": "transformers.utils",
+}
+
 # a module that is gone → where all of it is now
 MODULES: dict[str, str] = {
     "transformers.deepspeed": "transformers.integrations.deepspeed",

@@ -8,7 +8,7 @@ import libcst as cst
 from ...static.api_availability import Span, lacking
 from ...static.check_imports import other_imports
 from ...static.symbols import GONE
-from ..definitions import MISSING_BETWEEN, MODULES, MOVED, definition, is_documentation
+from ..definitions import MISSING_BETWEEN, MODULES, MOVED, PASSED_ON, definition, is_documentation
 from ..mask_definitions import MASKS
 from ..rule import Context, Rewriter, Rule, name_of, rewrites, statements
 
@@ -39,6 +39,9 @@ class _Imports(Rewriter):
                 home, now = MOVED[module, name]
                 self.context.note(original_node, f"{name} is imported from {home}")
                 more.append(f"from {home} import {now}" + (f" as {local}" if local != now else ""))
+            elif module.startswith("transformers.models.") and name in PASSED_ON:
+                self.context.note(original_node, f"{name} is imported from {PASSED_ON[name]}")
+                more.append(f"from {PASSED_ON[name]} import {name}" + (f" as {local}" if local != name else ""))
             elif module in MODULES:
                 self.context.note(original_node, f"{name} is imported from {MODULES[module]}")
                 more.append(f"from {MODULES[module]} import {name}" + (f" as {local}" if local != name else ""))
