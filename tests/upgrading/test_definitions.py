@@ -1,5 +1,6 @@
 """What the rules define in a file, compared with transformers' own."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 
-from mymodels.hub.upgrading.edit_engine import apply_rules
+from mymodels.hub.static.api_availability import find_releases
+from mymodels.hub.static.repo_snapshot import Folder, parse_text
+from mymodels.hub.upgrading.edit_engine import apply_rules, apply_to_source
 from mymodels.hub.upgrading.mask_definitions import MASKS
 from mymodels.hub.upgrading.plan_releases import span_of, target_releases
 from mymodels.hub.upgrading.rules import (
@@ -17,8 +20,17 @@ from mymodels.hub.upgrading.rules import (
     config_defaults,
     config_identity,
     generation_inputs,
+    imports_gone,
     legacy_caches,
+    tensors_in_init,
 )
+
+MASK_OF_BLOOM = """from transformers.models.bloom.modeling_bloom import _prepare_4d_causal_attention_mask
+
+
+class Toy:
+    mask = _prepare_4d_causal_attention_mask
+"""
 
 
 def defined(*sources: str) -> dict[str, Any]:
@@ -106,3 +118,34 @@ def test_a_config_class_of_another_file_is_known_by_its_name(tmp_path: Any) -> N
     known = defined(config_identity._HELPER)["is_config_of"]
     once, twice = type("ToyConfig", (), {}), type("ToyConfig", (), {})
     assert known(once(), twice) and not known(SimpleNamespace(), twice)
+
+
+def test_a_tensor_that_a_constructor_reads_by_a_local_name_is_made_with_data() -> None:
+    source = """import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class ToyModel(PreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        scale = torch.tensor(config.hidden_size).sqrt()
+        self.scale = scale.item()
+        self.post_init()
+"""
+    text = apply_to_source(tensors_in_init.RULE, source).texts["modeling_example.py"]
+    assert "scale = on_cpu(lambda: torch.tensor(config.hidden_size).sqrt())" in text
+
+
+def test_masks_that_a_model_passed_on_are_imported_from_their_home() -> None:
+    folder = Folder(Path("example"))
+    file = parse_text("modeling_example.py", MASK_OF_BLOOM)
+    assert not isinstance(file, str)
+    folder.code["modeling_example.py"], folder.files["modeling_example.py"] = file, Path("example/modeling_example.py")
+    folder.values["config.json"] = {"auto_map": {"AutoModel": "modeling_example.Toy"}}
+    folder.memo["headers"] = {}
+    folder.releases = find_releases(None)
+    edited = apply_rules(folder, [imports_gone.RULE])
+    text = edited.texts["modeling_example.py"]
+    assert "from transformers.modeling_attn_mask_utils import _prepare_4d_causal_attention_mask" in text
+    assert not edited.refused

@@ -162,3 +162,20 @@ def test_a_name_that_the_repair_needs_may_be_taken(tmp_path: Path) -> None:
     taken = OLD + "\n\ndef count(is_torch_fx_available=1):\n    return is_torch_fx_available\n"
     result = upgrade(folder_of(tmp_path / "old", taken), tmp_path / "new")
     assert "uses that name for something else" in result.refused[0].what and not (tmp_path / "new").exists()
+
+
+def test_buffers_of_another_file_are_computed_again(tmp_path: Path) -> None:
+    """Two classes in a file that comes before the model's: edited once, and called from the model's `_init_weights`."""
+    lines = (
+        "def __init__(self):",
+        "    super().__init__()",
+        "    self.register_buffer('t', torch.ones(2), persistent=False)",
+    )
+    classes = "".join(f"\n\nclass {name}(nn.Module):\n    " + "\n    ".join(lines) + "\n" for name in "AB")
+    starts = "    def _init_weights(self, module):\n        pass\n\n    def forward"
+    code = OLD.replace("import nn", "import nn\nfrom .layers import A, B").replace("    def forward", starts)
+    folder = folder_of(tmp_path / "old", code)
+    (folder / "layers.py").write_text("import torch\nfrom torch import nn\n" + classes)
+    diff = upgrade(folder, dry_run=True).diff
+    assert diff.count("+    @keep_arguments") == 2
+    assert "+        if isinstance(module, (A, B)):\n+            refill_buffers(module)" in diff

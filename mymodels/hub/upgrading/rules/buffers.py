@@ -1,6 +1,7 @@
 """Buffers that are in no file: computed again where transformers 5 leaves them without data."""
 
 import ast
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import libcst as cst
 from ...static.code_tree import Klass, calls, constant, is_self
 from ...static.headers import tensor_headers
 from ...static.kept_buffers import kept_buffers
-from ..rule import Context, Rewriter, Rule, rewrites, statements
+from ..rule import Context, Rewriter, Rule, rewrites, source_of, statements
 
 _HELPERS = '''
 def keep_arguments(init):
@@ -62,7 +63,8 @@ def _unsaved(context: Context) -> Iterator[_Refilled]:
         init = klass.method("__init__")
         if init is None or not code.is_module(klass) or id(klass.node) in kept:
             continue
-        if any(f"isinstance(module, {klass.name})" in text or repr(klass.name) in text for text in starts):
+        named = re.compile(rf"(isinstance\(\w+, \(?[^)]*|__name__ in \([^)]*)\b{klass.name}\b")
+        if any(map(named.search, starts)):
             continue
         names = []
         for call in _run_by_init(context, klass, init):
@@ -127,7 +129,13 @@ class _Edit(Rewriter):
         if len(scope) != 1:
             return updated_node
         one = self.own.get(scope[0])
-        if original_node.name.value == "__init__" and one is not None and not self.context.is_model(scope[0]):
+        kept = any(source_of(decorator.decorator) == "keep_arguments" for decorator in original_node.decorators)
+        if (
+            original_node.name.value == "__init__"
+            and one is not None
+            and not kept
+            and not self.context.is_model(scope[0])
+        ):
             what = f"{', '.join(one.names)} of {scope[0]}, in no file, can be computed again after loading"
             self.context.note(original_node, what)
             self.context.define("refill_buffers", _HELPERS)

@@ -37,7 +37,7 @@ class _OnCpu(Rewriter):
         super().__init__(context)
         places = [finding.where.rpartition(":") for finding in init_data(context.folder)]
         self.lines = {int(line) for name, _, line in places if name == context.file.name and line.isdigit()}
-        self.lines |= _plain_tensors(context)
+        self.lines |= _plain_tensors(context) | _read_later(context)
         self.methods = _methods_that_keep_tensors(context)
         self.mixed = _mixed_linspaces(context)
 
@@ -154,6 +154,29 @@ def _is_tensor(klass: Klass, node: ast.AST) -> bool:
     if isinstance(node, (ast.UnaryOp, ast.Subscript)):
         return _is_tensor(klass, node.operand if isinstance(node, ast.UnaryOp) else node.value)
     return False
+
+
+def _read_later(context: Context) -> set[int]:
+    """Lines where a constructor makes a tensor under a local name that it reads further down (`scale.item()`)."""
+    found: set[int] = set()
+    for klass in context.code.classes:
+        init = klass.method("__init__")
+        if init is None or klass.file.name != context.file.name or not context.code.is_module(klass):
+            continue
+        read = {
+            call.func.value.id
+            for call in calls(init)
+            if isinstance(call.func, ast.Attribute)
+            and call.func.attr in ("item", "tolist")
+            and isinstance(call.func.value, ast.Name)
+        }
+        for step in ast.walk(init):
+            if not isinstance(step, ast.Assign) or "device=" in ast.unparse(step.value):
+                continue
+            names = {goal.id for goal in step.targets if isinstance(goal, ast.Name)}
+            if names & read and any(klass.file.dotted(call.func).startswith("torch.") for call in calls(step.value)):
+                found.add(step.lineno)
+    return found
 
 
 def _mixed_linspaces(context: Context) -> set[int]:
