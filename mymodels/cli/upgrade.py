@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_verb, console
+from .options import FAILED, add_isolation_option, add_verb, console, show_isolation
 from .progress import working
 
 
@@ -51,6 +51,7 @@ def add_parser(verbs: Any) -> None:
         action="store_true",
         help="also call attention through transformers' interface, if the outputs stay the same; serving engines need it",
     )
+    add_isolation_option(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -60,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.dry_run and arguments.out is not None:
         raise ValueError("--dry-run writes nothing: leave out --out")
+    if not arguments.dry_run:
+        show_isolation(arguments)
     with working(f"upgrading {arguments.path}") as progress:
         result = upgrade(
             arguments.path,

@@ -65,6 +65,7 @@ def test_it_can_be_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     for command in (
         ["verify", folder],
         ["build", folder, "--out", str(tmp_path / "out")],
+        ["upgrade", folder, "--out", str(tmp_path / "out")],
         ["export", folder, "--to", "pt2", "--out", str(tmp_path / "out")],
         ["inspect", str(tmp_path / "x.pt"), "--allow-pickle"],
     ):
