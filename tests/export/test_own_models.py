@@ -63,7 +63,9 @@ def test_a_model_without_keys_and_values_has_a_graph_without() -> None:
 def test_a_class_that_says_nothing_needs_a_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the task of ConvBert cannot be determined .*pass task="):
         export_model(make("conv_bert"), "torchscript", tmp_path / "out")
-    with pytest.raises(ValueError, match="the task of TinyCnnForImageClassification cannot be determined"):
+    with pytest.raises(
+        ValueError, match=r"the inputs of TinyCnnForImageClassification .* cannot be generated: pass --inputs"
+    ):
         export_model(make("tiny_cnn"), "torchscript", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -90,7 +90,7 @@ def test_predict_export_load_and_build(ours: Path, negated: Path, tmp_path: Path
 
     with pytest.raises(ValueError, match=r"has code of its own.*trust_remote_code=True"):
         export_model(negated, "pt2", tmp_path / "exported")
-    traced, _ = load_for_export(negated, None, None, True)  # what `export_model` traces
+    traced, _ = load_for_export(negated, None, None, True, False)  # what `export_model` traces
     model = AutoModelForCausalLM.from_pretrained(ours).eval()
     with torch.no_grad():
         assert traced.eval()(IDS).logits.equal(-model(IDS).logits)

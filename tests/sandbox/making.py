@@ -98,7 +98,7 @@ def boxed(world: Outside, attempts: list[Attempt], scratch: Path, isolation: san
     began = time.monotonic()
     ended = sandbox.run(
         _arguments(world, attempts, scratch),
-        readable=[SCRIPT.parent, world.folder],
+        readable=[SCRIPT.parents[1], world.folder],
         scratch=scratch,
         isolation=isolation,
         **limits,

@@ -458,7 +458,7 @@ def test_without_execution_nothing_runs(tmp_path: Path, monkeypatch: pytest.Monk
     folder = tiny_repo(tmp_path / "repo")
     monkeypatch.setattr("mymodels.hub.verifying.clean_process", lambda *args, **how: pytest.fail("a process started"))
     monkeypatch.setattr("mymodels.hub.verifying.static_checks", lambda folder, releases: [Check("auto_map", "ok")])
-    assert verify(folder, execute=False) == (str(folder), [Check("auto_map", "ok")], {}, [])
+    assert verify(folder, execute=False) == (str(folder), [Check("auto_map", "ok")], {}, [], "")
 
 
 def test_what_an_engine_reads_in_the_source_is_read_likewise() -> None:

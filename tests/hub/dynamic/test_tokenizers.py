@@ -66,7 +66,7 @@ def outcome(folder: Path, model: Any, tokenizer: Any, recorded: dict | None = No
         (lambda: bert(pad_token_id=0), {}, "ok", ""),
         (lambda: bert(pad_token_id=1), {}, "failed", "pad_token_id in config.json is 1"),
         (t5, {}, "ok", ""),
-        (lambda: t5(decoder_start_token_id=7), {}, "failed", "decoder_start_token_id is 7 .* no special token"),
+        (lambda: t5(decoder_start_token_id=7), {}, "failed", "decoder_start_token_id is 7 .* not a special token"),
         (gpt2, {"words": [*WORDS, *(f"w{i}" for i in range(90))]}, "failed", "tokens, the model's vocab_size is 97"),
         (gpt2, {"chat_template": TEMPLATE}, "ok", ""),
         (
