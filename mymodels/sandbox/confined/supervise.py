@@ -55,15 +55,17 @@ def run(policy: dict[str, Any], script: list[str]) -> NoReturn:
         os._exit(NOT_CONFINED)
     os.close(write)
     signal.signal(signal.SIGINT, lambda number, frame: _interrupt(box, policy))
-    why, status = "", None
+    why, status, watch = "", None, Watch(os.getpid(), policy)
     try:
-        why, status = _wait(policy, owner, box, read)
+        why, status = _wait(watch, owner, box, read)
     except _Ended:
         why = "it was ended"
     finally:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         _end_all(box, policy)
+    if not why and (why := watch.at_end()):
+        status = None
     if why:
         _report(policy, why)
     _end_like(status if status is not None else 9)
@@ -105,9 +107,8 @@ def _become_init(confined: int, told: int) -> NoReturn:
             os._exit(0)
 
 
-def _wait(policy: dict[str, Any], owner: int | None, box: int, read: int) -> tuple[str, int | None]:
+def _wait(watch: Watch, owner: int | None, box: int, read: int) -> tuple[str, int | None]:
     """Why the box has to end, empty if it has ended by itself, and the status of the confined process."""
-    watch = Watch(os.getpid(), policy)
     os.set_blocking(read, False)
     poll = select.poll()
     poll.register(read, select.POLLIN)

@@ -48,6 +48,10 @@ class Watch:
                 self._next[look] = time.monotonic() + min(pause, _LONGEST[look.__name__])
         return ""
 
+    def at_end(self) -> str:
+        """What is exceeded by the files that are left, which may have been written after the last look."""
+        return self._files()
+
     def seconds_left(self) -> float:
         return max(0.0, self.end - time.monotonic())
 
