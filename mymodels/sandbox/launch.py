@@ -19,7 +19,7 @@ GIGABYTE = 10**9
 _ENTER = str(CONFINED / "enter.py")
 _INHERITED = re.compile(r"(PATH|LANG|LC_\w+|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|VIRTUAL_ENV|SYSTEMROOT)")
 _LONGEST_OUTPUT = 1_000_000  # bytes of what a script prints that are kept, of the end
-_VERDICT = "verdict"
+_VERDICT, _LONGEST = "verdict", 4096  # bytes
 
 
 class Finished(NamedTuple):
@@ -103,6 +103,7 @@ def command(
         "verdict": str(control / _VERDICT),
         "keep": list(keep),
     }
+    (control / _VERDICT).write_text(" " * _LONGEST, encoding="utf-8")  # takes its space now: the disk may be full later
     file = control / "policy.json"
     file.write_text(json.dumps(policy), encoding="utf-8")
     return [sys.executable, "-I", _ENTER, str(file), *script, *arguments[len(script) :]]
@@ -111,7 +112,7 @@ def command(
 def why_ended(control: Path) -> str:
     """Why the box ended a script; empty if it ended by itself."""
     file = control / _VERDICT
-    return one_line(file.read_text(encoding="utf-8", errors="replace"), 500) if file.exists() else ""
+    return one_line(file.read_text(encoding="utf-8", errors="replace").strip(), 500) if file.exists() else ""
 
 
 def run(

@@ -196,8 +196,11 @@ def _end_with_parent() -> None:
 
 
 def _report(policy: dict[str, Any], why: str) -> None:
-    with contextlib.suppress(OSError), open(policy["verdict"], "w", encoding="utf-8") as file:
-        file.write(why)
+    with (
+        contextlib.suppress(OSError),
+        open(policy["verdict"], "r+b") as file,
+    ):  # its space is there: the disk may be full
+        file.write(why.encode()[:4096])
 
 
 def _tell(descriptor: int, text: bytes) -> None:

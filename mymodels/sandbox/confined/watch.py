@@ -32,6 +32,7 @@ class Watch:
         self.end = time.monotonic() + policy["seconds"] if policy["seconds"] else float("inf")
         self._next = {self._processes: 0.0, self._files: 0.0}
         self._device = os.stat(policy["scratch"]).st_dev
+        self._free = _free(policy["scratch"])
         self._socket = 2 * _number("/proc/sys/net/core/wmem_max", 212_992)  # bytes that a socket may hold
         self._outputs = [number for number in (1, 2) if stat.S_ISREG(os.fstat(number).st_mode)]
 
@@ -40,13 +41,20 @@ class Watch:
         if time.monotonic() > self.end:
             return f"it did not end within {self.policy['seconds']:g} s"
         for look, due in self._next.items():
-            if time.monotonic() >= due:
+            if time.monotonic() >= due or (look == self._files and self._fills_the_disk()):
                 began = time.thread_time()  # not the time of day: on a busy machine a look takes long and costs little
                 if found := look():
                     return found
                 pause = max(_SHORTEST, (time.thread_time() - began) / _SHARE)
                 self._next[look] = time.monotonic() + min(pause, _LONGEST[look.__name__])
         return ""
+
+    def _fills_the_disk(self) -> bool:
+        """Whether, since the files were looked at, the disk has lost half of what they may take; others may do that too."""
+        return (
+            bool(self.policy["scratch_size"])
+            and self._free - _free(self.policy["scratch"]) > self.policy["scratch_size"] / 2
+        )
 
     def at_end(self) -> str:
         """What is exceeded by the files that are left, which may have been written after the last look."""
@@ -71,6 +79,7 @@ class Watch:
         limit = self.policy["scratch_size"]
         if not limit:
             return ""
+        self._free = _free(self.policy["scratch"])
         used = sum(os.fstat(number).st_blocks * 512 for number in self._outputs)
         seen: set[tuple[int, int]] = set()
         for status in _files_of(self.policy["scratch"]):
@@ -108,6 +117,12 @@ class Watch:
             elif stat.S_ISREG(file.st_mode) and not file.st_nlink and device not in (self._device, shared_device):
                 files += file.st_blocks * 512
         return held, files + shared
+
+
+def _free(folder: str) -> int:
+    """Bytes that are free on the disk of a folder."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
 
 
 def _too_large(limit: int) -> str:

@@ -49,7 +49,7 @@ ATTACKS = {  # name: (when, code, what the report says)
     "reads tokens": ("import", ["raise RuntimeError(f'tokens: {sorted(k for k in os.environ if \"TOKEN\" in k)}')"], r"tokens: \['?(TOKENIZERS_PARALLELISM'?)?\]"),
     "connects": ("import", ["socket.socket().connect(('127.0.0.1', PORT))"], r"network|not permitted"),
     "leaves a daemon": ("import", ["if not os.fork():", "    os.setsid()", "    ctypes.CDLL(None).prctl(15, MARKER.encode(), 0, 0, 0)", "    time.sleep(60)", "raise RuntimeError('gone')"], "gone"),
-    "fills the scratch folder": ("import", ["for number in range(10**6):", "    with open(f'fill{number}', 'wb') as file:", "        file.truncate(3 * 10**8)", "        os.posix_fallocate(file.fileno(), 0, 3 * 10**8)"], r"more than .* to its scratch folder|File too large|No space"),
+    "fills the scratch folder": ("import", ["for number in range(10**6):", "    with open(f'fill{number}', 'wb') as file:", "        file.write(bytes(10**7))"], r"more than .* to its scratch folder|File too large|No space"),
     "kills its group": ("forward", ["os.killpg(0, signal.SIGKILL)"], r"killed|signal|reported nothing|exit code"),
     "stops everybody": ("forward", ["os.kill(os.getppid(), signal.SIGSTOP)", "os.kill(os.getpid(), signal.SIGSTOP)"], r"within|killed|ended"),
     "replaces the report by a link": ("import", [EVENTS, "os.unlink(events)", "os.symlink(KEY, events)"], r"reported nothing|report is invalid"),
