@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_how_it_ends(tmp_path: Path, isolation: sandbox.Isolation) -> None:
 def test_limits(tmp_path: Path, isolation: sandbox.Isolation) -> None:
     bombs = {
         "it did not end within 0.5 s": "while True: pass",
-        "processes": "import os, time\nwhile True:\n if not os.fork(): time.sleep(60)",
+        "processes|temporarily unavailable": "import os, time\nwhile True:\n if not os.fork(): time.sleep(60)",
         "scratch folder": "for i in range(10**6):\n open(str(i), 'wb').write(bytes(10**6))",
         "cannot be looked into": "import os, time\nfor i in range(40):\n os.mkdir('d' * 200); os.chdir('d' * 200)\n"
         "time.sleep(20)",
@@ -82,7 +83,7 @@ def test_limits(tmp_path: Path, isolation: sandbox.Isolation) -> None:
         scratch.mkdir()
         limits = {"seconds": 0.5 if "0.5" in why else 30, "memory": 3 * 10**8, "scratch_size": 10**8, "processes": 50}
         done = attempt(code, scratch, isolation, **limits)
-        assert done.returncode != 0 and why in done.why + done.stderr.decode(), (why, done)
+        assert done.returncode != 0 and re.search(why, done.why + done.stderr.decode()), (why, done)
         assert sum(file.stat().st_size for file in scratch.iterdir()) < 10**9
         results.delete(scratch)
         assert not scratch.exists()

@@ -202,7 +202,7 @@ def start_fork_bomb(target: Target):
             except OSError:
                 os._exit(0)
         os.write(write_end, b"x")
-        time.sleep(1)
+        time.sleep(3)  # on a busy machine the box looks late
         os._exit(0)
     os.close(write_end)
     count = 0
