@@ -19,7 +19,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
     folders.make("minicpm", tmp_path / "old-model")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "MYMODELS_CACHE": str(ROOT / ".cache")}
-    page = ROOT / "docs" / "guides" / "upgrade_old_code.md"
+    page = ROOT / "docs" / "guides" / "upgrade-old-code.md"
     commands = [c for block in blocks_of(page) if block.language == "bash" for c in shell_commands(block.code)]
     assert [command.split()[1] for command in commands] == ["upgrade", "upgrade", "verify"]
     for number, command in enumerate(commands):
