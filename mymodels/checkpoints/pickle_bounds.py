@@ -57,6 +57,8 @@ def dtype_state(dtype: np.dtype, state: Any) -> tuple:
             return (3, "|", None, None, None, -1, -1, _OBJECTS)
         if simple and char in "Mm" and len(state) == 9:
             return (3, order, None, None, None, -1, -1, 0, _unit(state[8]))
+        if simple and dtype.isbuiltin == 2 and order != ">":  # ml_dtypes' bfloat16, float8, …: their own state
+            return dtype.__reduce__()[2]  # type: ignore[return-value]
         if char == "V" and subtype is None and small and _fit(names, fields, size):
             return (3, "|", None, names, fields, size, 1, 0)
     raise pickle.UnpicklingError(f"its NumPy type {dtype.char!r} is damaged")
