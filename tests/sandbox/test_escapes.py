@@ -60,13 +60,7 @@ def escaped(attempts: dict[str, Attempt], place: Path, isolation: sandbox.Isolat
     """The attempts that succeed in the box, and those that were not made or have a mistake."""
     with outside(place / "world") as world:
         before = world.state()
-        make = functools.partial(boxed, isolation=isolation)
-        found = make_all(attempts, world, make)
-        # sums are looked at from time to time: on a busy machine too late for what lasts a second. Once more, alone
-        late = {
-            n: one for n, one in attempts.items() if found.get(n, {}).get("outcome") not in ("stopped", "impossible")
-        }
-        found |= make_all(late, world, make, at_once=1) if late else {}
+        found = make_all(attempts, world, functools.partial(boxed, isolation=isolation))
         after = world.state()
         assert after == before, "something outside of the box has changed"
         assert not world.reached, "a server outside of the box was reached"
