@@ -47,6 +47,7 @@ def take_memory_in_many_pieces(target: Target):
 def take_shared_memory(target: Target):
     block = mmap.mmap(-1, 400 * MB)
     block[::PAGE] = b"x" * (400 * MB // PAGE)
+    time.sleep(1.5)  # longer than between two looks, as with all sums
     return True
 
 
@@ -220,6 +221,7 @@ def start_many_threads(target: Target):
         for _ in range(1500):
             threads.append(threading.Thread(target=done.wait, daemon=True))
             threads[-1].start()
+        time.sleep(1.5)
         return len(threads)
     except RuntimeError as error:
         raise MemoryError from error
