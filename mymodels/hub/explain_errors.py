@@ -7,59 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .checks import Check
+from .config_attributes import DEFAULTS_OF_4
 
 _STANDARD = {  # attributes that transformers reads from every config
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim"),
     *("max_position_embeddings", "intermediate_size"),
 }
-# attributes that `PretrainedConfig` sets by default in 4.57.6 but not in 5.0.0
-_NO_DEFAULT_FROM_5 = frozenset(
-    [
-        "add_cross_attention",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bos_token_id",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "is_decoder",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_scores",
-        "pad_token_id",
-        "prefix",
-        "pruned_heads",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torchscript",
-        "typical_p",
-        "use_bfloat16",
-    ]
-)
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -77,7 +30,7 @@ def _attribute(match: re.Match, folder: Path) -> str:
             f"{owner} has no {name}, which transformers reads: rename the field, or add "
             f'attribute_map = {{"{name}": "your name"}} to the class'
         )
-    if name in _NO_DEFAULT_FROM_5:
+    if name in DEFAULTS_OF_4:
         return (
             f"{owner} has no {name}, which transformers 5.0 and newer do not set by default: take it as an argument of "
             f"__init__ ({name}=None) and set self.{name}"

@@ -5,83 +5,13 @@ import re
 
 import libcst as cst
 
+from ...config_attributes import DEFAULTS_OF_4, GENERATION
 from ...static.code_tree import Klass, calls, constant, is_self
 from ..generating import own_config, parameters
 from ..rule import Context, Rewriter, Rule, rewrites, statements
 
-# what a config of transformers 4 has if nothing sets it
-DEFAULTS = {
-    **dict.fromkeys(
-        [
-            "bad_words_ids",
-            "begin_suppress_tokens",
-            "bos_token_id",
-            "cross_attention_hidden_size",
-            "decoder_start_token_id",
-            "eos_token_id",
-            "exponential_decay_length_penalty",
-            "finetuning_task",
-            "forced_bos_token_id",
-            "forced_eos_token_id",
-            "pad_token_id",
-            "prefix",
-            "sep_token_id",
-            "suppress_tokens",
-            "task_specific_params",
-            "tokenizer_class",
-        ],
-        "None",
-    ),
-    **dict.fromkeys(
-        [
-            "add_cross_attention",
-            "do_sample",
-            "early_stopping",
-            "is_decoder",
-            "output_scores",
-            "remove_invalid_values",
-            "return_dict_in_generate",
-            "tf_legacy_loss",
-            "tie_encoder_decoder",
-            "torchscript",
-            "use_bfloat16",
-        ],
-        "False",
-    ),
-    **{"diversity_penalty": "0.0", "encoder_no_repeat_ngram_size": "0", "min_length": "0", "no_repeat_ngram_size": "0"},
-    **{"length_penalty": "1.0", "repetition_penalty": "1.0", "temperature": "1.0", "top_p": "1.0", "typical_p": "1.0"},
-    **{"max_length": "20", "num_beam_groups": "1", "num_beams": "1", "num_return_sequences": "1", "top_k": "50"},
-    **{"pruned_heads": "{}", "tie_word_embeddings": "True", "use_cache": "True"},
-    "position_embedding_type": '"absolute"',  # of BertConfig
-}
-# what transformers 5 takes out of configs, and refuses to find there
-GENERATION = {
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "diversity_penalty",
-    "do_sample",
-    "early_stopping",
-    "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "length_penalty",
-    "max_length",
-    "min_length",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_scores",
-    "remove_invalid_values",
-    "repetition_penalty",
-    "return_dict_in_generate",
-    "suppress_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-}
+# what a config of transformers 4 has if nothing sets it; the last two by many classes of its own
+DEFAULTS = {**DEFAULTS_OF_4, "use_cache": "True", "position_embedding_type": '"absolute"'}
 _ASKED = "_get_generation_parameters"
 _HELPER = '''
 def keep_defaults(config, given, **defaults):
