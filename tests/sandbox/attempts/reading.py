@@ -161,7 +161,7 @@ def read_from_inherited_folder(target: Target):
 @attempt
 def find_open_descriptors(target: Target):
     """Any descriptor above the three standard ones that leads to a file outside."""
-    for descriptor in range(3, 256):
+    for descriptor in range(3, max(target.descriptors.values()) + 256):
         try:
             place = os.readlink(f"/proc/self/fd/{descriptor}")
         except FileNotFoundError:
