@@ -28,6 +28,8 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from mymodels.models.products import batched
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
 
@@ -134,6 +136,8 @@ class _Products(TorchDispatchMode):
         name = function.overloadpacket._qualified_op_name.split("::")[1]
         if name in ("linear", "_linear_pointwise"):
             self.note(args[0], args[1].t())
+        elif name == "bmm" and args[1].stride(0) == 0:  # parts of a weight, and the same states for each
+            self.note(args[1][0].t(), args[0].flatten(0, 1).t())
         elif name in ("mm", "bmm", "matmul"):
             self.note(args[0], args[1])
         elif name in ("addmm", "baddbmm"):
@@ -168,6 +172,10 @@ def _one_dnn(first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> No
     torch.ops.mkldnn._linear_pointwise(first, second.t(), None, "none", [], "")
 
 
+def _batched(first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
+    batched(first, second.t())
+
+
 def _least(product: Callable, *operands: torch.Tensor) -> float:
     return min(seconds(lambda: product(*operands)) for _ in range(3))
 
@@ -176,7 +184,7 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
     """The matrix products of `call`, which runs once here, and nothing else, as a call: a floor for the same work.
 
     Weights are the model's own, so that as much memory is read; the other operands are noise in buffers made here.
-    A product with a weight is made by torch or by oneDNN, whichever is faster for its shape here.
+    A product with a weight is made by the kernel of torch, MKL or oneDNN that is the fastest for its shape here.
     """
     with torch.no_grad(), _Products() as products:
         call()
@@ -196,7 +204,7 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
             first, out = buffer("first", *shape, like=second), buffer("out", shape[0], second.shape[1], like=second)
             key = (shape, tuple(second.shape))
             if key not in faster:
-                took = {product: _least(product, first, second, out) for product in (_mm, _one_dnn)}
+                took = {product: _least(product, first, second, out) for product in (_mm, _one_dnn, _batched)}
                 faster[key] = min(took, key=took.__getitem__)
             jobs.append((faster[key], first, second, out))
         else:

@@ -40,6 +40,7 @@ def test_files_shards_and_index(parts, tmp_path: Path) -> None:
         "losses.py",
         "padding.py",
         "pooling.py",
+        "products.py",
         "tokenwise.py",
         "vllm_adapter.py",
         "manifest.json",

@@ -1,5 +1,7 @@
 """Products of few rows, as in a step of generation: torch's own numbers, whatever was made of the layer."""
 
+import time
+
 import pytest
 import torch
 from tiny import largest_difference
@@ -7,9 +9,17 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mymodels.models.cpu_kernels import ONE_DNN, linear_by_onednn
+from mymodels.models import cpu_kernels, products
+from mymodels.models.cpu_kernels import linear_by_onednn
+from mymodels.models.products import ONE_DNN, batched, fastest, one_dnn
 
 pytestmark = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
+
+
+@pytest.fixture(autouse=True, params=[one_dnn, batched], ids=lambda product: product.__name__)
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which product is the fastest depends on the processor; each must be right."""
+    monkeypatch.setattr(cpu_kernels, "fastest", lambda rows, width, threads: request.param if rows <= 2 else one_dnn)
 
 
 class Seen(TorchDispatchMode):
@@ -18,7 +28,7 @@ class Seen(TorchDispatchMode):
         self.fast = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.fast |= "_linear_pointwise" in function.name()
+        self.fast |= "_linear_pointwise" in function.name() or "aten::bmm" in function.name()
         return function(*args, **(kwargs or {}))
 
 
@@ -156,6 +166,34 @@ def test_onednn_gets_no_slice(sliced: str) -> None:
     found, layer.weight.grad = layer.weight.grad.clone(), None
     layer(given).square().sum().backward()
     assert largest_difference(found, layer.weight.grad) <= 1e-3 * found.abs().max()
+
+
+@pytest.mark.parametrize("height", [64, 80, 97, 50257 % 1009, 1009])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (1, 2), (5,)])
+def test_a_batch_of_parts_is_the_same_product(shape: tuple[int, ...], height: int) -> None:
+    """Also of states and weights that are slices, and where a weight cannot be divided into parts."""
+    weight, bias = torch.randn(height, 33), torch.randn(height)
+    for states in (torch.randn(*shape, 33), torch.randn(2, *shape, 33)[1], torch.randn(*shape, 66)[..., ::2]):
+        for given in ((weight,), (weight, bias), (torch.randn(33, height).t(), bias)):
+            with torch.no_grad():
+                found, expected = batched(states, *given), nn.functional.linear(states, *given)
+            assert found.is_contiguous() and found.shape == expected.shape
+            assert largest_difference(found, expected) <= 1e-4
+
+
+def test_states_of_another_width_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(nn.Linear(768, 1024), torch.randn(1, 1536))
+
+
+def test_the_fastest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fastest(3, 64, 1) is one_dnn
+    for least in (0.02, 0.001):
+        slow = [lambda *_, wait=wait: time.sleep(wait) for wait in (0.01, 0.01, least)]
+        monkeypatch.setattr(products, "one_dnn", slow[0])
+        monkeypatch.setattr(products, "batched", slow[2])
+        monkeypatch.setattr(nn.functional, "linear", slow[1])
+        assert fastest.__wrapped__(1, 64, 1) is (slow[2] if least < 0.01 else slow[0])
 
 
 def test_it_can_be_turned_off() -> None:

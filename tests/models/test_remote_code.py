@@ -82,6 +82,7 @@ AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=Tru
         "heads.py",
         "losses.py",
         "padding.py",
+        "products.py",
         "tokenwise.py",
         "vllm_adapter.py",
     ):
