@@ -25,6 +25,7 @@ from .heads import MyBertLMPredictionHead, MyBertOnlyMLMHead, PooledHead, SpanHe
 from .losses import classification_loss  # noqa: F401  releases up to 5.6 fetch only files that are imported here
 from .padding import lengths_in_rows, sequence_ids_in_rows, skips_padding
 from .pooling import POOLINGS, MyBertLayerMix, pool
+from .products import one_dnn  # noqa: F401
 from .tokenwise import calls_of_class  # noqa: F401
 from .vllm_adapter import adapt_encoder, pools_for_vllm, served_class
 
@@ -83,16 +84,10 @@ class MyBertSelfAttention(nn.Module):
         key = self.key(hidden_states).view(heads).transpose(1, 2)
         value = self.value(hidden_states).view(heads).transpose(1, 2)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        rate = self.attention_dropout if self.training else 0.0
+        # sdpa reads the argument `is_causal` if there is no mask; other functions read the attribute
         mixed, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=False,  # sdpa reads this argument if there is no mask; other functions read the attribute
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=rate, scaling=self.scaling, is_causal=False, **kwargs
         )  # [B, T, H, D]
         return mixed.reshape(*hidden_states.shape[:-1], -1), weights
 

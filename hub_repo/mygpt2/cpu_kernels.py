@@ -1,4 +1,4 @@
-"""Faster CPU implementations: float32 products by oneDNN, activations, and an MLP that stores less for training.
+"""Faster CPU implementations: float32 products, activations, and an MLP that stores less for training.
 
 Results are the same up to rounding. Each falls back to torch where it does not apply or a formula was edited.
 This file is copied as it is into Hub repos and runs there without mymodels.
@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 
 from .base import has_global_hooks, is_hooked
 from .compat import readable
+from .products import ONE_DNN, batched, fastest, one_dnn
 from .tokenwise import ACTIVATIONS, TOKENWISE, calls_are_unpatched, calls_of_method
 
 # GPT-2's and the original BERT's GELU in one kernel; transformers computes the same formula in eight operations
@@ -29,12 +30,6 @@ FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 def make_activation(name: str) -> nn.Module:
     """transformers' activation function `name`, in its fastest implementation."""
     return ACT2FN[FUSED.get(name, name)]
-
-
-def one_dnn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if not weight.is_contiguous() and not weight.t().is_contiguous():
-        weight = weight.contiguous()  # oneDNN has no fast kernel for a slice: 600 times slower (torch 2.13)
-    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
 def _no_view(output: torch.Tensor) -> torch.Tensor:
@@ -87,9 +82,9 @@ def _is_supported(states: Any, weight: Any, bias: Any = None) -> bool:
     return recordable() and plain and states.ndim > 1 and states.numel() > 0 and weight.numel() > 0
 
 
-def _is_large(weight: Any, least: int = 1 << 19) -> bool:
-    """Whether a weight is plain float32 (not quantised, distributed, pruned, …), and so large that oneDNN is faster."""
-    return type(weight) is nn.Parameter and weight.numel() >= least and weight.dtype is torch.float32
+def _is_large(weight: Any) -> bool:
+    """Whether a weight is plain float32 (not quantised, distributed, pruned, …), and so large that torch is slower."""
+    return type(weight) is nn.Parameter and weight.numel() >= 1 << 19 and weight.dtype is torch.float32
 
 
 class OneDnnLinear(TorchFunctionMode):
@@ -107,14 +102,14 @@ class OneDnnLinear(TorchFunctionMode):
         # generation step: no autograd, so fewer checks; torch computes small weights
         if not _is_large(weight) or type(states) is not torch.Tensor or states.dtype is not torch.float32:
             return function(*args)
-        if states.ndim < 2 or states.numel() == 0 or not states.is_cpu:
+        width = weight.shape[1]
+        if states.ndim < 2 or states.numel() == 0 or not states.is_cpu or states.shape[-1] != width:
             return function(*args)
-        if bias is None or states.numel() != weight.shape[1]:
-            return one_dnn(states, weight, bias)
-        return one_dnn(states, weight).add_(bias)  # one row: the kernel with a bias is slower
-
-
-ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        rows = states.numel() // width
+        product = fastest(rows, width, torch.get_num_threads())
+        if bias is None or rows > 1:
+            return product(states, weight, bias)
+        return product(states, weight).add_(bias)  # one row: kernels with a bias are slower
 
 
 class _State(threading.local):
@@ -160,10 +155,17 @@ def _is_faster(module: nn.Module, states: torch.Tensor) -> bool:
         return False
     if not few_rows(states):
         return True
+    if type(states) is not torch.Tensor:
+        return False
+    rows = states.shape[:-1].numel()
     # from this size on, oneDNN saves more time than the mode costs (torch 2.13, AMD EPYC)
-    least = max(1 << 19, min(1 << 21, (1 << 25) // max(1, states.shape[:-1].numel())))
+    least = max(1 << 19, min(1 << 21, (1 << 25) // max(1, rows)))
     for layer in (module, *module._modules.values()):
-        if isinstance(layer, nn.Linear) and _is_large(layer._parameters.get("weight"), least):
+        weight: Any = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
+        if not _is_large(weight):
+            continue
+        product = fastest(rows, weight.shape[1], torch.get_num_threads())
+        if product is batched or (product is one_dnn and weight.numel() >= least):
             return True
     return False
 

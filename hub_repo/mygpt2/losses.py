@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from .cpu_kernels import ONE_DNN, gradients_of, is_plain, one_dnn, recordable
+from .cpu_kernels import gradients_of, is_plain, recordable
+from .products import ONE_DNN, one_dnn
 
 
 class _CrossEntropy(torch.autograd.Function):

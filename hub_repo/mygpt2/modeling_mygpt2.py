@@ -31,7 +31,8 @@ from .cpu_kernels import dense_mlp, gated_mlp, linear_by_onednn, make_activation
 from .heads import LastTokenHead, make_classifier
 from .losses import causal_lm_loss, next_labels, soft_cap
 from .padding import may_skip_padding, skips_padding
-from .tokenwise import calls_of_class  # noqa: F401  releases up to 5.6 fetch only files that are imported here
+from .products import one_dnn  # noqa: F401  releases up to 5.6 fetch only files that are imported here
+from .tokenwise import calls_of_class  # noqa: F401
 from .vllm_adapter import adapt_decoder, pools_for_vllm
 
 
