@@ -70,10 +70,11 @@ def export_model(
     run it. It is written only if the graph gives torch's outputs in a new process, on batches of several sizes and
     lengths.
 
-    The ONNX graph of a language model has keys and values as inputs and outputs (`past_key_values.N.key`,
-    `present.N.key`, …; for sliding windows too all of them, because the mask applies the window), so that one graph
-    computes the prompt, with a past of length 0, and each step. Other formats, and models without a cache, have none. An
-    encoder-decoder is exported as one graph without a cache: each step of generation computes all tokens.
+    The graph of a language model has keys and values as inputs and outputs (for sliding windows too all of them, because
+    the mask applies the window), so that one graph computes the prompt, with a past of length 0, and each step. In ONNX
+    they are `past_key_values.N.key`, …, and `present.N.key`, …; `"pt2"` and `"aoti"` take them as one list,
+    `past_key_values=[key, value, key, …]`. TorchScript, models without a cache and encoder-decoders have none: each step
+    of generation computes all tokens.
 
     Token ids are generated for the trace and the comparison. The inputs of other models, such as images, are `inputs`, or
     those that `golden.safetensors` of the folder was recorded with; only their number of rows may change.
@@ -146,7 +147,7 @@ def export_model(
             raise ValueError("int8 is measured on texts: leave it out for a model of other inputs")
         with _as_value_error(model, to):
             graph = (
-                Graph(model, task, cache=to == "onnx" and task == "text-generation")
+                Graph(model, task, cache=to != "torchscript" and task == "text-generation")
                 if given is None
                 else graph_of_inputs(model, task, given)
             )
@@ -179,7 +180,7 @@ def export_model(
             kind=to,
             task=task,
             dtype=str(model.dtype).removeprefix("torch."),
-            inputs=[*graph.inputs, *graph.past],
+            inputs=[*graph.inputs, *(graph.past if to == "onnx" else ["past_key_values"] if graph.past else [])],
             outputs=list(cases[0].expected),
             differences=differences,
             tolerance=limit,
@@ -195,6 +196,7 @@ def export_model(
             "dtype": exported.dtype,
             "tokenizer": has_tokenizer,
             "examples": None if given is None else graph.example(),
+            "past": graph.past_shapes,
         }
         code = snippet(to, task, file.name, model.config, **about)
         write_readme(folder, name, to, task, exported.compared, code)

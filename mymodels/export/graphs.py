@@ -131,8 +131,9 @@ class Graph(nn.Module):
         super().__init__()
         self.model = model
         self.task = task
-        self.cache_shapes = _cache_shapes(model) if cache else []
-        names = [f"{i}.{part}" for i in range(len(self.cache_shapes)) for part in ("key", "value")]
+        layers = _cache_shapes(model) if cache else []
+        self.past_shapes = [shape for shape in layers for _ in ("key", "value")]
+        names = [f"{i}.{part}" for i in range(len(layers)) for part in ("key", "value")]
         self.inputs = input_names(task, model) if reads_text(model, task) else []
         self.past = [f"past_key_values.{name}" for name in names]
         self.present = [f"present.{name}" for name in names]
@@ -178,9 +179,7 @@ class Graph(nn.Module):
             found["decoder_input_ids"] = ids.flip(1)[:, :4].clone()
         if self.past:
             found["past_key_values"] = [
-                torch.zeros(batch, heads, past, width, dtype=self.model.dtype)
-                for heads, width in self.cache_shapes
-                for _ in ("key", "value")
+                torch.zeros(batch, heads, past, width, dtype=self.model.dtype) for heads, width in self.past_shapes
             ]
         return found
 

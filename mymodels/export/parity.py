@@ -1,5 +1,6 @@
 """Compare an exported graph with its model: the graph runs in a new process, on batches of several shapes."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -162,7 +163,8 @@ def run_in_new_process(kind: str, file: Path, graph: Graph, cases: Sequence[Case
                 calls[f"{number}/{step}/{name}"] = part.clone(memory_format=torch.contiguous_format)
     with results.scratch_folder("mymodels-parity-") as folder:
         inputs, outputs = folder / "inputs.safetensors", folder / "outputs.safetensors"
-        save_file(calls, inputs)
+        dtype = str(graph.model.dtype).removeprefix("torch.")
+        save_file(calls, inputs, metadata={"past": json.dumps(graph.past_shapes), "dtype": dtype})
         size = sum(part.stat().st_size for part in file.parent.rglob("*") if part.is_file())
         done = run(
             [RUNNER, kind, file.resolve(), inputs, outputs],

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from .graphs import Graph
 
@@ -53,7 +55,10 @@ def causal_masks_unread() -> Iterator[None]:
             layers._detect_is_causal_mask = before
 
 
-def _looser(shapes: dict[str, Any], message: str) -> dict[str, Any] | None:
+Shapes = dict[str, Any]  # input → {axis: its size}; `past_key_values` → a list of these
+
+
+def _looser(shapes: Shapes, message: str) -> Shapes | None:
     """`shapes` for a second trial after an error, or None: with the limits that torch.export suggests, or without any.
 
     A table of positions limits the length; a slice of a whole table excludes the one length at which it is no slice.
@@ -61,22 +66,40 @@ def _looser(shapes: dict[str, Any], message: str) -> dict[str, Any] | None:
     heading = "Suggested fixes:"
     if heading not in message:
         excluded = "Not all values of" in message
-        return {name: dict.fromkeys(axes, Dim.DYNAMIC) for name, axes in shapes.items()} if excluded else None
+        return tree_map_only(Dim, lambda _: Dim.DYNAMIC, shapes) if excluded else None
     fixes = [line for line in message.split(heading)[1].splitlines() if " = " in line]  # advice follows
-    found = refine_dynamic_shapes_from_suggested_fixes("\n".join([heading, *fixes]), shapes)
-    axes = [axis for axes in found.values() for axis in axes.values()]  # type: ignore[union-attr]
-    return None if any(isinstance(axis, int) for axis in axes) else found  # type: ignore[return-value]
+    named = tree_map(lambda size: size if isinstance(size, Dim) else None, shapes)
+    found = refine_dynamic_shapes_from_suggested_fixes("\n".join([heading, *fixes]), named)
+    if any(isinstance(size, int) for size in tree_leaves(found)):
+        return None
+    return tree_map(lambda size: Dim.DYNAMIC if size is None else size, found)
 
 
-def export_program(graph: Graph) -> ExportedProgram:
-    """The graph by `torch.export`, for any batch and length."""
+def _shapes(graph: Graph) -> Shapes:
+    """The sizes that each input's axes may have."""
     config = graph.model.config
     learned = getattr(config, "position_embedding_type", "learned") in ("learned", "absolute")
     limit = getattr(config, "max_position_embeddings", None) if learned else None
     axes = graph.axes()
-    names = sorted({name for axis in axes.values() for name in axis.values()})
-    dims = {name: Dim(name, min=1, max=None if name == "batch_size" else limit) for name in names}
-    shapes = {name: {number: dims[dim] for number, dim in axis.items()} for name, axis in axes.items()}
+    names = {name for axis in axes.values() for name in axis.values()}
+    dims: dict[str, Any] = {
+        name: Dim(name, min=1, max=None if name == "batch_size" else limit) for name in sorted(names)
+    }
+    # the sum of two others, which torch.export finds out
+    dims |= {
+        "total_sequence_length": Dim.DYNAMIC,
+        "past_sequence_length": Dim("past_sequence_length", min=0, max=limit),
+    }
+    shapes: Shapes = {name: {number: dims[dim] for number, dim in axis.items()} for name, axis in axes.items()}
+    if graph.past:
+        past = {0: dims["batch_size"], 2: dims["past_sequence_length"]}
+        shapes["past_key_values"] = [past] * len(graph.past)
+    return shapes
+
+
+def export_program(graph: Graph) -> ExportedProgram:
+    """The graph by `torch.export`, for any batch and length."""
+    shapes = _shapes(graph)
     with without_tracing_logs(), causal_masks_unread(), torch.no_grad():
         try:
             program = torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes)
@@ -84,13 +107,21 @@ def export_program(graph: Graph) -> ExportedProgram:
             if (looser := _looser(shapes, str(error))) is None:
                 raise
             program = torch.export.export(graph, (), graph.example(), dynamic_shapes=looser)
+    if graph.past:
+        # torch takes every size for at least 2 while it traces, so the sum of two for at least 4: one token is allowed
+        for symbol, sizes in program.range_constraints.items():
+            if sizes.lower == 4:
+                program.range_constraints[symbol] = ValueRanges(1, sizes.upper)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it contains paths of this machine
     return program
 
 
 def write_pt2(graph: Graph, folder: Path) -> Path:
-    """Write `model.pt2`: `torch.export.load(file).module()(input_ids=…, attention_mask=…)` returns a dict."""
+    """Write `model.pt2`: `torch.export.load(file).module()(input_ids=…, attention_mask=…)` returns a dict.
+
+    With a cache it also takes `past_key_values=[key, value, key, …]` and returns `present.0.key`, `present.0.value`, ….
+    """
     target = folder / FILES["pt2"]
     torch.export.save(export_program(graph), target)
     return target

@@ -1,7 +1,7 @@
 """The README of an exported folder: its content, the comparison, and code that runs it without mymodels."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,12 +37,23 @@ past = {{
 names = [output.name for output in session.get_outputs()]
 tokens = ids
 for _ in range(20):
-    length = ids.shape[1]
-    position_ids = np.arange(length - tokens.shape[1], length)[None]
-    feed = {{"input_ids": tokens, "attention_mask": np.ones_like(ids), "position_ids": position_ids, **past}}
+    feed = {{{step}, **past}}
     results = dict(zip(names, session.run(names, feed)))
     past = {{name.replace("present", "past_key_values"): results[name] for name in names[1:]}}
     tokens = results["logits"][:, -1:].argmax(-1)
+    ids = np.concatenate((ids, tokens), axis=1)
+    if tokens[0, 0] in {ends}:
+        break"""
+
+_GENERATE_BY_TORCH = """\
+torch.set_grad_enabled(False)
+past = [torch.zeros(1, heads, 0, width, dtype=torch.{dtype}) for heads, width in {past}]
+tokens = ids
+for _ in range(20):
+    feed = {{{step}}}
+    results = graph(**{{name: torch.from_numpy(value) for name, value in feed.items()}}, past_key_values=past)
+    past = [value for name, value in results.items() if name.startswith("present")]
+    tokens = results["logits"][:, -1:].argmax(-1).numpy()
     ids = np.concatenate((ids, tokens), axis=1)
     if tokens[0, 0] in {ends}:
         break"""
@@ -65,7 +76,14 @@ for _ in range(20):
     if decoder_ids[0, -1] in {ends}:
         break"""
 
-# input of a graph without a cache → expression for its value
+# input of a graph with a cache → expression for its value in a step
+_STEP = {
+    "input_ids": "tokens",
+    "attention_mask": "np.ones_like(ids)",
+    "token_type_ids": "np.zeros_like(tokens)",
+    "position_ids": "np.arange(ids.shape[1] - tokens.shape[1], ids.shape[1])[None]",
+}
+# likewise without a cache
 _FEED = {
     "input_ids": "ids",
     "attention_mask": "np.ones_like(ids)",
@@ -85,6 +103,7 @@ def snippet(
     dtype: str,
     tokenizer: bool,
     examples: Mapping[str, torch.Tensor] | None = None,
+    past: Sequence[tuple[int, int]] = (),
 ) -> str:
     """Python code that runs `file` in the current folder with its runtime, numpy and tokenizers only.
 
@@ -94,6 +113,7 @@ def snippet(
         inputs, outputs: names of the graph's inputs and outputs.
         dtype: numpy's name of the cache's dtype.
         examples: inputs that are no texts, of which the code makes zeros of the same shape and dtype.
+        past: heads and width of each of the cache's keys and values, if there is a cache.
         tokenizer: whether there is a `tokenizer.json`; otherwise the code uses token ids instead of a text.
     """
     lines = ["import numpy as np", *_OPEN[kind]]
@@ -118,7 +138,9 @@ def snippet(
             'ids = np.array([tokenizer.encode("Once upon a time").ids])' if tokenizer else "ids = np.array([[5, 6, 7]])"
         )
         run = _RUN.get(kind, _RUN_TORCH).format(name="logits")
-        body = _GENERATE if any(name.startswith("past") for name in inputs) else _GENERATE_WITHOUT_CACHE
+        body = _GENERATE_WITHOUT_CACHE
+        if past:
+            body = _GENERATE if kind == "onnx" else _GENERATE_BY_TORCH
         ids = "ids"
         if task == "text2text-generation":
             body, ids = _TEXT_TO_TEXT, "decoder_ids"
@@ -129,6 +151,8 @@ def snippet(
             "run": run,
             "feed": fed,
             "start": start,
+            "step": ", ".join(f'"{name}": {_STEP[name]}' for name in inputs if name in _STEP),
+            "past": _repeated(past),
         }
         lines += [code, body.format(**how)]
         lines.append(f"print(tokenizer.decode({ids}[0].tolist()))" if tokenizer else f"print({ids})")
@@ -157,6 +181,11 @@ def snippet(
     else:
         lines.append(f"print({', '.join(outputs)})")
     return "\n".join(lines)
+
+
+def _repeated(past: Sequence[tuple[int, int]]) -> str:
+    """Code of a list of pairs; short if all are equal."""
+    return f"[{past[0]}] * {len(past)}" if len(set(past)) == 1 else str(list(past))
 
 
 def _variable(name: str) -> str:

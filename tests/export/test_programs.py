@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import ROOT, mybert, mygpt2, run_lines
+from exports import COMBINED, ROOT, mybert, mygpt2, run_lines
 from tiny import SWITCHES, batch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -29,6 +29,38 @@ def test_no_fast_path_is_in_a_graph() -> None:
         assert not [name for name in called if "scalar_dense" in name or "aten.item" in name]
 
 
+@pytest.mark.parametrize("name, kind", [("everything", "pt2"), ("learned-window", "pt2"), ("everything", "aoti")])
+def test_a_decoder_keeps_keys_and_values(name: str, kind: str, tmp_path: Path) -> None:
+    """Any batch, any number of new tokens, after any number of others: none, one, many; padded on the left."""
+    model = mygpt2(**COMBINED[name])
+    model.save_pretrained(tmp_path / "model")
+    exported = export_model(tmp_path / "model", kind, tmp_path / "out")
+    assert exported.inputs[-1] == "past_key_values" and exported.differences["present"] < 1e-5
+    if kind == "pt2":
+        program = torch.export.load(exported.file).module()
+    else:
+        program = torch._inductor.aoti_load_package(str(exported.file))
+    layers, heads, width = model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim
+    for rows, pieces in ((1, (1, 1, 1)), (3, (5, 1, 7)), (2, (1, 9))):
+        length = sum(pieces)
+        ids, mask = torch.randint(2, 97, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+        mask[0, : length // 3] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask, position_ids=positions).logits
+            past = [torch.zeros(rows, heads, 0, width) for _ in range(2 * layers)]
+            end, found = 0, []
+            for piece in pieces:
+                start, end = end, end + piece
+                new = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
+                new = {part: tensor.contiguous() for part, tensor in new.items()}
+                results = program(**new, attention_mask=mask[:, :end].contiguous(), past_key_values=past)
+                past = [value for part, value in results.items() if part.startswith("present.")]
+                found.append(results["logits"])
+        kept = mask.bool()
+        assert (torch.cat(found, 1)[kept] - expected[kept]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", ["stock", "everything"])
 def test_a_program_takes_any_batch_and_length(name: str, tmp_path: Path) -> None:
     model = mygpt2(**SWITCHES[name])
@@ -37,16 +69,21 @@ def test_a_program_takes_any_batch_and_length(name: str, tmp_path: Path) -> None
     assert exported.differences["logits"] < 1e-5
     assert str(ROOT).encode() not in exported.file.read_bytes()
     program = torch.export.load(exported.file).module()
+
+    def empty(rows: int) -> list[torch.Tensor]:
+        shape = (rows, model.config.num_key_value_heads, 0, model.config.head_dim)
+        return [torch.zeros(shape)] * 2 * model.config.num_hidden_layers
+
     for rows, length in ((1, 1), (7, 2), (2, 50)):
         inputs = batch("none", rows, length)
         inputs["position_ids"] = torch.arange(length).repeat(rows, 1)
         with torch.no_grad():
             expected = model(**inputs).logits
-        assert (program(**inputs)["logits"] - expected).abs().max() < 1e-4
+        assert (program(**inputs, past_key_values=empty(rows))["logits"] - expected).abs().max() < 1e-4
     if name == "stock":  # the table of positions ends at 64
         inputs = batch("none", 1, 65)
         with pytest.raises(Exception, match="64"):
-            program(**inputs, position_ids=torch.arange(65)[None])
+            program(**inputs, position_ids=torch.arange(65)[None], past_key_values=empty(1))
 
 
 @pytest.mark.parametrize("kind", ["pt2", "aoti", "torchscript"])
