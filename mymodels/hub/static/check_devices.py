@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from .check_model import live_code
 from .code_tree import Code, Klass, calls, constant
 from .repo_snapshot import CodeFile, Finding, Folder
-from .walking import walk
+from .walking import children, walk
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _FIXED = re.compile(r"(cuda|mps|xpu|npu|hpu|tpu|xla)(:\d+)?$")
@@ -55,7 +55,7 @@ def _within_functions(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
         if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
             continue
         inner = node.name if isinstance(node, _Function) else function
-        waiting += [(child, inner) for child in ast.iter_child_nodes(node)]
+        waiting += [(child, inner) for child in children(node)]
 
 
 def _constants(file: CodeFile) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .repo_snapshot import MAX_CONFIG_BYTES, CodeFile, Folder
-from .walking import walk
+from .walking import children, walk
 
 MAX_CLASSES = 1000
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -43,7 +43,7 @@ class Klass(NamedTuple):
             if isinstance(node, _Function):
                 yield node
             elif isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
-                waiting.extend(reversed(list(ast.iter_child_nodes(node))))
+                waiting.extend(reversed(children(node)))
 
     def value(self, name: str) -> ast.expr | None:
         """What this class itself assigns to a class attribute."""
@@ -195,7 +195,7 @@ def guarded(tree: ast.AST, guards: Callable[[ast.AST], bool] | None = None) -> s
         if inside:
             found.add(id(node))
         inside = inside or (guards(node) if guards else isinstance(node, (ast.If, ast.IfExp, ast.Try)))
-        waiting += [(child, inside) for child in ast.iter_child_nodes(node)]
+        waiting += [(child, inside) for child in children(node)]
     return found
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from .library_modules import canonical
 from .repo_snapshot import CodeFile, Folder
+from .walking import children
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 MAX_DEPTH, MAX_VALUES, MAX_TEXT = 12, 12, 2000
@@ -67,11 +68,11 @@ class Meanings:
             if isinstance(node, _Function):
                 inner = local | _locals(node)
                 outside = {id(child) for child in [*getattr(node, "decorator_list", []), *_defaults(node.args)]}
-                for child in ast.iter_child_nodes(node):
+                for child in children(node):
                     waiting.append((child, local if id(child) in outside else inner, False))
             else:
                 inside_class = isinstance(node, ast.ClassDef)
-                waiting += [(child, local, top and not inside_class) for child in ast.iter_child_nodes(node)]
+                waiting += [(child, local, top and not inside_class) for child in children(node)]
 
     def names(self, node: ast.AST | None, depth: int = 0) -> frozenset[str]:
         """All full names that an expression may refer to, such as `{"os.system"}`; empty if unknown."""
@@ -364,7 +365,7 @@ def _locals(node: _Function) -> frozenset[str]:
             outer |= set(inner.names)
         elif isinstance(inner, (ast.Import, ast.ImportFrom)):
             outer |= {(alias.asname or alias.name).partition(".")[0] for alias in inner.names}
-        waiting += ast.iter_child_nodes(inner)
+        waiting += children(inner)
     return frozenset(found - outer)
 
 

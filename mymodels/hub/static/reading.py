@@ -9,6 +9,7 @@ from .code_tree import reachable
 from .library_modules import canonical
 from .meanings import Meanings, meanings
 from .repo_snapshot import CodeFile, Folder
+from .walking import children
 
 AT_IMPORT, MAIN = "", "__main__"
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -47,8 +48,9 @@ class Reader:
             node, inside = waiting.pop()
             self.nodes.append((node, inside))
             self._read(node, inside)
-            waiting += [(child, place) for child, place in _children(node, inside)]
-            self.parents |= {id(child): node for child in ast.iter_child_nodes(node)}
+            for child, place in _placed(node, inside):
+                waiting.append((child, place))
+                self.parents[id(child)] = node
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 self.docs.add(id(node.value))
         called = self._called()
@@ -130,7 +132,7 @@ def _is_def(node: ast.AST, name: str) -> bool:
     return isinstance(node, _Function) and node.name == name
 
 
-def _children(node: ast.AST, inside: str) -> Iterator[tuple[ast.AST, str]]:
+def _placed(node: ast.AST, inside: str) -> Iterator[tuple[ast.AST, str]]:
     """The children of a node, each with its function; decorators and defaults run outside of the function."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
         name = "lambda" if isinstance(node, ast.Lambda) else node.name
@@ -138,10 +140,10 @@ def _children(node: ast.AST, inside: str) -> Iterator[tuple[ast.AST, str]]:
             name, inside = f"{inside}{name}", AT_IMPORT
         body = [node.body] if isinstance(node, ast.Lambda) else node.body
         inner = {id(child) for child in body}
-        for child in ast.iter_child_nodes(node):
+        for child in children(node):
             yield child, (inside if isinstance(node, ast.Lambda) and inside else name) if id(child) in inner else inside
     elif isinstance(node, ast.ClassDef) and inside == AT_IMPORT and _is_metaclass(node):
-        for child in ast.iter_child_nodes(node):
+        for child in children(node):
             yield child, f"{node.name}." if isinstance(child, _Function) else inside
     elif isinstance(node, ast.If) and inside == AT_IMPORT and _is_main(node.test):
         yield node.test, inside
@@ -151,7 +153,7 @@ def _children(node: ast.AST, inside: str) -> Iterator[tuple[ast.AST, str]]:
         yield from ((child, MAIN) for child in node.body)
         yield from ((child, inside) for child in [node.test, *node.orelse])
     else:
-        yield from ((child, inside) for child in ast.iter_child_nodes(node))
+        yield from ((child, inside) for child in children(node))
 
 
 def _is_metaclass(node: ast.ClassDef) -> bool:

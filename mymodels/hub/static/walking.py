@@ -1,11 +1,14 @@
-"""Every node of a syntax tree, quickly: the checks look through the same trees hundreds of times."""
+"""Every node of a syntax tree, quickly: the checks look through the same trees hundreds of times.
+
+What was found is kept on the nodes, so a tree must not be changed afterwards.
+"""
 
 import ast
 from collections.abc import Sequence
 
 
 def walk(node: ast.AST) -> Sequence[ast.AST]:
-    """The nodes that `ast.walk` gives, in its order. Those of a file are kept: the tree must not be changed afterwards."""
+    """The nodes that `ast.walk` gives, in its order."""
     if not isinstance(node, ast.Module):
         return _nodes(node)
     kept = getattr(node, "_nodes", None)
@@ -14,13 +17,17 @@ def walk(node: ast.AST) -> Sequence[ast.AST]:
     return kept
 
 
+def children(node: ast.AST) -> tuple[ast.AST, ...]:
+    """The nodes that `ast.iter_child_nodes` gives, in its order."""
+    try:
+        return node._children  # type: ignore[attr-defined]
+    except AttributeError:
+        kept = node._children = tuple(ast.iter_child_nodes(node))  # type: ignore[attr-defined]
+        return kept
+
+
 def _nodes(node: ast.AST) -> list[ast.AST]:
     found = [node]
     for one in found:  # grows as it is read
-        for name in one._fields:
-            value = getattr(one, name, None)
-            if isinstance(value, list):
-                found += [item for item in value if isinstance(item, ast.AST)]
-            elif isinstance(value, ast.AST):
-                found.append(value)
+        found += children(one)
     return found

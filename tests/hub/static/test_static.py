@@ -1,6 +1,7 @@
 """Static checks: every fault is found and named, alone; healthy folders raise no alarm; nothing ever raises."""
 
 import ast
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -27,7 +28,7 @@ from versions.test_versions import CACHE, RELEASES
 
 from mymodels.hub import verify
 from mymodels.hub.releases import install
-from mymodels.hub.static import CHECKS, static_checks
+from mymodels.hub.static import CHECKS, repo_snapshot, static_checks
 from mymodels.hub.static.api_availability import Span, find_releases, lacking
 from mymodels.hub.static.library_modules import canonical
 from mymodels.hub.static.symbols import GONE
@@ -39,6 +40,14 @@ FAULTS = (
 PAIRS = TWINS + VALUES + MORE_PAIRS
 HEALTHY = SIDE_EFFECTS_TWINS | TRUST_TWINS
 OURS = ("mygpt2", "mybert")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once():
+    """Most files of a folder are the healthy one's: their trees, which no check changes, serve every test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repo_snapshot, "parse_text", functools.lru_cache(32)(repo_snapshot.parse_text))
+        yield
 
 
 @pytest.fixture(scope="session")
