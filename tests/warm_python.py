@@ -3,7 +3,7 @@
 `run` and `Popen` take what their namesakes of `subprocess` take for `[python, ("-I",) FILE | -c CODE | -m MODULE, …]`. The process
 that results is a new one as far as a test can see: no module of the project is in it, nor anything that a test imported;
 its environment, folder, arguments and streams are its own, and it leads a session. Where its start itself is what is
-tested, start one by `subprocess`.
+tested, start one by `subprocess`. It is offline, unless its environment names an `HF_ENDPOINT`.
 """
 
 import atexit
@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# what the libraries read when they are imported: the same in every test, but for the two homes, corrected afterwards
+# what the libraries read when they are imported: the same in every test, but for the homes and the Hub, corrected afterwards
 _FIXED = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_XET": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -32,10 +34,11 @@ _FIXED = {
     "USE_FLAX": "0",
     "HF_HOME": "/of-a-new-process/HF_HOME",
     "HF_MODULES_CACHE": "/of-a-new-process/HF_MODULES_CACHE",
+    "HF_ENDPOINT": "/of-a-new-process/HF_ENDPOINT",
 }
 SERVER = r"""
 import atexit, fcntl, gc, json, os, runpy, socket, sys, tempfile, threading, traceback, types
-import accelerate, torch, transformers
+import accelerate, huggingface_hub.hf_api, torch, transformers
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 
 wanted = socket.socket(fileno=int(sys.argv[1]))
@@ -63,7 +66,8 @@ for stream in streams:
 for stream, number in zip(aside, [0, 1, 2, *job["pass_fds"]]):
     os.dup2(stream, number)
     os.close(stream)
-homes = {os.environ[name]: job["env"].get(name) for name in ("HF_HOME", "HF_MODULES_CACHE")}
+homes, hub = {}, job["env"].get("HF_ENDPOINT")
+homes[os.environ["HF_ENDPOINT"]] = hub or "https://huggingface.co"
 homes[os.environ["HF_HOME"]] = home = job["env"].get("HF_HOME") or os.path.join(job["env"].get("HOME", "/"), ".cache/huggingface")
 homes[os.environ["HF_MODULES_CACHE"]] = job["env"].get("HF_MODULES_CACHE") or os.path.join(home, "modules")
 for module in list(sys.modules.values()):
@@ -71,6 +75,8 @@ for module in list(sys.modules.values()):
         if type(value) is str and value.startswith("/of-a-new-process/"):
             start = max((known for known in homes if value.startswith(known)), key=len)
             setattr(module, name, homes[start] + value[len(start):])
+huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+huggingface_hub.constants.HF_HUB_OFFLINE = not hub or job["env"].get("HF_HUB_OFFLINE") == "1"
 os.environ.clear()
 os.environ.update(job["env"])
 os.chdir(job["cwd"])
@@ -78,6 +84,7 @@ tempfile.tempdir = None  # as it was found for the server
 kind, what, *sys.argv[1:] = job["argv"]
 sys.orig_argv[:] = [sys.executable, *job["argv"]]
 if not job["isolated"]:
+    sys.path[:0] = filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))
     sys.path.insert(0, "" if kind != "file" else os.path.dirname(os.path.abspath(what)))
 code = 0
 try:
@@ -123,7 +130,7 @@ def _server() -> socket.socket:
 
 
 class Popen:
-    """A process that was started; `pid`, `poll`, `wait` and `returncode` are those of `subprocess.Popen`."""
+    """A process that was started; `pid`, `poll`, `wait`, `kill` and `returncode` are those of `subprocess.Popen`."""
 
     def __init__(
         self,
@@ -144,7 +151,7 @@ class Popen:
         job = {"argv": argv if argv[0] in ("-c", "-m") else ["file", *argv], "isolated": isolated}
         job["pass_fds"] = list(pass_fds)
         environment = dict(os.environ if env is None else env)
-        assert "HF_ENDPOINT" not in environment and environment.get("HF_HUB_OFFLINE", "1") == "1"
+        assert "HF_ENDPOINT" in environment or environment.get("HF_HUB_OFFLINE", "1") == "1"
         self.returncode: int | None = None
         self._server = _server()
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
@@ -170,6 +177,10 @@ class Popen:
                 raise subprocess.TimeoutExpired("python", timeout)
             self._ended(code)
         return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
     def _ended(self, code: bytes) -> None:
         self.returncode = int(code)

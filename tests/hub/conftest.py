@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import warm_python
 from hub_server import Hub
 
 TOKEN = "hf_writer_of_me_0123456789"
@@ -33,16 +34,27 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return pauses
 
 
+class Client(warm_python.Popen):
+    """A Python process whose output, errors too, is collected in a file."""
+
+    def __init__(self, code: str, log: Path, **how):
+        self._log = log
+        with log.open("wb") as out:
+            super().__init__([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=out, stderr=out, **how)
+
+    def communicate(self, timeout: float = 600.0) -> tuple[str, None]:
+        self.wait(timeout)
+        return self._log.read_text(), None
+
+
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path):
     """Start `code` in a new Python process that knows the server by HF_ENDPOINT, with an empty cache."""
 
-    def start(code: str, *, token: str | None = None, path: str | None = None) -> subprocess.Popen:
+    def start(code: str, *, token: str | None = None, path: str | None = None) -> Client:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
         environment.update(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1")
         environment.update({"HF_TOKEN": token} if token else {}, **({"PYTHONPATH": path} if path else {}))
-        return subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, cwd=tmp_path, text=True, stdout=-1, stderr=subprocess.STDOUT
-        )
+        return Client(code, tmp_path / "client.log", env=environment, cwd=tmp_path)
 
     return start
