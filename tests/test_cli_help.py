@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 
 import mymodels
 from mymodels import cli
@@ -258,7 +259,7 @@ for arguments in (["inspect", "hub_repo/mygpt2"], ["inspect", "hub_repo/mygpt2",
 
 def test_a_reader_that_leaves_early_ends_the_command_without_a_traceback() -> None:
     """Tables by rich, JSON by `print`, one line."""
-    told = subprocess.run([sys.executable, "-c", LEAVE], cwd=ROOT, capture_output=True, text=True)
+    told = warm_python.run([sys.executable, "-c", LEAVE], cwd=ROOT)
     assert told.stdout.split() == ["141"] * 3 and told.stderr == "", told
 
 
@@ -275,14 +276,16 @@ def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     """While a verb waits for its input, and while torch is imported."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    command = [sys.executable, *STARTS["script"], "predict", str(ROOT / "hub_repo/mybert"), "--input", str(pipe)]
     # the background jobs of a script, and so their children, start with SIGINT ignored
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, **heard)
+    heard = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {SCRIPT}"
+    command = [sys.executable, "-c", heard, "predict", str(ROOT / "hub_repo/mybert"), "--input", str(pipe)]
+    with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
+        process = warm_python.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=ROOT)
     with pipe.open("w"):  # once somebody reads
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=100)
-    assert process.returncode == 130 and "Traceback" not in err and out == "", err
+        os.kill(process.pid, signal.SIGINT)
+        code = process.wait(100)
+    told = (tmp_path / "err").read_text()
+    assert code == 130 and "Traceback" not in told and not (tmp_path / "out").read_text(), told
     interrupt = (
         "import sys\nclass Interrupt:\n    def find_spec(self, name, *_):\n"
         "        if name == 'torch':\n            raise KeyboardInterrupt\n"

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import gc
 import itertools
 import os
 import pickle
@@ -86,6 +87,7 @@ def fork(work: Callable[[], Any]) -> Child:
     if pid := os.fork():
         os.close(writing)
         return Child(pid, reading)
+    gc.disable()  # it would touch, and so copy, all of the parent's memory
     tqdm.set_lock(threading.RLock())  # its own is shared between processes: killed while it holds that, all would wait
     value = error = None
     try:
@@ -140,6 +142,21 @@ def deaths(work: Callable[[], Any], *, exchange: bool = True) -> Iterator[bool]:
         else:
             yield False
             return
+
+
+def die_before_coming(target: Path, work: Callable[[], Any]) -> Callable[[], Any]:
+    """`work` without an exchange, killed between its two renames: when `target` has gone and the new one has not come."""
+
+    def dying() -> Any:
+        def hook(event: str, arguments: tuple) -> None:
+            if event == "os.rename" and os.fspath(arguments[1]) == str(target):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        replacing_module._exchange = lambda a, b: False
+        sys.addaudithook(hook)
+        work()
+
+    return dying
 
 
 # --- killed at every step --------------------------------------------------------------------------------------------
@@ -563,10 +580,9 @@ def test_a_neighbour_with_a_similar_name_is_left_alone(tmp_path: Path) -> None:
     for name in ("model.saving-2", "model[1]", "model*"):
         target = tmp_path / name
         save_checkpoint(tensors(1), target)
-        for _ in deaths(lambda target=target: save_checkpoint(tensors(2), target), exchange=False):
-            if not target.exists():
-                break
-        assert not target.exists()
+        with pytest.raises(Killed):
+            fork(die_before_coming(target, lambda target=target: save_checkpoint(tensors(2), target))).result()
+        assert not target.exists() and litter(tmp_path)
         save_checkpoint(tensors(3), tmp_path / "model")
         assert content(open_checkpoint(tmp_path / "model")) == content(tensors(3))
         repair(target)

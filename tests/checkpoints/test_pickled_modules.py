@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import pickletools
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import assert_reads, one_sentence
@@ -40,9 +40,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("pickled")
-    subprocess.run(
-        [sys.executable, "-W", "ignore", SCRIPT, made], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    warm_python.run([sys.executable, SCRIPT, made], check=True)
     (made / "ran.txt").unlink(missing_ok=True)  # copies were made there
     return made
 
