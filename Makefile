@@ -19,15 +19,16 @@ demo: $(VENV)/.core  ## train both models briefly, save, load them in a clean pr
 TESTS ?=
 # processes that share the tests of `test` and `test-slow`; 0: this one alone
 WORKERS ?= 2
+SHARED := --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.test  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(SHARED) $(TESTS)
 
 coverage: $(VENV)/.test  ## the fast tests, with the lines that none of them runs (half as long again; see CONTRIBUTING.md)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --cov=mymodels --cov-report=term-missing:skip-covered $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(SHARED) --cov=mymodels --cov-report=term-missing:skip-covered $(TESTS)
 
 test-slow: $(VENV)/.test-slow  ## full verify runs, kills, torch.compile, long fuzzing
-	$(BIN)/pytest -m slow -n $(WORKERS) --dist loadfile $(TESTS)
+	$(BIN)/pytest -m slow -n $(WORKERS) $(SHARED) $(TESTS)
 
 test-formats: $(VENV)/.test-formats  ## ONNX, TensorFlow and GGUF files
 	$(BIN)/pytest -m formats

@@ -15,10 +15,14 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import base64
+import gc
 import json
 import re
 import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +34,7 @@ import mymodels  # noqa: F401  registers the models
 from mymodels.hub import clean_process, isolated_process
 
 LEFT_OUT = pytest.StashKey[dict]()
+FORKING = "test_crash_safety.py"  # forks this process hundreds of times: first, while there is little to copy
 
 logging.set_verbosity_error()
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
@@ -64,11 +69,47 @@ def quick_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=start, **names))
 
 
-# ---- which tests run
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
+)
+
+
+@pytest.fixture
+def real_pictures() -> None:
+    """For tests that look at the pictures of a fine-tuning, see `quick_pictures`."""
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One empty pixel each, as matplotlib takes longer to draw than a small model to train."""
+    plots = sys.modules.get("mymodels.training.plots")
+    if plots is not None and "real_pictures" not in request.fixturenames:
+        monkeypatch.setattr(plots, "_save", lambda figure, path: Path(path).write_bytes(PICTURE))
+
+
+# ---- which tests run and in what order
+
+
+def _suites(config: pytest.Config) -> dict[str, str]:
+    """The markers that a target of the Makefile is for, with what they mean."""
+    return dict(line.split(": ", 1) for line in config.getini("markers") if "(make test-" in line)
 
 
 def _suite(item: pytest.Item, suites: dict[str, str]) -> str | None:
     return next((name for name in suites if item.get_closest_marker(name)), None)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m` and one suite's marker, a file that does not have it is not read: most of them take longer than that suite's."""
+    if config.option.markexpr in _suites(config) and collection_path.suffix == ".py":
+        return f"mark.{config.option.markexpr}" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: not to be looked through by each of the collections that transformers' Trainer asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -76,7 +117,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Without `-m` the fast tests run, and of a folder, file or test that was asked for and has none of these, all."""
     if config.option.markexpr:
         return
-    suites = dict(line.split(": ", 1) for line in config.getini("markers") if "(make test-" in line)
+    suites = _suites(config)
     kept = {item for item in items if not _suite(item, suites)}
     for argument in config.args if config.args_source is pytest.Config.ArgsSource.ARGS else ():
         path, *names = str(argument).split("::")
@@ -85,7 +126,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not asked & kept:
             kept |= asked
     left_out = [item for item in items if item not in kept]
-    items[:] = [item for item in items if item in kept]
+    # then the files with the most tests, so that two processes end together (with pytest-xdist's --no-loadscope-reorder)
+    sizes = Counter(item.path for item in kept)
+    items[:] = sorted(filter(kept.__contains__, items), key=lambda i: (i.path.name != FORKING, -sizes[i.path]))
     config.hook.pytest_deselected(items=left_out)
     counts = Counter(f"{name}: {suites[name]}" for item in left_out if (name := _suite(item, suites)))
     config.stash[LEFT_OUT] = dict(counts)

@@ -75,6 +75,7 @@ def auto_class_of(class_name: str, arguments: Collection[str] = ()) -> str:
     return next(iter([*preferred, *candidates]), "")
 
 
-def known_auto_classes() -> list[str]:
+@cache  # the thousands of names take transformers half a second
+def known_auto_classes() -> tuple[str, ...]:
     """The Auto classes of models in the installed transformers."""
-    return sorted(name for name in dir(transformers) if re.fullmatch(r"AutoModel(For\w+)?", name))
+    return tuple(sorted(name for name in dir(transformers) if re.fullmatch(r"AutoModel(For\w+)?", name)))

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -59,6 +60,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_the_folder_loads_elsewhere_with_the_reported_accuracy(start: Path, tmp_path: Path) -> None:
     tuned = finetune(
         start / "bert",
@@ -331,7 +333,8 @@ def test_early_stopping_and_the_best_weights(start: Path, tmp_path: Path) -> Non
     assert tuned.best_step == 2
 
 
-def test_tensorboard_gets_the_losses(start: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_the_losses(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", ModuleType("notf"))  # without TensorFlow, where it is
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     how = {**QUICK, "max_steps": 4, "logging_steps": 1, "report_to": "tensorboard"}
@@ -495,6 +498,7 @@ def test_a_killed_training_goes_on(start: Path, tmp_path: Path) -> None:
         finetune(model, data, out, resume_from_checkpoint=True, **how)
 
 
+@pytest.mark.usefixtures("real_pictures")
 @pytest.mark.parametrize("classes", [2, 30])
 def test_pictures_and_table(classes: int, tmp_path: Path) -> None:
     from PIL import Image
