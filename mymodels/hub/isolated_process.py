@@ -37,13 +37,29 @@ class IsolatedProcess:
         self.isolation = available()
         self.isolation.require()
         self.name, self.time_limit, self._why = name, limits["time_limit"], ""
+        with contextlib.ExitStack() as undo:  # whatever keeps the process from starting
+            self._start(folder, auto_class, limits, undo)
+            undo.pop_all()
+        try:
+            self.channel.send(options)
+        except TypeError as error:
+            self.close()
+            raise TypeError(f"an option of from_pretrained cannot be used with isolated=True: {error}") from None
+        except exchange.Closed:
+            pass  # `receive` says why
+
+    def _start(self, folder: Path, auto_class: str, limits: dict[str, Any], undo: contextlib.ExitStack) -> None:
+        """Start the process; `undo` removes what was made for it until it runs."""
         control = Path(tempfile.mkdtemp(prefix="mymodels-isolated-")).resolve()
+        undo.callback(results.delete, control)
         self.control, self.scratch = control, control / "scratch"
         self.scratch.mkdir()
         asked, ask = os.pipe()
         answered, answer = os.pipe()
         memories = exchange.shared_memory("requests"), exchange.shared_memory("answers")
-        theirs = [asked, answer, *memories]
+        theirs, mine = [asked, answer, *memories], [answered, ask, *memories]
+        for descriptor in (asked, answer, *mine):
+            undo.callback(os.close, descriptor)
         size = sum(file.stat().st_size for file in weight_files(folder))
         self.scratch_size = _SCRATCH + _COPIES * size
         memory = limits["memory_limit"] or _MEMORY + _OF_WEIGHTS * size
@@ -52,7 +68,7 @@ class IsolatedProcess:
             "auto_class": auto_class,
             "saved": str(self.scratch / "saved"),
             "threads": torch.get_num_threads(),
-            "descriptors": [asked, answer, *memories],
+            "descriptors": theirs,
         }
         (control / "job.json").write_text(json.dumps(job), encoding="utf-8")
         started = command(
@@ -88,15 +104,7 @@ class IsolatedProcess:
         for descriptor in (asked, answer):
             os.close(descriptor)
         self.channel = exchange.Channel(answered, ask, memories[1], memories[0], largest=memory)
-        mine = (answered, ask, *memories)
         self._finalizer = weakref.finalize(self, _end, self.process, mine, control, os.getpid())
-        try:
-            self.channel.send(options)
-        except TypeError as error:
-            self.close()
-            raise TypeError(f"an option of from_pretrained cannot be used with isolated=True: {error}") from None
-        except exchange.Closed:
-            pass  # `receive` says why
 
     def receive(self) -> Any:
         """The next message; whatever is wrong with it ends the process."""

@@ -24,6 +24,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         monkeypatch.delenv(name, raising=False)
     with Hub() as server:
         yield server
+    huggingface_hub.close_session()  # its connections to this server
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,44 @@ class Hostile:
     def __init__(self) -> None:
         incoming, self.pipe = os.pipe()
         self.asked, outgoing = os.pipe()
-        self.memory = exchange.shared_memory("answers")
-        self.channel = exchange.Channel(
-            incoming, outgoing, self.memory, exchange.shared_memory("requests"), largest=LIMIT
-        )
+        self.memory, self._requests = exchange.shared_memory("answers"), exchange.shared_memory("requests")
+        self.channel = exchange.Channel(incoming, outgoing, self.memory, self._requests, largest=LIMIT)
+        self._writers: list[threading.Thread] = []
+
+    def close(self) -> None:
+        os.close(self.channel.incoming)  # which ends those who still write
+        for writer in self._writers:
+            writer.join()
+        for descriptor in (self.pipe, self.asked, self.channel.outgoing, self.memory, self._requests):
+            os.close(descriptor)
 
     def write(self, value: Any) -> None:
         text = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.raw(struct.pack("<Q", len(text)) + text)
 
     def raw(self, data: bytes) -> None:
-        threading.Thread(target=self._write, args=(data,), daemon=True).start()
+        def write() -> None:
+            left = data
+            while left:
+                left = left[os.write(self.pipe, left[:65536]) :]
 
-    def _write(self, data: bytes) -> None:
-        while data:
-            data = data[os.write(self.pipe, data[:65536]) :]
+        self.start(write)
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Let a thread write to the pipe, until nobody reads it."""
+
+        def until_closed() -> None:
+            with contextlib.suppress(BrokenPipeError):
+                write()
+
+        self._writers.append(threading.Thread(target=until_closed, daemon=True))
+        self._writers[-1].start()
 
 
 @pytest.fixture
 def hostile() -> Iterator[Hostile]:
-    yield Hostile()
+    with contextlib.closing(Hostile()) as other:
+        yield other
 
 
 def tensor(offset: Any, shape: Any, dtype: Any = "uint8") -> dict:
@@ -129,7 +147,7 @@ def test_a_message_that_comes_in_drops_ends_on_time(hostile: Hostile) -> None:
             os.write(hostile.pipe, b" ")
             time.sleep(0.1)
 
-    threading.Thread(target=drip, daemon=True).start()
+    hostile.start(drip)
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         hostile.channel.receive(0.5)

@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_a_poisoned_message_is_refused(text: str, size: int, why: str) -> None:
         os.close(descriptor)
 
 
-def test_how_the_process_ends(strange: Path, tmp_path: Path) -> None:
+def test_how_the_process_ends(strange: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(1, 4)
     model = mymodels.load(strange, isolated=True)
     with pytest.raises(IsolatedError, match="has ended: it ended with exit code 3"):
@@ -213,8 +214,11 @@ def test_how_the_process_ends(strange: Path, tmp_path: Path) -> None:
     with pytest.raises(IsolatedError, match=r"does not load in the box: ValueError: no luck \(modeling_strange.py:1\)"):
         mymodels.load(broken, isolated=True)
     (broken / "more.safetensors").symlink_to("/etc/hostname")
-    with pytest.raises(CheckpointError, match="leads out of the folder"):
+    opened = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="leads out of the folder"):
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
         mymodels.load(broken, isolated=True)
+    assert len(os.listdir("/proc/self/fd")) == opened and not list(tmp_path.glob("mymodels-isolated-*"))
     with pytest.raises(ValueError, match="isolated=True loads models"):
         mymodels.load(strange, isolated=True, auto_class="AutoTokenizer")
 
