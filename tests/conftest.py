@@ -14,6 +14,8 @@ os.environ.update(
     TQDM_DISABLE="1",
     TOKENIZERS_PARALLELISM="false",
 )
+for _name in ("COLUMNS", "LINES"):  # which pytest-xdist sets: outputs as wide as a pipe gets, with it and without
+    os.environ.pop(_name, None)
 
 import base64
 import gc
