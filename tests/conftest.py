@@ -14,8 +14,6 @@ os.environ.update(
     TQDM_DISABLE="1",
     TOKENIZERS_PARALLELISM="false",
 )
-for _name in ("COLUMNS", "LINES"):  # which pytest-xdist sets: outputs as wide as a pipe gets, with it and without
-    os.environ.pop(_name, None)
 
 import base64
 import gc
@@ -39,6 +37,8 @@ LEFT_OUT = pytest.StashKey[dict]()
 FORKING = "test_crash_safety.py"  # forks this process hundreds of times: first, while there is little to copy
 
 logging.set_verbosity_error()
+for name in ("COLUMNS", "LINES"):  # which pytest-xdist sets: outputs as wide as a pipe gets, with it and without
+    os.environ.pop(name, None)
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import datetime
-import enum
 import functools
 import os
 import pickle
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import warm_python
+from pickled_enums import Colour, Half, Level
 from states import one_sentence
 
 from mymodels.checkpoints import CheckpointError, open_checkpoint
@@ -30,18 +30,6 @@ class Settings:
     @dataclasses.dataclass
     class Inner:
         depth: int = 2
-
-
-class Colour(str, enum.Enum):
-    RED = "red"
-
-
-class Level(enum.IntEnum):
-    LOW = 1
-
-
-class Half(float, enum.Enum):
-    HALF = 0.5
 
 
 class Slotted:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from docs.pages import PAGES, ROOT, Block, blocks_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -72,6 +73,9 @@ def test_the_snippets_of_a_page_run(page: Path, desk: Path, tmp_path: Path) -> N
     env = os.environ | {"PATH": path, "EDITOR": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     for block in _runs(page):
         # exit code 1 of `inspect --diff` and 3 of `verify` have meanings that a page may show
-        command = ["bash", "-euc", block.code] if block.language == "bash" else [sys.executable, "-c", block.code]
-        done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
+        if block.language == "bash":
+            command = ["bash", "-euc", block.code]
+            done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
+        else:
+            done = warm_python.run([sys.executable, "-c", block.code], cwd=here, env=env)
         assert done.returncode == 0, f"{block.place}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

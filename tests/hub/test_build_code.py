@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from own_models.make import make
 from safetensors.torch import load_file, save_file
 
@@ -93,7 +93,7 @@ def test_weights_and_a_code_file_become_a_folder_that_auto_classes_load(tmp_path
         expected = expected[0] if isinstance(expected, tuple) else expected.logits
         jobs.append([str(out), last, str(tmp_path / f"{name}-in"), str(tmp_path / f"{name}-out")])
         wanted_logits[name] = expected.detach()
-    subprocess.run([sys.executable, "-c", LOAD, json.dumps(jobs)], check=True)
+    warm_python.run([sys.executable, "-c", LOAD, json.dumps(jobs)], check=True)
     for name, expected in wanted_logits.items():
         assert torch.equal(load_file(tmp_path / f"{name}-out")["logits"], expected), name
 

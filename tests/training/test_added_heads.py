@@ -1,12 +1,12 @@
 """A head on a folder's own base model: the same states, a file of code that runs without mymodels."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from adopting.cases import job
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -88,7 +88,7 @@ def test_the_folder_is_saved_with_the_code_of_its_head(tokenizer, tmp_path: Path
         "assert not any(info.values()), info\n"
         "print(m.eval()(torch.tensor([[5, 6, 7]])).logits.tolist())\n"
     )
-    run = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
+    run = warm_python.run([sys.executable, "-c", script, str(folder)], check=True)
     with torch.no_grad():
         want = base.model.eval()(torch.tensor([[5, 6, 7]])).logits
     torch.testing.assert_close(torch.tensor(json.loads(run.stdout)), want)

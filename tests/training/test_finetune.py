@@ -482,7 +482,7 @@ finetune(sys.argv[1], sys.argv[2], sys.argv[3], max_length=16, max_steps=8, eval
 def test_a_killed_training_goes_on(start: Path, tmp_path: Path) -> None:
     how = {"max_length": 16, "max_steps": 8, "eval_steps": 2, "learning_rate": 3e-3, "bf16": False, "golden": False}
     model, data, out = start / "bert", start / "data.csv", tmp_path / "killed"
-    run = subprocess.run([sys.executable, "-c", KILLED, str(model), str(data), str(out), "5"], capture_output=True)
+    run = warm_python.run([sys.executable, "-c", KILLED, str(model), str(data), str(out), "5"])
     assert run.returncode == -9 and not out.exists()
     with pytest.raises(FileExistsError, match=r"the newest is checkpoint-4: pass --resume"):
         finetune(model, data, out, **how)

@@ -1,12 +1,12 @@
 """`finetune` of models of a file of one's own and of encoder-decoders, against the stock Trainer and a second process."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from own_models.make import make
 from safetensors.torch import load_file
 from tokenizers import processors
@@ -103,7 +103,7 @@ def test_a_class_with_a_tuple_and_no_kwargs_is_tuned_saved_and_answers(own: Path
         "    print(json.dumps([m.config.id2label[int(p.argmax())], float(p.max())]))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "out"), str(own / "in.jsonl")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    run = warm_python.run(command, check=True, cwd=tmp_path)
     wanted = [json.loads(line) for line in run.stdout.splitlines()]
     for answer, (label, score) in zip(answers(tmp_path / "out", own, tmp_path), wanted, strict=True):
         assert answer["label"] == label and abs(answer["score"] - score) < 1e-5
