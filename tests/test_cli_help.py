@@ -34,8 +34,12 @@ def help_of(verb: str) -> str:
     return make_parser()[1][verb].format_help()
 
 
+def example_in(text: str) -> str:
+    return re.search(r"^example:\n  (.*)$", text, re.MULTILINE)[1]
+
+
 def example_of(verb: str) -> str:
-    return re.search(r"^example:\n  (.*)$", help_of(verb), re.MULTILINE)[1]
+    return example_in(help_of(verb))
 
 
 def test_the_installed_script_starts_what_is_tested_here() -> None:
@@ -134,13 +138,25 @@ def test_no_verb_prints_the_help_and_fails() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_help_starts_with_a_sentence_and_ends_with_an_example_and_the_exit_codes(verb: str) -> None:
     usage, sentence, *_ = help_of(verb).split("\n\n")
-    assert usage.startswith(f"usage: mymodels {verb}") and re.fullmatch(r"[A-Z][^\n]*\.", sentence), sentence
+    assert usage.startswith(f"usage: mymodels {verb}") and re.fullmatch(r"[A-Z].*\.", sentence, re.S), sentence
     *_, example, codes = help_of(verb).rstrip().split("\n\n")
     assert example.startswith("example:\n") and example.count("\n") == 1
     numbers = re.findall(r"^  (\d+) +\S", codes.removeprefix("exit codes:\n"), re.MULTILINE)
     assert {"0", "1", "2", "130"} <= set(numbers) and numbers == sorted(numbers, key=int)
     arguments = parse(shlex.split(example_of(verb).rpartition("| ")[2])[1:])
     assert arguments.verb == verb
+
+
+def test_a_help_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the example, which is one line to copy. No word is broken."""
+    parser, verbs = make_parser()
+    for shown in (parser, *verbs.values()):
+        monkeypatch.setenv("COLUMNS", "1000")
+        wide = set(shown.format_help().split())
+        monkeypatch.setenv("COLUMNS", "80")
+        text = shown.format_help()
+        assert set(text.split()) <= wide
+        assert [line for line in text.splitlines() if len(line) > 80 and line.strip() != example_in(text)] == []
 
 
 MY_MODEL = """

@@ -27,7 +27,7 @@ from . import (
     verify,
     warm_start,
 )
-from .options import Parser, show_isolation
+from .options import HelpFormatter, Parser, show_isolation
 from .progress import working
 
 _VERBS = (
@@ -59,7 +59,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
             "mymodels inspect hub_repo/mygpt2",
             {0: "success", 1: "a check failed; or an error, reported on standard error"},
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mymodels {mymodels.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,6 +31,35 @@ _CARD = {
     "limits": "limitations and uses it is not meant for",
     "dataset": "what the metrics were measured on",
 }
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Breaks sentences and lists of choices between words; an example stays a line that can be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = []
+        for line in text.splitlines():
+            indented, is_code = line.startswith("  "), line[2:3].isdigit()
+            filled = textwrap.wrap(line, width, subsequent_indent=" " * 7 * is_code, break_on_hyphens=False)
+            lines += [line] if indented and not is_code else filled or [""]
+        return "\n".join(lines)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
+        if self._has_many_choices(action):
+            return lambda count: (default_metavar,) * count
+        return super()._metavar_formatter(action, default_metavar)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if self._has_many_choices(action):
+            return f"{action.help}; one of {', '.join(map(str, action.choices or ()))}"
+        return action.help
+
+    @staticmethod
+    def _has_many_choices(action: argparse.Action) -> bool:
+        return action.metavar is None and action.choices is not None and len(",".join(map(str, action.choices))) > 50
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,7 +105,7 @@ def add_verb(
         help=sentence[0].lower() + sentence[1:].rstrip("."),
         description=sentence,
         epilog=Parser.help_ending(example, exit_codes),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         parents=list(parents),
     )
     parser.set_defaults(run=run)
