@@ -1,25 +1,34 @@
 """Run by `test_versions.py` as a script, under one transformers release: load folders and compare with golden outputs.
 
-    python -I run_under_release.py RELEASE_FOLDER remote|package WORK_FOLDER
+    python -I run_under_release.py RELEASE_FOLDER WORK_FOLDER MODE …
 
-`remote` blocks mymodels and goes by `trust_remote_code`, `package` imports mymodels and needs no trust. Any failed
-assertion ends the script with its traceback.
+Mode `remote` blocks mymodels and goes by `trust_remote_code`, `package` imports mymodels and needs no trust. Each runs in
+a fork of the process that has imported the libraries; any failed assertion ends it with its traceback.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
-release, mode, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+release, work, modes = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 sys.path.insert(0, release)
-if mode == "remote":
-    sys.modules["mymodels"] = None
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from transformers import GenerationMixin, PreTrainedModel  # noqa: E402, F401  the lazy part of the import
 
 assert transformers.__file__.startswith(release), transformers.__file__
+for mode in modes:  # noqa: B007  used below, in the fork
+    forked = os.fork()
+    if not forked:
+        break
+    os.waitpid(forked, 0)
+else:
+    sys.exit()
+if mode == "remote":
+    sys.modules["mymodels"] = None
 TRUST = {"trust_remote_code": True} if mode == "remote" else {}
 if mode == "package":
     import mymodels
