@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -20,6 +21,7 @@ _SPLIT = re.compile(
 _ROTARY = re.compile(r"\b(?:cos|sin|freqs\w*|rotate_half|rotate_every_two)\b|rotary|rope", re.IGNORECASE)
 _ROTARY_NAME = re.compile(r"rot|rope", re.IGNORECASE)
 _PLUS_ONE = re.compile(r"\b1(?:\.0)? *\+ *self\.(?:weight|scale|gamma)\b|self\.(?:weight|scale|gamma)[\w.()]* *\+ *1\b")
+_SOURCES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 _SCALED_BY_WIDTH = {"gemma", "gemma2", "gemma3_text", "recurrent_gemma", "vaultgemma", "t5gemma"}
 
 
@@ -64,7 +66,7 @@ def _rotary_code(classes: Iterable[type]) -> Iterator[tuple[str, str]]:
             if isinstance(called, FunctionType) and (near or _ROTARY_NAME.search(name)):
                 pending.append(called)
         named = any(_ROTARY_NAME.search(name) for name in (function.__name__, owner))
-        text = _source(function)
+        text = source_of(function)
         # code that only computes or passes on angles pairs nothing
         if "view_as_complex" in text or (_ROTARY.search(text) and _turns(text)):
             yield "" if named else "forward", text
@@ -92,17 +94,23 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(const) for const in inner))
 
 
-def _source(thing: Any) -> str:
-    try:
-        return inspect.getsource(thing)
-    except (OSError, TypeError):
-        return ""
+def source_of(thing: Any) -> str:
+    """The source text of a function or class, "" if there is none.
+
+    Read once: to find it takes a millisecond or two, and a model has hundreds of functions.
+    """
+    if thing not in _SOURCES:
+        try:
+            _SOURCES[thing] = inspect.getsource(thing)
+        except (OSError, TypeError):
+            _SOURCES[thing] = ""
+    return _SOURCES[thing]
 
 
 def norm_offset(model: torch.nn.Module) -> float | None:
     """What a model's norms add to their weights (1 in Gemma); None if they differ or there are none."""
     kinds = {type(module) for module in model.modules() if "Norm" in type(module).__name__}
-    found = {1.0 if _PLUS_ONE.search("" if k.__module__.startswith("torch.") else _source(k)) else 0.0 for k in kinds}
+    found = {1.0 if _PLUS_ONE.search("" if k.__module__.startswith("torch.") else source_of(k)) else 0.0 for k in kinds}
     return next(iter(found)) if len(found) == 1 else None
 
 

@@ -1,6 +1,5 @@
 """Describes a source or target: its tensors, their modules, and settings from its config."""
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from transformers import AutoConfig
 from ...checkpoints import Checkpoint, CheckpointError
 from ..lazy_tensor import Value
 from ..planning import tied_names
-from .conventions import norm_offset, rotary_pairs, scales
+from .conventions import norm_offset, rotary_pairs, scales, source_of
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "nhead", "heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
@@ -134,23 +133,13 @@ def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def holders(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
     """Tensor → class of its module, and source code of that module's parent."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    texts: dict[type, str] = {}
-
-    def text(module: torch.nn.Module) -> str:
-        if type(module) not in texts:
-            try:
-                texts[type(module)] = inspect.getsource(type(module))
-            except (OSError, TypeError):
-                texts[type(module)] = ""
-        return texts[type(module)]
-
     found = {}
     for name in model.state_dict(keep_vars=True):
         path = name.rpartition(".")[0]
         parent = modules.get(path.rpartition(".")[0])
         found[name] = (
             type(modules[path]).__name__ if path in modules else "",
-            text(parent) if isinstance(parent, torch.nn.Module) and path else "",
+            source_of(type(parent)) if isinstance(parent, torch.nn.Module) and path else "",
         )
     return found
 
