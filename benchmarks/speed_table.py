@@ -1,8 +1,9 @@
-"""README's table of speed, in Markdown, from what the benchmarks wrote: `python benchmarks/speed_table.py [RESULTS]`."""
+"""The tables of speed, in Markdown, from what the benchmarks wrote: `python benchmarks/speed_table.py [RESULTS]`."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ORDER = ("classify", "finetune", "train_lm", "generate", "cold_start", "checkpoint_memory")
 
@@ -24,9 +25,34 @@ def lines(folder: Path) -> list[str]:
     return table
 
 
+def rivals(folder: Path) -> list[str]:
+    """What rivals.py wrote: a line for each work and number of threads, a column for each engine and precision."""
+    file = folder / "rivals.json"
+    if not file.exists():
+        return []
+    found = json.loads(file.read_text())
+    rows = found["rows"]
+    columns = {(row["engine"], row["precision"]): f"{row['engine']} {row['precision']}" for row in rows}
+    cells: dict[tuple[str, int], dict[tuple[str, str], str]] = {}
+    for row in rows:
+        ratio = f"{row['ratio']:.2f}" if row["ratio"] >= 1 else f"**{row['ratio']:.2f}**"
+        low, high = row["quartiles"]
+        column = (row["engine"], row["precision"])
+        cells.setdefault((row["task"], row["threads"]), {})[column] = f"{ratio} ({low:.2f}–{high:.2f})"
+    table = [_line(["work", "threads", *columns.values()]), _line(["---"] * (len(columns) + 2))]
+    table += [_line([work, threads, *(line.get(c, "") for c in columns)]) for (work, threads), line in cells.items()]
+    return [*table, "", *map("- {}".format, found["made_with"]["notes"])]
+
+
+def _line(cells: list[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def main() -> int:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results"
     print(*lines(folder), sep="\n")
+    if engines := rivals(folder):
+        print("", *engines, sep="\n")
     return 0
 
 
