@@ -38,7 +38,10 @@ class Worker:
         self.start = Start(*start)
         self.pipe, theirs = Pipe()
         threads = str(self.start.threads)
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        environment = (
+            os.environ | quiet | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+        )
         path = [str(HOME), str(HOME.parent), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
         command = [sys.executable, "-m", "engines.process", str(theirs.fileno())]

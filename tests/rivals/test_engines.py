@@ -108,4 +108,4 @@ def test_classification_in_int8_is_close(engines, bert, name, monkeypatch):
     monkeypatch.setattr(importlib.import_module("engines.models"), "reuters_texts", lambda part: texts)
     full = start(engines, "stock", "Classifier", bert, "float32").logits([ROWS])[0]
     found = start(engines, name, "Classifier", bert, "int8").logits([ROWS])[0]
-    assert 0 < np.abs(found - full).max() < 0.1 * np.abs(full).max()
+    assert 0 < np.abs(found - full).max() < 0.25 * np.abs(full).max()  # OpenVINO's activations are in int8 as well
