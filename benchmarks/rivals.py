@@ -159,12 +159,11 @@ class Bench:
 
     def time_classification(self, ours: Worker, rival: Worker, documents: Rows) -> None:
         for size in BATCH["classify"][: 1 if self.short else None]:
-            count = DOCUMENTS[size]
             for order in ("arrival order", "sorted")[: 1 if size == 1 else 2]:
-                batches = pieces(in_order(documents[:count], order), size)
-                if self.short:  # one, of medium length
+                batches = pieces(in_order(documents[: DOCUMENTS[size]], order), size)
+                if self.short:  # one of them, of medium length
                     batches = batches[len(batches) // 2 :][:1]
-                    count = size
+                count = sum(map(len, batches))
                 self.compare(f"classify {count} documents, {order}, batch {size}", ours, rival, "logits", batches)
 
     def quality_of_classification(self, names: list[str]) -> None:

@@ -45,7 +45,7 @@ class Worker:
         path = [str(HOME), str(HOME.parent), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
         command = [sys.executable, "-m", "engines.process", str(theirs.fileno())]
-        self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
         theirs.close()
         self.run(None, self.start)
 
