@@ -57,12 +57,12 @@ class Bench:
     # ---- one engine
 
     @contextmanager
-    def leaving_out(self, name: str, precision: str) -> Iterator[None]:
+    def leaving_out(self) -> Iterator[None]:
         """An engine that fails, or differs from stock, ends only its own part; the output says so."""
         try:
             yield
         except SystemExit as reason:
-            self.notes.append(f"{name}, {precision}: left out: {reason}")
+            self.notes.append(f"left out: {reason}")
             print(self.notes[-1], file=sys.stderr)
 
     def compare(self, work: str, ours: Worker, rival: Worker, method: str, *given: Any) -> None:
@@ -107,7 +107,7 @@ class Bench:
             with self.ours_for("Generator", precision, threads) as ours:
                 for name in chosen:
                     with (
-                        self.leaving_out(name, precision),
+                        self.leaving_out(),
                         Worker(name, "Generator", models.gpt2(), precision, threads) as rival,
                     ):
                         if precision == "float32":
@@ -130,7 +130,7 @@ class Bench:
         with Worker("stock", "Generator", folder, "float32", 1) as stock:
             truth, tokens = stock.run("log_probs", prompts), stock.run("generate", prompts[:8], 48)
         for name in int8_of(names, "Generator"):
-            with self.leaving_out(name, "int8"), Worker(name, "Generator", folder, "int8", 1) as worker:
+            with self.leaving_out(), Worker(name, "Generator", folder, "int8", 1) as worker:
                 found, chosen = worker.run("log_probs", prompts), worker.run("generate", prompts[:8], 48)
                 divergence = float((np.exp(truth) * (truth - found)).sum(-1).mean())
                 same = float((np.array(chosen) == np.array(tokens)).mean())
@@ -150,7 +150,7 @@ class Bench:
             with self.ours_for("Classifier", precision, threads) as ours:
                 for name in chosen:
                     with (
-                        self.leaving_out(name, precision),
+                        self.leaving_out(),
                         Worker(name, "Classifier", models.minilm_r8(), precision, threads) as rival,
                     ):
                         if precision == "float32":
@@ -177,7 +177,7 @@ class Bench:
             truth = np.concatenate(full.run("logits", batches)).argmax(-1)
         self.notes.append(f"accuracy in float32: {(truth == right).mean():.2%} of {len(right)} documents")
         for name in int8_of(names, "Classifier"):
-            with self.leaving_out(name, "int8"), Worker(name, "Classifier", models.minilm_r8(), "int8", 1) as worker:
+            with self.leaving_out(), Worker(name, "Classifier", models.minilm_r8(), "int8", 1) as worker:
                 found = np.concatenate(worker.run("logits", batches)).argmax(-1)
                 accuracy, same = float((found == right).mean()), float((found == truth).mean())
                 self.quality[name, "Classifier", "int8"] = {"accuracy": accuracy, "labels": same}

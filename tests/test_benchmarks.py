@@ -3,9 +3,11 @@
 import ast
 import importlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +80,46 @@ def test_the_speed_table_holds_what_was_measured(tmp_path):
     (tmp_path / "classify.json").write_text(json.dumps({"made_with": {"short": True}, "rows": rows}))
     table = importlib.import_module("speed_table").lines(tmp_path)
     assert table[2:] == ["| a | b | 1.23× (1.20–1.30) | 87% | `benchmarks/classify.py` (short form) |"]
+
+
+def rows_of_rivals() -> list[dict]:
+    shared = {"task": "generate", "threads": 1, "quartiles": [0.5, 1.5], "quality": {}}
+    rows = [("A", "float32", 0.5), ("A", "int8", 1.25), ("B", "float32", 1.0)]
+    return [shared | {"engine": engine, "precision": how, "ratio": ratio} for engine, how, ratio in rows]
+
+
+def test_the_table_of_rivals_marks_where_they_are_faster(tmp_path):
+    made_with = {"short": True, "notes": ["C: left out, not installed: c"]}
+    (tmp_path / "rivals.json").write_text(json.dumps({"made_with": made_with, "rows": rows_of_rivals()}))
+    table = importlib.import_module("speed_table").rivals(tmp_path)
+    assert table[0] == "| work | threads | A float32 | A int8 | B float32 |"
+    assert table[2] == "| generate | 1 | **0.50** (0.50–1.50) | 1.25 (0.50–1.50) | 1.00 (0.50–1.50) |"
+    assert table[-1] == "- C: left out, not installed: c"
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_rivals_classify_batches_that_are_sorted_over_all_documents(monkeypatch, short):
+    rivals = importlib.import_module("rivals")
+    bench = rivals.Bench(SimpleNamespace(short=short, work=["classify"], repeats=None))
+    timed = {}
+    monkeypatch.setattr(bench, "compare", lambda work, ours, rival, method, batches: timed.update({work: batches}))
+    documents = [[1] * length for length in torch.randperm(300).add(1).tolist()]
+    bench.time_classification(None, None, documents)
+    for work, batches in timed.items():
+        count, size = (int(word) for word in re.fullmatch(r"classify (\d+) documents, .*, batch (\d+)", work).groups())
+        assert sum(map(len, batches)) == count and all(len(batch) == size for batch in batches)
+        lengths = [len(row) for batch in batches for row in batch]
+        assert (lengths == sorted(lengths)) is ("sorted" in work)
+    (sorted_32,) = (batches for work, batches in timed.items() if "sorted" in work and work.endswith("batch 32"))
+    every = sorted(len(row) for row in documents[:192])
+    assert [len(row) for row in sorted_32[0]] == (every[96:128] if short else every[:32])
+
+
+def test_rivals_leave_out_an_engine_that_differs_and_say_so(capsys):
+    rivals = importlib.import_module("rivals")
+    bench = rivals.Bench(SimpleNamespace(short=True, work=[], repeats=None))
+    worker = SimpleNamespace(start=SimpleNamespace(engine="OpenVINO"))
+    with bench.leaving_out():
+        rivals.check(worker, torch.ones(2), torch.zeros(2))
+        raise AssertionError("it was timed")
+    assert bench.notes == ["left out: OpenVINO, float32: the results differ by 1, more than 0.001; nothing was timed"]

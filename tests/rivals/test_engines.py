@@ -109,3 +109,16 @@ def test_classification_in_int8_is_close(engines, bert, name, monkeypatch):
     full = start(engines, "stock", "Classifier", bert, "float32").logits([ROWS])[0]
     found = start(engines, name, "Classifier", bert, "int8").logits([ROWS])[0]
     assert 0 < np.abs(found - full).max() < 0.25 * np.abs(full).max()  # OpenVINO's activations are in int8 as well
+
+
+def test_an_engine_runs_in_a_process_of_its_own_and_its_errors_arrive(engines, gpt2):
+    process = importlib.import_module("engines.process")
+    with process.Worker("stock", "Generator", gpt2, "float32", 1) as worker:
+        before = process.processor_seconds()
+        assert worker.run("generate", PROMPTS, 8) == expected(gpt2)[0]
+        assert 0 < process.processor_seconds() - before < 60
+        with pytest.raises(
+            SystemExit, match="stock, float32: AttributeError: 'Generator' object has no attribute 'nothing'"
+        ):
+            worker.run("nothing")
+    assert worker.process.returncode == 0
