@@ -118,7 +118,7 @@ def test_rivals_classify_batches_that_are_sorted_over_all_documents(monkeypatch,
 def test_rivals_leave_out_an_engine_that_differs_and_say_so(capsys):
     rivals = importlib.import_module("rivals")
     bench = rivals.Bench(SimpleNamespace(short=True, work=[], repeats=None))
-    worker = SimpleNamespace(start=SimpleNamespace(engine="OpenVINO"))
+    worker = SimpleNamespace(start=SimpleNamespace(engine="OpenVINO", precision="float32"))
     with bench.leaving_out():
         rivals.check(worker, torch.ones(2), torch.zeros(2))
         raise AssertionError("it was timed")

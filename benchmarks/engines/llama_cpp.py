@@ -92,7 +92,6 @@ class Generator:
             params = xllamacpp.CommonParams()
             params.model.path = str(self.file)
             params.n_parallel, params.n_ctx = rows, rows * length
-            params.n_batch = params.n_ubatch = max(512, rows)
             params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
             params.fit_params = False
             params.verbosity = -1
