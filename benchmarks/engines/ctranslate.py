@@ -1,6 +1,6 @@
 """CTranslate2: its own converter, then one replica with all threads, as its documentation has it for latency.
 
-Rows are given unpadded, so that it leaves padding out by itself. Its encoder ends at BERT's pooler; the classifier, one
+Rows are given unpadded, and it pads as it sees fit. Its encoder ends at BERT's pooler; the classifier, one
 small product, is numpy's, as in the documentation's example.
 """
 
