@@ -32,7 +32,10 @@ def rivals(folder: Path) -> list[str]:
         return []
     found = json.loads(file.read_text())
     rows = found["rows"]
-    columns = {(row["engine"], row["precision"]): f"{row['engine']} {row['precision']}" for row in rows}
+    columns = {}
+    for row in rows:
+        ours = "" if row["ours"] == row["precision"] else f" (ours {row['ours']})"
+        columns[row["engine"], row["precision"]] = f"{row['engine']} {row['precision']}{ours}"
     cells: dict[tuple[str, int], dict[tuple[str, str], str]] = {}
     for row in rows:
         ratio = f"{row['ratio']:.2f}" if row["ratio"] >= 1 else f"**{row['ratio']:.2f}**"

@@ -83,7 +83,7 @@ def test_the_speed_table_holds_what_was_measured(tmp_path):
 
 
 def rows_of_rivals() -> list[dict]:
-    shared = {"task": "generate", "threads": 1, "quartiles": [0.5, 1.5], "quality": {}}
+    shared = {"task": "generate", "threads": 1, "quartiles": [0.5, 1.5], "ours": "float32"}
     rows = [("A", "float32", 0.5), ("A", "int8", 1.25), ("B", "float32", 1.0)]
     return [shared | {"engine": engine, "precision": how, "ratio": ratio} for engine, how, ratio in rows]
 
@@ -92,7 +92,7 @@ def test_the_table_of_rivals_marks_where_they_are_faster(tmp_path):
     made_with = {"short": True, "notes": ["C: left out, not installed: c"]}
     (tmp_path / "rivals.json").write_text(json.dumps({"made_with": made_with, "rows": rows_of_rivals()}))
     table = importlib.import_module("speed_table").rivals(tmp_path)
-    assert table[0] == "| work | threads | A float32 | A int8 | B float32 |"
+    assert table[0] == "| work | threads | A float32 | A int8 (ours float32) | B float32 |"
     assert table[2] == "| generate | 1 | **0.50** (0.50–1.50) | 1.25 (0.50–1.50) | 1.00 (0.50–1.50) |"
     assert table[-1] == "- C: left out, not installed: c"
 
