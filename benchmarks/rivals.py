@@ -14,8 +14,9 @@ then it and ours are timed in turn. A ratio is its time by ours: above 1, ours i
 int8 is compared with ours in int8 (`mymodels.quantize`), or where that is not there, with ours in float32; each row says
 which. Beside int8 stands its quality: for classification, the accuracy and how many labels are those of stock in float32;
 for generation, on held-out Reuters text with a small GPT-2 trained on Reuters, the KL divergence per token and how many of
-48 greedy tokens are stock's. All models and the engines' forms of them are kept in the cache (3 GB); making them takes a
-quarter of an hour once. `--short`: batch 1 of generation and 32 of classification, less of each, one thread.
+48 greedy tokens are stock's. All models and the engines' forms of them are kept in the cache (4 GB); making them takes a
+quarter of an hour once. `--short`: batch 1 of generation and one batch of 32 of classification, one thread. `--clock cpu`, for
+a busy machine, counts what threads spend on waiting for each other, so it is for one thread.
 """
 
 import argparse
