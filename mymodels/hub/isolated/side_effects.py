@@ -275,26 +275,37 @@ def _reached_by_drawing(before: tuple[int, ...], after: tuple[int, ...]) -> bool
 def library_objects() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Functions and classes of each module and class of the libraries, and the entries of transformers' registries."""
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    kinds: dict[type, bool] = {}  # made anew each time: the code may have changed a class
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in _PACKAGES and isinstance(module, ModuleType):
             held = dict(vars(module))
-            found[name] = (module, _callables(held))
+            found[name] = (module, _callables(held, kinds))
             for key, value in held.items():
                 if issubclass(type(value), type) and value.__module__ == name:
-                    found[f"{name}.{key}"] = (value, _callables(dict(vars(value))))
+                    found[f"{name}.{key}"] = (value, _callables(dict(vars(value)), kinds))
                 elif name.startswith("transformers.") and (table := _table(value)):
                     found[f"{name}.{key}[]"] = (value, table)
-    found["builtins"] = (builtins, _callables(dict(vars(builtins))))
+    found["builtins"] = (builtins, _callables(dict(vars(builtins)), kinds))
     return found
 
 
-def _callables(held: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = (FunctionType, type, classmethod, staticmethod, property, ModuleType)
-    return {key: value for key, value in held.items() if issubclass(type(value), kinds) or _is_callable(type(value))}
+def _callables(held: Mapping[str, Any], callable_types: dict[type, bool]) -> dict[str, Any]:
+    """The functions, classes and other callables in `held`; `callable_types` remembers the answer for each type."""
+    found = {}
+    for key, value in held.items():
+        kind = type(value)
+        if kind not in callable_types:
+            callable_types[kind] = _is_callable(kind)
+        if callable_types[kind]:
+            found[key] = value
+    return found
+
+
+_KINDS = (FunctionType, type, classmethod, staticmethod, property, ModuleType)
 
 
 def _is_callable(kind: type) -> bool:
-    return any(
+    return issubclass(kind, _KINDS) or any(
         "__call__" in vars(base) for base in kind.__mro__
     )  # `callable` would trigger the warnings of lazy attributes
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -115,10 +116,25 @@ def import_libraries(events: Events, *, confined: bool = False) -> None:
     from transformers import AutoModel, GenerationMixin, PreTrainedModel  # noqa: F401  the slow ones
 
     transformers.utils.logging.set_verbosity_error()
+    prepare_loading()
+    gc.freeze()  # a stage collects its own garbage, and neither looks at the libraries' objects nor copies their pages
     versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
     events.write(versions=versions)
     if confined:
         pass_tensors_by_value()
+
+
+def prepare_loading() -> None:
+    """Do once what the first `from_pretrained` of each stage would do again: its imports, and a table of conversions.
+
+    Releases before 5 have no such table; the others build it on first use, in as much time as the rest of a small load.
+    """
+    with contextlib.suppress(ImportError):
+        pass
+    with contextlib.suppress(ImportError, AttributeError):
+        from transformers import conversion_mapping
+
+        conversion_mapping.get_checkpoint_conversion_mapping("")
 
 
 def pass_tensors_by_value() -> None:
