@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .export import export_model
     from .hub import build_repo, load_in_clean_process
     from .hub.lock import load
-    from .hub.upgrading import Upgrade, upgrade
+    from .hub.upgrading.upgrade import Upgrade, upgrade
     from .models.configuration_mybert import MyBertConfig
     from .models.configuration_mygpt2 import MyGPT2Config
     from .models.modeling_mybert import (

@@ -1,8 +1,6 @@
 """`Checkpoint`: a lazy mapping of name → tensor, as which every format is opened."""
 
 import math
-import os
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..messages import first_line
+from .errors import CheckpointError, unreadable
 
 # safetensors' names of torch's dtypes; used in files and in messages
 _DTYPES = {
@@ -39,10 +37,6 @@ DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype) for name, dtype in _DTYPES.items() if hasattr(torch, dtype)
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message says what is wrong, where, and what to do."""
 
 
 def resolve_dtype(dtype: "str | torch.dtype | None") -> torch.dtype | None:
@@ -233,23 +227,3 @@ def plain_tensor(tensor: Any, name: str, where: Any) -> torch.Tensor:
 
 def _is_partial(placement: Any) -> bool:
     return type(placement).__name__ in ("Partial", "_Partial", "_NormPartial")
-
-
-def is_zip(path: Path) -> bool:
-    """`zipfile.is_zipfile`, which raises on some damaged files."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        return False
-
-
-def unreadable(path: str | os.PathLike, what: str, error: BaseException) -> CheckpointError:
-    """A one-sentence error for an exception from inside a reader."""
-    reason = first_line(error).rstrip(". ")
-    if "Cannot allocate memory" in reason:
-        return CheckpointError(
-            f"{path}: {what} needs more memory than is available ({reason}): split it into smaller shards"
-        )
-    return CheckpointError(
-        f"{path}: {what} cannot be read ({reason}); the file is damaged or incomplete: copy or download it again"
-    )

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from .atomic_write import replace_file
-from .checkpoint import Checkpoint, CheckpointError, is_zip, widened
+from .checkpoint import Checkpoint, CheckpointError, widened
+from .kinds import is_zip
 from .opening import has_all_shards, locate, open_checkpoint, open_file, weight_files
 from .safetensors_files import ADVICE, Problem, inside, read_json, scan_index
 

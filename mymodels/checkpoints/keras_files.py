@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError, TensorInfo, is_zip
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .foreign_names import from_tensorflow, is_saved_by_transformers, renamed_checkpoint
+from .kinds import is_zip
 from .third_party_formats import array_dtype, import_library, to_torch
 
 _WEIGHTS_OF_ARCHIVE = "model.weights.h5"

@@ -5,8 +5,9 @@ import re
 import zipfile
 from pathlib import Path
 
-from .checkpoint import is_zip
-
+OPENED = (  # the kinds of single files that `open_checkpoint` opens; an index is opened with the files it names
+    *("PyTorch", "pickle", "safetensors", "TorchScript", "torch.export", "NumPy", "GGUF", "ONNX", "HDF5", "Flax"),
+)
 _TF_INDEX_MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a TensorFlow index file
 _LEGACY_TORCH = re.compile(
     rb"L119547037146038801333356L\n\.|\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", re.DOTALL
@@ -124,3 +125,11 @@ def _looks_like_onnx(path: Path, size: int) -> bool:
         except EOFError:
             pass
     return False
+
+
+def is_zip(path: Path) -> bool:
+    """`zipfile.is_zipfile`, which raises on some damaged files."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False

@@ -1,57 +1,22 @@
 """`open_checkpoint`: detect the format of a file or folder from its content, and open it lazily."""
 
-import contextlib
 import os
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ..messages import first_line
-from .atomic_write import repair
 from .checkpoint import Checkpoint, CheckpointError, unreadable
 from .deepspeed_folders import find_deepspeed, open_deepspeed
 from .flax_files import open_flax
 from .keras_files import open_keras
 from .kinds import kind_of
+from .locating import TRAINING_STATE, WEIGHTS, locate, weight_files
 from .safetensors_files import inside, open_index, open_safetensors, read_json
 from .third_party_formats import open_gguf, open_npz, open_onnx, open_tensorflow
 from .torch_archives import open_distributed, open_exported, open_torchscript
 from .torch_files import open_pickle, open_torch_file
 
-_WEIGHTS = (  # in a folder, the first that exists is opened; the order begins with transformers' own
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "model*.safetensors.index.json",
-    "model*.safetensors",
-    "*.safetensors.index.json",
-    "*.safetensors",
-    "pytorch_model*.bin.index.json",
-    "pytorch_model*.bin",
-    ".metadata",
-    "saved_model.pb",
-    "*.index",
-    "*.bin.index.json",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.pt2",
-    "*.tar",
-    "*.gguf",
-    "*.onnx",
-    "*.npz",
-    "tf_model.h5",
-    "tf_model.h5.index.json",
-    "flax_model.msgpack",
-    "flax_model.msgpack.index.json",
-    "*.keras",
-    "*.h5",
-    "*.msgpack",
-)
-_TRAINING_STATE = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|golden)")
 _ANY_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|pt2|tar|h5|keras|msgpack|ot|onnx|gguf|npz|tflite|pkl)$|\.ckpt$")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(\.\w+)")
 
@@ -103,54 +68,6 @@ def open_checkpoint(
     return checkpoint if section is None else checkpoint.section(section)
 
 
-def locate(
-    path: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    everything: bool = False,
-    **download: Any,
-) -> Path:
-    """`path` itself, or the local copy of the Hub repo of this name, which is downloaded if it is not cached.
-
-    Args:
-        path: a file, a folder, or the id of a Hub repo.
-        revision, token: as for `open_checkpoint`.
-        everything: also download other weights where there is safetensors.
-        download: further arguments of `snapshot_download`.
-
-    Raises:
-        FileNotFoundError: there is no such file, folder or repo.
-        CheckpointError: `path` is a local file or folder, and `revision` is given.
-    """
-    found = Path(path).expanduser()
-    if not found.exists():
-        with contextlib.suppress(OSError):
-            repair(found)  # a killed writer may have moved it away
-    if found.exists() or found.with_name(found.name + ".index").is_file():
-        if revision is not None:
-            raise CheckpointError(
-                f"{path} is local, and --revision {revision} (revision=) is for Hub repos: leave it out"
-            )
-        return found
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or found.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        raise FileNotFoundError(f"there is no file or folder {path}")
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        files = HfApi(token=token).list_repo_files(str(path), revision=revision)
-    except Exception:  # offline: use the cache
-        files = []
-    others = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ckpt*", "*.pt", "*.pth", "*.tflite"]
-    ignore = others if not everything and any(file.endswith(".safetensors") for file in files) else None
-    try:
-        return Path(snapshot_download(str(path), revision=revision, token=token, ignore_patterns=ignore, **download))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"there is no file or folder {path}, and no Hub repo could be fetched: {first_line(error, 600)}"
-        ) from error
-
-
 def _open_unchanged(folder: Path, opener: Callable[[], Checkpoint]) -> Checkpoint:
     """Open the files of a folder, and open them again if a writer replaced it meanwhile, so that no two saves are mixed."""
     for _ in range(100):
@@ -172,20 +89,6 @@ def _identity(folder: Path) -> tuple[int, ...]:
     except FileNotFoundError:
         return ()
     return stat.st_dev, stat.st_ino, stat.st_ctime_ns
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The file to open a folder's checkpoint by, such as its index; several files if that is ambiguous."""
-    for pattern in _WEIGHTS:
-        found = [
-            file for file in sorted(folder.glob(pattern)) if file.is_file() and not _TRAINING_STATE.match(file.name)
-        ]
-        if pattern == "*.index":
-            found = [file for file in found if kind_of(file) == "TensorFlow index"]
-        if found:
-            return found
-    others = [file for file in sorted(folder.iterdir()) if file.is_file() and not _TRAINING_STATE.match(file.name)]
-    return [file for file in others if file.suffix != ".json" and kind_of(file) in ("PyTorch", "pickle", *_OPENERS)]
 
 
 def _files_left_out(folder: Path, checkpoint: Checkpoint) -> list[str]:
@@ -277,11 +180,11 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
         if inner and not any(re.fullmatch(r"checkpoint-\d+", path.name) for path in inner):  # as `convert` writes them
             return _open_several(folder, {path.name: _open_folder(path, allow_pickle) for path in inner})
         for file in sorted(folder.iterdir()):  # of a format that is not supported
-            if file.is_file() and _ANY_WEIGHTS.search(file.name) and not _TRAINING_STATE.match(file.name):
+            if file.is_file() and _ANY_WEIGHTS.search(file.name) and not TRAINING_STATE.match(file.name):
                 raise CheckpointError(f"{folder} has no weights except {file.name}, which is {kind_of(file)}")
         inner = [path.parent for path in folder.glob("*/*") if weight_files(path.parent)]
         hint = f"; did you mean {max(inner, key=_training_step)}?" if inner else ""
-        raise CheckpointError(f"{folder} holds no checkpoint: no {', '.join(_WEIGHTS[:8])} or similar file{hint}")
+        raise CheckpointError(f"{folder} holds no checkpoint: no {', '.join(WEIGHTS[:8])} or similar file{hint}")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:6])
         if kind_of(files[0]) == "safetensors" and (part := open_safetensors(files[0]).part_of):

@@ -12,7 +12,8 @@ import torch
 
 from ..messages import first_line
 from . import plain_pickle
-from .checkpoint import Checkpoint, CheckpointError, is_zip, unreadable
+from .checkpoint import Checkpoint, CheckpointError, unreadable
+from .kinds import is_zip
 from .nested_objects import class_name, entries_of, is_tensor, is_training_state, leaves_of, nested_checkpoint
 from .pickled_modules import NeedsClassCode, with_state_dicts
 from .plain_pickle import PLAIN_TYPES, Unopened, UnopenedTensor, find_unopened

@@ -111,8 +111,9 @@ def _run(argv: list[str] | None) -> int:
     try:
         if getattr(arguments, "allow_pickle", False):
             show_isolation(arguments)
-        with working("loading torch and transformers"):
-            mymodels._register_all()
+        if arguments.registers_models:
+            with working("loading torch and transformers"):
+                mymodels._register_all()
         return arguments.run(arguments)
     except (OSError, ValueError, RuntimeError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():

@@ -108,7 +108,7 @@ def add_verb(
         formatter_class=HelpFormatter,
         parents=list(parents),
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, registers_models=True)
     return parser
 
 

@@ -45,6 +45,7 @@ def add_parser(verbs: Any) -> None:
         "--write-card", action="store_true", help="if all checks pass, write the table of releases into the model card"
     )
     add_isolation_option(parser)
+    parser.set_defaults(registers_models=False)  # models run in other processes, which start sooner so
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--all", action="store_true", help="also list the checks that passed or do not apply")
     shown.add_argument("--json", action="store_true", help="print the checks as JSON")
@@ -52,7 +53,6 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..hub import record_golden, verify
-    from ..hub.reporting import show_verification, write_matrix
 
     for option in ("record", "write_card"):
         if getattr(arguments, option) and (arguments.no_exec or not Path(arguments.path).is_dir()):
@@ -78,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
             inputs=arguments.inputs,
             progress=progress,
         )
+    from ..hub.reporting import show_verification, write_matrix  # imports torch, which may wait until here
+
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:

@@ -16,16 +16,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from ..checkpoints.checkpoint import CheckpointError
-from ..checkpoints.opening import weight_files
-from ..checkpoints.safetensors_files import inside, read_json
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.json_files import inside, read_json
+from ..checkpoints.locating import weight_files
 from ..messages import one_line
 from ..sandbox import Isolation, available, command, end, environment_of, results, why_ended
 from ..sandbox.isolation import NONE
+
+if TYPE_CHECKING:
+    import torch
 
 SCRIPT = Path(__file__).parent / "isolated" / "run.py"
 TIME_LIMIT = 300.0  # seconds, for each stage
@@ -73,6 +74,7 @@ def clean_process(
     progress: Callable[[str], None] | None = None,
     beside: Mapping[str, Path] | None = None,
     readable: Iterable[Path] = (),
+    meanwhile: Callable[[], Any] | None = None,
     **job: Any,
 ) -> Iterator[CleanRun]:
     """Run stages of `isolated/stages.py` on a folder.
@@ -87,6 +89,8 @@ def clean_process(
         progress: called with the name of the check that is running, a few times a second.
         beside: further folders by key, for stages that run several; each is copied too.
         readable: further files that the process may read, beside `inputs` and `reference` of `job`.
+        meanwhile: called once the process has been started, which imports its libraries then; what it raises ends the
+            process and is raised here.
         job: more that the stages want.
 
     Yields:
@@ -129,7 +133,7 @@ def clean_process(
                 scratch_size=_SCRATCH + _COPIES * sum(each["weights_size"] for each in folders),
                 isolation=isolation,
             )
-            failure = _run(started, control, _STARTUP_LIMIT + time_limit * len(stages), isolation, progress)
+            failure = _run(started, control, _STARTUP_LIMIT + time_limit * len(stages), isolation, progress, meanwhile)
             events = _read_events(scratch)
         except (OSError, CheckpointError) as error:
             events, failure = [], str(error)
@@ -184,7 +188,7 @@ def load_in_clean_process(
     prompt: str | None = None,
     max_new_tokens: int = 40,
     device_map: str | None = "auto",
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Any], dict[str, "torch.Tensor"]]:
     """Load a folder in a clean process, run texts through it there, and return what it saw.
 
     Args:
@@ -276,8 +280,9 @@ def _run(
     time_limit: float,
     isolation: Isolation,
     progress: Callable[[str], None] | None = None,
+    meanwhile: Callable[[], Any] | None = None,
 ) -> str:
-    """Start the process and wait for it; returns a sentence on why it failed, or ""."""
+    """Start the process, call `meanwhile`, and wait for it; returns a sentence on why it failed, or ""."""
     scratch = control / "scratch"
     with (control / "stderr").open("wb") as errors:
         process = subprocess.Popen(
@@ -290,6 +295,8 @@ def _run(
             start_new_session=True,
         )
         try:
+            if meanwhile is not None:
+                meanwhile()
             code: int | None = _wait(process, scratch, time_limit, progress)
         except subprocess.TimeoutExpired:
             code = None

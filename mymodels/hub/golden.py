@@ -7,17 +7,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.atomic_write import replace_file
-from ..checkpoints.checkpoint import CheckpointError
-from ..checkpoints.integrity import update_manifest
-from ..checkpoints.safetensors_files import read_header
+from ..checkpoints.errors import CheckpointError
 from ..sandbox.results import UntrustedResult, open_regular
 from .clean_process import TIME_LIMIT, clean_process, failure_reason
-from .given_inputs import Inputs, write_inputs
-from .isolated.golden_outputs import Golden
-from .isolated.golden_outputs import read as _read
+
+if TYPE_CHECKING:
+    from .given_inputs import Inputs
+    from .isolated.golden_outputs import Golden
 
 GOLDEN = "golden.safetensors"
 
@@ -25,7 +24,7 @@ GOLDEN = "golden.safetensors"
 def record_golden(
     folder: str | os.PathLike,
     *,
-    inputs: Inputs | None = None,
+    inputs: "Inputs | None" = None,
     release: Path | None = None,
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
@@ -66,6 +65,8 @@ def record_golden(
     ) as made:
         with replace_file(folder / GOLDEN) as file:
             shutil.copyfile(made, file)
+        from ..checkpoints.integrity import update_manifest
+
         update_manifest(folder, GOLDEN)
     return folder / GOLDEN
 
@@ -74,7 +75,7 @@ def record_golden(
 def temporary_golden(
     folder: Path,
     *,
-    inputs: Inputs | None = None,
+    inputs: "Inputs | None" = None,
     release: Path | None = None,
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
@@ -84,6 +85,8 @@ def temporary_golden(
     with tempfile.TemporaryDirectory(prefix="mymodels-golden-") as own:
         job: dict[str, Any] = {}
         if inputs is not None:
+            from .given_inputs import write_inputs
+
             job["inputs"] = write_inputs(inputs, Path(own))
         with clean_process(folder, ["record"], release=release, **limits, **job) as run:
             made = run.scratch / GOLDEN
@@ -114,15 +117,18 @@ def _without_internals(reason: str) -> str:
     return re.sub(r"\b(mymodels_clean|transformers_modules)(\.\w+)*\.(?=[A-Z])", "", reason)
 
 
-def read_golden(path: str | os.PathLike) -> Golden:
+def read_golden(path: str | os.PathLike) -> "Golden":
     """The content of a golden file.
 
     Raises:
         CheckpointError: the file is damaged or is not a golden file.
     """
+    from ..checkpoints.safetensors_files import read_header  # imports torch
+    from .isolated.golden_outputs import read
+
     path = Path(path)
     read_header(path)
     try:
-        return _read(path)
+        return read(path)
     except Exception as error:  # also what the safetensors library raises
         raise CheckpointError(f"{path}: {error}; record it again with `mymodels verify --record`") from error

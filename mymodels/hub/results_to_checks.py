@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from ..checkpoints import open_checkpoint
-from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.errors import CheckpointError
 from ..messages import one_line
 from .checks import STATUSES, Check
 from .clean_process import LONGEST, CleanRun, failure_reason
 from .explain_errors import explain
 from .stage_plan import rest_of_stage
-from .weights import Files, compare_weights
 
 # every check of a clean process, in the order of the report → the remedy for a failure
 DYNAMIC = {
@@ -161,6 +159,9 @@ def _weights(run: CleanRun, folder: Path, main: str) -> list[Check]:
     loaded = [event for event in run.events if "loaded" in event]
     if not loaded:
         return []
+    from ..checkpoints import open_checkpoint  # imports torch
+    from .weights import Files, compare_weights
+
     try:
         files = Files(open_checkpoint(folder))
         return [check for event in loaded for check in compare_weights(event, files, event["loaded"] == main)]

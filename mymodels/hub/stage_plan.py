@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.errors import CheckpointError
 from .clean_process import describe_folder
 from .golden import GOLDEN
 

@@ -1,26 +1,28 @@
 """`verify`: check a Hub repo folder statically and by running it in clean processes, under several releases."""
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoints.checkpoint import CheckpointError
-from ..checkpoints.opening import locate
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.locating import locate
 from ..messages import one_line
 from ..sandbox import available
 from .checks import Check
 from .clean_process import LONGEST, TIME_LIMIT, clean_process, describe_folder
 from .engine_readiness import serving_checks
 from .explain_errors import point_to_cause
-from .given_inputs import Inputs, write_inputs
 from .golden import GOLDEN, read_golden, temporary_golden
 from .releases import PinnedRelease, install, resolve
 from .results_to_checks import DYNAMIC, checks_of_run
-from .static import static_checks
+
+if TYPE_CHECKING:
+    from .given_inputs import Inputs
 
 _ALWAYS = ["outputs", "side effects", "other classes", "reload", "placement", "training"]
 FULL = [*_ALWAYS, "workers", "parallel load", "facts", "export"]
@@ -103,7 +105,7 @@ def verify(
     time_limit: float = TIME_LIMIT,
     memory_limit: int | None = None,
     cache_dir: str | os.PathLike | None = None,
-    inputs: Inputs | None = None,
+    inputs: "Inputs | None" = None,
     require_isolation: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
@@ -146,30 +148,35 @@ def verify(
     wanted: Sequence[PinnedRelease | None] = resolve(releases) if releases else [None]
     folder = locate(path, revision=revision, token=token, everything=True)
     tell = progress or (lambda text: None)
-    tell("reading the files and the code")
     commit = f" at commit {folder.name}" if folder.parent.name == "snapshots" else ""
-    result = Verification(
-        f"{path}{commit}", static_checks(folder, releases=[r.transformers for r in wanted if r] or None), {}, []
-    )
-    if not execute:
-        return result
+    numbers = [release.transformers for release in wanted if release] or None
+    # called once: while the first clean process imports its libraries, or where none is started
+    check_files = functools.cache(lambda: static_checks(folder, releases=numbers))
+    result = Verification(f"{path}{commit}", [], {}, [])
+
+    def without_running(*checks: Check) -> Verification:
+        tell("reading the files and the code")
+        return result._replace(static=check_files(), runs={"installed": list(checks)} if checks else {})
+
+    if not execute or not folder.is_dir():
+        return without_running()
     if require_isolation:
         available().require()
     if is_adapter(folder):
         what = "the folder holds only an adapter, without a model to run, so only static checks were made"
-        result.runs["installed"] = [Check("load", "skipped", what, "adapter_config.json")]
-        return result
+        return without_running(Check("load", "skipped", what, "adapter_config.json"))
     try:
         about = describe_folder(folder)
     except (CheckpointError, OSError) as error:
-        result.runs["installed"] = [Check("load", "failed", str(error), "config.json", DYNAMIC["load"])]
-        return result
+        return without_running(Check("load", "failed", str(error), "config.json", DYNAMIC["load"]))
     result = result._replace(isolation=str(available()))
     main, stages = about["classes"][0], QUICK if quick else FULL
     stages = [stage for stage in stages if training or stage != "training"]
     limits: dict[str, Any] = {"time_limit": time_limit, "memory_limit": memory_limit}
     with contextlib.ExitStack() as stack:
         if inputs is not None:
+            from .given_inputs import write_inputs  # imports torch
+
             own = stack.enter_context(tempfile.TemporaryDirectory(prefix="mymodels-inputs-"))
             limits["inputs"] = write_inputs(inputs, Path(own))
         tell("starting a clean process")
@@ -182,10 +189,24 @@ def verify(
             place = install(other, cache_dir) if other else None
             if progress is not None:
                 limits["progress"] = lambda name, under=under: tell(f"{under}{name}")
-            methods = ["fork", "spawn"]
-            with clean_process(folder, stages, release=place, golden=golden, worker_methods=methods, **limits) as run:
+
+            def meanwhile(golden: Path | None = golden) -> None:
+                tell("reading the files and the code")
+                check_files()
+                _check_golden(golden)
+
+            how: dict[str, Any] = {"release": place, "worker_methods": ["fork", "spawn"], **limits}
+            with contextlib.ExitStack() as started:
+                try:
+                    run = started.enter_context(
+                        clean_process(folder, stages, golden=golden, meanwhile=meanwhile, **how)
+                    )
+                except _DamagedGolden as error:  # rare, so it was not worth waiting for
+                    golden, problem = None, Check("golden", "failed", str(error), GOLDEN, DYNAMIC["golden"])
+                    run = started.enter_context(clean_process(folder, stages, **how))
                 if inputs is not None and (wrong := run.one("wrong_inputs")):
                     raise ValueError(one_line(wrong, LONGEST))
+                result = result._replace(static=check_files())
                 versions = run.one("versions")
                 installed = versions.get("transformers") if isinstance(versions, dict) else None
                 checks = checks_of_run(run, folder, main)
@@ -201,24 +222,39 @@ def verify(
     return result
 
 
+def static_checks(folder: Path, *, releases: Sequence[str] | None) -> list[Check]:
+    """As `static.static_checks`, imported when it is called, because it imports torch."""
+    from .static import static_checks
+
+    return static_checks(folder, releases=releases)
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds only an adapter, without a model to run."""
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
+class _DamagedGolden(Exception):
+    """The golden file of the folder cannot be read; the message says why."""
+
+
+def _check_golden(golden: Path | None) -> None:
+    try:
+        if golden is not None:
+            read_golden(golden)
+    except (CheckpointError, OSError) as error:
+        raise _DamagedGolden(str(error)) from None
+
+
 def _golden(
     folder: Path, stack: contextlib.ExitStack, limits: dict[str, Any], *, several_releases: bool
 ) -> tuple[Path | None, Check | None]:
-    """The golden file to compare with, and a check if it is damaged or missing.
+    """The golden file to compare with, which may be damaged, and a check if it is missing.
 
     Without a golden file, and with several releases, one is recorded under the installed release.
     """
     if (folder / GOLDEN).is_file():
-        try:
-            read_golden(folder / GOLDEN)
-            return folder / GOLDEN, None
-        except (CheckpointError, OSError) as error:
-            return None, Check("golden", "failed", str(error), GOLDEN, DYNAMIC["golden"])
+        return folder / GOLDEN, None
     if several_releases:
         with contextlib.suppress(CheckpointError):  # the checks of the runs report why it does not run
             return stack.enter_context(temporary_golden(folder, **limits)), None

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints import CheckpointError, check_checkpoint
-from ...checkpoints.checkpoint import is_zip
 from ...checkpoints.integrity import MANIFEST, is_weight_file
-from ...checkpoints.kinds import kind_of
+from ...checkpoints.kinds import is_zip, kind_of
 from ...checkpoints.opening import weight_files
 from .repo_snapshot import MAX_FILES, Finding, Folder, brief, strings
 

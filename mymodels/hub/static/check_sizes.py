@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import mymodels
+
 from ...checkpoints import open_checkpoint
 from ...library_logging import only_errors_logged
 from ...messages import first_line
@@ -151,6 +153,7 @@ def _on_meta(config: dict[str, Any], name: str) -> Any:
     import transformers
     from transformers import CONFIG_MAPPING
 
+    mymodels._register_all()  # `mymodels verify` does not before
     values = {key: value for key, value in config.items() if not key.endswith("_implementation")}
     if values.get("model_type") not in CONFIG_MAPPING:
         return None

@@ -4,6 +4,8 @@ import ast
 import re
 from typing import Any
 
+import mymodels
+
 from .check_config import all_code, target
 from .code_tree import constant
 from .headers import tensor_headers
@@ -71,6 +73,7 @@ def _library_defaults(folder: Folder) -> dict[str, Any]:
     """The defaults of transformers' own class for this model type."""
     from transformers import CONFIG_MAPPING
 
+    mymodels._register_all()  # `mymodels verify` does not before
     try:
         return dict(CONFIG_MAPPING[folder.config["model_type"]]().to_dict())
     except Exception:  # an unknown type, or a class that needs arguments
