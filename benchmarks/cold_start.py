@@ -6,9 +6,13 @@ Each start is a process of its own, in turn: Python, the imports, `AutoModel…f
 Ours once as remote code (`trust_remote_code=True`, without mymodels) and once as the imported package. The weights are
 in the page cache, the code is compiled to bytecode, for all. Also the part that is loading and running once more, with
 everything imported. What it costs against the size of the files is in scaling.py.
+
+Last, `mymodels verify --quick` of both shipped folders beside one plain load of each (`AutoModel`, remote code): the
+ratio is the load's time by that of the verification, so 0.67 is a verification in 1.5 loads.
 """
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -105,11 +109,50 @@ def compare(blocks: int, repeats: int, root: Path, clock: str) -> list[dict[str,
     return rows
 
 
+PLAIN = "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)"
+VERIFY = (
+    "import sys, mymodels_command; sys.argv[1:] = ['verify', sys.argv[1], '--quick']; sys.exit(mymodels_command.main())"
+)
+
+
+def seconds(code: str, folder: Path, clock: str) -> float:
+    """Seconds of a process that runs `code`, and of its own processes."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise SystemExit(f"{folder}: {run.stderr[-2000:] or run.stdout[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return used if clock == "cpu" else time.perf_counter() - began
+
+
+def compare_verify(name: str, repeats: int, clock: str) -> dict[str, Any]:
+    folder = ROOT / "hub_repo" / name
+    times: list[tuple[float, float]] = []
+    for number in tqdm(range(repeats + 1), desc=f"verify {name}", leave=False, disable=None):
+        order = (PLAIN, VERIFY) if number % 2 else (VERIFY, PLAIN)
+        took = {code: seconds(code, folder, clock) for code in order}
+        if number:  # the first compiles the code
+            times.append((took[PLAIN], took[VERIFY]))
+    ratios = sorted(load / verification for load, verification in times)
+    return {
+        "work": f"verify --quick of hub_repo/{name}",
+        "rival": "one plain load",
+        "ratio": median(ratios),
+        "quartiles": [ratios[round((len(ratios) - 1) * share)] for share in (0.25, 0.75)],
+        "target": 1 / 1.5,
+        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "seconds": {"ours": median(t[1] for t in times), "rival": median(t[0] for t in times)},
+    }
+
+
 def main() -> int:
     arguments = pairs.arguments(__doc__).parse_args()
     pairs.start(arguments)
     with tempfile.TemporaryDirectory() as root:
         rows = compare(12, 3 if arguments.short else 15, Path(root), arguments.clock)
+    rows += [compare_verify(name, 3 if arguments.short else 9, arguments.clock) for name in ("mygpt2", "mybert")]
     return pairs.finish(rows, arguments)
 
 
