@@ -12,7 +12,17 @@ from ..checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from ..checkpoints.dispatch import load_in_place, without_wrapper
 from ..checkpoints.nested_objects import unread
 
-_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
+_SHAPED = (  # values of an optimizer's state that have their parameter's shape
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum"),
+    *("acc_delta", "ax", "prev", "step_size", "variance"),
+)
+_DECOUPLED = "decoupled_weight_decay"  # true of AdamW, false of Adam
+_ADDED_LATER = {"maximize", "foreach", "capturable", "differentiable", "fused", _DECOUPLED}  # torch fills them in
+_STATE_OF = {  # a value that each state of an optimizer has, where options do not tell the kinds apart
+    torch.optim.Adam: "exp_avg_sq",
+    torch.optim.RAdam: "exp_avg_sq",
+    torch.optim.Adamax: "exp_inf",
+}
 _DISTINCTIVE_OPTIONS = {
     "amsgrad",
     "momentum",
@@ -150,10 +160,10 @@ def _fit_optimizer_state(
     for number, now in enumerate(groups):
         names = [known.get(id(parameter), "?") for parameter in now["params"]]
         before = by_names.get(frozenset(names), saved[number])  # groups with names may come in another order
-        if differ := sorted((set(before) ^ set(now)) & _DISTINCTIVE_OPTIONS):
+        if differ := _other_option(before, now, optimizer):
             raise CheckpointError(
-                f"{where} is of another kind of optimizer than {type(optimizer).__name__}, only one of them has "
-                f"{differ[0]!r}: create the kind that was saved, or import without optimizer"
+                f"{where} is of another kind of optimizer than {type(optimizer).__name__}, {differ}: create the kind that "
+                "was saved, or import without optimizer"
             )
         keys = list(before["params"])
         if len(keys) != len(now["params"]):
@@ -167,13 +177,44 @@ def _fit_optimizer_state(
             keys = [by_name[name] for name in names]
         for key, name, parameter in zip(keys, names, now["params"]):
             for kind, value in state["state"].get(key, {}).items():
-                if kind in _SHAPED and isinstance(value, torch.Tensor) and value.shape != parameter.shape:
+                wanted = _state_shape(kind, parameter.shape)
+                if wanted is not None and isinstance(value, torch.Tensor) and tuple(value.shape) != wanted:
                     raise CheckpointError(
                         f"{where}: {kind} of parameter {key} has shape {tuple(value.shape)}, but {name!r} has "
                         f"{tuple(parameter.shape)}: pass the optimizer its parameters in the saved order"
                     )
+            _check_state_kind(where, state["state"].get(key, {}), optimizer)
         fitted_groups.append({**before, "params": keys} | ({"param_names": names} if "param_names" in before else {}))
     return {**state, "param_groups": fitted_groups}
+
+
+def _other_option(saved: Mapping[str, Any], now: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str:
+    """How a saved group's options show that it is of another kind of optimizer; empty if they do not."""
+    defaults = set(getattr(optimizer, "defaults", ()))
+    if differ := (set(saved) ^ set(now)) & _DISTINCTIVE_OPTIONS | (defaults - set(saved) - _ADDED_LATER):
+        return f"only one of them has {min(differ)!r}"
+    # AdamW sets the option again after loading; Adam takes the saved value, and goes on as AdamW did
+    if isinstance(optimizer, torch.optim.AdamW) and saved.get(_DECOUPLED) is False and saved.get("weight_decay"):
+        return f"which decouples the weight decay, {saved['weight_decay']} in the file, as the saved one did not"
+    return ""
+
+
+def _state_shape(kind: str, shape: torch.Size) -> tuple[int, ...] | None:
+    """The shape of a value of an optimizer's state for a parameter of this shape; None where it is not known."""
+    if kind == "row_var":  # of Adafactor
+        return (*shape[:-1], 1)
+    if kind == "col_var":
+        return (*shape[:-2], 1, *shape[-1:])
+    return tuple(shape) if kind in _SHAPED else None
+
+
+def _check_state_kind(where: str, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    needed = next((name for kind, name in _STATE_OF.items() if isinstance(optimizer, kind)), None)
+    if state and needed is not None and needed not in state:
+        raise CheckpointError(
+            f"{where} is of another kind of optimizer than {type(optimizer).__name__}, it has no {needed!r}: create the "
+            "kind that was saved, or import without optimizer"
+        )
 
 
 def _keys_by_name(group: Mapping[str, Any]) -> dict[str, Any]:

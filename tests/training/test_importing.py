@@ -276,3 +276,82 @@ def test_numbers_that_a_weight_cannot_hold(dtype, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot store|quantised"):
         import_checkpoint(tmp_path / "old.pt", model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+TORCH_OPTIMIZERS = {
+    name: getattr(torch.optim, name)
+    for name in (
+        *("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"),
+        *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+    )
+}
+OPTIONS = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}}
+
+
+def stepped(kind: str, *, reverse: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = network()
+    parameters = list(model.parameters())
+    optimizer = TORCH_OPTIMIZERS[kind](parameters[::-1] if reverse else parameters, lr=0.01, **OPTIONS.get(kind, {}))
+    step(model, optimizer)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("saved", TORCH_OPTIMIZERS)
+def test_a_state_is_taken_by_the_kind_of_optimizer_that_wrote_it(saved: str, tmp_path) -> None:
+    """Of torch's, each to each; Adam takes AdamW's state and goes on as AdamW; AdamW takes Adam's without weight decay."""
+    model, optimizer = stepped(saved)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "old.pt")
+    taken = []
+    for kind in TORCH_OPTIMIZERS:
+        other = network()
+        for parameter in other.parameters():
+            nn.init.zeros_(parameter)
+        theirs = TORCH_OPTIMIZERS[kind](other.parameters(), lr=3.0, **OPTIONS.get(kind, {}))
+        before = copy.deepcopy(theirs.state_dict())
+        try:
+            import_checkpoint(tmp_path / "old.pt", other, theirs)
+        except CheckpointError as error:
+            assert "is of another kind of optimizer than" in str(error) or "is not a state of" in str(error)
+            assert not any(parameter.any() for parameter in other.parameters())
+            assert str(theirs.state_dict()) == str(before)
+        else:
+            taken.append(kind)
+            assert_goes_on(stepped(saved), (other, theirs))
+    assert taken == (["Adam", "AdamW"] if saved in ("Adam", "AdamW") else [saved])
+
+
+def test_an_adamw_does_not_take_adams_weight_decay(tmp_path) -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.1)
+    step(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "old.pt")
+    other = network()
+    theirs = torch.optim.AdamW(other.parameters())
+    before = snapshot(other, theirs)
+    with pytest.raises(
+        CheckpointError, match=r"than AdamW, which decouples the weight decay, 0\.1 in the file, as the"
+    ):
+        import_checkpoint(tmp_path / "old.pt", other, theirs)
+    assert_unchanged(before, other, theirs)
+
+
+@pytest.mark.parametrize("kind", TORCH_OPTIMIZERS)
+def test_states_of_parameters_in_another_order_are_not_taken(kind: str, tmp_path) -> None:
+    model, optimizer = stepped(kind, reverse=True)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "old.pt")
+    other, theirs = stepped(kind)
+    with pytest.raises(CheckpointError, match="pass the optimizer its parameters in the saved order"):
+        import_checkpoint(tmp_path / "old.pt", other, theirs)
+
+
+def test_a_state_of_before_torch_2_7_has_no_word_on_decoupled_decay(tmp_path) -> None:
+    model, optimizer = stepped("AdamW")
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["decoupled_weight_decay"]
+    torch.save({"model": model.state_dict(), "optimizer": state}, tmp_path / "old.pt")
+    other = network()
+    theirs = torch.optim.AdamW(other.parameters())
+    import_checkpoint(tmp_path / "old.pt", other, theirs)
+    assert theirs.param_groups[0]["decoupled_weight_decay"]
+    assert_goes_on((model, optimizer), (other, theirs))
