@@ -249,6 +249,7 @@ def write_starting_point(name: str, base: str = "gpt2", output_dir: str | os.Pat
         >>> write_starting_point("Whale", "gpt2")
         PosixPath('whale')
     """
+    import transformers
     from transformers import CONFIG_MAPPING
 
     if not re.fullmatch(r"[A-Z][A-Za-z0-9]*", name) or keyword.iskeyword(name):
@@ -262,11 +263,13 @@ def write_starting_point(name: str, base: str = "gpt2", output_dir: str | os.Pat
         raise CheckpointError(
             f"{name}: the model_type {lower!r} is taken in transformers or mymodels: choose another name"
         )
-    target = Path(output_dir or lower)
+    classes = [f"{name}{ending}" for ending in _CLASSES[base]]
+    if taken := set(dir(transformers)) & {f"{name}Config", f"{name}PreTrainedModel", *classes}:
+        raise CheckpointError(f"{name}: transformers has a class {min(taken)} already: choose another name")
+    target = Path(output_dir or lower).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty: choose another folder with --out")
     files = _blank(name) if base == "blank" else _renamed(_BASES[base], name)
-    classes = [f"{name}{ending}" for ending in _CLASSES[base]]
     tests = "".join(
         f"\n\nclass Test{cls}(Small):\n    __test__ = True\n    model_class = {cls}\n"
         + ("    packs = True\n" if base != "blank" and "Classification" not in cls else "")
@@ -322,6 +325,9 @@ def _replace_names(text: str, old: str, name: str) -> str:
     kept = set(re.findall(r"\w+", shared))
 
     def new(word: re.Match) -> str:
-        return word[0] if word[0] in kept else word[0].replace(old, name).replace(old.lower(), name.lower())
+        if word[0] in kept:
+            return word[0]
+        # in one pass: the new name may contain the old one
+        return re.sub(f"{old}|{old.lower()}", lambda part: name if part[0] == old else name.lower(), word[0])
 
     return re.sub(rf"\w*({old}|{old.lower()})\w*", new, text)

@@ -35,6 +35,24 @@ def test_the_files(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert cls(small).config.model_type == lower
 
 
+@pytest.mark.parametrize(("name", "base"), [("Amygpt2", "gpt2"), ("Smybert", "bert"), ("MyGPT2Moe", "gpt2")])
+def test_a_name_that_contains_that_of_the_base(name: str, base: str, tmp_path: Path) -> None:
+    folder = write_starting_point(name, base, tmp_path / "new")
+    for file in folder.glob("[cm]*.py"):
+        classes = re.findall(r"^class (\w+)", file.read_text(), re.MULTILINE)
+        assert classes and all(re.match(rf"{name}[A-Z]", found) for found in classes)
+        assert f'model_type = "{name.lower()}"' in file.read_text() or file.name.startswith("modeling")
+
+
+@pytest.mark.parametrize("name", ["GPTNeoX", "Qwen2Moe", "Auto", "PreTrained", "Generation"])
+@pytest.mark.parametrize("base", BASES)
+def test_the_classes_are_none_of_transformers(name: str, base: str, tmp_path: Path) -> None:
+    """Their model types differ from the name in lower case, or they have none."""
+    with pytest.raises(CheckpointError, match=rf"{name}: transformers has a class {name}\w+ already: choose another"):
+        write_starting_point(name, base, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_its_tests_pass_untouched(base: str, tmp_path: Path) -> None:
