@@ -125,7 +125,8 @@ def _find_state_key(checkpoint: Checkpoint, kind: str, section: str) -> str:
     looks_like = {"optim": _is_optimizer, "sched": _is_scheduler}
     values = {key: _single(value) for key, value in unread(checkpoint.extras).items()}
     found = [key for key, value in values.items() if kind in key.lower() and isinstance(value, Mapping)]
-    found = found or [key for key, value in values.items() if looks_like[kind](value)]  # under another name, `opt`
+    shaped = [key for key, value in values.items() if looks_like[kind](value)]
+    found = [key for key in found if key in shaped] or found or shaped  # also under another name, `opt`
     alike = [key for key in found if _KIND.sub("", key).lower() == _KIND.sub("", section).lower()]
     chosen = alike or (found if len(checkpoint.sections) == 1 else [])
     if len(chosen) != 1:
@@ -148,8 +149,7 @@ def _fit_optimizer_state(
         CheckpointError: groups, names or shapes differ.
     """
     known = {id(parameter): name for name, parameter in model.named_parameters()}
-    if not isinstance(state.get("param_groups"), list) or not isinstance(state.get("state"), Mapping):
-        raise CheckpointError(f"{where} is not an optimizer's state: it has no 'state' and 'param_groups'")
+    _check_layout(where, state)
     saved, groups = state["param_groups"], optimizer.param_groups
     if len(saved) != len(groups):
         raise CheckpointError(
@@ -186,6 +186,27 @@ def _fit_optimizer_state(
             _check_state_kind(where, state["state"].get(key, {}), optimizer)
         fitted_groups.append({**before, "params": keys} | ({"param_names": names} if "param_names" in before else {}))
     return {**state, "param_groups": fitted_groups}
+
+
+def _check_layout(where: str, state: dict[str, Any]) -> None:
+    """Raise unless this is what `Optimizer.state_dict` returns, with each value in `state` of a parameter of a group."""
+    groups, values = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, list) or not isinstance(values, Mapping):
+        raise CheckpointError(f"{where} is not an optimizer's state: it has no 'state' and 'param_groups'")
+    for number, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise CheckpointError(f"{where} is not an optimizer's state: group {number} has no list of 'params'")
+    keys = {key for group in groups for key in group["params"]}
+    for key, value in values.items():
+        if key not in keys:
+            raise CheckpointError(
+                f"{where} has a state for parameter {key!r}, which is in none of its groups: the file is not as an "
+                "optimizer wrote it, import without optimizer"
+            )
+        if not isinstance(value, Mapping):
+            raise CheckpointError(
+                f"{where}: the state of parameter {key!r} is of type {type(value).__name__}, not a dict"
+            )
 
 
 def _other_option(saved: Mapping[str, Any], now: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str:

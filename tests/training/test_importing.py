@@ -355,3 +355,53 @@ def test_a_state_of_before_torch_2_7_has_no_word_on_decoupled_decay(tmp_path) ->
     import_checkpoint(tmp_path / "old.pt", other, theirs)
     assert theirs.param_groups[0]["decoupled_weight_decay"]
     assert_goes_on((model, optimizer), (other, theirs))
+
+
+def saved_state() -> dict:
+    return stepped("AdamW")[1].state_dict()
+
+
+BROKEN = {
+    "a list": (lambda state: [state, state], "no state of an optimizer"),
+    "no groups": (lambda state: {"state": {}}, "no 'state' and 'param_groups'"),
+    "a group without parameters": (
+        lambda state: {"state": {}, "param_groups": [{"lr": 1.0}]},
+        "group 0 has no list of",
+    ),
+    "a number as a group": (lambda state: {"state": {}, "param_groups": [3]}, "group 0 has no list of 'params'"),
+    "a number as parameters": (
+        lambda state: state | {"param_groups": [{"params": 3}]},
+        "group 0 has no list of 'params'",
+    ),
+    "a number as a state": (
+        lambda state: state | {"state": {0: 5}},
+        "the state of parameter 0 is of type int, not a dict",
+    ),
+    "a state of no parameter": (
+        lambda state: state | {"state": {key + 90: value for key, value in state["state"].items()}},
+        "has a state for parameter 90, which is in none of its groups",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_state_is_refused_in_a_sentence(name: str, tmp_path) -> None:
+    """A state of no parameter would be dropped, and the optimizer would begin anew."""
+    change, message = BROKEN[name]
+    torch.save({"model": network().state_dict(), "optimizer": change(saved_state())}, tmp_path / "old.pt")
+    model, optimizer, _ = fresh()
+    before = snapshot(model, optimizer)
+    with pytest.raises(CheckpointError, match=message):
+        import_checkpoint(tmp_path / "old.pt", model, optimizer)
+    assert_unchanged(before, model, optimizer)
+
+
+def test_of_several_candidates_the_one_that_is_a_state_is_taken(tmp_path) -> None:
+    """As fairseq names them."""
+    model, optimizer, _ = trained()
+    state = {"optimizer_history": [{"optimizer_name": "AdamW"}], "last_optimizer_state": optimizer.state_dict()}
+    torch.save({"model": model.state_dict(), **state, "extra_state": {"epoch": 2}}, tmp_path / "old.pt")
+    other, theirs, _ = fresh()
+    rest = import_checkpoint(tmp_path / "old.pt", other, theirs)
+    assert set(rest) == {"optimizer_history", "extra_state"}
+    assert_goes_on((model, optimizer), (other, theirs))
