@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..config_attributes import GENERATION
 from .api_availability import Span, level_for, model_types
 from .code_tree import Code, Klass, constant, is_self, references
 from .headers import tensor_headers
@@ -238,11 +239,6 @@ _OVERRIDES: dict[str, tuple[str, str]] = {
     "base_model_tp_plan": ("warning", "replaces the class's tensor-parallel plan"),
     "base_model_pp_plan": ("warning", "replaces the class's pipeline plan"),
 }
-_GENERATION = {
-    *("max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k", "top_p", "typical_p"),
-    *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences", "num_beam_groups"),
-    *("diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id"),
-}
 
 
 @lru_cache(maxsize=1)
@@ -273,7 +269,7 @@ def config_keys(folder: Folder) -> Iterator[Finding]:
                 elif key in _OVERRIDES and inner not in (None, {}, [], "sdpa", "eager"):
                     status, does = _OVERRIDES[key]
                     yield Finding(status, f"the key {full} {does}", where, "remove the key")
-                elif name == "config.json" and not path and key in _GENERATION and folder.auto_map:
+                elif name == "config.json" and not path and key in GENERATION and folder.auto_map:
                     what = f"{key} belongs to generation; transformers 5 refuses to save a config that has it"
                     yield Finding("warning", what, where, "move it to generation_config.json")
 
@@ -306,7 +302,7 @@ def config_code(folder: Folder) -> Iterator[Finding]:
         what = f"{klass.name}.__init__ has no **kwargs, so fields that every config has are refused"
         yield Finding("failed", what, klass.file.at(init), "add **kwargs and pass them to super().__init__")
     for argument in [*init.args.args, *init.args.kwonlyargs]:
-        if argument.arg in _GENERATION or argument.arg == "rope_scaling":
+        if argument.arg in GENERATION or argument.arg == "rope_scaling":
             owner = "rope_parameters in transformers 5" if argument.arg == "rope_scaling" else "generation"
             what = f"the config field {argument.arg} is taken over by {owner}"
             yield Finding("warning", what, klass.file.at(argument), "give the field a name of its own")

@@ -1,10 +1,12 @@
 """Static checks: every fault is found and named, alone; healthy folders raise no alarm; nothing ever raises."""
 
 import ast
+import contextlib
 import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,13 +25,16 @@ from faults_trust import TWINS as TRUST_TWINS
 from faults_values import VALUES
 from hub.healthy_folders import KINDS
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import get_imports
 from versions.test_versions import CACHE, RELEASES
 
 from mymodels.hub import verify
+from mymodels.hub.config_attributes import DEFAULTS_OF_4
 from mymodels.hub.releases import install
 from mymodels.hub.static import CHECKS, repo_snapshot, static_checks
 from mymodels.hub.static.api_availability import Span, find_releases, lacking
+from mymodels.hub.static.check_config import config_keys
 from mymodels.hub.static.library_modules import canonical
 from mymodels.hub.static.symbols import GONE
 from mymodels.hub.static.walking import walk
@@ -270,3 +275,18 @@ def test_a_private_module_of_the_standard_library_is_named_as_the_public_one() -
         "torch.os.getcwd": "os.getcwd",
     }
     assert {name: canonical(name) for name in names} == names
+
+
+def test_the_settings_of_generation_are_those_that_transformers_refuses_to_save(tmp_path: Path) -> None:
+    refused = set()
+    for key in DEFAULTS_OF_4:
+        with contextlib.suppress(AttributeError):  # of a property without a setter
+            stock = PretrainedConfig()
+            setattr(stock, key, 3)
+            try:
+                stock.save_pretrained(tmp_path)
+            except ValueError:
+                refused.add(key)
+    folder = SimpleNamespace(values={"config.json": dict.fromkeys(DEFAULTS_OF_4, 3)}, auto_map={"AutoModel": "m.M"})
+    found = [finding for finding in config_keys(folder) if "belongs to generation" in finding.what]  # type: ignore[arg-type]
+    assert {finding.where.removeprefix("config.json: ") for finding in found} == refused and "top_k" in refused
