@@ -17,7 +17,7 @@ from mymodels.checkpoints.comparing import compare_checkpoints
 from mymodels.checkpoints.inspecting import inspect_checkpoint
 from mymodels.checkpoints.inspection_tables import show_difference, show_inspection
 from mymodels.cli.options import console
-from mymodels.hub.push import CHANGED, NEW, FileState, show_files
+from mymodels.hub.pushing import CHANGED, NEW, FileState, show_files
 from mymodels.tables import print_table, print_text
 from mymodels.training.plots import class_table, metric_table
 

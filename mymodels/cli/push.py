@@ -34,7 +34,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..hub import verify
-    from ..hub.push import push
+    from ..hub.pushing import push
 
     names = ("revision", "create_pr", "dry_run", "tag", "no_verify", "allow")
     out = console()

@@ -3,9 +3,7 @@
 Imported on first use: `verify` starts a process before it imports torch, and each import would delay it.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,19 +11,19 @@ if TYPE_CHECKING:
     from .clean_process import load_in_clean_process
     from .golden import record_golden
     from .lock import LockError, load, write_lock
-    from .push import PushResult, push
+    from .pushing import PushResult, push
     from .remote import HubError
     from .verifying import Verification, verify
 
 _LAZY = {
     "HubError": ".remote",
     "LockError": ".lock",
-    "PushResult": ".push",
+    "PushResult": ".pushing",
     "Verification": ".verifying",
     "build_repo": ".build",
     "load": ".lock",
     "load_in_clean_process": ".clean_process",
-    "push": ".push",
+    "push": ".pushing",
     "record_golden": ".golden",
     "verify": ".verifying",
     "write_lock": ".lock",
@@ -50,14 +48,3 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LAZY[name], __name__), name)
-
-
-class _Package(ModuleType):
-    """Keeps `push` the function: importing the submodule of this name, from anywhere, would set it to the module."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name == "push" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

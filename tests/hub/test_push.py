@@ -20,7 +20,7 @@ from mymodels import MyGPT2ForCausalLM
 from mymodels.checkpoints import write_manifest
 from mymodels.hub import build_repo
 from mymodels.hub.checks import Check
-from mymodels.hub.push import HubError, load_snippet, push
+from mymodels.hub.pushing import HubError, load_snippet, push
 from mymodels.hub.verifying import Verification
 from mymodels.training.tokenizers import train_gpt2_tokenizer
 
@@ -343,7 +343,7 @@ def test_a_killed_push_resumes_with_what_had_not_arrived(hub, send, folder, clie
     shards = sorted(folder.glob("*.safetensors"))
     last = json.loads((folder / "manifest.json").read_text())["files"][shards[-1].name]["sha256"]
     hub.fail(f"PUT .*{last}", "hold")
-    code = f"from mymodels.hub.push import push; push({str(folder)!r}, {REPO!r}, no_verify=True)"
+    code = f"from mymodels.hub.pushing import push; push({str(folder)!r}, {REPO!r}, no_verify=True)"
     process = client(code, token=TOKEN, path=ROOT)
     assert hub.held.wait(60), process.communicate(timeout=5)
     deadline = time.monotonic() + 30

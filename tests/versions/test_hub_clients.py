@@ -22,7 +22,7 @@ import shutil, sys
 from pathlib import Path
 import huggingface_hub, torch, transformers
 from mymodels.hub.lock import load, write_lock
-from mymodels.hub.push import HubError, push
+from mymodels.hub.pushing import HubError, push
 folder = Path("model")
 shutil.copytree({str(ROOT / "hub_repo" / "mygpt2")!r}, folder)
 first = push(folder, "me/model", no_verify=True, tag="v1")

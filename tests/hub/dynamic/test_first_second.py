@@ -103,19 +103,6 @@ def test_the_kinds_that_a_folder_may_hold_are_those_that_are_opened() -> None:
     assert set(OPENED) == {"PyTorch", "pickle", *opening._OPENERS}
 
 
-def test_push_is_the_function_whatever_was_imported_before() -> None:
-    code = (
-        "import mymodels.hub.push, sys; from mymodels.hub import push; "
-        "print(push is sys.modules['mymodels.hub.push'].push, callable(mymodels.hub.push))"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", "import mymodels_command as c; c.started = True\n" + code],
-        capture_output=True,
-        text=True,
-    )
-    assert ended.stdout == "True True\n", ended.stderr
-
-
 def test_the_defaults_of_our_models_are_known_though_the_command_registers_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
