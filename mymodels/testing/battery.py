@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..forward_calls import takes
-from ..hub.isolated import comparing, generating, inputs, outputs, training
+from ..hub.isolated import calls, comparing, generating, inputs, outputs, training
 from ..hub.isolated.load_repo import accepts, tie
 from ..hub.isolated.placement import half_on_disk
 from ..hub.isolated.stages import Outcome
@@ -190,7 +190,7 @@ class ModelBattery:
         """Embeddings passed as inputs_embeds give the same outputs as their ids."""
         events = _Events()
         with events.check("inputs_embeds") as check:
-            outputs.check_inputs_embeds(check, model, given)
+            calls.check_inputs_embeds(check, model, given)
         events.skip_if_none_held()
 
     def test_packing(self, model: PreTrainedModel) -> None:

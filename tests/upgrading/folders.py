@@ -9,29 +9,35 @@ import torch
 from safetensors.torch import save_file
 
 FOLDERS = Path(__file__).parent / "folders"
+UNSEEN = Path(__file__).parent / "unseen"  # written before the rules had met them
 
 
-def names() -> list[str]:
+def names(of: Path = FOLDERS) -> list[str]:
     """The folders, each of which has a `config.json`."""
-    return sorted(path.parent.name for path in FOLDERS.glob("*/config.json"))
+    return sorted(path.parent.name for path in of.glob("*/config.json"))
+
+
+def path(name: str) -> Path:
+    """Where a folder is, whichever of the two it belongs to."""
+    return FOLDERS / name if (FOLDERS / name).is_dir() else UNSEEN / name
 
 
 def make(name: str, target: Path) -> Path:
     """A copy of a folder with weights, made from a seed for the names and shapes in its `shapes.json`."""
-    shutil.copytree(FOLDERS / name, target, ignore=shutil.ignore_patterns("shapes.json", "inputs.json", "__pycache__"))
+    shutil.copytree(path(name), target, ignore=shutil.ignore_patterns("shapes.json", "inputs.json", "__pycache__"))
     save_file(weights(name), target / "model.safetensors", {"format": "pt"})
     return target
 
 
 def inputs(name: str) -> Path | None:
     """The folder's arguments of `forward`, where they cannot be generated."""
-    file = FOLDERS / name / "inputs.json"
+    file = path(name) / "inputs.json"
     return file if file.is_file() else None
 
 
 def weights(name: str) -> dict[str, torch.Tensor]:
     """Random tensors that give every folder different tokens; the values of buffers are kept in `shapes.json`."""
-    shapes = json.loads((FOLDERS / name / "shapes.json").read_text())
+    shapes = json.loads((path(name) / "shapes.json").read_text())
     made = {}
     for key, entry in shapes.items():
         if isinstance(entry, dict):

@@ -37,7 +37,7 @@ def load(folder: Path, auto: str):
 def write_shapes(name: str) -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work, f"shapes_{name}")
-        folders.shutil.copytree(folders.FOLDERS / name, folder)
+        folders.shutil.copytree(folders.path(name), folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         model = getattr(transformers, classes(folder)[-1]).from_config(config, trust_remote_code=True)
         model.save_pretrained(Path(work, "out"))
@@ -51,7 +51,7 @@ def write_shapes(name: str) -> None:
         for key, t in kept.items()
     }
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(entry)}" for key, entry in shapes.items())
-    (folders.FOLDERS / name / "shapes.json").write_text("{\n" + lines + "\n}\n")
+    (folders.path(name) / "shapes.json").write_text("{\n" + lines + "\n}\n")
 
 
 def inputs_for(model, auto: str) -> dict:

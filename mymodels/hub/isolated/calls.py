@@ -1,4 +1,4 @@
-"""Checks of repeated calls: the same inputs give the same outputs, whatever was called before or is in the batch."""
+"""Checks of repeated calls: the same inputs give the same outputs, whatever came before, is in the batch, or is embedded."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from .comparing import EQUAL, difference, floating, not_finite, row_of, run_model, unpadded_outputs
-from .load_repo import describe
+from .inputs import make_token_ids, non_text_inputs, prompt_length, with_required
+from .load_repo import accepts, describe
 from .stages import innermost, sentence
 
 DEPTH = 3  # how deep nested containers are counted
@@ -140,3 +141,54 @@ def check_batch(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None
 
 def _with_prefix(what: str, wrong: str) -> str:
     return f"{what}: {wrong}" if wrong else ""
+
+
+def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """inputs_embeds of the same tokens give the same outputs as input_ids."""
+    if "input_ids" not in inputs or not accepts(model, "inputs_embeds"):
+        check.not_applicable("forward does not take both input_ids and inputs_embeds")
+        return
+    rest = non_text_inputs(inputs)
+    ids = with_required(model, {"input_ids": make_token_ids(model, 1, prompt_length(model), seed=3), **rest})
+    with torch.inference_mode():
+        embedded = model.get_input_embeddings()(ids["input_ids"])
+    others = {name: tensor for name, tensor in ids.items() if name != "input_ids"}
+    try:
+        seen = run_model(model, {"inputs_embeds": embedded, **others})
+    except NotImplementedError as error:
+        check.not_applicable(f"the model does not support inputs_embeds: {sentence(error)}")
+        return
+    want = floating(run_model(model, ids))
+    wrong = difference(floating(seen), want, EQUAL)
+    if not wrong:
+        return
+    factor = _lookup_factor(model, ids, embedded)
+    if factor and not difference(
+        floating(run_model(model, {"inputs_embeds": embedded * factor, **others})), want, EQUAL
+    ):
+        check.warn(
+            f"forward multiplies the embeddings that it looks up by {factor:.6g}, and takes inputs_embeds as they are: "
+            "whoever passes them has to multiply them"
+        )
+    else:
+        check.fail(f"inputs_embeds of the same tokens give different outputs than input_ids: {wrong}")
+
+
+def _lookup_factor(model: Any, ids: Mapping[str, torch.Tensor], embedded: torch.Tensor) -> float:
+    """The number that forward multiplies looked-up embeddings by before its first layer; 0 if it does more to them."""
+    found: list[float] = []
+
+    def look(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        for tensor in [*given, *named.values()]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape == embedded.shape and tensor.is_floating_point():
+                factor = (tensor * embedded).sum().item() / max((embedded * embedded).sum().item(), 1e-12)
+                if torch.allclose(tensor, embedded * factor, rtol=1e-4, atol=1e-6):
+                    found.append(factor)
+
+    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in model.modules()]
+    try:
+        run_model(model, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return next((factor for factor in found if factor != 1.0), 0.0)

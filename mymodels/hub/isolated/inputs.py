@@ -314,7 +314,7 @@ def shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
     else:
         bins, frames = next(config_values("num_mel_bins"), 0), next(config_values("max_length"), 0)
         yield from ((2, frames, bins),) if bins and frames else ()
-        yield from ((2, 4000), (2, 1, 4000), (2, 16000))
+        yield from ((2, 4000), (2, 1, 4000), (2, 16000), (2, 1000), (2, 400))
 
 
 def _guessed_inputs(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:

@@ -13,6 +13,9 @@ import transformers
 
 from .stages import sentence
 
+# the argument of `from_pretrained`; old releases run the original of an upgraded folder
+DTYPE = "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
+
 
 def load(
     job: dict[str, Any], name: str, folder: str | None = None, seed: int | None = 0, **how: Any
@@ -27,7 +30,9 @@ def load(
     """
     if seed is not None:
         seed_all(seed)
-    options = {"dtype": "auto", "output_loading_info": True, **how}
+    if "dtype" in how:
+        how[DTYPE] = how.pop("dtype")
+    options = {DTYPE: "auto", "output_loading_info": True, **how}
     if name.startswith("Auto"):
         options["trust_remote_code"] = True
     try:

@@ -30,7 +30,7 @@ from .inputs import (
     read_tensors,
     with_required,
 )
-from .load_repo import class_of, digest, seed_all, text_config
+from .load_repo import DTYPE, class_of, digest, seed_all, text_config
 from .losses import IGNORED, make_labels
 from .processors import TEXTS, processed_inputs, processor_names, run_processor
 from .stages import innermost, run_stage, sentence
@@ -38,7 +38,13 @@ from .tokenizers import RECORDED, load_tokenizer
 from .training import LARGEST, gradients
 
 MAX_VALUES = 20_000  # of one gradient
-_VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+BATCHES = ("one row", "right padding", "left padding")
+PROMPTS = (
+    *("greedy, with cache", "greedy, without cache", "greedy, left padding"),
+    *("beams, with cache", "beams, without cache"),
+)
+BEAMS = 2
+_HOW = ("use_cache", "num_beams")  # settings of `generate`, recorded with its inputs
 
 
 def run(job: dict[str, Any], events: Any) -> None:
@@ -55,9 +61,13 @@ def _record_folder(job: dict[str, Any], events: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     report: dict[str, Any] = {"transformers": transformers.__version__, "classes": {}}
     for name in job["classes"]:
-        own = {key.split("|")[2]: value for key, value in given.items() if key.startswith(f"{name}|input|")}
-        record = _Record(name, tensors, job["scratch"])
-        _record_class(record, job, own)
+        earlier: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in given.items():
+            of, item, argument = key.split("|")
+            if of == name:
+                earlier.setdefault(item, {})[argument] = value
+        record = _Record(name, tensors, job["scratch"], earlier)
+        _record_class(record, job)
         report["classes"][name] = record.items
     if job["tokenizer"]:
         record = _Record("AutoTokenizer", tensors, job["scratch"])
@@ -72,11 +82,39 @@ def _record_folder(job: dict[str, Any], events: Any) -> None:
 
 
 class _Record:
-    """What one class of a folder computes: items that were recorded, or the error that each raised."""
+    """What one class of a folder computes: items that were recorded, or the error that each raised.
 
-    def __init__(self, name: str, tensors: dict[str, torch.Tensor], scratch: str):
-        self.name, self.tensors, self.scratch = name, tensors, scratch
+    Each item's inputs are recorded too, as `input`, `input of ITEM`: the second side is given those of the first, since
+    what is generated from a config depends on the release that read it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: dict[str, torch.Tensor],
+        scratch: str,
+        earlier: Mapping[str, dict[str, torch.Tensor]] | None = None,
+    ):
+        self.name, self.tensors, self.scratch, self.earlier = name, tensors, scratch, earlier or {}
         self.items: dict[str, dict[str, Any]] = {}
+
+    def inputs(
+        self, make: Callable[[], Mapping[str, Mapping[str, torch.Tensor]]], items: tuple[str, ...]
+    ) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """The inputs of these items: those of the first side, or what `make` returns for some of them.
+
+        What `make` raises is noted at the first item.
+        """
+        found: dict[str, Mapping[str, torch.Tensor]] = {
+            item: self.earlier[f"input of {item}"] for item in items if f"input of {item}" in self.earlier
+        }
+        if not self.earlier:
+            if not self.item(items[0], lambda: found.update(make()) or {}):  # type: ignore[func-returns-value]
+                return {}
+            del self.items[items[0]]
+        for item, batch in found.items():
+            self.item(f"input of {item}", lambda batch=batch: batch)  # type: ignore[misc]
+        return found
 
     def item(self, item: str, compute: Callable[[], Mapping[str, torch.Tensor]], twice: bool = False) -> bool:
         """Record the tensors that `compute` returns; whatever it raises is noted in their place."""
@@ -100,16 +138,16 @@ class _Record:
 
 def _load(job: dict[str, Any], name: str, folder: str | None = None) -> tuple[Any, dict[str, Any]]:
     seed_all(0)
-    dtype = "dtype" if _VERSION >= (4, 56) else "torch_dtype"
-    options: dict[str, Any] = {dtype: torch.float32, "output_loading_info": True}
+    options: dict[str, Any] = {DTYPE: torch.float32, "output_loading_info": True}
     if name.startswith("Auto"):
         options["trust_remote_code"] = True
     model, loading = class_of(name).from_pretrained(folder or job["folder"], **options)
     return model.float().eval(), {key: sorted(map(str, keys)) for key, keys in loading.items() if keys}
 
 
-def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Tensor]) -> None:
+def _record_class(record: _Record, job: dict[str, Any]) -> None:
     held: dict[str, Any] = {}
+    own = record.earlier.get("input", {})
 
     def load() -> dict[str, torch.Tensor]:
         held["model"], held["loading"] = _load(job, record.name)
@@ -139,28 +177,32 @@ def _record_class(record: _Record, job: dict[str, Any], own: dict[str, torch.Ten
         return
     given = held["inputs"]
     record.item("outputs", lambda: _outputs(model, given), twice=not own)  # what is random is known from the original
-    for item, batch in _batches(model, given).items():
+    for item, batch in record.inputs(lambda: _batches(model, given), BATCHES).items():
         record.item(item, lambda batch=batch: _outputs(model, batch))  # type: ignore[misc]
-    labels = _without_padding(make_labels(record.name, model, given), given)
+    _record_training(record, job, model, given)
+    if generates(model):
+        for item, batch in record.inputs(lambda: _prompts(model, given), PROMPTS).items():
+            record.item(item, lambda batch=batch: _generated(model, batch))  # type: ignore[misc]
+    record.item("save and reload", lambda: _reload(job, record.name, model, given))
+
+
+def _record_training(record: _Record, job: dict[str, Any], model: Any, given: Mapping[str, torch.Tensor]) -> None:
+    """Loss and gradients, by the labels that the original was given."""
+    item = "loss and gradients"
+    if job["weights_size"] > LARGEST:
+        record.items[item] = {"status": "left out", "what": "the weights are too large for a training step"}
+        return
+    made = record.inputs(
+        lambda: {item: {**given, **_without_padding(make_labels(record.name, model, given), given)}}, (item,)
+    )
 
     def loss_and_gradients() -> dict[str, torch.Tensor]:
         fresh, _ = _load(job, record.name)  # what the code keeps from forward in inference mode cannot be trained on
-        loss, found = gradients(fresh, {**given, **labels})
+        loss, found = gradients(fresh, made[item])
         return {"loss": torch.tensor(loss), **{name: thinned(gradient) for name, gradient in found.items()}}
 
-    if job["weights_size"] > LARGEST:
-        record.items["loss and gradients"] = {
-            "status": "left out",
-            "what": "the weights are too large for a training step",
-        }
-    else:
-        record.item("loss and gradients", loss_and_gradients)
-    if generates(model) and _has_tokens(given):
-        for item, batch, cache in _prompts(model, given):
-            record.item(item, lambda batch=batch, cache=cache: _greedy(model, batch, cache))  # type: ignore[misc]
-    elif generates(model):
-        record.item("greedy, with cache", lambda: _greedy(model, given, True))
-    record.item("save and reload", lambda: _reload(job, record.name, model, given))
+    if made:
+        record.item(item, loss_and_gradients)
 
 
 def thinned(gradient: torch.Tensor) -> torch.Tensor:
@@ -231,22 +273,40 @@ def _has_tokens(given: Mapping[str, torch.Tensor]) -> bool:
     return "input_ids" in given and not given["input_ids"].is_floating_point()
 
 
-def _prompts(model: Any, given: Mapping[str, torch.Tensor]) -> list[tuple[str, dict[str, torch.Tensor], bool]]:
+def _prompts(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Prompts by item, with how to generate from each."""
+
+    def how(cache: bool, beams: int) -> dict[str, torch.Tensor]:
+        return dict(zip(_HOW, (torch.tensor(cache), torch.tensor(beams))))
+
+    if not _has_tokens(given):
+        return {"greedy, with cache": {**given, **how(True, 1)}}
     length = min(given["input_ids"].shape[1], LENGTH)
     ids = make_token_ids(model, 2, length, seed=5)
     alone = {"input_ids": ids[:1], **non_text_inputs(given)}
-    found = [("greedy, with cache", alone, True), ("greedy, without cache", alone, False)]
+    found = {
+        "greedy, with cache": {**alone, **how(True, 1)},
+        "greedy, without cache": {**alone, **how(False, 1)},
+        "beams, with cache": {**alone, **how(True, BEAMS)},
+        "beams, without cache": {**alone, **how(False, BEAMS)},
+    }
     if "attention_mask" in given and not has_encoder_and_decoder(model):
         padded = {**pad(model, ids, "left", [0, min(3, length - 1)]), **non_text_inputs(given, 2)}
-        found.append(
-            ("greedy, left padding", padded, getattr(text_config(model.config), "use_cache", True) is not False)
-        )
+        caches = getattr(text_config(model.config), "use_cache", True) is not False
+        found["greedy, left padding"] = {**padded, **how(caches, 1)}
     return found
 
 
-def _greedy(model: Any, batch: Mapping[str, torch.Tensor], cache: bool) -> dict[str, torch.Tensor]:
-    """Tokens, and the scores of each step: random weights may give one token forever."""
-    made = generate(model, batch, use_cache=cache, return_dict_in_generate=True, output_scores=True)
+def _generated(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tokens, and the scores of each step: random weights may give one token forever. Of beams, the two best rows."""
+    batch = dict(batch)
+    cache, beams = (batch.pop(name).item() for name in _HOW)
+    steps: dict[str, Any] = {"use_cache": cache, "return_dict_in_generate": True, "output_scores": True}
+    if beams > 1:
+        # a penalty of 0: the score is the sum over the new tokens, in every release
+        made = generate(model, batch, num_beams=beams, num_return_sequences=beams, length_penalty=0.0, **steps)
+        return {"tokens": made.sequences, "scores": made.sequences_scores}
+    made = generate(model, batch, **steps)
     scores = torch.stack(list(made.scores), 1)
     return {"tokens": made.sequences, "scores": torch.where(scores.isfinite(), scores, 0.0)}
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from . import golden_outputs, tokenizers
-from .calls import check_batch, check_forward
+from .calls import check_batch, check_forward, check_inputs_embeds
 from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, unpadded_outputs
 from .generating import STEPS, check_generation, generate, same_steps
 from .inputs import (
@@ -307,26 +307,6 @@ def _padding_sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor])
             other = run_model(model, with_required(model, {"input_ids": changed}))[name]
             causal = not difference({name: other[:, :-1]}, {name: tensor[:, :-1]}, EQUAL)
     return ["right", "left"] if causal else ["right"]
-
-
-def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """inputs_embeds of the same tokens give the same outputs as input_ids."""
-    if "input_ids" not in inputs or not accepts(model, "inputs_embeds"):
-        check.not_applicable("forward does not take both input_ids and inputs_embeds")
-        return
-    rest = non_text_inputs(inputs)
-    ids = with_required(model, {"input_ids": make_token_ids(model, 1, prompt_length(model), seed=3), **rest})
-    with torch.inference_mode():
-        embedded = model.get_input_embeddings()(ids["input_ids"])
-    others = {name: tensor for name, tensor in ids.items() if name != "input_ids"}
-    try:
-        seen = run_model(model, {"inputs_embeds": embedded, **others})
-    except NotImplementedError as error:
-        check.not_applicable(f"the model does not support inputs_embeds: {sentence(error)}")
-        return
-    wrong = difference(floating(seen), floating(run_model(model, ids)), EQUAL)
-    if wrong:
-        check.fail(f"inputs_embeds of the same tokens give different outputs than input_ids: {wrong}")
 
 
 def check_last_position(check: Any, model: Any, others: dict[str, torch.Tensor]) -> None:

@@ -130,13 +130,33 @@ def buffers(folder: Folder) -> Iterator[Finding]:
         rotary = "RotaryEmbedding" in klass.name and "original_inv_freq" in ast.unparse(klass.node)
         if id(klass.node) in kept:
             continue  # made persistent by the model, so they are in the file
-        if not code.is_module(klass) or (rotary and by_parent) or any(klass.name in text for text in starts):
+        if not code.is_module(klass) or (rotary and by_parent):
             continue  # transformers 5 refills buffers that look like its own rotary embedding
         for name, call in _unsaved_buffers(klass):
-            if name not in refilled:
+            if name not in refilled and not refilled_by_init_weights(code, klass, name):
                 what = f"the buffer {name} of {klass.name} is in no file, and nothing computes it again after loading"
                 remedy = "compute it in forward, refill it in _init_weights, or keep it in the file (persistent=True)"
                 yield Finding(level_for(FROM_5, folder.releases), what, klass.file.at(call), remedy)
+
+
+def refilled_by_init_weights(code: Code, klass: Klass, name: str) -> bool:
+    """Whether an `_init_weights` that asks for the class computes its buffer, itself or by what it calls."""
+    named = re.compile(rf"\b({'|'.join(one.name for one in code.lineage(klass))})\b")
+    for owner in code.classes:
+        method = owner.method("_init_weights")
+        if method is None or not named.search(ast.unparse(method)):
+            continue
+        texts = [ast.unparse(method)]
+        for call in calls(method):
+            called = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+            found = code.method(klass, called)
+            texts += [ast.unparse(found[1])] if found is not None and called != "_init_weights" else []
+            texts += [
+                ast.unparse(s) for s in owner.file.tree.body if isinstance(s, ast.FunctionDef) and s.name == called
+            ]
+        if any(re.search(rf"\b{name}\b|buffers\(|_non_persistent_buffers_set", text) for text in texts):
+            return True
+    return False
 
 
 def _refilled(code: Code) -> set[str]:

@@ -70,6 +70,7 @@ def report_of(result: "Upgrade") -> dict[str, Any]:
             "releases": proof.targets,
             "compared": [row._asdict() for row in proof.rows],
         },
+        "golden": result.golden,
         "mlinter": result.mlinter,
         "diff": result.diff,
     }
@@ -97,6 +98,8 @@ def show_upgrade(result: "Upgrade", console: Console, *, diff: bool = False) -> 
         console.print(Text(f"refused  {fault.where}  {printable(fault.what)}", style="bold red"), soft_wrap=True)
     if result.proof is not None:
         _show_proof(result.proof, console)
+    if result.golden:
+        console.print(Text(f"golden outputs: {printable(result.golden)}"), soft_wrap=True)
     if result.mlinter:
         console.print(Text("transformers-mlinter: {before} findings before, {after} after".format(**result.mlinter)))
     style = "bold green" if result.proven or not (result.edits or result.refused) else "bold yellow"
@@ -161,4 +164,5 @@ def card_table(result: "Upgrade") -> str:
     legend = "✓ the same, ○ not compared (`upgrade.json` says why), – not run."
     head = f"| compared | {' | '.join(proof.targets)} |\n|---|{'---|' * len(proof.targets)}"
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows_of(proof))
-    return f"## Upgraded code\n\n{about}\n{legend}\n\n{head}\n{body}"
+    golden = f"\n\n`golden.safetensors`: {result.golden}." if result.golden else ""
+    return f"## Upgraded code\n\n{about}\n{legend}\n\n{head}\n{body}{golden}"

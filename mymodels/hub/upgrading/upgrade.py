@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ...checkpoints.checkpoint import CheckpointError
 from ...checkpoints.opening import locate
@@ -26,7 +27,7 @@ from .refusals import refusals
 from .rule import Edit, Rule
 from .rules import all_rules
 from .unified_diff import diff_of
-from .write_folder import write_copy, write_upgraded
+from .write_folder import GoldenSource, write_copy, write_upgraded
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Upgrade:
         diff: unified diff of code and config.
         proof: the original's record compared with the upgraded code under each release; None if nothing was run.
         rules: name → rule, of the edits.
+        golden: where the golden outputs in `out` come from: the original, or the upgraded code; "" if nothing was written.
         mlinter: what transformers-mlinter finds `before` and `after`, for information; empty if it is not installed.
     """
 
@@ -53,6 +55,7 @@ class Upgrade:
     diff: str = ""
     proof: Proof | None = None
     rules: dict[str, Rule] = field(default_factory=dict)
+    golden: str = ""
     mlinter: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -154,7 +157,7 @@ def upgrade(
         converted.mkdir()
         folder = with_safetensors(folder, converted)
         case = case_of(source, folder, edited, rules, targets, Path(scratch), from_release=from_release, inputs=inputs)
-        limits = {"time_limit": time_limit, "memory_limit": memory_limit}
+        limits: dict[str, Any] = {"time_limit": time_limit, "memory_limit": memory_limit}
         places = functools.partial(_install, cache_dir=cache_dir)
         proof, kept = prove_all({"folder": case}, targets, places, limits=limits, tell=tell)["folder"]
         result.proof = proof
@@ -162,10 +165,24 @@ def upgrade(
         if kept is not edited:
             _report(result, folder, kept, rules)
         if proof.holds or (unproven and proof.old is None and proof.runs):
-            tell("writing the folder")
-            write_upgraded(folder, kept, result, Path(out).expanduser())
+            tell("writing the folder, and recording golden outputs")
+            original = _original(source, case, proof, places)
+            write_upgraded(folder, kept, result, Path(out).expanduser(), original, inputs=inputs, limits=limits)
             result.out = str(out)
     return result
+
+
+def _original(
+    source: Path, case: Case, proof: Proof, places: Callable[[PinnedRelease], Path | None]
+) -> GoldenSource | None:
+    """The original as the proof ran it, or None if it ran nowhere."""
+    release = next((one for one in case.old if one.transformers == proof.old), None)
+    if release is None:
+        return None
+    if proof.imports_only and case.imports_only is not None:
+        named = f"the original, with its imports repaired, under transformers {proof.old}"
+        return GoldenSource(case.write(case.imports_only), places(release), named)
+    return GoldenSource(source, places(release), f"the original under transformers {proof.old}")
 
 
 def case_of(

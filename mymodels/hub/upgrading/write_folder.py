@@ -1,13 +1,15 @@
 """Write the upgraded folder: everything of the original, the edited files in their place, the proof beside them."""
 
-import contextlib
 import json
 import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...checkpoints import CheckpointError, replace_folder, write_manifest
 from ...checkpoints.integrity import MANIFEST
+from ..given_inputs import Inputs
 from ..golden import GOLDEN, temporary_golden
 from ..static.repo_snapshot import Folder
 from .edit_engine import Edited
@@ -41,8 +43,36 @@ def write_copy(folder: Folder, edited: Edited, target: Path, *, link: bool = Tru
     return target
 
 
-def write_upgraded(folder: Folder, edited: Edited, result: "Upgrade", out: Path) -> None:
+class GoldenSource(NamedTuple):
+    """A folder that golden outputs may be recorded from.
+
+    Attributes:
+        folder: its code is run.
+        release: where its transformers release is installed; None for the installed one.
+        named: what it is, for the report.
+    """
+
+    folder: Path
+    release: Path | None
+    named: str
+
+
+def write_upgraded(
+    folder: Folder,
+    edited: Edited,
+    result: "Upgrade",
+    out: Path,
+    original: GoldenSource | None = None,
+    *,
+    inputs: Inputs | None = None,
+    limits: Mapping[str, Any] | None = None,
+) -> None:
     """Write the result with its report, diff, golden outputs, card's table and manifest: all of it, or nothing.
+
+    Args:
+        original: where the golden outputs are recorded; None if no old release runs the original.
+        inputs: the caller's arguments of `forward` for them.
+        limits: `time_limit` and `memory_limit` of the recording.
 
     Raises:
         FileExistsError: `out` is not empty.
@@ -50,12 +80,29 @@ def write_upgraded(folder: Folder, edited: Edited, result: "Upgrade", out: Path)
     with replace_folder(out, overwrite=False, finish=write_manifest) as new:
         write_copy(folder, edited, new, link=False)
         (new / MANIFEST).unlink(missing_ok=True)
+        upgraded = GoldenSource(new, None, f"the upgraded code under transformers {version('transformers')}")
+        sources = [original, upgraded] if original is not None else [upgraded]
+        result.golden = _write_golden(new, sources, inputs=inputs, **(limits or {}))
         (new / REPORT).write_text(json.dumps(report_of(result), indent=2) + "\n", encoding="utf-8")
         (new / DIFF).write_text(result.diff, encoding="utf-8")
         _write_card(new / "README.md", card_table(result))
-        if not (new / GOLDEN).is_file():
-            with contextlib.suppress(CheckpointError), temporary_golden(new) as made:
+
+
+def _write_golden(new: Path, sources: Sequence[GoldenSource], **how: Any) -> str:
+    """Golden outputs from the first source that gives them; a phrase on where they come from."""
+    if (new / GOLDEN).is_file():
+        return "the folder's own file, unchanged"
+    failed: list[str] = []
+    for source in sources:
+        try:
+            with temporary_golden(source.folder, release=source.release, **how) as made:
                 shutil.copyfile(made, new / GOLDEN)
+        except CheckpointError as error:
+            reason = str(error).removeprefix(f"{source.folder}: ").removeprefix("golden outputs cannot be recorded, ")
+            failed.append(f"{source.named} gives none: {reason}")
+            continue
+        return "; ".join([f"recorded from {source.named}", *failed])
+    return "; ".join(["none", *failed])
 
 
 def _write_card(card: Path, table: str) -> None:

@@ -7,8 +7,9 @@ import torch
 from accelerate import dispatch_model
 from own_models.make import make
 from torch import nn
+from transformers import PretrainedConfig
 
-from mymodels.hub.isolated import generating, outputs, processors
+from mymodels.hub.isolated import calls, generating, outputs, processors, training
 from mymodels.hub.isolated.inputs import make_inputs, with_required
 from mymodels.hub.isolated.placement import attention_without_weights
 from mymodels.hub.isolated.stages import Outcome
@@ -48,12 +49,81 @@ def test_all_that_text_needs_is_made_up() -> None:
     assert list(inputs) == ["input_ids", "attention_mask", "token_type_ids", "position_ids"]
     assert inputs["position_ids"].tolist() == [list(range(inputs["input_ids"].shape[1]))] * 2
     assert padding_of(model).status == "ok"
-    for check_of in (outputs.check_last_position, outputs.check_inputs_embeds):
+    for check_of in (outputs.check_last_position, calls.check_inputs_embeds):
         check = Outcome()
         check_of(check, model, inputs)
         assert check.status in ("ok", "n/a"), check.what
     ids = torch.zeros(1, 3, dtype=torch.long)
     assert list(with_required(make("moe_gpt2"), {"input_ids": ids})) == ["input_ids"]  # nothing that is not required
+
+
+# ---- embeddings that are passed, and a vocabulary that is extended
+
+
+class Scaled(torch.nn.Module):
+    """Logits of embeddings that forward multiplies when it looks them up; with `shift`, it does more to them."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config, shift: float = 0.0):
+        super().__init__()
+        self.config, self.shift = config, shift
+        self.embed, self.head = nn.Embedding(20, 4), nn.Linear(4, 20)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids=None, inputs_embeds=None):
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids) * 12.0 + self.shift
+        return {"logits": self.head(inputs_embeds).tanh()}
+
+
+@pytest.mark.parametrize(
+    ("shift", "status", "what"), [(0.0, "warning", "by 12,"), (0.5, "failed", "different outputs")]
+)
+def test_embeddings_that_are_scaled_in_the_lookup_are_named(shift: float, status: str, what: str) -> None:
+    model = Scaled(PretrainedConfig(vocab_size=20), shift).eval()
+    check = Outcome()
+    calls.check_inputs_embeds(check, model, {"input_ids": torch.arange(6)[None]})
+    assert check.status == status and what in check.what
+
+
+def resized(model: nn.Module) -> Outcome:
+    check = Outcome()
+    training.check_resize(check, model, {"input_ids": torch.arange(5, 12)[None]})
+    return check
+
+
+def test_a_class_that_cannot_be_resized_is_named_and_one_that_breaks_fails() -> None:
+    base = make("moe_gpt2")
+    assert resized(base).status == "ok"
+
+    class NoSetter(type(base)):
+        def set_input_embeddings(self, value):
+            raise NotImplementedError("`set_input_embeddings` not auto-handled for NoSetter; please override it.")
+
+    class Breaks(type(base)):
+        def set_input_embeddings(self, value):
+            raise TypeError("not this one")
+
+    class OwnHead(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(linear.weight.detach().clone()), None
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    check = resized(NoSetter(base.config).eval())
+    assert check.status == "warning" and "no set_input_embeddings" in check.what
+    with pytest.raises(TypeError, match="not this one"):
+        resized(Breaks(base.config).eval())
+    own = make("moe_gpt2")
+    own.config.tie_word_embeddings = False
+    own.set_output_embeddings(OwnHead(own.get_output_embeddings()))
+    check = resized(own)
+    assert check.status == "warning" and "head is of a class of its own" in check.what
 
 
 OWN_FORWARD = """

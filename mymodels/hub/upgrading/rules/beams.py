@@ -1,4 +1,4 @@
-"""A model's own `_reorder_cache` that reads tuples, given a `Cache`: beam search fails."""
+"""A model's own `_reorder_cache` that reads tuples, given a `Cache` or None: beam search fails."""
 
 import libcst as cst
 
@@ -13,14 +13,19 @@ class _Reorder(Rewriter):
             return updated_node
         names = [one.name.value for one in original_node.params.params if one.name.value not in ("self", "cls")]
         body = updated_node.body
-        known = ".reorder_cache" in source_of(original_node.body) or not knows_cache(self.context)
-        if known or len(names) != 2 or not isinstance(body, cst.IndentedBlock):
+        if len(names) != 2 or not isinstance(body, cst.IndentedBlock):
             return updated_node
         past, beams = names
-        self.context.note(original_node, f"{scope[0]}._reorder_cache lets a Cache reorder itself")
-        first = statements(
-            f'if hasattr({past}, "reorder_cache"):\n    {past}.reorder_cache({beams})\n    return {past}\n'
-        )
+        text, added = source_of(original_node.body), ""
+        if f"{past} is None" not in text and f"{past} is not None" not in text:
+            self.context.note(original_node, f"{scope[0]}._reorder_cache has nothing to reorder without a cache")
+            added = f"if {past} is None:\n    return None\n"
+        if ".reorder_cache" not in text and knows_cache(self.context):
+            self.context.note(original_node, f"{scope[0]}._reorder_cache lets a Cache reorder itself")
+            added += f'if hasattr({past}, "reorder_cache"):\n    {past}.reorder_cache({beams})\n    return {past}\n'
+        if not added:
+            return updated_node
+        first = statements(added)
         docstring = 1 if original_node.get_docstring() is not None else 0
         steps = [*body.body[:docstring], *first, *body.body[docstring:]]
         return updated_node.with_changes(body=body.with_changes(body=steps))
@@ -40,6 +45,8 @@ _BEFORE = """
 {lines}            return tuple(tuple(state.index_select(0, beam_idx) for state in layer) for layer in past)
 """
 _LINES = """
+            if past is None:
+                return None
             if hasattr(past, "reorder_cache"):
                 past.reorder_cache(beam_idx)
                 return past
@@ -47,7 +54,7 @@ _LINES = """
 
 RULE = Rule(
     name="beams",
-    reason="generate hands _reorder_cache a Cache, which code for tuples of keys and values cannot read",
+    reason="generate hands _reorder_cache a Cache, or None without a cache, which code for tuples of keys and values cannot read",
     releases="4.56 and newer",
     before=_BEFORE.format(lines=""),
     after=_BEFORE.format(lines=_LINES.lstrip("\n")),

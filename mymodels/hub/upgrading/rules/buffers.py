@@ -1,12 +1,12 @@
 """Buffers that are in no file: computed again where transformers 5 leaves them without data."""
 
 import ast
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import libcst as cst
 
+from ...static.check_init import refilled_by_init_weights
 from ...static.code_tree import Klass, calls, constant, is_self
 from ...static.headers import tensor_headers
 from ...static.kept_buffers import kept_buffers
@@ -58,13 +58,9 @@ def _unsaved(context: Context) -> Iterator[_Refilled]:
     code = context.code
     kept = kept_buffers(context.folder, code)
     headers = tensor_headers(context.folder)
-    starts = [ast.unparse(m) for k in code.classes if (m := k.method("_init_weights")) is not None]
     for klass in code.classes:
         init = klass.method("__init__")
         if init is None or not code.is_module(klass) or id(klass.node) in kept:
-            continue
-        named = re.compile(rf"(isinstance\(\w+, \(?[^)]*|__name__ in \([^)]*)\b{klass.name}\b")
-        if any(map(named.search, starts)):
             continue
         names = []
         for call in _run_by_init(context, klass, init):
@@ -77,7 +73,7 @@ def _unsaved(context: Context) -> Iterator[_Refilled]:
             if not isinstance(name, str) or value is None or (isinstance(value, ast.Constant) and value.value is None):
                 continue
             in_file = not _not_persistent(call) and (not headers or any(_ends(key, name) for key in headers))
-            if not in_file:
+            if not in_file and not refilled_by_init_weights(code, klass, name):
                 names.append(name)
         if names:
             yield _Refilled(klass, list(dict.fromkeys(names)), init)
