@@ -5,6 +5,7 @@ first side was given (`recorded`: key → file of tensors). For each folder it w
 """
 
 import faulthandler
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers import GenerationMixin
 
-from .comparing import unpadded_outputs
+from .comparing import run_model, unpadded_outputs
 from .generating import generate
 from .inputs import (
     LENGTH,
@@ -81,6 +83,10 @@ def _record_folder(job: dict[str, Any], events: Any) -> None:
     Path(job["scratch"], f"{job['key']}.json").write_text(json.dumps(report), encoding="utf-8")
 
 
+class LeftOut(Exception):
+    """An item cannot be computed under this release, whatever the folder's code does."""
+
+
 class _Record:
     """What one class of a folder computes: items that were recorded, or the error that each raised.
 
@@ -112,6 +118,7 @@ class _Record:
             if not self.item(items[0], lambda: found.update(make()) or {}):  # type: ignore[func-returns-value]
                 return {}
             del self.items[items[0]]
+        found = {item: found[item] for item in items if item in found}  # in one order: a model may keep a state
         for item, batch in found.items():
             self.item(f"input of {item}", lambda batch=batch: batch)  # type: ignore[misc]
         return found
@@ -128,8 +135,9 @@ class _Record:
                 if any(not torch.equal(tensor, again[key]) for key, tensor in found.items() if key in again):
                     self.items[item] = {"status": "random"}
         except BaseException as error:
-            what = sentence(error).replace(f"{self.scratch}/", "")
+            what = str(error) if isinstance(error, LeftOut) else sentence(error).replace(f"{self.scratch}/", "")
             needs = isinstance(error, ImportError) and item in ("tokens", "processed")  # a package that is not here
+            needs = needs or isinstance(error, LeftOut)
             self.items[item] = {"status": "left out" if needs else "failed", "what": what, "where": innermost(error)}
             return False
         self.tensors.update({f"{self.name}|{item}|{key}": tensor for key, tensor in found.items()})
@@ -304,11 +312,29 @@ def _generated(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch
     steps: dict[str, Any] = {"use_cache": cache, "return_dict_in_generate": True, "output_scores": True}
     if beams > 1:
         # a penalty of 0: the score is the sum over the new tokens, in every release
+        if wrong := _beams_by_vocab_size(model, batch):
+            raise LeftOut(wrong)
         made = generate(model, batch, num_beams=beams, num_return_sequences=beams, length_penalty=0.0, **steps)
         return {"tokens": made.sequences, "scores": made.sequences_scores}
     made = generate(model, batch, **steps)
+    if isinstance(made, torch.Tensor):  # of a `generate` of its own
+        return {"tokens": made}
     scores = torch.stack(list(made.scores), 1)
     return {"tokens": made.sequences, "scores": torch.where(scores.isfinite(), scores, 0.0)}
+
+
+def _beams_by_vocab_size(model: Any, batch: Mapping[str, torch.Tensor]) -> str:
+    """Why the release's own beam search cannot run: some take `config.vocab_size` for the number of logits."""
+    if "get_text_config().vocab_size" not in inspect.getsource(getattr(GenerationMixin, "_beam_search", bool)):
+        return ""
+    size = getattr(text_config(model.config), "vocab_size", None)
+    logits = run_model(model, with_required(model, batch)).get("logits")
+    if logits is None or size is None or logits.shape[-1] == size:
+        return ""
+    return (
+        f"beam search of transformers {transformers.__version__} takes config.vocab_size ({size}) for the number of "
+        f"logits ({logits.shape[-1]})"
+    )
 
 
 def _reload(job: dict[str, Any], name: str, model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

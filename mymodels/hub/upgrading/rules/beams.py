@@ -1,12 +1,36 @@
 """A model's own `_reorder_cache` that reads tuples, given a `Cache` or None: beam search fails."""
 
+import ast
+
 import libcst as cst
 
-from ..generating import knows_cache
-from ..rule import Rewriter, Rule, rewrites, source_of, statements
+from ..generating import generating, knows_cache, own_model
+from ..rule import Context, Rewriter, Rule, rewrites, source_of, statements
+
+_UPDATE = "_update_model_kwargs_for_generation"
+_WITHOUT = """
+@staticmethod
+def _reorder_cache(past, beam_idx):
+    if past is None:
+        return None
+    raise NotImplementedError("the state of this model cannot be reordered: pass use_cache=False for beams")
+"""
+
+
+def _keeping(context: Context) -> set[str]:
+    """The classes that hand on a state by an update of their own, which no release takes for a `Cache`."""
+    return {
+        klass.name
+        for klass in generating(context)
+        if (own := klass.method(_UPDATE)) is not None and "cache_params" in ast.unparse(own)
+    }
 
 
 class _Reorder(Rewriter):
+    def __init__(self, context: Context):
+        super().__init__(context)
+        self.keeping = _keeping(context)
+
     def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
         scope = self.context.scope(original_node)
         if original_node.name.value != "_reorder_cache" or len(scope) != 1 or not self.context.is_model(scope[0]):
@@ -29,6 +53,18 @@ class _Reorder(Rewriter):
         docstring = 1 if original_node.get_docstring() is not None else 0
         steps = [*body.body[:docstring], *first, *body.body[docstring:]]
         return updated_node.with_changes(body=body.with_changes(body=steps))
+
+    def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
+        """A class that hands on a state of its own, and has no `_reorder_cache`: beams go without that state."""
+        klass, code = self.context.klass(original_node.name.value), self.context.code
+        if klass is None or klass.name not in self.keeping or not isinstance(updated_node.body, cst.IndentedBlock):
+            return updated_node
+        if code.method(klass, "_reorder_cache") is not None or not own_model(code, klass):
+            return updated_node
+        self.context.note(original_node, f"{klass.name} takes beams without its state, which nothing can reorder")
+        made = statements(_WITHOUT)[0].with_changes(leading_lines=[cst.EmptyLine(indent=False)])
+        body = [*updated_node.body.body, made]
+        return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
 
 
 _BEFORE = """
@@ -58,7 +94,7 @@ RULE = Rule(
     releases="4.56 and newer",
     before=_BEFORE.format(lines=""),
     after=_BEFORE.format(lines=_LINES.lstrip("\n")),
-    apply=rewrites(_Reorder, ("_reorder_cache",)),
-    words=("_reorder_cache",),
+    apply=rewrites(_Reorder, ("_reorder_cache", _UPDATE)),
+    words=("_reorder_cache", _UPDATE),
     order=35,
 )

@@ -38,10 +38,16 @@ def _read(context: Context, klass: Klass) -> dict[str, None]:
                 isinstance(node, ast.FunctionDef) and node.name == "get_output_embeddings"
             ):
                 ties = True
-    if ties:
+    if ties and not _ties_by_itself(context):
         found["tie_word_embeddings"] = None
     found |= dict.fromkeys(_nested(context, klass))
     return dict.fromkeys(name for name in DEFAULTS if name in found)
+
+
+def _ties_by_itself(context: Context) -> bool:
+    """Whether the folder's own `tie_weights` decides, and never asks that of transformers, which reads the config."""
+    own = [m for k in context.code.classes if context.code.is_model(k) and (m := k.method("tie_weights")) is not None]
+    return bool(own) and not any("super()" in ast.unparse(m) or ".tie_weights(" in ast.unparse(m) for m in own)
 
 
 def _nested(context: Context, klass: Klass) -> set[str]:

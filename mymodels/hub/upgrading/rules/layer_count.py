@@ -1,4 +1,4 @@
-"""`num_hidden_layers`, under which transformers asks a config for the number of layers that a cache has."""
+"""`num_hidden_layers` and `vocab_size`, which transformers asks a config for while it generates."""
 
 import ast
 
@@ -8,11 +8,15 @@ from ...static.code_tree import Klass, is_self
 from ..generating import knows_cache, own_config, parameters
 from ..rule import Context, Rewriter, Rule, literal, rewrites, statements
 
-_NAMES = ("n_layer", "n_layers", "num_layers", "decoder_layers", "depth")
+# the name that transformers asks for → what configs call it
+_NAMES = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers", "depth"),
+    "vocab_size": ("padded_vocab_size", "vocab_size_lm_head", "n_vocab", "num_tokens"),
+}
 
 
-def _own_name(context: Context, klass: Klass) -> str:
-    """The config's own name for the number of layers, if it has no `num_hidden_layers`; else ""."""
+def _lacking(context: Context, klass: Klass) -> dict[str, str]:
+    """The names that a config lacks, each with the config's own name for it."""
     known: set[str] = set()
     for member in context.code.lineage(klass):
         known |= {method.name for method in member.methods()}
@@ -21,11 +25,15 @@ def _own_name(context: Context, klass: Klass) -> str:
             known |= parameters(init)
         known |= {n.attr for n in ast.walk(member.node) if isinstance(n, ast.Attribute) and is_self(n)}
     mapped = context.code.value(klass, "attribute_map")
-    if "num_hidden_layers" in known or (mapped and "num_hidden_layers" in ast.unparse(mapped[1])):
-        return ""
-    if isinstance(context.config.get("num_hidden_layers"), int):
-        return ""
-    return next((name for name in _NAMES if name in known), "")
+    text = ast.unparse(mapped[1]) if mapped else ""
+    found = {}
+    for asked, names in _NAMES.items():
+        if asked in known or f"'{asked}'" in text or isinstance(context.config.get(asked), int):
+            continue
+        own = next((name for name in names if name in known), "")
+        if own:
+            found[asked] = own
+    return found
 
 
 class _Map(Rewriter):
@@ -37,22 +45,22 @@ class _Map(Rewriter):
             or not isinstance(updated_node.body, cst.IndentedBlock)
         ):
             return updated_node
-        name = _own_name(self.context, klass)
+        added = _lacking(self.context, klass)
         mapped = klass.value("attribute_map")
-        if not name or (mapped is not None and not isinstance(mapped, ast.Dict)):
+        if not added or (mapped is not None and not isinstance(mapped, ast.Dict)):
             return updated_node
-        self.context.note(original_node, f"num_hidden_layers is another name of {klass.name}.{name}")
+        for asked, own in added.items():
+            self.context.note(original_node, f"{asked} is another name of {klass.name}.{own}")
         body = [*updated_node.body.body]
-        entry = f'"num_hidden_layers": "{name}"'
         for i, step in enumerate(body):
             if mapped is not None and isinstance(step, cst.SimpleStatementLine):
                 small = step.body[0]
                 if isinstance(small, cst.Assign) and literal(small.value) == ast.literal_eval(mapped):
-                    more = {**ast.literal_eval(mapped), "num_hidden_layers": name}
+                    more = {**ast.literal_eval(mapped), **added}
                     body[i] = step.with_changes(body=[small.with_changes(value=cst.parse_expression(_written(more)))])
                     return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
         at = next((i for i, step in enumerate(body) if isinstance(step, cst.FunctionDef)), len(body))
-        body[at:at] = statements(f"attribute_map = {{{entry}}}\n")
+        body[at:at] = statements(f"attribute_map = {_written(added)}\n")
         following = body[at + 1] if at + 1 < len(body) else None
         if isinstance(following, cst.FunctionDef) and not following.leading_lines:
             body[at + 1] = following.with_changes(leading_lines=[cst.EmptyLine(indent=False)])
@@ -69,8 +77,8 @@ def _apply(tree: cst.Module, context: Context) -> cst.Module:
 
 
 RULE = Rule(
-    name="num_hidden_layers",
-    reason="generate makes the cache from config.num_hidden_layers, which a config with another name for it lacks",
+    name="names in the config",
+    reason="generate reads num_hidden_layers for the cache and vocab_size for beams, which a config with other names lacks",
     releases="4.56 and newer",
     before="""
         from transformers import DynamicCache, PretrainedConfig

@@ -3,6 +3,7 @@
 import libcst as cst
 import libcst.matchers as m
 
+from ..embeddings import class_of_part, parts_of
 from ..rule import Rewriter, Rule, rewrites, source_of, statements
 
 _ASKS_PART = m.Return(
@@ -27,8 +28,20 @@ class _Properties(Rewriter):
         value = last.value  # type: ignore[attr-defined]
         part, asked = value.value.attr.value, source_of(value.attr)  # type: ignore[attr-defined]
         self.context.note(original_node, f"{scope[0]}.{name} answers also before self.{part} is made")
-        line = statements(f'return getattr(getattr(self, "{part}", None), "{asked}", False)\n')
+        before = self._before(scope[0], part, asked)
+        line = statements(f'return getattr(getattr(self, "{part}", None), "{asked}", {before})\n')
         return updated_node.with_changes(body=body.with_changes(body=[*body.body[:-1], *line]))
+
+    def _before(self, name: str, part: str, asked: str) -> str:
+        """What to answer before the part is made: what its class says, or, for one of transformers', yes.
+
+        Older releases asked the class, where the property itself counts as yes.
+        """
+        klass, code = self.context.klass(name), self.context.code
+        made = class_of_part(code, klass, parts_of(code, klass).get(part)) if klass is not None else None
+        if made is None or self.context.klass(made.name) is None:
+            return "True"
+        return f'getattr({made.name}, "{asked}", False)'
 
 
 _BEFORE = """
@@ -46,7 +59,7 @@ RULE = Rule(
     reason="transformers asks _supports_sdpa and the like in the constructor, before the part that answers is made",
     releases="4.56 and newer",
     before=_BEFORE.format(value="self.language_model._supports_sdpa"),
-    after=_BEFORE.format(value='getattr(getattr(self, "language_model", None), "_supports_sdpa", False)'),
+    after=_BEFORE.format(value='getattr(getattr(self, "language_model", None), "_supports_sdpa", True)'),
     apply=rewrites(_Properties, ("def _supports_",)),
     words=("def _supports_",),
 )
