@@ -46,7 +46,7 @@ def ordinary_token_ids(model: Any) -> list[int]:
         size = getattr(_embeddings(model), "num_embeddings", None)
     if not isinstance(size, int) or size < 2:
         raise NoSuitableInputs("the config has no vocab_size, so no token ids can be generated")
-    special: set[Any] = set()
+    special: set[Any] = {pad_id(model)}  # what `generate` takes for padding, whether the config names it or not
     for name in dir(config):
         if name.endswith("_token_id"):
             value = getattr(config, name, None)

@@ -42,11 +42,11 @@ from .training import LARGEST, gradients
 MAX_VALUES = 20_000  # of one gradient
 BATCHES = ("one row", "right padding", "left padding")
 PROMPTS = (
-    *("greedy, with cache", "greedy, without cache", "greedy, left padding"),
+    *("greedy, with cache", "greedy, without cache", "greedy, left padding", "repetition penalty, left padding"),
     *("beams, with cache", "beams, without cache"),
 )
 BEAMS = 2
-_HOW = ("use_cache", "num_beams")  # settings of `generate`, recorded with its inputs
+_HOW = ("use_cache", "num_beams", "penalty")  # settings of `generate`, recorded with its inputs
 
 
 def run(job: dict[str, Any], events: Any) -> None:
@@ -284,8 +284,8 @@ def _has_tokens(given: Mapping[str, torch.Tensor]) -> bool:
 def _prompts(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Prompts by item, with how to generate from each."""
 
-    def how(cache: bool, beams: int) -> dict[str, torch.Tensor]:
-        return dict(zip(_HOW, (torch.tensor(cache), torch.tensor(beams))))
+    def how(cache: bool, beams: int, penalty: bool = True) -> dict[str, torch.Tensor]:
+        return dict(zip(_HOW, map(torch.tensor, (cache, beams, penalty))))
 
     if not _has_tokens(given):
         return {"greedy, with cache": {**given, **how(True, 1)}}
@@ -301,15 +301,21 @@ def _prompts(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[st
     if "attention_mask" in given and not has_encoder_and_decoder(model):
         padded = {**pad(model, ids, "left", [0, min(3, length - 1)]), **non_text_inputs(given, 2)}
         caches = getattr(text_config(model.config), "use_cache", True) is not False
-        found["greedy, left padding"] = {**padded, **how(caches, 1)}
+        found["greedy, left padding"] = {**padded, **how(caches, 1, penalty=False)}
+        if getattr(getattr(model, "generation_config", None), "repetition_penalty", None) not in (None, 1.0):
+            found["repetition penalty, left padding"] = {**padded, **how(caches, 1)}
     return found
 
 
 def _generated(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tokens, and the scores of each step: random weights may give one token forever. Of beams, the two best rows."""
     batch = dict(batch)
-    cache, beams = (batch.pop(name).item() for name in _HOW)
+    cache, beams, penalty = (batch.pop(name).item() for name in _HOW)
     steps: dict[str, Any] = {"use_cache": cache, "return_dict_in_generate": True, "output_scores": True}
+    if not penalty:  # the model's own numbers: releases differ in whether padding counts as repeated
+        steps["repetition_penalty"] = 1.0
+    elif "attention_mask" in batch and not batch["attention_mask"].all() and _penalty_skips_padding():
+        raise LeftOut(f"repetition_penalty of transformers {transformers.__version__} leaves padding out")
     if beams > 1:
         # a penalty of 0: the score is the sum over the new tokens, in every release
         if wrong := _beams_by_vocab_size(model, batch):
@@ -323,9 +329,16 @@ def _generated(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch
     return {"tokens": made.sequences, "scores": torch.where(scores.isfinite(), scores, 0.0)}
 
 
+def _penalty_skips_padding() -> bool:
+    """Whether the release's own repetition penalty no longer takes padding for a repeated token."""
+    makes = getattr(GenerationMixin, "_get_logits_processor", None)
+    return makes is not None and "padding_lengths" in inspect.getsource(makes)
+
+
 def _beams_by_vocab_size(model: Any, batch: Mapping[str, torch.Tensor]) -> str:
     """Why the release's own beam search cannot run: some take `config.vocab_size` for the number of logits."""
-    if "get_text_config().vocab_size" not in inspect.getsource(getattr(GenerationMixin, "_beam_search", bool)):
+    search = getattr(GenerationMixin, "_beam_search", None)
+    if search is None or "get_text_config().vocab_size" not in inspect.getsource(search):
         return ""
     size = getattr(text_config(model.config), "vocab_size", None)
     logits = run_model(model, with_required(model, batch)).get("logits")

@@ -37,6 +37,9 @@ class _Reorder(Rewriter):
             return updated_node
         names = [one.name.value for one in original_node.params.params if one.name.value not in ("self", "cls")]
         body = updated_node.body
+        star = original_node.params.star_arg
+        if not names and isinstance(star, cst.Param):  # `*args`, passed on to a part
+            names = [f"{star.name.value}[0]", f"{star.name.value}[1]"]
         if len(names) != 2 or not isinstance(body, cst.IndentedBlock):
             return updated_node
         past, beams = names
@@ -44,7 +47,7 @@ class _Reorder(Rewriter):
         if f"{past} is None" not in text and f"{past} is not None" not in text:
             self.context.note(original_node, f"{scope[0]}._reorder_cache has nothing to reorder without a cache")
             added = f"if {past} is None:\n    return None\n"
-        if ".reorder_cache" not in text and knows_cache(self.context):
+        if ".reorder_cache" not in text and (knows_cache(self.context) or past.endswith("[0]")):
             self.context.note(original_node, f"{scope[0]}._reorder_cache lets a Cache reorder itself")
             added += f'if hasattr({past}, "reorder_cache"):\n    {past}.reorder_cache({beams})\n    return {past}\n'
         if not added:
