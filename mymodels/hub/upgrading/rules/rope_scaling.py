@@ -9,7 +9,7 @@ from ..generating import own_config
 from ..rule import Context, Rewriter, Rule, rewrites, statements
 
 
-def _uses_stock_rope(context: Context) -> bool:
+def uses_stock_rope(context: Context) -> bool:
     """Whether rotary positions are made by transformers, which wants `rope_parameters`."""
     for file in context.code.files.values():
         if "rope_parameters" in file.text or "ROPE_INIT_FUNCTIONS" in file.text:
@@ -50,7 +50,7 @@ class _Plain(Rewriter):
 
 
 def _apply(tree: cst.Module, context: Context) -> cst.Module:
-    return tree if _uses_stock_rope(context) else rewrites(_Plain, ("rope_scaling",))(tree, context)
+    return tree if uses_stock_rope(context) else rewrites(_Plain, ("rope_scaling",))(tree, context)
 
 
 RULE = Rule(
