@@ -1,11 +1,13 @@
 """Attention written out as matrix products, put through transformers' interface; with `--attention-interface` only."""
 
+import ast
+import re
 from typing import NamedTuple
 
 import libcst as cst
 import libcst.matchers as m
 
-from ..rule import Rewriter, Rule, rewrites, source_of, statements
+from ..rule import Context, Rewriter, Rule, rewrites, source_of, statements
 
 _HELPERS = '''
 def _eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -38,10 +40,11 @@ def attend_by_interface(module, query, key, value, attention_mask, scaling, drop
 
 
 class _Found(NamedTuple):
-    """A stretch of statements that is attention."""
+    """A stretch of statements that is attention; `rest` is the last one with the product replaced by its name."""
 
     first: int
     last: int
+    rest: cst.CSTNode | None
     query: str
     key: str
     value: str
@@ -65,7 +68,8 @@ _SCORES = m.Call(
     func=m.Attribute(attr=m.Name("matmul")),
     args=[m.Arg(m.Name()), m.Arg(m.Call(func=m.Attribute(attr=m.Name("transpose"))))],
 )
-_NAMED = m.Call(func=m.Attribute(attr=m.OneOf(m.Name("softmax"), m.Name("dropout"), m.Name("matmul"))))
+_MATMUL = m.Call(func=m.Attribute(attr=m.Name("matmul")), args=[m.Arg(), m.Arg()])
+_PRODUCTS = re.compile(r"\b(matmul|bmm|einsum|baddbmm)\(| @ ")
 
 
 def _find(body: list[cst.CSTNode]) -> _Found | None:
@@ -100,16 +104,22 @@ def _find(body: list[cst.CSTNode]) -> _Found | None:
                 if rate is None:
                     break
                 dropout = rate
-            elif softmax and m.matches(value, _NAMED) and text.split("(")[0].endswith("matmul"):
-                assert isinstance(value, cst.Call)
-                if [source_of(value.args[0].value)] != [weights] or len(value.args) != 2:
-                    break
+            elif softmax and (product := _product(value, weights)) is not None:
                 scaling = f"1 / {by}" if divided else by
-                made = source_of(value.args[1].value)
-                return _Found(first, last, query, key, made, scaling, weights, name, mask or "None", dropout)
+                made = source_of(product.args[1].value)
+                rest = None if product is value else body[last].deep_replace(product, cst.Name("attended"))
+                mixed = name if rest is None else "attended"
+                return _Found(first, last, rest, query, key, made, scaling, weights, mixed, mask or "None", dropout)  # type: ignore[arg-type]
             else:
                 break
     return None
+
+
+def _product(value: cst.BaseExpression, weights: str) -> cst.Call | None:
+    """The one product of the weights with the values in an expression, such as `torch.matmul(w, v).transpose(1, 2)`."""
+    found = [call for call in m.findall(value, _MATMUL) if source_of(call.args[0].value) == weights]  # type: ignore[attr-defined]
+    uses = m.findall(value, m.Name(weights))
+    return found[0] if len(found) == 1 and len(uses) == 1 else None  # type: ignore[return-value]
 
 
 def _mask(step: cst.CSTNode, weights: str) -> str | None:
@@ -136,27 +146,63 @@ def _mask(step: cst.CSTNode, weights: str) -> str | None:
 class _Interface(Rewriter):
     def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
         scope = self.context.scope(original_node)
+        klass = self.context.klass(scope[0]) if len(scope) == 1 else None
         if (
-            original_node.name.value != "forward"
-            or len(scope) != 1
+            klass is None
+            or not self.context.code.is_module(klass)
             or not isinstance(updated_node.body, cst.IndentedBlock)
         ):
             return updated_node
-        klass = self.context.klass(scope[0])
-        if klass is None or not self.context.code.is_module(klass) or "self.config" not in self.context.file.text:
+        text = source_of(original_node.body)
+        if "attend_by_interface(" in text or not _attends(text):
             return updated_node
         body: list[cst.CSTNode] = [*updated_node.body.body]
-        found = _find(body)
-        if found is None:
+        found = _find(body) if original_node.name.value == "forward" else None
+        if found is None or "self.config = " not in ast.unparse(klass.node):
+            why = (
+                "has another form than softmax(query @ key.T * scale + mask) @ value"
+                if found is None
+                else "has no config"
+            )
+            self.context.refuse(
+                original_node,
+                f"the attention of {scope[0]} {why}, so it cannot be called through transformers' interface: "
+                "leave out --attention-interface (attention_interface)",
+            )
             return updated_node
         self.context.note(original_node, f"{scope[0]} calls attention through transformers' interface")
         self.context.define("attend_by_interface", _HELPERS)
         call = f"attend_by_interface(self, {found.query}, {found.key}, {found.value}, {found.mask}, {found.scaling}, {found.dropout})"
         line = statements(f"{found.mixed}, {found.weights} = {call}\n")
         before = [step for step in body[: found.first] if not _repeats(step, (found.key, found.value))]
+        rest = [] if found.rest is None else [found.rest]
         return updated_node.with_changes(
-            body=updated_node.body.with_changes(body=[*before, *line, *body[found.last + 1 :]])
+            body=updated_node.body.with_changes(body=[*before, *line, *rest, *body[found.last + 1 :]])
         )
+
+    def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
+        """The model's base class says that attention goes through the interface."""
+        klass, code, body = self.context.klass(original_node.name.value), self.context.code, updated_node.body
+        if klass is None or not code.is_model(klass) or not isinstance(body, cst.IndentedBlock):
+            return updated_node
+        if any(code.is_model(base) for base in code.lineage(klass)[1:]) or not _converted(self.context):
+            return updated_node
+        steps = [*body.body]
+        at = next((i for i, step in enumerate(steps) if isinstance(step, cst.FunctionDef)), len(steps))
+        for flag in ("_supports_sdpa", "_supports_attention_backend"):
+            if code.value(klass, flag) is None:
+                self.context.note(original_node, f"{klass.name} declares {flag}")
+                steps[at:at] = statements(f"{flag} = True\n")
+        return updated_node.with_changes(body=body.with_changes(body=steps))
+
+
+def _attends(text: str) -> bool:
+    """Whether a function computes attention: a softmax between two products, or torch's own function for it."""
+    return "scaled_dot_product_attention(" in text or ("softmax(" in text and len(_PRODUCTS.findall(text)) > 1)
+
+
+def _converted(context: Context) -> bool:
+    return any("attend_by_interface(self" in file.text for file in context.code.files.values())
 
 
 def _repeats(step: cst.CSTNode, names: tuple[str, ...]) -> bool:
@@ -210,8 +256,8 @@ RULE = Rule(
     releases="every release; nothing breaks without it",
     before=_BEFORE.format(block="", steps=_OLD.strip("\n")),
     after=_BEFORE.format(block=_BLOCK.format(source=_SOURCE), steps=_NEW.strip("\n")),
-    apply=rewrites(_Interface, ("softmax",)),
-    words=("softmax",),
+    apply=rewrites(_Interface, ("softmax", "scaled_dot_product_attention", "PreTrainedModel")),
+    words=("softmax", "scaled_dot_product_attention", "PreTrainedModel"),
     order=80,
     option="attention_interface",
 )
