@@ -201,12 +201,12 @@ def _record_training(record: _Record, job: dict[str, Any], model: Any, given: Ma
         record.items[item] = {"status": "left out", "what": "the weights are too large for a training step"}
         return
     made = record.inputs(
-        lambda: {item: {**given, **_without_padding(make_labels(record.name, model, given), given)}}, (item,)
+        lambda: {item: {**given, **_without_padding(make_labels(record.name, model, dict(given)), given)}}, (item,)
     )
 
     def loss_and_gradients() -> dict[str, torch.Tensor]:
         fresh, _ = _load(job, record.name)  # what the code keeps from forward in inference mode cannot be trained on
-        loss, found = gradients(fresh, made[item])
+        loss, found = gradients(fresh, dict(made[item]))
         return {"loss": torch.tensor(loss), **{name: thinned(gradient) for name, gradient in found.items()}}
 
     if made:

@@ -29,8 +29,9 @@ def _reads_rope(context: Context) -> int:
     """A line of the folder's code that reads `config.rope_theta` or `config.rope_scaling`, or 0."""
     for file in context.code.files.values():
         for node in ast.walk(file.tree):
-            read = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-            if read and node.attr in ("rope_theta", "rope_scaling") and _CONFIG.search(ast.unparse(node.value)):
+            if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
+                continue
+            if node.attr in ("rope_theta", "rope_scaling") and _CONFIG.search(ast.unparse(node.value)):
                 return node.lineno
     return 0
 
