@@ -132,11 +132,39 @@ def buffers(folder: Folder) -> Iterator[Finding]:
             continue  # made persistent by the model, so they are in the file
         if not code.is_module(klass) or (rotary and by_parent):
             continue  # transformers 5 refills buffers that look like its own rotary embedding
+        lazy = _made_in_forward(code, klass)
         for name, call in _unsaved_buffers(klass):
-            if name not in refilled and not refilled_by_init_weights(code, klass, name):
+            if id(call) not in lazy and name not in refilled and not refilled_by_init_weights(code, klass, name):
                 what = f"the buffer {name} of {klass.name} is in no file, and nothing computes it again after loading"
                 remedy = "compute it in forward, refill it in _init_weights, or keep it in the file (persistent=True)"
                 yield Finding(level_for(FROM_5, folder.releases), what, klass.file.at(call), remedy)
+
+
+def run_by(code: Code, klass: Klass, function: ast.AST) -> Iterator[ast.Call]:
+    """The calls that a method makes, those of methods of its own class and of ancestors' constructors included."""
+    waiting, seen = [function], set[int]()
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        for call in calls(current):
+            yield call
+            method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            if is_self(call.func):
+                found = code.method(klass, method)
+                waiting += [found[1]] if found is not None else []
+            elif method == "__init__":
+                inits = (base.method("__init__") for base in code.lineage(klass))
+                waiting += [base for base in inits if base is not None]
+
+
+def _made_in_forward(code: Code, klass: Klass) -> set[int]:
+    """The calls that forward makes and the constructor does not: what they register is not there while weights load."""
+    forward, init = code.method(klass, "forward"), code.method(klass, "__init__")
+    if forward is None or init is None:
+        return set()
+    return {id(call) for call in run_by(code, klass, forward[1])} - {id(call) for call in run_by(code, klass, init[1])}
 
 
 def refilled_by_init_weights(code: Code, klass: Klass, name: str) -> bool:
@@ -239,9 +267,17 @@ def _factory(klass: Klass, node: ast.AST) -> bool:
 
 
 def _loop_sources(init: ast.AST) -> dict[str, str]:
-    """What each loop variable goes through, as text."""
+    """What each loop variable goes through, as text; of a local name, what it is set to."""
     loops = [node for node in walk(init) if isinstance(node, (ast.comprehension, ast.For))]
-    return {ast.unparse(loop.target): ast.unparse(loop.iter) for loop in loops}
+    local = {
+        goal.id: ast.unparse(node.value)
+        for node in walk(init)
+        if isinstance(node, ast.Assign)
+        for goal in node.targets
+        if isinstance(goal, ast.Name)
+    }
+    texts = {ast.unparse(loop.target): ast.unparse(loop.iter) for loop in loops}
+    return {target: local.get(text, text) for target, text in texts.items()}
 
 
 def _is_tensor(klass: Klass, node: ast.AST, source: str) -> bool:

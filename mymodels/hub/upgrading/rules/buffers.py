@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import libcst as cst
 
-from ...static.check_init import refilled_by_init_weights
-from ...static.code_tree import Klass, calls, constant, is_self
+from ...static.check_init import refilled_by_init_weights, run_by
+from ...static.code_tree import Klass, constant, is_self
 from ...static.headers import tensor_headers
 from ...static.kept_buffers import kept_buffers
 from ..rule import Context, Rewriter, Rule, rewrites, source_of, statements
@@ -63,7 +63,7 @@ def _unsaved(context: Context) -> Iterator[_Refilled]:
         if init is None or not code.is_module(klass) or id(klass.node) in kept:
             continue
         names = []
-        for call in _run_by_init(context, klass, init):
+        for call in run_by(code, klass, init):  # what a method registers later is not there while weights load
             name = constant(call.args[0]) if is_self(call.func, "register_buffer") and call.args else None
             value = (
                 call.args[1]
@@ -77,28 +77,6 @@ def _unsaved(context: Context) -> Iterator[_Refilled]:
                 names.append(name)
         if names:
             yield _Refilled(klass, list(dict.fromkeys(names)), init)
-
-
-def _run_by_init(context: Context, klass: Klass, init: ast.AST) -> Iterator[ast.Call]:
-    """The calls that a constructor makes, those of its own methods and of its ancestors in the folder included.
-
-    What a method registers later, when it is first needed, is not there while the weights are loaded.
-    """
-    waiting, seen = [init], set[int]()
-    while waiting:
-        function = waiting.pop()
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
-        for call in calls(function):
-            yield call
-            method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-            if is_self(call.func):
-                found = context.code.method(klass, method)
-                waiting += [found[1]] if found is not None else []
-            elif method == "__init__":
-                inits = (base.method("__init__") for base in context.code.lineage(klass))
-                waiting += [base for base in inits if base is not None]
 
 
 def _ends(key: str, name: str) -> bool:
