@@ -89,3 +89,38 @@ def test_the_place_of_a_release_is_absolute(tmp_path: Path, monkeypatch) -> None
     (tmp_path / "cache" / "4.36.2" / "transformers" / "__init__.py").touch()
     place = install(PinnedRelease("4.36.2", "0.36.2", "0.15.2"), "cache")
     assert place == tmp_path / "cache" / "4.36.2"
+
+
+def beams_record(with_cache: list[float], without: list[float], tokens: list[int], what: str = "") -> Recorded:
+    items: dict = {f"beams, {how} cache": {"status": "recorded"} for how in ("with", "without")}
+    if what:
+        items["beams, with cache"] = {"status": "failed", "what": what, "where": ""}
+    tensors = {
+        "AutoModel|beams, with cache|scores": torch.tensor(with_cache),
+        "AutoModel|beams, without cache|scores": torch.tensor(without),
+        "AutoModel|beams, with cache|tokens": torch.tensor(tokens),
+        "AutoModel|beams, without cache|tokens": torch.tensor(tokens),
+    }
+    return Recorded("r", {"AutoModel": items}, tensors)
+
+
+def test_beams_are_compared_by_score_and_by_tokens_unless_they_tie() -> None:
+    old = beams_record([-2.0, -3.0], [-2.0, -3.0], [1, 2])
+    assert set(statuses(beams_record([-2.0, -3.0], [-2.0, -3.0], [1, 2]), old).values()) == {"equal"}
+    assert set(statuses(beams_record([-2.0, -3.1], [-2.0, -3.1], [1, 2]), old).values()) == {"differs"}
+    assert set(statuses(beams_record([-2.0, -3.0], [-2.0, -3.0], [2, 1]), old).values()) == {"differs"}
+    tie = beams_record([-2.0, -2.0], [-2.0, -2.0], [1, 2])
+    assert set(statuses(beams_record([-2.0, -2.0], [-2.0, -2.0], [2, 1]), tie).values()) == {"equal"}
+
+
+def test_beams_over_a_state_that_is_not_reordered_are_no_measure() -> None:
+    wrong = beams_record([-2.5, -3.0], [-2.0, -3.0], [1, 2])
+    found = statuses(beams_record([-2.0, -3.0], [-2.0, -3.0], [1, 2]), wrong)
+    assert found == {"beams, with cache": "not compared", "beams, without cache": "equal"}
+    old = beams_record([-2.0, -3.0], [-2.0, -3.0], [1, 2])
+    raises = beams_record(
+        [-2.0, -3.0], [-2.0, -3.0], [1, 2], "NotImplementedError: the state of this model cannot be reordered: pass"
+    )
+    assert statuses(raises, old)["beams, with cache"] == "not compared"
+    other = beams_record([-2.0, -3.0], [-2.0, -3.0], [1, 2], "TypeError: no")
+    assert statuses(other, old)["beams, with cache"] == "failed"

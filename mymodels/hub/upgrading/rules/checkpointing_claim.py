@@ -32,7 +32,8 @@ def _stock(full: str) -> bool:
         r"(PreTrainedModel|Config|Output\w*|^_?[a-z]\w*|^[A-Z_]+)$", name
     ):
         return False
-    return name.startswith("AutoModel") or ".models." in full
+    made = re.search(r"(Model|For[A-Z]\w+|Layer|Encoder|Decoder|Stack|Block)$", name)
+    return name.startswith("AutoModel") or ".models." in full or made is not None
 
 
 class _Deny(Rewriter):
