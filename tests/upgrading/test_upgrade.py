@@ -179,3 +179,11 @@ def test_buffers_of_another_file_are_computed_again(tmp_path: Path) -> None:
     diff = upgrade(folder, dry_run=True).diff
     assert diff.count("+    @keep_arguments") == 2
     assert "+        if isinstance(module, (A, B)):\n+            refill_buffers(module)" in diff
+
+
+@pytest.mark.parametrize("part", ["", "from transformers import LlamaModel\n"])
+def test_checkpointing_is_denied_only_where_no_part_may_have_it(part: str, tmp_path: Path) -> None:
+    claims = OLD.replace("    config_class", "    supports_gradient_checkpointing = True\n    config_class")
+    code = part + (claims.replace("nn.Embedding(8, 4)", "LlamaModel(config)") if part else claims)
+    edits = upgrade(folder_of(tmp_path / "old", code), dry_run=True).edits
+    assert any(edit.rule == "checkpointing claim" for edit in edits) == (not part)
