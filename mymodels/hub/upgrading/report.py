@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...messages import printable
+from ...tables import print_table
 
 if TYPE_CHECKING:
     from .proof import Proof
@@ -122,7 +123,7 @@ def _show_proof(proof: "Proof", console: Console) -> None:
         table.add_column(release, no_wrap=True)
     for name, *signs in rows_of(proof):
         table.add_row(name, *signs)
-    console.print(table)
+    print_table(table, console)
     told: set[tuple[str, ...]] = set()
     for row in proof.bad + proof.not_compared:
         releases = ", ".join(r.release for r in proof.rows if r[1:] == row[1:])

@@ -1,6 +1,7 @@
 """Buffers that are in no file: computed again where transformers 5 leaves them without data."""
 
 import ast
+import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -184,6 +185,9 @@ class _ToModule(ast.NodeTransformer):
             return ast.Attribute(ast.Name(self.module, ast.Load()), "config", ast.Load())
         return node
 
+    def source(self, node: ast.AST) -> str:
+        return ast.unparse(self.visit(copy.deepcopy(node)))  # other rules read the tree, too
+
 
 def _own_statements(one: _Refilled, module: str) -> str | None:
     """The statements that compute a model's own buffers, from those of its constructor, or None."""
@@ -207,8 +211,8 @@ def _own_statements(one: _Refilled, module: str) -> str | None:
         for step in _needed(one.init.body, values[name]):
             if step not in taken:
                 taken.append(step)
-        lines.append(f"    {module}.{name}.copy_({ast.unparse(_ToModule(module, config).visit(values[name]))})\n")
-    before = [f"    {ast.unparse(_ToModule(module, config).visit(step))}\n" for step in taken]
+        lines.append(f"    {module}.{name}.copy_({_ToModule(module, config).source(values[name])})\n")
+    before = [f"    {_ToModule(module, config).source(step)}\n" for step in taken]
     return f"if isinstance({module}, {one.klass.name}):\n" + "".join([*before, *lines])
 
 
