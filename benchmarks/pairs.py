@@ -28,7 +28,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from mymodels.models.products import batched
+from mymodels.models.products import batched, fastest, one_dnn
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
@@ -203,8 +203,12 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
         if second.ndim == 2:
             first, out = buffer("first", *shape, like=second), buffer("out", shape[0], second.shape[1], like=second)
             key = (shape, tuple(second.shape))
-            if key not in faster:
-                took = {product: _least(product, first, second, out) for product in (_mm, _one_dnn, _batched)}
+            if key not in faster and shape[0] <= 2 and second.dtype is torch.float32:
+                # each weight comes from memory, and not from the caches as in `_least`
+                product = fastest(*shape, torch.get_num_threads())
+                faster[key] = {one_dnn: _one_dnn, batched: _batched}.get(product, _mm)
+            elif key not in faster:
+                took = {product: _least(product, first, second, out) for product in (_mm, _one_dnn)}
                 faster[key] = min(took, key=took.__getitem__)
             jobs.append((faster[key], first, second, out))
         else:
