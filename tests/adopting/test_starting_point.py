@@ -23,7 +23,7 @@ def test_the_files(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(path.name for path in folder.iterdir()) == names
     monkeypatch.syspath_prepend(folder)
     modeling = importlib.import_module(f"modeling_{lower}")
-    for path in folder.iterdir():
+    for path in folder.glob("*.*"):
         text = path.read_text().replace(f"A copy of {old}", "")
         own = {word for word in re.findall(rf"\w*{old}\w*", text) if hasattr(modeling, word)}
         assert all(getattr(modeling, word).__module__.startswith("mymodels.models.") for word in own)
