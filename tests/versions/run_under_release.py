@@ -170,6 +170,14 @@ def check_stock_bert(my_bert: type) -> None:
     ids, mask = torch.randint(1, 97, (2, 9)), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
     with torch.no_grad():
         close(mine(ids, attention_mask=mask).logits, stock(ids, attention_mask=mask).logits)
+        # outputs have the same items in the same places, as a dict and as a tuple
+        for more in ({}, {"output_hidden_states": True}):
+            found, expected = (model.base_model(ids, attention_mask=mask, **more) for model in (mine, stock))
+            assert list(found) == list(expected), list(found)
+            close(found["pooler_output"], expected["pooler_output"])
+            as_tuples = [model.base_model(ids, attention_mask=mask, return_dict=False, **more) for model in (mine, stock)]
+            assert len(as_tuples[0]) == len(as_tuples[1])
+            close(as_tuples[0][1], as_tuples[1][1])
 
 
 def check_stock_gpt2() -> None:
