@@ -254,7 +254,9 @@ class MyBertModel(MyBertPreTrainedModel):
         if self.pooler is not None and self.served is None:
             states = outputs.last_hidden_state
             lengths = lengths_in_rows(states, position_ids, attention_mask)
-            outputs.pooler_output = pool(self.pooler, self.config, states, attention_mask, lengths)
+            pooled = pool(self.pooler, self.config, states, attention_mask, lengths)
+            # set as an attribute it would be no item up to 5.2, and the last one from 5.3
+            outputs = BaseModelOutputWithPooling(**{**outputs, "pooler_output": pooled})
         return outputs
 
     @skips_padding(right_padded=True)
