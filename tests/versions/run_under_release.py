@@ -175,7 +175,9 @@ def check_stock_bert(my_bert: type) -> None:
             found, expected = (model.base_model(ids, attention_mask=mask, **more) for model in (mine, stock))
             assert list(found) == list(expected), list(found)
             close(found["pooler_output"], expected["pooler_output"])
-            as_tuples = [model.base_model(ids, attention_mask=mask, return_dict=False, **more) for model in (mine, stock)]
+            as_tuples = [
+                model.base_model(ids, attention_mask=mask, return_dict=False, **more) for model in (mine, stock)
+            ]
             assert len(as_tuples[0]) == len(as_tuples[1])
             close(as_tuples[0][1], as_tuples[1][1])
 
