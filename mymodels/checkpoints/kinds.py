@@ -5,9 +5,8 @@ import re
 import zipfile
 from pathlib import Path
 
-OPENED = (  # the kinds of single files that `open_checkpoint` opens; an index is opened with the files it names
-    *("PyTorch", "pickle", "safetensors", "TorchScript", "torch.export", "NumPy", "GGUF", "ONNX", "HDF5", "Flax"),
-)
+# the kinds of single files that `open_checkpoint` opens; an index is opened with the files it names
+OPENED = "PyTorch", "pickle", "safetensors", "TorchScript", "torch.export", "NumPy", "GGUF", "ONNX", "HDF5", "Flax"
 _TF_INDEX_MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of a TensorFlow index file
 _LEGACY_TORCH = re.compile(
     rb"L119547037146038801333356L\n\.|\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", re.DOTALL

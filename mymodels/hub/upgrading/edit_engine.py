@@ -66,7 +66,7 @@ def apply_rules(folder: Folder, rules: Iterable[Rule], *, releases: tuple[Minor,
     rules = list(rules)
     original = {name: file.text for name, file in folder.code.items()}
     work = replace(folder, code=dict(folder.code), values=dict(folder.values), memo=dict(folder.memo))
-    _forget(work)
+    _clear_memo(work)
     blocks: dict[str, dict[str, str]] = {}
     for name, text in original.items():
         bare, blocks[name] = take_out(text)
@@ -90,11 +90,11 @@ def _set_text(folder: Folder, name: str, text: str) -> None:
     if isinstance(parsed, str):
         raise EditError(f"{name}: {parsed}")
     folder.code[name] = parsed
-    _forget(folder)
+    _clear_memo(folder)
 
 
-def _forget(folder: Folder) -> None:
-    """Forget what was worked out from code and config; the weights' headers do not change."""
+def _clear_memo(folder: Folder) -> None:
+    """Clear what was derived from code and config; the weights' headers do not change."""
     headers = folder.memo.get("headers")
     folder.memo.clear()
     if headers is not None:
@@ -105,13 +105,13 @@ def _configure(work: Folder, rule: Rule, edits: list[Edit]) -> bool:
     if rule.configure is None or "config.json" not in work.values:
         return False
     before = json.loads(json.dumps(work.config))
-    told: list[str] = []
-    after = rule.configure(json.loads(json.dumps(before)), work, told.append)
-    edits += [Edit(rule.name, "config.json", 0, what) for what in told]
+    changes: list[str] = []
+    after = rule.configure(json.loads(json.dumps(before)), work, changes.append)
+    edits += [Edit(rule.name, "config.json", 0, what) for what in changes]
     if after == before and list(after) == list(before):
         return False
     work.values["config.json"] = after
-    _forget(work)
+    _clear_memo(work)
     return True
 
 
