@@ -2,6 +2,7 @@
 
 import ast
 import re
+from typing import Any
 
 from ..static.code_tree import Code, Klass, calls, is_self
 
@@ -92,3 +93,23 @@ def tied_by_hand(code: Code, klass: Klass | None, name: str) -> str:
         prefix.append(words[depth])
         klass = class_of_part(code, klass, parts_of(code, klass).get(words[depth]))
     return ""
+
+
+def ties_by_config(code: Code, config: dict[str, Any]) -> bool:
+    """Whether the old releases tied a head and the embeddings: by `tie_word_embeddings`, which was true by default."""
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    for klass in code.classes:
+        init = klass.method("__init__") if code.is_config(klass) else None
+        if init is None:
+            continue
+        names = [argument.arg for argument in [*init.args.args, *init.args.kwonlyargs]]
+        defaults = [*init.args.defaults, *[d for d in init.args.kw_defaults if d is not None]]
+        for name, default in zip(reversed(names), reversed(defaults)):
+            if name == "tie_word_embeddings" and isinstance(default, ast.Constant):
+                return bool(default.value)
+        for call in calls(init):
+            for keyword in call.keywords:
+                if keyword.arg == "tie_word_embeddings" and isinstance(keyword.value, ast.Constant):
+                    return bool(keyword.value.value)
+    return True

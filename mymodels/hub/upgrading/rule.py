@@ -150,7 +150,8 @@ class Context:
 
 
 Apply = Callable[[cst.Module, Context], cst.Module]
-Configure = Callable[[dict[str, Any], Folder, Callable[[str], None]], dict[str, Any]]
+Report = Callable[[str], None]  # called with a phrase on what was changed
+Configure = Callable[[dict[str, Any], Folder, Report], dict[str, Any]]
 
 
 @dataclass(frozen=True)

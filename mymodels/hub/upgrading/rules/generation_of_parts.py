@@ -1,16 +1,15 @@
 """Token ids of generation that a nested config has by default: newer releases read them from config.json alone."""
 
-from collections.abc import Callable
 from typing import Any
 
 from ...static.repo_snapshot import Folder
-from ..rule import Rule
+from ..rule import Report, Rule
 
 _PARTS = ("decoder", "generator", "text_config")  # where transformers looks
 _IDS = ("bos_token_id", "eos_token_id")
 
 
-def _configure(config: dict[str, Any], folder: Folder, report: Callable[[str], None]) -> dict[str, Any]:
+def _configure(config: dict[str, Any], folder: Folder, report: Report) -> dict[str, Any]:
     """Write the default token ids of a stock config into the part, unless the folder says itself what ends a text."""
     if "generation_config.json" in folder.files or config.get("eos_token_id") is not None:
         return config

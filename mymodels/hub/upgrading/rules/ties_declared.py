@@ -5,9 +5,8 @@ import re
 
 import libcst as cst
 
-from ...static.code_tree import Klass, calls
-from ..embeddings import input_embeddings
-from ..rule import Context, Rewriter, Rule, rewrites, statements
+from ..embeddings import input_embeddings, ties_by_config
+from ..rule import Rewriter, Rule, rewrites, statements
 
 
 class _Declare(Rewriter):
@@ -16,7 +15,9 @@ class _Declare(Rewriter):
         klass = self.context.klass(name)
         if klass is None or self.context.scope(original_node) or not self.context.code.is_model(klass):
             return updated_node
-        if self.context.code.value(klass, "_tied_weights_keys") is not None or not _ties(self.context, klass):
+        if self.context.code.value(klass, "_tied_weights_keys") is not None or not ties_by_config(
+            self.context.code, self.context.config
+        ):
             return updated_node
         if self.context.code.method(klass, "tie_weights") is not None:
             return updated_node  # it ties by itself, on its own conditions
@@ -33,26 +34,6 @@ class _Declare(Rewriter):
         body = list(updated_node.body.body)
         at = next((i for i, step in enumerate(body) if isinstance(step, (cst.FunctionDef, cst.ClassDef))), len(body))
         return updated_node.with_changes(body=updated_node.body.with_changes(body=[*body[:at], *line, *body[at:]]))
-
-
-def _ties(context: Context, klass: Klass) -> bool:
-    """Whether the old releases tied: by `tie_word_embeddings`, which was true by default."""
-    if "tie_word_embeddings" in context.config:
-        return bool(context.config["tie_word_embeddings"])
-    for config in context.code.classes:
-        init = config.method("__init__") if context.code.is_config(config) else None
-        if init is None:
-            continue
-        names = [argument.arg for argument in [*init.args.args, *init.args.kwonlyargs]]
-        defaults = [*init.args.defaults, *[d for d in init.args.kw_defaults if d is not None]]
-        for name, default in zip(reversed(names), reversed(defaults)):
-            if name == "tie_word_embeddings" and isinstance(default, ast.Constant):
-                return bool(default.value)
-        for call in calls(init):
-            for keyword in call.keywords:
-                if keyword.arg == "tie_word_embeddings" and isinstance(keyword.value, ast.Constant):
-                    return bool(keyword.value.value)
-    return True
 
 
 _BEFORE = """
