@@ -164,7 +164,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     if classes:
         first = [name for name in classes if auto_map[name].split(".")[-1] in architectures]
         heads = [name for name in classes if name != "AutoModel"]
-        main = (first or heads or classes)[0]
+        # where AutoModel names the class with the head too, the head's Auto class says what it is for
+        main = ([name for name in first if name in heads] or first or heads or classes)[0]
     else:
         main = architectures[0] if architectures else "AutoModel"
         classes = [main, "AutoModel"]
