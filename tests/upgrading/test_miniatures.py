@@ -21,7 +21,7 @@ MUST_BE_COMPARED = ("load", "outputs", "save and reload")
 
 
 # what verify still names: the original has it under every release
-ORIGINALS_OWN = {"chatglm": {"architectures"}, "mpt": {"named modules"}, "reward": {"auto_map"}}
+ORIGINALS_OWN = {"reward": {"auto_map"}}
 
 
 @pytest.fixture(scope="module")

@@ -35,5 +35,6 @@ def test_the_commands_run(tmp_path: Path) -> None:
             assert {check["status"] for check in checks if check["name"] in ("load", "golden")} == {"ok"}, told
     report = json.loads((tmp_path / "new-model" / "upgrade.json").read_text())
     assert report["golden"] == "recorded from the original under transformers 4.36.2"
+    assert report["verify"] == report["left"] == []
     made = {file.name for file in (tmp_path / "new-model").iterdir()}
     assert {"upgrade.json", "upgrade.diff", "golden.safetensors", "manifest.json", "README.md"} <= made

@@ -42,6 +42,17 @@ def verdict(result: "Upgrade") -> str:
     return f"not proven: {len(proof.bad)} comparisons failed; nothing was written"
 
 
+def left_lines(result: "Upgrade") -> list[str]:
+    """Faults that the code still has: a sentence for each, and for each check that `verify` fails."""
+    lines = [f"fault of the original, at {fault.where}: {fault.what}" for fault in result.left]
+    under = f" under transformers {result.proof.targets[-1]}" if result.proof is not None else ""
+    for fault in result.verify:
+        place = f" ({fault.where})" if fault.where else ""
+        starts = f"`mymodels verify` fails{under}, which upgrade does not repair: " if fault.status == "failed" else ""
+        lines.append(f"{starts}{fault.what}{place}")
+    return lines
+
+
 def report_of(result: "Upgrade") -> dict[str, Any]:
     """Everything as plain data, for JSON."""
     proof = result.proof
@@ -62,6 +73,8 @@ def report_of(result: "Upgrade") -> dict[str, Any]:
             for edit in result.edits
         ],
         "undone": result.undone,
+        "left": [{"what": fault.what, "where": fault.where} for fault in result.left],
+        "verify": [{"what": fault.what, "where": fault.where} for fault in result.verify],
         "proof": None
         if proof is None
         else {
@@ -103,6 +116,8 @@ def show_upgrade(result: "Upgrade", console: Console, *, diff: bool = False) -> 
         console.print(Text(f"golden outputs: {printable(result.golden)}"), soft_wrap=True)
     if result.mlinter:
         console.print(Text("transformers-mlinter: {before} findings before, {after} after".format(**result.mlinter)))
+    for text in left_lines(result):
+        console.print(Text(printable(text), style="yellow"), soft_wrap=True)
     style = "bold green" if result.proven or not (result.edits or result.refused) else "bold yellow"
     style = "bold red" if result.refused or (result.proof is not None and result.proof.bad) else style
     console.print(Text(f"{result.path}: {verdict(result)}", style=style), soft_wrap=True)
@@ -167,3 +182,8 @@ def card_table(result: "Upgrade") -> str:
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows_of(proof))
     golden = f"\n\n`golden.safetensors`: {result.golden}." if result.golden else ""
     return f"## Upgraded code\n\n{about}\n{legend}\n\n{head}\n{body}{golden}"
+
+
+def card_faults(result: "Upgrade") -> str:
+    """The part of the model card on what the code still gets wrong; empty if nothing is known."""
+    return "".join(f"\n- {printable(line)}" for line in left_lines(result))

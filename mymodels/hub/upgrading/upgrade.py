@@ -19,6 +19,7 @@ from ..releases import PinnedRelease, default_cache_dir, install
 from ..static.api_availability import find_releases
 from ..static.repo_snapshot import Finding, Folder, read_folder
 from .edit_engine import Edited, apply_rules
+from .left_faults import masks_not_passed
 from .lint_counts import lint_counts
 from .pickled_weights import with_safetensors
 from .plan_releases import old_releases, span_of, target_releases
@@ -43,6 +44,8 @@ class Upgrade:
         diff: unified diff of code and config.
         proof: the original's record compared with the upgraded code under each release; None if nothing was run.
         rules: name → rule, of the edits.
+        left: faults of the original that no rule repairs, because numbers would change; each with its place.
+        verify: what `verify` fails on in `out` under the newest release; empty if it passes, or nothing was written.
         golden: where the golden outputs in `out` come from: the original, or the upgraded code; "" if nothing was written.
         mlinter: what transformers-mlinter finds `before` and `after`, for information; empty if it is not installed.
     """
@@ -55,6 +58,8 @@ class Upgrade:
     diff: str = ""
     proof: Proof | None = None
     rules: dict[str, Rule] = field(default_factory=dict)
+    left: list[Finding] = field(default_factory=list)
+    verify: list[Finding] = field(default_factory=list)
     golden: str = ""
     mlinter: dict[str, int] = field(default_factory=dict)
 
@@ -150,6 +155,7 @@ def upgrade(
     ]
     edited = apply_rules(folder, rules, releases=span_of(targets))
     _report(result, folder, edited, rules)
+    result.left = masks_not_passed(folder)
     if result.refused or not edited.changes or dry_run or out is None:
         return result
     with tempfile.TemporaryDirectory(prefix="mymodels-upgrade-") as scratch:
@@ -165,9 +171,18 @@ def upgrade(
         if kept is not edited:
             _report(result, folder, kept, rules)
         if proof.holds or (unproven and proof.old is None and proof.runs):
-            tell("writing the folder, and recording golden outputs")
             original = _original(source, case, proof, places)
-            write_upgraded(folder, kept, result, Path(out).expanduser(), original, inputs=inputs, limits=limits)
+            write_upgraded(
+                folder,
+                kept,
+                result,
+                Path(out).expanduser(),
+                original,
+                inputs=inputs,
+                limits=limits,
+                cache_dir=cache_dir,
+                tell=tell,
+            )
             result.out = str(out)
     return result
 

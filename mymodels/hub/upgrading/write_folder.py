@@ -1,8 +1,9 @@
 """Write the upgraded folder: everything of the original, the edited files in their place, the proof beside them."""
 
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,8 @@ from ..given_inputs import Inputs
 from ..golden import GOLDEN, temporary_golden
 from ..static.repo_snapshot import Folder
 from .edit_engine import Edited
-from .report import card_table, report_of
+from .left_faults import verify_faults
+from .report import card_faults, card_table, report_of
 from .unified_diff import config_text
 
 if TYPE_CHECKING:
@@ -66,13 +68,19 @@ def write_upgraded(
     *,
     inputs: Inputs | None = None,
     limits: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Write the result with its report, diff, golden outputs, card's table and manifest: all of it, or nothing.
+
+    What `verify` fails on in it is put into `result.verify`, and into the report and the card.
 
     Args:
         original: where the golden outputs are recorded; None if no old release runs the original.
         inputs: the caller's arguments of `forward` for them.
         limits: `time_limit` and `memory_limit` of the recording.
+        cache_dir: where releases are installed.
+        tell: called with what is being done.
 
     Raises:
         FileExistsError: `out` is not empty.
@@ -80,12 +88,18 @@ def write_upgraded(
     with replace_folder(out, overwrite=False, finish=write_manifest) as new:
         write_copy(folder, edited, new, link=False)
         (new / MANIFEST).unlink(missing_ok=True)
+        tell("writing the folder, and recording golden outputs")
         upgraded = GoldenSource(new, None, f"the upgraded code under transformers {version('transformers')}")
         sources = [original, upgraded] if original is not None else [upgraded]
         result.golden = _write_golden(new, sources, inputs=inputs, **(limits or {}))
+        tell("verifying the folder")
+        how = {"inputs": inputs, "cache_dir": cache_dir, **(limits or {})}
+        assert result.proof is not None
+        result.verify = list(verify_faults(new, result.proof.targets[-1], how))
         (new / REPORT).write_text(json.dumps(report_of(result), indent=2) + "\n", encoding="utf-8")
         (new / DIFF).write_text(result.diff, encoding="utf-8")
-        _write_card(new / "README.md", card_table(result))
+        faults = card_faults(result)
+        _write_card(new / "README.md", card_table(result) + (f"\n\nNot repaired:\n{faults}" if faults else ""))
 
 
 def _write_golden(new: Path, sources: Sequence[GoldenSource], **how: Any) -> str:
