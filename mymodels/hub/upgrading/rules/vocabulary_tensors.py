@@ -46,7 +46,7 @@ def _left(context: Context, klass: Klass) -> tuple[list[str], list[str]]:
         bias = found.argument(2, "bias")
         if bias is None or constant(bias) is True:
             tensors.insert(0, f"{head}.bias")
-    return tensors, [name for name in vocabulary.settings() if name != _alias(context)]
+    return tensors, [name for name in vocabulary.settings() if name not in _set_by_transformers(context)]
 
 
 def _keeps_bias(context: Context, klass: Klass) -> bool:
@@ -62,14 +62,15 @@ def _is_bias_of_head(code: Code, name: str) -> bool:
     return any(re.search(rf"\.bias = self\.{last}\b", ast.unparse(klass.node)) for klass in code.classes)
 
 
-def _alias(context: Context) -> str:
-    """The setting that transformers sets itself: `vocab_size`, or what `attribute_map` calls it."""
+def _set_by_transformers(context: Context) -> set[str]:
+    """The names of the setting that transformers sets itself: `vocab_size`, and what `attribute_map` calls it."""
+    names = {"vocab_size"}
     for klass in context.code.classes:
         found = klass.value("attribute_map") if context.code.is_config(klass) else None
         for key, value in zip(found.keys, found.values) if isinstance(found, ast.Dict) else ():
-            if constant(key) == "vocab_size":
-                return str(constant(value))
-    return "vocab_size"
+            pair = {str(constant(key)), str(constant(value))}
+            names |= pair if "vocab_size" in pair else set()
+    return names
 
 
 class _Resize(Rewriter):
