@@ -13,6 +13,7 @@ from hub.dynamic.many import run_many
 from safetensors.torch import save_file
 
 from mymodels.hub.clean_process import describe_folder
+from mymodels.hub.isolated.inputs import ordinary_token_ids
 from mymodels.hub.static.repo_snapshot import read_folder
 from mymodels.hub.upgrading import upgrade
 from mymodels.hub.upgrading.edit_engine import Edited, apply_rules
@@ -170,6 +171,61 @@ def test_the_class_with_a_head_is_the_main_one(tmp_path: Path) -> None:
     auto_map = {"AutoModel": AUTO["AutoModelForCausalLM"], **AUTO}
     edit(tmp_path / "old", auto_map=auto_map)
     assert describe_folder(tmp_path / "old")["classes"] == ["AutoModelForCausalLM", "AutoModel"]
+
+
+def test_a_bias_of_tied_logits_is_resized(tmp_path: Path) -> None:
+    """`forward` multiplies with the embeddings themselves: there is no head, but a bias with one value a token."""
+    tied = CODE.replace(
+        "self.output_layer = skip_init(nn.Linear, config.hidden_size, config.vocab_size, bias=False)", "{}"
+    )
+    tied = tied.replace("self.output_layer(", "nn.functional.linear(").replace(
+        "=attention_mask))", "=attention_mask), *w)"
+    )
+    tied = tied.replace(
+        "        return nn.f", "        w = self.transformer.wte.weight, self.score_bias\n        return nn.f"
+    )
+    tied = tied.replace("{}", "self.score_bias = nn.Parameter(torch.zeros(config.vocab_size))")
+    text = edit(tmp_path / "old", tied, {"transformer.wte.weight": (8, 4), "score_bias": (8,)}).texts["modeling_old.py"]
+    assert 'fit_to_embeddings(self, embeddings, tensors=("score_bias",))' in text
+    assert "get_output_embeddings" not in text
+    classes = tied.replace("torch.zeros(config.vocab_size)", "torch.zeros(config.num_labels)")
+    assert not edit(tmp_path / "classes", classes).changes
+
+
+def test_what_sizes_the_embeddings_is_the_size_of_the_vocabulary(tmp_path: Path) -> None:
+    code = (CODE + GETTERS).replace("vocab_size", "alphabet")
+    init = "    def __init__(self, alphabet=8, **kwargs):\n        self.alphabet = alphabet\n        super().__init__(**kwargs)\n"
+    code = code.replace('model_type = "old"\n', f'model_type = "old"\n\n{init}')
+    edit(tmp_path / "old", code, vocab_size=None, alphabet=8)
+    found = apply_rules(
+        read_folder(tmp_path / "old"), [rule for rule in all_rules() if rule.name == "names in the config"]
+    )
+    assert 'attribute_map = {"vocab_size": "alphabet"}' in found.texts["modeling_old.py"]
+
+
+def test_token_ids_of_a_model_that_does_not_lead_to_its_embeddings() -> None:
+    """As under an old release, with a `base_model_prefix` that names no part."""
+
+    class Inner(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.wte = torch.nn.Embedding(12, 4)
+
+        def get_input_embeddings(self):
+            return self.wte
+
+    class Outer(Inner):
+        def __init__(self, config):
+            super().__init__(config)
+            self.wte, self.part = None, Inner(config)
+
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    ids = ordinary_token_ids(Outer(transformers.PretrainedConfig()))
+    assert len(ids) >= 10 and max(ids) == 11
 
 
 PREPARES = """

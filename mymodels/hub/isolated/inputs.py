@@ -56,10 +56,14 @@ def ordinary_token_ids(model: Any) -> list[int]:
 
 
 def _embeddings(model: Any) -> Any:
-    try:
-        return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
+    """The input embeddings, also of a model inside the model to which nothing leads; None if there are none."""
+    for part in model.modules():  # the model itself is the first
+        try:
+            if (found := part.get_input_embeddings()) is not None:
+                return found
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+    return None
 
 
 def make_token_ids(model: Any, rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """`num_hidden_layers` and `vocab_size`, which transformers asks a config for while it generates."""
 
 import ast
+from collections.abc import Iterator
 
 import libcst as cst
 
 from ...static.code_tree import Klass, is_self
+from ...static.headers import tensor_headers
 from ..generating import knows_cache, own_config, parameters
 from ..rule import Context, Rewriter, Rule, literal, rewrites, statements
+from ..vocabulary import Vocabulary
 
 # the name that transformers asks for → what configs call it
 _NAMES = {
@@ -31,9 +34,21 @@ def _lacking(context: Context, klass: Klass) -> dict[str, str]:
         if asked in known or f"'{asked}'" in text or isinstance(context.config.get(asked), int):
             continue
         own = next((name for name in names if name in known), "")
+        if not own and asked == "vocab_size":
+            own = next((name for name in _sizes_of_embeddings(context, klass) if name in known), "")
         if own:
             found[asked] = own
     return found
+
+
+def _sizes_of_embeddings(context: Context, config: Klass) -> Iterator[str]:
+    """What a config calls the number of tokens, by the embeddings of the models that have this config."""
+    for klass in context.code.classes:
+        found = context.code.value(klass, "config_class") if context.code.is_model(klass) else None
+        named = context.code.find(found[0].file, found[0].file.dotted(found[1])) if found is not None else None
+        if named is not None and named.name == config.name:
+            vocabulary = Vocabulary(context.code, klass, tensor_headers(context.folder))
+            yield from vocabulary.settings()[:1]
 
 
 class _Map(Rewriter):

@@ -36,10 +36,12 @@ def _left(context: Context, klass: Klass) -> tuple[list[str], list[str]]:
     if not own_model(code, klass) or code.method(klass, _RESIZE) is not None:
         return [], []
     head = output_embeddings(code, klass)
-    vocabulary = Vocabulary(code, klass, tensor_headers(context.folder)) if head else None
-    if vocabulary is None or not vocabulary.size:
+    vocabulary = Vocabulary(code, klass, tensor_headers(context.folder))
+    if not vocabulary.size:
         return [], []
     tensors = [name for name in vocabulary.tensors() if not _is_bias_of_head(code, name)]
+    if not head and not tensors:
+        return [], []
     part = next((part for part in vocabulary.heads() if part.path == head), None)
     found = made(part.owner, part.value) if part is not None else None
     if is_kind(found, "Linear") and found is not None and _keeps_bias(context, klass):
@@ -148,7 +150,7 @@ RULE = Rule(
     before=_BEFORE.format(block="", method=""),
     after=_BEFORE.format(block=_BLOCK.format(source=_SOURCE), method=_METHOD),
     config={"tie_word_embeddings": True},
-    apply=rewrites(_Resize, ("def get_output_embeddings",)),
-    words=("get_output_embeddings",),
+    apply=rewrites(_Resize, ("def __init__",)),
+    words=("get_output_embeddings", "Parameter", "register_buffer"),
     order=56,
 )
