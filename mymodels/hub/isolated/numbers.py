@@ -24,6 +24,7 @@ from .inputs import (
     accepted_inputs,
     generates,
     has_encoder_and_decoder,
+    has_tokens,
     make_inputs,
     make_token_ids,
     non_text_inputs,
@@ -262,7 +263,7 @@ def _outputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 def _batches(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Text without padding, and padded on either side, if the model takes text and a mask."""
-    if not _has_tokens(given) or one_row_only(model):
+    if not has_tokens(given) or one_row_only(model):
         return {}
     other = {name: value for name, value in given.items() if name.startswith("decoder_")}
     other |= non_text_inputs(given, 2)
@@ -276,18 +277,13 @@ def _batches(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[st
     return batches
 
 
-def _has_tokens(given: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the inputs are token ids; a time series may be called `input_ids` too."""
-    return "input_ids" in given and not given["input_ids"].is_floating_point()
-
-
 def _prompts(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Prompts by item, with how to generate from each."""
 
     def how(cache: bool, beams: int, penalty: bool = True) -> dict[str, torch.Tensor]:
         return dict(zip(_HOW, map(torch.tensor, (cache, beams, penalty))))
 
-    if not _has_tokens(given):
+    if not has_tokens(given):
         return {"greedy, with cache": {**given, **how(True, 1)}}
     length = min(given["input_ids"].shape[1], LENGTH)
     ids = make_token_ids(model, 2, length, seed=5)
