@@ -1,0 +1,196 @@
+"""A block that reads a parameter of one of its parts: accelerate brings it in only while that part itself is called."""
+
+import ast
+from collections.abc import Iterator
+
+import libcst as cst
+
+from ...static.code_tree import Code, Klass, attributes, calls, is_self
+from ..rule import Context, Rewriter, Rule, rewrites, source_of
+
+_HELPER = '''
+def parameter_of(module, name):
+    """A parameter of another module: accelerate brings one that is on the disk in only while its module is called."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return getattr(module, name)
+    hook.pre_forward(module)
+    value = getattr(module, name)
+    hook.post_forward(module, None)
+    return value
+'''
+# what a parameter without data tells too
+_KNOWN = {"dtype", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_floating_point", "device", "grad"}
+_TORCH = {
+    **dict.fromkeys(["Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "LayerNorm", "GroupNorm"], {"weight", "bias"}),
+    **dict.fromkeys(["Embedding", "RMSNorm"], {"weight"}),
+}
+
+
+def _block_classes(code: Code) -> set[int]:
+    """The modules that lists of blocks are made of, with all that they are made of: what a device map splits off."""
+    waiting: list[Klass] = []
+    for klass in code.classes:
+        for call in calls(klass.node):
+            last = klass.file.dotted(call.func).rpartition(".")[2]
+            listed = last == "ModuleList" or (isinstance(call.func, ast.Attribute) and call.func.attr == "append")
+            waiting += _named(code, klass, call) if listed else []
+    found: set[int] = set()
+    while waiting:
+        klass = waiting.pop()
+        if id(klass.node) not in found and code.is_module(klass):
+            found.add(id(klass.node))
+            for member in code.lineage(klass):
+                init = member.method("__init__")
+                waiting += _named(code, member, init) if init is not None else []
+    return found
+
+
+def _named(code: Code, klass: Klass, node: ast.AST) -> Iterator[Klass]:
+    """The folder's classes that a piece of code names, also through a table of classes by name."""
+    for name in {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}:
+        if (found := code.find(klass.file, name)) is not None:
+            yield found
+        for step in klass.file.tree.body:
+            if isinstance(step, ast.Assign) and any(isinstance(g, ast.Name) and g.id == name for g in step.targets):
+                values = step.value.values if isinstance(step.value, ast.Dict) else []
+                made = (code.find(klass.file, value.id) for value in values if isinstance(value, ast.Name))
+                yield from (one for one in made if one is not None)
+
+
+def _parts(code: Code, klass: Klass, name: str) -> Iterator[Klass | set[str]]:
+    """What a module keeps under a name: classes of the folder, or the parameters that a module of torch has."""
+    for member in code.lineage(klass):
+        init = member.method("__init__")
+        for step in ast.walk(init) if init is not None else ():
+            if (
+                isinstance(step, ast.Assign)
+                and isinstance(step.value, ast.Call)
+                and any(is_self(g, name) for g in step.targets)
+            ):
+                dotted = member.file.dotted(step.value.func)
+                own = code.find(member.file, dotted)
+                if own is not None and code.is_module(own):
+                    yield own
+                elif dotted.startswith("torch.nn.") and dotted.rpartition(".")[2] in _TORCH:
+                    yield _TORCH[dotted.rpartition(".")[2]]
+
+
+def _is_parameter(code: Code, klass: Klass, names: list[str]) -> bool:
+    """Whether `self.part.….name` is a parameter of a part of a module."""
+    for part in _parts(code, klass, names[0]):
+        if isinstance(part, set):
+            if len(names) == 2 and names[1] in part:
+                return True
+        elif len(names) > 2:
+            if _is_parameter(code, part, names[1:]):
+                return True
+        elif names[1] in _own_parameters(code, part):
+            return True
+    return False
+
+
+def _own_parameters(code: Code, klass: Klass) -> set[str]:
+    found: set[str] = set()
+    for member in code.lineage(klass):
+        init = member.method("__init__")
+        for step in ast.walk(init) if init is not None else ():
+            if isinstance(step, ast.Assign) and isinstance(step.value, ast.Call):
+                if member.file.dotted(step.value.func).endswith(("nn.Parameter", "nn.parameter.Parameter")):
+                    found |= {goal.attr for goal in step.targets if isinstance(goal, ast.Attribute) and is_self(goal)}
+            elif isinstance(step, ast.Call) and is_self(step.func, "register_parameter") and step.args:
+                found |= {step.args[0].value} if isinstance(step.args[0], ast.Constant) else set()  # type: ignore[arg-type]
+    return found
+
+
+def _running(code: Code, klass: Klass) -> set[str]:
+    """The methods that `forward` runs."""
+    found, waiting = set(), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        method = code.method(klass, name)
+        if method is not None and name not in found:
+            found.add(name)
+            waiting += [one.attr for one in attributes(method[1]) if is_self(one)]
+    return found
+
+
+class _Read(Rewriter):
+    def __init__(self, context: Context):
+        super().__init__(context)
+        code = context.code
+        blocks = _block_classes(code)
+        self.classes = {
+            klass.name: (klass, _running(code, klass))
+            for klass in code.classes
+            if klass.file.name == context.file.name and id(klass.node) in blocks
+        }
+
+    def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
+        names = source_of(original_node).split(".")
+        scope = self.context.scope(original_node)
+        if names[0] != "self" or len(names) < 3 or len(scope) < 2 or scope[0] not in self.classes:
+            return updated_node
+        klass, running = self.classes[scope[0]]
+        if scope[1] not in running or not _is_parameter(self.context.code, klass, names[1:]):
+            return updated_node
+        around = self.context.parent(original_node)
+        if isinstance(around, cst.Attribute) and around.attr.value in _KNOWN:
+            return updated_node
+        if isinstance(around, (cst.AssignTarget, cst.AugAssign, cst.AnnAssign, cst.Del)):
+            return updated_node
+        self.context.define("parameter_of", _HELPER)
+        part = ".".join(names[:-1])
+        self.context.note(original_node, f"{names[-1]} of {part} is brought in also where it is kept on the disk")
+        name = cst.SimpleString(f'"{names[-1]}"')
+        return cst.Call(cst.Name("parameter_of"), [cst.Arg(updated_node.value, comma=_COMMA), cst.Arg(name)])
+
+
+_COMMA = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+
+_BEFORE = """
+    import torch
+    from torch import nn
+{block}
+
+    class ToyFilter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(4))
+
+        def forward(self, length):
+            return self.bias[:length]
+
+
+    class ToyBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.filter = ToyFilter()
+
+        def forward(self, x):
+            x = x.to(self.filter.bias.dtype)
+            return x + {read}
+
+
+    class ToyModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([ToyBlock() for _ in range(2)])
+"""
+_BLOCK = """
+    # --- transformers releases: what differs between them, and what newer ones no longer have ---
+    # [parameter_of]
+{source}
+    # --- end of transformers releases ---
+"""
+_SOURCE = "\n".join(f"    {line}" if line else "" for line in _HELPER.strip("\n").split("\n"))
+
+RULE = Rule(
+    name="parameters of parts",
+    reason="a block reads a parameter of one of its parts, which has no data there where the weights are on the disk",
+    releases="every release",
+    before=_BEFORE.format(block="", read="self.filter.bias"),
+    after=_BEFORE.format(block=_BLOCK.format(source=_SOURCE), read='parameter_of(self.filter, "bias")'),
+    apply=rewrites(_Read, ("self.",)),
+    order=60,
+)
