@@ -1,6 +1,5 @@
 """Code of one's own under a stock model type: a config class and a model type of its own."""
 
-import ast
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import libcst as cst
 from ...static.api_availability import model_types
 from ...static.check_config import target
 from ...static.check_model import live_code
-from ...static.code_tree import Code, Klass
+from ...static.code_tree import Code, Klass, constant
 from ...static.repo_snapshot import Folder
 from ..rule import Context, Rewriter, Rule, rewrites, statements
 
@@ -151,14 +150,14 @@ def _configure(values: dict[str, Any], folder: Folder, report: Callable[[str], N
     for klass in filter(None, (target(folder, code, auto) for auto in autos)):
         found = code.value(klass, "config_class")
         own = code.find(found[0].file, found[0].file.dotted(found[1])) if found is not None else None
-        named = own.value("model_type") if own is not None else None
-        if own is None or not isinstance(named, ast.Constant) or named.value in (None, values.get("model_type")):
+        named = constant(own.value("model_type")) if own is not None else None
+        if own is None or not isinstance(named, str) or named == values.get("model_type"):
             continue
         module = own.file.name.removesuffix(".py")
         values["auto_map"] = {"AutoConfig": f"{module}.{own.name}", **values["auto_map"]}
         report(f"auto_map names {own.name} as AutoConfig")
-        report(f"model_type is {named.value}, that of {own.name}, and no longer {values.get('model_type')}")
-        values["model_type"] = named.value
+        report(f"model_type is {named}, that of {own.name}, and no longer {values.get('model_type')}")
+        values["model_type"] = named
         break
     return values
 

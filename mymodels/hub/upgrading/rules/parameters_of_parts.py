@@ -1,11 +1,12 @@
 """A block that reads a parameter of one of its parts: accelerate brings it in only while that part itself is called."""
 
 import ast
-from collections.abc import Iterator
 
 import libcst as cst
 
 from ...static.code_tree import Code, Klass, attributes, calls, is_self
+from ..embeddings import class_of_part, parts_of
+from ..parts import named_classes, with_parts
 from ..rule import Context, Rewriter, Rule, rewrites, source_of
 
 _HELPER = '''
@@ -21,73 +22,33 @@ def parameter_of(module, name):
 '''
 # what a parameter without data tells too
 _KNOWN = {"dtype", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_floating_point", "device", "grad"}
+_BOTH, _ONE = ("weight", "bias"), ("weight",)
 _TORCH = {
-    **dict.fromkeys(["Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "LayerNorm", "GroupNorm"], {"weight", "bias"}),
-    **dict.fromkeys(["Embedding", "RMSNorm"], {"weight"}),
+    **dict.fromkeys(["Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "LayerNorm", "GroupNorm"], _BOTH),
+    **dict.fromkeys(["Embedding", "RMSNorm"], _ONE),
 }
 
 
 def _block_classes(code: Code) -> set[int]:
     """The modules that lists of blocks are made of, with all that they are made of: what a device map splits off."""
-    waiting: list[Klass] = []
+    listed: list[Klass] = []
     for klass in code.classes:
         for call in calls(klass.node):
-            last = klass.file.dotted(call.func).rpartition(".")[2]
-            listed = last == "ModuleList" or (isinstance(call.func, ast.Attribute) and call.func.attr == "append")
-            waiting += _named(code, klass, call) if listed else []
-    found: set[int] = set()
-    while waiting:
-        klass = waiting.pop()
-        if id(klass.node) not in found and code.is_module(klass):
-            found.add(id(klass.node))
-            for member in code.lineage(klass):
-                init = member.method("__init__")
-                waiting += _named(code, member, init) if init is not None else []
-    return found
-
-
-def _named(code: Code, klass: Klass, node: ast.AST) -> Iterator[Klass]:
-    """The folder's classes that a piece of code names, also through a table of classes by name."""
-    for name in {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}:
-        if (found := code.find(klass.file, name)) is not None:
-            yield found
-        for step in klass.file.tree.body:
-            if isinstance(step, ast.Assign) and any(isinstance(g, ast.Name) and g.id == name for g in step.targets):
-                values = step.value.values if isinstance(step.value, ast.Dict) else []
-                made = (code.find(klass.file, value.id) for value in values if isinstance(value, ast.Name))
-                yield from (one for one in made if one is not None)
-
-
-def _parts(code: Code, klass: Klass, name: str) -> Iterator[Klass | set[str]]:
-    """What a module keeps under a name: classes of the folder, or the parameters that a module of torch has."""
-    for member in code.lineage(klass):
-        init = member.method("__init__")
-        for step in ast.walk(init) if init is not None else ():
-            if (
-                isinstance(step, ast.Assign)
-                and isinstance(step.value, ast.Call)
-                and any(is_self(g, name) for g in step.targets)
-            ):
-                dotted = member.file.dotted(step.value.func)
-                own = code.find(member.file, dotted)
-                if own is not None and code.is_module(own):
-                    yield own
-                elif dotted.startswith("torch.nn.") and dotted.rpartition(".")[2] in _TORCH:
-                    yield _TORCH[dotted.rpartition(".")[2]]
+            adds = isinstance(call.func, ast.Attribute) and call.func.attr == "append"
+            if adds or klass.file.dotted(call.func).rpartition(".")[2] == "ModuleList":
+                listed += named_classes(code, klass, call)
+    return {id(klass.node) for klass in with_parts(code, listed)}
 
 
 def _is_parameter(code: Code, klass: Klass, names: list[str]) -> bool:
     """Whether `self.part.….name` is a parameter of a part of a module."""
-    for part in _parts(code, klass, names[0]):
-        if isinstance(part, set):
-            if len(names) == 2 and names[1] in part:
-                return True
-        elif len(names) > 2:
-            if _is_parameter(code, part, names[1:]):
-                return True
-        elif names[1] in _own_parameters(code, part):
-            return True
-    return False
+    made = parts_of(code, klass).get(names[0])
+    own = class_of_part(code, klass, made)
+    if own is not None:
+        return names[1] in _own_parameters(code, own) if len(names) == 2 else _is_parameter(code, own, names[1:])
+    dotted = klass.file.dotted(made.func) if isinstance(made, ast.Call) else ""
+    module, _, kind = dotted.rpartition(".")
+    return len(names) == 2 and module == "torch.nn" and names[1] in _TORCH.get(kind, ())
 
 
 def _own_parameters(code: Code, klass: Klass) -> set[str]:
