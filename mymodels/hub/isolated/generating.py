@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from .causality import future_leak
+from .causality import future_leak, scaled_by_length, steady_length
 from .comparing import EQUAL, difference, run_model
 from .inputs import (
     NEW_TOKENS,
@@ -97,6 +97,23 @@ def same_sequences(made: Any, plain: Any) -> str:
     return difference({"the sequence": seen}, {"the sequence": want}, EQUAL)
 
 
+def _with_and_without_cache(model: Any, prompt: dict[str, torch.Tensor]) -> tuple[Any, Any, str]:
+    """What is generated with the cache and without it, and a sentence on how they differ."""
+    plain = generate(model, prompt, use_cache=False, **STEPS)
+    made = generate(model, prompt, use_cache=True, **STEPS)
+    if isinstance(made, torch.Tensor) or isinstance(plain, torch.Tensor):
+        return made, plain, same_sequences(made, plain)
+    seen, want = ([step[:1] for step in one.logits] for one in (made, plain))
+    return made, plain, same_steps(seen, want, plain, made)
+
+
+def _steady_prompt(model: Any, prompt: dict[str, torch.Tensor]) -> int:
+    """The length of a shorter prompt that leaves the generated row within `steady_length`; 0 if there is none."""
+    length = prompt["input_ids"].shape[1]
+    most = steady_length(model, prompt, length + NEW_TOKENS) - NEW_TOKENS
+    return most if 2 <= most < length else 0
+
+
 STEPS = {"return_dict_in_generate": True, "output_logits": True}
 
 
@@ -114,12 +131,15 @@ def check_generation(events: Any, name: str, model: Any, inputs: dict[str, torch
         if "input_ids" in inputs:  # one row: the check "padding" covers padded batches
             ids = make_rows(model, inputs, 1, prompt_length(model), seed=5)
             prompt = {"input_ids": ids, **non_text_inputs(inputs)}
-        plain = generate(model, prompt, use_cache=False, **STEPS)
-        made = generate(model, prompt, use_cache=True, **STEPS)
-        if isinstance(made, torch.Tensor) or isinstance(plain, torch.Tensor):
-            wrong = same_sequences(made, plain)
-        else:
-            wrong = same_steps([step[:1] for step in made.logits], [step[:1] for step in plain.logits], plain, made)
+        made, plain, wrong = _with_and_without_cache(model, prompt)
+        if wrong and "input_ids" in prompt and (most := _steady_prompt(model, prompt)):
+            prompt = {**prompt, "input_ids": prompt["input_ids"][:, :most]}
+            made, plain, shorter = _with_and_without_cache(model, prompt)
+            if not shorter:
+                setting, most = scaled_by_length(model.config), most + NEW_TOKENS
+                why = f"the config scales positions by the length of the row ({setting})"
+                cached.warn(f"{why}: up to {most} tokens the cache changes nothing, beyond them {wrong}")
+            wrong = shorter
         if wrong:
             leak = future_leak(model, prompt)
             cached.fail(leak or f"generation with the cache differs from generation without it: {wrong}")

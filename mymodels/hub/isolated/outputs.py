@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from . import golden_outputs, tokenizers
 from .calls import check_batch, check_forward, check_inputs_embeds
+from .causality import steady_length
 from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, unpadded_outputs
 from .generating import STEPS, check_generation, generate, same_sequences, same_steps
 from .inputs import (
@@ -261,6 +262,9 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
         check.not_applicable("the config names no pad_token_id, so this model takes one row at a time")
         return
     count, extra = prompt_length(model), 3
+    if generates(model):
+        added = extra + NEW_TOKENS
+        count = max(2, steady_length(model, inputs, count + added) - added)
     ids = make_rows(model, inputs, 2, count + extra, seed=3)
     rest, pair = non_text_inputs(inputs), non_text_inputs(inputs, rows=2)
     for side in _padding_sides(model, ids[:1], rest):
