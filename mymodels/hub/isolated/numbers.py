@@ -4,6 +4,7 @@ The job names the folders (`beside`: key → settings of `describe_folder`) and,
 first side was given (`recorded`: key → file of tensors). For each folder it writes `KEY.safetensors` and `KEY.json`.
 """
 
+import contextlib
 import faulthandler
 import inspect
 import json
@@ -35,8 +36,9 @@ from .inputs import (
 )
 from .load_repo import DTYPE, class_of, digest, seed_all, text_config
 from .losses import IGNORED, make_labels
+from .outputs import check_padding
 from .processors import TEXTS, processed_inputs, processor_names, run_processor
-from .stages import innermost, run_stage, sentence
+from .stages import Outcome, innermost, run_stage, sentence
 from .tokenizers import RECORDED, load_tokenizer
 from .training import LARGEST, gradients
 
@@ -193,6 +195,17 @@ def _record_class(record: _Record, job: dict[str, Any]) -> None:
         for item, batch in record.inputs(lambda: _prompts(model, given), PROMPTS).items():
             record.item(item, lambda batch=batch: _generated(model, batch))  # type: ignore[misc]
     record.item("save and reload", lambda: _reload(job, record.name, model, given))
+    if not own:
+        _record_property(record, model, given)
+
+
+def _record_property(record: _Record, model: Any, given: Mapping[str, torch.Tensor]) -> None:
+    """Whether padding counts in the original: `verify` names it of the upgraded code too, which keeps the numbers."""
+    check = Outcome()
+    with contextlib.suppress(Exception):  # what raises is noted at the items above
+        check_padding(check, model, dict(given), with_generation=False)
+    if check.failed:
+        record.items["padding"] = {"status": "property", "what": check.what}
 
 
 def _record_training(record: _Record, job: dict[str, Any], model: Any, given: Mapping[str, torch.Tensor]) -> None:
