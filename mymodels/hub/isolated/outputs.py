@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from . import golden_outputs, tokenizers
 from .calls import check_batch, check_forward, check_inputs_embeds
-from .causality import steady_length
+from .causality import scaled_by_length, steady_length
 from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, unpadded_outputs
 from .generating import STEPS, check_generation, generate, same_sequences, same_steps
 from .inputs import (
@@ -40,7 +40,9 @@ from .inputs import (
 )
 from .load_repo import accepts, class_of, describe, load, loaded_event, names_argument
 from .processors import PROCESSORS, check_pipelines, check_processors, check_tokenizer_output, processed_inputs
-from .stages import sentence
+from .stages import Outcome, sentence
+
+PADDING = 3  # tokens
 
 
 def run(job: dict[str, Any], events: Any) -> None:
@@ -261,10 +263,24 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
     if one_row_only(model):
         check.not_applicable("the config names no pad_token_id, so this model takes one row at a time")
         return
-    count, extra = prompt_length(model), 3
-    if generates(model):
-        added = extra + NEW_TOKENS
-        count = max(2, steady_length(model, inputs, count + added) - added)
+    count = prompt_length(model)
+    found = _with_padding(model, inputs, count, with_generation)
+    if found.failed and generates(model):  # positions may be scaled by the length of the row, which padding adds to
+        added = PADDING + NEW_TOKENS
+        most = steady_length(model, inputs, count + added) - added
+        if 2 <= most < count and not _with_padding(model, inputs, most, with_generation).failed:
+            why = f"the config scales positions by the length of the row ({scaled_by_length(model.config)})"
+            check.warn(f"{why}: up to {most + added} tokens padding changes nothing, beyond them {found.what}")
+            return
+    if found.failed:
+        check.fail(found.what)
+    elif found.what:
+        check.warn(found.what)
+
+
+def _with_padding(model: Any, inputs: dict[str, torch.Tensor], count: int, with_generation: bool) -> Outcome:
+    """The outcome of `check_padding` for a row of `count` tokens beside a longer one."""
+    check, extra = Outcome(), PADDING
     ids = make_rows(model, inputs, 2, count + extra, seed=3)
     rest, pair = non_text_inputs(inputs), non_text_inputs(inputs, rows=2)
     for side in _padding_sides(model, ids[:1], rest):
@@ -298,6 +314,7 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
                 check.warn(f"{why}, and padding on the {side} changes what is generated: {wrong}")
             elif wrong:
                 check.fail(f"padding on the {side} changes what is generated: {wrong}")
+    return check
 
 
 def _first_row_outputs(outputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:

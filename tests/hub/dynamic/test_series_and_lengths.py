@@ -120,11 +120,10 @@ def test_a_cache_under_positions_scaled_by_the_length_is_compared_within_the_tra
     assert causality.scaled_by_length(model.config) == "rope_parameters.rope_type = longrope"
     assert causality.steady_length(model, {}, 19) == 16
     found = checked(model, make_inputs(model))
-    assert found["cached generation"].status == "warning", found["cached generation"].what
-    assert "up to 16 tokens the cache changes nothing, beyond them at token" in found["cached generation"].what
-    assert {check.status for name, check in found.items() if name != "cached generation"} <= {"ok", "n/a"}, {
-        name: check.what for name, check in found.items()
-    }
+    for name, changes in (("cached generation", "the cache changes"), ("padding", "padding changes")):
+        assert found[name].status == "warning", found[name].what
+        assert f"up to 16 tokens {changes} nothing, beyond them" in found[name].what
+    assert {found[name].status for name in ("beams", "generation config", "last position")} == {"ok"}
 
 
 def test_without_the_setting_or_within_the_length_a_cache_that_changes_numbers_fails(
@@ -142,7 +141,7 @@ def test_without_the_setting_or_within_the_length_a_cache_that_changes_numbers_f
             made.last_hidden_state = made.last_hidden_state + 1
         return made
 
-    model.model.forward = wrong
+    model.model.forward = wrong  # within the trained length too
     assert checked(model, make_inputs(model))["cached generation"].status == "failed"
 
 
@@ -175,3 +174,10 @@ def test_golden_outputs_at_the_last_positions_leave_out_what_a_class_does_not_ta
 
     inputs = {"input_ids": torch.ones(1, 9), "attention_mask": torch.ones(1, 9, dtype=torch.long)}
     assert golden_outputs.outputs_at(Plain().eval(), inputs)["logits"].shape == (8,)
+
+
+def test_padding_that_counts_within_the_trained_length_fails() -> None:
+    model = llama(rope_parameters=LONGROPE)
+    plain = model.model.forward
+    model.model.forward = lambda *args, attention_mask=None, **kwargs: plain(*args, **kwargs)
+    assert checked(model, make_inputs(model))["padding"].status == "failed"
