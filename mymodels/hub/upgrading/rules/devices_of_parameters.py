@@ -129,9 +129,9 @@ def _is_device(value: ast.expr | None) -> bool:
 
 
 class _Make(Rewriter):
-    def __init__(self, context: Context):
+    def __init__(self, context: Context, devices: set[_Place], moved: set[_Place]):
         super().__init__(context)
-        self.devices, self.moved = _find(context)
+        self.devices, self.moved = devices, moved
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         position = self.context.places.positions.get(original_node)
@@ -154,6 +154,13 @@ class _Make(Rewriter):
 
 def _is_bridged(argument: cst.Arg) -> bool:
     return isinstance(argument.value, cst.Call) and getattr(argument.value.func, "value", "") == "device_of_new"
+
+
+def _apply(tree: cst.Module, context: Context) -> cst.Module:
+    devices, moved = _find(context)
+    if not devices and not moved:
+        return tree
+    return rewrites(lambda of: _Make(of, devices, moved), ("device", "Parameter"))(tree, context)
 
 
 _BEFORE = """
@@ -195,7 +202,7 @@ RULE = Rule(
         device="device_of_new(config.init_device)",
         scale="made_like_others(torch.Tensor(4))",
     ),
-    apply=rewrites(_Make, ("nn.",)),
+    apply=_apply,
     config={"init_device": "cpu"},
     words=("device=", "Tensor(", "from_numpy("),
 )

@@ -13,7 +13,9 @@ from ...static.code_tree import Code, Klass, constant
 from ...static.repo_snapshot import Folder
 from ..rule import Context, Rewriter, Rule, rewrites, statements
 
-_STOCK = re.compile(r"transformers\.(?:[\w.]+\.)?(\w+?)(PreTrainedModel|PretrainedModel|Model|For[A-Z]\w+)$")
+_STOCK = re.compile(
+    r"transformers\.(?:[\w.]+\.)?(?!Pre[Tt]rainedModel$)(\w+?)(PreTrainedModel|PretrainedModel|Model|For[A-Z]\w+)$"
+)
 
 
 class _Own(NamedTuple):

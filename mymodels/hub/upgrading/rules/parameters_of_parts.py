@@ -4,7 +4,7 @@ import ast
 
 import libcst as cst
 
-from ...static.code_tree import Code, Klass, attributes, calls, is_self
+from ...static.code_tree import Code, Klass, attributes, calls, depth, is_self
 from ..embeddings import class_of_part, parts_of
 from ..parts import named_classes, with_parts
 from ..rule import Context, Rewriter, Rule, rewrites, source_of
@@ -76,25 +76,33 @@ def _running(code: Code, klass: Klass) -> set[str]:
     return found
 
 
+def _reads(context: Context) -> dict[str, set[str]]:
+    """The classes of this file whose `forward` reads parameters of their parts: name → what it reads, as it is written."""
+    code, blocks = context.code, _block_classes(context.code)
+    found: dict[str, set[str]] = {}
+    for klass in code.classes:
+        if klass.file.name != context.file.name or id(klass.node) not in blocks:
+            continue
+        for name in _running(code, klass):
+            method = klass.method(name)
+            for node in attributes(method) if method is not None else ():
+                names = ast.unparse(node).split(".") if depth(node) > 2 else []
+                if names[:1] == ["self"] and _is_parameter(code, klass, names[1:]):
+                    found.setdefault(klass.name, set()).add(".".join(names))
+    return found
+
+
 class _Read(Rewriter):
-    def __init__(self, context: Context):
+    def __init__(self, context: Context, reads: dict[str, set[str]]):
         super().__init__(context)
-        code = context.code
-        blocks = _block_classes(code)
-        self.classes = {
-            klass.name: (klass, _running(code, klass))
-            for klass in code.classes
-            if klass.file.name == context.file.name and id(klass.node) in blocks
-        }
+        self.reads = reads
+        self.running = {name: _running(context.code, klass) for name in reads if (klass := context.klass(name))}
 
     def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
-        names = source_of(original_node).split(".")
-        scope = self.context.scope(original_node)
-        if names[0] != "self" or len(names) < 3 or len(scope) < 2 or scope[0] not in self.classes:
+        scope, written = self.context.scope(original_node), source_of(original_node)
+        if len(scope) < 2 or written not in self.reads.get(scope[0], ()) or scope[1] not in self.running[scope[0]]:
             return updated_node
-        klass, running = self.classes[scope[0]]
-        if scope[1] not in running or not _is_parameter(self.context.code, klass, names[1:]):
-            return updated_node
+        names = written.split(".")
         around = self.context.parent(original_node)
         if isinstance(around, cst.Attribute) and around.attr.value in _KNOWN:
             return updated_node
@@ -105,6 +113,11 @@ class _Read(Rewriter):
         self.context.note(original_node, f"{names[-1]} of {part} is brought in also where it is kept on the disk")
         name = cst.SimpleString(f'"{names[-1]}"')
         return cst.Call(cst.Name("parameter_of"), [cst.Arg(updated_node.value, comma=_COMMA), cst.Arg(name)])
+
+
+def _apply(tree: cst.Module, context: Context) -> cst.Module:
+    reads = _reads(context)
+    return rewrites(lambda of: _Read(of, reads), ("self.",))(tree, context) if reads else tree
 
 
 _COMMA = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
@@ -152,6 +165,6 @@ RULE = Rule(
     releases="every release",
     before=_BEFORE.format(block="", read="self.filter.bias"),
     after=_BEFORE.format(block=_BLOCK.format(source=_SOURCE), read='parameter_of(self.filter, "bias")'),
-    apply=rewrites(_Read, ("self.",)),
+    apply=_apply,
     order=60,
 )
