@@ -9,7 +9,13 @@ from torch import nn
 
 from mymodels.hub.upgrading.edit_engine import Edited, apply_to_source
 from mymodels.hub.upgrading.rule import Rule
-from mymodels.hub.upgrading.rules import devices_of_parameters, own_config, parameters_of_parts
+from mymodels.hub.upgrading.rules import (
+    beams,
+    devices_of_parameters,
+    generation_inputs,
+    own_config,
+    parameters_of_parts,
+)
 
 HEAD = (
     "import torch\nimport torch.nn.functional as F\nfrom torch import nn\nfrom transformers import PreTrainedModel\n\n"
@@ -232,3 +238,59 @@ def test_a_config_that_auto_map_names_is_left() -> None:
     auto_map = {"AutoConfig": "modeling_example.Other", "AutoModel": "modeling_example.Reward"}
     source = REWARD.format(more="", base="LlamaPreTrainedModel", line="wide = True", part="LlamaModel(config)")
     assert not applied(own_config.RULE, source, model_type="llama", auto_map=auto_map).changes
+
+
+# ---- beams over tuples, and what 5.3 passes
+
+LANGUAGE = """
+from transformers import DynamicCache, GenerationMixin
+
+
+class Language(PreTrainedModel, GenerationMixin):
+    def forward(self, input_ids, past_key_values=None):
+        cache = past_key_values or DynamicCache()
+        return {made}
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        return {{"input_ids": input_ids, "past_key_values": past_key_values}}
+{more}
+"""
+OWN = "    def generate(self, input_ids):\n        return {}\n"
+
+
+@pytest.mark.parametrize(
+    ("made", "more", "count"),
+    [
+        ("cache.to_legacy_cache()", "", 1),
+        ("cache_to_tuples(cache)", OWN.format("super().generate(input_ids)"), 1),
+        ("cache.to_legacy_cache()", OWN.format("input_ids"), 0),
+        ("cache", "", 0),
+    ],
+)
+def test_tuples_that_are_handed_on_can_be_reordered(made: str, more: str, count: int) -> None:
+    edited = applied(beams.RULE, LANGUAGE.format(made=made, more=more))
+    assert len(edited.edits) == count
+    scope: dict = {}
+    exec("class A:\n" + indent(beams._TUPLES, "    "), scope)
+    past = ((torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])),)
+    ((keys, values),) = scope["A"]._reorder_cache(past, torch.tensor([1, 1]))
+    assert keys.tolist() == [[2.0], [2.0]] and values.tolist() == [[4.0], [4.0]]
+    assert scope["A"]._reorder_cache(None, torch.tensor([1, 1])) is None
+
+
+def test_positions_of_the_whole_text_are_cut_to_the_new_tokens() -> None:
+    scope: dict = {}
+    exec(generation_inputs._HELPER, scope)
+
+    @scope["as_generate_called_it"]
+    def prepare(self, input_ids, past_key_values=None, cache_position=None, **kwargs):
+        assert not kwargs
+        return cache_position.tolist()
+
+    class Model:
+        config = None
+
+    ids, places = torch.zeros(1, 12, dtype=torch.long), torch.arange(12)
+    assert prepare(Model(), ids, cache_position=places, next_sequence_length=1) == [11]
+    assert prepare(Model(), ids, cache_position=places, next_sequence_length=None) == list(range(12))
+    assert prepare(Model(), ids, cache_position=places[-1:]) == [11]
