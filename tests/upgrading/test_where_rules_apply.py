@@ -1,5 +1,6 @@
-"""Where the rules on parts, devices and configs of one's own apply, where they do not, and what their definitions do."""
+"""Where rules apply, where they do not, what their definitions do, and that `verify` knows them."""
 
+from pathlib import Path
 from textwrap import dedent, indent
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
+from mymodels.hub.static.check_model import tied_weights
+from mymodels.hub.static.repo_snapshot import Folder, parse_text
 from mymodels.hub.upgrading.edit_engine import Edited, apply_to_source
 from mymodels.hub.upgrading.rule import Rule
 from mymodels.hub.upgrading.rules import (
@@ -15,6 +18,7 @@ from mymodels.hub.upgrading.rules import (
     generation_inputs,
     own_config,
     parameters_of_parts,
+    ties_in_5_3,
 )
 
 HEAD = (
@@ -294,3 +298,15 @@ def test_positions_of_the_whole_text_are_cut_to_the_new_tokens() -> None:
     assert prepare(Model(), ids, cache_position=places, next_sequence_length=1) == [11]
     assert prepare(Model(), ids, cache_position=places, next_sequence_length=None) == list(range(12))
     assert prepare(Model(), ids, cache_position=places[-1:]) == [11]
+
+
+def test_verify_knows_the_ties_that_are_filled_under_5_3(tmp_path: Path) -> None:
+    def warned(source: str) -> list[str]:
+        text = parse_text("modeling_toy.py", dedent(source))
+        folder = Folder(tmp_path, files={"modeling_toy.py": tmp_path}, code={"modeling_toy.py": text})
+        folder.values["config.json"] = {"auto_map": {"AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"}}
+        return [finding.what for finding in tied_weights(folder) if "5.3" in finding.what]
+
+    assert len(warned(ties_in_5_3.RULE.before)) == 1 and not warned(ties_in_5_3.RULE.after)
+    other = ties_in_5_3.RULE.after.replace("model_class.tie_weights = tie_weights", "pass")
+    assert len(warned(other)) == 1
