@@ -24,6 +24,7 @@ from .inputs import (
     full_mask,
     generates,
     has_encoder_and_decoder,
+    has_tokens,
     keep_inputs,
     last_positions,
     make_inputs,
@@ -35,6 +36,7 @@ from .inputs import (
     padding_side,
     prompt_length,
     takes_numbers,
+    vocabulary_size,
     with_mask,
     with_required,
 )
@@ -347,7 +349,9 @@ def check_last_position(check: Any, model: Any, others: dict[str, torch.Tensor])
             f"no row longer than the window of {attention_window(model)} tokens was tried: it is too large for a check"
         )
     if not inputs:
-        if most and getattr(model, "main_input_name", "") == "input_ids" and accepts(model, "input_ids"):
+        if has_tokens(others) and not vocabulary_size(model):
+            check.skip("the config has no vocab_size, so no token ids can be generated")
+        elif most and getattr(model, "main_input_name", "") == "input_ids" and accepts(model, "input_ids"):
             check.skip(f"a row of {most} tokens, the config's maximum, is too long for a check")
         else:
             check.not_applicable("the config names no maximum number of positions")

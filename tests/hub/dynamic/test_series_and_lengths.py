@@ -181,3 +181,9 @@ def test_padding_that_counts_within_the_trained_length_fails() -> None:
     plain = model.model.forward
     model.model.forward = lambda *args, attention_mask=None, **kwargs: plain(*args, **kwargs)
     assert checked(model, make_inputs(model))["padding"].status == "failed"
+
+
+def test_without_a_vocabulary_the_last_position_of_tokens_is_skipped() -> None:
+    check = Outcome()
+    outputs.check_last_position(check, Forecast().eval(), {"input_ids": torch.arange(5)[None]})
+    assert check.status == "skipped" and "no vocab_size" in check.what
