@@ -78,6 +78,8 @@ def main() -> None:
                 print(f"   original {release}: {why[:300]}")
             for rule, why in proof.undone.items():
                 print(f"   undone {rule}: {why}")
+            for what in proof.properties:
+                print(f"   of the original: {what}")
             seen = set()
             for row in proof.bad + proof.not_compared:
                 if (row.name, row.item, row.what) not in seen and row.what != "it does not load":

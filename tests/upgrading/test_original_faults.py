@@ -9,7 +9,6 @@ import folders
 import pytest
 import torch
 import transformers
-from hub.dynamic.many import run_many
 from safetensors.torch import save_file
 
 from mymodels.hub.clean_process import describe_folder
@@ -295,19 +294,3 @@ def test_what_verify_fails_on_is_in_the_report(tmp_path: Path) -> None:
     report, card = (Path(tmp_path, "new", name).read_text() for name in ("upgrade.json", "README.md"))
     assert len(json.loads(report)["verify"]) == len(json.loads(report)["left"]) == 1
     assert len(left_lines(result)) == 2 and all(line in card for line in left_lines(result))
-
-
-@pytest.mark.versions
-def test_verify_passes_on_the_others(tmp_path: Path) -> None:
-    """The stages of `verify` that run the code, all folders in one process."""
-    targets, rules = target_releases(None), [rule for rule in all_rules() if not rule.option]
-    written = {}
-    for name in ("chatglm", "florence", "mpt", "nomic_bert", "progen"):
-        folder = batch.read(name, tmp_path, targets)
-        edited = apply_rules(folder, rules, releases=span_of(targets))
-        written[name] = write_copy(folder, edited, tmp_path / f"run_{name}")
-    found = run_many(dict.fromkeys(written.values(), STAGES), tmp_path / "scratch")
-    for name, new in written.items():
-        failed = {check.name for check in found[new] if check.status in ("failed", "skipped")}
-        assert failed == ({"padding"} if name == "florence" else set()), (name, found[new])
-        assert "ok" in [check.status for check in found[new] if check.name == "resize"]

@@ -1,13 +1,23 @@
 """What counts as equal, as different, and as not compared."""
 
+import io
 from copy import deepcopy
 from pathlib import Path
 
+import pytest
 import torch
+from rich.console import Console
+from torch import nn
+from transformers import PretrainedConfig
 
+from mymodels.hub.isolated import numbers
 from mymodels.hub.releases import PinnedRelease, install
 from mymodels.hub.upgrading.proof import Proof
-from mymodels.hub.upgrading.recording import Recorded, compare
+from mymodels.hub.upgrading.recording import Recorded, compare, properties_of
+from mymodels.hub.upgrading.report import card_table, report_of, show_upgrade
+from mymodels.hub.upgrading.rule import Edit
+from mymodels.hub.upgrading.rules import all_rules
+from mymodels.hub.upgrading.upgrade import Upgrade
 
 LOAD = {"status": "recorded", "weights": {"a": "1", "b": "2", "c": "2"}, "buffers": {"t": "3"}, "second names": ["c"]}
 CLASSES = {"AutoModel": {"load": LOAD, "outputs": {"status": "recorded"}, "one row": {"status": "recorded"}}}
@@ -124,3 +134,64 @@ def test_beams_over_a_state_that_is_not_reordered_are_no_measure() -> None:
     assert statuses(raises, old)["beams, with cache"] == "not compared"
     other = beams_record([-2.0, -3.0], [-2.0, -3.0], [1, 2], "TypeError: no")
     assert statuses(other, old)["beams, with cache"] == "failed"
+
+
+def greedy_record(with_cache: list[list[float]], without: list[list[float]], beams: list[float]) -> Recorded:
+    """A record of two steps of greedy decoding over two tokens, and of beams that differ without the cache."""
+    old = beams_record(beams, [-9.0, -9.5], [1, 2])
+    tensors = {}
+    for how, scores in (("with", with_cache), ("without", without)):
+        old.classes["AutoModel"][f"greedy, {how} cache"] = {"status": "recorded"}
+        steps = torch.tensor([scores])
+        tensors[f"AutoModel|greedy, {how} cache|scores"] = steps
+        tensors[f"AutoModel|greedy, {how} cache|tokens"] = torch.cat([torch.tensor([[5]]), steps.argmax(-1)], 1)
+    return old._replace(tensors={**old.tensors, **tensors})
+
+
+def test_beams_are_compared_as_they_are_where_the_cache_changes_greedy_decoding_too() -> None:
+    scaled = greedy_record([[1.0, 2.0], [1.0, 3.0]], [[1.0, 2.0], [1.0, 4.0]], [-2.0, -3.0])
+    assert statuses(scaled, scaled)["beams, with cache"] == "equal"
+    other = greedy_record([[1.0, 2.0], [1.0, 3.0]], [[1.0, 2.0], [1.0, 4.0]], [-2.0, -3.5])
+    assert statuses(other, scaled)["beams, with cache"] == "differs"
+    same = greedy_record([[1.0, 2.0], [1.0, 3.0]], [[1.0, 2.0], [1.0, 3.0]], [-2.0, -3.0])
+    assert statuses(same, same)["beams, with cache"] == "not compared"
+
+
+def test_what_the_original_does_that_verify_reports_is_named_and_compared_with_nothing() -> None:
+    old = greedy_record([[1.0, 2.0], [1.0, 3.0]], [[1.0, 2.0], [1.0, 4.0]], [-2.0, -3.0])
+    old.classes["AutoModel"]["padding"] = {"status": "property", "what": "padding on the left changes the outputs"}
+    assert properties_of(old) == [
+        "padding on the left changes the outputs (padding of AutoModel)",
+        "generation with the cache differs from generation without it: at token 2, scores differs by up to 1, "
+        "more than 0.0004 (cached generation of AutoModel)",
+    ]
+    assert "padding" not in statuses(old, old)
+    tie = greedy_record([[2.0, 2.0], [1.0, 3.0]], [[2.0, 2.00001], [9.0, 4.0]], [-2.0, -3.0])
+    assert properties_of(tie) == properties_of(OLD) == []
+    proof = Proof("4.36.2", targets=["5.23.0"], rows=compare(old, old), properties=properties_of(old))
+    rules = {rule.name: rule for rule in all_rules()}
+    result = Upgrade("old", edits=[Edit("imports", "modeling.py", 1, "moved")], proof=proof, rules=rules)
+    named = "ot from the upgrade, the original under transformers 4.36.2 does it too, and verify reports it: padding on"
+    assert named in card_table(result) and report_of(result)["proof"]["properties_of_the_original"] == proof.properties
+    show_upgrade(result, console := Console(file=io.StringIO(), width=400))
+    assert named in console.file.getvalue()
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_padding_that_counts_is_recorded_of_the_original(counts: bool) -> None:
+    """A model that sums what its mask shows, or what it does not show too."""
+
+    class Sums(nn.Module):
+        config, main_input_name = PretrainedConfig(vocab_size=20), "input_ids"
+
+        def forward(self, input_ids, attention_mask=None):
+            seen = torch.ones_like(input_ids) if counts or attention_mask is None else attention_mask
+            return {"logits": ((input_ids + 1.0) * seen).cumsum(1)[..., None]}
+
+        def can_generate(self):
+            return True
+
+    record = numbers._Record("AutoModel", {}, "")
+    numbers._record_property(record, Sums(), {"input_ids": torch.arange(1, 5)[None]})
+    assert list(record.items) == (["padding"] if counts else [])
+    assert not counts or "padding on the left changes the outputs" in record.items["padding"]["what"]

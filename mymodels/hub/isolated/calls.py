@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .comparing import EQUAL, difference, floating, not_finite, row_of, run_model, unpadded_outputs
-from .inputs import make_token_ids, non_text_inputs, prompt_length, with_required
+from .inputs import has_tokens, make_token_ids, non_text_inputs, prompt_length, with_required
 from .load_repo import accepts, describe
 from .stages import innermost, sentence
 
@@ -145,8 +145,8 @@ def _with_prefix(what: str, wrong: str) -> str:
 
 def check_inputs_embeds(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
     """inputs_embeds of the same tokens give the same outputs as input_ids."""
-    if "input_ids" not in inputs or not accepts(model, "inputs_embeds"):
-        check.not_applicable("forward does not take both input_ids and inputs_embeds")
+    if not has_tokens(inputs) or not accepts(model, "inputs_embeds"):
+        check.not_applicable("forward does not take both token ids (input_ids) and inputs_embeds")
         return
     rest = non_text_inputs(inputs)
     ids = with_required(model, {"input_ids": make_token_ids(model, 1, prompt_length(model), seed=3), **rest})

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from .causality import future_leak
+from .causality import future_leak, scaled_by_length, steady_length
 from .comparing import EQUAL, difference, run_model
 from .inputs import (
     NEW_TOKENS,
     generates,
     has_encoder_and_decoder,
-    make_token_ids,
+    make_rows,
     non_text_inputs,
     pad_id,
     prompt_length,
+    takes_numbers,
     with_required,
 )
 from .stages import sentence
@@ -90,6 +91,29 @@ def first_step(model: Any, prompt: dict[str, torch.Tensor], made: Any) -> str:
     return difference({"logits": made.logits[0].float()}, {"logits": logits[:, -1].float()}, EQUAL)
 
 
+def same_sequences(made: Any, plain: Any) -> str:
+    """Compare what a `generate` of the folder's own returns, which may be no object with logits."""
+    seen, want = (one if isinstance(one, torch.Tensor) else one.sequences for one in (made, plain))
+    return difference({"the sequence": seen}, {"the sequence": want}, EQUAL)
+
+
+def _with_and_without_cache(model: Any, prompt: dict[str, torch.Tensor]) -> tuple[Any, Any, str]:
+    """What is generated with the cache and without it, and a sentence on how they differ."""
+    plain = generate(model, prompt, use_cache=False, **STEPS)
+    made = generate(model, prompt, use_cache=True, **STEPS)
+    if isinstance(made, torch.Tensor) or isinstance(plain, torch.Tensor):
+        return made, plain, same_sequences(made, plain)
+    seen, want = ([step[:1] for step in one.logits] for one in (made, plain))
+    return made, plain, same_steps(seen, want, plain, made)
+
+
+def _steady_prompt(model: Any, prompt: dict[str, torch.Tensor]) -> int:
+    """The length of a shorter prompt that leaves the generated row within `steady_length`; 0 if there is none."""
+    length = prompt["input_ids"].shape[1]
+    most = steady_length(model, prompt, length + NEW_TOKENS) - NEW_TOKENS
+    return most if 2 <= most < length else 0
+
+
 STEPS = {"return_dict_in_generate": True, "output_logits": True}
 
 
@@ -105,12 +129,22 @@ def check_generation(events: Any, name: str, model: Any, inputs: dict[str, torch
             return True
         prompt = inputs
         if "input_ids" in inputs:  # one row: the check "padding" covers padded batches
-            prompt = {"input_ids": make_token_ids(model, 1, prompt_length(model), seed=5), **non_text_inputs(inputs)}
-        plain = generate(model, prompt, use_cache=False, **STEPS)
-        made = generate(model, prompt, use_cache=True, **STEPS)
-        wrong = same_steps([step[:1] for step in made.logits], [step[:1] for step in plain.logits], plain, made)
+            ids = make_rows(model, inputs, 1, prompt_length(model), seed=5)
+            prompt = {"input_ids": ids, **non_text_inputs(inputs)}
+        made, plain, wrong = _with_and_without_cache(model, prompt)
+        if wrong and "input_ids" in prompt and (most := _steady_prompt(model, prompt)):
+            prompt = {**prompt, "input_ids": prompt["input_ids"][:, :most]}
+            made, plain, shorter = _with_and_without_cache(model, prompt)
+            if not shorter:
+                setting, most = scaled_by_length(model.config), most + NEW_TOKENS
+                why = f"the config scales positions by the length of the row ({setting})"
+                cached.warn(f"{why}: up to {most} tokens the cache changes nothing, beyond them {wrong}")
+            wrong = shorter
         if wrong:
-            cached.fail(future_leak(model) or f"generation with the cache differs from generation without it: {wrong}")
+            leak = future_leak(model, prompt)
+            cached.fail(leak or f"generation with the cache differs from generation without it: {wrong}")
+        elif isinstance(plain, torch.Tensor):
+            cached.note("generate of its own returns no logits, so what it generates was compared")
         elif wrong := first_step(model, prompt, plain):
             cached.fail(f"generate computes other logits for the first token than forward does: {wrong}")
     with events.check("generation config", name) as check:
@@ -126,6 +160,9 @@ def check_generation(events: Any, name: str, model: Any, inputs: dict[str, torch
 @torch.inference_mode()
 def check_configured(check: Any, model: Any, inputs: dict[str, torch.Tensor]) -> None:
     """generate() with its own config gives valid token ids, and only padding after eos."""
+    if takes_numbers(inputs):
+        check.not_applicable("the model generates numbers, not token ids")
+        return
     torch.manual_seed(0)
     made = model.generate(**_prompt(inputs), max_new_tokens=NEW_TOKENS)
     made = made if isinstance(made, torch.Tensor) else made.sequences
@@ -183,6 +220,9 @@ def check_static(check: Any, model: Any, prompt: dict[str, torch.Tensor], dynami
         if declared:
             raise
         check.not_applicable(f"the model does not declare _can_compile_fullgraph, and raises {sentence(error)}")
+        return
+    if isinstance(made, torch.Tensor):
+        check.not_applicable("generate of its own returns no logits")
         return
     wrong = same_steps([step[:1] for step in made.logits], [step[:1] for step in dynamic.logits], dynamic, made)
     if wrong and declared:

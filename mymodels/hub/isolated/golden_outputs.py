@@ -146,9 +146,13 @@ def choose_inputs(job: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
 
 
 def outputs_at(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The outputs at the last tokens, flat; outputs without a token dimension completely."""
+    """The outputs at the last tokens, flat; outputs without a token dimension completely.
+
+    Args:
+        inputs: of the class of `architectures`; those that this class's `forward` does not take are left out.
+    """
     shown = {}
-    for name, tensor in run_model(model, inputs).items():
+    for name, tensor in run_model(model, accepted_inputs(model, inputs)).items():
         if tensor.shape[:2] == inputs["input_ids"].shape:
             tensor = tensor[:, -LAST:]
         values = tensor.reshape(-1)
@@ -168,19 +172,22 @@ def compare(model: Any, name: str, golden: Golden) -> str:
 
 def compare_tokens(model: Any, name: str, golden: Golden) -> str:
     """A sentence on the first generated token that differs from the recorded one, or ""."""
-    count = int(golden.made["max_new_tokens"])
+    count, tolerance = int(golden.made["max_new_tokens"]), golden.made["tolerance"]
     if name in golden.greedy:
         got = generate(model, golden.inputs, max_new_tokens=count, min_new_tokens=count)
-        if wrong := _other_tokens(got, golden.greedy[name]):
+        if wrong := _other_tokens(got, golden.greedy[name], tolerance):
             return f"generation {wrong}"
     if name in golden.configured:
         got = generate_as_configured(model, golden.inputs, max_new_tokens=count)
-        if wrong := _other_tokens(got, golden.configured[name]):
+        if wrong := _other_tokens(got, golden.configured[name], tolerance):
             return f"generation by the folder's own generation config {wrong}"
     return ""
 
 
-def _other_tokens(got: torch.Tensor, want: torch.Tensor) -> str:
+def _other_tokens(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> str:
+    if want.is_floating_point():  # a series of numbers
+        wrong = difference({"the series": got}, {"the series": want}, tolerance)
+        return f"differs from the recorded numbers: {wrong}" if wrong else ""
     if got.shape != want.shape:
         return f"gives {tuple(got.shape)} tokens, {tuple(want.shape)} were recorded"
     if torch.equal(got, want):

@@ -1,7 +1,6 @@
 """Inputs for a model, generated from its config: text longer than its window, images, audio, time series."""
 
 import inspect
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from .comparing import run_model
 from .load_repo import accepts, text_config
+from .signals import PICTURES, SOUNDS, is_size, series_shapes, shapes, wave
 from .stages import innermost, sentence
 
 LENGTH, NEW_TOKENS = 11, 8
@@ -20,7 +20,6 @@ LONGEST = 2560  # tokens
 WORK = 2e11  # the most multiply-adds of one forward in a check
 _LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length")
 _WINDOW = re.compile(r"window|attention_chunk_size|local_(attention|span|context)")
-_PICTURES, _SOUNDS = ("pixel_values",), ("input_features", "input_values")
 
 
 class NoSuitableInputs(Exception):
@@ -40,11 +39,8 @@ class FailedOnInputs(Exception):
 
 def ordinary_token_ids(model: Any) -> list[int]:
     """Token ids that are not special, or all if that leaves too few."""
-    config = text_config(model.config)
-    size = getattr(config, "vocab_size", None)
-    if not isinstance(size, int) or size < 2:
-        size = getattr(_embeddings(model), "num_embeddings", None)
-    if not isinstance(size, int) or size < 2:
+    config, size = text_config(model.config), vocabulary_size(model)
+    if not size:
         raise NoSuitableInputs("the config has no vocab_size, so no token ids can be generated")
     special: set[Any] = {pad_id(model)}  # what `generate` takes for padding, whether the config names it or not
     for name in dir(config):
@@ -53,6 +49,17 @@ def ordinary_token_ids(model: Any) -> list[int]:
             special.update(value if isinstance(value, (list, tuple)) else [value])
     usable = [token for token in range(min(size, 50_000)) if token not in special]
     return usable if len(usable) > 1 else list(range(size))
+
+
+def vocabulary_size(model: Any) -> int:
+    """The number of tokens, 0 if neither config nor embeddings tell: the model may read numbers under `input_ids`."""
+    for size in (
+        getattr(text_config(model.config), "vocab_size", None),
+        getattr(_embeddings(model), "num_embeddings", None),
+    ):
+        if isinstance(size, int) and size >= 2:
+            return size
+    return 0
 
 
 def _embeddings(model: Any) -> Any:
@@ -73,6 +80,23 @@ def make_token_ids(model: Any, rows: int, length: int, seed: int = 0) -> torch.T
         state = state * 6364136223846793005 + 1442695040888963407 & (2**64 - 1)
         values.append(ids[(state >> 33) % len(ids)])
     return torch.tensor(values).reshape(rows, length)
+
+
+def takes_numbers(inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether `input_ids` are numbers, as the series that a forecasting model takes, and not token ids."""
+    return "input_ids" in inputs and inputs["input_ids"].is_floating_point()
+
+
+def has_tokens(inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the inputs hold token ids."""
+    return "input_ids" in inputs and not takes_numbers(inputs)
+
+
+def make_rows(model: Any, like: Mapping[str, torch.Tensor], rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """`input_ids` of another length: token ids, or numbers if those of `like` are numbers."""
+    if not takes_numbers(like):
+        return make_token_ids(model, rows, length, seed)
+    return wave((rows, length, *like["input_ids"].shape[2:])).roll(seed, 1)
 
 
 def max_positions(model: Any) -> int:
@@ -144,11 +168,16 @@ def padding_side(model: Any) -> str:
 
 def pad(model: Any, ids: torch.Tensor, side: str, padding: list[int]) -> dict[str, torch.Tensor]:
     """The rows of `ids` with their first (or last) `padding` tokens replaced by padding."""
-    ids, mask = ids.clone(), torch.ones_like(ids)
+    ids, mask = ids.clone(), full_mask(ids)
     for row, count in enumerate(padding):
         cut = slice(0, count) if side == "left" else slice(ids.shape[1] - count, None)
         ids[row, cut], mask[row, cut] = pad_id(model), 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def full_mask(rows: torch.Tensor) -> torch.Tensor:
+    """An attention mask of ones, for token ids, numbers or embeddings."""
+    return torch.ones(rows.shape[:2], dtype=torch.long)
 
 
 def with_required(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -159,7 +188,7 @@ def with_required(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, t
     rows, length = ids.shape[:2]
     for name in required(model):
         if name not in given and name == "attention_mask":
-            given[name] = torch.ones((rows, length), dtype=torch.long)
+            given[name] = full_mask(ids)
         elif name not in given and name == "token_type_ids":
             given[name] = torch.zeros((rows, length), dtype=torch.long)
         elif name not in given and name == "position_ids":
@@ -182,6 +211,8 @@ def last_positions(model: Any) -> dict[str, torch.Tensor]:
     """
     most = max_positions(model)
     if not most or getattr(model, "main_input_name", "input_ids") != "input_ids" or not accepts(model, "input_ids"):
+        return {}
+    if not vocabulary_size(model):
         return {}
     inputs = {}
     if most <= affordable_length(model):
@@ -238,10 +269,13 @@ def _error_key(error: Exception) -> tuple[str, str]:
 def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
     """Inputs to try, and whether the config determines them, so that an error of `forward` on them is a fault."""
     main = getattr(model, "main_input_name", "input_ids")
-    other = [name for name in (*_PICTURES, *_SOUNDS) if accepts(model, name)]
+    other = [name for name in (*PICTURES, *SOUNDS) if accepts(model, name)]
     known = {name: value for name, value in processed.items() if accepts(model, name)}
     if known and main in known:
         yield known, False  # the check "processor" reports it if these do not fit
+    if main == "input_ids" and accepts(model, main) and not vocabulary_size(model):
+        for shape in series_shapes(model, prompt_length(model)):
+            yield with_mask(model, wave(shape)), False
     if main == "input_ids" and (accepts(model, main) or not required(model)):
         text = _text_inputs(model)
         if not other and set(required(model)) <= set(text):
@@ -250,8 +284,8 @@ def _candidates(model: Any, processed: dict[str, torch.Tensor]) -> Iterator[tupl
         for name in other:
             for shape in shapes(model, name):
                 yield {**text, name: wave(shape), **known}, False
-    elif main in (*_PICTURES, *_SOUNDS):
-        exact = isinstance(getattr(model.config, "image_size", None), int) and main in _PICTURES
+    elif main in (*PICTURES, *SOUNDS):
+        exact = isinstance(getattr(model.config, "image_size", None), int) and main in PICTURES
         for shape in shapes(model, main):
             yield _with_decoder(model, {main: wave(shape)}), exact and not has_encoder_and_decoder(model)
     else:
@@ -276,49 +310,16 @@ def _text_inputs(model: Any) -> dict[str, torch.Tensor]:
     return with_required(model, inputs)
 
 
+def with_mask(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows without padding, with a mask if `forward` takes one."""
+    mask = {"attention_mask": full_mask(ids)} if accepts(model, "attention_mask") else {}
+    return with_required(model, {"input_ids": ids, **mask})
+
+
 def _with_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if has_encoder_and_decoder(model) and accepts(model, "decoder_input_ids"):
         inputs["decoder_input_ids"] = make_token_ids(model, 2, 5, seed=7)
     return inputs
-
-
-def wave(shape: tuple[int, ...]) -> torch.Tensor:
-    """Numbers between -1 and 1, neighbours unequal, a different mean in each row, the same on every machine."""
-    values = (torch.arange(math.prod(shape), dtype=torch.float64) * 0.6180339887 % 2 - 1).reshape(shape)
-    if len(shape) > 1 and shape[0] > 1:  # mixing of rows is detected only where they differ
-        row = torch.arange(shape[0], dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1)) / shape[0]
-        values = values * (1 - row) + row / 2
-    return values.float()
-
-
-def shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
-    """Possible shapes of an image or audio input, those from the config first."""
-    config = model.config
-    parts = [config, *(getattr(config, part, None) for part in ("vision_config", "audio_config", "backbone_config"))]
-
-    def config_values(*names: str) -> Iterator[Any]:
-        for part in parts:
-            for attribute in names:
-                if getattr(part, attribute, None) is not None:
-                    yield getattr(part, attribute)
-
-    if name in _PICTURES:
-        channels = next((n for n in config_values("num_channels", "in_channels", "in_chans") if isinstance(n, int)), 3)
-        for size in [*config_values("image_size", "img_size", "input_size"), 224, 64, 32]:
-            sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
-            if len(sides) == 2 and all(isinstance(side, int) for side in sides):
-                yield (2, channels, *sides)
-    elif name == "input_features":
-        bins = next(
-            config_values("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"), 80
-        )
-        frames = next(config_values("max_source_positions"), 0)
-        yield from ((2, bins, 2 * frames),) if frames else ()
-        yield from ((2, 128, bins), (2, bins, 128), (2, 3000, bins), (2, bins, 3000))
-    else:
-        bins, frames = next(config_values("num_mel_bins"), 0), next(config_values("max_length"), 0)
-        yield from ((2, frames, bins),) if bins and frames else ()
-        yield from ((2, 4000), (2, 1, 4000), (2, 16000), (2, 1000), (2, 400))
 
 
 def _guessed_inputs(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
@@ -328,9 +329,9 @@ def _guessed_inputs(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
         return
     sizes = model.config.to_dict()
     width = [
-        sizes[n] for n in ("num_input_channels", "input_size", "input_dim", "hidden_size") if _is_size(sizes.get(n))
+        sizes[n] for n in ("num_input_channels", "input_size", "input_dim", "hidden_size") if is_size(sizes.get(n))
     ]
-    length = [sizes[n] for n in ("context_length", "seq_len", "max_position_embeddings") if _is_size(sizes.get(n))]
+    length = [sizes[n] for n in ("context_length", "seq_len", "max_position_embeddings") if is_size(sizes.get(n))]
     for steps in (*length[:1], LENGTH):
         for shape in (*((2, steps, channels) for channels in width[:2]), (2, steps), (2, steps, 1)):
             yield {name: wave(shape) for name in names}
@@ -339,10 +340,6 @@ def _guessed_inputs(model: Any, main: str) -> Iterator[dict[str, torch.Tensor]]:
     except NoSuitableInputs:
         ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 16
     yield dict.fromkeys(names, ids)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 4096
 
 
 # ---- the caller's inputs

@@ -4,6 +4,7 @@ The job names the folders (`beside`: key → settings of `describe_folder`) and,
 first side was given (`recorded`: key → file of tensors). For each folder it writes `KEY.safetensors` and `KEY.json`.
 """
 
+import contextlib
 import faulthandler
 import inspect
 import json
@@ -24,6 +25,7 @@ from .inputs import (
     accepted_inputs,
     generates,
     has_encoder_and_decoder,
+    has_tokens,
     make_inputs,
     make_token_ids,
     non_text_inputs,
@@ -34,8 +36,9 @@ from .inputs import (
 )
 from .load_repo import DTYPE, class_of, digest, seed_all, text_config
 from .losses import IGNORED, make_labels
+from .outputs import check_padding
 from .processors import TEXTS, processed_inputs, processor_names, run_processor
-from .stages import innermost, run_stage, sentence
+from .stages import Outcome, innermost, run_stage, sentence
 from .tokenizers import RECORDED, load_tokenizer
 from .training import LARGEST, gradients
 
@@ -192,6 +195,17 @@ def _record_class(record: _Record, job: dict[str, Any]) -> None:
         for item, batch in record.inputs(lambda: _prompts(model, given), PROMPTS).items():
             record.item(item, lambda batch=batch: _generated(model, batch))  # type: ignore[misc]
     record.item("save and reload", lambda: _reload(job, record.name, model, given))
+    if not own:
+        _record_property(record, model, given)
+
+
+def _record_property(record: _Record, model: Any, given: Mapping[str, torch.Tensor]) -> None:
+    """Whether padding counts in the original: `verify` names it of the upgraded code too, which keeps the numbers."""
+    check = Outcome()
+    with contextlib.suppress(Exception):  # what raises is noted at the items above
+        check_padding(check, model, dict(given), with_generation=False)
+    if check.failed:
+        record.items["padding"] = {"status": "property", "what": check.what}
 
 
 def _record_training(record: _Record, job: dict[str, Any], model: Any, given: Mapping[str, torch.Tensor]) -> None:
@@ -262,7 +276,7 @@ def _outputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 def _batches(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Text without padding, and padded on either side, if the model takes text and a mask."""
-    if not _has_tokens(given) or one_row_only(model):
+    if not has_tokens(given) or one_row_only(model):
         return {}
     other = {name: value for name, value in given.items() if name.startswith("decoder_")}
     other |= non_text_inputs(given, 2)
@@ -276,18 +290,13 @@ def _batches(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[st
     return batches
 
 
-def _has_tokens(given: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the inputs are token ids; a time series may be called `input_ids` too."""
-    return "input_ids" in given and not given["input_ids"].is_floating_point()
-
-
 def _prompts(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Prompts by item, with how to generate from each."""
 
     def how(cache: bool, beams: int, penalty: bool = True) -> dict[str, torch.Tensor]:
         return dict(zip(_HOW, map(torch.tensor, (cache, beams, penalty))))
 
-    if not _has_tokens(given):
+    if not has_tokens(given):
         return {"greedy, with cache": {**given, **how(True, 1)}}
     length = min(given["input_ids"].shape[1], LENGTH)
     ids = make_token_ids(model, 2, length, seed=5)

@@ -10,32 +10,41 @@ from safetensors.torch import load_file, save_file
 
 from . import golden_outputs, tokenizers
 from .calls import check_batch, check_forward, check_inputs_embeds
+from .causality import scaled_by_length, steady_length
 from .comparing import EQUAL, MUST_BE_FINITE, difference, floating, not_finite, row_of, run_model, unpadded_outputs
-from .generating import STEPS, check_generation, generate, same_steps
+from .generating import STEPS, check_generation, generate, same_sequences, same_steps
 from .inputs import (
+    NEW_TOKENS,
     FailedOnInputs,
     NoSuitableInputs,
     WrongInputs,
     accepted_inputs,
     affordable_length,
     attention_window,
+    full_mask,
     generates,
     has_encoder_and_decoder,
+    has_tokens,
     keep_inputs,
     last_positions,
     make_inputs,
-    make_token_ids,
+    make_rows,
     max_positions,
     non_text_inputs,
     one_row_only,
     pad,
     padding_side,
     prompt_length,
+    takes_numbers,
+    vocabulary_size,
+    with_mask,
     with_required,
 )
 from .load_repo import accepts, class_of, describe, load, loaded_event, names_argument
 from .processors import PROCESSORS, check_pipelines, check_processors, check_tokenizer_output, processed_inputs
-from .stages import sentence
+from .stages import Outcome, sentence
+
+PADDING = 3  # tokens
 
 
 def run(job: dict[str, Any], events: Any) -> None:
@@ -256,12 +265,29 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
     if one_row_only(model):
         check.not_applicable("the config names no pad_token_id, so this model takes one row at a time")
         return
-    count, extra = prompt_length(model), 3
-    ids = make_token_ids(model, 2, count + extra, seed=3)
+    count = prompt_length(model)
+    found = _with_padding(model, inputs, count, with_generation)
+    if found.failed and generates(model):  # positions may be scaled by the length of the row, which padding adds to
+        added = PADDING + NEW_TOKENS
+        most = steady_length(model, inputs, count + added) - added
+        if 2 <= most < count and not _with_padding(model, inputs, most, with_generation).failed:
+            why = f"the config scales positions by the length of the row ({scaled_by_length(model.config)})"
+            check.warn(f"{why}: up to {most + added} tokens padding changes nothing, beyond them {found.what}")
+            return
+    if found.failed:
+        check.fail(found.what)
+    elif found.what:
+        check.warn(found.what)
+
+
+def _with_padding(model: Any, inputs: dict[str, torch.Tensor], count: int, with_generation: bool) -> Outcome:
+    """The outcome of `check_padding` for a row of `count` tokens beside a longer one."""
+    check, extra = Outcome(), PADDING
+    ids = make_rows(model, inputs, 2, count + extra, seed=3)
     rest, pair = non_text_inputs(inputs), non_text_inputs(inputs, rows=2)
     for side in _padding_sides(model, ids[:1], rest):
         kept = ids[:1, extra:] if side == "left" else ids[:1, :count]
-        row = with_required(model, {"input_ids": kept, "attention_mask": torch.ones_like(kept), **rest})
+        row = with_required(model, {"input_ids": kept, "attention_mask": full_mask(kept), **rest})
         padded = {**pad(model, ids, side, [extra, 0]), **pair}
         if side == "left" and accepts(model, "position_ids"):
             padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -281,12 +307,16 @@ def check_padding(check: Any, model: Any, inputs: dict[str, torch.Tensor], *, wi
         if side == padding_side(model) and with_generation:
             prompts = {name: padded[name] for name in ("input_ids", "attention_mask")}
             alone, beside = generate(model, row, **STEPS), generate(model, prompts, **STEPS)
-            wrong = same_steps([step[:1] for step in beside.logits], alone.logits, alone, beside)
+            if isinstance(alone, torch.Tensor):  # of a `generate` of the folder's own
+                wrong = same_sequences(beside[:1, -NEW_TOKENS:], alone[:, -NEW_TOKENS:])
+            else:
+                wrong = same_steps([step[:1] for step in beside.logits], alone.logits, alone, beside)
             if wrong and accepts(model, "position_ids") and not names_argument(model, "position_ids"):
                 why = "forward does not name position_ids, so generate passes none to the base model"
                 check.warn(f"{why}, and padding on the {side} changes what is generated: {wrong}")
             elif wrong:
                 check.fail(f"padding on the {side} changes what is generated: {wrong}")
+    return check
 
 
 def _first_row_outputs(outputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -303,7 +333,7 @@ def _padding_sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor])
     changed[0, -1] = changed[0, 0]
     causal = False
     for name, tensor in floating(run_model(model, with_required(model, {"input_ids": ids}))).items():
-        if name in ("logits", "last_hidden_state", "0") and tensor.shape[:2] == ids.shape:
+        if name in ("logits", "last_hidden_state", "0") and tensor.shape[:2] == ids.shape[:2]:
             other = run_model(model, with_required(model, {"input_ids": changed}))[name]
             causal = not difference({name: other[:, :-1]}, {name: tensor[:, :-1]}, EQUAL)
     return ["right", "left"] if causal else ["right"]
@@ -312,12 +342,16 @@ def _padding_sides(model: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor])
 def check_last_position(check: Any, model: Any, others: dict[str, torch.Tensor]) -> None:
     """forward gives finite outputs up to the config's last position."""
     inputs, most = last_positions(model), max_positions(model)
+    if takes_numbers(others) and 0 < most <= affordable_length(model):
+        inputs = with_mask(model, make_rows(model, others, 1, most, seed=11))
     if attention_window(model) >= affordable_length(model):
         check.skip(
             f"no row longer than the window of {attention_window(model)} tokens was tried: it is too large for a check"
         )
     if not inputs:
-        if most and getattr(model, "main_input_name", "") == "input_ids" and accepts(model, "input_ids"):
+        if has_tokens(others) and not vocabulary_size(model):
+            check.skip("the config has no vocab_size, so no token ids can be generated")
+        elif most and getattr(model, "main_input_name", "") == "input_ids" and accepts(model, "input_ids"):
             check.skip(f"a row of {most} tokens, the config's maximum, is too long for a check")
         else:
             check.not_applicable("the config names no maximum number of positions")

@@ -10,8 +10,9 @@ import transformers
 
 from .comparing import run_model
 from .generating import generate
-from .inputs import accepted_inputs, generates, max_positions, wave
+from .inputs import accepted_inputs, generates, max_positions
 from .load_repo import accepts, place_of_forward
+from .signals import wave
 from .stages import innermost, sentence
 
 TEXTS = ["Hello, world! How are you?", "The second one is a little longer."]

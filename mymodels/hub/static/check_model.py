@@ -56,6 +56,19 @@ def post_init(folder: Folder) -> Iterator[Finding]:
             yield Finding("warning", what, owner.file.at(late[0]), "make self.post_init() the last line")
 
 
+def _ties_by_decorator(klass: Klass) -> bool:
+    """Whether a decorator that the file itself defines gives the class a `tie_weights`, as `upgrade` writes it."""
+    names = {klass.file.dotted(decorator) for decorator in klass.node.decorator_list}
+    made = [node for node in klass.file.tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    return any(
+        isinstance(goal, ast.Attribute) and goal.attr == "tie_weights"
+        for function in made
+        for node in walk(function)
+        if isinstance(node, ast.Assign)
+        for goal in node.targets
+    )
+
+
 _WEIGHTLESS = re.compile(r"Loss|Dropout|Identity|Softmax|Softplus|Sigmoid|Tanh|LU\b|Pool|Flatten|Config|Output")
 
 
@@ -99,7 +112,7 @@ def tied_weights(folder: Folder) -> Iterator[Finding]:
         if None in heads and "self.lm_head" not in ast.unparse(klass.node):
             what = f"{klass.name} ties its head, but has no get_output_embeddings and set_output_embeddings"
             yield Finding("warning", what, klass.where, "add both: resizing and tying use them")
-        if code.method(klass, "tie_weights") is None:
+        if code.method(klass, "tie_weights") is None and not _ties_by_decorator(klass):
             what = f"the tied head of {klass.name} stays uninitialised under transformers 5.3, because of a bug there"
             remedy = "override tie_weights for 5.3, or ask users to use another release"
             yield Finding(level_for(Span((5, 3), (5, 3)), folder.releases), what, klass.where, remedy)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..releases import PinnedRelease
 from .edit_engine import Edited
-from .recording import Compared, Recorded, compare, record
+from .recording import Compared, Recorded, compare, properties_of, record
 
 BAD = ("differs", "failed")
 
@@ -23,6 +23,7 @@ class Proof:
         targets: the releases that the result is for.
         rows: each item under each target.
         undone: rules that were taken back: name → what differed with them.
+        properties: what the original does that `verify` reports, under its old release too.
     """
 
     old: str | None = None
@@ -31,6 +32,7 @@ class Proof:
     targets: list[str] = field(default_factory=list)
     rows: list[Compared] = field(default_factory=list)
     undone: dict[str, str] = field(default_factory=dict)
+    properties: list[str] = field(default_factory=list)
 
     @property
     def runs(self) -> bool:
@@ -144,6 +146,8 @@ def prove_all(
     repaired = {key: cases[key].write(edited) for key, edited in without.items() if edited is not None}
     for key, record_ in _run_originals({key: cases[key] for key in repaired}, repaired, proofs, runs).items():
         originals[key], proofs[key].imports_only = record_, True
+    for key, original in originals.items():
+        proofs[key].properties = properties_of(original)
     kept = {key: case.edited for key, case in cases.items()}
     folders = {key: case.write(case.edited) for key, case in cases.items()}
     for key, rows in _compare_all(folders, cases, originals, targets, runs).items():

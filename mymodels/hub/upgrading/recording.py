@@ -16,6 +16,7 @@ from ..isolated.comparing import difference
 
 TOLERANCE = 1e-5  # in float32, times the largest expected value or 1
 NO_REORDERING = "the state of this model cannot be reordered"  # what the rule "beams" raises
+PROPERTY = "property"  # status of what is true of the original alone, and compared with nothing
 IMAGES = 0.03  # of processors: the libraries' methods of resizing differ by as much
 
 
@@ -183,7 +184,7 @@ def compare(old: Recorded, new: Recorded) -> list[Compared]:
     found = []
     for name, items in old.classes.items():
         for item, before in items.items():
-            if not item.startswith("input"):
+            if not item.startswith("input") and before["status"] != PROPERTY:
                 found.append(_compare_item(old, new, name, item, before))
     return found
 
@@ -222,8 +223,38 @@ def _compare_item(old: Recorded, new: Recorded, name: str, item: str, before: di
     return row._replace(status="differs", what=wrong) if wrong else row
 
 
+def properties_of(old: Recorded) -> list[str]:
+    """Sentences on what the original does that `verify` reports of any code: padding counts, a cache changes numbers."""
+    found = []
+    for name, items in old.classes.items():
+        found += [f"{one['what']} ({item} of {name})" for item, one in items.items() if one["status"] == PROPERTY]
+        if wrong := _cache_apart(old, name):
+            found.append(f"{wrong} (cached generation of {name})")
+    return found
+
+
+def _cache_apart(old: Recorded, name: str) -> str:
+    """How greedy decoding of the original differs with its cache, or ""."""
+    cached, plain = (old.of(name, f"greedy, {how} cache") for how in ("with", "without"))
+    if not cached or not plain:
+        return ""
+    for step in range(cached["scores"].shape[1] if "scores" in cached else 0):
+        seen, want = ({"scores": one["scores"][:, step]} for one in (cached, plain))
+        if wrong := difference(seen, want, 1e-4):
+            return f"generation with the cache differs from generation without it: at token {step + 1}, {wrong}"
+        new = cached["scores"].shape[1] - step
+        if not torch.equal(cached["tokens"][:, -new], plain["tokens"][:, -new]):
+            return ""  # of two equal scores, either token may be taken
+    return ""
+
+
 def _beams_apart(old: Recorded, name: str) -> str:
-    """Whether the original's beams are others without its cache: it never reordered the cache, so they are no measure."""
+    """Whether the original's beams are others without its cache, though greedy tokens are not, so that they are no measure.
+
+    It never reordered the cache then. Where the cache changes greedy decoding too, it is compared as it is.
+    """
+    if _cache_apart(old, name):
+        return ""
     cached, plain = (old.of(name, f"beams, {how} cache").get("scores") for how in ("with", "without"))
     if cached is None or plain is None or not difference({"scores": cached}, {"scores": plain}, 1e-3):
         return ""

@@ -82,6 +82,7 @@ def report_of(result: "Upgrade") -> dict[str, Any]:
             "original_with_imports_repaired": proof.imports_only,
             "tried": proof.tried,
             "releases": proof.targets,
+            "properties_of_the_original": proof.properties,
             "compared": [row._asdict() for row in proof.rows],
         },
         "golden": result.golden,
@@ -112,6 +113,8 @@ def show_upgrade(result: "Upgrade", console: Console, *, diff: bool = False) -> 
         console.print(Text(f"refused  {fault.where}  {printable(fault.what)}", style="bold red"), soft_wrap=True)
     if result.proof is not None:
         _show_proof(result.proof, console)
+        for what in result.proof.properties:
+            console.print(Text(f"{_of_original(result.proof)}: {printable(what)}", style="yellow"), soft_wrap=True)
     if result.golden:
         console.print(Text(f"golden outputs: {printable(result.golden)}"), soft_wrap=True)
     if result.mlinter:
@@ -121,6 +124,10 @@ def show_upgrade(result: "Upgrade", console: Console, *, diff: bool = False) -> 
     style = "bold green" if result.proven or not (result.edits or result.refused) else "bold yellow"
     style = "bold red" if result.refused or (result.proof is not None and result.proof.bad) else style
     console.print(Text(f"{result.path}: {verdict(result)}", style=style), soft_wrap=True)
+
+
+def _of_original(proof: "Proof") -> str:
+    return f"not from the upgrade, the original under transformers {proof.old} does it too, and verify reports it"
 
 
 def printable_lines(text: str) -> str:
@@ -180,8 +187,10 @@ def card_table(result: "Upgrade") -> str:
     legend = "✓ the same, ○ not compared (`upgrade.json` says why), – not run."
     head = f"| compared | {' | '.join(proof.targets)} |\n|---|{'---|' * len(proof.targets)}"
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows_of(proof))
+    named = f"N{_of_original(proof)[1:]}"
+    properties = "".join(f"\n\n{named}: {printable(what)}." for what in proof.properties)
     golden = f"\n\n`golden.safetensors`: {result.golden}." if result.golden else ""
-    return f"## Upgraded code\n\n{about}\n{legend}\n\n{head}\n{body}{golden}"
+    return f"## Upgraded code\n\n{about}\n{legend}\n\n{head}\n{body}{properties}{golden}"
 
 
 def card_faults(result: "Upgrade") -> str:

@@ -1,6 +1,7 @@
-"""A model's own `_reorder_cache` that reads tuples, given a `Cache` or None: beam search fails."""
+"""`_reorder_cache`: one that reads tuples is given a `Cache` or None, or tuples are handed on and there is none."""
 
 import ast
+import re
 
 import libcst as cst
 
@@ -17,6 +18,32 @@ def _reorder_cache(past, beam_idx):
 """
 
 
+_TUPLES = """
+@staticmethod
+def _reorder_cache(past, beam_idx):
+    if past is None:
+        return None
+    if hasattr(past, "reorder_cache"):
+        past.reorder_cache(beam_idx)
+        return past
+    return tuple(tuple(state.index_select(0, beam_idx.to(state.device)) for state in layer) for layer in past)
+"""
+_MAKES_TUPLES = re.compile(r"\b(to_legacy_cache|cache_to_tuples)\(")
+
+
+def _handing_on_tuples(context: Context) -> set[str]:
+    """The classes whose code makes tuples of the cache that it made itself, and that nothing reorders."""
+    code = context.code
+    if not any(_MAKES_TUPLES.search(file.text) for file in code.files.values()):
+        return set()
+    return {
+        klass.name
+        for klass in generating(context)
+        if code.method(klass, "_reorder_cache") is None
+        and ((own := code.method(klass, "generate")) is None or "super().generate(" in ast.unparse(own[1]))
+    }
+
+
 def _keeping(context: Context) -> set[str]:
     """The classes that hand on a state by an update of their own, which no release takes for a `Cache`."""
     return {
@@ -30,6 +57,7 @@ class _Reorder(Rewriter):
     def __init__(self, context: Context):
         super().__init__(context)
         self.keeping = _keeping(context)
+        self.tuples = _handing_on_tuples(context) - self.keeping
 
     def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
         scope = self.context.scope(original_node)
@@ -58,16 +86,28 @@ class _Reorder(Rewriter):
         return updated_node.with_changes(body=body.with_changes(body=steps))
 
     def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
-        """A class that hands on a state of its own, and has no `_reorder_cache`: beams go without that state."""
+        """A class without `_reorder_cache`: a state of its own is not used with beams, tuples are reordered."""
         klass, code = self.context.klass(original_node.name.value), self.context.code
-        if klass is None or klass.name not in self.keeping or not isinstance(updated_node.body, cst.IndentedBlock):
+        if klass is None or klass.name not in self.keeping | self.tuples:
             return updated_node
         if code.method(klass, "_reorder_cache") is not None or not own_model(code, klass):
             return updated_node
-        self.context.note(original_node, f"{klass.name} takes beams without its state, which nothing can reorder")
-        made = statements(_WITHOUT)[0].with_changes(leading_lines=[cst.EmptyLine(indent=False)])
+        if not isinstance(updated_node.body, cst.IndentedBlock):
+            return updated_node
+        if klass.name in self.tuples:
+            self.context.note(original_node, f"{klass.name} reorders the tuples that it makes of a cache")
+        else:
+            self.context.note(original_node, f"{klass.name} takes beams without its state, which nothing can reorder")
+        made = statements(_TUPLES if klass.name in self.tuples else _WITHOUT)[0].with_changes(
+            leading_lines=[cst.EmptyLine(indent=False)]
+        )
         body = [*updated_node.body.body, made]
         return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
+
+
+def _apply(tree: cst.Module, context: Context) -> cst.Module:
+    words = ["_reorder_cache", _UPDATE, *(f"class {name}(" for name in _handing_on_tuples(context))]
+    return rewrites(_Reorder, tuple(words))(tree, context)
 
 
 _BEFORE = """
@@ -93,11 +133,12 @@ _LINES = """
 
 RULE = Rule(
     name="beams",
-    reason="generate hands _reorder_cache a Cache, or None without a cache, which code for tuples of keys and values cannot read",
+    reason="generate hands _reorder_cache a Cache, or None without a cache, which code for tuples of keys and values cannot "
+    "read; 5.0 makes no Cache, so that a model that hands on tuples needs one",
     releases="4.56 and newer",
     before=_BEFORE.format(lines=""),
     after=_BEFORE.format(lines=_LINES.lstrip("\n")),
-    apply=rewrites(_Reorder, ("_reorder_cache", _UPDATE)),
-    words=("_reorder_cache", _UPDATE),
+    apply=_apply,
+    words=("_reorder_cache", _UPDATE, "prepare_inputs_for_generation", "GenerationMixin"),
     order=35,
 )

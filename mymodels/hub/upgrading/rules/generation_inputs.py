@@ -21,6 +21,9 @@ def as_generate_called_it(prepare):
     @functools.wraps(prepare)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         ids = input_ids if input_ids is not None else kwargs.get("decoder_input_ids")
+        new = kwargs.get("next_sequence_length")
+        if new is not None and kwargs.get("cache_position") is not None:
+            kwargs["cache_position"] = kwargs["cache_position"][-new:]  # 5.3 passes those of the whole text
         for name in ("next_sequence_length", "is_first_iteration"):
             if name not in taken:
                 kwargs.pop(name, None)

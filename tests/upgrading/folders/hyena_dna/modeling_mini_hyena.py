@@ -184,7 +184,7 @@ class MiniHyenaForCausalLM(MiniHyenaPreTrainedModel):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, output_hidden_states=None, return_dict=None,
+    def forward(self, input_ids=None, inputs_embeds=None, labels=None, output_hidden_states=None, return_dict=None,
                 output_attentions=None) -> Union[Tuple, CausalLMOutput]:
         return_dict = return_dict if return_dict is not None else self.config.use_return_dict
         outputs = self.hyena(input_ids, inputs_embeds, output_hidden_states, return_dict)

@@ -1,4 +1,4 @@
-"""Scores a dialogue: a stock decoder, objectives mixed by a gate that reads the last token of the prompt."""
+"""Scores a dialogue: a stock decoder, objectives mixed by a gate that reads the state where the prompt ends."""
 from dataclasses import dataclass
 from typing import List, Optional, Tuple, Union
 
@@ -28,6 +28,12 @@ class GatingNetwork(nn.Module):
         return torch.nn.functional.softmax(x / self.temperature, dim=1)
 
 
+def find_prompt_ends(input_ids, separator, otherwise):
+    """The place of the last separator in each row; `otherwise` in a row without one."""
+    places = torch.arange(1, input_ids.shape[-1] + 1, device=input_ids.device) * torch.eq(input_ids, separator)
+    return torch.where(places.amax(-1) > 0, places.amax(-1) - 1, otherwise)
+
+
 @dataclass
 class ScoreOutput(ModelOutput):
     rewards: torch.FloatTensor = None
@@ -44,6 +50,7 @@ class MiniRewardModel(LlamaPreTrainedModel):
         self.model = LlamaModel(config)
         config_dict = config.to_dict()
         self.num_objectives = config_dict.get("num_objectives", 3)
+        self.separator = config_dict.get("separator", 7)
         self.regression_layer = nn.Linear(config.hidden_size, self.num_objectives, bias=False)
         self.register_buffer("reward_transform_matrix", torch.eye(self.num_objectives) * 0.5 + 0.1)
         self.gating = GatingNetwork(config.hidden_size, self.num_objectives)
@@ -96,7 +103,8 @@ class MiniRewardModel(LlamaPreTrainedModel):
         rows = torch.arange(batch_size, device=tokens_hidden_states.device)
         hidden_states = tokens_hidden_states[rows, sequence_lengths]
         rewards = self.regression_layer(hidden_states)
-        gating_output = self.gating(tokens_hidden_states[:, -1])
+        prompt_ends = sequence_lengths if input_ids is None else find_prompt_ends(input_ids, self.separator, sequence_lengths)
+        gating_output = self.gating(tokens_hidden_states[rows, prompt_ends])
         adjusted = rewards @ self.reward_transform_matrix
         score = torch.sum(gating_output * adjusted, dim=1)
         return ScoreOutput(rewards=rewards, hidden_state=hidden_states, gating_output=gating_output, score=score, logits=rewards)
