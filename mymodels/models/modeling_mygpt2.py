@@ -29,6 +29,7 @@ from .compat import TP_COLWISE_GATHERED
 from .configuration_mygpt2 import MyGPT2Config
 from .cpu_kernels import dense_mlp, gated_mlp, linear_by_onednn, make_activation, trained_as
 from .heads import LastTokenHead, make_classifier
+from .int8 import METHOD  # noqa: F401  registers this quantisation method
 from .losses import causal_lm_loss, next_labels, soft_cap
 from .padding import may_skip_padding, skips_padding
 from .products import one_dnn  # noqa: F401  releases up to 5.6 fetch only files that are imported here

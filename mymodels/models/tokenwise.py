@@ -129,7 +129,9 @@ def _without_wrappers(kind: type) -> type:
 
 @functools.cache
 def _is_known(kind: type) -> bool:
-    return kind in TOKENWISE | CONTAINERS or issubclass(kind, nn.Identity) or kind.__module__.startswith(ADAPTED)
+    if kind in TOKENWISE | CONTAINERS or issubclass(kind, nn.Identity) or kind.__module__.startswith(ADAPTED):
+        return True
+    return "is_tokenwise" in vars(kind)  # the layers of int8.py
 
 
 def calls_of_method(method: Callable, kind: type) -> frozenset[str] | None:
