@@ -17,6 +17,7 @@ from .compat import readable
 
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
 TINY = torch.tensor(1e-36, device="cpu")  # no division by 0 for a row of zeros
+POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
 
 
 @functools.cache
@@ -127,7 +128,16 @@ class Int8Weight(nn.Module):
 
 
 def _scale(weight: torch.Tensor) -> torch.Tensor:
-    return weight[..., -4:].contiguous().view(torch.float32)[..., 0]
+    """The positive float32 numbers in the last 4 bytes of each row."""
+    last = weight[..., -4:]
+    if readable():
+        return last.contiguous().view(torch.float32)[..., 0]
+    # TorchScript and ONNX cannot read bytes as another type, so the number is put together: 24 bits and an exponent
+    numbers = torch.where(last < 0, last.float() + 256, last.float())
+    low, middle, high, top = numbers.unbind(-1)
+    exponent = 2 * top + (high >= 128)
+    bits = low + 256 * middle + 65536 * (high - 128 * (high >= 128)) + (1 << 23) * (exponent > 0)
+    return bits * POWERS.to(last.device)[exponent.long().clamp(1, 254)]
 
 
 def _dequantized(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -170,6 +180,7 @@ class Int8Linear(Int8Weight):
     """
 
     is_tokenwise = True
+    _packed: tuple[Any, Any, int, Any]
 
     def __init__(
         self,
@@ -217,7 +228,7 @@ class Int8Linear(Int8Weight):
 
     def repack(self) -> None:
         """Drop the packed copy of the weight."""
-        self._packed: tuple[Any, Any, int, Any] = (None, None, -1, None)
+        self._packed = (None, None, -1, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.repack()
