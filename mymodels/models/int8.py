@@ -18,7 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .compat import keep_from_initialization
+from .compat import is_new, keep_from_initialization
 from .int8_layers import Int8Embedding, Int8Linear, Int8Weight, is_valid, quantized
 
 METHOD = "mymodels-int8"
@@ -35,7 +35,7 @@ class Int8Config(QuantizationConfigMixin):
         modules: patterns of the names of the converted modules; set by `quantize`.
 
     Raises:
-        ValueError: another number of bits.
+        ValueError: another number of bits; a string instead of a list.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class Int8Config(QuantizationConfigMixin):
     ):
         if activation_bits not in (None, 8, 16):
             raise ValueError(f"activation_bits={activation_bits!r}, but it must be 8 or 16")
+        if isinstance(modules_to_not_convert, str):
+            raise ValueError(f"modules_to_not_convert={modules_to_not_convert!r}, but it must be a list of names")
         self.quant_method: Any = METHOD
         self.activation_bits, self.modules_to_not_convert = activation_bits, modules_to_not_convert
         self.modules = modules
@@ -166,17 +168,35 @@ def _is_embedding(module: nn.Module) -> bool:
     return type(module) is nn.Embedding and module.max_norm is None and module.weight.is_floating_point()
 
 
-def _float_module(module: Any, weight: nn.Parameter) -> nn.Module:
-    """The `nn.Embedding` or `nn.Linear` that an int8 module was made from, with this weight."""
-    rows, columns = weight.shape
-    new: Any
-    if isinstance(module, Int8Embedding):
-        new = nn.Embedding(rows, columns, module.padding_idx, device="meta")
-    else:
-        new = nn.Linear(columns, rows, module.bias is not None, device="meta")
-        new.bias = module.bias
-    new.weight = weight
-    return new.train(module.training)
+def _int8_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    named = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in named if isinstance(module, Int8Weight)]
+
+
+def _make_float(model: nn.Module, modules: dict[str, Any], values: dict[int, torch.Tensor] | None = None) -> list[Any]:
+    """Put float modules in the place of int8 ones, in training again. Returns the new modules.
+
+    Args:
+        values: float weight by the id of the int8 one; else the weights are empty.
+    """
+    weights: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    made: dict[int, Any] = {}
+    for name, module in modules.items():
+        if id(module) not in made:
+            rows, columns = module.weight.shape[0], module.weight.shape[1] - 4
+            if id(module.weight) not in weights:
+                empty = torch.empty(rows, columns, dtype=module.dtype, device=module.weight.device)
+                weights[id(module.weight)] = nn.Parameter((values or {}).get(id(module.weight), empty))
+            new: Any
+            if isinstance(module, Int8Embedding):
+                new = nn.Embedding(rows, columns, module.padding_idx, device="meta")
+            else:
+                new = nn.Linear(columns, rows, module.bias is not None, device="meta")
+                new.bias = module.bias
+            new.weight = weights[id(module.weight)]
+            made[id(module)] = new.train(module.training)
+        _set_submodule(model, name, made[id(module)])
+    return list(made.values())
 
 
 def _replace(model: nn.Module, modules: dict[str, Any], config: Int8Config) -> list[tuple[Any, Any]]:
@@ -231,23 +251,33 @@ class Int8Quantizer(HfQuantizer):
         for name in chosen:
             keep_from_initialization(model.get_submodule(name.rpartition(".")[0]))
 
+    def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
+        """Called before 5.0, before weights are loaded and new ones initialised."""
+        stored = {id(module.weight) for name, module in _int8_modules(model) if f"{name}.weight" not in missing_keys}
+        _make_float(model, {name: each for name, each in _int8_modules(model) if id(each.weight) not in stored})
+        return missing_keys
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             _convert(model, self.quantization_config)
-        for name, module in model.named_modules():
-            if isinstance(module, Int8Weight) and not module.weight.is_meta and not is_valid(module.weight):
+            return model
+        modules = dict(_int8_modules(model))
+        if not all(new := [is_new(module) for module in modules.values()]):
+            missing = {name: module for (name, module), is_missing in zip(modules.items(), new) if is_missing}
+            for module in _make_float(model, missing):
+                with torch.no_grad():
+                    model._init_weights(module)
+        for name, module in _int8_modules(model):
+            if not module.weight.is_meta and not is_valid(module.weight):
                 raise ValueError(f"{name}.weight was not loaded: the files of this int8 model do not have it in int8")
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Called by `model.dequantize()`: the float model whose weights are those in int8, in place."""
-        done: dict[int, nn.Parameter] = {}
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Int8Weight):
-                weight: Any = module.weight
-                if id(weight) not in done:
-                    done[id(weight)] = nn.Parameter(module.dequantized(dtype or module.dtype))
-                _set_submodule(model, name, _float_module(module, done[id(weight)]))
+        """Called by `model.dequantize()`: convert it to a float model whose weights are those in int8, in place."""
+        modules = dict(_int8_modules(model))
+        with torch.no_grad():
+            weights = {id(module.weight): module.dequantized(module.dtype) for module in modules.values()}
+            _make_float(model, modules, weights)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
