@@ -6,6 +6,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -232,6 +233,10 @@ class Int8Quantizer(HfQuantizer):
     quantization_config: Any
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        own = sys.modules.get(f"{type(model).__module__.rpartition('.')[0]}.int8")
+        if own is not None and hasattr(own, "Int8Quantizer") and own.Int8Quantizer is not Int8Quantizer:
+            self.__class__ = own.Int8Quantizer  # the last imported one is registered, perhaps of another folder
+            return self._process_model_before_weight_loading(model, **kwargs)
         if not self.pre_quantized:
             return
         able: dict[str, Any] = {
@@ -289,6 +294,5 @@ class Int8Quantizer(HfQuantizer):
         return False
 
 
-# The last imported file replaces earlier ones, so that a folder's code uses its own classes.
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Int8Config
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = Int8Quantizer
