@@ -53,7 +53,9 @@ def _product_of_integers(rows: torch.Tensor, packed: Any, levels: int) -> torch.
     return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, levels + 1, packed)
 
 
-def _product(rows: torch.Tensor, packed: Any, bias: torch.Tensor | None, bits: int) -> torch.Tensor:
+def _product(
+    rows: torch.Tensor, packed: Any, bias: torch.Tensor | None, bits: int, into: torch.Tensor | None = None
+) -> torch.Tensor:
     """The product of float32 `rows` `[rows, inputs]` with a packed weight. Each row is quantised by itself.
 
     With 16 bits, a row is the sum of a rounded one and the quantised rest, which are multiplied in one call: the weight
@@ -69,7 +71,8 @@ def _product(rows: torch.Tensor, packed: Any, bias: torch.Tensor | None, bits: i
         product.add_(rest, alpha=finer)
     else:
         product = _product_of_integers(rows, packed, levels)
-    return product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
+    into = product if into is None else into
+    return torch.mul(product, step, out=into) if bias is None else torch.addcmul(bias, product, step, out=into)
 
 
 def quantized(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -207,7 +210,7 @@ class Int8Linear(Int8Weight):
         else:
             product = rows.new_empty(len(rows), self.out_features)
             for part, into in zip(rows.split(ROWS), product.split(ROWS)):
-                into.copy_(_product(part, packed, bias, self.activation_bits))
+                _product(part, packed, bias, self.activation_bits, into)
         return product.view(*states.shape[:-1], self.out_features).to(states.dtype)
 
     def _is_fast(self, states: torch.Tensor) -> bool:

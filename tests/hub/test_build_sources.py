@@ -173,6 +173,8 @@ def test_a_subclass_of_ours_travels_with_what_it_builds_on(tmp_path: Path, monke
         "compat.py",
         "cpu_kernels.py",
         "heads.py",
+        "int8.py",
+        "int8_layers.py",
         "losses.py",
         "padding.py",
         "products.py",

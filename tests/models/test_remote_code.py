@@ -80,6 +80,8 @@ AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=Tru
         "compat.py",
         "cpu_kernels.py",
         "heads.py",
+        "int8.py",
+        "int8_layers.py",
         "losses.py",
         "padding.py",
         "products.py",
