@@ -238,7 +238,16 @@ def test_what_a_trainer_left(tmp_path: Path) -> None:
         "checkpoint-10",
     }
     code = {"modeling_mygpt2.py", "configuration_mygpt2.py", "attention.py", "base.py", "compat.py", "cpu_kernels.py"}
-    code |= {"heads.py", "losses.py", "padding.py", "products.py", "tokenwise.py", "vllm_adapter.py"}
+    code |= {
+        "heads.py",
+        "int8.py",
+        "int8_layers.py",
+        "losses.py",
+        "padding.py",
+        "products.py",
+        "tokenwise.py",
+        "vllm_adapter.py",
+    }
     assert {path.name for path in folder.glob("*.py")} == code
     card = (folder / "README.md").read_text()
     assert "| accuracy | 0.7500 |" in card and "| loss | 1.5000 |" in card and "runtime" not in card

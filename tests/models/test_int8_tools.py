@@ -1,10 +1,13 @@
 """int8 folders in the other tools: each works, or refuses in one sentence."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import warm_python
 from tiny import batch, mygpt2_config, stock_gpt2_config
 from transformers import GPT2LMHeadModel, TrainingArguments
 
@@ -89,6 +92,74 @@ def test_a_model_with_an_adapter_is_refused(folders: Path) -> None:
         mymodels.quantize(adapted)
     merged = mymodels.quantize(adapted.merge_and_unload())
     assert isinstance(merged.model.layers[0].self_attn.q_proj, Int8Linear)
+
+
+OWN = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class PlainConfig(PretrainedConfig):
+    model_type = "plain-int8"
+    vocab_size = 97
+
+
+class PlainForSequenceClassification(PreTrainedModel):
+    config_class = PlainConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(97, 64)
+        self.dense = torch.nn.Linear(64, 64)
+        self.score = torch.nn.Linear(64, 2)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def set_input_embeddings(self, value):
+        self.embed = value
+
+    def forward(self, input_ids, attention_mask=None):
+        return SequenceClassifierOutput(logits=self.score(self.dense(self.embed(input_ids)).mean(1)))
+"""
+REMOTE = """
+import sys
+sys.modules["mymodels"] = None
+import torch, transformers
+model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    print(type(model.dense).__name__, model(torch.arange(11)[None]).logits.tolist())
+"""
+
+
+def test_code_of_ones_own_loads_int8_where_mymodels_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain_int8.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("plain_int8")
+    model = mymodels.quantize(module.PlainForSequenceClassification(module.PlainConfig()).eval())
+    folder = build_repo(model, None, tmp_path / "from-memory", card="# card", golden=False)
+    model.save_pretrained(tmp_path / "saved")
+    code = [tmp_path / "plain_int8.py"]
+    other = build_repo(tmp_path / "saved", None, tmp_path / "from-files", card="# card", golden=False, code=code)
+    with torch.no_grad():
+        expected = f"Int8Linear {model(torch.arange(11)[None]).logits.tolist()}"
+    for built in (folder, other):
+        done = warm_python.run([sys.executable, "-I", "-c", REMOTE, built], check=True)
+        assert done.stdout.splitlines()[-1] == expected
+    assert {"compat.py", "int8.py", "int8_layers.py", "plain_int8.py"} == {path.name for path in folder.glob("*.py")}
+
+
+def test_a_stock_model_cannot_be_built_in_int8(folders: Path, tmp_path: Path) -> None:
+    model = mymodels.quantize(GPT2LMHeadModel.from_pretrained(folders / "stock"))
+    model.save_pretrained(tmp_path / "saved")
+    for source in (model, tmp_path / "saved"):
+        with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel is a class of transformers.*`import mymodels`"):
+            build_repo(source, None, tmp_path / "built", card="# card", golden=False)
+        assert not (tmp_path / "built").exists()
 
 
 @pytest.mark.slow
