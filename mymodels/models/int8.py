@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .compat import is_new, keep_from_initialization
-from .int8_layers import Int8Embedding, Int8Linear, Int8Weight, is_valid, quantized
+from .int8_layers import OUTLIERS, Int8Embedding, Int8Linear, Int8Weight, is_valid, quantized
 
+logger = logging.get_logger(__name__)
 METHOD = "mymodels-int8"
 LEAST = 32  # a layer with fewer inputs or outputs, such as a classifier, is not converted
 
@@ -125,9 +127,46 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
         if id(weight) not in done:
             values = quantized(weight.t() if isinstance(module, Conv1D) else weight, name)
             done[id(weight)] = nn.Parameter(values, requires_grad=False)
+    large = _largest_columns(model, {name: modules[name] for name in chosen}) if config.activation_bits == 8 else {}
     for module, new in _replace(model, {name: modules[name] for name in chosen}, config):
         new.weight = done[id(module.weight)]
+        if getattr(new, "outliers", None) is not None:
+            columns = large.get(id(module), torch.arange(OUTLIERS))
+            new.outliers = nn.Parameter(columns.to(new.weight.device), requires_grad=False)
     config.modules = _patterns(chosen, able - chosen)
+
+
+def _largest_columns(model: PreTrainedModel, modules: dict[str, Any]) -> dict[int, torch.Tensor]:
+    """The columns of the largest states of each linear layer (by its id), in a forward pass of random tokens.
+
+    They are a model's: in BERT, the same few of a layer are large for every token of every text.
+    """
+    largest: dict[int, torch.Tensor] = {}
+
+    def note(module: nn.Module, states: tuple[Any, ...]) -> None:
+        top = states[0].detach().flatten(0, -2).abs().amax(0)
+        largest[id(module)] = torch.maximum(top, largest.get(id(module), top))
+
+    hooks = [each.register_forward_pre_hook(note) for each in modules.values() if _size_of_linear(each)]
+    training = [each for each in model.modules() if each.training]
+    length = min(64, getattr(model.config, "max_position_embeddings", None) or 64)
+    device = next(iter(modules.values())).weight.device
+    try:
+        model.eval()
+        ids = torch.randint(model.config.vocab_size, (8, length), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            model(input_ids=ids.to(device))
+    except Exception as error:  # a model of other inputs
+        logger.warning(
+            f"quantize: {type(model).__name__} could not be run on random tokens to find its largest states ({error}): "
+            "8 bits may cost more accuracy than necessary"
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for each in training:
+            each.training = True
+    return {key: top.topk(OUTLIERS).indices for key, top in largest.items()}
 
 
 def _size_of_linear(module: nn.Module) -> tuple[int, int] | None:
@@ -206,6 +245,8 @@ def _replace(model: nn.Module, modules: dict[str, Any], config: Int8Config) -> l
     for name, module in modules.items():
         if id(module) not in made:
             made[id(module)] = module, _int8_module(module, config)
+        elif _size_of_linear(module):  # files share no tensors that the model's class does not declare as tied
+            made[id(module)][1].outliers = None
         _set_submodule(model, name, made[id(module)][1])
     return list(made.values())
 

@@ -8,13 +8,14 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .compat import readable
 
+OUTLIERS = 4
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
 TINY = torch.tensor(1e-36, device="cpu")  # no division by 0 for a row of zeros
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
@@ -53,17 +54,32 @@ def _product_of_integers(rows: torch.Tensor, packed: Any, levels: int) -> torch.
     return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, levels + 1, packed)
 
 
+class Outliers(NamedTuple):
+    """A few columns of states that are multiplied in float, because they are so large that others would lose bits."""
+
+    columns: torch.Tensor  # [outliers]
+    others: torch.Tensor  # [inputs], 0 for these columns, 1 for the others
+    weight: torch.Tensor  # [outliers, outputs], float32
+
+
 def _product(
-    rows: torch.Tensor, packed: Any, bias: torch.Tensor | None, bits: int, into: torch.Tensor | None = None
+    rows: torch.Tensor,
+    packed: Any,
+    bias: torch.Tensor | None,
+    bits: int,
+    into: torch.Tensor | None = None,
+    outliers: Outliers | None = None,
 ) -> torch.Tensor:
     """The product of float32 `rows` `[rows, inputs]` with a packed weight. Each row is quantised by itself.
 
     With 16 bits, a row is the sum of a rounded one and the quantised rest, which are multiplied in one call: the weight
     is read once.
     """
-    levels = _levels()
+    levels, given = _levels(), rows
+    if outliers is not None:
+        rows = rows * outliers.others
     step = torch.add(TINY, rows.abs().amax(-1, keepdim=True), alpha=1 / levels)  # [rows, 1]
-    rows = rows / step
+    rows = rows / step if outliers is None else rows.div_(step)
     if bits == 16:
         rounded, finer = rows.round(), 1 / (2 * levels)
         both = torch.cat((rounded, (rows - rounded).mul_(2 * levels)))
@@ -71,6 +87,13 @@ def _product(
         product.add_(rest, alpha=finer)
     else:
         product = _product_of_integers(rows, packed, levels)
+    if outliers is not None:
+        large = given.index_select(1, outliers.columns)
+        if bias is None:
+            into = torch.mm(large, outliers.weight, out=into)
+        else:
+            into = torch.addmm(bias, large, outliers.weight, out=into)
+        return into.addcmul_(product, step)
     into = product if into is None else into
     return torch.mul(product, step, out=into) if bias is None else torch.addcmul(bias, product, step, out=into)
 
@@ -180,10 +203,14 @@ class Int8Linear(Int8Weight):
 
     Args:
         activation_bits: 16 or 8, the precision of the states in a product on the CPU without gradients.
+
+    Attributes:
+        outliers: with 8 bits, the `OUTLIERS` columns of states that are multiplied in float; any choice is right, but the
+            columns of the largest states make the others more precise.
     """
 
     is_tokenwise = True
-    _packed: tuple[Any, Any, int, Any]
+    _packed: tuple[Any, Any, int, Any, Outliers | None]
 
     def __init__(
         self,
@@ -197,6 +224,8 @@ class Int8Linear(Int8Weight):
         super().__init__(out_features, in_features, dtype, device)
         self.in_features, self.out_features, self.activation_bits = in_features, out_features, activation_bits
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        columns = torch.arange(OUTLIERS, device=device)
+        self.outliers = nn.Parameter(columns, requires_grad=False) if activation_bits == 8 else None
         self.repack()
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -204,13 +233,13 @@ class Int8Linear(Int8Weight):
         if not self._is_fast(states):
             return nn.functional.linear(states, self.dequantized(states.dtype), self.bias)
         rows, packed = states.reshape(-1, self.in_features).float(), self._pack()
-        bias = None if self.bias is None else self.bias.float()
+        bias, outliers = None if self.bias is None else self.bias.float(), self._packed[4]
         if len(rows) <= ROWS:
-            product = _product(rows, packed, bias, self.activation_bits)
+            product = _product(rows, packed, bias, self.activation_bits, None, outliers)
         else:
             product = rows.new_empty(len(rows), self.out_features)
             for part, into in zip(rows.split(ROWS), product.split(ROWS)):
-                _product(part, packed, bias, self.activation_bits, into)
+                _product(part, packed, bias, self.activation_bits, into, outliers)
         return product.view(*states.shape[:-1], self.out_features).to(states.dtype)
 
     def _is_fast(self, states: torch.Tensor) -> bool:
@@ -222,23 +251,34 @@ class Int8Linear(Int8Weight):
         return not torch.is_autocast_enabled("cpu") and _levels() > 0
 
     def _pack(self) -> Any:
-        weight, (packed_from, alias, version, packed) = self.weight, self._packed
+        weight, (packed_from, alias, version, packed, _) = self.weight, self._packed
         if weight is not packed_from or weight._version != version or weight.data_ptr() != alias.data_ptr():
             packed = _pack(self.values, self.scale)
             # references to the packed weight's parameter and memory: neither can be reused for another one
-            self._packed = weight, weight.detach(), weight._version, packed
+            self._packed = weight, weight.detach(), weight._version, packed, self._outliers()
         return packed
+
+    def _outliers(self) -> Outliers | None:
+        if self.outliers is None or self.activation_bits == 16:
+            return None
+        columns = self.outliers.detach().clone()
+        if len(columns.unique()) < len(columns) or columns.min() < 0 or columns.max() >= self.in_features:
+            raise ValueError(
+                f"outliers={columns.tolist()}, but they must be different columns below {self.in_features}"
+            )
+        others = torch.ones(self.in_features).index_fill_(0, columns, 0.0)
+        return Outliers(columns, others, self.dequantized()[:, columns].t().contiguous())
 
     def repack(self) -> None:
         """Drop the packed copy of the weight."""
-        self._packed = (None, None, -1, None)
+        self._packed = (None, None, -1, None, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.repack()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": (None, None, -1, None)}
+        return {**self.__dict__, "_packed": (None, None, -1, None, None)}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activation_bits} bits"
