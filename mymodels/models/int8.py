@@ -12,6 +12,7 @@ import functools
 import re
 import warnings
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .compat import readable
+from .huge_pages import PATIENCE, move_process
 
 METHOD = "mymodels-int8"
 LEAST = 32  # a layer with fewer inputs or outputs, such as a classifier, is not converted
@@ -46,6 +48,12 @@ def _levels() -> int:
     return 127 if bool((product == 127 * 127 * 64).all()) else 63
 
 
+@functools.cache
+def _finer(levels: int) -> torch.Tensor:
+    """As a tensor: a number would be converted to one at each product."""
+    return torch.tensor(2.0 * levels)
+
+
 def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
     """FBGEMM's form of a weight `[outputs, inputs]`."""
     engine = torch.backends.quantized.engine
@@ -63,7 +71,8 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
 
 def _product_of_integers(rows: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
     """The product of float32 `rows`, rounded to integers from `-levels` to `levels`, with a packed weight."""
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, levels + 1, packed)
+    product: Callable = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+    return product(rows, 1.0, levels + 1, packed)
 
 
 def _product(rows: torch.Tensor, packed: Any, bias: torch.Tensor | None, bits: int) -> torch.Tensor:
@@ -74,12 +83,12 @@ def _product(rows: torch.Tensor, packed: Any, bias: torch.Tensor | None, bits: i
     """
     levels = _levels()
     step = torch.add(TINY, rows.abs().amax(-1, keepdim=True), alpha=1 / levels)  # [rows, 1]
-    rows = rows / step
+    rows = rows / step  # a new tensor
     if bits == 16:
-        rounded, finer = rows.round(), 1 / (2 * levels)
-        both = torch.cat((rounded, (rows - rounded).mul_(2 * levels)))
-        product, rest = _product_of_integers(both, packed, levels).chunk(2)
-        product.add_(rest, alpha=finer)
+        rounded = rows.round()
+        both = torch.cat((rounded, rows.sub_(rounded).mul_(_finer(levels))))
+        both = _product_of_integers(both, packed, levels)
+        product = both[: len(rows)].add_(both[len(rows) :], alpha=1 / (2 * levels))
     else:
         product = _product_of_integers(rows, packed, levels)
     return product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
@@ -143,14 +152,17 @@ class Int8Linear(_Int8Weight):
     """
 
     is_tokenwise = True
+    bias: torch.Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, activation_bits: int = 16, device: Any = None
     ):
         super().__init__(out_features, in_features, device)
         self.in_features, self.out_features, self.activation_bits = in_features, out_features, activation_bits
-        self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device)) if bias else None)
         self._packed: tuple[Any, Any] = (None, None)
+        self._joint: tuple[Any, ...] = (None,)
+        self._products = 0  # of few rows
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """The product `[…, out_features]` of states `[…, in_features]`, in their dtype."""
@@ -166,6 +178,14 @@ class Int8Linear(_Int8Weight):
                 into.copy_(_product(part, packed, bias, self.activation_bits))
         return product.view(*states.shape[:-1], self.out_features).to(states.dtype)
 
+    def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
+        """`forward` for float32 `rows` `[rows, in_features]` on the CPU, few and without gradients."""
+        own = self.__dict__  # for speed: `nn.Module` looks up and checks each attribute
+        own["_products"] += 1
+        if own["_products"] == 2 * PATIENCE:
+            move_process()
+        return _product(rows, self._pack(), own["_parameters"]["bias"], own["activation_bits"])
+
     def _is_fast(self, states: torch.Tensor) -> bool:
         plain = type(states) is torch.Tensor and states.is_cpu and self.weight.is_cpu and not self.weight.is_inference()
         if not plain or torch.is_grad_enabled() or states.numel() == 0 or states.shape[-1] != self.in_features:
@@ -173,17 +193,33 @@ class Int8Linear(_Int8Weight):
         return readable() and not torch.is_autocast_enabled("cpu") and _levels() > 0
 
     def _pack(self) -> Any:
-        tensors = (self.weight, self.scale)
-        version = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if self._packed[0] != version:
-            self._packed = version, _pack(self.weight, self.scale)
+        own = self.__dict__
+        weight, scale = own["_parameters"]["weight"], own["_parameters"]["scale"]
+        version = (weight.data_ptr(), weight._version, scale.data_ptr(), scale._version)
+        if own["_packed"][0] != version:
+            self._packed = version, _pack(weight, scale)
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": (None, None)}
+        return {**self.__dict__, "_packed": (None, None), "_joint": (None,)}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activation_bits} bits"
+
+
+def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`product_of_few` of several layers for the same rows, as one product with a joint weight."""
+    first = layers[0]
+    parameters = [tensor for layer in layers for tensor in layer._parameters.values() if tensor is not None]
+    version = [(tensor.data_ptr(), tensor._version) for tensor in parameters]
+    if first._joint[0] != version:
+        if len({(layer.activation_bits, layer.bias is None) for layer in layers}) > 1:
+            return [layer.product_of_few(rows) for layer in layers]
+        packed = _pack(torch.cat([layer.weight for layer in layers]), torch.cat([layer.scale for layer in layers]))
+        bias = None if first.bias is None else torch.cat([layer.bias for layer in layers if layer.bias is not None])
+        first._joint = version, packed, bias, [layer.out_features for layer in layers]
+    _, packed, bias, sizes = first._joint
+    return _product(rows, packed, bias, first.activation_bits).split(sizes, -1)
 
 
 # ---- models

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .huge_pages import count_product
+
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -43,6 +45,16 @@ def batched(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 def _parts(rows: int, threads: int) -> int:
     """The smallest divisor of a weight's rows that is at least 4 and gives every thread a part; 0 if there is none."""
     return next((parts for parts in range(max(4, threads), rows // 16) if rows % parts == 0), 0)
+
+
+def product_of_few(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`nn.functional.linear` of few rows without gradients and a large weight, all float32 on the CPU."""
+    count_product(weight)
+    rows, width = states.numel() // weight.shape[1], weight.shape[1]
+    product = fastest(rows, width, torch.get_num_threads())
+    if bias is None or rows > 1:
+        return product(states, weight, bias)
+    return product(states, weight).add_(bias)  # one row: kernels with a bias are slower
 
 
 @functools.cache

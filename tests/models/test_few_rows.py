@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
 @pytest.fixture(autouse=True, params=[one_dnn, batched], ids=lambda product: product.__name__)
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which product is the fastest depends on the processor; each must be right."""
-    monkeypatch.setattr(cpu_kernels, "fastest", lambda rows, width, threads: request.param if rows <= 2 else one_dnn)
+    for module in (cpu_kernels, products):
+        monkeypatch.setattr(module, "fastest", lambda rows, width, threads: request.param if rows <= 2 else one_dnn)
 
 
 class Seen(TorchDispatchMode):
