@@ -18,7 +18,7 @@ from torch import nn
 from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, eager_attention_forward, norm_heads
 from .base import has_global_hooks
 from .compat import readable
-from .int8 import Int8Linear, _levels, joint_product_of_few
+from .int8_layers import Int8Linear, joint_product_of_few
 from .products import ONE_DNN, product_of_few
 from .tokenwise import ACTIVATIONS, digest
 
@@ -83,7 +83,8 @@ def _is_plain(module: Any, main: tuple[Any, ...]) -> bool:
     if type(weight) is not nn.Parameter or not weight.is_cpu:
         return False
     if kind is Int8Linear:
-        return not weight.is_inference() and _levels() > 0
+        bias = own["_parameters"]["bias"]
+        return module.packs() and (bias is None or bias.dtype is torch.float32)
     return weight.dtype is torch.float32
 
 

@@ -1,18 +1,14 @@
 """int8 models: `quantize(model)`, and a quantisation method with which transformers saves and loads them.
 
-Each row of a weight is stored as int8, with the scale `largest absolute value / 127` in float32. On an x86 CPU without
-gradients, products are those of FBGEMM, torch's library of int8 products; elsewhere the weight is converted to float for
-each product, which saves memory but no time.
+Each row of a weight is stored as int8, followed by its scale `largest absolute value / 127` in float32.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
-import fnmatch
-import functools
 import re
-import warnings
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,206 +19,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .compat import readable
-from .huge_pages import PATIENCE, move_process
+from .compat import is_new, keep_from_initialization
+from .int8_layers import Int8Embedding, Int8Linear, Int8Weight, is_valid, quantized
 
 METHOD = "mymodels-int8"
 LEAST = 32  # a layer with fewer inputs or outputs, such as a classifier, is not converted
-ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
-TINY = torch.tensor(1e-30)  # no division by 0 for a row of zeros
-
-
-# ---- products
-
-
-@functools.cache
-def _levels() -> int:
-    """The largest quantised state: 127, or 63 on processors whose 16-bit sums would overflow; 0 without FBGEMM."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        return 0
-    try:
-        packed = _pack(torch.full((64, 64), 127, dtype=torch.int8), torch.ones(64))
-        product = _product_of_integers(torch.full((2, 64), 127.0), packed, 127)
-    except (AttributeError, RuntimeError):  # a torch without these operators
-        return 0
-    return 127 if bool((product == 127 * 127 * 64).all()) else 63
-
-
-@functools.cache
-def _finer(levels: int) -> torch.Tensor:
-    """As a tensor: a number would be converted to one at each product."""
-    return torch.tensor(2.0 * levels)
-
-
-def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
-    """FBGEMM's form of a weight `[outputs, inputs]`."""
-    engine = torch.backends.quantized.engine
-    try:
-        torch.backends.quantized.engine = "fbgemm"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-            quantized = torch._make_per_channel_quantized_tensor(
-                weight, scale.double(), torch.zeros_like(scale, dtype=torch.long), 0
-            )
-        return torch.ops.quantized.linear_prepack(quantized, None)
-    finally:
-        torch.backends.quantized.engine = engine
-
-
-def _product_of_integers(rows: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
-    """The product of float32 `rows`, rounded to integers from `-levels` to `levels`, with a packed weight."""
-    product: Callable = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-    return product(rows, 1.0, levels + 1, packed)
-
-
-def _product(rows: torch.Tensor, packed: Any, bias: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """The product of float32 `rows` `[rows, inputs]` with a packed weight. Each row is quantised by itself.
-
-    With 16 bits, a row is the sum of a rounded one and the quantised rest, which are multiplied in one call: the weight
-    is read once.
-    """
-    levels = _levels()
-    step = torch.add(TINY, rows.abs().amax(-1, keepdim=True), alpha=1 / levels)  # [rows, 1]
-    rows = rows / step  # a new tensor
-    if bits == 16:
-        rounded = rows.round()
-        both = torch.cat((rounded, rows.sub_(rounded).mul_(_finer(levels))))
-        both = _product_of_integers(both, packed, levels)
-        product = both[: len(rows)].add_(both[len(rows) :], alpha=1 / (2 * levels))
-    else:
-        product = _product_of_integers(rows, packed, levels)
-    return product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
-
-
-def _quantized(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 values and the scale of each row of a float weight."""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(1).div_(127)
-    if not bool(scale.isfinite().all()):
-        raise ValueError(f"{name}.weight has values that are not finite, so it cannot be quantised")
-    scale[scale == 0] = 1.0
-    return weight.div(scale[:, None]).round_().to(torch.int8), scale
-
-
-# ---- modules
-
-
-class _Int8Weight(nn.Module):
-    """An int8 `weight` `[rows, columns]` and the float32 `scale` `[rows]`. Neither is trained."""
-
-    weight: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, rows: int, columns: int, device: Any = None):
-        super().__init__()
-        weight = torch.empty(rows, columns, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(rows, dtype=torch.float32, device=device), requires_grad=False)
-
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return (self.weight.to(self.scale.dtype) * self.scale[:, None]).to(dtype)
-
-
-class Int8Embedding(_Int8Weight):
-    """`nn.Embedding` with an int8 weight. Returns the dtype of `scale`."""
-
-    is_tokenwise = True
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, device: Any = None):
-        super().__init__(num_embeddings, embedding_dim, device)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings `[…, embedding_dim]` of ids `[…]`."""
-        return self.weight[ids] * self.scale[ids][..., None]
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}"
-
-
-class Int8Linear(_Int8Weight):
-    """`nn.Linear` with an int8 weight.
-
-    Not a subclass of `nn.Linear`: what edits float weights in place, such as merging an adapter, must not accept it. A
-    packed copy of the weight is made for the first product, and again after the weight was modified (but changes through
-    `weight.data` are not noticed).
-
-    Args:
-        activation_bits: 16 or 8, the precision of the states in a product on the CPU without gradients.
-    """
-
-    is_tokenwise = True
-    bias: torch.Tensor | None
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, activation_bits: int = 16, device: Any = None
-    ):
-        super().__init__(out_features, in_features, device)
-        self.in_features, self.out_features, self.activation_bits = in_features, out_features, activation_bits
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device)) if bias else None)
-        self._packed: tuple[Any, Any] = (None, None)
-        self._joint: tuple[Any, ...] = (None,)
-        self._products = 0  # of few rows
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """The product `[…, out_features]` of states `[…, in_features]`, in their dtype."""
-        if not self._is_fast(states):
-            return nn.functional.linear(states, self.dequantized(states.dtype), self.bias)
-        rows, packed = states.reshape(-1, self.in_features).float(), self._pack()
-        bias = None if self.bias is None else self.bias.float()
-        if len(rows) <= ROWS:
-            product = _product(rows, packed, bias, self.activation_bits)
-        else:
-            product = rows.new_empty(len(rows), self.out_features)
-            for part, into in zip(rows.split(ROWS), product.split(ROWS)):
-                into.copy_(_product(part, packed, bias, self.activation_bits))
-        return product.view(*states.shape[:-1], self.out_features).to(states.dtype)
-
-    def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
-        """`forward` for float32 `rows` `[rows, in_features]` on the CPU, few and without gradients."""
-        own = self.__dict__  # for speed: `nn.Module` looks up and checks each attribute
-        own["_products"] += 1
-        if own["_products"] == 2 * PATIENCE:
-            move_process()
-        return _product(rows, self._pack(), own["_parameters"]["bias"], own["activation_bits"])
-
-    def _is_fast(self, states: torch.Tensor) -> bool:
-        plain = type(states) is torch.Tensor and states.is_cpu and self.weight.is_cpu and not self.weight.is_inference()
-        if not plain or torch.is_grad_enabled() or states.numel() == 0 or states.shape[-1] != self.in_features:
-            return False
-        return readable() and not torch.is_autocast_enabled("cpu") and _levels() > 0
-
-    def _pack(self) -> Any:
-        own = self.__dict__
-        weight, scale = own["_parameters"]["weight"], own["_parameters"]["scale"]
-        version = (weight.data_ptr(), weight._version, scale.data_ptr(), scale._version)
-        if own["_packed"][0] != version:
-            self._packed = version, _pack(weight, scale)
-        return self._packed[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": (None, None), "_joint": (None,)}
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activation_bits} bits"
-
-
-def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """`product_of_few` of several layers for the same rows, as one product with a joint weight."""
-    first = layers[0]
-    parameters = [tensor for layer in layers for tensor in layer._parameters.values() if tensor is not None]
-    version = [(tensor.data_ptr(), tensor._version) for tensor in parameters]
-    if first._joint[0] != version:
-        if len({(layer.activation_bits, layer.bias is None) for layer in layers}) > 1:
-            return [layer.product_of_few(rows) for layer in layers]
-        packed = _pack(torch.cat([layer.weight for layer in layers]), torch.cat([layer.scale for layer in layers]))
-        bias = None if first.bias is None else torch.cat([layer.bias for layer in layers if layer.bias is not None])
-        first._joint = version, packed, bias, [layer.out_features for layer in layers]
-    _, packed, bias, sizes = first._joint
-    return _product(rows, packed, bias, first.activation_bits).split(sizes, -1)
-
-
-# ---- models
 
 
 class Int8Config(QuantizationConfigMixin):
@@ -235,7 +36,7 @@ class Int8Config(QuantizationConfigMixin):
         modules: patterns of the names of the converted modules; set by `quantize`.
 
     Raises:
-        ValueError: another number of bits.
+        ValueError: another number of bits; a string instead of a list.
     """
 
     def __init__(
@@ -247,6 +48,8 @@ class Int8Config(QuantizationConfigMixin):
     ):
         if activation_bits not in (None, 8, 16):
             raise ValueError(f"activation_bits={activation_bits!r}, but it must be 8 or 16")
+        if isinstance(modules_to_not_convert, str):
+            raise ValueError(f"modules_to_not_convert={modules_to_not_convert!r}, but it must be a list of names")
         self.quant_method: Any = METHOD
         self.activation_bits, self.modules_to_not_convert = activation_bits, modules_to_not_convert
         self.modules = modules
@@ -268,12 +71,16 @@ def quantize(
         The same model.
 
     Raises:
-        ValueError: the model is quantised already, no layer can be converted, or a weight is not finite.
+        ValueError: it is no transformers model, has an adapter, or is quantised already; no layer can be converted; a
+            weight is not finite or has no data. The model is not changed.
 
     Example:
         >>> model = mymodels.quantize(AutoModelForCausalLM.from_pretrained(path))
         >>> model.save_pretrained("model-int8")
     """
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        what = "with an adapter: merge it first" if hasattr(model, "peft_config") else "that is no transformers model"
+        raise ValueError(f"quantize was called on a {type(model).__name__} {what}")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantised already: its config has a quantization_config")
     config = Int8Config(activation_bits, modules_to_not_convert)
@@ -292,35 +99,34 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
     if config.activation_bits is None:
         config.activation_bits = 16 if model.can_generate() else 8
     owners: dict[int, list[str]] = defaultdict(list)  # of each weight: the modules that hold it
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         for parameter in module._parameters.values():
             owners[id(parameter)].append(name)
-    tokens = model.get_input_embeddings()
+    try:
+        tokens = model.get_input_embeddings()
+    except NotImplementedError:
+        tokens = None
     able = {
         name
         for name, module in modules.items()
-        if _size_of_linear(module) or (type(module) is nn.Embedding and module.max_norm is None and module is tokens)
+        if _size_of_linear(module) or (module is tokens and _is_embedding(module))
     }
     chosen = {name for name in able if not _is_excluded(name, config.modules_to_not_convert or [])}
     chosen = {name for name in chosen if chosen >= set(owners[id(modules[name].weight)])}
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no layer that can be quantised")
-    done: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
-    for name in sorted(chosen):
+    done: dict[int, nn.Parameter] = {}  # by the float weight: tied weights stay tied
+    for name in sorted(chosen):  # all of them before the first module is replaced: an error leaves the model as it was
         module = modules[name]
         weight: Any = module.weight
         if weight.is_meta:
             raise ValueError(f"{name}.weight has no data (it is on the meta device), so it cannot be quantised")
         if id(weight) not in done:
-            values, scale = _quantized(weight.t() if isinstance(module, Conv1D) else weight, name)
-            done[id(weight)] = nn.Parameter(values, requires_grad=False), scale
-        new = _replace(model, name, module, config)
-        new.weight, scale = done[id(weight)]
-        new.scale = nn.Parameter(scale.clone(), requires_grad=False)  # one of its own: files share no tensors
-        if getattr(new, "bias", None) is not None:
-            new.bias = module.bias
-        new.train(module.training)
+            values = quantized(weight.t() if isinstance(module, Conv1D) else weight, name)
+            done[id(weight)] = nn.Parameter(values, requires_grad=False)
+    for module, new in _replace(model, {name: modules[name] for name in chosen}, config):
+        new.weight = done[id(module.weight)]
     config.modules = _patterns(chosen, able - chosen)
 
 
@@ -346,17 +152,78 @@ def _patterns(chosen: set[str], others: set[str]) -> list[str]:
     return sorted({name if starred[name] in uneven else starred[name] for name in chosen})
 
 
-def _replace(model: nn.Module, name: str, module: Any, config: Int8Config) -> Any:
-    """Put an empty int8 module in the place of another one."""
-    device = module.weight.device
-    new: nn.Module
+def _in_folder(names: Iterable[str], patterns: list[str], prefix: str) -> set[str]:
+    """The modules that `_patterns` describes. A folder is also loaded without its head, or by a model with another one.
+
+    So the patterns, or the modules, may have the name of the base model in front.
+    """
+    names = list(names)
+    found = []
+    for each in (patterns, [prefix + one for one in patterns], [one.removeprefix(prefix) for one in patterns]):
+        regex = re.compile("|".join(re.escape(one).replace(r"\*", r"\d+") for one in each))
+        found.append({name for name in names if regex.fullmatch(name)})
+    return max(found, key=len)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return type(module) is nn.Embedding and module.max_norm is None and module.weight.is_floating_point()
+
+
+def _int8_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    named = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in named if isinstance(module, Int8Weight)]
+
+
+def _make_float(model: nn.Module, modules: dict[str, Any], values: dict[int, torch.Tensor] | None = None) -> list[Any]:
+    """Put float modules in the place of int8 ones, in training again. Returns the new modules.
+
+    Args:
+        values: float weight by the id of the int8 one; else the weights are empty.
+    """
+    weights: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    made: dict[int, Any] = {}
+    for name, module in modules.items():
+        if id(module) not in made:
+            rows, columns = module.weight.shape[0], module.weight.shape[1] - 4
+            if id(module.weight) not in weights:
+                empty = torch.empty(rows, columns, dtype=module.dtype, device=module.weight.device)
+                weights[id(module.weight)] = nn.Parameter((values or {}).get(id(module.weight), empty))
+            new: Any
+            if isinstance(module, Int8Embedding):
+                new = nn.Embedding(rows, columns, module.padding_idx, device="meta")
+            else:
+                new = nn.Linear(columns, rows, module.bias is not None, device="meta")
+                new.bias = module.bias
+            new.weight = weights[id(module.weight)]
+            made[id(module)] = new.train(module.training)
+        _set_submodule(model, name, made[id(module)])
+    return list(made.values())
+
+
+def _replace(model: nn.Module, modules: dict[str, Any], config: Int8Config) -> list[tuple[Any, Any]]:
+    """Put empty int8 modules in the place of others. Returns each with the new one."""
+    made: dict[int, tuple[Any, Any]] = {}  # a module may be there under several names
+    for name, module in modules.items():
+        if id(module) not in made:
+            made[id(module)] = module, _int8_module(module, config)
+        _set_submodule(model, name, made[id(module)][1])
+    return list(made.values())
+
+
+def _int8_module(module: Any, config: Int8Config) -> nn.Module:
+    like = {"dtype": module.weight.dtype, "device": module.weight.device}
+    new: Any
     if size := _size_of_linear(module):
-        new = Int8Linear(*size, module.bias is not None, config.activation_bits or 16, device)
+        new = Int8Linear(*size, module.bias is not None, config.activation_bits or 16, **like)
+        new.bias = module.bias
     else:
-        new = Int8Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device)
+        new = Int8Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, **like)
+    return new.train(module.training)
+
+
+def _set_submodule(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, new)
-    return new
 
 
 class Int8Quantizer(HfQuantizer):
@@ -366,19 +233,58 @@ class Int8Quantizer(HfQuantizer):
     quantization_config: Any
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        own = sys.modules.get(f"{type(model).__module__.rpartition('.')[0]}.int8")
+        if own is not None and hasattr(own, "Int8Quantizer") and own.Int8Quantizer is not Int8Quantizer:
+            self.__class__ = own.Int8Quantizer  # the last imported one is registered, perhaps of another folder
+            return self._process_model_before_weight_loading(model, **kwargs)
         if not self.pre_quantized:
             return
-        start = f"{model.base_model_prefix}."  # a folder of a model with a head is also loaded without it
-        patterns = [pattern.removeprefix(start) for pattern in self.quantization_config.modules or []]
-        for name, module in list(model.named_modules()):
-            able = _size_of_linear(module) or type(module) is nn.Embedding
-            if able and any(fnmatch.fnmatchcase(name.removeprefix(start), pattern) for pattern in patterns):
-                _replace(model, name, module, self.quantization_config)
+        able: dict[str, Any] = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if _size_of_linear(module) or _is_embedding(module)
+        }
+        chosen = _in_folder(able, self.quantization_config.modules or [], f"{model.base_model_prefix}.")
+        # a head that is not in the folder may be tied: before 5.0 it is by now, later releases do so after loading
+        shared = {id(able[name].weight) for name in chosen}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        chosen |= {name for name in able if tied.get(f"{name}.weight", "").removesuffix(".weight") in chosen}
+        chosen |= {name for name, module in able.items() if id(module.weight) in shared}
+        weights: dict[int, nn.Parameter] = {}
+        for module, new in _replace(model, {name: able[name] for name in chosen}, self.quantization_config):
+            new.weight = weights.setdefault(id(module.weight), new.weight)
+        for name in chosen:
+            keep_from_initialization(model.get_submodule(name.rpartition(".")[0]))
+
+    def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
+        """Called before 5.0, before weights are loaded and new ones initialised."""
+        stored = {id(module.weight) for name, module in _int8_modules(model) if f"{name}.weight" not in missing_keys}
+        _make_float(model, {name: each for name, each in _int8_modules(model) if id(each.weight) not in stored})
+        return missing_keys
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             _convert(model, self.quantization_config)
+            return model
+        modules = dict(_int8_modules(model))
+        if not all(new := [is_new(module) for module in modules.values()]):
+            missing = {name: module for (name, module), is_missing in zip(modules.items(), new) if is_missing}
+            for module in _make_float(model, missing):
+                with torch.no_grad():
+                    model._init_weights(module)
+        for name, module in _int8_modules(model):
+            if not module.weight.is_meta and not is_valid(module.weight):
+                raise ValueError(f"{name}.weight was not loaded: the files of this int8 model do not have it in int8")
         return model
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Called by `model.dequantize()`: convert it to a float model whose weights are those in int8, in place."""
+        modules = dict(_int8_modules(model))
+        with torch.no_grad():
+            weights = {id(module.weight): module.dequantized(module.dtype) for module in modules.values()}
+            _make_float(model, modules, weights)
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
         return True
@@ -388,6 +294,5 @@ class Int8Quantizer(HfQuantizer):
         return False
 
 
-# The last imported file replaces earlier ones, so that a folder's code uses its own classes.
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Int8Config
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = Int8Quantizer

@@ -66,7 +66,7 @@ def test_edited_int8_weights_are_seen(blocks: list[Any]) -> None:
     check(model, blocks, expected=True, tolerance=1e-3)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.k_proj.scale.mul_(1.5)
+            layer.self_attn.k_proj.weight[:, :-4].neg_()
             layer.self_attn.v_proj.bias.add_(1.0)
             layer.mlp.up_proj.weight.neg_()
     check(model, blocks, expected=True, tolerance=1e-3)
