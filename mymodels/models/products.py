@@ -61,10 +61,10 @@ def product_of_few(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 def fastest(rows: int, width: int, threads: int) -> Callable:
     """The fastest product of states `[rows, width]` without gradients and a large weight on this processor.
 
-    oneDNN's, unless another one takes at most 0.9 of its time, or `rows` exceed 2. Measured once, in about a tenth of a
+    oneDNN's, unless another one takes at most 0.9 of its time, or `rows` exceed 4. Measured once, in about a tenth of a
     second, on 64 MB of weights: in generation, each weight comes from memory and not from the caches.
     """
-    if rows > 2:
+    if rows > 4:
         return one_dnn
     candidates = (one_dnn, nn.functional.linear, batched)
     states = torch.ones(rows, width)
