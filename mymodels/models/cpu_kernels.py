@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 
 from .base import has_global_hooks, is_hooked
 from .compat import readable
-from .products import ONE_DNN, batched, fastest, one_dnn
+from .products import ONE_DNN, batched, fastest, one_dnn, product_of_few
 from .tokenwise import ACTIVATIONS, calls_are_unpatched, calls_of_method, is_tokenwise
 
 # GPT-2's and the original BERT's GELU in one kernel; transformers computes the same formula in eight operations
@@ -105,11 +105,7 @@ class OneDnnLinear(TorchFunctionMode):
         width = weight.shape[1]
         if states.ndim < 2 or states.numel() == 0 or not states.is_cpu or states.shape[-1] != width:
             return function(*args)
-        rows = states.numel() // width
-        product = fastest(rows, width, torch.get_num_threads())
-        if bias is None or rows > 1:
-            return product(states, weight, bias)
-        return product(states, weight).add_(bias)  # one row: kernels with a bias are slower
+        return product_of_few(states, weight, bias)
 
 
 class _State(threading.local):

@@ -131,15 +131,15 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
     for module, new in _replace(model, {name: modules[name] for name in chosen}, config):
         new.weight = done[id(module.weight)]
         if getattr(new, "outliers", None) is not None:
-            columns = large.get(id(module), torch.arange(OUTLIERS))
+            columns = large.get(id(module), new.outliers)
             new.outliers = nn.Parameter(columns.to(new.weight.device), requires_grad=False)
     config.modules = _patterns(chosen, able - chosen)
 
 
 def _largest_columns(model: PreTrainedModel, modules: dict[str, Any]) -> dict[int, torch.Tensor]:
-    """The columns of the largest states of each linear layer (by its id), in a forward pass of random tokens.
+    """By the id of a linear layer, the columns of its largest states in a forward pass of random tokens, if they stand out.
 
-    They are a model's: in BERT, the same few of a layer are large for every token of every text.
+    They belong to the model: in BERT, the same few columns of a layer are large for every token of every text.
     """
     largest: dict[int, torch.Tensor] = {}
 
@@ -166,7 +166,9 @@ def _largest_columns(model: PreTrainedModel, modules: dict[str, Any]) -> dict[in
             hook.remove()
         for each in training:
             each.training = True
-    return {key: top.topk(OUTLIERS).indices for key, top in largest.items()}
+    found = {key: top.topk(OUTLIERS + 1) for key, top in largest.items()}
+    # where the largest is no larger than others, nothing is gained by float products, which cost time
+    return {key: top.indices[:-1] for key, top in found.items() if top.values[0] > 1.5 * top.values[-1]}
 
 
 def _size_of_linear(module: nn.Module) -> tuple[int, int] | None:

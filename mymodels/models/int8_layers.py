@@ -8,14 +8,16 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 
 import functools
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .compat import readable
+from .huge_pages import PATIENCE, move_process
 
-OUTLIERS = 4
+OUTLIERS = 8  # columns of states that are multiplied in float, see `Outliers`
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
 TINY = torch.tensor(1e-36, device="cpu")  # no division by 0 for a row of zeros
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
@@ -32,6 +34,12 @@ def _levels() -> int:
     except (AttributeError, RuntimeError):  # a torch without these operators
         return 0
     return 127 if bool((product == 127 * 127 * 64).all()) else 63
+
+
+@functools.cache
+def _finer(levels: int) -> torch.Tensor:
+    """As a tensor: a number would be converted to one at each product."""
+    return torch.tensor(2.0 * levels, device="cpu")
 
 
 def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
@@ -51,7 +59,8 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
 
 def _product_of_integers(rows: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
     """The product of float32 `rows`, rounded to integers from `-levels` to `levels`, with a packed weight."""
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, levels + 1, packed)
+    product: Callable = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+    return product(rows, 1.0, levels + 1, packed)
 
 
 class Outliers(NamedTuple):
@@ -79,12 +88,12 @@ def _product(
     if outliers is not None:
         rows = rows * outliers.others
     step = torch.add(TINY, rows.abs().amax(-1, keepdim=True), alpha=1 / levels)  # [rows, 1]
-    rows = rows / step if outliers is None else rows.div_(step)
+    rows = rows / step if outliers is None else rows.div_(step)  # a new tensor
     if bits == 16:
-        rounded, finer = rows.round(), 1 / (2 * levels)
-        both = torch.cat((rounded, (rows - rounded).mul_(2 * levels)))
-        product, rest = _product_of_integers(both, packed, levels).chunk(2)
-        product.add_(rest, alpha=finer)
+        rounded = rows.round()
+        both = torch.cat((rounded, rows.sub_(rounded).mul_(_finer(levels))))
+        both = _product_of_integers(both, packed, levels)
+        product = both[: len(rows)].add_(both[len(rows) :], alpha=1 / (2 * levels))
     else:
         product = _product_of_integers(rows, packed, levels)
     if outliers is not None:
@@ -205,11 +214,12 @@ class Int8Linear(Int8Weight):
         activation_bits: 16 or 8, the precision of the states in a product on the CPU without gradients.
 
     Attributes:
-        outliers: with 8 bits, the `OUTLIERS` columns of states that are multiplied in float; any choice is right, but the
-            columns of the largest states make the others more precise.
+        outliers: with 8 bits, the `OUTLIERS` columns of states that are multiplied in float, or -1 for none; any choice is
+            right, but the columns of the largest states make the others more precise.
     """
 
     is_tokenwise = True
+    bias: torch.Tensor | None
     _packed: tuple[Any, Any, int, Any, Outliers | None]
 
     def __init__(
@@ -223,9 +233,11 @@ class Int8Linear(Int8Weight):
     ):
         super().__init__(out_features, in_features, dtype, device)
         self.in_features, self.out_features, self.activation_bits = in_features, out_features, activation_bits
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        columns = torch.arange(OUTLIERS, device=device)
+        parameter = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", parameter)
+        columns = torch.full((OUTLIERS,), -1, device=device)
         self.outliers = nn.Parameter(columns, requires_grad=False) if activation_bits == 8 else None
+        self._products = 0  # of few rows
         self.repack()
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -242,13 +254,28 @@ class Int8Linear(Int8Weight):
                 _product(part, packed, bias, self.activation_bits, into, outliers)
         return product.view(*states.shape[:-1], self.out_features).to(states.dtype)
 
+    def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
+        """`forward` for float32 `rows` `[rows, in_features]` on the CPU, few and without gradients."""
+        own = self.__dict__  # for speed: `nn.Module` looks up and checks each attribute
+        own["_products"] += 1
+        if own["_products"] == 2 * PATIENCE:
+            move_process()
+        packed = self._pack()
+        return _product(rows, packed, own["_parameters"]["bias"], own["activation_bits"], None, own["_packed"][4])
+
     def _is_fast(self, states: torch.Tensor) -> bool:
-        plain = type(states) is torch.Tensor and states.is_cpu and self.weight.is_cpu and not self.weight.is_inference()
-        if not plain or torch.is_grad_enabled() or states.numel() == 0 or states.shape[-1] != self.in_features:
+        if type(states) is not torch.Tensor or not states.is_cpu or torch.is_grad_enabled():
             return False
-        if self.in_features > 1 << 16 or not readable():  # longer sums could exceed 32 bits
+        if states.numel() == 0 or states.shape[-1] != self.in_features or not self.packs():
             return False
-        return not torch.is_autocast_enabled("cpu") and _levels() > 0
+        return readable() and not torch.is_autocast_enabled("cpu")
+
+    def packs(self) -> bool:
+        """Whether FBGEMM can multiply with this weight."""
+        weight: Any = self._parameters["weight"]
+        if not weight.is_cpu or weight.is_inference() or self.in_features > 1 << 16:  # longer sums exceed 32 bits
+            return False
+        return _levels() > 0
 
     def _pack(self) -> Any:
         weight, (packed_from, alias, version, packed, _) = self.weight, self._packed
@@ -262,6 +289,8 @@ class Int8Linear(Int8Weight):
         if self.outliers is None or self.activation_bits == 16:
             return None
         columns = self.outliers.detach().clone()
+        if bool((columns == -1).all()):
+            return None
         if len(columns.unique()) < len(columns) or columns.min() < 0 or columns.max() >= self.in_features:
             raise ValueError(
                 f"outliers={columns.tolist()}, but they must be different columns below {self.in_features}"
@@ -272,13 +301,33 @@ class Int8Linear(Int8Weight):
     def repack(self) -> None:
         """Drop the packed copy of the weight."""
         self._packed = (None, None, -1, None, None)
+        self._joint: tuple[Any, ...] = ([], None, None, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.repack()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": (None, None, -1, None, None)}
+        return {**self.__dict__, "_packed": (None, None, -1, None, None), "_joint": ([], None, None, None)}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activation_bits} bits"
+
+
+def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`product_of_few` of several layers for the same rows: one product with a joint copy of their weights."""
+    first = layers[0]
+    parameters: list[Any] = [tensor for layer in layers for tensor in layer._parameters.values() if tensor is not None]
+    made_from, packed, bias, sizes = first._joint
+    if len(made_from) != len(parameters) or not all(
+        tensor is known and tensor._version == version and tensor.data_ptr() == alias.data_ptr()
+        for tensor, (known, alias, version) in zip(parameters, made_from)
+    ):
+        kinds = {(layer.activation_bits, layer.bias is None, layer.outliers is None) for layer in layers}
+        if len(kinds) > 1 or first.outliers is not None:  # each layer has outliers of its own
+            return [layer.product_of_few(rows) for layer in layers]
+        packed = _pack(torch.cat([layer.values for layer in layers]), torch.cat([layer.scale for layer in layers]))
+        bias = None if first.bias is None else torch.cat([layer.bias for layer in layers if layer.bias is not None])
+        sizes = [layer.out_features for layer in layers]
+        first._joint = [(tensor, tensor.detach(), tensor._version) for tensor in parameters], packed, bias, sizes
+    return _product(rows, packed, bias, first.activation_bits).split(sizes, -1)

@@ -278,7 +278,7 @@ def test_the_columns_of_the_largest_states_are_found() -> None:
     with torch.no_grad():
         for _, module in others.named_modules():
             if isinstance(module, Int8Linear):
-                module.outliers.copy_(torch.tensor([0, 1, 2, 3]))
+                module.outliers.fill_(-1)
     assert (found - truth).abs().max() < 0.3 * (outputs(others, inputs) - truth).abs().max()
 
 

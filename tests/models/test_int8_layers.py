@@ -53,7 +53,7 @@ def test_products_are_those_of_quantised_states(levels: int, bias: bool, monkeyp
     monkeypatch.setattr(int8_layers, "_levels", lambda: levels)
     states = torch.randn(3, 7, 96) * torch.logspace(-6, 6, 7)[:, None]
     layer, eight = linear(bits=8, bias=bias)
-    outliers = [7, 90, 3, 50]  # columns that are not quantised
+    outliers = [7, 90, 3, 50, 1, 0, 95, 2]  # columns that are not quantised
     eight.outliers.copy_(torch.tensor(outliers))
     weight, kept = rounded(layer.weight), states.double()
     kept[..., outliers] = 0
@@ -203,11 +203,11 @@ def test_any_outliers_are_right_if_they_are_columns() -> None:
     states[:, 17] *= 1000
     expected = truth(layer, states)
     assert largest(eight(states), expected) > 1e-3
-    eight.outliers.copy_(torch.tensor([1, 17, 95, 0]))
+    eight.outliers.copy_(torch.tensor([1, 17, 95, 0, 2, 3, 4, 5]))
     eight.repack()
     assert largest(eight(states), expected) < 1e-4
-    for wrong in ([0, 1, 2, 2], [0, 1, 2, 96], [0, 1, 2, -1]):
-        eight.outliers.copy_(torch.tensor(wrong))
+    for wrong in (2, 96, -1):
+        eight.outliers.copy_(torch.tensor([0, 1, 2, 3, 4, 5, 6, wrong]))
         eight.repack()
         with pytest.raises(ValueError, match=r"outliers=.* must be different columns below 96"):
             eight(states)
