@@ -205,7 +205,7 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
         if second.ndim == 2:
             first, out = buffer("first", *shape, like=second), buffer("out", shape[0], second.shape[1], like=second)
             key = (shape, tuple(second.shape))
-            if key not in faster and shape[0] <= 2 and second.dtype is torch.float32:
+            if key not in faster and shape[0] <= 4 and second.dtype is torch.float32:
                 # each weight comes from memory, and not from the caches as in `_least`
                 product = fastest(*shape, torch.get_num_threads())
                 faster[key] = {one_dnn: _one_dnn, batched: _batched}.get(product, _mm)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .hub.upgrading.upgrade import Upgrade, upgrade
     from .models.configuration_mybert import MyBertConfig
     from .models.configuration_mygpt2 import MyGPT2Config
+    from .models.int8 import Int8Config, quantize
     from .models.modeling_mybert import (
         MyBertForMaskedLM,
         MyBertForQuestionAnswering,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Adopted": ".adopting",
     "adopt": ".adopting",
+    "Int8Config": ".models.int8",
     "MyBertConfig": ".models.configuration_mybert",
     "MyBertForMaskedLM": ".models.modeling_mybert",
     "MyBertForQuestionAnswering": ".models.modeling_mybert",
@@ -62,6 +64,7 @@ _LAZY = {
     "upgrade": ".hub.upgrading",
     "load_in_clean_process": ".hub",
     "predict": ".predicting",
+    "quantize": ".models.int8",
     "load_sample_text": ".training.sample_text",
     "FineTuned": ".training.finetune",
     "finetune": ".training.finetune",
@@ -74,6 +77,7 @@ _LAZY = {
 __all__ = [
     "Adopted",
     "FineTuned",
+    "Int8Config",
     "MyBertConfig",
     "MyBertForMaskedLM",
     "MyBertForQuestionAnswering",
@@ -99,6 +103,7 @@ __all__ = [
     "load_state_dict",
     "open_checkpoint",
     "predict",
+    "quantize",
     "save_checkpoint",
     "train",
     "upgrade",

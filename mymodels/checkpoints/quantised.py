@@ -27,6 +27,7 @@ _METHODS = {
     "higgs": "HIGGS",
     "bitnet": "BitNet",
     "auto-round": "AutoRound",
+    "mymodels-int8": "int8 by mymodels.quantize",
 }
 # Pattern of tensor names → method. The first that matches any tensor is used.
 _NAMES = (

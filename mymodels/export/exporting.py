@@ -131,6 +131,11 @@ def export_model(
             model, task = _load(path, task, wanted, trust_remote_code, given is not None)
         else:
             model, task = _copy(given_model, task, wanted, given is not None)
+        if getattr(model, "is_quantized", False):
+            raise ValueError(
+                f"{name} is quantised: export the model that it was made from (to ONNX with int8), or what "
+                "model.dequantize() returns"
+            )
         if to == "onnx" and model.dtype in (torch.bfloat16, torch.float64):
             raise ValueError("ONNX Runtime has no CPU kernels for bfloat16 and few for float64: use float32 or float16")
         if int8 and model.dtype is not torch.float32:

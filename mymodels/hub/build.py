@@ -25,10 +25,11 @@ from ..checkpoints.writing import (
 )
 from ..messages import printable
 from ..models import configuration_mybert, configuration_mygpt2
+from ..models.int8 import METHOD
 from ..released import OwnCodeError, check_code, own_code, reader
 from .build_code import NamedCode, check_code_arguments, check_parts, code_in_folder, named_code
 from .card import Card, card_of_folder
-from .code_files import auto_map_of_files, collect_code
+from .code_files import auto_map_of_files, collect_code, with_int8
 from .given_inputs import Inputs, read_inputs
 from .golden import record_golden
 from .own_classes import CodeNotSaved, code_of
@@ -286,10 +287,17 @@ def _auto_map_targets(path: Path) -> list[tuple[str, str]]:
 
 
 def _write_code(folder: Path, files: Mapping[str, str], auto_map: Mapping[str, Any]) -> None:
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
     path = folder / CONFIG_NAME
     config = read_json(path)
+    if (config.get("quantization_config") or {}).get("quant_method") == METHOD:
+        if not files:
+            raise CheckpointError(
+                f"the weights are int8 by mymodels.quantize, and {(config.get('architectures') or ['the model'])[0]} is a "
+                "class of transformers, which loads them only after `import mymodels`: build the folder from the float model"
+            )
+        files = with_int8(files, auto_map)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
     if files:
         config["auto_map"] = dict(sorted(auto_map.items()))
         path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

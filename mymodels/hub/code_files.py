@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints import CheckpointError
 from ..checkpoints.safetensors_files import inside
+from ..models import int8
 from .auto_class_names import auto_class_of
 
 _MODELS = Path(__file__).parent.parent / "models"  # files that are copied wherever they are imported
@@ -223,15 +224,35 @@ def _with_indirect_imports(name: str, texts: dict[str, str], direct: dict[str, s
         if (file := queue.pop()) not in reached:
             reached.add(file)
             queue += direct[file]
-    tree = ast.parse(texts[name])
-    missing = sorted(reached - direct[name] - {name})
+    return _with_imports(texts[name], {file: texts[file] for file in reached - direct[name] - {name}})
+
+
+def _with_imports(text: str, files: Mapping[str, str]) -> str:
+    """A file's text with imports of these files, by name and text."""
     lines = [
-        f"from .{Path(file).stem} import {_first_definition(file, texts[file])}  # noqa: F401  needed indirectly\n"
-        for file in missing
+        f"from .{Path(file).stem} import {_first_definition(file, files[file])}  # noqa: F401  needed indirectly\n"
+        for file in sorted(files)
     ]
-    last = max((n.end_lineno or 0 for n in tree.body if _precedes_imports(n)), default=0)
-    parts = texts[name].split("\n")
+    last = max((n.end_lineno or 0 for n in ast.parse(text).body if _precedes_imports(n)), default=0)
+    parts = text.split("\n")
     return "\n".join([*parts[:last], *lines, *parts[last:]])
+
+
+def with_int8(files: Mapping[str, str], auto_map: Mapping[str, Any]) -> dict[str, str]:
+    """Code files that load a model in int8 (`mymodels.quantize`): the models' files import the method, which is added.
+
+    Raises:
+        CheckpointError: another file has the name of one that is needed.
+    """
+    method = collect_code([Path(str(int8.__file__))])
+    if f'"{int8.METHOD}"' in files.get("int8.py", ""):  # ours, perhaps of another release
+        return dict(files)
+    for name in sorted(method.keys() & files.keys()):
+        if method[name] != files[name]:
+            raise CheckpointError(f"{name} has the name of a file that int8 models need: rename it")
+    targets = [target for auto, target in auto_map.items() if auto.startswith("AutoModel")]
+    models = {f"{str(target).partition('.')[0]}.py" for target in targets}
+    return {**method, **{name: _with_imports(text, method) if name in models else text for name, text in files.items()}}
 
 
 def _precedes_imports(node: ast.stmt) -> bool:

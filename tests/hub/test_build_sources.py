@@ -172,7 +172,11 @@ def test_a_subclass_of_ours_travels_with_what_it_builds_on(tmp_path: Path, monke
         "base.py",
         "compat.py",
         "cpu_kernels.py",
+        "decoding.py",
         "heads.py",
+        "huge_pages.py",
+        "int8.py",
+        "int8_layers.py",
         "losses.py",
         "padding.py",
         "products.py",
@@ -236,7 +240,18 @@ def test_what_a_trainer_left(tmp_path: Path) -> None:
         "checkpoint-10",
     }
     code = {"modeling_mygpt2.py", "configuration_mygpt2.py", "attention.py", "base.py", "compat.py", "cpu_kernels.py"}
-    code |= {"heads.py", "losses.py", "padding.py", "products.py", "tokenwise.py", "vllm_adapter.py"}
+    code |= {
+        "decoding.py",
+        "heads.py",
+        "huge_pages.py",
+        "int8.py",
+        "int8_layers.py",
+        "losses.py",
+        "padding.py",
+        "products.py",
+        "tokenwise.py",
+        "vllm_adapter.py",
+    }
     assert {path.name for path in folder.glob("*.py")} == code
     card = (folder / "README.md").read_text()
     assert "| accuracy | 0.7500 |" in card and "| loss | 1.5000 |" in card and "runtime" not in card

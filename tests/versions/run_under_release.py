@@ -148,6 +148,71 @@ def check_folder(folder: Path, auto_class: str, new_head: tuple[str, set[str]]) 
         close(logits[..., : golden["logits"].shape[-1]][shown], golden["logits"][shown])
 
 
+def check_int8(folder: Path, auto_class: str, other: str) -> None:
+    """An int8 folder gives the recorded numbers, is saved and loaded again, in bfloat16, as float, and with another head."""
+    golden = load_file(folder.with_suffix(".safetensors"))
+    batch = {name: golden[name] for name in ("input_ids", "attention_mask")}
+    model, loading = load(auto_class, folder)
+    assert not any(loading.values()), loading
+    same_weights_as_in_files(model, folder)
+    int8 = {name for name, tensor in model.state_dict().items() if tensor.dtype is torch.int8}
+    assert len(int8) > 8
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None:
+        assert (head.weight is embeddings.weight) == model.config.tie_word_embeddings
+    with torch.no_grad():
+        logits = model(**batch).logits
+        close(logits, golden["logits"], tolerance=1e-4)  # a state may be rounded to another step
+        model.save_pretrained(work / f"{folder.name}-again-{mode}", max_shard_size="20KB")
+        again, loading = load(auto_class, work / f"{folder.name}-again-{mode}")
+        assert not any(loading.values()), loading
+        close(again(**batch).logits, logits, tolerance=0.0)
+        placed, _ = load(auto_class, folder, device_map="auto")
+        close(placed(**batch).logits, logits, tolerance=0.0)
+        half, _ = load(auto_class, folder, dtype=torch.bfloat16)
+        assert half.dtype is torch.bfloat16
+        for name, tensor in half.state_dict().items():
+            assert tensor.dtype is (torch.int8 if name in int8 else torch.bfloat16), name
+            assert name not in int8 or torch.equal(tensor, model.state_dict()[name]), name
+        close(half(**batch).logits, logits, tolerance=0.1 * logits.abs().max().item())
+    different, loading = load(other, folder)
+    for name in loading["missing_keys"]:
+        new = different.state_dict()[name]
+        assert new.dtype is torch.float32 and new.isfinite().all() and new.std() < 1, name
+    assert loading["missing_keys"], loading
+    assert type(different.base_model.get_input_embeddings()) is type(embeddings)
+    with torch.no_grad():
+        close(again.dequantize()(**batch).logits, logits, tolerance=0.02 * logits.abs().max().item())
+    assert not any(tensor.dtype is torch.int8 for tensor in again.state_dict().values())
+
+
+def check_stock_int8() -> None:
+    """In the package only: stock models in int8, from a float folder too."""
+    config = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 1}
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    stock = (
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)),
+        transformers.BertForMaskedLM(transformers.BertConfig(**shape)),
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)),
+    )
+    ids = torch.randint(1, 97, (2, 9))
+    for model in stock:
+        folder = work / f"float-{type(model).__name__}"
+        model.eval().save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder, quantization_config=mymodels.Int8Config())
+        mymodels.quantize(model).save_pretrained(folder.with_name(f"eight-{type(model).__name__}"))
+        again = type(model).from_pretrained(folder.with_name(f"eight-{type(model).__name__}"))
+        with torch.no_grad():
+            close(again(ids).logits, model(ids).logits, tolerance=0.0)
+            close(loaded(ids).logits, model(ids).logits, tolerance=0.0)
+
+
 def check_new_weights(folder: Path, auto_class: str) -> None:
     config = transformers.AutoConfig.from_pretrained(folder, **TRUST)
     config.num_hidden_layers, config.layer_types, config.sliding_window = 2, ["full_attention"] * 2, None
@@ -210,6 +275,7 @@ def check_stock_gpt2() -> None:
 torch.manual_seed(0)
 if mode == "package":
     check_stock_gpt2()
+    check_stock_int8()
 for folder in sorted(work.glob("mygpt2-*/config.json")):
     folder = folder.parent
     if "-again-" not in folder.name:
@@ -228,6 +294,9 @@ check_folder(
         {"classifier.weight", "classifier.bias", "bert.pooler.score.weight", "bert.pooler.score.bias"},
     ),
 )
+check_int8(work / "int8-mygpt2", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+check_int8(work / "int8-everything", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+check_int8(work / "int8-mybert", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
 check_stock_bert(type(load("AutoModelForSequenceClassification", work / "mybert-classifier")[0]))
 tokenizer = transformers.AutoTokenizer.from_pretrained(work / "mygpt2-demo", **TRUST)
 expected = json.loads((work / "tokens.json").read_text())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tiny import SWITCHES, batch, mybert_config, mygpt2_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM
+from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM, quantize
 from mymodels.hub.releases import PinnedRelease, install, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +36,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     masked = MyBertForMaskedLM(mybert_config(pooling="attention"))
     torch.nn.init.normal_(masked.cls.predictions.bias)
     masked.save_pretrained(work / "mybert-masked", max_shard_size="20KB")
+    for name, model in {
+        "mygpt2": MyGPT2ForCausalLM(mygpt2_config()),
+        "everything": MyGPT2ForCausalLM(mygpt2_config(**SWITCHES["everything"])),
+        "mybert": MyBertForMaskedLM(mybert_config()),
+    }.items():
+        quantize(model.eval(), activation_bits=16).save_pretrained(work / f"int8-{name}", max_shard_size="20KB")
     shutil.copytree(ROOT / "hub_repo" / "mygpt2", work / "mygpt2-demo")
     shutil.copytree(ROOT / "hub_repo" / "mybert", work / "mybert-classifier")
-    for folder in work.glob("my*"):
+    for folder in [*work.glob("my*"), *work.glob("int8-*")]:
         record_golden(folder)
     text = "Oh! Toto ran — café"
     ids = AutoTokenizer.from_pretrained(work / "mygpt2-demo")(text).input_ids
@@ -49,9 +55,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def record_golden(folder: Path) -> None:
     inputs = batch("left")
-    if folder.name.startswith("mygpt2"):
+    if folder.name.startswith("mygpt2") or folder.name in ("int8-mygpt2", "int8-everything"):
         model = AutoModelForCausalLM.from_pretrained(folder)
-    elif folder.name == "mybert-masked":
+    elif folder.name in ("mybert-masked", "int8-mybert"):
         model = MyBertForMaskedLM.from_pretrained(folder)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import tokenizers
-from .comparing import TOLERANCES, difference, not_finite, run_model, unpadded_outputs
+from .comparing import QUANTISED, TOLERANCES, difference, not_finite, run_model, unpadded_outputs
 from .generating import generate, generate_as_configured
 from .inputs import (
     NEW_TOKENS,
@@ -99,7 +99,8 @@ def run(job: dict[str, Any], events: Any) -> None:
             inputs = choose_inputs(job, model)
             last = {} if own else last_positions(model)
             last = {**non_text_inputs(inputs), **last} if last else {}
-            made = {"dtype": str(model.dtype).removeprefix("torch."), "tolerance": TOLERANCES.get(model.dtype, 1e-5)}
+            tolerance = QUANTISED if getattr(model, "is_quantized", False) else TOLERANCES.get(model.dtype, 1e-5)
+            made = {"dtype": str(model.dtype).removeprefix("torch."), "tolerance": tolerance}
         outputs = unpadded_outputs(model, accepted_inputs(model, inputs))
         if wrong := not_finite(outputs):
             raise RuntimeError(f"the outputs of {name} are not finite: {wrong}")

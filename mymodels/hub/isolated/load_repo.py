@@ -45,6 +45,16 @@ def load(
     return model.eval(), loading
 
 
+def in_float(model: Any) -> Any:
+    """The model in float32; a quantised one is dequantised, or returned as it is if its quantiser cannot do so."""
+    if not getattr(model, "is_quantized", False):
+        return model.float()
+    try:
+        return model.dequantize().float()
+    except NotImplementedError:
+        return model
+
+
 def _describe_mismatched_sizes(name: str, folder: str, options: dict[str, Any]) -> str:
     """A sentence on the tensors whose sizes differ from the files: the library's error only points to its log."""
     try:

@@ -153,7 +153,8 @@ def _load(job: dict[str, Any], name: str, folder: str | None = None) -> tuple[An
     if name.startswith("Auto"):
         options["trust_remote_code"] = True
     model, loading = class_of(name).from_pretrained(folder or job["folder"], **options)
-    return model.float().eval(), {key: sorted(map(str, keys)) for key, keys in loading.items() if keys}
+    model = model if getattr(model, "is_quantized", False) else model.float()  # transformers refuses to cast these
+    return model.eval(), {key: sorted(map(str, keys)) for key, keys in loading.items() if keys}
 
 
 def _record_class(record: _Record, job: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ from .inputs import (
     with_mask,
     with_required,
 )
-from .load_repo import accepts, class_of, describe, load, loaded_event, names_argument
+from .load_repo import accepts, class_of, describe, in_float, load, loaded_event, names_argument
 from .processors import PROCESSORS, check_pipelines, check_processors, check_tokenizer_output, processed_inputs
 from .stages import Outcome, sentence
 
@@ -103,7 +103,7 @@ def run(job: dict[str, Any], events: Any) -> None:
             check_tokenizer_output(check, job, model)
         if not check.failed:
             check_pipelines(job, events, name, model)
-    model.float()  # the checks from here on compare computations that round differently
+    model = in_float(model)  # the checks from here on compare computations that round differently
     same_cached = check_generation(events, name, model, inputs)
     with events.check("batch", name) as batch:
         check_batch(batch, model, inputs)
@@ -371,7 +371,7 @@ def check_attention(check: Any, job: dict[str, Any], name: str, model: Any, inpu
         check.not_applicable(f"this model declares only {own or 'its own'} attention (_supports_sdpa is not set)")
         return
     other = "eager" if own == "sdpa" else "sdpa"
-    second, _ = load(job, name, attn_implementation=other, dtype=torch.float32)
+    second = in_float(load(job, name, attn_implementation=other, dtype=torch.float32)[0])
     if second.config._attn_implementation != other:
         check.fail(
             f"attn_implementation={other!r} is ignored: the model still uses {second.config._attn_implementation}"

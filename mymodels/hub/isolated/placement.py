@@ -41,6 +41,9 @@ def run(job: dict[str, Any], events: Any) -> None:
             check.not_applicable("the model has no list of blocks to split")
             return
         model, _ = load(job, name, device_map=device_map, offload_folder=f"{job['scratch']}/offload")
+        if getattr(model, "is_quantized", False):
+            check.skip("the model is quantised, and a state that is rounded to another step changes the outputs")
+            return
         try:
             seen = unpadded_outputs(model, read_inputs(job))
         except (RuntimeError, AssertionError) as error:

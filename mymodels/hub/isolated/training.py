@@ -7,7 +7,7 @@ from torch import nn
 
 from .comparing import EQUAL, difference, floating, run_model
 from .golden_outputs import read_inputs
-from .load_repo import load
+from .load_repo import in_float, load
 from .losses import check_loss, loss_of, make_labels
 from .stages import sentence
 
@@ -25,7 +25,7 @@ def run(job: dict[str, Any], events: Any) -> None:
         if job["weights_size"] > LARGEST:
             check.skip("the weights are too large for a training check")
             return
-        model, _ = load(job, name, dtype=torch.float32)
+        model = in_float(load(job, name, dtype=torch.float32)[0])
         labels = make_labels(name, model, inputs)
         check_loss(check, model, inputs, labels)
     if check.failed:

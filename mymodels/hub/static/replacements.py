@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeGuard
 
 from .library_modules import is_module, words
 from .reading import MAIN, Reader
@@ -66,6 +67,8 @@ def assignments(reader: Reader) -> Iterator[Finding]:
     """Assignments to, and deletions from, objects of other packages."""
     for node, inside in reader.nodes:
         targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign) and _is_restored(reader, node):
+            continue
         if isinstance(node, (ast.Assign, ast.Delete)):
             targets = [t for target in node.targets for t in getattr(target, "elts", [target])]
         elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
@@ -83,6 +86,24 @@ def assignments(reader: Reader) -> Iterator[Finding]:
                 node.func, ast.Attribute
             ):
                 yield from _registered(reader, node, inside, node.func.value)
+
+
+def _is_restored(reader: Reader, node: ast.Assign) -> bool:
+    """Whether a `finally` around an assignment, or with it, sets the target to the value that was saved before."""
+    target, ended = ast.unparse(node.targets[0]), None
+    parent: ast.AST | None = node
+    while parent is not None and not isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        parent = reader.parent(parent)
+        if isinstance(parent, ast.Try) and ended is None:
+            ended = next((each for each in parent.finalbody if _sets(each, target)), None)
+    if ended is None or parent is None or len(node.targets) > 1:
+        return False
+    saved = ast.unparse(ended.value)
+    return any(_sets(each, saved) and ast.unparse(each.value) == target for each in ast.walk(parent))
+
+
+def _sets(node: ast.AST, target: str) -> TypeGuard[ast.Assign]:
+    return isinstance(node, ast.Assign) and [ast.unparse(each) for each in node.targets] == [target]
 
 
 def _changed(

@@ -50,6 +50,12 @@ SIDE_EFFECTS = [
     _at_import(
         "backend flags", "torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cuda.matmul.allow_tf32"
     ),
+    _at_import(
+        "setting restored to something else",
+        "def f():\n    saved = 1\n    try:\n        torch.backends.quantized.engine = 'x86'\n    finally:\n"
+        "        torch.backends.quantized.engine = saved\n\n\nf()",
+        "torch.backends.quantized.engine",
+    ),
     _at_import("deterministic", "torch.use_deterministic_algorithms(True)", "use_deterministic_algorithms"),
     _at_import(
         "compiler settings", "import torch._dynamo\ntorch._dynamo.config.suppress_errors = True", "_dynamo.config"
@@ -145,6 +151,11 @@ TWINS = {
     ),
     "operator of its own": module("torch.library.define('tinymany::twice', '(Tensor x) -> Tensor')"),
     "hook on its own module": in_forward("self.norm.register_forward_hook(lambda *_: None).remove()"),
+    "setting restored": module(
+        "def f():\n    saved = torch.backends.quantized.engine\n    try:\n"
+        "        torch.backends.quantized.engine = 'x86'\n    finally:\n"
+        "        torch.backends.quantized.engine = saved\n\n\nf()"
+    ),
     "flags read": module("TF32 = torch.backends.cuda.matmul.allow_tf32"),
     "lock": module("import threading\nLOCK = threading.Lock()"),
     "training code in a function": module("def train(loss):\n    loss.backward()"),
