@@ -120,7 +120,7 @@ def __getattr__(name: str) -> Any:
 @cache
 def _register_all() -> None:
     """Register the models and patch their loading and saving; done once, usually on import."""
-    from . import registering
+    from . import huge_pages, registering  # noqa: F401  the models look for huge_pages among the imported modules
     from .peft_targets import register_with_peft
 
     registering.register_auto_classes()

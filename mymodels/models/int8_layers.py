@@ -7,6 +7,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 from .compat import readable
-from .huge_pages import PATIENCE, move_process
 
 OUTLIERS = 8  # columns of states that are multiplied in float, see `Outliers`
+OFTEN = 64  # products of few rows, after which it is worth while to move the weights into huge pages
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
 TINY = torch.tensor(1e-36, device="cpu")  # no division by 0 for a row of zeros
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
@@ -258,8 +259,8 @@ class Int8Linear(Int8Weight):
         """`forward` for float32 `rows` `[rows, in_features]` on the CPU, few and without gradients."""
         own = self.__dict__  # for speed: `nn.Module` looks up and checks each attribute
         own["_products"] += 1
-        if own["_products"] == 2 * PATIENCE:
-            move_process()
+        if own["_products"] == OFTEN and "mymodels.huge_pages" in sys.modules:
+            sys.modules["mymodels.huge_pages"].move_process()
         packed = self._pack()
         return _product(rows, packed, own["_parameters"]["bias"], own["activation_bits"], None, own["_packed"][4])
 

@@ -30,8 +30,7 @@ from .configuration_mygpt2 import MyGPT2Config
 from .cpu_kernels import dense_mlp, gated_mlp, linear_by_onednn, make_activation, trained_as
 from .decoding import in_one_function
 from .heads import LastTokenHead, make_classifier
-from .huge_pages import count_product  # noqa: F401  releases up to 5.6 fetch only files that are imported here
-from .int8 import METHOD  # noqa: F401  registers this quantisation method
+from .int8 import METHOD  # noqa: F401  registers the method; releases up to 5.6 fetch only files that are imported here
 from .int8_layers import Int8Linear  # noqa: F401
 from .losses import causal_lm_loss, next_labels, soft_cap
 from .padding import may_skip_padding, skips_padding

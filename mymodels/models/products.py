@@ -4,13 +4,12 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
-
-from .huge_pages import count_product
 
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -49,7 +48,8 @@ def _parts(rows: int, threads: int) -> int:
 
 def product_of_few(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`nn.functional.linear` of few rows without gradients and a large weight, all float32 on the CPU."""
-    count_product(weight)
+    if "mymodels.huge_pages" in sys.modules:  # it calls the kernel, which a Hub folder's code should not
+        sys.modules["mymodels.huge_pages"].count_product(weight)
     rows, width = states.numel() // weight.shape[1], weight.shape[1]
     product = fastest(rows, width, torch.get_num_threads())
     if bias is None or rows > 1:

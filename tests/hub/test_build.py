@@ -37,7 +37,6 @@ def test_files_shards_and_index(parts, tmp_path: Path) -> None:
         "compat.py",
         "cpu_kernels.py",
         "heads.py",
-        "huge_pages.py",
         "int8.py",
         "int8_layers.py",
         "losses.py",

@@ -174,7 +174,6 @@ def test_a_subclass_of_ours_travels_with_what_it_builds_on(tmp_path: Path, monke
         "cpu_kernels.py",
         "decoding.py",
         "heads.py",
-        "huge_pages.py",
         "int8.py",
         "int8_layers.py",
         "losses.py",
@@ -243,7 +242,6 @@ def test_what_a_trainer_left(tmp_path: Path) -> None:
     code |= {
         "decoding.py",
         "heads.py",
-        "huge_pages.py",
         "int8.py",
         "int8_layers.py",
         "losses.py",

@@ -81,7 +81,6 @@ AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=Tru
         "cpu_kernels.py",
         "decoding.py",
         "heads.py",
-        "huge_pages.py",
         "int8.py",
         "int8_layers.py",
         "losses.py",

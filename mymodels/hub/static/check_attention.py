@@ -26,6 +26,15 @@ def _words(node: ast.AST) -> set[str]:
     }
 
 
+def _words_of_class(klass: ast.ClassDef) -> set[str]:
+    """As `_words`, without decorators of methods: what they call is no attention of this class."""
+    words: set[str] = set()
+    for statement in klass.body:
+        parts = [statement.args, *statement.body] if isinstance(statement, ast.FunctionDef) else [statement]
+        words = words.union(*map(_words, parts))
+    return words
+
+
 def _gates(code: Code) -> set[str]:
     """The names of the interface, and of the folder's functions that call it."""
     gates = {_INTERFACE}
@@ -52,7 +61,7 @@ def attention(folder: Folder) -> Iterator[Finding]:
     code = live_code(folder)
     gates = _gates(code)
     declared = [klass for klass in code.classes if constant(klass.value("_supports_attention_backend")) is True]
-    mentioned = {id(klass.node): _words(klass.node) for klass in code.classes}
+    mentioned = {id(klass.node): _words_of_class(klass.node) for klass in code.classes}
     reaching: set[str] = set()
     past: list[Klass] = []
     for klass in code.classes:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mymodels.models import huge_pages
+from mymodels import huge_pages
 
 linux = pytest.mark.skipif(huge_pages._madvise() is None, reason="not Linux, or turned off")
 

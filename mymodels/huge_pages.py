@@ -5,7 +5,7 @@ addresses: with pages of 2 MB, the same products take three quarters of the time
 the contents; addresses and values stay. It takes about as long as 100 such products, so only weights that are read often
 are moved. MYMODELS_HUGE_PAGES=0 turns it off.
 
-This file is copied as it is into Hub repos and runs there without mymodels.
+The models call it where mymodels is imported, see `models/products.py`.
 """
 
 import ctypes
