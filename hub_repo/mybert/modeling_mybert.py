@@ -22,7 +22,9 @@ from .compat import TP_COLWISE_GATHERED, TP_EMBEDDING_ROWWISE
 from .configuration_mybert import MyBertConfig
 from .cpu_kernels import in_row_chunks, linear_by_onednn, make_activation
 from .heads import MyBertLMPredictionHead, MyBertOnlyMLMHead, PooledHead, SpanHead, TokenHead, make_classifier
-from .losses import classification_loss  # noqa: F401  releases up to 5.6 fetch only files that are imported here
+from .int8 import METHOD  # noqa: F401  registers the method; releases up to 5.6 fetch only files that are imported here
+from .int8_layers import Int8Linear  # noqa: F401
+from .losses import classification_loss  # noqa: F401
 from .padding import lengths_in_rows, sequence_ids_in_rows, skips_padding
 from .pooling import POOLINGS, MyBertLayerMix, pool
 from .products import one_dnn  # noqa: F401

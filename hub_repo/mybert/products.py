@@ -4,6 +4,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 
@@ -45,14 +46,25 @@ def _parts(rows: int, threads: int) -> int:
     return next((parts for parts in range(max(4, threads), rows // 16) if rows % parts == 0), 0)
 
 
+def product_of_few(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`nn.functional.linear` of few rows without gradients and a large weight, all float32 on the CPU."""
+    if "mymodels.huge_pages" in sys.modules:  # it calls the kernel, which a Hub folder's code should not
+        sys.modules["mymodels.huge_pages"].count_product(weight)
+    rows, width = states.numel() // weight.shape[1], weight.shape[1]
+    product = fastest(rows, width, torch.get_num_threads())
+    if bias is None or rows > 1:
+        return product(states, weight, bias)
+    return product(states, weight).add_(bias)  # one row: kernels with a bias are slower
+
+
 @functools.cache
 def fastest(rows: int, width: int, threads: int) -> Callable:
     """The fastest product of states `[rows, width]` without gradients and a large weight on this processor.
 
-    oneDNN's, unless another one takes at most 0.9 of its time, or `rows` exceed 2. Measured once, in about a tenth of a
+    oneDNN's, unless another one takes at most 0.9 of its time, or `rows` exceed 4. Measured once, in about a tenth of a
     second, on 64 MB of weights: in generation, each weight comes from memory and not from the caches.
     """
-    if rows > 2:
+    if rows > 4:
         return one_dnn
     candidates = (one_dnn, nn.functional.linear, batched)
     states = torch.ones(rows, width)

@@ -129,7 +129,13 @@ def _without_wrappers(kind: type) -> type:
 
 @functools.cache
 def _is_known(kind: type) -> bool:
-    return kind in TOKENWISE | CONTAINERS or issubclass(kind, nn.Identity) or kind.__module__.startswith(ADAPTED)
+    known = is_tokenwise(kind) or kind in CONTAINERS
+    return known or issubclass(kind, nn.Identity) or kind.__module__.startswith(ADAPTED)
+
+
+def is_tokenwise(kind: type) -> bool:
+    """Whether a class is a layer of torch, or of int8_layers.py, that computes each token by itself."""
+    return kind in TOKENWISE or "is_tokenwise" in vars(kind)
 
 
 def calls_of_method(method: Callable, kind: type) -> frozenset[str] | None:

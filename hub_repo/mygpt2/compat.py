@@ -127,6 +127,25 @@ def rename_while_loading(class_name: str, pattern: str, name: str) -> None:
     conversion_mapping.register_checkpoint_conversion_mapping(class_name, [renaming], overwrite=True)
 
 
+def keep_from_initialization(parent: torch.nn.Module) -> None:
+    """Before 5.0, keep `_init_weights` from a module whose children are loaded in int8.
+
+    4.57 passes such modules to it even if all tensors are in the checkpoint, and stock GPT-2's initialises `c_proj` there.
+    """
+    if TRANSFORMERS_VERSION < (5, 0):
+        parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def is_new(module: torch.nn.Module) -> bool:
+    """From 5.0, whether a loaded model's module has a weight that was not in the checkpoint; before, always False.
+
+    Modules with hooks, which accelerate places, count as loaded.
+    """
+    if TRANSFORMERS_VERSION < (5, 0) or hasattr(module, "_hf_hook"):
+        return False
+    return not getattr(module.weight, "_is_hf_initialized", False)
+
+
 # tensor-parallel styles, whose names differ by release; None: the release has no such style
 TP_COLWISE_GATHERED = "colwise_gather_output" if TRANSFORMERS_VERSION >= (5, 1) else "colwise_rep"
 TP_EMBEDDING_ROWWISE = "embedding_rowwise" if TRANSFORMERS_VERSION >= (5, 1) else None

@@ -20,8 +20,8 @@ from transformers.activations import ACT2FN
 
 from .base import has_global_hooks, is_hooked
 from .compat import readable
-from .products import ONE_DNN, batched, fastest, one_dnn
-from .tokenwise import ACTIVATIONS, TOKENWISE, calls_are_unpatched, calls_of_method
+from .products import ONE_DNN, batched, fastest, one_dnn, product_of_few
+from .tokenwise import ACTIVATIONS, calls_are_unpatched, calls_of_method, is_tokenwise
 
 # GPT-2's and the original BERT's GELU in one kernel; transformers computes the same formula in eight operations
 FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
@@ -105,11 +105,7 @@ class OneDnnLinear(TorchFunctionMode):
         width = weight.shape[1]
         if states.ndim < 2 or states.numel() == 0 or not states.is_cpu or states.shape[-1] != width:
             return function(*args)
-        rows = states.numel() // width
-        product = fastest(rows, width, torch.get_num_threads())
-        if bias is None or rows > 1:
-            return product(states, weight, bias)
-        return product(states, weight).add_(bias)  # one row: kernels with a bias are slower
+        return product_of_few(states, weight, bias)
 
 
 class _State(threading.local):
@@ -208,7 +204,7 @@ def in_row_chunks(method: Callable) -> Callable:
         if type(states) is not torch.Tensor or torch.is_grad_enabled() or not states.is_cpu or not readable():
             return method(self, states)
         widening = getattr(self.intermediate, "dense", None)
-        if type(widening) is not nn.Linear:  # quantised, or replaced by a serving engine
+        if widening is None or not is_tokenwise(type(widening)):  # replaced, for example by a serving engine
             return method(self, states)
         size = max(64, (1 << 21) // widening.out_features)  # 8 MB in float32
         if states.ndim != 3 or states.shape[:-1].numel() < 2 * size or not _may_split(self, method):
@@ -226,7 +222,7 @@ def _may_split(layer: Any, method: Callable) -> bool:
     for part in (layer.intermediate, layer.output):
         for module in part.modules():
             kind = type(module)
-            calls = frozenset() if kind in TOKENWISE else None
+            calls = frozenset() if is_tokenwise(kind) else None
             if module is part:
                 calls = calls_of_method(kind.forward, kind)
             if calls is None or is_hooked(module) or not calls_are_unpatched(module, calls):

@@ -28,10 +28,13 @@ from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_p
 from .compat import TP_COLWISE_GATHERED
 from .configuration_mygpt2 import MyGPT2Config
 from .cpu_kernels import dense_mlp, gated_mlp, linear_by_onednn, make_activation, trained_as
+from .decoding import in_one_function
 from .heads import LastTokenHead, make_classifier
+from .int8 import METHOD  # noqa: F401  registers the method; releases up to 5.6 fetch only files that are imported here
+from .int8_layers import Int8Linear  # noqa: F401
 from .losses import causal_lm_loss, next_labels, soft_cap
 from .padding import may_skip_padding, skips_padding
-from .products import one_dnn  # noqa: F401  releases up to 5.6 fetch only files that are imported here
+from .products import one_dnn  # noqa: F401
 from .tokenwise import calls_of_class  # noqa: F401
 from .vllm_adapter import adapt_decoder, pools_for_vllm
 
@@ -140,6 +143,7 @@ class MyGPT2Block(GradientCheckpointingLayer):
         self.mlp = MLPS[config.mlp_type](config)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
+    @in_one_function
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.dropout(attended)

@@ -1,0 +1,142 @@
+"""One token per row on the CPU, as in generation: the block of MyGPT2 as one function.
+
+With one token, a quarter of the time passes between the operations: in the calls of 14 modules, and in the mode that
+selects kernels. `in_one_function` decorates the block's `forward` and computes the same, but steps aside where a module, a
+class or the source of a `forward` was changed.
+
+This file is copied as it is into Hub repos and runs there without mymodels.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, eager_attention_forward, norm_heads
+from .base import has_global_hooks
+from .compat import readable
+from .int8_layers import Int8Linear, joint_product_of_few
+from .products import ONE_DNN, product_of_few
+from .tokenwise import ACTIVATIONS, digest
+
+ROWS = 64  # as in `few_rows`
+LARGE = 1 << 19  # elements of a weight; torch itself computes smaller ones
+# digests of the `forward` methods that `_block` and its parts compute, as released
+FORWARDS = frozenset({"87a54c959b0d5e77", "bad53d9e61f7ff3c", "803374830d5b403d", "b9216e94f2d5d7d0"})
+LINEAR = {nn.Linear: nn.Linear.forward, Int8Linear: Int8Linear.forward}
+OTHERS = {nn.LayerNorm, nn.RMSNorm, nn.Dropout} | ACTIVATIONS
+ARGUMENTS = {"attention_mask", "past_key_values", "rotary", "cache_position", "position_ids", "output_attentions"}
+
+
+def in_one_function(forward: Callable) -> Callable:
+    """Decorate the `forward` of a block: for one token per row, without gradients, it is computed by `_block`."""
+    if "vllm" in sys.modules:  # it has its own layers, and its tracer cannot follow a wrapped `forward` with **kwargs
+        return forward
+
+    @functools.wraps(forward)
+    def fast(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if hidden_states.shape[1] == 1 and _applies(self, hidden_states, kwargs):
+            return _block(self, hidden_states, **kwargs), None
+        return forward(self, hidden_states, **kwargs)
+
+    return fast
+
+
+def _applies(block: Any, states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    if torch.is_grad_enabled() or type(states) is not torch.Tensor or states.dtype is not torch.float32:
+        return False
+    if not states.is_cpu or not 0 < len(states) <= ROWS or not readable() or torch.is_autocast_enabled("cpu"):
+        return False
+    if kwargs.get("output_attentions") or not kwargs.keys() <= ARGUMENTS or has_global_hooks():
+        return False
+    if not ONE_DNN or not torch.backends.mkldnn.enabled:
+        return False
+    main = (block, block.self_attn, block.mlp)
+    if not _are_released(*(type(module).forward for module in main)):
+        return False
+    return all(_is_plain(part, main) for module in main for part in module._modules.values()) and _is_plain(block, main)
+
+
+@functools.cache
+def _are_released(*forwards: Callable) -> bool:
+    return all(digest(forward) in FORWARDS for forward in forwards)
+
+
+def _is_plain(module: Any, main: tuple[Any, ...]) -> bool:
+    """Whether a module in evaluation has no hooks and is one of `main` or a known one, with its weights on the CPU."""
+    own = module.__dict__
+    if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        return False
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    if module in main:
+        return True
+    kind = type(module)
+    if kind not in OTHERS and kind.forward is not LINEAR.get(kind):
+        return False
+    weight = own["_parameters"].get("weight")
+    if weight is None:
+        return True
+    if type(weight) is not nn.Parameter or not weight.is_cpu:
+        return False
+    if kind is Int8Linear:
+        bias = own["_parameters"]["bias"]
+        return module.packs() and (bias is None or bias.dtype is torch.float32)
+    return weight.dtype is torch.float32
+
+
+def _block(
+    block: Any,
+    hidden_states: torch.Tensor,
+    *,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Any,
+    cache_position: torch.Tensor,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`MyGPT2Block.forward` for states `[batch, 1, width]`."""
+    blocks, attention, mlp = block._modules, block.self_attn, block.mlp._modules
+    parts = attention._modules  # for speed: `nn.Module` looks up each attribute in three dicts
+    heads = (len(hidden_states), -1, 1, attention.head_dim)
+    states = hidden_states[:, 0]
+
+    normed = blocks["input_layernorm"].forward(states)
+    projected = _joint((parts["q_proj"], parts["k_proj"], parts["v_proj"]), normed)
+    query, key, value = (states.view(heads) for states in projected)  # [B, H or K, 1, D]
+    if attention.qk_norm:
+        query, key = norm_heads(parts["q_norm"], query), norm_heads(parts["k_norm"], key)
+    if rotary is not None:
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, attention.layer_idx, {"cache_position": cache_position})
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    about = {"dropout": 0.0, "scaling": attention.scaling, "sliding_window": attention.sliding_window, **kwargs}
+    mixed, _ = attend(attention, query, key, value, attention_mask, **about)  # [B, 1, H, D]
+    states = states + _linear(parts["o_proj"], mixed.reshape(len(states), -1))
+
+    normed = blocks["post_attention_layernorm"].forward(states)
+    if "gate_proj" in mlp:
+        gate, up = _joint((mlp["gate_proj"], mlp["up_proj"]), normed)
+        wide = mlp["act_fn"].forward(gate) * up
+    else:
+        wide = mlp["act_fn"].forward(_linear(mlp["up_proj"], normed))
+    return (states + _linear(mlp["down_proj"], wide))[:, None]
+
+
+def _linear(layer: Any, states: torch.Tensor) -> torch.Tensor:
+    if type(layer) is Int8Linear:
+        return layer.product_of_few(states)
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    if weight.numel() >= LARGE:
+        return product_of_few(states, weight, bias)
+    return nn.functional.linear(states, weight, bias)
+
+
+def _joint(layers: Sequence[Any], states: torch.Tensor) -> Sequence[torch.Tensor]:
+    if all(type(layer) is Int8Linear for layer in layers):
+        return joint_product_of_few(layers, states)
+    return [_linear(layer, states) for layer in layers]
