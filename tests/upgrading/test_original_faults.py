@@ -167,6 +167,29 @@ def test_a_prefix_that_some_class_keeps_is_left_alone(tmp_path: Path) -> None:
         assert not edit(tmp_path / str(number), wrong + more).changes
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        "self.model: OldModel = OldModel(config)",
+        "self.model, self.drop = OldModel(config), nn.Identity()",
+        'self.add_module("model", OldModel(config))',
+        "setattr(self, self.base_model_prefix, OldModel(config))",
+    ],
+)
+def test_a_prefix_is_kept_however_its_part_is_made(made: str, tmp_path: Path) -> None:
+    """A second model beside it must not be taken for the base model."""
+    code = (CODE + GETTERS).replace('prefix = "transformer"', 'prefix = "model"')
+    code = code.replace("self.transformer = OldModel(config)", f"{made}\n        self.teacher = OldModel(config)")
+    assert not edit(tmp_path / "old", code.replace("self.transformer(", "self.model(")).changes
+
+
+@pytest.mark.parametrize("values", [{"transformers_version": "4"}, {"architectures": [{"name": "OldForCausalLM"}]}])
+def test_strange_values_of_a_config_raise_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+    code = CODE.replace("output_layer", "lm_head") + "\n    def get_output_embeddings(self):\n        return None\n"
+    weights = {"transformer.wte.weight": (8, 4), "lm_head.weight": (8, 4)}
+    edit(tmp_path / "old", code, weights, **{"tie_word_embeddings": True, **values})
+
+
 def test_the_class_with_a_head_is_the_main_one(tmp_path: Path) -> None:
     auto_map = {"AutoModel": AUTO["AutoModelForCausalLM"], **AUTO}
     edit(tmp_path / "old", auto_map=auto_map)

@@ -1,5 +1,6 @@
 """Where rules apply, where they do not, what their definitions do, and that `verify` knows them."""
 
+import json
 from pathlib import Path
 from textwrap import dedent, indent
 
@@ -9,8 +10,8 @@ from accelerate import cpu_offload
 from torch import nn
 
 from mymodels.hub.static.check_model import tied_weights
-from mymodels.hub.static.repo_snapshot import Folder, parse_text
-from mymodels.hub.upgrading.edit_engine import Edited, apply_to_source
+from mymodels.hub.static.repo_snapshot import Folder, parse_text, read_folder
+from mymodels.hub.upgrading.edit_engine import Edited, apply_rules, apply_to_source
 from mymodels.hub.upgrading.rule import Rule
 from mymodels.hub.upgrading.rules import (
     beams,
@@ -72,6 +73,8 @@ LISTED = "nn.ModuleList([Block() for _ in range(2)])"
         ("return self.proj(x.to(self.proj.weight.dtype)) * self.scale", LISTED, 0),
         ("return self.proj(x).view(self.proj.weight.shape)", LISTED, 0),
         ("return self.proj(x) + self.proj.in_features", LISTED, 0),
+        ("x += self.proj.weight\ny: object = self.proj.bias\nreturn x", LISTED, 2),
+        ("self.proj.weight, y = x, 1\nfor self.proj.bias in x: pass\nreturn x", LISTED, 0),  # what is set is not read
     ],
 )
 def test_parameters_that_a_block_reads_of_its_parts(forward: str, layers: str, count: int) -> None:
@@ -236,6 +239,36 @@ def test_a_config_of_ones_own(given: dict[str, str], stock: str) -> None:
     assert edited.config is not None and edited.config["model_type"] == "reward_for_scores"
     assert edited.config["auto_map"]["AutoConfig"] == "modeling_example.RewardForScoresConfig"
     assert [edit.file for edit in edited.edits] == ["modeling_example.py", "config.json", "config.json"]
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"preprocessor_config.json": {"do_resize": True}}, True),
+        ({"preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor"}}, False),
+        (
+            {
+                "preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor"},
+                "tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer"},
+            },
+            True,  # AutoProcessor finds CLIPProcessor by the model type, and a tokenizer alone without it
+        ),
+        (
+            {
+                "preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor"},
+                "tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "processor_class": "CLIPProcessor"},
+            },
+            False,
+        ),
+    ],
+)
+def test_a_model_type_that_processors_go_by_is_left(files: dict[str, dict], left: bool, tmp_path: Path) -> None:
+    source = REWARD.format(more="", base="LlamaPreTrainedModel", line="wide = True", part="LlamaModel(config)")
+    (tmp_path / "modeling_example.py").write_text(HEAD + dedent(source))
+    config = {"model_type": "llama", "auto_map": {"AutoModel": "modeling_example.RewardForScores"}}
+    for name, values in {"config.json": config, **files}.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    assert apply_rules(read_folder(tmp_path), [own_config.RULE]).changes != left
 
 
 def test_a_config_that_auto_map_names_is_left() -> None:

@@ -2,9 +2,10 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from ..static.code_tree import Code, Klass, calls, is_self
+from ..static.code_tree import Code, Klass, calls, constant, is_self
 
 _USUAL = ("embed_tokens", "wte", "word_embeddings", "word_embedding", "tok_embeddings", "embeddings", "shared", "embed")
 
@@ -16,15 +17,29 @@ def parts_of(code: Code, klass: Klass) -> dict[str, ast.expr]:
         init = member.method("__init__")
         local: dict[str, ast.expr] = {}
         for node in ast.walk(init) if init is not None else ():
-            if not isinstance(node, ast.Assign):
-                continue
-            for goal in node.targets:
-                value = local.get(node.value.id, node.value) if isinstance(node.value, ast.Name) else node.value
+            for goal, set_to in _assigned(node):
+                value = local.get(set_to.id, set_to) if isinstance(set_to, ast.Name) else set_to
                 if isinstance(goal, ast.Name):
                     local.setdefault(goal.id, value)
                 elif is_self(goal):
                     found.setdefault(goal.attr, value)  # type: ignore[attr-defined]
     return found
+
+
+def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """What a statement sets, with what it is set to: also `self.a: A = …`, `self.a, self.b = …`, `self.add_module("a", …)`."""
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        yield node.target, node.value
+    elif isinstance(node, ast.Assign):
+        for goal in node.targets:
+            if isinstance(goal, (ast.Tuple, ast.List)) and isinstance(node.value, (ast.Tuple, ast.List)):
+                yield from zip(goal.elts, node.value.elts)
+            else:
+                yield goal, node.value
+    elif isinstance(node, ast.Call) and len(node.args) == 2:
+        adds = is_self(node.func, "add_module") or is_self(node.func, "register_module")
+        if adds and isinstance(name := constant(node.args[0]), str):
+            yield ast.Attribute(ast.Name("self"), name), node.args[1]
 
 
 def class_of_part(code: Code, klass: Klass, value: ast.expr | None) -> Klass | None:

@@ -1,5 +1,6 @@
 """`base_model_prefix` that is the name of no part: the model with a head keeps its base model elsewhere."""
 
+import ast
 import re
 
 import libcst as cst
@@ -11,6 +12,7 @@ from ..rule import Rewriter, Rule, literal, rewrites
 from ..vocabulary import made
 
 _NAME = "base_model_prefix"
+_PART_BY_PREFIX = re.compile(r"(setattr\(self, |self\.(add|register)_module\()(self|cls)\.base_model_prefix\b")
 _HEAD = re.compile(r"For[A-Z]|Head")  # in names of classes
 
 
@@ -34,6 +36,8 @@ def _true_prefix(code: Code, defining: Klass, wrong: str) -> str:
             continue
         if wrong in parts_of(code, klass) or code.method(klass, wrong) is not None:
             return ""  # some class has such a part
+        if _PART_BY_PREFIX.search(ast.unparse(klass.node)):
+            return ""  # the part is made under the prefix, whatever it is
         if _HEAD.search(klass.name) and "PreTrained" not in klass.name:
             kept.add(_kept_in(code, klass))
     return kept.pop() if len(kept) == 1 else ""

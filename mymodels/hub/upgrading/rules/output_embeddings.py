@@ -1,5 +1,6 @@
 """`get_output_embeddings` that is missing or returns None although the model has a head."""
 
+import re
 from typing import Any
 
 import libcst as cst
@@ -50,8 +51,8 @@ def _configure(values: dict[str, Any], folder: Folder, report: Report) -> dict[s
 
 def _saved_before_default(folder: Folder, head: str) -> bool:
     """Whether the code is older than the releases that find this head by themselves, and tie it."""
-    version = str(folder.config.get("transformers_version", "")).split(".")
-    return head != _DEFAULT or (version[0] == "4" and version[1].isdigit() and int(version[1]) < 56)
+    version = re.match(r"4\.(\d+)", str(folder.config.get("transformers_version", "")))
+    return head != _DEFAULT or (version is not None and int(version[1]) < 56)
 
 
 class _Named(Rewriter):

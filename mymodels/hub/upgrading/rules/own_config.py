@@ -41,7 +41,7 @@ def _needed(folder: Folder, code: Code) -> _Own | None:
     if "AutoConfig" in folder.auto_map or not autos or not isinstance(stock_type, str):
         return None
     served = [target(folder, code, auto) for auto in autos]
-    if None in served or _needs_type_for_tokens(folder):
+    if None in served or _needs_type_for_tokens(folder) or _needs_type_for_processor(folder):
         return None
     top = {id(one.node): one for klass in served if klass is not None for one in [_first_model(code, klass)]}
     models, stocks = list(top.values()), {_stock_config(code, klass) for klass in top.values()}
@@ -66,6 +66,18 @@ def _needs_type_for_tokens(folder: Folder) -> bool:
     named = folder.values.get("tokenizer_config.json")
     there = any(name.startswith("tokenizer") or name.startswith("vocab") for name in folder.files)
     return there and not (named and named.get("tokenizer_class"))
+
+
+def _needs_type_for_processor(folder: Folder) -> bool:
+    """Whether only the model type says which class an image or audio processor, or one of texts and images, is of."""
+    settings = folder.values.get("preprocessor_config.json")
+    if not settings:
+        return False
+    values = [folder.values.get(name) or {} for name in ("processor_config.json", "tokenizer_config.json")]
+    texts = any(name.startswith(("tokenizer", "vocab")) for name in folder.files)
+    if texts and not any("processor_class" in one for one in [settings, *values]):
+        return True
+    return not any(f"{kind}_type" in settings for kind in ("image_processor", "feature_extractor", "video_processor"))
 
 
 def _first_model(code: Code, klass: Klass) -> Klass:

@@ -106,13 +106,21 @@ class _Read(Rewriter):
         around = self.context.parent(original_node)
         if isinstance(around, cst.Attribute) and around.attr.value in _KNOWN:
             return updated_node
-        if isinstance(around, (cst.AssignTarget, cst.AugAssign, cst.AnnAssign, cst.Del)):
+        if self._is_set(original_node):
             return updated_node
         self.context.define("parameter_of", _HELPER)
         part = ".".join(names[:-1])
         self.context.note(original_node, f"{names[-1]} of {part} is brought in also where it is kept on the disk")
         name = cst.SimpleString(f'"{names[-1]}"')
         return cst.Call(cst.Name("parameter_of"), [cst.Arg(updated_node.value, comma=_COMMA), cst.Arg(name)])
+
+    def _is_set(self, node: cst.CSTNode) -> bool:
+        """Whether a node is what a statement sets or deletes, also as one of several."""
+        around = self.context.parent(node)
+        while isinstance(around, (cst.Element, cst.StarredElement, cst.Tuple, cst.List)):
+            node, around = around, self.context.parent(around)
+        sets = isinstance(around, (cst.AssignTarget, cst.AugAssign, cst.AnnAssign, cst.For, cst.CompFor))
+        return isinstance(around, (cst.Del, cst.AsName)) or (sets and around.target is node)
 
 
 def _apply(tree: cst.Module, context: Context) -> cst.Module:

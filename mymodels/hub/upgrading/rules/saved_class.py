@@ -18,7 +18,7 @@ def _configure(values: dict[str, Any], folder: Folder, report: Report) -> dict[s
     listed, auto_map = values.get("architectures"), values.get("auto_map")
     if not isinstance(listed, list) or len(listed) != 1 or not isinstance(auto_map, dict) or not own_code(folder):
         return values
-    if any("--" in str(reference) for reference in auto_map.values()):
+    if not isinstance(listed[0], str) or any("--" in str(reference) for reference in auto_map.values()):
         return values
     code = all_code(folder)
     named = listed[0]
