@@ -53,6 +53,17 @@ def test_nan_and_missing_outputs_differ() -> None:
     assert statuses(shorter)["one row"] == "differs"
 
 
+def test_a_parameter_that_was_frozen_and_gets_a_gradient_differs() -> None:
+    """transformers 5 makes parameters anew at loading, and forgets `requires_grad = False`."""
+    item = "loss and gradients"
+    classes = {"AutoModel": {"load": LOAD, item: {"status": "recorded"}}}
+    old = {f"AutoModel|{item}|loss": torch.tensor(1.0), f"AutoModel|{item}|a": torch.ones(3)}
+    for gradient, status in ((torch.ones(3), "differs"), (torch.zeros(3), "equal")):
+        anew = Recorded("5.23.0", classes, old | {f"AutoModel|{item}|positions": gradient})
+        (row,) = (row for row in compare(Recorded("4.36.2", classes, old), anew) if row.item == item)
+        assert row.status == status and (status == "equal" or row.what.startswith("positions gets a gradient"))
+
+
 def test_weights_are_compared_bit_for_bit_by_name() -> None:
     for change, status in (
         ({"a": "9"}, "differs"),

@@ -220,7 +220,15 @@ def _compare_item(old: Recorded, new: Recorded, name: str, item: str, before: di
     if item.startswith("beams") and "scores" in expected and _tie(expected["scores"]):
         expected.pop("tokens")  # either row may be the best one
     wrong = difference(given, expected, tolerance)
+    if not wrong and item == "loss and gradients":
+        wrong = _trained_anew(given, expected)
     return row._replace(status="differs", what=wrong) if wrong else row
+
+
+def _trained_anew(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
+    """A sentence on a parameter that the original keeps frozen and that gets a gradient now; "" if there is none."""
+    found = [name for name, gradient in given.items() if name not in expected and (gradient.abs() > TOLERANCE).any()]
+    return f"{found[0]} gets a gradient, and is frozen in the original" if found else ""
 
 
 def properties_of(old: Recorded) -> list[str]:
