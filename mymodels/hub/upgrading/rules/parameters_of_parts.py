@@ -120,7 +120,7 @@ class _Read(Rewriter):
         while isinstance(around, (cst.Element, cst.StarredElement, cst.Tuple, cst.List)):
             node, around = around, self.context.parent(around)
         sets = isinstance(around, (cst.AssignTarget, cst.AugAssign, cst.AnnAssign, cst.For, cst.CompFor))
-        return isinstance(around, (cst.Del, cst.AsName)) or (sets and around.target is node)
+        return isinstance(around, (cst.Del, cst.AsName)) or (sets and getattr(around, "target", None) is node)
 
 
 def _apply(tree: cst.Module, context: Context) -> cst.Module:
