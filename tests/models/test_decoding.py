@@ -1,5 +1,6 @@
 """One token per row in one function: the numbers of the plain modules, and where these were changed, theirs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,23 @@ def test_edited_int8_weights_are_seen(blocks: list[Any]) -> None:
     check(model, blocks, expected=True, tolerance=1e-3)
 
 
+def test_repacked_layers_and_their_joint_copy(blocks: list[Any]) -> None:
+    model = quantize(make(hidden_size=64))
+    check(model, blocks, expected=True, tolerance=1e-3)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.weight.data[:, :-4].neg_()  # not noticed, as documented
+            projection.repack()
+    check(model, blocks, expected=True, tolerance=1e-3)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.bias.data.add_(1.0)
+    check(model, blocks, expected=True, tolerance=1e-3)
+    with torch.inference_mode():
+        bias = nn.Parameter(torch.ones(model.config.num_key_value_heads * model.config.head_dim), requires_grad=False)
+    model.model.layers[0].self_attn.v_proj.bias = bias
+    check(model, blocks, expected=True, tolerance=1e-3)
+
+
 def double(module: Any, args: Any, output: Any) -> Any:
     return (
         tuple(2 * part if torch.is_tensor(part) else part for part in output) if type(output) is tuple else 2 * output
@@ -105,6 +123,19 @@ def another_attention(layer: Any) -> None:
     layer.self_attn.__class__ = Attention
 
 
+class CalledTwice(modeling_mygpt2.MyGPT2Attention):
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(2 * hidden_states, *args, **kwargs)
+
+
+def no_parameter(layer: Any) -> None:
+    """As where another network computes the weights."""
+    for name in ("weight", "bias"):
+        value = 2 * getattr(layer.mlp.up_proj, name).detach() + 1
+        delattr(layer.mlp.up_proj, name)
+        setattr(layer.mlp.up_proj, name, value)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "hook of a projection": lambda layer: layer.self_attn.k_proj.register_forward_hook(double),
     "hook of a norm": lambda layer: layer.input_layernorm.register_forward_hook(double),
@@ -114,6 +145,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "replaced forward": replaced,
     "layer of a subclass": of_a_subclass,
     "attention of a subclass": another_attention,
+    "attention with its own call": lambda layer: setattr(layer.self_attn, "__class__", CalledTwice),
+    "another module for dropout": lambda layer: setattr(layer, "dropout", nn.Tanh()),
+    "no projection": lambda layer: setattr(layer.self_attn, "o_proj", nn.Tanh()),
+    "weights that are no parameters": no_parameter,
     "pruned": lambda layer: prune.l1_unstructured(layer.mlp.up_proj, "weight", amount=0.5),
     "adapter": lambda layer: inject_adapter_in_model(
         LoraConfig(target_modules=["q_proj"], init_lora_weights=False), layer
@@ -148,6 +183,47 @@ def test_a_patched_class(name: str, blocks: list[Any], monkeypatch: pytest.Monke
     check(make(), blocks, expected=False)
 
 
+@pytest.mark.parametrize("name", ["MyGPT2Attention", "MyGPT2DenseMLP", "MyGPT2Block"])
+def test_a_class_patched_by_a_decorator(name: str, blocks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`functools.wraps` keeps the source that `inspect` finds."""
+    kind = getattr(modeling_mygpt2, name)
+    original = kind.forward
+
+    @functools.wraps(original)
+    def doubled(self: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(self, 2 * states, *args, **kwargs)
+
+    model = make()
+    with torch.no_grad():
+        before = model(IDS).logits
+        monkeypatch.setattr(kind, "forward", doubled)
+        assert largest_difference(model(IDS).logits, before) > 1e-3
+    check(model, blocks, expected=name == "MyGPT2Block")
+
+
+@pytest.mark.parametrize("name", ["apply_rotary", "norm_heads", "eager_attention_forward"])
+def test_a_patched_function_of_the_modeling_file(name: str, blocks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = getattr(modeling_mygpt2, name)
+    model = make(**MODERN, attn_implementation="eager")
+    with torch.no_grad():
+        before = model(IDS).logits
+        monkeypatch.setattr(
+            modeling_mygpt2, name, lambda *args, **kwargs: original(args[0], args[1] * 2, *args[2:], **kwargs)
+        )
+        if name == "norm_heads":
+            monkeypatch.setattr(modeling_mygpt2, name, lambda norm, states: 2 * states)
+        assert largest_difference(model(IDS).logits, before) > 1e-3
+    check(model, blocks, expected=False)
+
+
+def test_a_gated_mlp_with_the_dense_forward(blocks: list[Any]) -> None:
+    kind = type("Dense", (modeling_mygpt2.MyGPT2GatedMLP,), {"forward": modeling_mygpt2.MyGPT2DenseMLP.forward})
+    model = make(mlp_type="gated")
+    for layer in model.model.layers:
+        layer.mlp.__class__ = kind
+    check(model, blocks, expected=False)
+
+
 def test_a_patched_linear(blocks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     original = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, states: 2 * original(self, states))
@@ -180,4 +256,6 @@ def test_precision_training_and_gradients(blocks: list[Any]) -> None:
 def test_the_digests_are_those_of_the_source() -> None:
     kinds = ("MyGPT2Block", "MyGPT2Attention", "MyGPT2DenseMLP", "MyGPT2GatedMLP")
     found = {decoding.digest(getattr(modeling_mygpt2, kind).forward) for kind in kinds}
-    assert found == decoding.FORWARDS, "a `forward` was edited: edit `_block` likewise, then write its digest there"
+    assert found == set(decoding.FORWARDS), (
+        "a `forward` was edited: edit `_block` likewise, then write its digest there"
+    )
