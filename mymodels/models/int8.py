@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .base import is_hooked
 from .compat import is_new, keep_from_initialization
 from .int8_layers import OUTLIERS, Int8Embedding, Int8Linear, Int8Weight, is_valid, quantized
 
@@ -114,7 +115,12 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
         for name, module in modules.items()
         if _size_of_linear(module) or (module is tokens and _is_embedding(module))
     }
-    chosen = {name for name in able if not _is_excluded(name, config.modules_to_not_convert or [])}
+    changed = {name for name in able if is_hooked(modules[name]) or "weight" not in modules[name]._parameters}
+    if changed:  # an int8 layer would silently do without
+        logger.warning(
+            f"quantize: {', '.join(sorted(changed))} stay in float, with their hooks, replaced forward or computed weight"
+        )
+    chosen = {name for name in able - changed if not _is_excluded(name, config.modules_to_not_convert or [])}
     chosen = {name for name in chosen if chosen >= set(owners[id(modules[name].weight)])}
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no layer that can be quantised")

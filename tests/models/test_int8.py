@@ -224,6 +224,26 @@ def test_excluded_modules_stay_in_float(tmp_path: Path) -> None:
     assert AutoModel.from_pretrained(tmp_path).layers[1].mlp.up_proj.weight.dtype is torch.float32
 
 
+@pytest.mark.parametrize("change", ["hook", "forward", "weight_norm"])
+def test_what_a_layer_does_besides_its_product_is_kept(change: str) -> None:
+    model = made("mygpt2 stock")
+    layer = model.model.layers[1].mlp.up_proj
+    if change == "hook":
+        layer.register_forward_hook(lambda module, args, output: 3 * output)
+    elif change == "forward":
+        original = layer.forward
+        layer.forward = lambda states: 3 * original(states)
+    else:
+        nn.utils.weight_norm(layer)
+        with torch.no_grad():
+            layer.weight_g.mul_(3)  # the weight is computed at the next call
+    inputs = batch()
+    truth = outputs(model, inputs)
+    mymodels.quantize(model)
+    assert model.model.layers[1].mlp.up_proj is layer and type(model.model.layers[0].mlp.up_proj) is Int8Linear
+    assert (outputs(model, inputs) - truth).norm() < 0.1 * truth.norm()
+
+
 class Nested(PreTrainedModel):
     """Names that patterns could confuse, and one module under two names."""
 

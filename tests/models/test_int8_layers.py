@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -306,3 +308,53 @@ def test_embeddings(dtype: torch.dtype) -> None:
     for wrong in (50, -1):
         with pytest.raises(IndexError):
             eight(torch.tensor([wrong]))
+
+
+@needs_fbgemm
+def test_defaults_of_the_process_change_nothing() -> None:
+    float_layer, layer = linear(bits=8)
+    with torch.no_grad():
+        layer.outliers.copy_(torch.arange(8))
+    states = torch.randn(4, 96)
+    int8_layers._levels.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            assert largest(layer(states), truth(float_layer, states)) < 0.03
+            assert int8_layers._levels() > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_states_that_were_cast_to_integers_are_refused() -> None:
+    layer = linear()[1]
+    with pytest.raises(TypeError, match=r"of 96 inputs and 80 outputs was given states in torch.int8.*modules_to_not"):
+        layer(torch.randn(4, 96).to(layer.weight.dtype))
+
+
+@needs_fbgemm
+def test_threads_pack_with_the_same_engine() -> None:
+    layers = [linear()[1] for _ in range(200)]
+    states, errors = torch.randn(2, 96), []
+    before, interval = torch.backends.quantized.engine, sys.getswitchinterval()
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    layer(states)
+        except RuntimeError as error:
+            errors.append(error)
+
+    int8_layers._levels()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors and torch.backends.quantized.engine == before
+    finally:
+        sys.setswitchinterval(interval)
+        torch.backends.quantized.engine = before
