@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
@@ -409,3 +411,22 @@ def test_folders_where_mymodels_is_not_there(tmp_path: Path) -> None:
         assert (again / code).read_bytes() == (Path(mymodels.__file__).parent / "models" / code).read_bytes()
     with torch.no_grad():
         assert torch.equal(MyGPT2ForCausalLM.from_pretrained(again)(torch.arange(11)[None]).logits, expected)
+
+
+def test_a_weight_that_the_code_reads_stays_in_float() -> None:
+    """Mamba multiplies with `dt_proj.weight` itself, and casts states to the dtype of `lm_head.weight`."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, state_size=4, time_step_rank=32)
+    model = MambaForCausalLM(config).eval()
+    ids = torch.randint(97, (2, 6))
+    with torch.no_grad():
+        expected = model(ids).logits
+        smaller = mymodels.quantize(model)
+        assert type(smaller.lm_head) is type(smaller.backbone.layers[0].mixer.dt_proj) is nn.Linear
+        assert type(smaller.backbone.layers[0].mixer.in_proj) is Int8Linear
+        assert (smaller(ids).logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_name_of_no_module_is_refused() -> None:
+    with pytest.raises(ValueError, match="modules_to_not_convert: LlamaForCausalLM has no module mlp_, layer"):
+        mymodels.quantize(llama(), modules_to_not_convert=["mlp_", "lm_head", "layer"])
