@@ -8,6 +8,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 
 import functools
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from .compat import readable
 OUTLIERS = 8  # columns of states that are multiplied in float, see `Outliers`
 OFTEN = 64  # products of few rows, after which it is worth while to move the weights into huge pages
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
+_ENGINE = threading.Lock()  # torch's choice of an engine is one for all threads
 TINY = torch.tensor(1e-36, device="cpu")  # no division by 0 for a row of zeros
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
 
@@ -30,8 +32,9 @@ def _levels() -> int:
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return 0
     try:
-        packed = _pack(torch.full((64, 64), 127, dtype=torch.int8), torch.ones(64))
-        product = _product_of_integers(torch.full((2, 64), 127.0), packed, 127)
+        like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+        packed = _pack(torch.full((64, 64), 127, dtype=torch.int8, device="cpu"), torch.ones(64, **like))
+        product = _product_of_integers(torch.full((2, 64), 127.0, **like), packed, 127)
     except (AttributeError, RuntimeError):  # a torch without these operators
         return 0
     return 127 if bool((product == 127 * 127 * 64).all()) else 63
@@ -45,17 +48,18 @@ def _finer(levels: int) -> torch.Tensor:
 
 def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
     """FBGEMM's form of a weight `[outputs, inputs]`."""
-    engine = torch.backends.quantized.engine
-    try:
-        torch.backends.quantized.engine = "fbgemm"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-            quantized = torch._make_per_channel_quantized_tensor(
-                weight, scale.double(), torch.zeros_like(scale, dtype=torch.long), 0
-            )
-        return torch.ops.quantized.linear_prepack(quantized, None)
-    finally:
-        torch.backends.quantized.engine = engine
+    with _ENGINE:
+        engine = torch.backends.quantized.engine
+        try:
+            torch.backends.quantized.engine = "fbgemm"
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+                quantized = torch._make_per_channel_quantized_tensor(
+                    weight, scale.double(), torch.zeros_like(scale, dtype=torch.long), 0
+                )
+            return torch.ops.quantized.linear_prepack(quantized, None)
+        finally:
+            torch.backends.quantized.engine = engine
 
 
 def _product_of_integers(rows: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
@@ -242,7 +246,17 @@ class Int8Linear(Int8Weight):
         self.repack()
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """The product `[…, out_features]` of states `[…, in_features]`, in their dtype."""
+        """The product `[…, out_features]` of states `[…, in_features]`, in their dtype.
+
+        Raises:
+            TypeError: the states are integers, as where a model casts them to the dtype of the weight.
+        """
+        if not states.is_floating_point():
+            raise TypeError(
+                f"an int8 layer of {self.in_features} inputs and {self.out_features} outputs was given states in "
+                f"{states.dtype}, which are rounded: the model's code casts them to the dtype of the layer's weight. Name "
+                "the layer in modules_to_not_convert"
+            )
         if not self._is_fast(states):
             return nn.functional.linear(states, self.dequantized(states.dtype), self.bias)
         rows, packed = states.reshape(-1, self.in_features).float(), self._pack()
@@ -296,20 +310,21 @@ class Int8Linear(Int8Weight):
             raise ValueError(
                 f"outliers={columns.tolist()}, but they must be different columns below {self.in_features}"
             )
-        others = torch.ones(self.in_features).index_fill_(0, columns, 0.0)
+        others = torch.ones(self.in_features, dtype=torch.float32, device="cpu").index_fill_(0, columns, 0.0)
         return Outliers(columns, others, self.dequantized()[:, columns].t().contiguous())
 
     def repack(self) -> None:
         """Drop the packed copy of the weight."""
         self._packed = (None, None, -1, None, None)
-        self._joint: tuple[Any, ...] = ([], None, None, None)
+        self._joint: tuple[Any, ...] = ([], None, None)
+        self._repacks = self.__dict__.get("_repacks", 0) + 1  # of a joint copy, another layer may be the owner
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.repack()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": (None, None, -1, None, None), "_joint": ([], None, None, None)}
+        return {**self.__dict__, "_packed": (None, None, -1, None, None), "_joint": ([], None, None)}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activation_bits} bits"
@@ -318,17 +333,27 @@ class Int8Linear(Int8Weight):
 def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """`product_of_few` of several layers for the same rows: one product with a joint copy of their weights."""
     first = layers[0]
-    parameters: list[Any] = [tensor for layer in layers for tensor in layer._parameters.values() if tensor is not None]
-    made_from, packed, bias, sizes = first._joint
-    if len(made_from) != len(parameters) or not all(
-        tensor is known and tensor._version == version and tensor.data_ptr() == alias.data_ptr()
-        for tensor, (known, alias, version) in zip(parameters, made_from)
+    weights: list[Any] = [layer._parameters["weight"] for layer in layers]
+    biases: list[Any] = [layer._parameters["bias"] for layer in layers]
+    made_from, packed, sizes = first._joint
+    if len(made_from) != len(layers) or not all(
+        tensor is known
+        and tensor._version == version
+        and tensor.data_ptr() == alias.data_ptr()
+        and layer._repacks == count
+        for layer, tensor, (known, alias, version, count) in zip(layers, weights, made_from)
     ):
-        kinds = {(layer.activation_bits, layer.bias is None, layer.outliers is None) for layer in layers}
-        if len(kinds) > 1 or first.outliers is not None:  # each layer has outliers of its own
+        if (
+            len({layer.activation_bits for layer in layers}) > 1 or first.outliers is not None
+        ):  # each has its own outliers
             return [layer.product_of_few(rows) for layer in layers]
         packed = _pack(torch.cat([layer.values for layer in layers]), torch.cat([layer.scale for layer in layers]))
-        bias = None if first.bias is None else torch.cat([layer.bias for layer in layers if layer.bias is not None])
         sizes = [layer.out_features for layer in layers]
-        first._joint = [(tensor, tensor.detach(), tensor._version) for tensor in parameters], packed, bias, sizes
+        made_from = [(each, each.detach(), each._version, layer._repacks) for layer, each in zip(layers, weights)]
+        first._joint = made_from, packed, sizes
+    bias = None
+    if biases[0] is not None or any(each is not None for each in biases):
+        if any(each is None for each in biases):
+            return [layer.product_of_few(rows) for layer in layers]
+        bias = torch.cat(biases)  # at each call: a copy would miss changes through `bias.data`
     return _product(rows, packed, bias, first.activation_bits).split(sizes, -1)

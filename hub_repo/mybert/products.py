@@ -7,6 +7,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,8 +68,9 @@ def fastest(rows: int, width: int, threads: int) -> Callable:
     if rows > 4:
         return one_dnn
     candidates = (one_dnn, nn.functional.linear, batched)
-    states = torch.ones(rows, width)
-    weights = torch.ones(8, max(1, (1 << 21) // width // 64) * 64, width)
+    like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    states = torch.ones(rows, width, **like)
+    weights = torch.ones(8, max(1, (1 << 21) // width // 64) * 64, width, **like)
     least = dict.fromkeys(candidates, float("inf"))
     for _ in range(3):
         for product in candidates:

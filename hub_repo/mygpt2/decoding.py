@@ -8,6 +8,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,15 +18,29 @@ from torch import nn
 
 from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, eager_attention_forward, norm_heads
 from .base import has_global_hooks
-from .compat import readable
+from .cpu_kernels import recordable
 from .int8_layers import Int8Linear, joint_product_of_few
 from .products import ONE_DNN, product_of_few
 from .tokenwise import ACTIVATIONS, digest
 
 ROWS = 64  # as in `few_rows`
 LARGE = 1 << 19  # elements of a weight; torch itself computes smaller ones
-# digests of the `forward` methods that `_block` and its parts compute, as released
-FORWARDS = frozenset({"87a54c959b0d5e77", "bad53d9e61f7ff3c", "803374830d5b403d", "b9216e94f2d5d7d0"})
+# digests of the `forward` methods that `_block` computes, as released, and where each is
+FORWARDS = {
+    "87a54c959b0d5e77": "block",
+    "bad53d9e61f7ff3c": "attention",
+    "803374830d5b403d": "dense",
+    "b9216e94f2d5d7d0": "gated",
+}
+# what these look up in their own file, where it may be replaced
+HELPERS: dict[str, Any] = {
+    "apply_rotary": apply_rotary,
+    "norm_heads": norm_heads,
+    "eager_attention_forward": eager_attention_forward,
+}
+HELPERS |= {"ALL_ATTENTION_FUNCTIONS": ALL_ATTENTION_FUNCTIONS}
+PROJECTIONS = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+CALL = nn.Module.__call__
 LINEAR = {nn.Linear: nn.Linear.forward, Int8Linear: Int8Linear.forward}
 OTHERS = {nn.LayerNorm, nn.RMSNorm, nn.Dropout} | ACTIVATIONS
 ARGUMENTS = {"attention_mask", "past_key_values", "rotary", "cache_position", "position_ids", "output_attentions"}
@@ -48,25 +63,51 @@ def in_one_function(forward: Callable) -> Callable:
 def _applies(block: Any, states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     if torch.is_grad_enabled() or type(states) is not torch.Tensor or states.dtype is not torch.float32:
         return False
-    if not states.is_cpu or not 0 < len(states) <= ROWS or not readable() or torch.is_autocast_enabled("cpu"):
+    if not states.is_cpu or not 0 < len(states) <= ROWS or not recordable() or torch.is_autocast_enabled("cpu"):
         return False
     if kwargs.get("output_attentions") or not kwargs.keys() <= ARGUMENTS or has_global_hooks():
         return False
     if not ONE_DNN or not torch.backends.mkldnn.enabled:
         return False
     main = (block, block.self_attn, block.mlp)
-    if not _are_released(*(type(module).forward for module in main)):
+    if not _are_released("gate_proj" in block.mlp._modules, *(type(module).forward for module in main)):
         return False
-    return all(_is_plain(part, main) for module in main for part in module._modules.values()) and _is_plain(block, main)
+    if any(type(module).__call__ is not CALL for module in main[1:]):
+        return False
+    used = _globals(type(block.self_attn).forward)
+    if any(used.get(name) is not helper for name, helper in HELPERS.items()):
+        return False
+    parts = (part for module in main for part in module._modules.items())
+    return all(_is_plain(name, part, main) for name, part in parts) and _is_plain("", block, main)
 
 
 @functools.cache
-def _are_released(*forwards: Callable) -> bool:
-    return all(digest(forward) in FORWARDS for forward in forwards)
+def _are_released(is_gated: bool, *forwards: Callable) -> bool:
+    places = ("block", "attention", "gated" if is_gated else "dense")
+    if not all(map(_is_unwrapped, forwards[1:])):  # what wraps the block's runs before this
+        return False
+    return all(FORWARDS.get(digest(each)) == place for each, place in zip(forwards, places))
 
 
-def _is_plain(module: Any, main: tuple[Any, ...]) -> bool:
-    """Whether a module in evaluation has no hooks and is one of `main` or a known one, with its weights on the CPU."""
+def _is_unwrapped(function: Any) -> bool:
+    """Whether all decorators of a function are those of this package: a digest does not show any that are added later."""
+    while hasattr(function, "__wrapped__"):
+        module = getattr(function, "__globals__", {}).get("__name__", "")
+        if module.rpartition(".")[0] != __name__.rpartition(".")[0]:
+            return False
+        function = function.__wrapped__
+    return True
+
+
+@functools.cache
+def _globals(function: Callable) -> dict[str, Any]:
+    return inspect.unwrap(function).__globals__
+
+
+def _is_plain(name: str, module: Any, main: tuple[Any, ...]) -> bool:
+    """Whether a module in evaluation has no hooks and is one of `main`, or known and in its place, with CPU weights."""
+    if module is None:
+        return False
     own = module.__dict__
     if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
         return False
@@ -75,9 +116,14 @@ def _is_plain(module: Any, main: tuple[Any, ...]) -> bool:
     if module in main:
         return True
     kind = type(module)
-    if kind not in OTHERS and kind.forward is not LINEAR.get(kind):
+    is_linear = kind in LINEAR and kind.forward is LINEAR[kind]
+    if not is_linear and (kind not in OTHERS or name in PROJECTIONS):
+        return False
+    if name == "dropout" and kind is not nn.Dropout:  # not called, as it does nothing
         return False
     weight = own["_parameters"].get("weight")
+    if is_linear and (weight is None or "bias" not in own["_parameters"]):  # computed elsewhere
+        return False
     if weight is None:
         return True
     if type(weight) is not nn.Parameter or not weight.is_cpu:

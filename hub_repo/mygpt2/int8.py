@@ -5,10 +5,13 @@ Each row of a weight is stored as int8, followed by its scale `largest absolute 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
+import functools
+import inspect
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .base import is_hooked
 from .compat import is_new, keep_from_initialization
 from .int8_layers import OUTLIERS, Int8Embedding, Int8Linear, Int8Weight, is_valid, quantized
 
@@ -114,7 +118,16 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
         for name, module in modules.items()
         if _size_of_linear(module) or (module is tokens and _is_embedding(module))
     }
-    chosen = {name for name in able if not _is_excluded(name, config.modules_to_not_convert or [])}
+    able -= {name for name in able if _is_read(name, modules)}
+    changed = {name for name in able if is_hooked(modules[name]) or "weight" not in modules[name]._parameters}
+    if changed:  # an int8 layer would silently do without
+        logger.warning(
+            f"quantize: {', '.join(sorted(changed))} stay in float, with their hooks, replaced forward or computed weight"
+        )
+    excluded = config.modules_to_not_convert or []
+    if unknown := [part for part in excluded if not any(_is_excluded(name, [part]) for name in modules)]:
+        raise ValueError(f"modules_to_not_convert: {type(model).__name__} has no module {', '.join(unknown)}")
+    chosen = {name for name in able - changed if not _is_excluded(name, excluded)}
     chosen = {name for name in chosen if chosen >= set(owners[id(modules[name].weight)])}
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no layer that can be quantised")
@@ -134,6 +147,21 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
             columns = large.get(id(module), new.outliers)
             new.outliers = nn.Parameter(columns.to(new.weight.device), requires_grad=False)
     config.modules = _patterns(chosen, able - chosen)
+
+
+def _is_read(name: str, modules: dict[str, Any]) -> bool:
+    """Whether the code around a layer reads its weight (`self.proj.weight`), as Mamba's does, and not only calls it."""
+    around, _, last = name.rpartition(".")
+    own = takewhile(lambda kind: kind not in (PreTrainedModel, nn.Module), type(modules[around]).__mro__)
+    return any(re.search(rf"\bself\.{re.escape(last)}\.weight\b", _source(kind)) for kind in own)
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def _largest_columns(model: PreTrainedModel, modules: dict[str, Any]) -> dict[int, torch.Tensor]:

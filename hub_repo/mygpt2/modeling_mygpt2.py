@@ -269,7 +269,6 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
             if output_attentions:
                 all_attentions.append(weights)
         hidden_states = self.norm(hidden_states)
-
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
