@@ -18,7 +18,7 @@ from torch import nn
 
 from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, eager_attention_forward, norm_heads
 from .base import has_global_hooks
-from .cpu_kernels import recordable
+from .cpu_kernels import linear_by_onednn, recordable
 from .int8_layers import Int8Linear, joint_product_of_few
 from .products import ONE_DNN, product_of_few
 from .tokenwise import ACTIVATIONS, digest
@@ -41,6 +41,7 @@ HELPERS: dict[str, Any] = {
 HELPERS |= {"ALL_ATTENTION_FUNCTIONS": ALL_ATTENTION_FUNCTIONS}
 PROJECTIONS = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 CALL = nn.Module.__call__
+_KERNELS = inspect.getfile(linear_by_onednn)
 LINEAR = {nn.Linear: nn.Linear.forward, Int8Linear: Int8Linear.forward}
 OTHERS = {nn.LayerNorm, nn.RMSNorm, nn.Dropout} | ACTIVATIONS
 ARGUMENTS = {"attention_mask", "past_key_values", "rotary", "cache_position", "position_ids", "output_attentions"}
@@ -74,8 +75,8 @@ def _applies(block: Any, states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         return False
     if any(type(module).__call__ is not CALL for module in main[1:]):
         return False
-    used = _globals(type(block.self_attn).forward)
-    if any(used.get(name) is not helper for name, helper in HELPERS.items()):
+    used = sys.modules.get(type(block.self_attn).forward.__module__)
+    if any(getattr(used, name, None) is not helper for name, helper in HELPERS.items()):
         return False
     parts = (part for module in main for part in module._modules.items())
     return all(_is_plain(name, part, main) for name, part in parts) and _is_plain("", block, main)
@@ -90,18 +91,11 @@ def _are_released(is_gated: bool, *forwards: Callable) -> bool:
 
 
 def _is_unwrapped(function: Any) -> bool:
-    """Whether all decorators of a function are those of this package: a digest does not show any that are added later."""
-    while hasattr(function, "__wrapped__"):
-        module = getattr(function, "__globals__", {}).get("__name__", "")
-        if module.rpartition(".")[0] != __name__.rpartition(".")[0]:
-            return False
-        function = function.__wrapped__
-    return True
-
-
-@functools.cache
-def _globals(function: Callable) -> dict[str, Any]:
-    return inspect.unwrap(function).__globals__
+    """Whether all decorators of a function are those of cpu_kernels.py: a digest does not show any that are added later."""
+    wrapped = getattr(function, "__wrapped__", None)
+    if wrapped is None:
+        return True
+    return inspect.isfunction(function) and inspect.getfile(function) == _KERNELS and _is_unwrapped(wrapped)
 
 
 def _is_plain(name: str, module: Any, main: tuple[Any, ...]) -> bool:
