@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import mygpt2_config
 
-from mymodels import huge_pages
+from mymodels import MyGPT2ForCausalLM, huge_pages, quantize
 
 linux = pytest.mark.skipif(huge_pages._madvise() is None, reason="not Linux, or turned off")
 
@@ -81,6 +82,27 @@ def test_a_large_process_is_left(limit: int, moved: bool, calls: list[Any], monk
     count = len(calls)
     huge_pages.move_process()  # at once again
     assert len(calls) == count
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_weights_of_a_generation_are_moved(int8: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models find the module among the imported ones, so that only a generation shows whether they call it."""
+    moves: list[None] = []
+    monkeypatch.setattr(huge_pages, "move_process", lambda: moves.append(None))
+    model = MyGPT2ForCausalLM(mygpt2_config(n_embd=512, intermediate_size=2048, n_layer=1)).eval()
+    with torch.no_grad():
+        model = quantize(model) if int8 else model
+        cache = model(torch.tensor([[5, 6]]), use_cache=True).past_key_values
+        for _ in range(2 * huge_pages.PATIENCE - 2):
+            model(torch.tensor([[7]]), position_ids=torch.tensor([[9]]), past_key_values=cache)
+        assert not moves
+        for _ in range(2):
+            model(torch.tensor([[7]]), position_ids=torch.tensor([[9]]), past_key_values=cache)
+    if int8:
+        assert moves and not calls
+    else:
+        address = model.model.layers[0].mlp.up_proj.weight.data_ptr()
+        assert any(start <= address < start + size for start, size in calls) and not moves
 
 
 @pytest.mark.parametrize("change", ["environment", "platform"])

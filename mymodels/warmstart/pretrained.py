@@ -42,7 +42,7 @@ _IGNORED = {
     "_fast_init", "_from_auto", "_from_pipeline", "_commit_hash",
 }  # fmt: skip
 _UNSUPPORTED = {
-    "tp_plan", "tp_size", "device_mesh", "distributed_config", "state_dict", "key_mapping",
+    "quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config", "state_dict", "key_mapping",
     "use_kernels", "kernel_config", "adapter_name",
 }  # fmt: skip
 
@@ -114,14 +114,13 @@ def _stock_config(model_class: type[PreTrainedModel], path: Any, kwargs: Mapping
 def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """`from_pretrained` for a stock checkpoint: tensors are read one by one, renamed, and placed by accelerate.
 
-    Takes `from_pretrained`'s keyword arguments; those that need transformers' own loader (`tp_plan`, …, a
-    `quantization_config` other than `Int8Config`) are refused. A warning lists tensors of the checkpoint that are not used and parameters that are newly
-    initialised, because of a changed config field.
+    Takes `from_pretrained`'s keyword arguments; those that need transformers' own loader (`tp_plan`, a
+    `quantization_config` other than `Int8Config`, …) are refused. A warning lists tensors of the checkpoint that are not
+    used and parameters that are newly initialised, because of a changed config field.
     """
-    int8 = kwargs.pop("quantization_config", None)
-    others = {} if int8 is None or isinstance(int8, Int8Config) else {"quantization_config": int8}
-    for name in others or _UNSUPPORTED & kwargs.keys():
-        if name in others or kwargs[name] not in (None, False):
+    int8 = kwargs.pop("quantization_config") if isinstance(kwargs.get("quantization_config"), Int8Config) else None
+    for name in _UNSUPPORTED & kwargs.keys():
+        if kwargs[name] not in (None, False):
             raise CheckpointError(
                 f"{name}= is not supported for a stock checkpoint: load {path} without it, save it, and load the result with {name}="
             )
@@ -173,7 +172,7 @@ def _load_stock(model_class: type[PreTrainedModel], path: Any, raw: dict[str, An
         model.generation_config = generation
     elif model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    if isinstance(int8, Int8Config):
+    if int8 is not None:
         quantize(model, activation_bits=int8.activation_bits, modules_to_not_convert=int8.modules_to_not_convert)
     report = plan.report()
     _warn_of_new_and_unused(report, model_class)

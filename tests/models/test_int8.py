@@ -427,6 +427,33 @@ def test_a_weight_that_the_code_reads_stays_in_float() -> None:
         assert (smaller(ids).logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+class ReadsItsWeight(nn.Module):
+    def __init__(self, proj: nn.Linear):
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states @ self.proj.weight.t()
+
+
+class CallsIt(nn.Module):
+    def __init__(self, proj: nn.Linear):
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.proj(states)
+
+
+def test_layers_of_one_name_of_which_the_code_reads_one() -> None:
+    """The pattern of the converted one must not describe the other."""
+    model = llama()
+    for layer, kind in zip(model.model.layers, (ReadsItsWeight, CallsIt)):
+        layer.self_attn = kind(nn.Linear(32, 32))
+    config = mymodels.quantize(model, modules_to_not_convert=["mlp", "lm_head", "embed_tokens"]).config
+    assert config.quantization_config.modules == ["model.layers.1.self_attn.proj"]
+
+
 def test_a_name_of_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match="modules_to_not_convert: LlamaForCausalLM has no module mlp_, layer"):
         mymodels.quantize(llama(), modules_to_not_convert=["mlp_", "lm_head", "layer"])
