@@ -215,6 +215,40 @@ def test_a_bias_of_tied_logits_is_resized(tmp_path: Path) -> None:
     assert not edit(tmp_path / "classes", classes).changes
 
 
+@pytest.mark.parametrize(("inner", "named"), [("config", True), ("config.text_config", False)])
+def test_a_setting_of_a_config_inside_the_config_is_not_said_to_be_resized(
+    inner: str, named: bool, tmp_path: Path
+) -> None:
+    """The head and the embeddings are sized by `config` of a part, which may be another config than the model's."""
+    part = (CODE + GETTERS).replace("vocab_size", "padded_vocab_size").replace("OldForCausalLM(", "Decoder(")
+    part = part.replace("OldPreTrainedModel, GenerationMixin", "nn.Module").replace("self.post_init()", "pass")
+    code = f"""{part}
+    def get_input_embeddings(self):
+        return self.transformer.wte
+
+
+class OldForCausalLM(OldPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.bias_of_scores = nn.Parameter(torch.zeros(config.num_labels))
+        self.decoder = Decoder({inner})
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.decoder.transformer.wte
+
+    def get_output_embeddings(self):
+        return self.decoder.output_layer
+
+    def forward(self, input_ids):
+        return self.decoder(input_ids)
+"""
+    weights = {f"decoder.{name}": shape for name, shape in WEIGHTS.items()}
+    sizes = {"vocab_size": None, "padded_vocab_size": 8}
+    text = "".join(edit(tmp_path / "old", code, weights, **sizes).texts.values())
+    assert ('settings=("padded_vocab_size",)' in text) == named
+
+
 def test_what_sizes_the_embeddings_is_the_size_of_the_vocabulary(tmp_path: Path) -> None:
     code = (CODE + GETTERS).replace("vocab_size", "alphabet")
     init = "    def __init__(self, alphabet=8, **kwargs):\n        self.alphabet = alphabet\n        super().__init__(**kwargs)\n"

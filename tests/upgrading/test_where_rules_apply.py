@@ -271,6 +271,26 @@ def test_a_model_type_that_processors_go_by_is_left(files: dict[str, dict], left
     assert apply_rules(read_folder(tmp_path), [own_config.RULE]).changes != left
 
 
+@pytest.mark.parametrize(
+    ("listed", "left"), [(["LlamaForCausalLM"], ["Reward"]), (["Reward"], ["Reward"]), (None, None)]
+)
+def test_architectures_that_name_the_stock_base(listed: list[str] | None, left: list[str] | None) -> None:
+    """Under its own model type, a class is no longer found by the name of the class of transformers that it extends."""
+    source = """
+from transformers import LlamaForCausalLM
+
+
+class Reward(LlamaForCausalLM):
+    def extra(self):
+        return 1
+"""
+    auto_map = {"AutoModelForCausalLM": "modeling_example.Reward"}
+    edited = applied(own_config.RULE, source, model_type="llama", architectures=listed, auto_map=auto_map)
+    assert edited.config is not None and edited.config["model_type"] == "reward"
+    assert edited.config["architectures"] == left
+    assert any("loads with trust_remote_code only" in edit.what for edit in edited.edits)
+
+
 def test_a_config_that_auto_map_names_is_left() -> None:
     auto_map = {"AutoConfig": "modeling_example.Other", "AutoModel": "modeling_example.Reward"}
     source = REWARD.format(more="", base="LlamaPreTrainedModel", line="wide = True", part="LlamaModel(config)")

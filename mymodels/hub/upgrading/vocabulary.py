@@ -20,11 +20,13 @@ class Part(NamedTuple):
         path: its name from the model, such as `"transformer.lm_head"`.
         owner: the class whose constructor makes it.
         value: what the constructor sets it to.
+        same_config: whether `config` in that constructor is the model's own, and not a config inside it.
     """
 
     path: str
     owner: Klass
     value: ast.expr
+    same_config: bool
 
 
 class Made(NamedTuple):
@@ -56,14 +58,16 @@ def is_kind(found: Made | None, kind: str) -> bool:
     return found is not None and found.name.rpartition(".")[2] == kind
 
 
-def parts_below(code: Code, klass: Klass, prefix: str = "", depth: int = 0) -> Iterator[Part]:
+def parts_below(code: Code, klass: Klass, prefix: str = "", depth: int = 0, same_config: bool = True) -> Iterator[Part]:
     """The parts of a model and, inside modules of the folder's classes, theirs."""
     for name, value in parts_of(code, klass).items():
-        yield Part(prefix + name, klass, value)
+        yield Part(prefix + name, klass, value, same_config)
         found = made(klass, value)
         inner = code.find(klass.file, found.name) if found is not None else None
-        if inner is not None and depth < _MAX_DEPTH and code.is_module(inner):
-            yield from parts_below(code, inner, f"{prefix}{name}.", depth + 1)
+        if found is not None and inner is not None and depth < _MAX_DEPTH and code.is_module(inner):
+            given = {ast.unparse(argument) for argument in (*found.args, *found.keywords.values())}
+            same = same_config and not given.isdisjoint({"config", "self.config", "cfg", "self.cfg"})
+            yield from parts_below(code, inner, f"{prefix}{name}.", depth + 1, same)
 
 
 class Vocabulary:
@@ -136,9 +140,9 @@ class Vocabulary:
                 yield f"{part.path}.", inner
 
     def settings(self) -> list[str]:
-        """The names under which the config holds the number of tokens."""
+        """The names under which the model's config holds the number of tokens; not those of a config inside it."""
         sizes = []
-        for part in self.parts:
+        for part in (part for part in self.parts if part.same_config):
             found = made(part.owner, part.value)
             if found is not None and part.path == self.embeddings:
                 sizes.append(_size(self.code, part.owner, found.argument(0, "num_embeddings")))

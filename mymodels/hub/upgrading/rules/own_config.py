@@ -170,8 +170,14 @@ def _configure(values: dict[str, Any], folder: Folder, report: Callable[[str], N
         module = own.file.name.removesuffix(".py")
         values["auto_map"] = {"AutoConfig": f"{module}.{own.name}", **values["auto_map"]}
         report(f"auto_map names {own.name} as AutoConfig")
-        report(f"model_type is {named}, that of {own.name}, and no longer {values.get('model_type')}")
+        report(
+            f"model_type is {named}, that of {own.name}, and no longer {values.get('model_type')}: the folder loads with "
+            "trust_remote_code only"
+        )
         values["model_type"] = named
+        if values.get("architectures") in [[root.rpartition(".")[2]] for root in code.roots(klass)]:
+            report(f"architectures names {klass.name}, which is derived from {values['architectures'][0]}")
+            values["architectures"] = [klass.name]
         break
     return values
 
