@@ -118,7 +118,7 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
         for name, module in modules.items()
         if _size_of_linear(module) or (module is tokens and _is_embedding(module))
     }
-    able -= {name for name in able if _is_read(name, modules)}
+    read = {name for name in able if _is_read(name, modules)}
     changed = {name for name in able if is_hooked(modules[name]) or "weight" not in modules[name]._parameters}
     if changed:  # an int8 layer would silently do without
         logger.warning(
@@ -127,7 +127,7 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
     excluded = config.modules_to_not_convert or []
     if unknown := [part for part in excluded if not any(_is_excluded(name, [part]) for name in modules)]:
         raise ValueError(f"modules_to_not_convert: {type(model).__name__} has no module {', '.join(unknown)}")
-    chosen = {name for name in able - changed if not _is_excluded(name, excluded)}
+    chosen = {name for name in able - read - changed if not _is_excluded(name, excluded)}
     chosen = {name for name in chosen if chosen >= set(owners[id(modules[name].weight)])}
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no layer that can be quantised")

@@ -343,17 +343,14 @@ def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Se
         and layer._repacks == count
         for layer, tensor, (known, alias, version, count) in zip(layers, weights, made_from)
     ):
-        if (
-            len({layer.activation_bits for layer in layers}) > 1 or first.outliers is not None
-        ):  # each has its own outliers
+        if len({layer.activation_bits for layer in layers}) > 1 or first.outliers is not None:  # each has its own
             return [layer.product_of_few(rows) for layer in layers]
         packed = _pack(torch.cat([layer.values for layer in layers]), torch.cat([layer.scale for layer in layers]))
         sizes = [layer.out_features for layer in layers]
         made_from = [(each, each.detach(), each._version, layer._repacks) for layer, each in zip(layers, weights)]
         first._joint = made_from, packed, sizes
-    bias = None
-    if biases[0] is not None or any(each is not None for each in biases):
-        if any(each is None for each in biases):
-            return [layer.product_of_few(rows) for layer in layers]
-        bias = torch.cat(biases)  # at each call: a copy would miss changes through `bias.data`
+    without = [each is None for each in biases]
+    if any(without) and not all(without):
+        return [layer.product_of_few(rows) for layer in layers]
+    bias = None if without[0] else torch.cat(biases)  # at each call: a copy would miss changes through `bias.data`
     return _product(rows, packed, bias, first.activation_bits).split(sizes, -1)
