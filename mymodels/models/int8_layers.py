@@ -80,8 +80,13 @@ def _product(
     given = rows
     if outliers is not None:
         rows = rows * outliers.others
-    step = rows.abs().amax(-1, keepdim=True).div_(levels).add_(1e-36)  # [rows, 1]; not 0 for a row of zeros
-    rows = rows / step if outliers is None else rows.div_(step)  # a new tensor
+    if len(rows) < 64:
+        largest = rows.abs().amax(-1, keepdim=True)
+    else:  # no tensor of absolute values
+        largest = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_())
+    step = largest.div_(levels).add_(1e-36)  # [rows, 1]; not 0 for a row of zeros
+    inverse = step.reciprocal()
+    rows = rows * inverse if outliers is None else rows.mul_(inverse)  # in place: it is a new tensor
     if bits == 16:
         rounded = rows.round()
         rows = torch.cat((rounded, rows.sub_(rounded).mul_(2 * levels)))
@@ -91,13 +96,7 @@ def _product(
         product, rest = product.chunk(2)
         product.add_(rest, alpha=1 / (2 * levels))
     if outliers is not None:
-        result = torch.empty_like(product) if into is None else into
-        large = given.index_select(1, outliers.columns)
-        if bias is None:
-            torch.mm(large, outliers.weight, out=result)
-        else:
-            torch.addmm(bias, large, outliers.weight, out=result)
-        return result.addcmul_(product, step)
+        product.addmm_(given.index_select(1, outliers.columns).mul_(inverse), outliers.weight)
     result = product if into is None else into
     if bias is None:
         return torch.mul(product, step, out=result)
