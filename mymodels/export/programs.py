@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from .graphs import Graph
+from .products import fast_for_one_token
 
 FILES = {"pt2": "model.pt2", "aoti": "model_aoti.pt2", "torchscript": "model_torchscript.pt"}
 
@@ -100,7 +101,7 @@ def _shapes(graph: Graph) -> Shapes:
 def export_program(graph: Graph) -> ExportedProgram:
     """The graph by `torch.export`, for any batch and length."""
     shapes = _shapes(graph)
-    with without_tracing_logs(), causal_masks_unread(), torch.no_grad():
+    with without_tracing_logs(), causal_masks_unread(), torch.no_grad(), fast_for_one_token(graph):
         try:
             program = torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes)
         except Exception as error:

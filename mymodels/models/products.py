@@ -29,7 +29,7 @@ def batched(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     oneDNN (one row, torch 2.13, AMD EPYC). No copy of the weight is made.
     """
     height, width = weight.shape
-    parts = _parts(height, torch.get_num_threads())
+    parts = parts_of(height, torch.get_num_threads())
     if not parts or not weight.is_contiguous() or not states.is_contiguous():
         return one_dnn(states, weight, bias)
     rows = states.numel() // width
@@ -42,8 +42,8 @@ def batched(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 @functools.cache
-def _parts(rows: int, threads: int) -> int:
-    """The smallest divisor of a weight's rows that is at least 4 and gives every thread a part; 0 if there is none."""
+def parts_of(rows: int, threads: int) -> int:
+    """In how many parts `batched` multiplies: the smallest divisor of a weight's rows that is at least 4 and gives every thread a part; 0 if there is none."""
     return next((parts for parts in range(max(4, threads), rows // 16) if rows % parts == 0), 0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tiny import SWITCHES, batch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from mymodels import export_model
-from mymodels.export import graphs, programs
+from mymodels.export import graphs, products, programs
+from mymodels.models import products as kernels
 
 pytestmark = pytest.mark.export
 TEXTS = ["The cat sat on the mat.", "It was late."]
@@ -27,6 +29,37 @@ def test_no_fast_path_is_in_a_graph() -> None:
         assert any("linear" in name or "addmm" in name for name in called)
         assert not [name for name in called if "mkldnn" in name or "index_copy" in name or "nonzero" in name]
         assert not [name for name in called if "scalar_dense" in name or "aten.item" in name]
+
+
+@pytest.mark.parametrize("best", ["batched", "one_dnn"])
+def test_products_of_a_decoder_are_those_that_are_fastest_for_one_token(
+    best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches, if this processor is faster with them, and only of large weights; the numbers are the model's."""
+    monkeypatch.setattr(products, "fastest", lambda *args: getattr(kernels, best))
+    model = mygpt2(n_embd=64, intermediate_size=1 << 13, n_layer=2)
+
+    def batches(cache: bool) -> tuple[Any, int]:
+        program = programs.export_program(graphs.Graph(model, "text-generation", cache=cache))
+        return program, sum("bmm" in str(node.target) for node in program.graph.nodes)
+
+    assert batches(False)[1] == 0
+    program, count = batches(True)
+    assert count == (2 if best == "batched" else 0)  # down_proj has too few rows for parts
+    ids, module = torch.randint(0, 97, (2, 7)), program.module()
+    past = [torch.zeros(2, model.config.num_key_value_heads, 0, model.config.head_dim)] * 4
+    with torch.no_grad():
+        expected = model(ids).logits
+        for start, end in ((0, 6), (6, 7)):
+            positions = torch.arange(start, end).expand(2, -1).contiguous()
+            results = module(
+                input_ids=ids[:, start:end].contiguous(),
+                attention_mask=torch.ones(2, end, dtype=torch.long),
+                position_ids=positions,
+                past_key_values=past,
+            )
+            past = [value for name, value in results.items() if name.startswith("present.")]
+            assert (results["logits"] - expected[:, start:end]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name, kind", [("everything", "pt2"), ("learned-window", "pt2"), ("everything", "aoti")])
