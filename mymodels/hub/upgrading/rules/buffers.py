@@ -11,7 +11,8 @@ from ...static.check_init import refilled_by_init_weights, run_by
 from ...static.code_tree import Klass, constant, is_self
 from ...static.headers import tensor_headers
 from ...static.kept_buffers import kept_buffers
-from ..rule import Context, Rewriter, Rule, rewrites, source_of, statements
+from ..into_init_weights import IntoInitWeights
+from ..rule import Context, Rule, rewrites, source_of
 
 _HELPERS = '''
 def keep_arguments(init):
@@ -91,7 +92,7 @@ def _not_persistent(call: ast.Call) -> bool:
     return isinstance(value, ast.Constant) and value.value is False
 
 
-class _Edit(Rewriter):
+class _Edit(IntoInitWeights):
     """Adds the decorator to constructors of this file, and the call to each `_init_weights` of it."""
 
     def __init__(self, context: Context, found: list[_Refilled]):
@@ -101,46 +102,18 @@ class _Edit(Rewriter):
 
     def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
         scope = self.context.scope(original_node)
-        if len(scope) != 1:
-            return updated_node
-        one = self.own.get(scope[0])
+        one = self.own.get(scope[0]) if len(scope) == 1 else None
         kept = any(source_of(decorator.decorator) == "keep_arguments" for decorator in original_node.decorators)
-        if (
-            original_node.name.value == "__init__"
-            and one is not None
-            and not kept
-            and not self.context.is_model(scope[0])
-        ):
-            what = f"{', '.join(one.names)} of {scope[0]}, in no file, can be computed again after loading"
-            self.context.note(original_node, what)
-            self.context.define("refill_buffers", _HELPERS)
-            decorator = cst.Decorator(cst.Name("keep_arguments"))
-            return updated_node.with_changes(decorators=[decorator, *updated_node.decorators])
-        if original_node.name.value == "_init_weights" and self.context.is_model(scope[0]):
-            parameters = [parameter.name.value for parameter in original_node.params.params]
-            return self._call(original_node, updated_node, parameters)
-        return updated_node
+        if original_node.name.value != "__init__" or one is None or kept or self.context.is_model(scope[0]):
+            return super().leave_FunctionDef(original_node, updated_node)
+        what = f"{', '.join(one.names)} of {scope[0]}, in no file, can be computed again after loading"
+        self.context.note(original_node, what)
+        self.context.define("refill_buffers", _HELPERS)
+        decorator = cst.Decorator(cst.Name("keep_arguments"))
+        return updated_node.with_changes(decorators=[decorator, *updated_node.decorators])
 
-    def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
-        """A model that leaves `_init_weights` to transformers gets one that calls transformers' own."""
-        name, code = original_node.name.value, self.context.code
-        klass = self.context.klass(name)
-        if klass is None or not code.is_model(klass) or self.context.scope(original_node):
-            return updated_node
-        if code.method(klass, "_init_weights") or any(code.is_model(base) for base in code.lineage(klass)[1:]):
-            return updated_node
-        method = statements("\ndef _init_weights(self, module):\n    super()._init_weights(module)\n")[0]
-        assert isinstance(method, cst.FunctionDef) and isinstance(updated_node.body, cst.IndentedBlock)
-        filled = self._call(original_node, method, ["self", "module"])
-        if filled is method:
-            return updated_node
-        filled = filled.with_changes(leading_lines=[cst.EmptyLine(indent=False)])
-        return updated_node.with_changes(body=updated_node.body.with_changes(body=[*updated_node.body.body, filled]))
-
-    def _call(self, original: cst.CSTNode, updated: cst.FunctionDef, parameters: list[str]) -> cst.FunctionDef:
-        if len(parameters) < 2 or not isinstance(updated.body, cst.IndentedBlock):
-            return updated
-        module, steps = parameters[1], []
+    def added(self, owner: str, node: cst.CSTNode, model: str, module: str) -> list[str]:
+        steps = []
         parts = [one for one in self.found if not self.context.code.is_model(one.klass)]
         here = [one.klass.name for one in parts if self.context.klass(one.klass.name) is not None]
         elsewhere = [one.klass.name for one in parts if one.klass.name not in here]
@@ -161,15 +134,10 @@ class _Edit(Rewriter):
                     )
                 else:
                     steps.append(text)
-        if not steps:
-            return updated
-        self.context.note(
-            original, f"_init_weights computes the buffers of {', '.join(o.klass.name for o in self.found)} again"
-        )
-        added = [step for text in steps for step in statements(text)]
-        docstring = 1 if updated.get_docstring() is not None else 0
-        body = [*updated.body.body[:docstring], *added, *updated.body.body[docstring:]]
-        return updated.with_changes(body=updated.body.with_changes(body=body))
+        if steps:
+            names = ", ".join(one.klass.name for one in self.found)
+            self.context.note(node, f"_init_weights computes the buffers of {names} again")
+        return steps
 
 
 class _ToModule(ast.NodeTransformer):
