@@ -105,11 +105,16 @@ class Code:
 
     def lineage(self, klass: Klass) -> list[Klass]:
         """The class and those of its ancestors that the folder defines."""
-        return self._lineage[id(klass.node)][0]
+        return self._family(klass)[0]
 
     def roots(self, klass: Klass) -> set[str]:
         """Full names of the ancestors that come from elsewhere."""
-        return self._lineage[id(klass.node)][1]
+        return self._family(klass)[1]
+
+    def _family(self, klass: Klass) -> tuple[list[Klass], set[str]]:
+        if id(klass.node) not in self._lineage:  # a class that stands for one of a library
+            self._lineage[id(klass.node)] = self._ancestors(klass)
+        return self._lineage[id(klass.node)]
 
     def is_model(self, klass: Klass) -> bool:
         """Whether it is a `PreTrainedModel`, directly or through a class of transformers."""

@@ -109,6 +109,14 @@ MODELS = [
         "the buffer inv_freq of TinymanyAttention",
     ),
     Fault(
+        "parameter in no file",
+        attention_init("self.gate = nn.Parameter(torch.zeros(4))"),
+        "parameters",
+        LAYERS,
+        "the parameter gate of TinymanyAttention",
+        "warning",
+    ),
+    Fault(
         "plain tensor",
         attention_init("self.slopes = 2.0 ** -torch.arange(4)"),
         "data in __init__",
