@@ -12,7 +12,8 @@ WITHOUT_EXAMPLE = {
     "second-level imports",
     "config class",
     "saved class",
-}  # several files, or weights: see test_upgrade.py, test_faults.py
+    "parameters left empty",
+}  # several files, or weights: see test_upgrade.py, test_original_faults.py, test_parameters_left_empty.py
 
 
 def test_every_other_rule_has_an_example() -> None:

@@ -1,4 +1,4 @@
-"""What the code still gets wrong after an upgrade: faults of the original whose repair would change numbers."""
+"""What the code still gets wrong after an upgrade: faults of the original that no rule can repair without changing numbers."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..static.check_model import live_code
+from ..static.check_parameters import parameters_left_empty
 from ..static.code_tree import Code, Klass, calls
+from ..static.initial_value import init_call, value_of
 from ..static.repo_snapshot import Finding, Folder
 from .generating import Function, own_model, parameters
 
@@ -63,6 +65,20 @@ def _is_open(value: ast.expr) -> bool:
     if isinstance(value, ast.Dict):
         return None in value.keys
     return True
+
+
+def parameters_without_value(folder: Folder) -> list[Finding]:
+    """Parameters that no file has and whose value in the constructor is no call of `nn.init`; each with its place."""
+    found = []
+    for one in parameters_left_empty(folder, live_code(folder)):
+        if init_call(one.made, one.name) is None:
+            what = (
+                f"the parameter {one.name} of {one.klass.name} ({one.example}) is not in the checkpoint, and loading leaves "
+                f"it without a value; no call of nn.init gives what the constructor does ({value_of(one.made)}), so "
+                "_init_weights is left as it is: add to it what is right"
+            )
+            found.append(Finding("failed", what, one.where))
+    return found
 
 
 def verify_faults(folder: Path, release: str, how: Mapping[str, Any]) -> Iterator[Finding]:

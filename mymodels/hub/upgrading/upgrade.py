@@ -19,7 +19,7 @@ from ..releases import PinnedRelease, default_cache_dir, install
 from ..static.api_availability import find_releases
 from ..static.repo_snapshot import Finding, Folder, read_folder
 from .edit_engine import Edited, apply_rules
-from .left_faults import masks_not_passed
+from .left_faults import masks_not_passed, parameters_without_value
 from .lint_counts import lint_counts
 from .pickled_weights import with_safetensors
 from .plan_releases import old_releases, span_of, target_releases
@@ -44,7 +44,7 @@ class Upgrade:
         diff: unified diff of code and config.
         proof: the original's record compared with the upgraded code under each release; None if nothing was run.
         rules: name → rule, of the edits.
-        left: faults of the original that no rule repairs, because numbers would change; each with its place.
+        left: faults of the original that no rule repairs, because numbers would change or are not known; each with its place.
         verify: what `verify` fails on in `out` under the newest release; empty if it passes, or nothing was written.
         golden: where the golden outputs in `out` come from: the original, or the upgraded code; "" if nothing was written.
         mlinter: what transformers-mlinter finds `before` and `after`, for information; empty if it is not installed.
@@ -155,7 +155,7 @@ def upgrade(
     ]
     edited = apply_rules(folder, rules, releases=span_of(targets))
     _report(result, folder, edited, rules)
-    result.left = masks_not_passed(folder)
+    result.left = masks_not_passed(folder) + parameters_without_value(folder)
     if result.refused or not edited.changes or dry_run or out is None:
         return result
     with tempfile.TemporaryDirectory(prefix="mymodels-upgrade-") as scratch:

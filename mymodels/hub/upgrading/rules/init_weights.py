@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import libcst as cst
 import libcst.matchers as m
 
+from ...static.initial_value import IN_PLACE, KEYWORDS
 from ..rule import Context, Rewriter, Rule, expression, rewrites, source_of, statements
 
-# method of a tensor → function of nn.init, and what its arguments become
-_TO_INIT = {"normal_": "normal_", "uniform_": "uniform_", "zero_": "zeros_", "fill_": "constant_"}
 _FLAG = "_is_hf_initialized"
 _DATA = m.Attribute(attr=m.Name("data"))
 
@@ -67,9 +66,9 @@ class _Guarded(Rewriter):
         if not isinstance(call.func, cst.Attribute):
             return None
         method, on = call.func.attr.value, call.func.value
-        if m.matches(on, _DATA) and method in _TO_INIT:
+        if m.matches(on, _DATA) and method in IN_PLACE:
             assert isinstance(on, cst.Attribute)
-            name = f"{_init_module(self.context)}.{_TO_INIT[method]}"
+            name = f"{init_module(self.context)}.{IN_PLACE[method]}"
             tensor = cst.Arg(on.value)
             return (
                 cst.Call(expression(name), [tensor, *call.args])
@@ -95,7 +94,7 @@ class _Guarded(Rewriter):
 
 def _renamed(method: str, arguments: Sequence[cst.Arg]) -> list[cst.Arg]:
     """Keywords of a tensor's method as those of `nn.init`: `from` and `to` of `uniform_` are `a` and `b`."""
-    names = {"uniform_": {"from": "a", "to": "b"}, "fill_": {"value": "val"}}.get(method, {})
+    names = KEYWORDS.get(method, {})
     return [
         one.with_changes(keyword=cst.Name(names[one.keyword.value]))
         if one.keyword is not None and one.keyword.value in names
@@ -104,7 +103,7 @@ def _renamed(method: str, arguments: Sequence[cst.Arg]) -> list[cst.Arg]:
     ]
 
 
-def _init_module(context: Context) -> str:
+def init_module(context: Context) -> str:
     """How the file names `torch.nn.init`."""
     names = context.file.names
     for local, full in names.items():
