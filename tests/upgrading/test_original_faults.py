@@ -9,6 +9,7 @@ import folders
 import pytest
 import torch
 import transformers
+from load_incomplete import load
 from safetensors.torch import save_file
 
 from mymodels.hub.clean_process import describe_folder
@@ -325,8 +326,7 @@ def test_an_extended_vocabulary_is_saved_and_loaded(name: str, tmp_path: Path) -
     rules = [rule for rule in all_rules() if not rule.option]
     new = write_copy(folder, apply_rules(folder, rules, releases=span_of(targets)), tmp_path / f"resized_{name}")
     auto = next(name for name in folder.config["auto_map"] if name.startswith("AutoModelFor"))
-    load = getattr(transformers, auto).from_pretrained
-    model = load(new, trust_remote_code=True, dtype=torch.float32).eval()
+    model = load(new, auto)
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
@@ -337,7 +337,7 @@ def test_an_extended_vocabulary_is_saved_and_loaded(name: str, tmp_path: Path) -
         model.save_pretrained(tmp_path / f"saved_{name}")
         for file in new.glob("*.py"):
             (tmp_path / f"saved_{name}" / file.name).write_text(file.read_text())
-        again = load(tmp_path / f"saved_{name}", trust_remote_code=True, dtype=torch.float32).eval()
+        again = load(tmp_path / f"saved_{name}", auto)
         assert torch.allclose(again(input_ids=ids).logits, after, atol=1e-5)
 
 
