@@ -10,18 +10,19 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .compat import readable
+from .products import compiled
 
 OUTLIERS = 8  # columns of states that are multiplied in float, see `Outliers`
 OFTEN = 64  # products of few rows, after which it is worth while to move the weights into huge pages
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
-_LOCK = threading.Lock()  # torch's choice of an engine is one for all threads
+_ENGINE = threading.Lock()  # torch's choice of an engine is one for all threads
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
 
 
@@ -41,7 +42,7 @@ def _levels() -> int:
 
 def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
     """FBGEMM's form of a weight `[outputs, inputs]`."""
-    with _LOCK:
+    with _ENGINE:
         engine = torch.backends.quantized.engine
         try:
             torch.backends.quantized.engine = "fbgemm"
@@ -103,17 +104,6 @@ def _product(
     return torch.addcmul(bias, product, step, out=result)
 
 
-@functools.cache
-def _compiled() -> Callable[..., torch.Tensor]:
-    """`_product` as TorchScript: with one row, Python takes longer between its operations than they do."""
-    try:
-        with _LOCK, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is deprecated
-            return torch.jit.script(_product)
-    except (OSError, RuntimeError):  # without the source, or in a torch without TorchScript
-        return _product
-
-
 def _multiply(
     rows: torch.Tensor,
     packed: Any,
@@ -123,7 +113,7 @@ def _multiply(
     outliers: Outliers | None = None,
 ) -> torch.Tensor:
     """`_product` as fast as possible on this processor."""
-    return _compiled()(rows, packed, bias, bits, _levels(), into, outliers)
+    return compiled(_product)(rows, packed, bias, bits, _levels(), into, outliers)
 
 
 def quantized(weight: torch.Tensor, name: str) -> torch.Tensor:

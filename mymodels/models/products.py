@@ -5,13 +5,16 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 
 import functools
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+_LOCK = threading.Lock()  # filters of warnings are one list for all threads
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -28,17 +31,32 @@ def batched(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     MKL has another kernel for batches, which reads a weight that is not in the caches up to 1.8 times as fast as
     oneDNN (one row, torch 2.13, AMD EPYC). No copy of the weight is made.
     """
-    height, width = weight.shape
-    parts = parts_of(height, torch.get_num_threads())
+    parts = parts_of(weight.shape[0], torch.get_num_threads())
     if not parts or not weight.is_contiguous() or not states.is_contiguous():
         return one_dnn(states, weight, bias)
+    return compiled(_in_parts)(states, weight, bias, parts)
+
+
+def _in_parts(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> torch.Tensor:
+    height, width = weight.shape
     rows = states.numel() // width
     columns = states.as_strided((parts, width, rows), (0, 1, width))  # with other strides, MKL is 30 times slower
     product = torch.bmm(weight.view(parts, -1, width), columns)
     if rows > 1:
         product = product.view(height, rows).t().contiguous()
-    product = product.view(*states.shape[:-1], height)
+    product = product.view(list(states.shape[:-1]) + [height])  # noqa: RUF005 - TorchScript
     return product if bias is None else product.add_(bias)
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """A function of tensors as TorchScript: with one row, Python takes longer between its operations than they do."""
+    try:
+        with _LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated
+            return torch.jit.script(function)
+    except (OSError, RuntimeError):  # without the source, or in a torch without TorchScript
+        return function
 
 
 @functools.cache
