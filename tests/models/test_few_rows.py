@@ -1,6 +1,7 @@
 """Products of few rows, as in a step of generation: torch's own numbers, whatever was made of the layer."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,16 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mymodels.models import cpu_kernels, products
 from mymodels.models.cpu_kernels import linear_by_onednn
-from mymodels.models.products import ONE_DNN, batched, fastest, one_dnn
+from mymodels.models.products import ONE_DNN, batched, fastest, one_dnn, turned
 
 pytestmark = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
 
 
-@pytest.fixture(autouse=True, params=[one_dnn, batched], ids=lambda product: product.__name__)
+@pytest.fixture(autouse=True, params=[one_dnn, batched, turned], ids=lambda product: product.__name__)
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which product is the fastest depends on the processor; each must be right."""
+    few = request.param is not turned
     for module in (cpu_kernels, products):
-        monkeypatch.setattr(module, "fastest", lambda rows, width, threads: request.param if rows <= 4 else one_dnn)
+        monkeypatch.setattr(
+            module, "fastest", lambda rows, *_: request.param if few == (rows <= 4) and rows <= 64 else one_dnn
+        )
 
 
 class Seen(TorchDispatchMode):
@@ -170,14 +174,15 @@ def test_onednn_gets_no_slice(sliced: str) -> None:
 
 
 @pytest.mark.parametrize("height", [64, 80, 97, 50257 % 1009, 1009])
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (1, 2), (5,)])
-def test_a_batch_of_parts_is_the_same_product(shape: tuple[int, ...], height: int) -> None:
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (1, 2), (5,), (4, 4)])
+@pytest.mark.parametrize("product", [batched, turned])
+def test_other_forms_are_the_same_product(product: Callable, shape: tuple[int, ...], height: int) -> None:
     """Also of states and weights that are slices, and where a weight cannot be divided into parts."""
     weight, bias = torch.randn(height, 33), torch.randn(height)
     for states in (torch.randn(*shape, 33), torch.randn(2, *shape, 33)[1], torch.randn(*shape, 66)[..., ::2]):
         for given in ((weight,), (weight, bias), (torch.randn(33, height).t(), bias)):
             with torch.no_grad():
-                found, expected = batched(states, *given), nn.functional.linear(states, *given)
+                found, expected = product(states, *given), nn.functional.linear(states, *given)
             assert found.is_contiguous() and found.shape == expected.shape
             assert largest_difference(found, expected) <= 1e-4
 
@@ -188,7 +193,13 @@ def test_states_of_another_width_are_an_error() -> None:
 
 
 def test_the_fastest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fastest(5, 64, 1) is one_dnn
+    for rows in (5, 8, 17, 24, 65, 80):  # much of a vector would be empty, or many rows
+        assert fastest(rows, 64, 1) is one_dnn
+    measured: list[int] = []
+    monkeypatch.setattr(products, "_measured", lambda rows, *_: measured.append(rows) or turned)
+    assert all(fastest.__wrapped__(rows, 64, 1) is turned for rows in (9, 16, 25, 64))
+    assert measured == [16, 16, 32, 64]
+    monkeypatch.undo()
     for least in (0.02, 0.001):
         slow = [lambda *_, wait=wait: time.sleep(wait) for wait in (0.01, 0.01, least)]
         monkeypatch.setattr(products, "one_dnn", slow[0])
