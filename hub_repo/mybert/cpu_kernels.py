@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 
 from .base import has_global_hooks, is_hooked
 from .compat import readable
-from .products import ONE_DNN, batched, fastest, one_dnn, product_of_few
+from .products import ONE_DNN, batched, fastest, one_dnn, product_of_few, turned
 from .tokenwise import ACTIVATIONS, calls_are_unpatched, calls_of_method, is_tokenwise
 
 # GPT-2's and the original BERT's GELU in one kernel; transformers computes the same formula in eight operations
@@ -161,7 +161,7 @@ def _is_faster(module: nn.Module, states: torch.Tensor) -> bool:
         if not _is_large(weight):
             continue
         product = fastest(rows, weight.shape[1], torch.get_num_threads())
-        if product is batched or (product is one_dnn and weight.numel() >= least):
+        if product in (batched, turned) or (product is one_dnn and weight.numel() >= least):
             return True
     return False
 

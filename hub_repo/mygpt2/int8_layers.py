@@ -10,19 +10,19 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .compat import readable
+from .products import compiled
 
 OUTLIERS = 8  # columns of states that are multiplied in float, see `Outliers`
 OFTEN = 64  # products of few rows, after which it is worth while to move the weights into huge pages
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
 _ENGINE = threading.Lock()  # torch's choice of an engine is one for all threads
-TINY = torch.tensor(1e-36, device="cpu")  # no division by 0 for a row of zeros
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
 
 
@@ -34,16 +34,10 @@ def _levels() -> int:
     try:
         like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
         packed = _pack(torch.full((64, 64), 127, dtype=torch.int8, device="cpu"), torch.ones(64, **like))
-        product = _product_of_integers(torch.full((2, 64), 127.0, **like), packed, 127)
+        product = _product(torch.full((2, 64), 127.0, **like), packed, None, bits=8, levels=127)
     except (AttributeError, RuntimeError):  # a torch without these operators
         return 0
     return 127 if bool((product == 127 * 127 * 64).all()) else 63
-
-
-@functools.cache
-def _finer(levels: int) -> torch.Tensor:
-    """As a tensor: a number would be converted to one at each product."""
-    return torch.tensor(2.0 * levels, device="cpu")
 
 
 def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
@@ -62,12 +56,6 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
             torch.backends.quantized.engine = engine
 
 
-def _product_of_integers(rows: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
-    """The product of float32 `rows`, rounded to integers from `-levels` to `levels`, with a packed weight."""
-    product: Callable = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-    return product(rows, 1.0, levels + 1, packed)
-
-
 class Outliers(NamedTuple):
     """A few columns of states that are multiplied in float, because they are so large that others would lose bits."""
 
@@ -78,9 +66,10 @@ class Outliers(NamedTuple):
 
 def _product(
     rows: torch.Tensor,
-    packed: Any,
+    packed: "torch.classes.quantized.LinearPackedParamsBase",  # type: ignore[name-defined]
     bias: torch.Tensor | None,
     bits: int,
+    levels: int,
     into: torch.Tensor | None = None,
     outliers: Outliers | None = None,
 ) -> torch.Tensor:
@@ -89,27 +78,42 @@ def _product(
     With 16 bits, a row is the sum of a rounded one and the quantised rest, which are multiplied in one call: the weight
     is read once.
     """
-    levels, given = _levels(), rows
+    given = rows
     if outliers is not None:
         rows = rows * outliers.others
-    step = torch.add(TINY, rows.abs().amax(-1, keepdim=True), alpha=1 / levels)  # [rows, 1]
-    rows = rows / step if outliers is None else rows.div_(step)  # a new tensor
+    if len(rows) < 64:
+        largest = rows.abs().amax(-1, keepdim=True)
+    else:  # no tensor of absolute values
+        largest = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_())
+    step = largest.div_(levels).add_(1e-36)  # [rows, 1]; not 0 for a row of zeros
+    inverse = step.reciprocal()
+    rows = rows * inverse if outliers is None else rows.mul_(inverse)  # in place: it is a new tensor
     if bits == 16:
         rounded = rows.round()
-        both = torch.cat((rounded, rows.sub_(rounded).mul_(_finer(levels))))
-        both = _product_of_integers(both, packed, levels)
-        product = both[: len(rows)].add_(both[len(rows) :], alpha=1 / (2 * levels))
-    else:
-        product = _product_of_integers(rows, packed, levels)
+        rows = torch.cat((rounded, rows.sub_(rounded).mul_(2 * levels)))
+    # rounds to integers from `-levels` to `levels`
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, levels + 1, packed)
+    if bits == 16:
+        product, rest = product.chunk(2)
+        product.add_(rest, alpha=1 / (2 * levels))
     if outliers is not None:
-        large = given.index_select(1, outliers.columns)
-        if bias is None:
-            into = torch.mm(large, outliers.weight, out=into)
-        else:
-            into = torch.addmm(bias, large, outliers.weight, out=into)
-        return into.addcmul_(product, step)
-    into = product if into is None else into
-    return torch.mul(product, step, out=into) if bias is None else torch.addcmul(bias, product, step, out=into)
+        product.addmm_(given.index_select(1, outliers.columns).mul_(inverse), outliers.weight)
+    result = product if into is None else into
+    if bias is None:
+        return torch.mul(product, step, out=result)
+    return torch.addcmul(bias, product, step, out=result)
+
+
+def _multiply(
+    rows: torch.Tensor,
+    packed: Any,
+    bias: torch.Tensor | None,
+    bits: int,
+    into: torch.Tensor | None = None,
+    outliers: Outliers | None = None,
+) -> torch.Tensor:
+    """`_product` as fast as possible on this processor."""
+    return compiled(_product)(rows, packed, bias, bits, _levels(), into, outliers)
 
 
 def quantized(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -262,11 +266,11 @@ class Int8Linear(Int8Weight):
         rows, packed = states.reshape(-1, self.in_features).float(), self._pack()
         bias, outliers = None if self.bias is None else self.bias.float(), self._packed[4]
         if len(rows) <= ROWS:
-            product = _product(rows, packed, bias, self.activation_bits, None, outliers)
+            product = _multiply(rows, packed, bias, self.activation_bits, None, outliers)
         else:
             product = rows.new_empty(len(rows), self.out_features)
             for part, into in zip(rows.split(ROWS), product.split(ROWS)):
-                _product(part, packed, bias, self.activation_bits, into, outliers)
+                _multiply(part, packed, bias, self.activation_bits, into, outliers)
         return product.view(*states.shape[:-1], self.out_features).to(states.dtype)
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
@@ -276,7 +280,7 @@ class Int8Linear(Int8Weight):
         if own["_products"] == OFTEN and "mymodels.huge_pages" in sys.modules:
             sys.modules["mymodels.huge_pages"].move_process()
         packed = self._pack()
-        return _product(rows, packed, own["_parameters"]["bias"], own["activation_bits"], None, own["_packed"][4])
+        return _multiply(rows, packed, own["_parameters"]["bias"], own["activation_bits"], None, own["_packed"][4])
 
     def _is_fast(self, states: torch.Tensor) -> bool:
         if type(states) is not torch.Tensor or not states.is_cpu or torch.is_grad_enabled():
@@ -353,4 +357,4 @@ def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Se
     if any(without) and not all(without):
         return [layer.product_of_few(rows) for layer in layers]
     bias = None if without[0] else torch.cat(biases)  # at each call: a copy would miss changes through `bias.data`
-    return _product(rows, packed, bias, first.activation_bits).split(sizes, -1)
+    return _multiply(rows, packed, bias, first.activation_bits).split(sizes, -1)
