@@ -47,7 +47,8 @@ def fast_for_one_token(graph: Graph) -> Iterator[None]:
     """Within it, a decoder with a cache is traced with the products that are fastest in generation on this processor."""
     linear = [part for part in graph.modules() if isinstance(part, nn.Linear) and part.weight.numel() >= LARGE]
     widths = {part.in_features for part in linear if part.weight.dtype is torch.float32 and part.weight.is_cpu}
-    if not graph.past or not ONE_DNN:
+    plain = all(type(part.weight.data) is torch.Tensor for part in linear)  # not quantised, distributed, …
+    if not graph.past or not ONE_DNN or not plain:
         widths = set()
     widths = {width for width in widths if fastest(1, width, torch.get_num_threads()) is batched}  # measured
     with _InBatches(widths) if widths else contextlib.nullcontext():
