@@ -150,7 +150,7 @@ def test_code_of_ones_own_loads_int8_where_mymodels_is_not_there(
     for built in (folder, other):
         done = warm_python.run([sys.executable, "-I", "-c", REMOTE, built], check=True)
         assert done.stdout.splitlines()[-1] == expected
-    assert {"base.py", "compat.py", "int8.py", "int8_layers.py", "plain_int8.py"} == {
+    assert {"base.py", "compat.py", "int8.py", "int8_layers.py", "plain_int8.py", "products.py"} == {
         path.name for path in folder.glob("*.py")
     }
 
