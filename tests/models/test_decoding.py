@@ -1,6 +1,5 @@
 """One token per row in one function: the numbers of the plain modules, and where these were changed, theirs."""
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny import MODERN, SWITCHES, largest_difference, mygpt2_config
 from torch import nn
 from torch.nn.utils import prune
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache
 
 from mymodels import MyGPT2ForCausalLM, quantize
 from mymodels.models import decoding, modeling_mygpt2
@@ -255,105 +253,6 @@ def test_precision_training_and_gradients(blocks: list[Any]) -> None:
         model.model.layers[0].dropout.train()
         last_logits(model)
     assert not [block for block in blocks if block is model.model.layers[0]]
-
-
-# ---- caches with room for more tokens
-
-
-@pytest.fixture
-def rooms(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The rooms made; caches of 4 tokens are long."""
-    made: list[Any] = []
-    original = decoding._Room.__init__
-    monkeypatch.setattr(decoding, "LONG", 4)
-    monkeypatch.setattr(decoding._Room, "__init__", lambda room, states: (made.append(room), original(room, states))[0])
-    return made
-
-
-def plain(model: nn.Module, cache: DynamicCache, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """What transformers' own `update` gives."""
-    with monkeypatch.context() as patch:
-        patch.setattr(decoding, "LONG", 1 << 30)
-        return steps(model, cache, ids)
-
-
-def steps(model: nn.Module, cache: DynamicCache, ids: torch.Tensor) -> torch.Tensor:
-    return torch.cat([model(one, past_key_values=cache).logits for one in ids.split(1, dim=1)], 1)
-
-
-@torch.no_grad()
-def test_a_cache_with_room(rooms: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several rooms, and after a crop, a reordering, and in copies, deep and shallow, that go on differently."""
-    model = make(n_positions=128)
-    ids = torch.randint(1, 97, (3, 90), generator=torch.Generator().manual_seed(1))
-
-    def ready() -> tuple[DynamicCache, DynamicCache]:
-        cache, truth = DynamicCache(config=model.config), DynamicCache(config=model.config)
-        found, expected = steps(model, cache, ids[:, :60]), plain(model, truth, ids[:, :60], monkeypatch)
-        assert largest_difference(found, expected) <= 1e-6 and rooms
-        return cache, truth
-
-    def same(cache: DynamicCache, truth: DynamicCache, more: torch.Tensor) -> None:
-        assert largest_difference(steps(model, cache, more), plain(model, truth, more, monkeypatch)) <= 1e-6
-        for layer, own in zip(cache.layers, truth.layers):
-            assert torch.equal(layer.keys, own.keys) and torch.equal(layer.values, own.values)
-
-    for change in (
-        lambda cache: cache.crop(-40),
-        lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
-        lambda cache: cache.layers[0].keys.neg_(),
-        lambda cache: None,
-    ):
-        cache, truth = ready()
-        for each in (cache, truth):
-            change(each)
-        same(cache, truth, ids[:, 60:])
-    cache, truth = ready()
-    for copied in (copy.deepcopy(cache), shallow(cache)):
-        other = copy.deepcopy(truth)
-        same(copied, other, ids[:, 70:])
-        same(copied, other, ids[:, :5])
-    same(cache, truth, ids[:, 60:70])  # the copies went on in memory of their own
-
-
-def shallow(cache: DynamicCache) -> DynamicCache:
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
-    return found
-
-
-def test_a_cache_of_inference_mode_and_another_batch(rooms: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, cache, truth = make(), DynamicCache(), DynamicCache()
-    with torch.inference_mode():
-        steps(model, cache, IDS[:, :7])
-    with torch.no_grad():
-        plain(model, truth, IDS[:, :7], monkeypatch)
-        assert largest_difference(steps(model, cache, IDS[:, 7:]), plain(model, truth, IDS[:, 7:], monkeypatch)) <= 1e-6
-        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
-            model(IDS[:1, :1], past_key_values=cache)
-
-
-def test_other_caches_and_a_patched_update(rooms: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
-    with torch.no_grad():
-        steps(model, StaticCache(config=model.config, max_cache_len=16), IDS)
-        steps(model, type("Own", (DynamicCache,), {})(), IDS)
-        steps(make(sliding_window=6), DynamicCache(config=make(sliding_window=6).config), IDS)
-        assert not rooms
-        original = DynamicLayer.update
-        monkeypatch.setattr(DynamicLayer, "update", lambda *args, **kwargs: original(*args, **kwargs))
-        steps(model, DynamicCache(), IDS)
-    assert not rooms
-
-
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True}, {"prompt_lookup_num_tokens": 3}, {}])
-def test_generation_with_room(options: dict, rooms: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, found = make(n_positions=128), []
-    for long in (4, 1 << 30):
-        monkeypatch.setattr(decoding, "LONG", long)
-        torch.manual_seed(0)
-        found.append(model.generate(IDS[:1], max_new_tokens=60, **options).tolist())
-    assert found[0] == found[1] and rooms
 
 
 def test_the_digests_are_those_of_the_source() -> None:

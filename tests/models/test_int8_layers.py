@@ -311,6 +311,19 @@ def test_embeddings(dtype: torch.dtype) -> None:
 
 
 @needs_fbgemm
+@pytest.mark.parametrize("others", [0.0, 1e-37, 1e-30])
+@torch.no_grad()
+def test_outliers_alone_in_a_row(others: float) -> None:
+    """Whatever the others are divided by, the outliers are not."""
+    float_layer, layer = linear(bits=8)
+    layer.outliers.copy_(torch.arange(8) * 3)
+    for rows in (2, 70):
+        states = torch.full((rows, 96), others)
+        states[:, 3] = torch.logspace(-6, 6, rows)
+        assert largest(layer(states), truth(float_layer, states)) < 1e-5
+
+
+@needs_fbgemm
 def test_defaults_of_the_process_change_nothing() -> None:
     float_layer, layer = linear(bits=8)
     with torch.no_grad():
