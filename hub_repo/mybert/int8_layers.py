@@ -96,12 +96,14 @@ def _product(
     if bits == 16:
         product, rest = product.chunk(2)
         product.add_(rest, alpha=1 / (2 * levels))
-    if outliers is not None:
-        product.addmm_(given.index_select(1, outliers.columns).mul_(inverse), outliers.weight)
     result = product if into is None else into
     if bias is None:
-        return torch.mul(product, step, out=result)
-    return torch.addcmul(bias, product, step, out=result)
+        torch.mul(product, step, out=result)
+    else:
+        torch.addcmul(bias, product, step, out=result)
+    if outliers is not None:
+        result.addmm_(given.index_select(1, outliers.columns), outliers.weight)
+    return result
 
 
 def _multiply(

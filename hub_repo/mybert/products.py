@@ -55,7 +55,7 @@ def compiled(function: Callable) -> Callable:
         with _LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is deprecated
             return torch.jit.script(function)
-    except (OSError, RuntimeError):  # without the source, or in a torch without TorchScript
+    except Exception:  # without the source, or in a torch without TorchScript: it raises errors of many classes
         return function
 
 
@@ -74,7 +74,10 @@ def turned(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 @functools.cache
 def parts_of(rows: int, threads: int) -> int:
-    """In how many parts `batched` multiplies: the smallest divisor of a weight's rows that is at least 4 and gives every thread a part; 0 if there is none."""
+    """In how many parts `batched` multiplies.
+
+    The smallest divisor of a weight's rows that is at least 4 and gives every thread a part; 0 if there is none.
+    """
     return next((parts for parts in range(max(4, threads), rows // 16) if rows % parts == 0), 0)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, eager_attention_forward, norm_heads
 from .base import has_global_hooks
@@ -25,7 +24,6 @@ from .products import ONE_DNN, product_of_few
 from .tokenwise import ACTIVATIONS, digest
 
 ROWS = 64  # as in `few_rows`
-LONG = 128  # tokens in a cache, from which on copying them takes longer than looking at it, see `_update`
 LARGE = 1 << 19  # elements of a weight; torch itself computes smaller ones
 # digests of the `forward` methods that `_block` computes, as released, and where each is
 FORWARDS = {
@@ -46,7 +44,6 @@ CALL = nn.Module.__call__
 _KERNELS = inspect.getfile(linear_by_onednn)
 LINEAR = {nn.Linear: nn.Linear.forward, Int8Linear: Int8Linear.forward}
 OTHERS = {nn.LayerNorm, nn.RMSNorm, nn.Dropout} | ACTIVATIONS
-UPDATES = (DynamicCache.update, DynamicLayer.update)
 ARGUMENTS = {"attention_mask", "past_key_values", "rotary", "cache_position", "position_ids", "output_attentions"}
 
 
@@ -155,7 +152,7 @@ def _block(
     if rotary is not None:
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
     if past_key_values is not None:
-        key, value = _update(past_key_values, key, value, attention.layer_idx, cache_position)
+        key, value = past_key_values.update(key, value, attention.layer_idx, {"cache_position": cache_position})
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     about = {"dropout": 0.0, "scaling": attention.scaling, "sliding_window": attention.sliding_window, **kwargs}
     mixed, _ = attend(attention, query, key, value, attention_mask, **about)  # [B, 1, H, D]
@@ -168,60 +165,6 @@ def _block(
     else:
         wide = mlp["act_fn"].forward(_linear(mlp["up_proj"], normed))
     return (states + _linear(mlp["down_proj"], wide))[:, None]
-
-
-class _Room:
-    """Memory for keys or values `[batch, heads, tokens, width]` of a layer of a cache, with room for more tokens.
-
-    Attributes:
-        states: those so far, a view.
-        length: their tokens; more than in an older view, if a copy of the cache shares this memory.
-    """
-
-    def __init__(self, states: torch.Tensor):
-        batch, heads, self.length, width = states.shape
-        self.memory = states.new_empty(batch, heads, self.length + max(32, self.length // 4), width)
-        self.states = self.memory.narrow(2, 0, self.length)
-        self.states.copy_(states)
-
-    def takes(self, states: torch.Tensor) -> bool:
-        """Whether another token can follow `states` here."""
-        memory = self.memory
-        if states is not self.states or states.shape[2] != self.length or self.length == memory.shape[2]:
-            return False
-        return torch.is_inference_mode_enabled() or not memory.is_inference()
-
-    def append(self, new: torch.Tensor) -> torch.Tensor:
-        self.memory.narrow(2, self.length, 1).copy_(new)
-        self.length += 1
-        self.states = self.memory.narrow(2, 0, self.length)
-        return self.states
-
-
-def _update(
-    cache: Any, key: torch.Tensor, value: torch.Tensor, index: int, cache_position: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`cache.update` of one token. transformers' own cache copies all keys and values for it: here only now and then."""
-    layers = cache.layers if type(cache) is DynamicCache and DynamicCache.update is UPDATES[0] else ()
-    layer: Any = layers[index] if index < len(layers) and not getattr(cache, "offloading", False) else None
-    known = type(layer) is DynamicLayer and DynamicLayer.update is UPDATES[1]
-    if not known or layer.get_seq_length() < LONG or not _follows(layer, key, value):
-        return cache.update(key, value, index, {"cache_position": cache_position})
-    rooms = layer.__dict__.get("_rooms")
-    if rooms is None or not (rooms[0].takes(layer.keys) and rooms[1].takes(layer.values)):
-        rooms = layer._rooms = (_Room(layer.keys), _Room(layer.values))
-    layer.keys, layer.values = rooms[0].append(key), rooms[1].append(value)
-    return layer.keys, layer.values
-
-
-def _follows(layer: Any, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the states of a token have the shape and dtype of those in a cache."""
-    for states, new in ((layer.keys, key), (layer.values, value)):
-        if type(states) is not torch.Tensor or states.ndim != 4 or states.dtype is not new.dtype or not states.is_cpu:
-            return False
-        if states.shape[:2] != new.shape[:2] or states.shape[3] != new.shape[3]:
-            return False
-    return True
 
 
 def _linear(layer: Any, states: torch.Tensor) -> torch.Tensor:
