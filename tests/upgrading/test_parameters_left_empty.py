@@ -209,6 +209,8 @@ def test_what_has_a_value_is_left_alone(made: dict[str, Any], tmp_path: Path) ->
           "keys": KEYS | {"head.x": (4,)}}, ["bias"]),
         ({"head": "self.first, self.second = Head(config), Head(config)", "keys": KEYS | {"first.x": (4,)}}, ["x"]),
         ({"model": "self.queries = nn.Parameter(torch.randn(2, 4))", "head": "pass"}, ["queries"]),
+        ({"head": "self.bias = nn.Parameter(torch.zeros(8))",  # a model is no nn.Linear
+          "init": INIT + "        elif isinstance(module, (nn.Linear, nn.LayerNorm)):\n            module.bias.data.zero_()\n"}, ["bias"]),
         ({"steps": "self.decoder = nn.Linear(4, 4)\nself.x = nn.Parameter(torch.zeros(4))\nself.decoder.bias = self.x",
           "init": TIED.format('{"head.x": "head.decoder.bias"}') + INIT}, ["x"]),
     ],
