@@ -24,6 +24,21 @@ class ToyConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
+def freeze(module):
+    for parameter in module.parameters():
+        parameter.requires_grad = False
+
+
+class Head(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes, bias=False)
+        self.weight.requires_grad = False
+
+
+class OwnHead(Head):
+    pass
+
+
 class ToyBase(PreTrainedModel):
     config_class = ToyConfig
 {base}
@@ -49,6 +64,8 @@ WAYS = {
     "after post_init": "self.post_init()\n        for p in self.head.parameters():\n            p.requires_grad = False",
     "method": "self.post_init()\n        self.head.requires_grad_(False)",
     "parameter": "self.head.weight = nn.Parameter(torch.zeros(11, 8), requires_grad=False)\n        self.post_init()",
+    "function": "freeze(self.head)\n        self.post_init()",
+    "base class of a part": "self.head = OwnHead(8, 11)\n        self.post_init()",
     "own method": "self.freeze()\n        self.post_init()\n\n    def freeze(self):\n        self.head.requires_grad_(False)",
 }
 BASES = {

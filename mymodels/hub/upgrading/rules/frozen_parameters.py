@@ -6,7 +6,7 @@ import libcst as cst
 import libcst.matchers as m
 
 from ...static.check_init import run_by
-from ...static.code_tree import Code, Klass
+from ...static.code_tree import Code, Klass, is_self
 from ..parts import with_parts
 from ..rule import Context, Rewriter, Rule, rewrites, source_of, statements
 
@@ -32,27 +32,31 @@ _PARENT = m.Call(func=m.Attribute(value=m.Call(func=m.Name("super")), attr=m.Nam
 
 
 def _freezes(code: Code, klass: Klass) -> bool:
-    """Whether a constructor, by itself or by what it calls, makes parameters that are not trained."""
+    """Whether the constructor of a class makes parameters that are not trained, by itself or by what it calls."""
     init = klass.method("__init__")
-    if init is None or not code.is_module(klass):
-        return False
-    bodies: list[ast.AST] = [init]
-    for call in run_by(code, klass, init):
+    run: list[ast.AST] = [init] if init is not None else []
+    functions = {step.name: step for step in klass.file.tree.body if isinstance(step, ast.FunctionDef)}
+    for call in run_by(code, klass, init) if init is not None else ():
         name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-        found = code.method(klass, name) if name else None
-        bodies += [found[1]] if found is not None else []
-        made = klass.file.dotted(call.func).endswith(("nn.Parameter", "nn.parameter.Parameter"))
-        if made and any(keyword.arg == "requires_grad" and _is_false(keyword.value) for keyword in call.keywords):
-            return True
-        if made and len(call.args) > 1 and _is_false(call.args[1]):
-            return True
-        if name == "requires_grad_" and call.args and _is_false(call.args[0]):
-            return True
-    steps = (step for body in bodies for step in ast.walk(body) if isinstance(step, ast.Assign))
-    return any(
-        isinstance(goal, ast.Attribute) and goal.attr == "requires_grad" and _is_false(step.value)
-        for step in steps
-        for goal in step.targets
+        if is_self(call.func) and (found := code.method(klass, name)) is not None:
+            run.append(found[1])
+        elif isinstance(call.func, ast.Name) and call.func.id in functions:  # freeze(self.encoder)
+            run.append(functions[call.func.id])
+    return any(_freezes_here(klass, node) for function in run for node in ast.walk(function))
+
+
+def _freezes_here(klass: Klass, node: ast.AST) -> bool:
+    """`p.requires_grad = False`, `p.requires_grad_(False)` or `nn.Parameter(…, requires_grad=False)`."""
+    if isinstance(node, ast.Assign):
+        goals = (goal.attr for goal in node.targets if isinstance(goal, ast.Attribute))
+        return _is_false(node.value) and "requires_grad" in goals
+    if not isinstance(node, ast.Call):
+        return False
+    given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "requires_grad")]
+    if isinstance(node.func, ast.Attribute) and node.func.attr == "requires_grad_":
+        return any(map(_is_false, given))
+    return klass.file.dotted(node.func).endswith(("nn.Parameter", "nn.parameter.Parameter")) and any(
+        map(_is_false, given)
     )
 
 
@@ -113,7 +117,8 @@ _PASS = m.SimpleStatementLine(body=[m.Pass()])
 def _apply(tree: cst.Module, context: Context) -> cst.Module:
     code = context.code
     models = [klass for klass in code.classes if code.is_model(klass)]
-    if not any(_freezes(code, klass) for klass in with_parts(code, models)):
+    made = (one for klass in with_parts(code, models) for one in code.lineage(klass))
+    if not any(_freezes(code, klass) for klass in made):
         return tree
     return rewrites(_Frozen, ("PreTrainedModel", "tie_weights"))(tree, context)
 
