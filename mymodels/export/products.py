@@ -8,10 +8,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..models.products import ONE_DNN, batched, fastest, parts_of
+from ..models.products import LARGE, ONE_DNN, batched, fastest, parts_of
 from .graphs import Graph
-
-LARGE = 1 << 19  # elements of a weight, as in the models
 
 
 class _InBatches(TorchFunctionMode):

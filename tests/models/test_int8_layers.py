@@ -311,6 +311,17 @@ def test_embeddings(dtype: torch.dtype) -> None:
 
 
 @needs_fbgemm
+@pytest.mark.parametrize("bits", [8, 16])
+@torch.no_grad()
+def test_a_product_is_compiled_and_the_same_without(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, states = linear(bits=bits)[1], torch.randn(70, 96)
+    assert isinstance(int8_layers.compiled(int8_layers._product), torch.jit.ScriptFunction)
+    found = [layer(states[:rows]) for rows in (1, 70)]
+    monkeypatch.setattr(int8_layers, "compiled", lambda function: function)
+    assert all(torch.equal(each, layer(states[: len(each)])) for each in found)
+
+
+@needs_fbgemm
 @pytest.mark.parametrize("others", [0.0, 1e-37, 1e-30])
 @torch.no_grad()
 def test_outliers_alone_in_a_row(others: float) -> None:
