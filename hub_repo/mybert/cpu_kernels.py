@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 
 from .base import has_global_hooks, is_hooked
 from .compat import readable
-from .products import ONE_DNN, batched, fastest, one_dnn, product_of_few, turned
+from .products import LARGE, ONE_DNN, batched, fastest, one_dnn, product_of_few, turned
 from .tokenwise import ACTIVATIONS, calls_are_unpatched, calls_of_method, is_tokenwise
 
 # GPT-2's and the original BERT's GELU in one kernel; transformers computes the same formula in eight operations
@@ -84,7 +84,7 @@ def _is_supported(states: Any, weight: Any, bias: Any = None) -> bool:
 
 def _is_large(weight: Any) -> bool:
     """Whether a weight is plain float32 (not quantised, distributed, pruned, …), and so large that torch is slower."""
-    return type(weight) is nn.Parameter and weight.numel() >= 1 << 19 and weight.dtype is torch.float32
+    return type(weight) is nn.Parameter and weight.numel() >= LARGE and weight.dtype is torch.float32
 
 
 class OneDnnLinear(TorchFunctionMode):
@@ -155,7 +155,7 @@ def _is_faster(module: nn.Module, states: torch.Tensor) -> bool:
         return False
     rows = states.shape[:-1].numel()
     # from this size on, oneDNN saves more time than the mode costs (torch 2.13, AMD EPYC)
-    least = max(1 << 19, min(1 << 21, (1 << 25) // max(1, rows)))
+    least = max(LARGE, min(1 << 21, (1 << 25) // max(1, rows)))
     for layer in (module, *module._modules.values()):
         weight: Any = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
         if not _is_large(weight):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_LOCK = threading.Lock()  # filters of warnings are one list for all threads
+LARGE = 1 << 19  # elements of a weight; torch itself computes smaller ones
+LOCK = threading.Lock()  # filters of warnings, and torch's choice of an engine, are one for all threads
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -52,7 +53,7 @@ def _in_parts(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 def compiled(function: Callable) -> Callable:
     """A function of tensors as TorchScript: with one row, Python takes longer between its operations than they do."""
     try:
-        with _LOCK, warnings.catch_warnings():
+        with LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is deprecated
             return torch.jit.script(function)
     except Exception:  # without the source, or in a torch without TorchScript: it raises errors of many classes

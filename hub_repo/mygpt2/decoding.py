@@ -20,11 +20,10 @@ from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, eager_attention_fo
 from .base import has_global_hooks
 from .cpu_kernels import linear_by_onednn, recordable
 from .int8_layers import Int8Linear, joint_product_of_few
-from .products import ONE_DNN, product_of_few
+from .products import LARGE, ONE_DNN, product_of_few
 from .tokenwise import ACTIVATIONS, digest
 
 ROWS = 64  # as in `few_rows`
-LARGE = 1 << 19  # elements of a weight; torch itself computes smaller ones
 # digests of the `forward` methods that `_block` computes, as released, and where each is
 FORWARDS = {
     "87a54c959b0d5e77": "block",

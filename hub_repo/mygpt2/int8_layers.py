@@ -8,7 +8,6 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 
 import functools
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,12 +16,11 @@ import torch
 from torch import nn
 
 from .compat import readable
-from .products import compiled
+from .products import LOCK, compiled
 
 OUTLIERS = 8  # columns of states that are multiplied in float, see `Outliers`
 OFTEN = 64  # products of few rows, after which it is worth while to move the weights into huge pages
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
-_ENGINE = threading.Lock()  # torch's choice of an engine is one for all threads
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
 
 
@@ -42,7 +40,7 @@ def _levels() -> int:
 
 def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
     """FBGEMM's form of a weight `[outputs, inputs]`."""
-    with _ENGINE:
+    with LOCK:
         engine = torch.backends.quantized.engine
         try:
             torch.backends.quantized.engine = "fbgemm"
