@@ -182,8 +182,9 @@ class _Run:
             return True
         if last.startswith("_"):
             return None  # a base of torch's, such as `_BatchNorm`
+        if self.code.is_model(self.klass) and dotted.startswith("torch.nn."):
+            return False  # a model is no layer of torch
         plain = all(_BARE.match(root) or root.startswith("torch.nn.") for root in roots)
-        plain = plain or self.code.is_model(self.klass)  # a model is no layer of torch
         return False if plain and (dotted.startswith("torch.nn.") or (last[:1].isupper() and "." in dotted)) else None
 
     def _is_exactly(self, owner: Klass, kind: ast.expr) -> bool:
