@@ -188,17 +188,17 @@ def test_other_forms_are_the_same_product(product: Callable, shape: tuple[int, .
 
 
 def test_products_are_compiled_and_the_same_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    function = products.compiled(products._in_parts)
+    function = products.compiled(products.in_parts)
     assert isinstance(function, torch.jit.ScriptFunction)
     states, weight, bias = torch.randn(2, 1, 33), torch.randn(80, 33), torch.randn(80)
     with torch.no_grad():
-        assert torch.equal(function(states, weight, bias, 4), products._in_parts(states, weight, bias, 4))
+        assert torch.equal(function(states, weight, bias, 4), products.in_parts(states, weight, bias, 4))
 
     def refuse(*args: object) -> None:
         raise torch.jit.frontend.NotSupportedError(None, "no source")  # an Exception, and no RuntimeError
 
     monkeypatch.setattr(torch.jit, "script", refuse)
-    assert products.compiled.__wrapped__(products._in_parts) is products._in_parts
+    assert products.compiled.__wrapped__(products.in_parts) is products.in_parts
 
 
 def test_states_of_another_width_are_an_error() -> None:

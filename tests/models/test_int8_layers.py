@@ -52,7 +52,7 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_products_are_those_of_quantised_states(levels: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_layers, "_levels", lambda: levels)
+    monkeypatch.setattr(int8_layers, "top_level", lambda: levels)
     states = torch.randn(3, 7, 96) * torch.logspace(-6, 6, 7)[:, None]
     layer, eight = linear(bits=8, bias=bias)
     outliers = [7, 90, 3, 50, 1, 0, 95, 2]  # columns that are not quantised
@@ -182,7 +182,7 @@ def test_where_the_fast_product_steps_aside_the_result_is_the_same() -> None:
 
 @torch.no_grad()
 def test_without_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_layers, "_levels", lambda: 0)
+    monkeypatch.setattr(int8_layers, "top_level", lambda: 0)
     monkeypatch.setattr(int8_layers, "_pack", None)
     layer, eight = linear(bits=8)
     states = torch.randn(4, 96)
@@ -217,7 +217,7 @@ def test_any_outliers_are_right_if_they_are_columns() -> None:
 
 @needs_fbgemm
 def test_the_levels_are_found_by_a_product() -> None:
-    assert int8_layers._levels() in (63, 127)
+    assert int8_layers.top_level() in (63, 127)
     engine = torch.backends.quantized.engine
     linear()[1]._pack()
     assert torch.backends.quantized.engine == engine
@@ -315,7 +315,7 @@ def test_embeddings(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_a_product_is_compiled_and_the_same_without(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, states = linear(bits=bits)[1], torch.randn(70, 96)
-    assert isinstance(int8_layers.compiled(int8_layers._product), torch.jit.ScriptFunction)
+    assert isinstance(int8_layers.compiled(int8_layers.packed_product), torch.jit.ScriptFunction)
     found = [layer(states[:rows]) for rows in (1, 70)]
     monkeypatch.setattr(int8_layers, "compiled", lambda function: function)
     assert all(torch.equal(each, layer(states[: len(each)])) for each in found)
@@ -340,12 +340,12 @@ def test_defaults_of_the_process_change_nothing() -> None:
     with torch.no_grad():
         layer.outliers.copy_(torch.arange(8))
     states = torch.randn(4, 96)
-    int8_layers._levels.cache_clear()
+    int8_layers.top_level.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad(), torch.device("meta"):
             assert largest(layer(states), truth(float_layer, states)) < 0.03
-            assert int8_layers._levels() > 0
+            assert int8_layers.top_level() > 0
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -370,7 +370,7 @@ def test_threads_pack_with_the_same_engine() -> None:
         except RuntimeError as error:
             errors.append(error)
 
-    int8_layers._levels()
+    int8_layers.top_level()
     sys.setswitchinterval(1e-6)
     try:
         threads = [threading.Thread(target=run) for _ in range(4)]
