@@ -172,6 +172,7 @@ def test_a_subclass_of_ours_travels_with_what_it_builds_on(tmp_path: Path, monke
         "base.py",
         "compat.py",
         "cpu_kernels.py",
+        "decode_step.py",
         "decoding.py",
         "heads.py",
         "int8.py",
@@ -240,6 +241,7 @@ def test_what_a_trainer_left(tmp_path: Path) -> None:
     }
     code = {"modeling_mygpt2.py", "configuration_mygpt2.py", "attention.py", "base.py", "compat.py", "cpu_kernels.py"}
     code |= {
+        "decode_step.py",
         "decoding.py",
         "heads.py",
         "int8.py",

@@ -13,19 +13,22 @@ from torch.nn.utils import prune
 from transformers import DynamicCache
 
 from mymodels import MyGPT2ForCausalLM, quantize
-from mymodels.models import decoding, modeling_mygpt2
+from mymodels.models import decode_step, decoding, modeling_mygpt2
 from mymodels.models.products import ONE_DNN
 
 pytestmark = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
 IDS = torch.randint(1, 97, (3, 9), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def blocks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The blocks that were computed in one function."""
+@pytest.fixture(params=["all blocks", "each block"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The blocks that were computed in one function, with those before and after or by itself."""
     seen: list[Any] = []
-    original = decoding._block
-    monkeypatch.setattr(decoding, "_block", lambda block, *a, **k: (seen.append(block), original(block, *a, **k))[1])
+    block, count = decoding._block, decode_step._Plan.count_products
+    monkeypatch.setattr(decoding, "_block", lambda self, *a, **k: (seen.append(self), block(self, *a, **k))[1])
+    monkeypatch.setattr(decode_step._Plan, "count_products", lambda plan: (seen.extend(plan._layers), count(plan))[1])
+    if request.param == "each block":
+        monkeypatch.setattr(modeling_mygpt2, "in_one_call", lambda layers, states, *others: (states, layers))
     return seen
 
 

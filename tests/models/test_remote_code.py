@@ -79,6 +79,7 @@ AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=Tru
         "base.py",
         "compat.py",
         "cpu_kernels.py",
+        "decode_step.py",
         "decoding.py",
         "heads.py",
         "int8.py",
