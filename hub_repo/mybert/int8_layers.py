@@ -25,17 +25,37 @@ POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="c
 
 
 @functools.cache
-def _levels() -> int:
+def top_level() -> int:
     """The largest quantised state: 127, or 63 on processors whose 16-bit sums would overflow; 0 without FBGEMM."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return 0
     try:
         like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
         packed = _pack(torch.full((64, 64), 127, dtype=torch.int8, device="cpu"), torch.ones(64, **like))
-        product = _product(torch.full((2, 64), 127.0, **like), packed, None, bits=8, levels=127)
+        product = packed_product(torch.full((2, 64), 127.0, **like), packed, None, levels_of(8, 127))
     except (AttributeError, RuntimeError):  # a torch without these operators
         return 0
     return 127 if bool((product == 127 * 127 * 64).all()) else 63
+
+
+class Levels(NamedTuple):
+    """How states are quantised.
+
+    With 16 bits, a row is the sum of a rounded one and the quantised rest, which are multiplied in one call: the weight is
+    read once.
+    """
+
+    top: int  # the largest quantised number
+    of_parts: torch.Tensor  # the number in the rounded row, and in the rest, that stands for a row's largest, `[2, 1]`
+    inverse: torch.Tensor  # `[1, 2]`
+    bits: int
+
+
+@functools.cache
+def levels_of(bits: int, top: int) -> Levels:
+    """`Levels` for states of 8 or 16 bits."""
+    of_parts = torch.tensor([[1.0], [2.0 * top]], dtype=torch.float32, device="cpu") * top
+    return Levels(top, of_parts, 1 / of_parts.view(1, 2), bits)
 
 
 def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
@@ -62,43 +82,45 @@ class Outliers(NamedTuple):
     weight: torch.Tensor  # [outliers, outputs], float32
 
 
-def _product(
+def packed_product(
     rows: torch.Tensor,
     packed: "torch.classes.quantized.LinearPackedParamsBase",  # type: ignore[name-defined]
     bias: torch.Tensor | None,
-    bits: int,
-    levels: int,
+    levels: Levels,
     into: torch.Tensor | None = None,
     outliers: Outliers | None = None,
 ) -> torch.Tensor:
-    """The product of float32 `rows` `[rows, inputs]` with a packed weight. Each row is quantised by itself.
-
-    With 16 bits, a row is the sum of a rounded one and the quantised rest, which are multiplied in one call: the weight
-    is read once.
-    """
-    given = rows
+    """The product of float32 `rows` `[rows, inputs]` with a packed weight, for TorchScript. Each row is quantised by itself."""
+    top, given = levels.top, rows
     if outliers is not None:
         rows = rows * outliers.others
     if len(rows) < 64:
         largest = rows.abs().amax(-1, keepdim=True)
     else:  # no tensor of absolute values
         largest = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_())
-    step = largest.div_(levels).add_(1e-36)  # [rows, 1]; not 0 for a row of zeros
-    inverse = step.reciprocal()
-    rows = rows * inverse if outliers is None else rows.mul_(inverse)  # in place: it is a new tensor
-    if bits == 16:
-        rounded = rows.round()
-        rows = torch.cat((rounded, rows.sub_(rounded).mul_(2 * levels)))
-    # rounds to integers from `-levels` to `levels`
-    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, levels + 1, packed)
-    if bits == 16:
+    largest = largest.clamp_min_(1e-30)  # [rows, 1]; not 0 for a row of zeros
+    # the product rounds to integers from `-top` to `top`
+    if levels.bits == 8:
+        scaled = rows * (top / largest) if outliers is None else rows.mul_(top / largest)  # in place if it is new
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(scaled, 1.0, top + 1, packed)
+    elif len(rows) == 1 and into is None:  # fewer operations than below
+        both = rows * (levels.of_parts / largest)  # [2, inputs]
+        both[1].sub_(both[0].round_(), alpha=2.0 * top)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1.0, top + 1, packed)
+        product = torch.mm(largest * levels.inverse, product)
+        return product if bias is None else product.add_(bias)
+    else:
+        both = rows * (levels.of_parts[:, :, None] / largest)  # [2, rows, inputs]
+        both[1].sub_(both[0].round_(), alpha=2.0 * top)
+        both = both.flatten(0, 1)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1.0, top + 1, packed)
         product, rest = product.chunk(2)
-        product.add_(rest, alpha=1 / (2 * levels))
+        product.add_(rest, alpha=1 / (2 * top))
     result = product if into is None else into
     if bias is None:
-        torch.mul(product, step, out=result)
+        torch.mul(product, largest / top, out=result)
     else:
-        torch.addcmul(bias, product, step, out=result)
+        torch.addcmul(bias, product, largest / top, out=result)
     if outliers is not None:
         result.addmm_(given.index_select(1, outliers.columns), outliers.weight)
     return result
@@ -112,8 +134,8 @@ def _multiply(
     into: torch.Tensor | None = None,
     outliers: Outliers | None = None,
 ) -> torch.Tensor:
-    """`_product` as fast as possible on this processor."""
-    return compiled(_product)(rows, packed, bias, bits, _levels(), into, outliers)
+    """`packed_product` as fast as possible on this processor."""
+    return compiled(packed_product)(rows, packed, bias, levels_of(bits, top_level()), into, outliers)
 
 
 def quantized(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -275,12 +297,16 @@ class Int8Linear(Int8Weight):
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
         """`forward` for float32 `rows` `[rows, in_features]` on the CPU, few and without gradients."""
-        own = self.__dict__  # for speed: `nn.Module` looks up and checks each attribute
+        packed, own = self.pack_for_few(), self.__dict__  # for speed: `nn.Module` looks up and checks each attribute
+        return _multiply(rows, packed, own["_parameters"]["bias"], own["activation_bits"], None, own["_packed"][4])
+
+    def pack_for_few(self) -> Any:
+        """The packed weight for a product of few rows. After `OFTEN`, the weights are moved into huge pages."""
+        own = self.__dict__
         own["_products"] += 1
         if own["_products"] == OFTEN and "mymodels.huge_pages" in sys.modules:
             sys.modules["mymodels.huge_pages"].move_process()
-        packed = self._pack()
-        return _multiply(rows, packed, own["_parameters"]["bias"], own["activation_bits"], None, own["_packed"][4])
+        return self._pack()
 
     def _is_fast(self, states: torch.Tensor) -> bool:
         if type(states) is not torch.Tensor or not states.is_cpu or torch.is_grad_enabled():
@@ -294,7 +320,7 @@ class Int8Linear(Int8Weight):
         weight: Any = self._parameters["weight"]
         if not weight.is_cpu or weight.is_inference() or self.in_features > 1 << 16:  # longer sums exceed 32 bits
             return False
-        return _levels() > 0
+        return top_level() > 0
 
     def _pack(self) -> Any:
         weight, (packed_from, alias, version, packed, _) = self.weight, self._packed
@@ -320,7 +346,7 @@ class Int8Linear(Int8Weight):
     def repack(self) -> None:
         """Drop the packed copy of the weight."""
         self._packed = (None, None, -1, None, None)
-        self._joint: tuple[Any, ...] = ([], None, None)
+        self._joint: tuple[Any, ...] = ([], None)
         self._repacks = self.__dict__.get("_repacks", 0) + 1  # of a joint copy, another layer may be the owner
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -328,7 +354,7 @@ class Int8Linear(Int8Weight):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": (None, None, -1, None, None), "_joint": ([], None, None)}
+        return {**self.__dict__, "_packed": (None, None, -1, None, None), "_joint": ([], None)}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activation_bits} bits"
@@ -336,10 +362,24 @@ class Int8Linear(Int8Weight):
 
 def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """`product_of_few` of several layers for the same rows: one product with a joint copy of their weights."""
+    packed = joint_pack(layers)
+    if packed is None:
+        return [layer.product_of_few(rows) for layer in layers]
+    biases: list[Any] = [layer._parameters["bias"] for layer in layers]
+    bias = (
+        None if biases[0] is None else torch.cat(biases)
+    )  # at each call: a copy would miss changes through `bias.data`
+    product = _multiply(rows, packed, bias, layers[0].activation_bits)
+    return product.split([layer.out_features for layer in layers], -1)
+
+
+def joint_pack(layers: Sequence[Int8Linear]) -> Any:
+    """A packed joint copy of the layers' weights, made anew after one was modified; None if they cannot be one layer."""
     first = layers[0]
     weights: list[Any] = [layer._parameters["weight"] for layer in layers]
-    biases: list[Any] = [layer._parameters["bias"] for layer in layers]
-    made_from, packed, sizes = first._joint
+    if len({layer._parameters["bias"] is None for layer in layers}) > 1:
+        return None
+    made_from, packed = first._joint
     if len(made_from) != len(layers) or not all(
         tensor is known
         and tensor._version == version
@@ -348,13 +388,8 @@ def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Se
         for layer, tensor, (known, alias, version, count) in zip(layers, weights, made_from)
     ):
         if len({layer.activation_bits for layer in layers}) > 1 or first.outliers is not None:  # each has its own
-            return [layer.product_of_few(rows) for layer in layers]
+            return None
         packed = _pack(torch.cat([layer.values for layer in layers]), torch.cat([layer.scale for layer in layers]))
-        sizes = [layer.out_features for layer in layers]
         made_from = [(each, each.detach(), each._version, layer._repacks) for layer, each in zip(layers, weights)]
-        first._joint = made_from, packed, sizes
-    without = [each is None for each in biases]
-    if any(without) and not all(without):
-        return [layer.product_of_few(rows) for layer in layers]
-    bias = None if without[0] else torch.cat(biases)  # at each call: a copy would miss changes through `bias.data`
-    return _multiply(rows, packed, bias, first.activation_bits).split(sizes, -1)
+        first._joint = made_from, packed
+    return packed

@@ -35,14 +35,15 @@ def batched(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     parts = parts_of(weight.shape[0], torch.get_num_threads())
     if not parts or not weight.is_contiguous() or not states.is_contiguous():
         return one_dnn(states, weight, bias)
-    return compiled(_in_parts)(states, weight, bias, parts)
+    return compiled(in_parts)(states, weight, bias, parts)
 
 
-def _in_parts(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> torch.Tensor:
+def in_parts(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> torch.Tensor:
+    """`batched` in this number of parts, for TorchScript."""
     height, width = weight.shape
     rows = states.numel() // width
     columns = states.as_strided((parts, width, rows), (0, 1, width))  # with other strides, MKL is 30 times slower
-    product = torch.bmm(weight.view(parts, -1, width), columns)
+    product = torch.bmm(weight.reshape(parts, -1, width), columns)
     if rows > 1:
         product = product.view(height, rows).t().contiguous()
     product = product.view(list(states.shape[:-1]) + [height])  # noqa: RUF005 - TorchScript
@@ -84,13 +85,18 @@ def parts_of(rows: int, threads: int) -> int:
 
 def product_of_few(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`nn.functional.linear` of few rows without gradients and a large weight, all float32 on the CPU."""
-    if "mymodels.huge_pages" in sys.modules:  # it calls the kernel, which a Hub folder's code should not
-        sys.modules["mymodels.huge_pages"].count_product(weight)
+    count_product(weight)
     rows, width = states.numel() // weight.shape[1], weight.shape[1]
     product = fastest(rows, width, torch.get_num_threads())
     if bias is None or rows > 1:
         return product(states, weight, bias)
     return product(states, weight).add_(bias)  # one row: kernels with a bias are slower
+
+
+def count_product(weight: torch.Tensor) -> None:
+    """Count a product of few rows, after some of which a weight is moved into huge pages."""
+    if "mymodels.huge_pages" in sys.modules:  # it calls the kernel, which a Hub folder's code should not
+        sys.modules["mymodels.huge_pages"].count_product(weight)
 
 
 @functools.cache

@@ -53,22 +53,28 @@ def in_one_function(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def fast(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if hidden_states.shape[1] == 1 and _applies(self, hidden_states, kwargs):
+        if is_one_token(hidden_states, kwargs) and is_known(self):
             return _block(self, hidden_states, **kwargs), None
         return forward(self, hidden_states, **kwargs)
 
     return fast
 
 
-def _applies(block: Any, states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    if torch.is_grad_enabled() or type(states) is not torch.Tensor or states.dtype is not torch.float32:
+def is_one_token(states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether these are float32 states `[batch, 1, width]` of few rows on the CPU, without gradients or special wishes."""
+    if states.shape[1] != 1 or torch.is_grad_enabled() or type(states) is not torch.Tensor:
         return False
-    if not states.is_cpu or not 0 < len(states) <= ROWS or not recordable() or torch.is_autocast_enabled("cpu"):
+    if states.dtype is not torch.float32 or not states.is_cpu or not 0 < len(states) <= ROWS:
         return False
-    if kwargs.get("output_attentions") or not kwargs.keys() <= ARGUMENTS or has_global_hooks():
+    if not recordable() or torch.is_autocast_enabled("cpu") or has_global_hooks():
         return False
-    if not ONE_DNN or not torch.backends.mkldnn.enabled:
+    if kwargs.get("output_attentions") or not kwargs.keys() <= ARGUMENTS:
         return False
+    return ONE_DNN and bool(torch.backends.mkldnn.enabled)
+
+
+def is_known(block: Any) -> bool:
+    """Whether a block in evaluation, and all in it, are as released, with float32 or int8 weights on the CPU."""
     main = (block, block.self_attn, block.mlp)
     if not _are_released("gate_proj" in block.mlp._modules, *(type(module).forward for module in main)):
         return False
@@ -84,17 +90,17 @@ def _applies(block: Any, states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
 @functools.cache
 def _are_released(is_gated: bool, *forwards: Callable) -> bool:
     places = ("block", "attention", "gated" if is_gated else "dense")
-    if not all(map(_is_unwrapped, forwards[1:])):  # what wraps the block's runs before this
+    if not all(is_unwrapped(forward, _KERNELS) for forward in forwards[1:]):  # what wraps the block's runs before this
         return False
     return all(FORWARDS.get(digest(each)) == place for each, place in zip(forwards, places))
 
 
-def _is_unwrapped(function: Any) -> bool:
-    """Whether all decorators of a function are those of cpu_kernels.py: a digest does not show any that are added later."""
+def is_unwrapped(function: Any, *files: str) -> bool:
+    """Whether all decorators of a function are from these files: a digest does not show any that are added later."""
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is None:
         return True
-    return inspect.isfunction(function) and inspect.getfile(function) == _KERNELS and _is_unwrapped(wrapped)
+    return inspect.isfunction(function) and inspect.getfile(function) in files and is_unwrapped(wrapped, *files)
 
 
 def _is_plain(name: str, module: Any, main: tuple[Any, ...]) -> bool:
@@ -114,17 +120,18 @@ def _is_plain(name: str, module: Any, main: tuple[Any, ...]) -> bool:
         return False
     if name == "dropout" and kind is not nn.Dropout:  # not called, as it does nothing
         return False
-    weight = own["_parameters"].get("weight")
-    if is_linear and (weight is None or "bias" not in own["_parameters"]):  # computed elsewhere
+    parameters = own["_parameters"]
+    weight = parameters.get("weight")
+    if is_linear and (weight is None or "bias" not in parameters):  # computed elsewhere
         return False
     if weight is None:
         return True
     if type(weight) is not nn.Parameter or not weight.is_cpu:
         return False
-    if kind is Int8Linear:
-        bias = own["_parameters"]["bias"]
-        return module.packs() and (bias is None or bias.dtype is torch.float32)
-    return weight.dtype is torch.float32
+    bias = parameters.get("bias")
+    if bias is not None and bias.dtype is not torch.float32:
+        return False
+    return module.packs() if kind is Int8Linear else weight.dtype is torch.float32
 
 
 def _block(

@@ -28,6 +28,7 @@ from .base import MyPreTrainedModel, check_ids, check_inputs, check_length, is_p
 from .compat import TP_COLWISE_GATHERED
 from .configuration_mygpt2 import MyGPT2Config
 from .cpu_kernels import dense_mlp, gated_mlp, linear_by_onednn, make_activation, trained_as
+from .decode_step import in_one_call
 from .decoding import in_one_function
 from .heads import LastTokenHead, make_classifier
 from .int8 import METHOD  # noqa: F401  registers the method; releases up to 5.6 fetch only files that are imported here
@@ -41,8 +42,7 @@ from .vllm_adapter import adapt_decoder, pools_for_vllm
 
 # `set_attn_implementation` searches this file for `eager_attention_forward`, and for
 # `ALL_ATTENTION_FUNCTIONS.get_interface(` (after 5.0) or `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
-# vLLM reads the source of `forward`: it must look up the attention function and call it once with `scaling=`, and call
-# each projection once.
+# vLLM reads the source of `forward`: it must call the attention function, with `scaling=`, and each projection once.
 class MyGPT2Attention(nn.Module):
     """Causal self-attention, grouped-query if `num_key_value_heads < num_attention_heads`."""
 
@@ -55,7 +55,6 @@ class MyGPT2Attention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         self.attention_dropout = config.attn_pdrop
-
         self.scaling = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
@@ -260,6 +259,7 @@ class MyGPT2Model(MyGPT2PreTrainedModel):
         kwargs["rotary"] = rotary_of(config, positions, hidden_states.dtype)
         kwargs |= {"cache_position": cache_position, "position_ids": positions, "output_attentions": output_attentions}
         all_hidden_states, all_attentions = [], []
+        hidden_states, layers = in_one_call(layers, hidden_states, masks, past_key_values, output_hidden_states, kwargs)
         for layer in layers:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)

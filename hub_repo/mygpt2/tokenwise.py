@@ -25,7 +25,7 @@ ADAPTED = ("peft.", "torchao.", "torch.ao.", "bitsandbytes.", "optimum.", "hqq."
 
 # functions that a tokenwise `forward` may call; attention knows where sequences end
 FUNCTIONS = {"apply_rotary", "norm_heads", "attention", "check_ids", "get_interface", "update", "zeros_like"}
-FUNCTIONS |= {"own_layers", "layer", "keep_last", "append", "tuple", "BaseModelOutput"}  # of a stack of layers
+FUNCTIONS |= {"own_layers", "in_one_call", "layer", "keep_last", "append", "tuple", "BaseModelOutput"}  # of a stack
 FUNCTIONS |= {
     "gelu",
     "relu",
@@ -61,7 +61,7 @@ NODES += (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
 
 
 # Digests (`digest`) of the stacks' methods as released. The source of any other method is analysed like a layer's.
-STACKS = frozenset({"d230e80aab550020", "34e4b74cf3ee9181", "d81d31beb54f5407", "03359774a85a24c7"})
+STACKS = frozenset({"5b6b0b29903ccdab", "34e4b74cf3ee9181", "d81d31beb54f5407", "03359774a85a24c7"})
 
 
 def stack_is_tokenwise(model: nn.Module, method: Callable) -> bool:

@@ -1,0 +1,399 @@
+"""One token per row through all blocks of MyGPT2 as one call, on the CPU.
+
+A step of generation reads every weight, which drives everything else out of the processor's caches. So Python takes two to
+three times as long between the products as in a loop of its own: with int8 weights, that was a fifth of the step. Here
+Python only looks whether anything was changed, and collects the tensors; the rest is TorchScript.
+
+This file is copied as it is into Hub repos and runs there without mymodels.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Sequence
+from operator import is_
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, attend
+from .base import HOOKS
+from .compat import TRANSFORMERS_ATTENTION
+from .decoding import CALL, HELPERS, in_one_function, is_known, is_one_token, is_unwrapped
+from .int8_layers import Int8Linear, Levels, Outliers, joint_pack, levels_of, packed_product, top_level
+from .products import LARGE, batched, compiled, count_product, fastest, in_parts, one_dnn, parts_of, turned
+
+ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu", "relu2")
+# what is computed here without a call; another function in its place is called
+KINDS: dict[Any, int] = {type(ACT2FN[name]): place for place, name in enumerate(ACTIVATIONS)}
+FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (nn.LayerNorm, nn.RMSNorm, *KINDS)}
+WAYS: dict[Any, int] = {nn.functional.linear: 0, one_dnn: -1, turned: -2}
+ORIGINALS: list[tuple[Any, str, Any]] = [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer)]
+ORIGINALS += [(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get_interface)]
+ORIGINALS += [(sys.modules[attend.__module__], "attend", attend)]
+FILES = inspect.getfile(in_one_function), inspect.getfile(GradientCheckpointingLayer)
+
+
+class Linear(NamedTuple):
+    """A linear layer, or some of them with one int8 weight."""
+
+    biases: list[torch.Tensor]  # of each layer, or none
+    weight: torch.Tensor | None  # float32; None if it is int8
+    way: int  # how the float32 weight is multiplied: one of WAYS, or the number of parts for `in_parts`
+    packed: int  # place of the int8 weight among the packed ones
+    levels: Levels | None  # of states for the int8 weight
+    outliers: Outliers | None
+
+
+class Norm(NamedTuple):
+    """A `nn.LayerNorm` or `nn.RMSNorm`."""
+
+    is_rms: bool
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float | None
+
+
+class Block(NamedTuple):
+    """What a block multiplies with. Each list of layers has the same input; with int8 weights, they may be one."""
+
+    input_norm: Norm
+    projections: list[Linear]  # query, key and value
+    head_norms: list[Norm]  # of queries and keys, or none
+    scaling: float
+    output: Linear
+    mlp_norm: Norm
+    up: list[Linear]  # with a gated MLP, the gate is the first half or the first layer
+    is_gated: bool
+    activation: int  # place in ACTIVATIONS
+    down: Linear
+
+
+def _linear(
+    states: torch.Tensor,
+    layer: Linear,
+    packed: "list[torch.classes.quantized.LinearPackedParamsBase]",  # type: ignore[name-defined]
+) -> torch.Tensor:
+    bias: torch.Tensor | None = None
+    if len(layer.biases) == 1:
+        bias = layer.biases[0]
+    elif len(layer.biases) > 1:
+        bias = torch.cat(layer.biases)
+    weight, levels = layer.weight, layer.levels
+    if levels is not None:
+        return packed_product(states, packed[layer.packed], bias, levels, None, layer.outliers)
+    assert weight is not None
+    if layer.way > 0:
+        return in_parts(states, weight, bias, layer.way)
+    if layer.way == 0:
+        return nn.functional.linear(states, weight, bias)
+    zero = weight.new_zeros([1])
+    added = (zero if bias is None else bias).expand(len(states), len(weight))
+    if layer.way == -1:  # this form of oneDNN's product, unlike the one in `one_dnn`, can be written in TorchScript
+        return torch.ops.mkldnn._linear_pointwise(states, added, weight, None, "add")
+    product = torch.ops.mkldnn._linear_pointwise(weight, zero.expand(len(weight), len(states)), states, None, "add")
+    return product.t().contiguous().add_(added)
+
+
+def _norm(states: torch.Tensor, norm: Norm) -> torch.Tensor:
+    if norm.is_rms:
+        return nn.functional.rms_norm(states, [states.size(-1)], norm.weight, norm.eps)
+    eps = norm.eps
+    return nn.functional.layer_norm(states, [states.size(-1)], norm.weight, norm.bias, 1e-5 if eps is None else eps)
+
+
+def _activate(states: torch.Tensor, activation: int) -> torch.Tensor:
+    if activation == 0:
+        return nn.functional.gelu(states, approximate="tanh")
+    if activation == 1:
+        return nn.functional.gelu(states)
+    if activation == 2:
+        return nn.functional.silu(states)
+    states = nn.functional.relu(states)
+    return states if activation == 3 else torch.square(states)
+
+
+def _step(
+    states: torch.Tensor,
+    blocks: list[Block],
+    packed: "list[torch.classes.quantized.LinearPackedParamsBase]",  # type: ignore[name-defined]
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    masks: list[torch.Tensor | None],
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """All blocks for states `[batch, width]`; also returns keys and values `[batch, kv_heads, past + 1, head_dim]`."""
+    rows = len(states)
+    new_keys: list[torch.Tensor] = []
+    new_values: list[torch.Tensor] = []
+    for i, block in enumerate(blocks):
+        normed = _norm(states, block.input_norm)
+        projected = [_linear(normed, layer, packed) for layer in block.projections]
+        kv_heads, head_dim = keys[i].size(1), keys[i].size(3)
+        if len(projected) == 1:
+            kv_width = kv_heads * head_dim
+            projected = projected[0].split([projected[0].size(1) - 2 * kv_width, kv_width, kv_width], dim=-1)
+        query = projected[0].view(rows, -1, 1, head_dim)
+        key = projected[1].view(rows, -1, 1, head_dim)
+        value = projected[2].view(rows, -1, 1, head_dim)
+        if len(block.head_norms) > 0:
+            query, key = _norm(query, block.head_norms[0]), _norm(key, block.head_norms[1])
+        if rotary is not None:
+            cos, sin = rotary
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        key, value = torch.cat([keys[i], key], 2), torch.cat([values[i], value], 2)
+        new_keys.append(key)
+        new_values.append(value)
+        query = query.view(rows, kv_heads, -1, head_dim)  # heads that share keys are queries of one head
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, masks[i], scale=block.scaling)
+        states = states + _linear(mixed.reshape(rows, -1), block.output, packed)
+
+        normed = _norm(states, block.mlp_norm)
+        wide = _linear(normed, block.up[0], packed)
+        if not block.is_gated:
+            wide = _activate(wide, block.activation)
+        elif len(block.up) == 1:
+            gate, up = wide.chunk(2, dim=-1)
+            wide = _activate(gate, block.activation) * up
+        else:
+            wide = _activate(wide, block.activation) * _linear(normed, block.up[1], packed)
+        states = states + _linear(wide, block.down, packed)
+    return states, new_keys, new_values
+
+
+PRIVATE = {*HOOKS, "_packed", "_joint", "_repacks"}  # attributes of modules that count here, with all public ones
+_PLANS: "WeakKeyDictionary[DynamicCache, _Plan]" = WeakKeyDictionary()  # of generations
+
+
+def in_one_call(
+    layers: list[Any],
+    hidden_states: torch.Tensor,
+    masks: dict[str, torch.Tensor | None],
+    cache: Any,
+    output_hidden_states: bool,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, list[Any]]:
+    """Hidden states `[batch, length, width]` after `layers`, and none of these; or, where it does not apply, what was given."""
+    given = hidden_states, layers
+    if output_hidden_states or not is_one_token(hidden_states, kwargs) or not _is_stock(cache):
+        return given
+    rows, attentions = len(hidden_states), [layer.self_attn for layer in layers]
+    if (
+        not layers
+        or len({each.layer_idx for each in attentions}) < len(layers)
+        or any(
+            each.sliding_window is not None
+            or each.config._attn_implementation != "sdpa"
+            or not _holds(cache, each.layer_idx, rows, each.head_dim)
+            for each in attentions
+        )
+    ):
+        return given
+    caches = [cache.layers[each.layer_idx] for each in attentions]
+    own_masks = [masks[layer.layer_type] for layer in layers]
+    length = caches[0].keys.shape[2] + 1
+    for mask in own_masks:
+        if mask is not None and (
+            type(mask) is not torch.Tensor or mask.shape not in ((1, 1, 1, length), (rows, 1, 1, length))
+        ):
+            return given
+    plan = _PLANS.get(cache)
+    if plan is None or not plan.holds(layers, rows):
+        plan = _Plan(layers, rows)
+        if not plan.blocks:
+            return given
+        _PLANS[cache] = plan
+    plan.count_products()
+    past = [each.keys for each in caches], [each.values for each in caches]
+    arguments = hidden_states[:, 0], plan.blocks, plan.packed, *past, own_masks, kwargs["rotary"]
+    try:
+        states, keys, values = compiled(_step)(*arguments)
+    except RuntimeError:  # as of shapes that do not fit: the modules raise a clearer one
+        return given
+    for each, key, value in zip(caches, keys, values):
+        each.keys, each.values = key, value
+    return states[:, None], []
+
+
+def _is_stock(cache: Any) -> bool:
+    """Whether this cache, and attention, are transformers' own."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return False
+    if any(getattr(owner, name) is not function for owner, name, function in ORIGINALS):
+        return False
+    if TRANSFORMERS_ATTENTION.get_interface("sdpa", None) is not sdpa_attention_forward:
+        return False
+    return torch._C._len_torch_function_stack() == 0  # a mode of somebody else sees each call
+
+
+def _holds(cache: DynamicCache, place: int, rows: int, head_dim: int) -> bool:
+    """Whether the cache has float32 keys and values of this layer on the CPU."""
+    past = cache.layers[place] if place < len(cache.layers) else None
+    if type(past) is not DynamicLayer:
+        return False
+    keys, values = getattr(past, "keys", None), getattr(past, "values", None)
+    if type(keys) is not torch.Tensor or not keys.is_cpu or keys.dtype is not torch.float32 or keys.ndim != 4:
+        return False
+    return keys.shape[0] == rows and keys.shape[2] > 0 and keys.shape[3] == head_dim and type(values) is type(keys)
+
+
+class _Plan:
+    """The tensors of all blocks for a number of rows, and what must not change while they are used.
+
+    To compare these takes a tenth of the time that it takes to collect the tensors. Values of float weights may change: they
+    are read where they are.
+
+    Attributes:
+        blocks, packed: arguments of `_step`; without blocks, these layers need their modules.
+    """
+
+    def __init__(self, layers: list[Any], rows: int):
+        self.blocks: list[Block] = []
+        self.packed: list[Any] = []
+        self._layers, self._given = layers, (rows, torch.get_num_threads())
+        self._linears: list[Any] = []
+        # each dict has this value under this name; separate lists, as they are compared by C functions, for speed
+        self._dicts: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._hooks: list[Any] = []
+        self._modules: list[nn.Module] = []
+        self._tensors: list[tuple[torch.Tensor, int, int]] = []
+        for layer in layers:
+            block = self._block(layer, rows)
+            if block is None:
+                self.blocks.clear()
+                return
+            self.blocks.append(block)
+        for layer in layers:
+            used = vars(sys.modules[type(layer.self_attn).forward.__module__])
+            self._watch(used, HELPERS)
+            for module in layer.modules():
+                self._watch_module(module)
+        self._kinds: list[Any] = list(map(type, self._modules))
+        self._functions = {kind: (kind.forward, kind.__call__) for kind in self._kinds}
+
+    def _watch(self, own: dict[str, Any], expected: dict[str, Any]) -> None:
+        self._dicts += [own] * len(expected)
+        self._names += expected
+        self._values += expected.values()
+
+    def _watch_module(self, module: Any) -> None:
+        own = vars(module)
+        self._modules.append(module)
+        self._hooks += [own[name] for name in HOOKS]
+        self._watch(own, {"forward": None, **{name: own[name] for name in own if name[0] != "_" or name in PRIVATE}})
+        for group in (own["_modules"], own["_parameters"]):
+            self._watch(group, group)
+        for each in own["_parameters"].values():
+            if each is not None and each.dtype is torch.int8:  # used as packed copies
+                self._tensors.append((each, each.data_ptr(), each._version))
+
+    def holds(self, layers: list[Any], rows: int) -> bool:
+        """Whether these are the same layers, unchanged."""
+        if layers != self._layers or self._given != (rows, torch.get_num_threads()) or any(self._hooks):
+            return False
+        if not all(map(is_, map(dict.get, self._dicts, self._names), self._values)):
+            return False
+        if not all(map(is_, map(type, self._modules), self._kinds)):
+            return False
+        for tensor, address, version in self._tensors:
+            if tensor.data_ptr() != address or tensor._version != version:
+                return False
+        return all((kind.forward, kind.__call__) == functions for kind, functions in self._functions.items())
+
+    def count_products(self) -> None:
+        """Count the products of this step, after some of which weights are moved into huge pages."""
+        for layer in self._linears:
+            if type(layer) is Int8Linear:
+                layer.pack_for_few()
+                return  # all of them are moved together
+            if layer.weight.numel() >= LARGE:
+                count_product(layer.weight)
+
+    def _block(self, layer: Any, rows: int) -> Block | None:
+        if not is_known(layer) or not _is_only_forward(type(layer).__call__, type(layer).forward):
+            return None
+        attention, mlp = layer.self_attn, layer.mlp
+        parts, mlp_parts = attention._modules, mlp._modules
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [attention.q_norm, attention.k_norm] if attention.qk_norm else []
+        activation = _activation(mlp.act_fn)
+        if activation < 0 or type(attention.scaling) is not float or not all(map(_is_simple, norms)):
+            return None
+        is_gated = "gate_proj" in mlp_parts
+        up = [mlp.gate_proj, mlp.up_proj] if is_gated else [mlp.up_proj]
+        together = [[parts["q_proj"], parts["k_proj"], parts["v_proj"]], [attention.o_proj], up, [mlp.down_proj]]
+        linears = [self._together(each, rows) for each in together]
+        if not all(linears):
+            return None
+        projections, output, up_linears, down = linears
+        input_norm, mlp_norm, *head_norms = map(_as_norm, norms)
+        first = (input_norm, projections, head_norms, attention.scaling, output[0])
+        return Block(*first, mlp_norm, up_linears, is_gated, activation, down[0])
+
+    def _together(self, layers: Sequence[Any], rows: int) -> list[Linear]:
+        """Layers with the same input, int8 ones as one; none if a product has no form here."""
+        self._linears += layers
+        if len(layers) > 1 and all(type(layer) is Int8Linear for layer in layers):
+            joint = joint_pack(layers)
+            if joint is not None:
+                biases = [layer.bias for layer in layers if layer.bias is not None]
+                return [self._int8(biases, joint, layers[0].activation_bits, None)]
+        linears = [self._linear(layer, rows) for layer in layers]
+        return [] if None in linears else [each for each in linears if each is not None]
+
+    def _linear(self, layer: Any, rows: int) -> Linear | None:
+        weight, biases = layer.weight, [] if layer.bias is None else [layer.bias]
+        if type(layer) is Int8Linear:
+            packed = layer.pack_for_few()
+            return self._int8(biases, packed, layer.activation_bits, layer._packed[4])
+        if weight.numel() < LARGE:
+            return Linear(biases, weight, 0, -1, None, None)
+        if not weight.is_contiguous():
+            return None
+        threads = torch.get_num_threads()
+        product = fastest(rows, weight.shape[1], threads)
+        way = parts_of(weight.shape[0], threads) or WAYS[one_dnn] if product is batched else WAYS[product]
+        return Linear(biases, weight, way, -1, None, None)
+
+    def _int8(self, biases: list[torch.Tensor], packed: Any, bits: int, outliers: Outliers | None) -> Linear:
+        self.packed.append(packed)
+        return Linear(biases, None, 0, len(self.packed) - 1, levels_of(bits, top_level()), outliers)
+
+
+@functools.cache
+def _is_only_forward(call: Any, forward: Any) -> bool:
+    """Whether to call a block is to run its `forward`, and this has no decorators but ours and transformers'."""
+    return call in (CALL, GradientCheckpointingLayer.__call__) and is_unwrapped(forward, *FILES)
+
+
+def _activation(module: Any) -> int:
+    """The place of an activation in ACTIVATIONS; -1 if it is another one."""
+    kind, function = type(module), module.__dict__.get("act")
+    place = KINDS.get(kind, -1)
+    if place < 0 or kind.forward is not FORWARDS[kind]:
+        return -1
+    if place == 0 and isinstance(function, functools.partial) and function.keywords == {"approximate": "tanh"}:
+        function = function.func
+    elif place != 1:
+        return place if function is None else -1
+    return place if function is nn.functional.gelu else -1
+
+
+def _is_simple(norm: Any) -> bool:
+    return FORWARDS.get(type(norm)) is type(norm).forward and len(norm.normalized_shape) == 1
+
+
+def _as_norm(norm: Any) -> Norm:
+    parameters, eps = norm._parameters, norm.eps
+    return Norm(
+        type(norm) is nn.RMSNorm, parameters["weight"], parameters.get("bias"), None if eps is None else float(eps)
+    )
