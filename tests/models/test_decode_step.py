@@ -141,6 +141,13 @@ def merged(model: Any) -> None:
             module.weight = nn.Parameter(3 * module.weight.detach())
 
 
+class Skip(nn.Module):
+    layer_type = "full_attention"
+
+    def forward(self, states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return 2 * states, None
+
+
 def adapted(model: Any) -> None:
     torch.manual_seed(1)
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), model)
@@ -173,6 +180,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     ),
     "forward of an activation": each(lambda layer: setattr(layer.mlp.act_fn, "forward", torch.tanh)),
     "forward of a block": each(lambda layer: setattr(layer, "forward", lambda states, **kwargs: (2 * states, None))),
+    "block of one's own": lambda model: model.model.layers.__setitem__(1, Skip()),
+    "precision of a norm": each(lambda layer: layer.self_attn.q_norm.bfloat16()),
     "another activation": each(lambda layer: setattr(layer.mlp, "act_fn", nn.Tanh())),
     "function of an activation": each(lambda layer: setattr(layer.mlp.act_fn, "act", torch.tanh)),
     "class of a norm": each(lambda layer: setattr(layer.input_layernorm, "__class__", Doubled)),
@@ -194,14 +203,15 @@ def scaled_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_between_two_steps(name: str, plans: list[Any]) -> None:
     AttentionInterface.register("scaled", scaled_attention)
-    model = make(resid_pdrop=0.0)
+    given = MODERN if name == "precision of a norm" else {}
+    model = make(resid_pdrop=0.0, **given)
     same = copy.deepcopy(model)
     truth = by_modules(lambda: logits(same, CHANGES[name]))
     found = logits(model, CHANGES[name])
     assert plans, "the first step is one call"
     assert largest_difference(found.double(), truth.double()) < 1e-5
-    unchanged = by_modules(lambda: logits(make(resid_pdrop=0.0)))
-    if name not in ("training", "float64"):
+    unchanged = by_modules(lambda: logits(make(resid_pdrop=0.0, **given)))
+    if name not in ("training", "float64", "precision of a norm"):
         assert largest_difference(unchanged.double()[:, 1:], truth.double()[:, 1:]) > 1e-3
 
 
@@ -236,6 +246,12 @@ PATCHES: dict[str, tuple[Any, str, Any]] = {
     "call of a block": (modeling_mygpt2.MyGPT2Block, "__call__", lambda self, states, **kwargs: (2 * states, None)),
     "rotary": (modeling_mygpt2, "apply_rotary", lambda states, cos, sin: 2 * states),
     "attend": (attention, "attend", lambda function, module, query, *args, **kwargs: (2 * query, None)),
+    "attention of torch": (
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *args, **kwargs: 2 * query,
+    ),
+    "call of Linear": (nn.Linear, "__call__", lambda self, states: 2 * self.forward(states)),
     "cache": (DynamicCache, "update", lambda self, key, value, *args: (2 * key, 2 * value)),
 }
 
@@ -319,6 +335,26 @@ def test_generation_with_padding(switches: dict, options: dict, plans: list[Any]
 
     assert torch.equal(found(), by_modules(found))
     assert plans
+
+
+def test_caches_with_their_own_update(plans: list[Any]) -> None:
+    model = make()
+
+    def found(of_layer: bool) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+
+        def patch(model: Any) -> None:
+            changed = cache.layers[1] if of_layer else cache
+            update = changed.update
+            changed.update = lambda key, value, *args: update(2 * key, 3 * value, *args)
+
+        return logits(model, patch, cache)
+
+    for of_layer in (True, False):
+        truth = by_modules(lambda: found(of_layer))  # noqa: B023
+        plans.clear()
+        assert largest_difference(found(of_layer), truth) < 1e-5
+        assert len(plans) == 1
 
 
 def test_crop_copy_and_reuse(plans: list[Any]) -> None:
