@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Sequence
+from itertools import repeat
 from operator import is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,14 +20,22 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, attend
+from .attention import apply_rotary
 from .base import HOOKS
-from .compat import TRANSFORMERS_ATTENTION
-from .decoding import CALL, HELPERS, in_one_function, is_known, is_one_token, is_unwrapped
+from .decoding import (
+    BLOCK_CALL,
+    CALL,
+    HELPERS,
+    has_released_attention,
+    holds_keys,
+    in_one_function,
+    is_known,
+    is_one_token,
+    is_stock,
+    is_unwrapped,
+)
 from .int8_layers import Int8Linear, Levels, Outliers, joint_pack, levels_of, packed_product, top_level
 from .products import LARGE, batched, compiled, count_product, fastest, in_parts, one_dnn, parts_of, turned
 
@@ -35,9 +44,6 @@ ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu", "relu2")
 KINDS: dict[Any, int] = {type(ACT2FN[name]): place for place, name in enumerate(ACTIVATIONS)}
 FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (nn.LayerNorm, nn.RMSNorm, *KINDS)}
 WAYS: dict[Any, int] = {nn.functional.linear: 0, one_dnn: -1, turned: -2}
-ORIGINALS: list[tuple[Any, str, Any]] = [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer)]
-ORIGINALS += [(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get_interface)]
-ORIGINALS += [(sys.modules[attend.__module__], "attend", attend)]
 FILES = inspect.getfile(in_one_function), inspect.getfile(GradientCheckpointingLayer)
 
 
@@ -168,6 +174,7 @@ def _step(
     return states, new_keys, new_values
 
 
+MISSING = object()
 PRIVATE = {*HOOKS, "_packed", "_joint", "_repacks"}  # attributes of modules that count here, with all public ones
 _PLANS: "WeakKeyDictionary[DynamicCache, _Plan]" = WeakKeyDictionary()  # of generations
 
@@ -182,21 +189,21 @@ def in_one_call(
 ) -> tuple[torch.Tensor, list[Any]]:
     """Hidden states `[batch, length, width]` after `layers`, and none of these; or, where it does not apply, what was given."""
     given = hidden_states, layers
-    if output_hidden_states or not is_one_token(hidden_states, kwargs) or not _is_stock(cache):
+    if output_hidden_states or not is_one_token(hidden_states, kwargs) or not is_stock(cache):
+        return given
+    if not layers or not all(map(has_released_attention, layers)):
         return given
     rows, attentions = len(hidden_states), [layer.self_attn for layer in layers]
-    if (
-        not layers
-        or len({each.layer_idx for each in attentions}) < len(layers)
-        or any(
-            each.sliding_window is not None
-            or each.config._attn_implementation != "sdpa"
-            or not _holds(cache, each.layer_idx, rows, each.head_dim)
-            for each in attentions
-        )
+    if len({each.layer_idx for each in attentions}) < len(layers) or any(
+        each.sliding_window is not None
+        or each.config._attn_implementation != "sdpa"
+        or not holds_keys(cache, each.layer_idx, rows, each.head_dim)
+        for each in attentions
     ):
         return given
     caches = [cache.layers[each.layer_idx] for each in attentions]
+    if len(set(map(id, caches))) < len(caches):
+        return given
     own_masks = [masks[layer.layer_type] for layer in layers]
     length = caches[0].keys.shape[2] + 1
     for mask in own_masks:
@@ -222,28 +229,6 @@ def in_one_call(
     return states[:, None], []
 
 
-def _is_stock(cache: Any) -> bool:
-    """Whether this cache, and attention, are transformers' own."""
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        return False
-    if any(getattr(owner, name) is not function for owner, name, function in ORIGINALS):
-        return False
-    if TRANSFORMERS_ATTENTION.get_interface("sdpa", None) is not sdpa_attention_forward:
-        return False
-    return torch._C._len_torch_function_stack() == 0  # a mode of somebody else sees each call
-
-
-def _holds(cache: DynamicCache, place: int, rows: int, head_dim: int) -> bool:
-    """Whether the cache has float32 keys and values of this layer on the CPU."""
-    past = cache.layers[place] if place < len(cache.layers) else None
-    if type(past) is not DynamicLayer:
-        return False
-    keys, values = getattr(past, "keys", None), getattr(past, "values", None)
-    if type(keys) is not torch.Tensor or not keys.is_cpu or keys.dtype is not torch.float32 or keys.ndim != 4:
-        return False
-    return keys.shape[0] == rows and keys.shape[2] > 0 and keys.shape[3] == head_dim and type(values) is type(keys)
-
-
 class _Plan:
     """The tensors of all blocks for a number of rows, and what must not change while they are used.
 
@@ -266,6 +251,7 @@ class _Plan:
         self._hooks: list[Any] = []
         self._modules: list[nn.Module] = []
         self._tensors: list[tuple[torch.Tensor, int, int]] = []
+        self._floats: list[torch.Tensor] = []
         for layer in layers:
             block = self._block(layer, rows)
             if block is None:
@@ -289,20 +275,31 @@ class _Plan:
         own = vars(module)
         self._modules.append(module)
         self._hooks += [own[name] for name in HOOKS]
-        self._watch(own, {"forward": None, **{name: own[name] for name in own if name[0] != "_" or name in PRIVATE}})
+        self._watch(
+            own,
+            {
+                "forward": MISSING,
+                "_compiled_call_impl": MISSING,
+                **{name: own[name] for name in own if name[0] != "_" or name in PRIVATE},
+            },
+        )
         for group in (own["_modules"], own["_parameters"]):
             self._watch(group, group)
         for each in own["_parameters"].values():
             if each is not None and each.dtype is torch.int8:  # used as packed copies
                 self._tensors.append((each, each.data_ptr(), each._version))
+            elif each is not None and type(module) in (nn.LayerNorm, nn.RMSNorm):  # one in another dtype casts
+                self._floats.append(each)
 
     def holds(self, layers: list[Any], rows: int) -> bool:
         """Whether these are the same layers, unchanged."""
         if layers != self._layers or self._given != (rows, torch.get_num_threads()) or any(self._hooks):
             return False
-        if not all(map(is_, map(dict.get, self._dicts, self._names), self._values)):
+        if not all(map(is_, map(dict.get, self._dicts, self._names, repeat(MISSING)), self._values)):
             return False
         if not all(map(is_, map(type, self._modules), self._kinds)):
+            return False
+        if any(tensor.dtype is not torch.float32 for tensor in self._floats):
             return False
         for tensor, address, version in self._tensors:
             if tensor.data_ptr() != address or tensor._version != version:
@@ -326,7 +323,7 @@ class _Plan:
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [attention.q_norm, attention.k_norm] if attention.qk_norm else []
         activation = _activation(mlp.act_fn)
-        if activation < 0 or type(attention.scaling) is not float or not all(map(_is_simple, norms)):
+        if activation < 0 or type(vars(attention).get("scaling")) is not float or not all(map(_is_simple, norms)):
             return None
         is_gated = "gate_proj" in mlp_parts
         up = [mlp.gate_proj, mlp.up_proj] if is_gated else [mlp.up_proj]
@@ -372,7 +369,7 @@ class _Plan:
 @functools.cache
 def _is_only_forward(call: Any, forward: Any) -> bool:
     """Whether to call a block is to run its `forward`, and this has no decorators but ours and transformers'."""
-    return call in (CALL, GradientCheckpointingLayer.__call__) and is_unwrapped(forward, *FILES)
+    return call in (CALL, BLOCK_CALL) and is_unwrapped(forward, *FILES)
 
 
 def _activation(module: Any) -> int:

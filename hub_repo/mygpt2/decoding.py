@@ -15,14 +15,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, eager_attention_forward, norm_heads
+from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, attend, eager_attention_forward, norm_heads
 from .base import has_global_hooks
+from .compat import TRANSFORMERS_ATTENTION
 from .cpu_kernels import linear_by_onednn, recordable
 from .int8_layers import Int8Linear, joint_product_of_few
 from .products import LARGE, ONE_DNN, product_of_few
 from .tokenwise import ACTIVATIONS, digest
 
+BLOCK_CALL = GradientCheckpointingLayer.__call__
+FUNCTIONS: list[Any] = [nn.functional.scaled_dot_product_attention, nn.functional.linear, nn.functional.layer_norm]
+FUNCTIONS += [nn.functional.rms_norm, nn.functional.gelu, nn.functional.silu, nn.functional.relu]
+ORIGINALS: list[tuple[Any, str, Any]] = [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer)]
+ORIGINALS += [(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get_interface)]
+ORIGINALS += [(sys.modules[attend.__module__], "attend", attend), (GradientCheckpointingLayer, "__call__", BLOCK_CALL)]
+ORIGINALS += [(nn.functional, function.__name__, function) for function in FUNCTIONS]
 ROWS = 64  # as in `few_rows`
 # digests of the `forward` methods that `_block` computes, as released, and where each is
 FORWARDS = {
@@ -73,6 +85,38 @@ def is_one_token(states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     return ONE_DNN and bool(torch.backends.mkldnn.enabled)
 
 
+def is_stock(cache: Any) -> bool:
+    """Whether this cache, and attention, are transformers' own."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or "update" in vars(cache):
+        return False
+    if any(getattr(owner, name) is not function for owner, name, function in ORIGINALS):
+        return False
+    if TRANSFORMERS_ATTENTION.get_interface("sdpa", None) is not sdpa_attention_forward:
+        return False
+    return torch._C._len_torch_function_stack() == 0  # a mode of somebody else sees each call
+
+
+def holds_keys(cache: DynamicCache, place: int, rows: int, head_dim: int) -> bool:
+    """Whether the cache has float32 keys and values of this layer on the CPU."""
+    past = cache.layers[place] if place < len(cache.layers) else None
+    if type(past) is not DynamicLayer or "update" in vars(past) or not getattr(past, "is_initialized", True):
+        return False
+    keys, values = getattr(past, "keys", None), getattr(past, "values", None)
+    if type(keys) is not torch.Tensor or not keys.is_cpu or keys.dtype is not torch.float32 or keys.ndim != 4:
+        return False
+    return keys.shape[0] == rows and keys.shape[2] > 0 and keys.shape[3] == head_dim and type(values) is type(keys)
+
+
+def has_released_attention(block: Any) -> bool:
+    """Whether a block has attention that computes as released, and an MLP."""
+    parts = block._modules
+    return "mlp" in parts and _is_attention(type(parts.get("self_attn")))
+
+
+def _is_attention(kind: Any) -> bool:
+    return FORWARDS.get(digest(getattr(kind, "forward", None))) == "attention"
+
+
 def is_known(block: Any) -> bool:
     """Whether a block in evaluation, and all in it, are as released, with float32 or int8 weights on the CPU."""
     main = (block, block.self_attn, block.mlp)
@@ -110,11 +154,13 @@ def _is_plain(name: str, module: Any, main: tuple[Any, ...]) -> bool:
     own = module.__dict__
     if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
         return False
-    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+    if own["_backward_hooks"] or own["_backward_pre_hooks"] or own.get("_compiled_call_impl") is not None:
         return False
     if module in main:
         return True
     kind = type(module)
+    if kind.__call__ is not CALL:
+        return False
     is_linear = kind in LINEAR and kind.forward is LINEAR[kind]
     if not is_linear and (kind not in OTHERS or name in PROJECTIONS):
         return False
