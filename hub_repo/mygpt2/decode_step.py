@@ -1,8 +1,8 @@
 """One token per row through all blocks of MyGPT2 as one call, on the CPU.
 
 A step of generation reads every weight, which drives everything else out of the processor's caches. So Python takes two to
-three times as long between the products as in a loop of its own: with int8 weights, that was a fifth of the step. Here
-Python only looks whether anything was changed, and collects the tensors; the rest is TorchScript.
+six times as long between the products as in a loop of its own. Here Python only looks whether anything was changed; the
+rest is TorchScript, in 0.87 of the time with int8 weights and 0.93 in float32 (one row, one thread, AMD EPYC).
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """

@@ -28,6 +28,7 @@ from .int8_layers import Int8Linear, joint_product_of_few
 from .products import LARGE, ONE_DNN, product_of_few
 from .tokenwise import ACTIVATIONS, digest
 
+# what decode_step.py computes without calling it; where one of these was replaced, it steps aside
 BLOCK_CALL = GradientCheckpointingLayer.__call__
 FUNCTIONS: list[Any] = [nn.functional.scaled_dot_product_attention, nn.functional.linear, nn.functional.layer_norm]
 FUNCTIONS += [nn.functional.rms_norm, nn.functional.gelu, nn.functional.silu, nn.functional.relu]

@@ -366,9 +366,8 @@ def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Se
     if packed is None:
         return [layer.product_of_few(rows) for layer in layers]
     biases: list[Any] = [layer._parameters["bias"] for layer in layers]
-    bias = (
-        None if biases[0] is None else torch.cat(biases)
-    )  # at each call: a copy would miss changes through `bias.data`
+    # joined at each call: a copy would miss changes through `bias.data`
+    bias = None if biases[0] is None else torch.cat(biases)
     product = _multiply(rows, packed, bias, layers[0].activation_bits)
     return product.split([layer.out_features for layer in layers], -1)
 
