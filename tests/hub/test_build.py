@@ -39,6 +39,7 @@ def test_files_shards_and_index(parts, tmp_path: Path) -> None:
         "heads.py",
         "int8.py",
         "int8_layers.py",
+        "int8_products.py",
         "losses.py",
         "padding.py",
         "pooling.py",

@@ -17,8 +17,8 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mymodels import MyGPT2ForCausalLM, quantize
-from mymodels.models import attention, decode_step, decoding, modeling_mygpt2
-from mymodels.models.int8_layers import top_level
+from mymodels.models import attention, decode_step, decoding, int8_layers, modeling_mygpt2
+from mymodels.models.int8_products import top_level
 from mymodels.models.products import ONE_DNN, compiled
 
 pytestmark = pytest.mark.skipif(not ONE_DNN, reason="torch without oneDNN")
@@ -32,6 +32,19 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     count = decode_step._Plan.count_products
     monkeypatch.setattr(decode_step._Plan, "count_products", lambda plan: (seen.append(plan), count(plan))[1])
     return seen
+
+
+@pytest.fixture
+def row_tables(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The tables for one row that were made, as where they are faster."""
+    if not top_level():
+        pytest.skip("torch without FBGEMM")
+    made: list[Any] = []
+    make = int8_layers.row_table
+    monkeypatch.setattr(int8_layers, "row_table", lambda *args: (made.append(make(*args)), made[-1])[1])
+    monkeypatch.setattr(int8_layers, "LARGE", 0)
+    monkeypatch.setattr(int8_layers, "table_pays", lambda *args: True)
+    return made
 
 
 def make(**changes: Any) -> MyGPT2ForCausalLM:
@@ -228,15 +241,37 @@ INT8_CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", INT8_CHANGES)
-def test_changes_of_int8_weights(name: str, plans: list[Any]) -> None:
-    if not top_level():
-        pytest.skip("torch without FBGEMM")
+def test_changes_of_int8_weights(
+    name: str, rows: int, plans: list[Any], row_tables: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "IDS", IDS[:rows])
     model = quantize(make(n_embd=64))
     truth = by_modules(lambda: logits(copy.deepcopy(model), INT8_CHANGES[name]))
+    row_tables.clear()
     found = logits(model, INT8_CHANGES[name])
+    assert bool(row_tables) == (rows == 1)
     assert largest_difference(found, truth) < 1e-3
     assert len(plans) == 3
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, MODERN, {"attention_bias": False, "mlp_bias": False}], ids=["stock", "modern", "plain"]
+)
+def test_int8_with_tables(
+    switches: dict, plans: list[Any], row_tables: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "IDS", IDS[:1])
+    model = quantize(make(**switches))
+    found = logits(model)
+    layers = len(model.model.layers)
+    assert len(row_tables) == 4 * layers + 1, "a joint one, output, up (and gate), down; the head"
+    assert largest_difference(found, logits(model)) == 0
+    assert len(row_tables) == 4 * layers + 1, "made once"
+    assert len(plans) == 6
+    assert largest_difference(found, by_modules(lambda: logits(model))) < 1e-4
+    assert largest_difference(found, logits(model.dequantize())) < 1e-4
 
 
 PATCHES: dict[str, tuple[Any, str, Any]] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mymodels.models import int8_layers
+from mymodels.models import int8_layers, int8_products
 from mymodels.models.int8_layers import Int8Embedding, Int8Linear, quantized
 
 needs_fbgemm = pytest.mark.skipif(
@@ -52,7 +52,7 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_products_are_those_of_quantised_states(levels: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_layers, "top_level", lambda: levels)
+    monkeypatch.setattr(int8_products, "top_level", lambda: levels)
     states = torch.randn(3, 7, 96) * torch.logspace(-6, 6, 7)[:, None]
     layer, eight = linear(bits=8, bias=bias)
     outliers = [7, 90, 3, 50, 1, 0, 95, 2]  # columns that are not quantised
@@ -183,7 +183,7 @@ def test_where_the_fast_product_steps_aside_the_result_is_the_same() -> None:
 @torch.no_grad()
 def test_without_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_layers, "top_level", lambda: 0)
-    monkeypatch.setattr(int8_layers, "_pack", None)
+    monkeypatch.setattr(int8_layers, "pack", None)
     layer, eight = linear(bits=8)
     states = torch.randn(4, 96)
     assert largest(eight(states), truth(layer, states)) < 1e-6
@@ -219,8 +219,16 @@ def test_any_outliers_are_right_if_they_are_columns() -> None:
 def test_the_levels_are_found_by_a_product() -> None:
     assert int8_layers.top_level() in (63, 127)
     engine = torch.backends.quantized.engine
-    linear()[1]._pack()
+    check(linear()[1], torch.randn(4, 96))
     assert torch.backends.quantized.engine == engine
+
+
+@pytest.fixture(params=["rows", "one row"])
+def states(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """States that are multiplied with a packed weight, or with a table, as with large weights where this is faster."""
+    monkeypatch.setattr(int8_layers, "LARGE", 0)
+    monkeypatch.setattr(int8_layers, "table_pays", lambda *args: True)
+    return torch.randn(4 if request.param == "rows" else 1, 96)
 
 
 def check(layer: Int8Linear, states: torch.Tensor) -> torch.Tensor:
@@ -233,9 +241,8 @@ def check(layer: Int8Linear, states: torch.Tensor) -> torch.Tensor:
 
 
 @needs_fbgemm
-def test_a_packed_weight_is_never_stale() -> None:
+def test_a_packed_weight_is_never_stale(states: torch.Tensor) -> None:
     layer = linear()[1]
-    states = torch.randn(4, 96)
     seen = [check(layer, states)]
 
     def changed() -> None:
@@ -280,9 +287,8 @@ def test_a_packed_weight_is_never_stale() -> None:
 
 
 @needs_fbgemm
-def test_copies_have_weights_of_their_own() -> None:
+def test_copies_have_weights_of_their_own(states: torch.Tensor) -> None:
     layer = linear()[1]
-    states = torch.randn(4, 96)
     before = check(layer, states)
     for copied in (
         copy.deepcopy(layer),
@@ -315,9 +321,9 @@ def test_embeddings(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_a_product_is_compiled_and_the_same_without(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, states = linear(bits=bits)[1], torch.randn(70, 96)
-    assert isinstance(int8_layers.compiled(int8_layers.packed_product), torch.jit.ScriptFunction)
+    assert isinstance(int8_products.compiled(int8_products.packed_product), torch.jit.ScriptFunction)
     found = [layer(states[:rows]) for rows in (1, 70)]
-    monkeypatch.setattr(int8_layers, "compiled", lambda function: function)
+    monkeypatch.setattr(int8_products, "compiled", lambda function: function)
     assert all(torch.equal(each, layer(states[: len(each)])) for each in found)
 
 

@@ -84,6 +84,7 @@ AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=Tru
         "heads.py",
         "int8.py",
         "int8_layers.py",
+        "int8_products.py",
         "losses.py",
         "padding.py",
         "products.py",
