@@ -178,7 +178,7 @@ def _step(
 
 
 MISSING = object()
-PRIVATE = {"_packed", "_joint", "_repacks"}  # attributes of modules that count here, with all public ones and hooks
+PRIVATE = {"_packed", "_joint", "_repacks"}  # attributes of modules that count here, as all public ones do
 _PLANS: "WeakKeyDictionary[DynamicCache, _Plan]" = WeakKeyDictionary()  # of generations
 
 
@@ -366,7 +366,7 @@ class _Plan:
         if table is not None:
             return Linear(biases, None, 0, table=table)
         self.packed.append(forms.packed(layers))
-        levels = levels_of(layers[0].activation_bits, top_level())
+        levels = levels_of(forms.bits, top_level())
         return Linear(biases, None, 0, len(self.packed) - 1, levels, forms.outliers)
 
 

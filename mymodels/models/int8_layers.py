@@ -82,7 +82,10 @@ def _scale(weight: torch.Tensor) -> torch.Tensor:
     """The positive float32 numbers in the last 4 bytes of each row."""
     last = weight[..., -4:]
     if readable():
-        return last.contiguous().view(torch.float32)[..., 0]
+        last = last.clone(
+            memory_format=torch.contiguous_format
+        )  # a copy: in one row of any length, they are not aligned
+        return last.view(torch.float32)[..., 0]
     # TorchScript and ONNX cannot read bytes as another type, so the number is put together: 24 bits and an exponent
     numbers = torch.where(last < 0, last.float() + 256, last.float())
     low, middle, high, top = numbers.unbind(-1)
@@ -122,8 +125,8 @@ class Int8Embedding(Int8Weight):
 class Int8Linear(Int8Weight):
     """`nn.Linear` with an int8 weight.
 
-    Not a subclass of `nn.Linear`: what edits float weights in place, such as merging an adapter, must not accept it. A
-    packed copy of the weight is made for the first product, and again after the weight was modified (only changes through
+    Not a subclass of `nn.Linear`: what edits float weights in place, such as merging an adapter, must not accept it.
+    Packed copies of the weight are made for the first products, and again after the weight was modified (only changes through
     `weight.data`, which torch does not count, are not noticed: call `repack()` after them).
 
     Args:
@@ -193,11 +196,11 @@ class Int8Linear(Int8Weight):
             sys.modules["mymodels.huge_pages"].move_process()
 
     def _is_fast(self, states: torch.Tensor) -> bool:
-        if type(states) is not torch.Tensor or not states.is_cpu or torch.is_grad_enabled():
+        if type(states) is not torch.Tensor or not states.is_cpu or torch.is_grad_enabled() or not readable():
             return False
-        if states.numel() == 0 or states.shape[-1] != self.in_features or not self.packs():
+        if states.numel() == 0 or states.shape[-1] != self.in_features or torch.is_autocast_enabled("cpu"):
             return False
-        return readable() and not torch.is_autocast_enabled("cpu")
+        return self.packs()
 
     def packs(self) -> bool:
         """Whether FBGEMM can multiply with this weight."""
@@ -207,10 +210,11 @@ class Int8Linear(Int8Weight):
         return top_level() > 0
 
     def forms(self) -> "Forms":
-        """Forms of the weight, new ones after it was modified."""
+        """Forms of the weight, new ones after it or `activation_bits` was modified."""
         weight, (made_from, alias, version, forms) = self.weight, self._packed
-        if weight is not made_from or weight._version != version or weight.data_ptr() != alias.data_ptr():
-            forms = Forms(self._outliers())
+        is_same = weight is made_from and weight._version == version and weight.data_ptr() == alias.data_ptr()
+        if not is_same or forms.bits != self.activation_bits:
+            forms = Forms(self.activation_bits, self._outliers())
             # references to the weight's parameter and memory: neither can be reused for another one
             self._packed = weight, weight.detach(), weight._version, forms
         return forms
@@ -229,7 +233,7 @@ class Int8Linear(Int8Weight):
         return Outliers(columns, others, self.dequantized()[:, columns].t().contiguous())
 
     def repack(self) -> None:
-        """Drop the packed copy of the weight."""
+        """Drop all packed copies of the weight."""
         self._packed = (None, None, -1, None)
         self._joint: tuple[Any, ...] = ([], None)
         self._repacks = self.__dict__.get("_repacks", 0) + 1  # of a joint copy, another layer may be the owner
@@ -241,15 +245,22 @@ class Int8Linear(Int8Weight):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": (None, None, -1, None), "_joint": ([], None)}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.repack()  # other releases keep other forms
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activation_bits} bits"
 
 
 class Forms:
-    """The weight of a layer, or of some as one layer, for the kernels. Each form is made when it is first needed."""
+    """The weight of a layer, or of some as one layer, for the kernels. Each form is made when it is first needed.
 
-    def __init__(self, outliers: Outliers | None = None):
-        self.outliers = outliers
+    Its methods are always given the same layers, which it does not keep: they keep it.
+    """
+
+    def __init__(self, bits: int, outliers: Outliers | None = None):
+        self.bits, self.outliers = bits, outliers
         self._packed: Any = None
         self._table: RowTable | None = None
 
@@ -262,7 +273,7 @@ class Forms:
     def table(self, layers: Sequence[Int8Linear], rows: int) -> RowTable | None:
         """The form for one row; None for more rows, or where it is not faster."""
         inputs, outputs = layers[0].in_features, sum(layer.out_features for layer in layers)
-        if rows != 1 or layers[0].activation_bits != 16 or inputs * outputs < LARGE:
+        if rows != 1 or self.bits != 16 or inputs * outputs < LARGE:
             return None
         if not table_pays(inputs, torch.get_num_threads()):
             return None
@@ -286,7 +297,7 @@ def _product(
     table = forms.table(layers, len(rows)) if into is None else None
     if table is not None:
         return compiled(row_product)(rows, table, bias)
-    return multiply(rows, forms.packed(layers), bias, layers[0].activation_bits, into, forms.outliers)
+    return multiply(rows, forms.packed(layers), bias, forms.bits, into, forms.outliers)
 
 
 def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -312,11 +323,12 @@ def joint_forms(layers: Sequence[Int8Linear]) -> Forms | None:
         and tensor._version == version
         and tensor.data_ptr() == alias.data_ptr()
         and layer._repacks == count
+        and layer.activation_bits == forms.bits
         for layer, tensor, (known, alias, version, count) in zip(layers, weights, made_from)
     ):
         if len({layer.activation_bits for layer in layers}) > 1 or first.outliers is not None:  # each has its own
             return None
-        forms = Forms()
+        forms = Forms(first.activation_bits)
         made_from = [(each, each.detach(), each._version, layer._repacks) for layer, each in zip(layers, weights)]
         first._joint = made_from, forms
     return forms

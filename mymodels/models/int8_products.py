@@ -4,6 +4,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 import functools
+import os
 import time
 import warnings
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ def packed_product(
     if levels.bits == 8:
         scaled = rows * (top / largest) if outliers is None else rows.mul_(top / largest)  # in place if it is new
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(scaled, 1.0, top + 1, packed)
-    elif len(rows) == 1 and into is None:  # fewer operations than below
+    elif len(rows) == 1 and into is None and outliers is None:  # fewer operations than below
         both = rows * (levels.of_parts / largest)  # [2, inputs]
         both[1].sub_(both[0].round_(), alpha=2.0 * top)
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1.0, top + 1, packed)
@@ -134,45 +135,56 @@ class RowTable(NamedTuple):
 
     Such a product is the sum of the weight's columns, each times one of the states: what embedding bags compute. FBGEMM's
     kernel for these takes the states as they are, without rounding, and reads a weight that is not in the caches faster.
+    The outputs are in blocks of equal height, the last one filled up. Row `block * inputs + i` of the table is column `i` of
+    a block, plus 128, followed by the scale and the offset (float32) by which the kernel turns each byte into a number:
+    1/128, so that large states do not overflow, and -1.
     """
 
-    rows: (
-        torch.Tensor
-    )  # uint8 [blocks × inputs, outputs of a block + 8], the last 8 bytes are what FBGEMM scales and shifts by
-    ids: torch.Tensor  # int32, of the rows of each block, one block after the other
-    starts: torch.Tensor  # int32 [blocks + 1], of the blocks among the ids
+    rows: torch.Tensor  # uint8 [blocks * inputs, height + 8]
+    ids: torch.Tensor  # int32, 0 to blocks * inputs
+    starts: torch.Tensor  # int32 [blocks + 1], of each block among the ids, and the end
     scale: torch.Tensor  # [outputs]
 
 
 def row_table(values: torch.Tensor, scale: torch.Tensor) -> RowTable:
     """The `RowTable` of int8 values `[outputs, inputs]`."""
     outputs, inputs = values.shape
-    blocks = -(-outputs // (BLOCK if outputs < 1 << 14 else 2 * BLOCK))
+    blocks = -(-outputs // BLOCK)
     height = -(-outputs // blocks // 16) * 16
     blocks = -(-outputs // height)
+    if outputs < blocks * height:
+        values = torch.nn.functional.pad(values, (0, 0, 0, blocks * height - outputs))
     rows = torch.empty(blocks, inputs, height + 8, dtype=torch.uint8, device="cpu")
-    padded = torch.nn.functional.pad(values, (0, 0, 0, blocks * height - outputs))
-    rows[..., :height] = padded.view(torch.uint8).bitwise_xor(128).view(blocks, height, inputs).transpose(1, 2)  # + 128
-    rows[..., height:] = torch.tensor([1.0, -128.0], dtype=torch.float32, device="cpu").view(torch.uint8)
-    return RowTable(rows.flatten(0, 1), *_places(blocks, inputs), scale.clone())
+    rows[..., :height] = values.reshape(blocks, height, inputs).transpose(1, 2).view(torch.uint8)
+    rows[..., :height].bitwise_xor_(128)  # + 128
+    rows[..., height:] = torch.tensor([1 / 128, -1.0], dtype=torch.float32, device="cpu").view(torch.uint8)
+    return RowTable(rows.flatten(0, 1), *_ids_and_starts(blocks, inputs), scale * 128)
 
 
 @functools.cache
-def _places(blocks: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _ids_and_starts(blocks: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.arange(blocks * inputs, dtype=torch.int32, device="cpu")
     return ids, torch.arange(0, len(ids) + 1, inputs, dtype=torch.int32, device="cpu")
 
 
 def row_product(row: torch.Tensor, table: RowTable, bias: torch.Tensor | None) -> torch.Tensor:
     """The product `[1, outputs]` of float32 states `[1, inputs]`, for TorchScript."""
-    each = row.expand(len(table.starts) - 1, -1).reshape(-1).contiguous()
+    states = row.expand(len(table.starts) - 1, -1).reshape(-1).contiguous()  # once for each block
     product = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-        table.rows, table.ids, table.starts, False, 0, False, each, None, True
-    )
-    product = product.view(1, -1)
+        table.rows,
+        table.ids,
+        table.starts,
+        False,  # not scaled by how often an id is there
+        0,  # mode: sum
+        False,  # not pruned
+        states,  # the weights of the sum
+        None,
+        True,  # the last of the starts is the end
+    ).view(1, -1)
     if product.size(1) > len(table.scale):
         product = product[:, : len(table.scale)]
-    return product * table.scale if bias is None else torch.addcmul(bias, product, table.scale)
+    product = product.mul_(table.scale)
+    return product if bias is None else product.add_(bias)
 
 
 @functools.cache
@@ -180,15 +192,17 @@ def table_pays(inputs: int, threads: int) -> bool:
     """Whether a product of one row with a `RowTable` takes at most 0.95 of the time on this processor.
 
     Measured once, in about a third of a second, on 32 MB of weights in each form, which drive each other out of the caches:
-    in generation, each weight comes from memory.
+    in generation, each weight comes from memory. `MYMODELS_INT8_TABLES=0` in the environment turns tables off.
     """
+    if os.environ.get("MYMODELS_INT8_TABLES") == "0":
+        return False
     like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     outputs = max(1, (1 << 21) // inputs // BLOCK) * BLOCK
     values, scale = torch.ones(outputs, inputs, dtype=torch.int8, device="cpu"), torch.ones(outputs, **like)
-    row, levels = torch.ones(1, inputs, **like), levels_of(16, top_level())
+    row, levels, count = torch.ones(1, inputs, **like), levels_of(16, top_level()), -(-(1 << 25) // values.numel())
     forms: list[tuple[Any, Any, list[Any]]] = [
-        (packed_product, (None, levels), [pack(values, scale) for _ in range(16)]),
-        (row_product, (None,), [row_table(values, scale) for _ in range(16)]),
+        (packed_product, (None, levels), [pack(values, scale) for _ in range(count)]),
+        (row_product, (None,), [row_table(values, scale) for _ in range(count)]),
     ]
     least = [float("inf"), float("inf")]
     for _ in range(3):

@@ -223,11 +223,11 @@ def test_the_levels_are_found_by_a_product() -> None:
     assert torch.backends.quantized.engine == engine
 
 
-@pytest.fixture(params=["rows", "one row"])
+@pytest.fixture(params=["rows", "one row", "one row and a table"])
 def states(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """States that are multiplied with a packed weight, or with a table, as with large weights where this is faster."""
     monkeypatch.setattr(int8_layers, "LARGE", 0)
-    monkeypatch.setattr(int8_layers, "table_pays", lambda *args: True)
+    monkeypatch.setattr(int8_layers, "table_pays", lambda *args: "table" in request.param)
     return torch.randn(4 if request.param == "rows" else 1, 96)
 
 
@@ -287,6 +287,25 @@ def test_a_packed_weight_is_never_stale(states: torch.Tensor) -> None:
 
 
 @needs_fbgemm
+@torch.no_grad()
+def test_precision_changed_after_a_product(states: torch.Tensor) -> None:
+    layer, eight = linear(bits=8)
+    eight.outliers.copy_(torch.tensor([7, 90, 3, 50, 1, 0, 95, 2]))
+    states[:, [7, 90]] *= 100
+    for bits, tolerance in ((8, 0.03), (16, 1e-3), (8, 0.03)):
+        eight.activation_bits = bits
+        assert largest(eight(states), truth(layer, states)) < tolerance
+
+
+@needs_fbgemm
+def test_a_pickle_of_another_release(states: torch.Tensor) -> None:
+    layer = linear()[1]
+    other = layer.__new__(Int8Linear)
+    other.__setstate__({**layer.__getstate__(), "_packed": (None, None, -1, None, None)})
+    assert torch.equal(check(other, states), check(layer, states))
+
+
+@needs_fbgemm
 def test_copies_have_weights_of_their_own(states: torch.Tensor) -> None:
     layer = linear()[1]
     before = check(layer, states)
@@ -314,6 +333,26 @@ def test_embeddings(dtype: torch.dtype) -> None:
     for wrong in (50, -1):
         with pytest.raises(IndexError):
             eight(torch.tensor([wrong]))
+
+
+@pytest.mark.parametrize("width", [4, 50, 51, 64])
+@torch.no_grad()
+def test_one_row_of_any_width(width: int) -> None:
+    values = torch.randn(6, width)
+    embedding = Int8Embedding(6, width)
+    embedding.weight.copy_(quantized(values, "embedding"))
+    assert largest(embedding(torch.tensor([[3]])), rounded(values)[3:4]) < 1e-6
+    layer = nn.Linear(width, 1)
+    states = torch.randn(1, width)
+    assert largest(as_int8(layer)(states), truth(layer, states)) < 1e-3
+
+
+@torch.no_grad()
+def test_it_compiles_as_one_graph() -> None:
+    layer, eight = linear()
+    states = torch.randn(4, 96)
+    compiled = torch.compile(eight, fullgraph=True, backend="eager")
+    assert largest(compiled(states), truth(layer, states)) < 1e-6
 
 
 @needs_fbgemm

@@ -33,12 +33,13 @@ def test_products_are_those_of_the_integers(inputs: int, outputs: int, bias: boo
         assert torch.equal(found, row_product(given, table, added)), "the same in Python"
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-37, 1e30])
+@pytest.mark.parametrize("value", [0.0, 1e-37, 1e30, 1e35])
 def test_states_of_any_size(value: float) -> None:
     values = torch.randint(-127, 128, (40, 64), dtype=torch.int8)
-    row = torch.full((1, 64), value)
-    found = row_product(row, row_table(values, torch.ones(40)), None)
-    assert ((found - row @ values.float().t()).abs() <= 1e-5 * 64 * 127 * value).all()
+    row, bias = torch.full((1, 64), value), torch.ones(40, dtype=torch.float64)
+    found = row_product(row, row_table(values, torch.full((40,), 0.01)), bias)
+    assert found.dtype is torch.float32, "as of packed products, whatever the bias"
+    assert ((found - 1 - 0.01 * row @ values.float().t()).abs() <= 1e-7 + 1e-5 * 64 * 127 * value).all()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -81,10 +82,11 @@ def test_layers_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_layers, "table_pays", lambda *args: True)
     parts, row = layers(), torch.randn(1, 1024)
 
-    def check() -> None:
-        for layer, found in zip(parts, joint_product_of_few(parts, row), strict=True):
+    def check(*tolerances: float) -> None:
+        found = joint_product_of_few(parts, row)
+        for layer, product, tolerance in zip(parts, found, tolerances or [1e-4] * 3, strict=True):
             expected = nn.functional.linear(row, layer.dequantized(), layer.bias)
-            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+            assert (product - expected).abs().max() < tolerance * expected.abs().max()
 
     check()
     joint = parts[0]._joint[1]
@@ -96,9 +98,17 @@ def test_layers_together(monkeypatch: pytest.MonkeyPatch) -> None:
     parts[0].weight.data[:, :-4].neg_()  # not noticed, as documented
     parts[0].repack()
     check()
+    parts[0].activation_bits = 8
+    check(0.03, 1e-4, 1e-4)
+    parts[0].activation_bits = 16
+    check()
 
 
-def test_it_is_measured_once_for_a_width_and_a_number_of_threads() -> None:
+def test_it_is_measured_once_for_a_width_and_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MYMODELS_INT8_TABLES", "0")
+    table_pays.cache_clear()
+    assert not table_pays(2048, 1), "turned off"
+    monkeypatch.delenv("MYMODELS_INT8_TABLES")
     table_pays.cache_clear()
     found = [table_pays(2048, 1) for _ in range(3)]
     assert found[0] in (True, False) and table_pays.cache_info().misses == 1 and len(set(found)) == 1
