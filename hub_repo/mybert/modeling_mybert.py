@@ -24,6 +24,7 @@ from .cpu_kernels import in_row_chunks, linear_by_onednn, make_activation
 from .heads import MyBertLMPredictionHead, MyBertOnlyMLMHead, PooledHead, SpanHead, TokenHead, make_classifier
 from .int8 import METHOD  # noqa: F401  registers the method; releases up to 5.6 fetch only files that are imported here
 from .int8_layers import Int8Linear  # noqa: F401
+from .int8_products import multiply  # noqa: F401
 from .losses import classification_loss  # noqa: F401
 from .padding import lengths_in_rows, sequence_ids_in_rows, skips_padding
 from .pooling import POOLINGS, MyBertLayerMix, pool

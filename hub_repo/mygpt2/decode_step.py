@@ -36,7 +36,8 @@ from .decoding import (
     is_stock,
     is_unwrapped,
 )
-from .int8_layers import Int8Linear, Levels, Outliers, joint_pack, levels_of, packed_product, top_level
+from .int8_layers import Forms, Int8Linear, joint_forms
+from .int8_products import Levels, Outliers, RowTable, levels_of, packed_product, row_product, top_level
 from .products import LARGE, batched, compiled, count_product, fastest, in_parts, one_dnn, parts_of, turned
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu", "relu2")
@@ -53,9 +54,10 @@ class Linear(NamedTuple):
     biases: list[torch.Tensor]  # of each layer, or none
     weight: torch.Tensor | None  # float32; None if it is int8
     way: int  # how the float32 weight is multiplied: one of WAYS, or the number of parts for `in_parts`
-    packed: int  # place of the int8 weight among the packed ones
-    levels: Levels | None  # of states for the int8 weight
-    outliers: Outliers | None
+    packed: int = -1  # place of the int8 weight among the packed ones
+    levels: Levels | None = None  # of states for the packed weight
+    outliers: Outliers | None = None
+    table: RowTable | None = None  # the int8 weight for one row, instead of a packed one
 
 
 class Norm(NamedTuple):
@@ -92,7 +94,9 @@ def _linear(
         bias = layer.biases[0]
     elif len(layer.biases) > 1:
         bias = torch.cat(layer.biases)
-    weight, levels = layer.weight, layer.levels
+    weight, levels, table = layer.weight, layer.levels, layer.table
+    if table is not None:
+        return row_product(states, table, bias)
     if levels is not None:
         return packed_product(states, packed[layer.packed], bias, levels, None, layer.outliers)
     assert weight is not None
@@ -143,12 +147,11 @@ def _step(
         normed = _norm(states, block.input_norm)
         projected = [_linear(normed, layer, packed) for layer in block.projections]
         kv_heads, head_dim = keys[i].size(1), keys[i].size(3)
+        projected = [each.view(rows, -1, 1, head_dim) for each in projected]
         if len(projected) == 1:
-            kv_width = kv_heads * head_dim
-            projected = projected[0].split([projected[0].size(1) - 2 * kv_width, kv_width, kv_width], dim=-1)
-        query = projected[0].view(rows, -1, 1, head_dim)
-        key = projected[1].view(rows, -1, 1, head_dim)
-        value = projected[2].view(rows, -1, 1, head_dim)
+            heads = projected[0].size(1) - 2 * kv_heads
+            projected = projected[0].split([heads, kv_heads, kv_heads], dim=1)
+        query, key, value = projected[0], projected[1], projected[2]
         if len(block.head_norms) > 0:
             query, key = _norm(query, block.head_norms[0]), _norm(key, block.head_norms[1])
         if rotary is not None:
@@ -175,7 +178,7 @@ def _step(
 
 
 MISSING = object()
-PRIVATE = {*HOOKS, "_packed", "_joint", "_repacks"}  # attributes of modules that count here, with all public ones
+PRIVATE = {"_packed", "_joint", "_repacks"}  # attributes of modules that count here, as all public ones do
 _PLANS: "WeakKeyDictionary[DynamicCache, _Plan]" = WeakKeyDictionary()  # of generations
 
 
@@ -194,12 +197,12 @@ def in_one_call(
     if not layers or not all(map(has_released_attention, layers)):
         return given
     rows, attentions = len(hidden_states), [layer.self_attn for layer in layers]
-    if len({each.layer_idx for each in attentions}) < len(layers) or any(
-        each.sliding_window is not None
-        or each.config._attn_implementation != "sdpa"
-        or not holds_keys(cache, each.layer_idx, rows, each.head_dim)
-        for each in attentions
+    if len({each.layer_idx for each in attentions}) < len(layers) or not all(
+        each.sliding_window is None and holds_keys(cache, each.layer_idx, rows, each.head_dim) for each in attentions
     ):
+        return given
+    configs = {id(each.config): each.config for each in attentions}  # mostly one, whose attributes are slow to read
+    if any(config._attn_implementation != "sdpa" for config in configs.values()):
         return given
     caches = [cache.layers[each.layer_idx] for each in attentions]
     if len(set(map(id, caches))) < len(caches):
@@ -248,7 +251,7 @@ class _Plan:
         self._dicts: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[Any] = []
-        self._hooks: list[Any] = []
+        self._hooks: tuple[list[dict[str, Any]], list[str]] = [], []
         self._modules: list[nn.Module] = []
         self._tensors: list[tuple[torch.Tensor, int, int]] = []
         self._floats: list[torch.Tensor] = []
@@ -258,9 +261,9 @@ class _Plan:
                 self.blocks.clear()
                 return
             self.blocks.append(block)
+        for forward in {type(layer.self_attn).forward for layer in layers}:
+            self._watch(vars(sys.modules[forward.__module__]), HELPERS)
         for layer in layers:
-            used = vars(sys.modules[type(layer.self_attn).forward.__module__])
-            self._watch(used, HELPERS)
             for module in layer.modules():
                 self._watch_module(module)
         self._kinds: list[Any] = list(map(type, self._modules))
@@ -274,7 +277,8 @@ class _Plan:
     def _watch_module(self, module: Any) -> None:
         own = vars(module)
         self._modules.append(module)
-        self._hooks += [own[name] for name in HOOKS]
+        self._hooks[0].extend([own] * len(HOOKS))
+        self._hooks[1].extend(HOOKS)
         self._watch(
             own,
             {
@@ -293,7 +297,7 @@ class _Plan:
 
     def holds(self, layers: list[Any], rows: int) -> bool:
         """Whether these are the same layers, unchanged."""
-        if layers != self._layers or self._given != (rows, torch.get_num_threads()) or any(self._hooks):
+        if layers != self._layers or self._given != (rows, torch.get_num_threads()) or any(map(dict.get, *self._hooks)):
             return False
         if not all(map(is_, map(dict.get, self._dicts, self._names, repeat(MISSING)), self._values)):
             return False
@@ -310,7 +314,7 @@ class _Plan:
         """Count the products of this step, after some of which weights are moved into huge pages."""
         for layer in self._linears:
             if type(layer) is Int8Linear:
-                layer.pack_for_few()
+                layer.count_product()
                 return  # all of them are moved together
             if layer.weight.numel() >= LARGE:
                 count_product(layer.weight)
@@ -339,31 +343,31 @@ class _Plan:
     def _together(self, layers: Sequence[Any], rows: int) -> list[Linear]:
         """Layers with the same input, int8 ones as one; none if a product has no form here."""
         self._linears += layers
-        if len(layers) > 1 and all(type(layer) is Int8Linear for layer in layers):
-            joint = joint_pack(layers)
-            if joint is not None:
-                biases = [layer.bias for layer in layers if layer.bias is not None]
-                return [self._int8(biases, joint, layers[0].activation_bits, None)]
+        if len(layers) > 1 and all(type(layer) is Int8Linear for layer in layers) and (joint := joint_forms(layers)):
+            return [self._int8(layers, joint, rows)]
         linears = [self._linear(layer, rows) for layer in layers]
         return [] if None in linears else [each for each in linears if each is not None]
 
     def _linear(self, layer: Any, rows: int) -> Linear | None:
-        weight, biases = layer.weight, [] if layer.bias is None else [layer.bias]
         if type(layer) is Int8Linear:
-            packed = layer.pack_for_few()
-            return self._int8(biases, packed, layer.activation_bits, layer._packed[4])
+            return self._int8([layer], layer.forms(), rows)
+        weight, biases = layer.weight, [] if layer.bias is None else [layer.bias]
         if weight.numel() < LARGE:
-            return Linear(biases, weight, 0, -1, None, None)
+            return Linear(biases, weight, 0)
         if not weight.is_contiguous():
             return None
         threads = torch.get_num_threads()
         product = fastest(rows, weight.shape[1], threads)
         way = parts_of(weight.shape[0], threads) or WAYS[one_dnn] if product is batched else WAYS[product]
-        return Linear(biases, weight, way, -1, None, None)
+        return Linear(biases, weight, way)
 
-    def _int8(self, biases: list[torch.Tensor], packed: Any, bits: int, outliers: Outliers | None) -> Linear:
-        self.packed.append(packed)
-        return Linear(biases, None, 0, len(self.packed) - 1, levels_of(bits, top_level()), outliers)
+    def _int8(self, layers: Sequence[Int8Linear], forms: Forms, rows: int) -> Linear:
+        biases, table = [each.bias for each in layers if each.bias is not None], forms.table(layers, rows)
+        if table is not None:
+            return Linear(biases, None, 0, table=table)
+        self.packed.append(forms.packed(layers))
+        levels = levels_of(forms.bits, top_level())
+        return Linear(biases, None, 0, len(self.packed) - 1, levels, forms.outliers)
 
 
 @functools.cache

@@ -1,141 +1,26 @@
 """Linear layers and embeddings with int8 weights.
 
-On an x86 CPU without gradients, products are those of FBGEMM, torch's library of int8 products; elsewhere the weight is
-converted to float for each product, which saves memory but no time.
+On an x86 CPU without gradients, products are those of int8_products.py; elsewhere the weight is converted to float for each
+product, which saves memory but no time.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
-import functools
 import sys
-import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from .compat import readable
-from .products import LOCK, compiled
+from .int8_products import Outliers, RowTable, multiply, pack, row_product, row_table, table_pays, top_level
+from .products import LARGE, compiled
 
 OUTLIERS = 8  # columns of states that are multiplied in float, see `Outliers`
 OFTEN = 64  # products of few rows, after which it is worth while to move the weights into huge pages
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
-
-
-@functools.cache
-def top_level() -> int:
-    """The largest quantised state: 127, or 63 on processors whose 16-bit sums would overflow; 0 without FBGEMM."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        return 0
-    try:
-        like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-        packed = _pack(torch.full((64, 64), 127, dtype=torch.int8, device="cpu"), torch.ones(64, **like))
-        product = packed_product(torch.full((2, 64), 127.0, **like), packed, None, levels_of(8, 127))
-    except (AttributeError, RuntimeError):  # a torch without these operators
-        return 0
-    return 127 if bool((product == 127 * 127 * 64).all()) else 63
-
-
-class Levels(NamedTuple):
-    """How states are quantised.
-
-    With 16 bits, a row is the sum of a rounded one and the quantised rest, which are multiplied in one call: the weight is
-    read once.
-    """
-
-    top: int  # the largest quantised number
-    of_parts: torch.Tensor  # the number in the rounded row, and in the rest, that stands for a row's largest, `[2, 1]`
-    inverse: torch.Tensor  # `[1, 2]`
-    bits: int
-
-
-@functools.cache
-def levels_of(bits: int, top: int) -> Levels:
-    """`Levels` for states of 8 or 16 bits."""
-    of_parts = torch.tensor([[1.0], [2.0 * top]], dtype=torch.float32, device="cpu") * top
-    return Levels(top, of_parts, 1 / of_parts.view(1, 2), bits)
-
-
-def _pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
-    """FBGEMM's form of a weight `[outputs, inputs]`."""
-    with LOCK:
-        engine = torch.backends.quantized.engine
-        try:
-            torch.backends.quantized.engine = "fbgemm"
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-                quantized = torch._make_per_channel_quantized_tensor(
-                    weight, scale.double(), torch.zeros_like(scale, dtype=torch.long), 0
-                )
-            return torch.ops.quantized.linear_prepack(quantized, None)
-        finally:
-            torch.backends.quantized.engine = engine
-
-
-class Outliers(NamedTuple):
-    """A few columns of states that are multiplied in float, because they are so large that others would lose bits."""
-
-    columns: torch.Tensor  # [outliers]
-    others: torch.Tensor  # [inputs], 0 for these columns, 1 for the others
-    weight: torch.Tensor  # [outliers, outputs], float32
-
-
-def packed_product(
-    rows: torch.Tensor,
-    packed: "torch.classes.quantized.LinearPackedParamsBase",  # type: ignore[name-defined]
-    bias: torch.Tensor | None,
-    levels: Levels,
-    into: torch.Tensor | None = None,
-    outliers: Outliers | None = None,
-) -> torch.Tensor:
-    """The product of float32 `rows` `[rows, inputs]` with a packed weight, for TorchScript. Each row is quantised by itself."""
-    top, given = levels.top, rows
-    if outliers is not None:
-        rows = rows * outliers.others
-    if len(rows) < 64:
-        largest = rows.abs().amax(-1, keepdim=True)
-    else:  # no tensor of absolute values
-        largest = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_())
-    largest = largest.clamp_min_(1e-30)  # [rows, 1]; not 0 for a row of zeros
-    # the product rounds to integers from `-top` to `top`
-    if levels.bits == 8:
-        scaled = rows * (top / largest) if outliers is None else rows.mul_(top / largest)  # in place if it is new
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(scaled, 1.0, top + 1, packed)
-    elif len(rows) == 1 and into is None:  # fewer operations than below
-        both = rows * (levels.of_parts / largest)  # [2, inputs]
-        both[1].sub_(both[0].round_(), alpha=2.0 * top)
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1.0, top + 1, packed)
-        product = torch.mm(largest * levels.inverse, product)
-        return product if bias is None else product.add_(bias)
-    else:
-        both = rows * (levels.of_parts[:, :, None] / largest)  # [2, rows, inputs]
-        both[1].sub_(both[0].round_(), alpha=2.0 * top)
-        both = both.flatten(0, 1)
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1.0, top + 1, packed)
-        product, rest = product.chunk(2)
-        product.add_(rest, alpha=1 / (2 * top))
-    result = product if into is None else into
-    if bias is None:
-        torch.mul(product, largest / top, out=result)
-    else:
-        torch.addcmul(bias, product, largest / top, out=result)
-    if outliers is not None:
-        result.addmm_(given.index_select(1, outliers.columns), outliers.weight)
-    return result
-
-
-def _multiply(
-    rows: torch.Tensor,
-    packed: Any,
-    bias: torch.Tensor | None,
-    bits: int,
-    into: torch.Tensor | None = None,
-    outliers: Outliers | None = None,
-) -> torch.Tensor:
-    """`packed_product` as fast as possible on this processor."""
-    return compiled(packed_product)(rows, packed, bias, levels_of(bits, top_level()), into, outliers)
 
 
 def quantized(weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -197,7 +82,10 @@ def _scale(weight: torch.Tensor) -> torch.Tensor:
     """The positive float32 numbers in the last 4 bytes of each row."""
     last = weight[..., -4:]
     if readable():
-        return last.contiguous().view(torch.float32)[..., 0]
+        last = last.clone(
+            memory_format=torch.contiguous_format
+        )  # a copy: in one row of any length, they are not aligned
+        return last.view(torch.float32)[..., 0]
     # TorchScript and ONNX cannot read bytes as another type, so the number is put together: 24 bits and an exponent
     numbers = torch.where(last < 0, last.float() + 256, last.float())
     low, middle, high, top = numbers.unbind(-1)
@@ -237,8 +125,8 @@ class Int8Embedding(Int8Weight):
 class Int8Linear(Int8Weight):
     """`nn.Linear` with an int8 weight.
 
-    Not a subclass of `nn.Linear`: what edits float weights in place, such as merging an adapter, must not accept it. A
-    packed copy of the weight is made for the first product, and again after the weight was modified (only changes through
+    Not a subclass of `nn.Linear`: what edits float weights in place, such as merging an adapter, must not accept it.
+    Packed copies of the weight are made for the first products, and again after the weight was modified (only changes through
     `weight.data`, which torch does not count, are not noticed: call `repack()` after them).
 
     Args:
@@ -251,7 +139,7 @@ class Int8Linear(Int8Weight):
 
     is_tokenwise = True
     bias: torch.Tensor | None
-    _packed: tuple[Any, Any, int, Any, Outliers | None]
+    _packed: tuple[Any, Any, int, Any]
 
     def __init__(
         self,
@@ -285,35 +173,34 @@ class Int8Linear(Int8Weight):
             )
         if not self._is_fast(states):
             return nn.functional.linear(states, self.dequantized(states.dtype), self.bias)
-        rows, packed = states.reshape(-1, self.in_features).float(), self._pack()
-        bias, outliers = None if self.bias is None else self.bias.float(), self._packed[4]
+        rows, forms = states.reshape(-1, self.in_features).float(), self.forms()
+        bias = None if self.bias is None else self.bias.float()
         if len(rows) <= ROWS:
-            product = _multiply(rows, packed, bias, self.activation_bits, None, outliers)
+            product = _product([self], forms, rows, bias)
         else:
             product = rows.new_empty(len(rows), self.out_features)
             for part, into in zip(rows.split(ROWS), product.split(ROWS)):
-                _multiply(part, packed, bias, self.activation_bits, into, outliers)
+                _product([self], forms, part, bias, into)
         return product.view(*states.shape[:-1], self.out_features).to(states.dtype)
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
         """`forward` for float32 `rows` `[rows, in_features]` on the CPU, few and without gradients."""
-        packed, own = self.pack_for_few(), self.__dict__  # for speed: `nn.Module` looks up and checks each attribute
-        return _multiply(rows, packed, own["_parameters"]["bias"], own["activation_bits"], None, own["_packed"][4])
+        self.count_product()
+        return _product([self], self.forms(), rows, self._parameters["bias"])
 
-    def pack_for_few(self) -> Any:
-        """The packed weight for a product of few rows. After `OFTEN`, the weights are moved into huge pages."""
-        own = self.__dict__
+    def count_product(self) -> None:
+        """Count a product of few rows. After `OFTEN`, the weights are moved into huge pages."""
+        own = self.__dict__  # for speed: `nn.Module` looks up and checks each attribute
         own["_products"] += 1
         if own["_products"] == OFTEN and "mymodels.huge_pages" in sys.modules:
             sys.modules["mymodels.huge_pages"].move_process()
-        return self._pack()
 
     def _is_fast(self, states: torch.Tensor) -> bool:
-        if type(states) is not torch.Tensor or not states.is_cpu or torch.is_grad_enabled():
+        if type(states) is not torch.Tensor or not states.is_cpu or torch.is_grad_enabled() or not readable():
             return False
-        if states.numel() == 0 or states.shape[-1] != self.in_features or not self.packs():
+        if states.numel() == 0 or states.shape[-1] != self.in_features or torch.is_autocast_enabled("cpu"):
             return False
-        return readable() and not torch.is_autocast_enabled("cpu")
+        return self.packs()
 
     def packs(self) -> bool:
         """Whether FBGEMM can multiply with this weight."""
@@ -322,13 +209,15 @@ class Int8Linear(Int8Weight):
             return False
         return top_level() > 0
 
-    def _pack(self) -> Any:
-        weight, (packed_from, alias, version, packed, _) = self.weight, self._packed
-        if weight is not packed_from or weight._version != version or weight.data_ptr() != alias.data_ptr():
-            packed = _pack(self.values, self.scale)
-            # references to the packed weight's parameter and memory: neither can be reused for another one
-            self._packed = weight, weight.detach(), weight._version, packed, self._outliers()
-        return packed
+    def forms(self) -> "Forms":
+        """Forms of the weight, new ones after it or `activation_bits` was modified."""
+        weight, (made_from, alias, version, forms) = self.weight, self._packed
+        is_same = weight is made_from and weight._version == version and weight.data_ptr() == alias.data_ptr()
+        if not is_same or forms.bits != self.activation_bits:
+            forms = Forms(self.activation_bits, self._outliers())
+            # references to the weight's parameter and memory: neither can be reused for another one
+            self._packed = weight, weight.detach(), weight._version, forms
+        return forms
 
     def _outliers(self) -> Outliers | None:
         if self.outliers is None or self.activation_bits == 16:
@@ -344,8 +233,8 @@ class Int8Linear(Int8Weight):
         return Outliers(columns, others, self.dequantized()[:, columns].t().contiguous())
 
     def repack(self) -> None:
-        """Drop the packed copy of the weight."""
-        self._packed = (None, None, -1, None, None)
+        """Drop all packed copies of the weight."""
+        self._packed = (None, None, -1, None)
         self._joint: tuple[Any, ...] = ([], None)
         self._repacks = self.__dict__.get("_repacks", 0) + 1  # of a joint copy, another layer may be the owner
 
@@ -354,41 +243,92 @@ class Int8Linear(Int8Weight):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": (None, None, -1, None, None), "_joint": ([], None)}
+        return {**self.__dict__, "_packed": (None, None, -1, None), "_joint": ([], None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.repack()  # other releases keep other forms
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activation_bits} bits"
 
 
+class Forms:
+    """The weight of a layer, or of some as one layer, for the kernels. Each form is made when it is first needed.
+
+    Its methods are always given the same layers, which it does not keep: they keep it.
+    """
+
+    def __init__(self, bits: int, outliers: Outliers | None = None):
+        self.bits, self.outliers = bits, outliers
+        self._packed: Any = None
+        self._table: RowTable | None = None
+
+    def packed(self, layers: Sequence[Int8Linear]) -> Any:
+        """FBGEMM's form for rows."""
+        if self._packed is None:
+            self._packed = pack(*_joined(layers))
+        return self._packed
+
+    def table(self, layers: Sequence[Int8Linear], rows: int) -> RowTable | None:
+        """The form for one row; None for more rows, or where it is not faster."""
+        inputs, outputs = layers[0].in_features, sum(layer.out_features for layer in layers)
+        if rows != 1 or self.bits != 16 or inputs * outputs < LARGE:
+            return None
+        if not table_pays(inputs, torch.get_num_threads()):
+            return None
+        if self._table is None:
+            self._table = row_table(*_joined(layers))
+        return self._table
+
+
+def _joined(layers: Sequence[Int8Linear]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values `[outputs, inputs]` and scales `[outputs]` of all layers."""
+    return torch.cat([layer.values for layer in layers]), torch.cat([layer.scale for layer in layers])
+
+
+def _product(
+    layers: Sequence[Int8Linear],
+    forms: Forms,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    table = forms.table(layers, len(rows)) if into is None else None
+    if table is not None:
+        return compiled(row_product)(rows, table, bias)
+    return multiply(rows, forms.packed(layers), bias, forms.bits, into, forms.outliers)
+
+
 def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """`product_of_few` of several layers for the same rows: one product with a joint copy of their weights."""
-    packed = joint_pack(layers)
-    if packed is None:
+    forms = joint_forms(layers)
+    if forms is None:
         return [layer.product_of_few(rows) for layer in layers]
     biases: list[Any] = [layer._parameters["bias"] for layer in layers]
     # joined at each call: a copy would miss changes through `bias.data`
     bias = None if biases[0] is None else torch.cat(biases)
-    product = _multiply(rows, packed, bias, layers[0].activation_bits)
-    return product.split([layer.out_features for layer in layers], -1)
+    return _product(layers, forms, rows, bias).split([layer.out_features for layer in layers], -1)
 
 
-def joint_pack(layers: Sequence[Int8Linear]) -> Any:
-    """A packed joint copy of the layers' weights, made anew after one was modified; None if they cannot be one layer."""
+def joint_forms(layers: Sequence[Int8Linear]) -> Forms | None:
+    """Forms of the layers' joint weight, new ones after a weight was modified; None if they cannot be one layer."""
     first = layers[0]
     weights: list[Any] = [layer._parameters["weight"] for layer in layers]
     if len({layer._parameters["bias"] is None for layer in layers}) > 1:
         return None
-    made_from, packed = first._joint
+    made_from, forms = first._joint
     if len(made_from) != len(layers) or not all(
         tensor is known
         and tensor._version == version
         and tensor.data_ptr() == alias.data_ptr()
         and layer._repacks == count
+        and layer.activation_bits == forms.bits
         for layer, tensor, (known, alias, version, count) in zip(layers, weights, made_from)
     ):
         if len({layer.activation_bits for layer in layers}) > 1 or first.outliers is not None:  # each has its own
             return None
-        packed = _pack(torch.cat([layer.values for layer in layers]), torch.cat([layer.scale for layer in layers]))
+        forms = Forms(first.activation_bits)
         made_from = [(each, each.detach(), each._version, layer._repacks) for layer, each in zip(layers, weights)]
-        first._joint = made_from, packed
-    return packed
+        first._joint = made_from, forms
+    return forms

@@ -33,6 +33,7 @@ from .decoding import in_one_function
 from .heads import LastTokenHead, make_classifier
 from .int8 import METHOD  # noqa: F401  registers the method; releases up to 5.6 fetch only files that are imported here
 from .int8_layers import Int8Linear  # noqa: F401
+from .int8_products import multiply  # noqa: F401
 from .losses import causal_lm_loss, next_labels, soft_cap
 from .padding import may_skip_padding, skips_padding
 from .products import one_dnn  # noqa: F401
@@ -48,8 +49,7 @@ class MyGPT2Attention(nn.Module):
 
     def __init__(self, config: MyGPT2Config, layer_idx: int):
         super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx = config, layer_idx
         self.is_causal = True
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
