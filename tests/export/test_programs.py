@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from mymodels import export_model
 from mymodels.export import graphs, products, programs
-from mymodels.models import products as kernels
 
 pytestmark = pytest.mark.export
 TEXTS = ["The cat sat on the mat.", "It was late."]
@@ -32,12 +31,12 @@ def test_no_fast_path_is_in_a_graph() -> None:
         assert not [name for name in called if "scalar_dense" in name or "aten.item" in name]
 
 
-@pytest.mark.parametrize("best", ["batched", "one_dnn"])
+@pytest.mark.parametrize("pay", [True, False])
 def test_products_of_a_decoder_are_those_that_are_fastest_for_one_token(
-    best: str, monkeypatch: pytest.MonkeyPatch
+    pay: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In batches, if this processor is faster with them, and only of large weights; the numbers are the model's."""
-    monkeypatch.setattr(products, "fastest", lambda *args: getattr(kernels, best))
+    monkeypatch.setattr(products, "batches_pay", lambda *args: pay)
     torch.manual_seed(0)
     model = mygpt2(n_embd=64, intermediate_size=1 << 13, n_layer=2)
 
@@ -47,7 +46,7 @@ def test_products_of_a_decoder_are_those_that_are_fastest_for_one_token(
 
     assert batches(False)[1] == 0
     program, count = batches(True)
-    assert count == (2 if best == "batched" else 0)  # down_proj has too few rows for parts
+    assert count == (2 if pay else 0)  # down_proj has too few rows for parts
     ids, module = torch.randint(0, 97, (2, 7)), program.module()
     past = [torch.zeros(2, model.config.num_key_value_heads, 0, model.config.head_dim)] * 4
     with torch.no_grad():
@@ -67,7 +66,7 @@ def test_products_of_a_decoder_are_those_that_are_fastest_for_one_token(
 
 def test_weights_of_another_kind_keep_their_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """As quantised ones, which are subclasses of tensors."""
-    monkeypatch.setattr(products, "fastest", lambda *args: kernels.batched)
+    monkeypatch.setattr(products, "batches_pay", lambda *args: True)
     graph = graphs.Graph(mygpt2(n_embd=64, intermediate_size=1 << 13), "text-generation", cache=True)
     with products.fast_for_one_token(graph):
         assert _get_current_function_mode_stack()
