@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..models.products import LARGE, ONE_DNN, batched, parts_of
+from ..models.products import LARGE, ONE_DNN, batched, least_seconds, parts_of
 from .graphs import Graph
 
 
@@ -50,18 +49,13 @@ def batches_pay(width: int, threads: int) -> bool:
     Measured on 64 MB of weights, against torch's own product: a graph has no other (`models.products.fastest` compares with
     oneDNN's, which is faster than that one).
     """
-    products = (nn.functional.linear, batched)
     like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     states = torch.ones(1, width, **like)
     weights = torch.ones(8, max(1, (1 << 21) // width // 64) * 64, width, **like)
-    least = [float("inf")] * len(products)
-    for _ in range(5):
-        for place, product in enumerate(products):
-            began = time.perf_counter()
-            for weight in weights:
-                product(states, weight)
-            least[place] = min(least[place], time.perf_counter() - began)
-    return least[1] <= 0.9 * least[0]
+    plain, in_batches = least_seconds(
+        (functools.partial(nn.functional.linear, states), weights), (functools.partial(batched, states), weights)
+    )
+    return in_batches <= 0.9 * plain
 
 
 @contextlib.contextmanager
