@@ -5,13 +5,12 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 
 import functools
 import os
-import time
 import warnings
 from typing import Any, NamedTuple
 
 import torch
 
-from .products import LOCK, compiled
+from .products import LOCK, compiled, least_seconds
 
 BLOCK = 192  # outputs that a `RowTable` computes at once: of 128 to 768, the fastest on an AMD EPYC
 
@@ -200,15 +199,11 @@ def table_pays(inputs: int, threads: int) -> bool:
     outputs = max(1, (1 << 21) // inputs // BLOCK) * BLOCK
     values, scale = torch.ones(outputs, inputs, dtype=torch.int8, device="cpu"), torch.ones(outputs, **like)
     row, levels, count = torch.ones(1, inputs, **like), levels_of(16, top_level()), -(-(1 << 25) // values.numel())
-    forms: list[tuple[Any, Any, list[Any]]] = [
-        (packed_product, (None, levels), [pack(values, scale) for _ in range(count)]),
-        (row_product, (None,), [row_table(values, scale) for _ in range(count)]),
-    ]
-    least = [float("inf"), float("inf")]
-    for _ in range(3):
-        for place, (product, others, weights) in enumerate(forms):
-            began = time.perf_counter()
-            for weight in weights:
-                compiled(product)(row, weight, *others)
-            least[place] = min(least[place], time.perf_counter() - began)
-    return least[1] <= 0.95 * least[0]
+    by_packed, by_table = least_seconds(
+        (
+            lambda packed: compiled(packed_product)(row, packed, None, levels),
+            [pack(values, scale) for _ in range(count)],
+        ),
+        (lambda table: compiled(row_product)(row, table, None), [row_table(values, scale) for _ in range(count)]),
+    )
+    return by_table <= 0.95 * by_packed
