@@ -189,10 +189,11 @@ def test_other_forms_are_the_same_product(product: Callable, shape: tuple[int, .
 
 def test_products_are_compiled_and_the_same_without(monkeypatch: pytest.MonkeyPatch) -> None:
     function = products.compiled(products.in_parts)
-    assert isinstance(function, torch.jit.ScriptFunction)
+    assert isinstance(function.__wrapped__, torch.jit.ScriptFunction)
     states, weight, bias = torch.randn(2, 1, 33), torch.randn(80, 33), torch.randn(80)
     with torch.no_grad():
         assert torch.equal(function(states, weight, bias, 4), products.in_parts(states, weight, bias, 4))
+    assert torch._C._get_graph_executor_optimize(), "the optimiser is off for our functions only"
 
     def refuse(*args: object) -> None:
         raise torch.jit.frontend.NotSupportedError(None, "no source")  # an Exception, and no RuntimeError

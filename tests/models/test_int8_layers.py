@@ -360,7 +360,7 @@ def test_it_compiles_as_one_graph() -> None:
 @torch.no_grad()
 def test_a_product_is_compiled_and_the_same_without(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, states = linear(bits=bits)[1], torch.randn(70, 96)
-    assert isinstance(int8_products.compiled(int8_products.packed_product), torch.jit.ScriptFunction)
+    assert isinstance(int8_products.compiled(int8_products.packed_product).__wrapped__, torch.jit.ScriptFunction)
     found = [layer(states[:rows]) for rows in (1, 70)]
     monkeypatch.setattr(int8_products, "compiled", lambda function: function)
     assert all(torch.equal(each, layer(states[: len(each)])) for each in found)
