@@ -193,7 +193,10 @@ def test_products_are_compiled_and_the_same_without(monkeypatch: pytest.MonkeyPa
     states, weight, bias = torch.randn(2, 1, 33), torch.randn(80, 33), torch.randn(80)
     with torch.no_grad():
         assert torch.equal(function(states, weight, bias, 4), products.in_parts(states, weight, bias, 4))
-    assert torch._C._get_graph_executor_optimize(), "the optimiser is off for our functions only"
+    switched, switch = [], torch._C._set_graph_executor_optimize
+    monkeypatch.setattr(torch._C, "_set_graph_executor_optimize", lambda on: (switched.append(on), switch(on)))
+    function(states, weight, bias, 4)
+    assert switched == [False, True], "the optimiser is off, for our functions only"
 
     def refuse(*args: object) -> None:
         raise torch.jit.frontend.NotSupportedError(None, "no source")  # an Exception, and no RuntimeError
