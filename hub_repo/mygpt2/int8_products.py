@@ -142,7 +142,7 @@ class RowTable(NamedTuple):
     rows: torch.Tensor  # uint8 [blocks * inputs, height + 8]
     ids: torch.Tensor  # int32, 0 to blocks * inputs
     starts: torch.Tensor  # int32 [blocks + 1], of each block among the ids, and the end
-    scale: torch.Tensor  # [outputs]
+    scale: torch.Tensor  # [outputs], 128 times that of the weight
 
 
 def row_table(values: torch.Tensor, scale: torch.Tensor) -> RowTable:
