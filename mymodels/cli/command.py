@@ -1,13 +1,16 @@
 """The parser for all verbs, and `main`, which runs one and returns its exit code."""
 
 import argparse
+import atexit
 import difflib
+import gc
 import os
 import select
 import sys
 
 import mymodels
 
+from ..garbage import no_collection
 from ..messages import printable
 from ..sandbox.isolation import when_used
 from . import (
@@ -92,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     0: success; 1: an error, or a check that failed; 130: interrupted; 141: the reader of standard output has closed it;
     others: see the verb's help. Raises SystemExit where argparse does: 0 after a help, 2 for a wrong command line.
     """
+    atexit.register(gc.freeze)  # at exit Python would look at each object of torch and transformers: up to a second
     try:
         try:
             return _run(argv)
@@ -112,7 +116,7 @@ def _run(argv: list[str] | None) -> int:
         if getattr(arguments, "allow_pickle", False):
             show_isolation(arguments)
         if arguments.registers_models:
-            with working("loading torch and transformers"):
+            with working("loading torch and transformers"), no_collection():
                 mymodels._register_all()
         return arguments.run(arguments)
     except (OSError, ValueError, RuntimeError, ImportError, FloatingPointError) as error:

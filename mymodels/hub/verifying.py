@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.locating import locate
+from ..garbage import no_collection
 from ..messages import one_line
 from ..sandbox import available
 from .checks import Check
@@ -224,9 +225,10 @@ def verify(
 
 def static_checks(folder: Path, *, releases: Sequence[str] | None) -> list[Check]:
     """As `static.static_checks`, imported when it is called, because it imports torch."""
-    from .static import static_checks
+    with no_collection():
+        from .static import static_checks
 
-    return static_checks(folder, releases=releases)
+        return static_checks(folder, releases=releases)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -110,13 +110,15 @@ def innermost(error: BaseException) -> str:
 
 def import_libraries(events: Events, *, confined: bool = False) -> None:
     """Import what every stage needs before forking; computing would start threads, so nothing is computed."""
+    gc.disable()  # imports make many objects and next to no garbage
     import accelerate
     import torch
-    import transformers
-    from transformers import AutoModel, GenerationMixin, PreTrainedModel  # noqa: F401  the slow ones
+    import transformers.modeling_layers
+    from transformers import AutoModel, AutoTokenizer, GenerationMixin, PreTrainedModel  # noqa: F401  the slow ones
 
     transformers.utils.logging.set_verbosity_error()
     prepare_loading()
+    gc.enable()
     gc.freeze()  # a stage collects its own garbage, and neither looks at the libraries' objects nor copies their pages
     versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
     events.write(versions=versions)
@@ -125,12 +127,10 @@ def import_libraries(events: Events, *, confined: bool = False) -> None:
 
 
 def prepare_loading() -> None:
-    """Do once what the first `from_pretrained` of each stage would do again: its imports, and a table of conversions.
+    """Build once the table of conversions that the first `from_pretrained` of each stage would build again.
 
-    Releases before 5 have no such table; the others build it on first use, in as much time as the rest of a small load.
+    Releases before 5 have no such table; the others build it in as much time as the rest of a small load takes.
     """
-    with contextlib.suppress(ImportError):
-        pass
     with contextlib.suppress(ImportError, AttributeError):
         from transformers import conversion_mapping
 

@@ -1,5 +1,6 @@
 """What `verify` does before its clean process runs: nothing that takes long, and the rest while that one imports torch."""
 
+import os
 import subprocess
 import sys
 import time
@@ -125,3 +126,52 @@ def test_what_every_stage_needs_is_made_once(monkeypatch: pytest.MonkeyPatch) ->
     assert made
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
     assert conversion_mapping._checkpoint_conversion_mapping_cache is made
+
+
+PREPARED = """
+import gc, importlib, sys
+collected = []
+gc.callbacks.append(lambda phase, about: collected.append(about["generation"]))
+sys.path.insert(0, sys.argv[2])  # without the package around it, which imports torch
+stages = importlib.import_module("isolated.stages")
+class Events:
+    def write(self, **event):
+        pass
+stages.import_libraries(Events())
+assert 2 not in collected
+assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()
+known = set(sys.modules)
+from transformers import AutoModel, AutoTokenizer
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(sorted(name for name in set(sys.modules) - known if name.startswith(("transformers.", "torch."))))
+"""
+
+
+@pytest.mark.parametrize("name", ["mygpt2", "mybert"])
+def test_a_stage_has_the_libraries_it_loads_a_folder_with(name: str) -> None:
+    """What is imported in a stage is imported again in the next."""
+    command = [sys.executable, "-c", PREPARED, str(ROOT / "hub_repo" / name), str(ROOT / "mymodels" / "hub")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr
+
+
+COMMAND = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 100_000))
+counted = []
+gc.callbacks.append(lambda phase, about: counted.append(about["generation"]))
+import mymodels_command
+code = mymodels_command.main()
+assert 2 not in counted
+sys.exit(code)
+"""
+
+
+def test_the_command_collects_no_garbage_where_there_is_none() -> None:
+    """Neither while it imports and reads code, nor at exit, where Python would look at each object of torch."""
+    command = [sys.executable, "-c", COMMAND, "verify", "--no-exec", str(ROOT / "hub_repo" / "mybert")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1] == "True True", ended.stderr
+    assert "AssertionError" not in ended.stderr
