@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2FN
 
-from .base import has_global_hooks, is_hooked
+from .base import has_global_hooks, is_hooked, torch_is_patched
 from .compat import readable
 from .products import LARGE, ONE_DNN, batched, fastest, one_dnn, product_of_few, turned
 from .tokenwise import ACTIVATIONS, calls_are_unpatched, calls_of_method, is_tokenwise
@@ -150,7 +150,7 @@ def _is_faster(module: nn.Module, states: torch.Tensor) -> bool:
     if not states.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     if not few_rows(states):
-        return True
+        return not torch_is_patched()
     if type(states) is not torch.Tensor:
         return False
     rows = states.shape[:-1].numel()
@@ -162,7 +162,7 @@ def _is_faster(module: nn.Module, states: torch.Tensor) -> bool:
             continue
         product = fastest(rows, weight.shape[1], torch.get_num_threads())
         if product in (batched, turned) or (product is one_dnn and weight.numel() >= least):
-            return True
+            return not torch_is_patched()
     return False
 
 
@@ -187,6 +187,7 @@ def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
         and states.numel() > 0
         and not is_hooked(layer)
         and not has_global_hooks()
+        and not torch_is_patched()
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from .base import torch_is_patched
 from .cpu_kernels import gradients_of, is_plain, recordable
 from .products import ONE_DNN, one_dnn
 
@@ -144,7 +145,7 @@ def causal_lm_loss(
     if made_of is not None and made_of[0].shape[:-1].numel() == len(known) and is_plain(made_of[1], made_of[0]):
         states, head, cap = made_of
         losses = _HeadCrossEntropy.apply(states.flatten(0, -2), head.weight, head.bias, logits.detach(), known, cap)[0]
-    elif recordable():
+    elif recordable() and not torch_is_patched():
         losses = _CrossEntropy.apply(logits, known)[0]
     else:
         losses = nn.functional.cross_entropy(logits.float(), known, reduction="none")

@@ -3,8 +3,10 @@
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
+import inspect
 from collections.abc import Callable
 from itertools import islice
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -194,6 +196,30 @@ def has_global_hooks() -> bool:
         or module_globals._global_backward_hooks
         or module_globals._global_backward_pre_hooks
     )
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether a function was defined in torch: one that was replaced before this file is imported was not."""
+    return not inspect.isfunction(function) or inspect.getfile(function).startswith(_TORCH)
+
+
+_TORCH = torch.__path__[0]
+_PLACES: list[tuple[Any, str]] = [(nn.functional, name) for name in dir(nn.functional)]
+_PLACES = [(owner, name) for owner, name in _PLACES if inspect.isroutine(getattr(owner, name))]
+_LAYERS = (nn.Linear, nn.Dropout, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+_PLACES += [(kind, name) for kind in _LAYERS for name in ("forward", "__call__", "_call_impl")]
+_OWNERS, _NAMES = zip(*_PLACES)
+_FUNCTIONS = tuple(map(getattr, _OWNERS, _NAMES))
+_PATCHED_BEFORE = not all(map(_is_torchs, _FUNCTIONS))
+
+
+def torch_is_patched() -> bool:
+    """Whether a function of `torch.nn.functional`, or a layer's `forward`, was replaced, as for Monte Carlo dropout.
+
+    What computes the same as these without calling them, or calls them in a mode, where torch calls a replaced function
+    twice, must not be used then.
+    """
+    return _PATCHED_BEFORE or not all(map(is_, map(getattr, _OWNERS, _NAMES), _FUNCTIONS))
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ALL_ATTENTION_FUNCTIONS, apply_rotary, attend, eager_attention_forward, norm_heads
-from .base import has_global_hooks
+from .base import has_global_hooks, torch_is_patched
 from .compat import TRANSFORMERS_ATTENTION
 from .cpu_kernels import linear_by_onednn, recordable
 from .int8_layers import Int8Linear, joint_product_of_few
@@ -30,12 +30,9 @@ from .tokenwise import ACTIVATIONS, digest
 
 # what decode_step.py computes without calling it; where one of these was replaced, it steps aside
 BLOCK_CALL = GradientCheckpointingLayer.__call__
-FUNCTIONS: list[Any] = [nn.functional.scaled_dot_product_attention, nn.functional.linear, nn.functional.layer_norm]
-FUNCTIONS += [nn.functional.rms_norm, nn.functional.gelu, nn.functional.silu, nn.functional.relu]
 ORIGINALS: list[tuple[Any, str, Any]] = [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer)]
 ORIGINALS += [(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get_interface)]
 ORIGINALS += [(sys.modules[attend.__module__], "attend", attend), (GradientCheckpointingLayer, "__call__", BLOCK_CALL)]
-ORIGINALS += [(nn.functional, function.__name__, function) for function in FUNCTIONS]
 ROWS = 64  # as in `few_rows`
 # digests of the `forward` methods that `_block` computes, as released, and where each is
 FORWARDS = {
@@ -80,6 +77,8 @@ def is_one_token(states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     if states.dtype is not torch.float32 or not states.is_cpu or not 0 < len(states) <= ROWS:
         return False
     if not recordable() or torch.is_autocast_enabled("cpu") or has_global_hooks():
+        return False
+    if torch_is_patched():
         return False
     if kwargs.get("output_attentions") or not kwargs.keys() <= ARGUMENTS:
         return False
