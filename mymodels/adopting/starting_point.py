@@ -73,7 +73,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.utils import can_return_tuple
 
-from configuration_{name} import {Name}Config
+try:  # in a folder that `save_pretrained` wrote
+    from .configuration_{name} import {Name}Config
+except ImportError:  # here, where the folder is no package
+    from configuration_{name} import {Name}Config
 
 
 class {Name}Block(GradientCheckpointingLayer):
@@ -191,7 +194,7 @@ class {Name}ForCausalLM({Name}PreTrainedModel, GenerationMixin):
 {Name}ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 '''
 
-_TESTS = '''"""Tests of {Name}: run `pytest` in this folder."""
+_TESTS = '''"""Tests of {Name}: run `python -m pytest` in this folder, after `pip install pytest`."""
 
 from configuration_{name} import {Name}Config
 from modeling_{name} import {imports}
@@ -217,15 +220,16 @@ _README = """# {Name}
 | `test_{name}.py` | its tests, to run after every change |
 
 ```
-pytest .                                    # after each change
+pip install pytest
+python -m pytest                            # in this folder, after each change
 ```
 ```python
 from configuration_{name} import {Name}Config
 from modeling_{name} import {main}
-from mymodels import build_repo, warm_start
+from mymodels import build_repo
 
 model = {main}({Name}Config())
-build_repo(model, None, "{name}-hub", card="# {Name}\\n")  # then: mymodels verify {name}-hub
+build_repo(model, None, "{name}-hub")       # then: mymodels verify {name}-hub
 ```
 """
 
@@ -314,6 +318,8 @@ def _renamed(old: str, name: str) -> dict[str, str]:
         text = (_MODELS / f"{kind}_{old.lower()}.py").read_text(encoding="utf-8")
         text = re.sub(rf"from \.(configuration_{old.lower()}) import", r"from \1 import", text)
         text = re.sub(r"^from \.(\w+) import", r"from mymodels.models.\1 import", text, flags=re.M)
+        copied = "A Hub repo gets a copy of it, with the files of mymodels that it imports."
+        text = re.sub(r"Copied as it is into Hub repos: [^.\n]*\.", copied, text, count=1)
         text = _replace_names(text, old, name)
         files[f"{kind}_{name.lower()}.py"] = text
     return files

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import FAILED, add_verb
+from .options import FAILED, add_verb, console
 
 
 def add_parser(verbs: Any) -> None:
@@ -23,7 +23,9 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..adopting.starting_point import write_starting_point
+    from ..tables import print_text
 
     folder = write_starting_point(arguments.name, arguments.base, arguments.out)
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}; next: pytest {folder}")
+    print_text(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}", console())
+    print(f"next: python -m pytest {folder} (after pip install pytest)")
     return 0

@@ -1,6 +1,7 @@
 """`mymodels new`: its tests pass untouched; a wrong name or a folder with something in it is refused."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mymodels.adopting.starting_point import write_starting_point
+from mymodels.adopting.starting_point import _SIZES, write_starting_point
 from mymodels.checkpoints import CheckpointError
 
 BASES = ("gpt2", "bert", "blank")
@@ -51,6 +52,35 @@ def test_the_classes_are_none_of_transformers(name: str, base: str, tmp_path: Pa
     with pytest.raises(CheckpointError, match=rf"{name}: transformers has a class {name}\w+ already: choose another"):
         write_starting_point(name, base, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+SAVE = """
+from configuration_whale import WhaleConfig
+from modeling_whale import {cls}
+{cls}(WhaleConfig({sizes})).save_pretrained("saved")
+"""
+LOAD = """
+import sys
+sys.modules["mymodels"] = None
+from transformers import {auto}
+print(type({auto}.from_pretrained("saved", trust_remote_code=True)).__name__)
+"""
+
+
+@pytest.mark.parametrize(("base", "head"), [("gpt2", "ForCausalLM"), ("bert", "ForMaskedLM"), ("blank", "ForCausalLM")])
+def test_what_save_pretrained_writes_loads_elsewhere(base: str, head: str, tmp_path: Path) -> None:
+    folder = write_starting_point("Whale", base, tmp_path / "whale")
+    values = {"cls": f"Whale{head}", "auto": f"AutoModel{head}", "sizes": _SIZES[base]}
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": root}
+    for script in (SAVE, LOAD):
+        command = [sys.executable, "-c", script.format(**values)]
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        # the second has only what was saved
+        for file in folder.glob("*.py"):
+            file.unlink()
+    assert ended.stdout == f"Whale{head}\n"
 
 
 @pytest.mark.slow
