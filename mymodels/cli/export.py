@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from .options import FAILED, add_isolation_option, add_verb, console, dtype_of, picked, read_text, show_isolation
-from .progress import working
 
 
 def add_parser(verbs: Any) -> None:
@@ -57,7 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.texts:
         options["texts"] = [line for line in read_text(arguments.texts).splitlines() if line.strip()]
     show_isolation(arguments)
-    with working(f"exporting {arguments.path}"):
-        result = export_model(arguments.path, arguments.to, arguments.out, dtype=dtype_of(arguments), **options)
+    result = export_model(arguments.path, arguments.to, arguments.out, dtype=dtype_of(arguments), **options)
     result.show(console())
     return 0

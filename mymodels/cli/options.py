@@ -146,12 +146,15 @@ def show_isolation(arguments: argparse.Namespace) -> None:
     Raises:
         NotIsolated: nothing does, and `--require-isolation` was given.
     """
+    from tqdm import tqdm
+
     from ..sandbox import available
     from ..sandbox.isolation import when_used
 
     if arguments.require_isolation:
         available().require()
-    when_used(lambda isolation: print(isolation, file=sys.stderr))
+    # above a progress bar, if one is shown
+    when_used(lambda isolation: tqdm.write(str(isolation), file=sys.stderr))
 
 
 def add_card_options(parser: argparse.ArgumentParser) -> None:

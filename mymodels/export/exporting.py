@@ -124,7 +124,9 @@ def export_model(
     target = Path(out) if out is not None else Path(f"{name}-{to}{'-int8' if int8 else ''}")
     with (
         replace_folder(target, overwrite=False) as folder,
-        tqdm(total=4, desc="loading", disable=None, bar_format="{desc}: {bar} {n}/{total} {elapsed}") as bar,
+        tqdm(
+            total=4, desc="loading", leave=False, disable=None, bar_format="{desc}: {bar} {n}/{total} {elapsed}"
+        ) as bar,
     ):
         if given_model is None:
             assert path is not None
@@ -290,7 +292,7 @@ def _author_line(error: BaseException) -> str:
 
 
 def _advance(bar: tqdm, stage: str) -> None:
-    bar.set_description(stage)
+    bar.set_description_str(stage)
     bar.update()
 
 
