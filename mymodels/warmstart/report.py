@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -313,9 +314,14 @@ class WarmStartReport:
             print_text(printable(f"Checked: {self.checked}."), console)
 
     def __str__(self) -> str:
-        console = Console(width=160, record=True, file=io.StringIO(), force_jupyter=False)
+        """The tables as text, as wide as the terminal that standard output is; 160 columns if it is none."""
+        try:
+            width = os.get_terminal_size(sys.stdout.fileno()).columns
+        except (OSError, ValueError, AttributeError):
+            width = 160
+        console = Console(width=width, record=True, file=io.StringIO(), force_jupyter=False)
         self.show(console)
-        return console.export_text()
+        return "".join(f"{line.rstrip()}\n" for line in console.export_text().splitlines())
 
 
 def mark_unproven(rows: list[Row], unproven: Collection[str]) -> list[Row]:
