@@ -10,6 +10,7 @@ from .options import (
     add_isolation_option,
     add_verb,
     card_fields,
+    console,
     metric,
     pair,
     read_text,
@@ -73,6 +74,7 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..hub import build_repo
     from ..hub.card import Card
+    from ..tables import print_text
 
     metrics = dict(metric(text) for text in arguments.metric)
     lists = {"metrics": metrics, "datasets": arguments.datasets, "tags": arguments.tags}
@@ -92,5 +94,6 @@ def run(arguments: argparse.Namespace) -> int:
             code=arguments.code,
             auto_classes=dict(pair(text, "AUTO=CLASS") for text in arguments.auto_class),
         )
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    print_text(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}", console())
+    print(f"next: mymodels verify {folder}")
     return 0

@@ -32,7 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     with working(f"hashing the code of {arguments.source}"):
         lock = write_lock(arguments.source, arguments.out)
-    print(
-        f"{arguments.out}: {len(lock.files)} code files locked; mymodels.load(…, lock={str(arguments.out)!r}) runs no other code"
-    )
+    print(f"{arguments.out}: {len(lock.files)} code files locked")
+    print(f"mymodels.load(…, lock={str(arguments.out)!r}) runs no other code")
     return 0
