@@ -34,6 +34,17 @@ def test_defaults_are_the_stock_models() -> None:
         assert getattr(mine, name) == getattr(stock, name), name
 
 
+@pytest.mark.parametrize("name", MyGPT2Config.attribute_map)
+def test_a_field_has_one_value_under_both_names(name: str) -> None:
+    field = MyGPT2Config.attribute_map[name]
+    config = MyGPT2Config(**{name: 24, field: 24})
+    assert getattr(config, name) == getattr(config, field) == 24
+    with pytest.raises(ValueError, match=rf"MyGPT2Config: {name}=24 and {field}=36 name one field: give one of them"):
+        MyGPT2Config(**{name: 24, field: 36})
+    with pytest.raises(ValueError, match=f"{name}=24"):
+        type("Mine", (MyGPT2Config,), {"model_type": "mine"})(**{name: 24, field: 36})
+
+
 def test_gpt2_names_work_both_ways() -> None:
     config = MyGPT2Config(n_embd=24, n_layer=2, n_head=3, n_positions=7, n_inner=50)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (24, 2, 3)
