@@ -1,5 +1,6 @@
 """Configuration of MyGPT2. Copied as it is into Hub repos: imports transformers and its siblings `base` and `compat` only."""
 
+import inspect
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -47,7 +48,7 @@ class MyGPT2Config(MyPretrainedConfig):
         initializer_range: standard deviation of new weights.
 
     Raises:
-        ValueError: a field has an impossible value; the message names field and value.
+        ValueError: a field has an impossible value, or two under its old name and its own; the message names both.
     """
 
     model_type = "mygpt2"
@@ -153,6 +154,13 @@ class MyGPT2Config(MyPretrainedConfig):
         self.embd_pdrop = embd_pdrop
         self.attn_pdrop = attn_pdrop
         self.initializer_range = initializer_range
+        parameters = inspect.signature(MyGPT2Config.__init__).parameters
+        for old, name in MyGPT2Config.attribute_map.items():
+            value = getattr(self, name)
+            if kwargs.get(old, value) != value != parameters[name].default:
+                raise ValueError(
+                    f"{type(self).__name__}: {old}={kwargs[old]} and {name}={value} name one field: give one of them"
+                )
 
         super().__init__(**kwargs)  # `attribute_map` maps GPT-2's old names to the fields above
 
