@@ -32,7 +32,7 @@ from ..forward_calls import takes
 from ..hub.auto_class_names import auto_class_of
 from ..hub.given_inputs import Inputs, read_inputs
 from ..hub.golden import GOLDEN, read_golden
-from ..library_logging import only_errors_logged
+from ..library_logging import only_errors_logged, without_progress_bars
 from ..messages import first_line
 from . import onnx_files, parity, programs
 from .graphs import OTHER, TASKS, Graph, graph_of_inputs, reads_text, task_of
@@ -313,7 +313,7 @@ def _load(
     if task is None or not auto_class:
         what = f"is a {architecture}" if architecture else "has a config without architectures"
         raise ValueError(f"{path} {what}, so its task is not known: pass task=, one of {', '.join(TASKS)}")
-    with only_errors_logged(), clear_load_errors(path):
+    with only_errors_logged(), without_progress_bars(), clear_load_errors(path):
         model, info = getattr(transformers, auto_class).from_pretrained(
             path,
             dtype=dtype or "auto",
