@@ -55,7 +55,7 @@ COLLATORS = {"padded": pad, "masked": pad_and_mask, "packed": pack}
 def model(dropout: float = 0.1) -> MyGPT2ForCausalLM:
     torch.manual_seed(3)
     drop = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout)
-    return MyGPT2ForCausalLM(mygpt2_config(num_hidden_layers=1, initializer_range=0.02, **drop))
+    return MyGPT2ForCausalLM(mygpt2_config(initializer_range=0.02, **drop))
 
 
 def run(
