@@ -19,11 +19,11 @@ from mymodels.warmstart import NotAllowedError, WarmStartReport
 WIDTH = 8
 GPT2 = {
     "vocab_size": st.sampled_from([11, 13]),
-    "num_hidden_layers": st.integers(1, 4),
+    "n_layer": st.integers(1, 4),
     "num_key_value_heads": st.sampled_from([1, 2, 4]),
     "head_dim": st.sampled_from([2, 4]),
     "intermediate_size": st.sampled_from([12, 16, 20]),
-    "max_position_embeddings": st.sampled_from([6, 9]),
+    "n_positions": st.sampled_from([6, 9]),
     "position_embedding_type": st.sampled_from(["learned", "rope", "none"]),
     "norm_type": st.sampled_from(["layernorm", "rmsnorm"]),
     "mlp_type": st.sampled_from(["dense", "gated"]),
@@ -58,7 +58,7 @@ def models(classes: list[str], fields: dict, make_config):
 
 
 SMALL = {
-    mygpt2_config: {"vocab_size": 11, "num_hidden_layers": 2, "intermediate_size": 16, "max_position_embeddings": 6, "n_layer": 2, "n_positions": 6},
+    mygpt2_config: {"vocab_size": 11, "n_layer": 2, "intermediate_size": 16, "n_positions": 6},
     mybert_config: {"vocab_size": 11, "num_hidden_layers": 2, "intermediate_size": 16, "max_position_embeddings": 6},
 }  # fmt: skip
 PAIRS = st.one_of(
