@@ -113,7 +113,7 @@ def import_libraries(events: Events, *, confined: bool = False) -> None:
     gc.disable()  # imports make many objects and next to no garbage
     import accelerate
     import torch
-    import transformers.modeling_layers
+    import transformers
     from transformers import AutoModel, AutoTokenizer, GenerationMixin, PreTrainedModel  # noqa: F401  the slow ones
 
     transformers.utils.logging.set_verbosity_error()
@@ -127,10 +127,13 @@ def import_libraries(events: Events, *, confined: bool = False) -> None:
 
 
 def prepare_loading() -> None:
-    """Build once the table of conversions that the first `from_pretrained` of each stage would build again.
+    """Do once what the first `from_pretrained` of each stage would do again: an import, and a table of conversions.
 
-    Releases before 5 have no such table; the others build it in as much time as the rest of a small load takes.
+    Releases before 5 have no such table, and those before 4.52, under which `upgrade` runs originals, no such module. The
+    others build the table in as much time as the rest of a small load takes.
     """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformers.modeling_layers")
     with contextlib.suppress(ImportError, AttributeError):
         from transformers import conversion_mapping
 
