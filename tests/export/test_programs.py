@@ -21,7 +21,7 @@ TEXTS = ["The cat sat on the mat.", "It was late."]
 def test_no_fast_path_is_in_a_graph() -> None:
     """They are for this machine and look at values: packing, products by oneDNN."""
     for model, task in (
-        (mygpt2(**SWITCHES["everything"], vocab_size=97 * 64, hidden_size=64), "text-generation"),
+        (mygpt2(**SWITCHES["everything"], vocab_size=97 * 64, n_embd=64), "text-generation"),
         (mybert("SequenceClassification"), "text-classification"),
     ):
         program = programs.export_program(graphs.Graph(model, task))
