@@ -56,7 +56,7 @@ def test_bars_are_part_of_the_display_and_lines_stand_above_it(monkeypatch: pyte
     assert "isolation: none" in lines
     shown = [line for line in lines if line != "isolation: none"]
     assert all("verifying repo" in line for line in shown), lines  # no bar by itself
-    assert any("verifying repo: hashing: " in line and "4/8" in line for line in shown), lines
+    assert any(re.search(r"verifying repo: hashing: .*[1-8]/8", line) for line in shown), lines
     assert shown[-1].rstrip().endswith("verifying repo: padding")
 
 

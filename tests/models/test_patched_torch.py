@@ -16,6 +16,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from mymodels import MyBertForSequenceClassification, MyGPT2ForCausalLM, quantize
+from mymodels.models import base
 
 IDS = torch.randint(1, 97, (1, 9), generator=torch.Generator().manual_seed(0))
 WIDE = {"vocab_size": 1100, "initializer_range": 0.05}  # large products
@@ -116,6 +117,13 @@ with torch.no_grad():
     found = model(ids[:, 7:], past_key_values=past).logits[0, -1]
     print((found - model(ids).logits[0, -1]).abs().max().item() < 1e-4)
 """
+
+
+def test_a_package_beside_torch_is_not_torch() -> None:
+    found: dict[str, Any] = {}
+    exec(compile("def linear(): pass", f"{torch.__path__[0]}ao/ops.py", "exec"), found)
+    assert not base._is_torchs(found["linear"])
+    assert base._is_torchs(nn.functional.dropout) and not base.torch_is_patched()
 
 
 def test_what_is_replaced_before_the_import_is_called_too() -> None:
