@@ -4,6 +4,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from itertools import islice
 from operator import is_
@@ -203,7 +204,7 @@ def _is_torchs(function: Any) -> bool:
     return not inspect.isfunction(function) or inspect.getfile(function).startswith(_TORCH)
 
 
-_TORCH = torch.__path__[0]
+_TORCH = os.path.join(torch.__path__[0], "")
 _PLACES: list[tuple[Any, str]] = [(nn.functional, name) for name in dir(nn.functional)]
 _PLACES = [(owner, name) for owner, name in _PLACES if inspect.isroutine(getattr(owner, name))]
 _LAYERS = (nn.Linear, nn.Dropout, nn.Embedding, nn.LayerNorm, nn.RMSNorm)

@@ -48,7 +48,7 @@ class MyGPT2Config(MyPretrainedConfig):
         initializer_range: standard deviation of new weights.
 
     Raises:
-        ValueError: a field has an impossible value, or two under its old name and its own; the message names both.
+        ValueError: a field has an impossible value, or two under its old name and its own (a default is taken as not given).
     """
 
     model_type = "mygpt2"
