@@ -169,9 +169,10 @@ sys.exit(code)
 """
 
 
-def test_the_command_collects_no_garbage_where_there_is_none() -> None:
+@pytest.mark.parametrize("verb", [["verify", "--no-exec"], ["inspect"]], ids=lambda verb: verb[0])
+def test_the_command_collects_no_garbage_where_there_is_none(verb: list[str]) -> None:
     """Neither while it imports and reads code, nor at exit, where Python would look at each object of torch."""
-    command = [sys.executable, "-c", COMMAND, "verify", "--no-exec", str(ROOT / "hub_repo" / "mybert")]
+    command = [sys.executable, "-c", COMMAND, *verb, str(ROOT / "hub_repo" / "mybert")]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.stdout.splitlines()[-1] == "True True", ended.stderr
     assert "AssertionError" not in ended.stderr
