@@ -42,6 +42,7 @@ WEIGHTS = (  # in a folder, the first that exists is opened; the order begins wi
     "*.h5",
     "*.msgpack",
 )
+OTHER_WEIGHTS = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ckpt*", "*.pt", "*.pth", "*.tflite"]
 TRAINING_STATE = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|golden)")
 
 
@@ -77,20 +78,35 @@ def locate(
         return found
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or found.suffix in (".pt", ".pth", ".bin", ".safetensors"):
         raise FileNotFoundError(f"there is no file or folder {path}")
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    def fetched(ignored: list[str] | None) -> Path:
+        given = {"revision": revision, "token": token, "ignore_patterns": ignored, **download}
+        return Path(snapshot_download(str(path), **given))
 
     try:
-        files = HfApi(token=token).list_repo_files(str(path), revision=revision)
-    except Exception:  # offline: use the cache
-        files = []
-    others = ["*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ckpt*", "*.pt", "*.pth", "*.tflite"]
-    ignore = others if not everything and any(file.endswith(".safetensors") for file in files) else None
-    try:
-        return Path(snapshot_download(str(path), revision=revision, token=token, ignore_patterns=ignore, **download))
+        folder = fetched(None if everything else OTHER_WEIGHTS)
+        # the Hub is not asked for its list of files: off line, a repo that was fetched once must be found again
+        return folder if everything or any(folder.rglob("*.safetensors")) else fetched(None)
     except Exception as error:
-        raise FileNotFoundError(
-            f"there is no file or folder {path}, and no Hub repo could be fetched: {first_line(error, 600)}"
-        ) from error
+        raise FileNotFoundError(_why_not_fetched(path, revision, error)) from error
+
+
+def _why_not_fetched(path: str | os.PathLike, revision: str | None, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    missing = f"there is no file or folder {path}, and "
+    if isinstance(error, errors.GatedRepoError):
+        return missing + "the Hub's repo is gated: ask for access on its page, and log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return missing + "the Hub has no such repo, or it is private: check the name, or log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return missing + f"the Hub's repo has no revision {revision}"
+    if type(error) is errors.LocalEntryNotFoundError and error.__cause__ is not None:
+        return missing + (
+            f"the Hub did not answer ({first_line(error.__cause__)}), nor is a repo of this name in its cache"
+        )
+    return missing + f"no Hub repo could be fetched: {first_line(error, 600)}"
 
 
 def weight_files(folder: Path) -> list[Path]:
