@@ -181,9 +181,10 @@ def test_a_row_does_not_depend_on_its_batch_or_padding(name: str) -> None:
             torch.testing.assert_close(alone, expected, rtol=1e-3, atol=5e-2)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("name", ["mygpt2 stock", "mybert masked", "bert masked"])
-def test_a_folder_is_loaded_with_other_heads(name: str, tmp_path: Path) -> None:
-    model = mymodels.quantize(made(name), activation_bits=16)
+def test_a_folder_is_loaded_with_other_heads(name: str, bits: int, tmp_path: Path) -> None:
+    model = mymodels.quantize(made(name), activation_bits=bits)
     model.save_pretrained(tmp_path / "head")
     model.base_model.config.architectures = [type(model.base_model).__name__]
     model.base_model.save_pretrained(tmp_path / "base")
@@ -202,8 +203,13 @@ def test_a_folder_is_loaded_with_other_heads(name: str, tmp_path: Path) -> None:
         assert torch.equal(outputs(other.base_model, inputs)[: 3 * 11 * 32], states)
     auto = AutoModelForCausalLM if "gpt2" in name else AutoModelForMaskedLM
     again = auto.from_pretrained(tmp_path / "base")
-    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    assert isinstance(again.get_output_embeddings(), Int8Linear)
+    head = again.get_output_embeddings()
+    assert head.weight is again.get_input_embeddings().weight and isinstance(head, Int8Linear)
+    assert head.outliers is None if bits == 16 else (head.outliers == -1).all()
+    # the folder of another head names no such module
+    mymodels.quantize(AutoModelForSequenceClassification.from_config(made(name).config)).save_pretrained(tmp_path / "o")
+    head = auto.from_pretrained(tmp_path / "o").get_output_embeddings()
+    assert isinstance(head, Int8Linear) and head.outliers is None
     if "gpt2" in name:
         assert torch.equal(outputs(again, inputs), outputs(model, inputs))
 
