@@ -136,14 +136,14 @@ def keep_from_initialization(parent: torch.nn.Module) -> None:
         parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def is_new(module: torch.nn.Module) -> bool:
-    """From 5.0, whether a loaded model's module has a weight that was not in the checkpoint; before, always False.
+def is_new(module: torch.nn.Module, name: str = "weight") -> bool:
+    """From 5.0, whether a parameter of a loaded model's module was not in the checkpoint; before, always False.
 
     Modules with hooks, which accelerate places, count as loaded.
     """
     if TRANSFORMERS_VERSION < (5, 0) or hasattr(module, "_hf_hook"):
         return False
-    return not getattr(module.weight, "_is_hf_initialized", False)
+    return not getattr(getattr(module, name), "_is_hf_initialized", False)
 
 
 # tensor-parallel styles, whose names differ by release; None: the release has no such style

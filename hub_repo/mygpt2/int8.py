@@ -319,11 +319,15 @@ class Int8Quantizer(HfQuantizer):
         # a head that is not in the folder may be tied: before 5.0 it is by now, later releases do so after loading
         shared = {id(able[name].weight) for name in chosen}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        chosen |= {name for name in able if tied.get(f"{name}.weight", "").removesuffix(".weight") in chosen}
-        chosen |= {name for name, module in able.items() if id(module.weight) in shared}
+        heads = {name for name in able if tied.get(f"{name}.weight", "").removesuffix(".weight") in chosen}
+        heads = (heads | {name for name, module in able.items() if id(module.weight) in shared}) - chosen
+        chosen |= heads
         weights: dict[int, nn.Parameter] = {}
         for module, new in _replace(model, {name: able[name] for name in chosen}, self.quantization_config):
             new.weight = weights.setdefault(id(module.weight), new.weight)
+        for name in heads:  # the folder has no such tensor for them, and memory that nothing is loaded into is not it
+            if isinstance(head := model.get_submodule(name), Int8Linear):
+                head.outliers = None
         for name in chosen:
             keep_from_initialization(model.get_submodule(name.rpartition(".")[0]))
 
@@ -331,7 +335,10 @@ class Int8Quantizer(HfQuantizer):
         """Called before 5.0, before weights are loaded and new ones initialised."""
         stored = {id(module.weight) for name, module in _int8_modules(model) if f"{name}.weight" not in missing_keys}
         _make_float(model, {name: each for name, each in _int8_modules(model) if id(each.weight) not in stored})
-        return missing_keys
+        for name, module in _int8_modules(model):
+            if f"{name}.outliers" in missing_keys:
+                module.outliers = nn.Parameter(torch.full((OUTLIERS,), -1, device="cpu"), requires_grad=False)
+        return [key for key in missing_keys if not key.endswith(".outliers")]  # else they would be emptied
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -344,6 +351,9 @@ class Int8Quantizer(HfQuantizer):
                 with torch.no_grad():
                     model._init_weights(module)
         for name, module in _int8_modules(model):
+            if getattr(module, "outliers", None) is not None and is_new(module, "outliers"):
+                with torch.no_grad():
+                    module.outliers.fill_(-1)  # of a head that the folder does not have, and that is tied
             if not module.weight.is_meta and not is_valid(module.weight):
                 raise ValueError(f"{name}.weight was not loaded: the files of this int8 model do not have it in int8")
         return model
