@@ -170,4 +170,4 @@ def test_a_built_folder_is_verified(tmp_path: Path) -> None:
     model = mymodels.quantize(MyGPT2ForCausalLM(config).eval())
     report = verify(build_repo(model, tokenizer, tmp_path / "repo", card="# card"), quick=True)
     assert not report.failed, report
-    assert {check.name for _, check in report.skipped} == {"device map"}
+    assert not report.skipped, report
