@@ -335,10 +335,12 @@ class Int8Quantizer(HfQuantizer):
         """Called before 5.0, before weights are loaded and new ones initialised."""
         stored = {id(module.weight) for name, module in _int8_modules(model) if f"{name}.weight" not in missing_keys}
         _make_float(model, {name: each for name, each in _int8_modules(model) if id(each.weight) not in stored})
+        given = set()
         for name, module in _int8_modules(model):
             if f"{name}.outliers" in missing_keys:
                 module.outliers = nn.Parameter(torch.full((OUTLIERS,), -1, device="cpu"), requires_grad=False)
-        return [key for key in missing_keys if not key.endswith(".outliers")]  # else they would be emptied
+                given.add(f"{name}.outliers")
+        return [key for key in missing_keys if key not in given]  # transformers empties these
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
