@@ -186,6 +186,17 @@ def check_int8(folder: Path, auto_class: str, other: str) -> None:
     assert not any(tensor.dtype is torch.int8 for tensor in again.state_dict().values())
 
 
+def check_tied_head(folder: Path) -> None:
+    """A folder of 8 bits without the tied head, which is in int8 too: nothing of it is memory that was not written."""
+    model, loading = load("AutoModelForMaskedLM", folder)
+    head = model.get_output_embeddings()
+    assert head.weight is model.get_input_embeddings().weight and head.weight.dtype is torch.int8
+    assert head.outliers is None or (head.outliers == -1).all(), head.outliers
+    assert "cls.predictions.transform.dense.weight" in loading["missing_keys"], loading
+    with torch.no_grad():
+        assert model(torch.arange(2, 20)[None]).logits.isfinite().all()
+
+
 def check_stock_int8() -> None:
     """In the package only: stock models in int8, from a float folder too."""
     config = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 1}
@@ -297,6 +308,8 @@ check_folder(
 check_int8(work / "int8-mygpt2", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
 check_int8(work / "int8-everything", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
 check_int8(work / "int8-mybert", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
+for name in ("headless-base", "headless-classifier"):
+    check_tied_head(work / name)
 check_stock_bert(type(load("AutoModelForSequenceClassification", work / "mybert-classifier")[0]))
 tokenizer = transformers.AutoTokenizer.from_pretrained(work / "mygpt2-demo", **TRUST)
 expected = json.loads((work / "tokens.json").read_text())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tiny import SWITCHES, batch, mybert_config, mygpt2_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from mymodels import MyBertForMaskedLM, MyGPT2ForCausalLM, quantize
+from mymodels import MyBertForMaskedLM, MyBertForSequenceClassification, MyGPT2ForCausalLM, quantize
 from mymodels.hub.releases import PinnedRelease, install, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "mybert": MyBertForMaskedLM(mybert_config()),
     }.items():
         quantize(model.eval(), activation_bits=16).save_pretrained(work / f"int8-{name}", max_shard_size="20KB")
+    masked = quantize(MyBertForMaskedLM(mybert_config()).eval())
+    masked.base_model.config.architectures = ["MyBertModel"]
+    masked.base_model.save_pretrained(work / "headless-base")
+    quantize(MyBertForSequenceClassification(mybert_config()).eval()).save_pretrained(work / "headless-classifier")
     shutil.copytree(ROOT / "hub_repo" / "mygpt2", work / "mygpt2-demo")
     shutil.copytree(ROOT / "hub_repo" / "mybert", work / "mybert-classifier")
     for folder in [*work.glob("my*"), *work.glob("int8-*")]:
