@@ -24,7 +24,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .base import is_hooked
-from .compat import is_new, keep_from_initialization
+from .compat import is_new
 from .int8_layers import OUTLIERS, Int8Embedding, Int8Linear, Int8Weight, is_valid, quantized
 
 logger = logging.get_logger(__name__)
@@ -328,18 +328,21 @@ class Int8Quantizer(HfQuantizer):
         for name in heads:  # the folder has no such tensor for them, and memory that nothing is loaded into is not it
             if isinstance(head := model.get_submodule(name), Int8Linear):
                 head.outliers = None
-        for name in chosen:
-            keep_from_initialization(model.get_submodule(name.rpartition(".")[0]))
 
     def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
         """Called before 5.0, before weights are loaded and new ones initialised."""
-        stored = {id(module.weight) for name, module in _int8_modules(model) if f"{name}.weight" not in missing_keys}
-        _make_float(model, {name: each for name, each in _int8_modules(model) if id(each.weight) not in stored})
-        given = set()
+        modules = _int8_modules(model)
+        stored = {id(module.weight) for name, module in modules if f"{name}.weight" not in missing_keys}
+        _make_float(model, {name: each for name, each in modules if id(each.weight) not in stored})
         for name, module in _int8_modules(model):
             if f"{name}.outliers" in missing_keys:
                 module.outliers = nn.Parameter(torch.full((OUTLIERS,), -1, device="cpu"), requires_grad=False)
-                given.add(f"{name}.outliers")
+            parent, _, _ = name.rpartition(".")
+            around: Any = model.get_submodule(parent)
+            # 4.57 passes `around` to `_init_weights` even if it has all its tensors; stock GPT-2's initialises `c_proj` there
+            if not any(f"{parent}.{own}" in missing_keys for own in around._parameters):
+                around._is_hf_initialized = True
+        given = {f"{name}.outliers" for name, _ in modules}
         return [key for key in missing_keys if key not in given]  # transformers empties these
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -127,15 +127,6 @@ def rename_while_loading(class_name: str, pattern: str, name: str) -> None:
     conversion_mapping.register_checkpoint_conversion_mapping(class_name, [renaming], overwrite=True)
 
 
-def keep_from_initialization(parent: torch.nn.Module) -> None:
-    """Before 5.0, keep `_init_weights` from a module whose children are loaded in int8.
-
-    4.57 passes such modules to it even if all tensors are in the checkpoint, and stock GPT-2's initialises `c_proj` there.
-    """
-    if TRANSFORMERS_VERSION < (5, 0):
-        parent._is_hf_initialized = True  # type: ignore[assignment]
-
-
 def is_new(module: torch.nn.Module, name: str = "weight") -> bool:
     """From 5.0, whether a parameter of a loaded model's module was not in the checkpoint; before, always False.
 
