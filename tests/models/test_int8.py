@@ -19,6 +19,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    DistilBertModel,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -337,6 +340,34 @@ def test_dequantize_returns_to_a_float_model(name: str, tmp_path: Path) -> None:
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert (outputs(model, inputs) - truth).abs().max() < 1e-5 * truth.abs().max()
     assert not getattr(model, "is_quantized", False)
+    model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and same_layout(made(name), again)
+    assert torch.equal(outputs(again, inputs), outputs(model, inputs))
+
+
+@pytest.fixture
+def filled_memory():
+    """New tensors hold NaN, and integers their largest value."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_bias_that_a_folder_lacks_is_initialised(tmp_path: Path, filled_memory: None) -> None:
+    mymodels.quantize(made("mygpt2 untied")).save_pretrained(tmp_path / "own")
+    tensors = load_file(tmp_path / "own" / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.bias"]
+    save_file(tensors, tmp_path / "own" / "model.safetensors", metadata={"format": "pt"})
+    again, info = MyGPT2ForCausalLM.from_pretrained(tmp_path / "own", output_loading_info=True)
+    assert info["missing_keys"] == {"model.layers.0.mlp.up_proj.bias"}
+    assert torch.equal(again.model.layers[0].mlp.up_proj.bias, torch.zeros(128))
+    # a head that is tied, and in int8 too, but for its bias
+    torch.manual_seed(0)
+    base = DistilBertModel(DistilBertConfig(vocab_size=97, dim=32, hidden_dim=64, n_layers=2, n_heads=4)).eval()
+    mymodels.quantize(base).save_pretrained(tmp_path / "distil")
+    masked = DistilBertForMaskedLM.from_pretrained(tmp_path / "distil")
+    assert isinstance(masked.vocab_projector, Int8Linear) and not masked.vocab_projector.bias.any()
 
 
 def test_what_cannot_be_quantised_is_refused_and_not_changed() -> None:

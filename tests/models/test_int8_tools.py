@@ -90,6 +90,8 @@ def test_a_model_with_an_adapter_is_refused(folders: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"quantize was called on a PeftModel\w* with an adapter: merge it first"):
         mymodels.quantize(adapted)
+    with pytest.raises(ValueError, match=r"quantize was called on a MyGPT2ForCausalLM with an adapter: merge it first"):
+        mymodels.quantize(adapted.base_model.model)
     merged = mymodels.quantize(adapted.merge_and_unload())
     assert isinstance(merged.model.layers[0].self_attn.q_proj, Int8Linear)
 

@@ -195,6 +195,12 @@ def check_tied_head(folder: Path) -> None:
     assert "cls.predictions.transform.dense.weight" in loading["missing_keys"], loading
     with torch.no_grad():
         assert model(torch.arange(2, 20)[None]).logits.isfinite().all()
+    try:
+        load("AutoModelForMaskedLM", folder, vocab_size=120)
+    except (RuntimeError, ValueError) as error:
+        assert "shape" in str(error) or "size" in str(error), error
+    else:
+        raise AssertionError("sizes that differ were not noticed")
 
 
 def check_stock_int8() -> None:
