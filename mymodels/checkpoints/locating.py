@@ -87,7 +87,8 @@ def locate(
     try:
         folder = fetched(None if everything else OTHER_WEIGHTS)
         # the Hub is not asked for its list of files: off line, a repo that was fetched once must be found again
-        return folder if everything or any(folder.rglob("*.safetensors")) else fetched(None)
+        has_weights = any(".safetensors" in file.name for file in weight_files(folder))
+        return folder if everything or has_weights else fetched(None)
     except Exception as error:
         raise FileNotFoundError(_why_not_fetched(path, revision, error)) from error
 
@@ -104,7 +105,8 @@ def _why_not_fetched(path: str | os.PathLike, revision: str | None, error: Excep
         return missing + f"the Hub's repo has no revision {revision}"
     if type(error) is errors.LocalEntryNotFoundError and error.__cause__ is not None:
         return missing + (
-            f"the Hub did not answer ({first_line(error.__cause__)}), nor is a repo of this name in its cache"
+            f"the Hub did not answer ({first_line(error.__cause__)}), nor is "
+            f"{'it' if revision is None else f'its revision {revision}'} in the cache"
         )
     return missing + f"no Hub repo could be fetched: {first_line(error, 600)}"
 

@@ -28,6 +28,11 @@ def ask(hub: Hub, client):
         "refs/heads/main", {name: Blob.regular(name.encode()) for name in (WEIGHTS[0], WEIGHTS[2])}, "files"
     )
 
+    others = (*WEIGHTS[::2], "golden.safetensors", "lora/adapter_model.safetensors")
+    hub.create("me/golden", private=False).commit(
+        "refs/heads/main", {name: Blob.regular(name.encode()) for name in others}, "files"
+    )
+
     def run(call: str) -> str:
         return client(f"{CODE}\nasked({call})", path=os.pathsep.join(sys.path)).communicate()[0]
 
@@ -45,6 +50,7 @@ def away(hub: Hub) -> None:
         ("'me/both'", WEIGHTS[:2]),
         ("'me/both', everything=True", WEIGHTS),
         ("'me/pickled'", [WEIGHTS[0], WEIGHTS[2]]),
+        ("'me/golden'", ["config.json", "golden.safetensors", "lora", "pytorch_model.bin"]),
     ],
 )
 def test_fetched_once_is_found_without_the_hub(hub, ask, call: str, files: list[str]) -> None:
@@ -78,7 +84,7 @@ def test_never_fetched_and_no_hub(hub, ask) -> None:
     away(hub)
     start, end = ask("'me/both'").split("(")
     assert start == "there is no file or folder me/both, and the Hub did not answer "
-    assert end.endswith("Connection refused), nor is a repo of this name in its cache\n")
+    assert end.endswith("Connection refused), nor is it in the cache\n")
 
 
 def test_partly_fetched(hub, ask) -> None:
