@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .base import is_hooked
 from .compat import is_new
-from .int8_layers import OUTLIERS, Int8Embedding, Int8Linear, Int8Weight, is_valid, quantized
+from .int8_layers import OUTLIERS, Int8Embedding, Int8Linear, Int8Weight, initial_bias, is_valid, quantized
 
 logger = logging.get_logger(__name__)
 METHOD = "mymodels-int8"
@@ -84,8 +84,10 @@ def quantize(
         >>> model = mymodels.quantize(AutoModelForCausalLM.from_pretrained(path))
         >>> model.save_pretrained("model-int8")
     """
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
-        what = "with an adapter: merge it first" if hasattr(model, "peft_config") else "that is no transformers model"
+    adapted = isinstance(model, nn.Module) and any("base_layer" in module._modules for module in model.modules())
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False) or adapted:
+        adapted = adapted or hasattr(model, "peft_config")
+        what = "with an adapter: merge it first" if adapted else "that is no transformers model"
         raise ValueError(f"quantize was called on a {type(model).__name__} {what}")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantised already: its config has a quantization_config")
@@ -258,12 +260,17 @@ def _make_float(model: nn.Module, modules: dict[str, Any], values: dict[int, tor
                 empty = torch.empty(rows, columns, dtype=module.dtype, device=module.weight.device)
                 weights[id(module.weight)] = nn.Parameter((values or {}).get(id(module.weight), empty))
             new: Any
+            weight = weights[id(module.weight)]
             if isinstance(module, Int8Embedding):
                 new = nn.Embedding(rows, columns, module.padding_idx, device="meta")
+            elif getattr(module, "was_conv1d", False):
+                with torch.device("meta"):
+                    new = Conv1D(rows, columns)
+                weight, new.bias = nn.Parameter(weight.detach().t().contiguous()), module.bias
             else:
                 new = nn.Linear(columns, rows, module.bias is not None, device="meta")
                 new.bias = module.bias
-            new.weight = weights[id(module.weight)]
+            new.weight = weight
             made[id(module)] = new.train(module.training)
         _set_submodule(model, name, made[id(module)])
     return list(made.values())
@@ -286,7 +293,7 @@ def _int8_module(module: Any, config: Int8Config) -> nn.Module:
     new: Any
     if size := _size_of_linear(module):
         new = Int8Linear(*size, module.bias is not None, config.activation_bits or 16, **like)
-        new.bias = module.bias
+        new.bias, new.was_conv1d = module.bias, type(module) is Conv1D
     else:
         new = Int8Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, **like)
     return new.train(module.training)
@@ -302,6 +309,8 @@ class Int8Quantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: Any
+    missing: set[str] = set()  # before 5.0: what the files do not have
+    shapes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         own = sys.modules.get(f"{type(model).__module__.rpartition('.')[0]}.int8")
@@ -325,6 +334,7 @@ class Int8Quantizer(HfQuantizer):
         weights: dict[int, nn.Parameter] = {}
         for module, new in _replace(model, {name: able[name] for name in chosen}, self.quantization_config):
             new.weight = weights.setdefault(id(module.weight), new.weight)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for name in heads:  # the folder has no such tensor for them, and memory that nothing is loaded into is not it
             if isinstance(head := model.get_submodule(name), Int8Linear):
                 head.outliers = None
@@ -334,21 +344,23 @@ class Int8Quantizer(HfQuantizer):
         modules = _int8_modules(model)
         stored = {id(module.weight) for name, module in modules if f"{name}.weight" not in missing_keys}
         _make_float(model, {name: each for name, each in modules if id(each.weight) not in stored})
-        for name, module in _int8_modules(model):
-            if f"{name}.outliers" in missing_keys:
-                module.outliers = nn.Parameter(torch.full((OUTLIERS,), -1, device="cpu"), requires_grad=False)
+        for name, _ in _int8_modules(model):
             parent, _, _ = name.rpartition(".")
             around: Any = model.get_submodule(parent)
             # 4.57 passes `around` to `_init_weights` even if it has all its tensors; stock GPT-2's initialises `c_proj` there
             if not any(f"{parent}.{own}" in missing_keys for own in around._parameters):
                 around._is_hf_initialized = True
-        given = {f"{name}.outliers" for name, _ in modules}
-        return [key for key in missing_keys if key not in given]  # transformers empties these
+        self.missing = set(missing_keys)
+        gone = {f"{name}.outliers" for name, _ in modules} - {f"{name}.outliers" for name, _ in _int8_modules(model)}
+        return [key for key in missing_keys if key not in gone]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             _convert(model, self.quantization_config)
             return model
+        for name, parameter in model.named_parameters():  # some 5.x releases do not compare sizes in int8 folders
+            if (read := tuple(parameter.shape)) != (own := tuple(self.shapes.get(name, parameter.shape))):
+                raise ValueError(f"{name} has the shape {read} in the files, and {own} by the config: these must agree")
         modules = dict(_int8_modules(model))
         if not all(new := [is_new(module) for module in modules.values()]):
             missing = {name: module for (name, module), is_missing in zip(modules.items(), new) if is_missing}
@@ -356,9 +368,11 @@ class Int8Quantizer(HfQuantizer):
                 with torch.no_grad():
                     model._init_weights(module)
         for name, module in _int8_modules(model):
-            if getattr(module, "outliers", None) is not None and is_new(module, "outliers"):
-                with torch.no_grad():
-                    module.outliers.fill_(-1)  # of a head that the folder does not have, and that is tied
+            for own in ("outliers", "bias"):  # of a head that the folder does not have, and that is tied
+                parameter = getattr(module, own, None)
+                if parameter is not None and (f"{name}.{own}" in self.missing or is_new(module, own)):
+                    with torch.no_grad():
+                        parameter.copy_(initial_bias(model, len(parameter)) if own == "bias" else torch.tensor(-1))
             if not module.weight.is_meta and not is_valid(module.weight):
                 raise ValueError(f"{name}.weight was not loaded: the files of this int8 model do not have it in int8")
         return model

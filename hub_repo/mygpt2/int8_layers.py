@@ -42,6 +42,15 @@ def is_valid(weight: torch.Tensor) -> bool:
     return bool((scale.isfinite() & (scale > 0)).all())
 
 
+def initial_bias(model: Any, outputs: int) -> torch.Tensor:
+    """The bias that a model gives a new linear layer; 0 if it gives none."""
+    layer = nn.Linear(1, outputs, device="cpu")
+    with torch.no_grad():
+        layer.bias.zero_()
+        model._init_weights(layer)
+    return layer.bias
+
+
 class Int8Weight(nn.Module):
     """An int8 weight that is not trained.
 
