@@ -350,7 +350,7 @@ class Int8Quantizer(HfQuantizer):
             # 4.57 passes `around` to `_init_weights` even if it has all its tensors; stock GPT-2's initialises `c_proj` there
             if not any(f"{parent}.{own}" in missing_keys for own in around._parameters):
                 around._is_hf_initialized = True
-        self.missing = set(missing_keys)
+        self.missing, self.shapes = set(missing_keys), {}  # these releases compare sizes themselves
         gone = {f"{name}.outliers" for name, _ in modules} - {f"{name}.outliers" for name, _ in _int8_modules(model)}
         return [key for key in missing_keys if key not in gone]
 
