@@ -360,7 +360,7 @@ class Int8Quantizer(HfQuantizer):
             return model
         for name, parameter in model.named_parameters():  # some 5.x releases do not compare sizes in int8 folders
             if (read := tuple(parameter.shape)) != (size := tuple(self.shapes.get(name, parameter.shape))):
-                raise ValueError(f"{name} has the shape {read} in the files, and {size} by the config: these must agree")
+                raise ValueError(f"{name} has the shape {read} in the files, {size} by the config: make them agree")
         modules = dict(_int8_modules(model))
         if not all(new := [is_new(module) for module in modules.values()]):
             missing = {name: module for (name, module), is_missing in zip(modules.items(), new) if is_missing}
