@@ -368,7 +368,7 @@ class Int8Quantizer(HfQuantizer):
                 with torch.no_grad():
                     model._init_weights(module)
         for name, module in _int8_modules(model):
-            for own in ("outliers", "bias"):  # of a head that the folder does not have, and that is tied
+            for own in ("outliers", "bias"):  # which the files may lack, as those of a tied head
                 parameter = getattr(module, own, None)
                 if parameter is not None and (f"{name}.{own}" in self.missing or is_new(module, own)):
                     with torch.no_grad():
