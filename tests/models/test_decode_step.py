@@ -17,7 +17,7 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mymodels import MyGPT2ForCausalLM, quantize
-from mymodels.models import attention, decode_step, decoding, int8_layers, modeling_mygpt2
+from mymodels.models import attention, decode_step, decoding, int8_products, modeling_mygpt2
 from mymodels.models.int8_products import top_level
 from mymodels.models.products import ONE_DNN, compiled
 
@@ -40,10 +40,10 @@ def row_tables(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     if not top_level():
         pytest.skip("torch without FBGEMM")
     made: list[Any] = []
-    make = int8_layers.row_table
-    monkeypatch.setattr(int8_layers, "row_table", lambda *args: (made.append(make(*args)), made[-1])[1])
-    monkeypatch.setattr(int8_layers, "LARGE", 0)
-    monkeypatch.setattr(int8_layers, "table_pays", lambda *args: True)
+    make = int8_products.row_table
+    monkeypatch.setattr(int8_products, "row_table", lambda *args: (made.append(make(*args)), made[-1])[1])
+    monkeypatch.setattr(int8_products, "LARGE", 0)
+    monkeypatch.setattr(int8_products, "table_pays", lambda *args: True)
     return made
 
 

@@ -42,8 +42,8 @@ from mymodels import (
     MyGPT2ForSequenceClassification,
     MyGPT2Model,
 )
-from mymodels.models.int8 import LEAST, Int8Config
-from mymodels.models.int8_layers import Int8Embedding, Int8Linear, Int8Weight
+from mymodels.models.int8 import Int8Config
+from mymodels.models.int8_layers import LEAST, Int8Embedding, Int8Linear, Int8Weight
 
 
 def llama(**changes) -> LlamaForCausalLM:

@@ -183,7 +183,7 @@ def test_where_the_fast_product_steps_aside_the_result_is_the_same() -> None:
 @torch.no_grad()
 def test_without_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_layers, "top_level", lambda: 0)
-    monkeypatch.setattr(int8_layers, "pack", None)
+    monkeypatch.setattr(int8_products, "pack", None)
     layer, eight = linear(bits=8)
     states = torch.randn(4, 96)
     assert largest(eight(states), truth(layer, states)) < 1e-6
@@ -226,8 +226,8 @@ def test_the_levels_are_found_by_a_product() -> None:
 @pytest.fixture(params=["rows", "one row", "one row and a table"])
 def states(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """States that are multiplied with a packed weight, or with a table, as with large weights where this is faster."""
-    monkeypatch.setattr(int8_layers, "LARGE", 0)
-    monkeypatch.setattr(int8_layers, "table_pays", lambda *args: "table" in request.param)
+    monkeypatch.setattr(int8_products, "LARGE", 0)
+    monkeypatch.setattr(int8_products, "table_pays", lambda *args: "table" in request.param)
     return torch.randn(4 if request.param == "rows" else 1, 96)
 
 

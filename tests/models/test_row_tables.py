@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mymodels.models import int8_layers
+from mymodels.models import int8_products
 from mymodels.models.int8_layers import Int8Linear, joint_product_of_few, quantized
 from mymodels.models.int8_products import compiled, row_product, row_table, table_pays, top_level
 
@@ -65,7 +65,7 @@ def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     small.weight = nn.Parameter(quantized(torch.randn(80, 96), "layer"), requires_grad=False)
     nn.init.normal_(small.bias)
     for pays, (layer, row) in itertools.product([True, False], [(large, one), (small, one[:, :96]), (eight, one)]):
-        monkeypatch.setattr(int8_layers, "table_pays", lambda *args, pays=pays: pays)
+        monkeypatch.setattr(int8_products, "table_pays", lambda *args, pays=pays: pays)
         layer.repack()
         expected = nn.functional.linear(row, layer.dequantized(), layer.bias)
         tolerance = (0.03 if layer is eight else 1e-4) * expected.abs().max()
@@ -79,7 +79,7 @@ def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def test_layers_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_layers, "table_pays", lambda *args: True)
+    monkeypatch.setattr(int8_products, "table_pays", lambda *args: True)
     parts, row = layers(), torch.randn(1, 1024)
 
     def check(*tolerances: float) -> None:

@@ -46,6 +46,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     masked.base_model.config.architectures = ["MyBertModel"]
     masked.base_model.save_pretrained(work / "headless-base")
     quantize(MyBertForSequenceClassification(mybert_config()).eval()).save_pretrained(work / "headless-classifier")
+    quantize(MyBertForSequenceClassification(mybert_config(num_labels=40)).eval()).save_pretrained(
+        work / "eight-labels"
+    )
     shutil.copytree(ROOT / "hub_repo" / "mygpt2", work / "mygpt2-demo")
     shutil.copytree(ROOT / "hub_repo" / "mybert", work / "mybert-classifier")
     for folder in [*work.glob("my*"), *work.glob("int8-*")]:
