@@ -127,16 +127,6 @@ def rename_while_loading(class_name: str, pattern: str, name: str) -> None:
     conversion_mapping.register_checkpoint_conversion_mapping(class_name, [renaming], overwrite=True)
 
 
-def is_new(module: torch.nn.Module, name: str = "weight") -> bool:
-    """From 5.0, whether a parameter of a loaded model's module was not in the checkpoint; before, always False.
-
-    Modules with hooks, which accelerate places, count as loaded.
-    """
-    if TRANSFORMERS_VERSION < (5, 0) or hasattr(module, "_hf_hook"):
-        return False
-    return not getattr(getattr(module, name), "_is_hf_initialized", False)
-
-
 # tensor-parallel styles, whose names differ by release; None: the release has no such style
 TP_COLWISE_GATHERED = "colwise_gather_output" if TRANSFORMERS_VERSION >= (5, 1) else "colwise_rep"
 TP_EMBEDDING_ROWWISE = "embedding_rowwise" if TRANSFORMERS_VERSION >= (5, 1) else None

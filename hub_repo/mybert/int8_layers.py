@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .compat import readable
-from .int8_products import Outliers, RowTable, multiply, pack, row_product, row_table, table_pays, top_level
-from .products import LARGE, compiled
+from .int8_products import OUTLIERS, Forms, Outliers, product_of, top_level
 
-OUTLIERS = 8  # columns of states that are multiplied in float, see `Outliers`
+LEAST = 32  # a layer with fewer inputs or outputs, such as a classifier, is not converted
 OFTEN = 64  # products of few rows, after which it is worth while to move the weights into huge pages
 ROWS = 512  # of states that are multiplied at once, so that the temporary tensors stay in the caches
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
@@ -185,17 +185,17 @@ class Int8Linear(Int8Weight):
         rows, forms = states.reshape(-1, self.in_features).float(), self.forms()
         bias = None if self.bias is None else self.bias.float()
         if len(rows) <= ROWS:
-            product = _product([self], forms, rows, bias)
+            product = product_of([self], forms, rows, bias)
         else:
             product = rows.new_empty(len(rows), self.out_features)
             for part, into in zip(rows.split(ROWS), product.split(ROWS)):
-                _product([self], forms, part, bias, into)
+                product_of([self], forms, part, bias, into)
         return product.view(*states.shape[:-1], self.out_features).to(states.dtype)
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
         """`forward` for float32 `rows` `[rows, in_features]` on the CPU, few and without gradients."""
         self.count_product()
-        return _product([self], self.forms(), rows, self._parameters["bias"])
+        return product_of([self], self.forms(), rows, self._parameters["bias"])
 
     def count_product(self) -> None:
         """Count a product of few rows. After `OFTEN`, the weights are moved into huge pages."""
@@ -218,7 +218,7 @@ class Int8Linear(Int8Weight):
             return False
         return top_level() > 0
 
-    def forms(self) -> "Forms":
+    def forms(self) -> Forms:
         """Forms of the weight, new ones after it or `activation_bits` was modified."""
         weight, (made_from, alias, version, forms) = self.weight, self._packed
         is_same = weight is made_from and weight._version == version and weight.data_ptr() == alias.data_ptr()
@@ -262,53 +262,6 @@ class Int8Linear(Int8Weight):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activation_bits} bits"
 
 
-class Forms:
-    """The weight of a layer, or of some as one layer, for the kernels. Each form is made when it is first needed.
-
-    Its methods are always given the same layers, which it does not keep: they keep it.
-    """
-
-    def __init__(self, bits: int, outliers: Outliers | None = None):
-        self.bits, self.outliers = bits, outliers
-        self._packed: Any = None
-        self._table: RowTable | None = None
-
-    def packed(self, layers: Sequence[Int8Linear]) -> Any:
-        """FBGEMM's form for rows."""
-        if self._packed is None:
-            self._packed = pack(*_joined(layers))
-        return self._packed
-
-    def table(self, layers: Sequence[Int8Linear], rows: int) -> RowTable | None:
-        """The form for one row; None for more rows, or where it is not faster."""
-        inputs, outputs = layers[0].in_features, sum(layer.out_features for layer in layers)
-        if rows != 1 or self.bits != 16 or inputs * outputs < LARGE:
-            return None
-        if not table_pays(inputs, torch.get_num_threads()):
-            return None
-        if self._table is None:
-            self._table = row_table(*_joined(layers))
-        return self._table
-
-
-def _joined(layers: Sequence[Int8Linear]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values `[outputs, inputs]` and scales `[outputs]` of all layers."""
-    return torch.cat([layer.values for layer in layers]), torch.cat([layer.scale for layer in layers])
-
-
-def _product(
-    layers: Sequence[Int8Linear],
-    forms: Forms,
-    rows: torch.Tensor,
-    bias: torch.Tensor | None,
-    into: torch.Tensor | None = None,
-) -> torch.Tensor:
-    table = forms.table(layers, len(rows)) if into is None else None
-    if table is not None:
-        return compiled(row_product)(rows, table, bias)
-    return multiply(rows, forms.packed(layers), bias, forms.bits, into, forms.outliers)
-
-
 def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """`product_of_few` of several layers for the same rows: one product with a joint copy of their weights."""
     forms = joint_forms(layers)
@@ -317,7 +270,7 @@ def joint_product_of_few(layers: Sequence[Int8Linear], rows: torch.Tensor) -> Se
     biases: list[Any] = [layer._parameters["bias"] for layer in layers]
     # joined at each call: a copy would miss changes through `bias.data`
     bias = None if biases[0] is None else torch.cat(biases)
-    return _product(layers, forms, rows, bias).split([layer.out_features for layer in layers], -1)
+    return product_of(layers, forms, rows, bias).split([layer.out_features for layer in layers], -1)
 
 
 def joint_forms(layers: Sequence[Int8Linear]) -> Forms | None:
@@ -341,3 +294,83 @@ def joint_forms(layers: Sequence[Int8Linear]) -> Forms | None:
         made_from = [(each, each.detach(), each._version, layer._repacks) for layer, each in zip(layers, weights)]
         first._joint = made_from, forms
     return forms
+
+
+def size_of_linear(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer that can be converted; None for another module."""
+    if type(module) is nn.Linear:
+        size = module.in_features, module.out_features
+    elif type(module) is Conv1D:
+        size = module.nx, module.nf
+    else:
+        return None
+    return size if min(size) >= LEAST and module.weight.is_floating_point() else None
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether this is an embedding that can be converted."""
+    return type(module) is nn.Embedding and module.max_norm is None and module.weight.is_floating_point()
+
+
+def int8_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """The int8 modules with their names; one of two names is there twice."""
+    named = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in named if isinstance(module, Int8Weight)]
+
+
+def make_float(model: nn.Module, modules: dict[str, Any], values: dict[int, torch.Tensor] | None = None) -> None:
+    """Put float modules in the place of int8 ones, in training again.
+
+    Args:
+        values: float weight by the id of the int8 one; else the weights are empty.
+    """
+    weights: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    made: dict[int, Any] = {}
+    for name, module in modules.items():
+        if id(module) not in made:
+            rows, columns = module.weight.shape[0], module.weight.shape[1] - 4
+            if id(module.weight) not in weights:
+                empty = torch.empty(rows, columns, dtype=module.dtype, device=module.weight.device)
+                weights[id(module.weight)] = nn.Parameter((values or {}).get(id(module.weight), empty))
+            new: Any
+            weight = weights[id(module.weight)]
+            if isinstance(module, Int8Embedding):
+                new = nn.Embedding(rows, columns, module.padding_idx, device="meta")
+            elif getattr(module, "was_conv1d", False):
+                with torch.device("meta"):
+                    new = Conv1D(rows, columns)
+                weight, new.bias = nn.Parameter(weight.detach().t().contiguous()), module.bias
+            else:
+                new = nn.Linear(columns, rows, module.bias is not None, device="meta")
+                new.bias = module.bias
+            new.weight = weight
+            made[id(module)] = new.train(module.training)
+        _set_submodule(model, name, made[id(module)])
+
+
+def replace(model: nn.Module, modules: dict[str, Any], bits: int) -> list[tuple[Any, Any]]:
+    """Put empty int8 modules in the place of others. Returns each with the new one."""
+    made: dict[int, tuple[Any, Any]] = {}  # a module may be there under several names
+    for name, module in modules.items():
+        if id(module) not in made:
+            made[id(module)] = module, _int8_module(module, bits)
+        elif size_of_linear(module):  # files share no tensors that the model's class does not declare as tied
+            made[id(module)][1].outliers = None
+        _set_submodule(model, name, made[id(module)][1])
+    return list(made.values())
+
+
+def _int8_module(module: Any, bits: int) -> nn.Module:
+    like = {"dtype": module.weight.dtype, "device": module.weight.device}
+    new: Any
+    if size := size_of_linear(module):
+        new = Int8Linear(*size, module.bias is not None, bits, **like)
+        new.bias, new.was_conv1d = module.bias, type(module) is Conv1D
+    else:
+        new = Int8Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, **like)
+    return new.train(module.training)
+
+
+def _set_submodule(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)

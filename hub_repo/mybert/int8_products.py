@@ -6,12 +6,16 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
-from .products import LOCK, compiled, least_seconds
+from .products import LARGE, LOCK, compiled, least_seconds
 
+logger = logging.get_logger(__name__)
+OUTLIERS = 8  # columns of states that are multiplied in float, see `Outliers`
 BLOCK = 192  # outputs that a `RowTable` computes at once: of 128 to 768, the fastest on an AMD EPYC
 
 
@@ -207,3 +211,93 @@ def table_pays(inputs: int, threads: int) -> bool:
         (lambda table: compiled(row_product)(row, table, None), [row_table(values, scale) for _ in range(count)]),
     )
     return by_table <= 0.95 * by_packed
+
+
+def largest_columns(model: Any, layers: Sequence[Any]) -> dict[int, torch.Tensor]:
+    """By the id of a linear layer of a model, the columns of its largest states in a forward pass of random tokens, if they stand out.
+
+    They belong to the model: in BERT, the same few columns of a layer are large for every token of every text.
+    """
+    largest: dict[int, torch.Tensor] = {}
+
+    def note(module: Any, states: tuple[Any, ...]) -> None:
+        top = states[0].detach().flatten(0, -2).abs().amax(0)
+        largest[id(module)] = torch.maximum(top, largest.get(id(module), top))
+
+    hooks = [each.register_forward_pre_hook(note) for each in layers]
+    training = [each for each in model.modules() if each.training]
+    config, device = model.config, layers[0].weight.device
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    size = 8, min(64, limit) if limit > 0 else 64  # XLNet has -1
+    try:
+        model.eval()
+        ids = torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+        end: Any = getattr(config, "eos_token_id", None)
+        if end in range(config.vocab_size):  # BART's classifier needs one
+            ids[ids == end] = (end + 1) % config.vocab_size
+            ids[:, -1] = end
+        names = ("input_ids", "decoder_input_ids")[: 1 + config.is_encoder_decoder]
+        with torch.no_grad():
+            for text in ids.to(device).split(1):  # GPT-2's classifier takes no batches without a padding token
+                model(**dict.fromkeys(names, text))
+    except Exception as error:  # a model of other inputs
+        logger.warning(
+            f"quantize: {type(model).__name__} could not be run on random tokens to find its largest states ({error}): "
+            "8 bits may cost more accuracy than necessary"
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for each in training:
+            each.training = True
+    found = {key: top.topk(OUTLIERS + 1) for key, top in largest.items()}
+    # where the largest is no larger than others, nothing is gained by float products, which cost time
+    return {key: top.indices[:-1] for key, top in found.items() if top.values[0] > 1.5 * top.values[-1]}
+
+
+class Forms:
+    """The weight of a layer, or of some as one layer, for the kernels. Each form is made when it is first needed.
+
+    Its methods are always given the same layers, which it does not keep: they keep it.
+    """
+
+    def __init__(self, bits: int, outliers: Outliers | None = None):
+        self.bits, self.outliers = bits, outliers
+        self._packed: Any = None
+        self._table: RowTable | None = None
+
+    def packed(self, layers: Sequence[Any]) -> Any:
+        """FBGEMM's form for rows."""
+        if self._packed is None:
+            self._packed = pack(*_joined(layers))
+        return self._packed
+
+    def table(self, layers: Sequence[Any], rows: int) -> RowTable | None:
+        """The form for one row; None for more rows, or where it is not faster."""
+        inputs, outputs = layers[0].in_features, sum(layer.out_features for layer in layers)
+        if rows != 1 or self.bits != 16 or inputs * outputs < LARGE:
+            return None
+        if not table_pays(inputs, torch.get_num_threads()):
+            return None
+        if self._table is None:
+            self._table = row_table(*_joined(layers))
+        return self._table
+
+
+def _joined(layers: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values `[outputs, inputs]` and scales `[outputs]` of all layers."""
+    return torch.cat([layer.values for layer in layers]), torch.cat([layer.scale for layer in layers])
+
+
+def product_of(
+    layers: Sequence[Any],
+    forms: Forms,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The product of `rows` with the joint weight of layers, whose `forms` these are."""
+    table = forms.table(layers, len(rows)) if into is None else None
+    if table is not None:
+        return compiled(row_product)(rows, table, bias)
+    return multiply(rows, forms.packed(layers), bias, forms.bits, into, forms.outliers)

@@ -36,8 +36,8 @@ from .decoding import (
     is_stock,
     is_unwrapped,
 )
-from .int8_layers import Forms, Int8Linear, joint_forms
-from .int8_products import Levels, Outliers, RowTable, levels_of, packed_product, row_product, top_level
+from .int8_layers import Int8Linear, joint_forms
+from .int8_products import Forms, Levels, Outliers, RowTable, levels_of, packed_product, row_product, top_level
 from .products import LARGE, batched, compiled, count_product, fastest, in_parts, one_dnn, parts_of, turned
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu", "relu2")

@@ -5,6 +5,7 @@ Each row of a weight is stored as int8, followed by its scale `largest absolute 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
+import copy
 import functools
 import inspect
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -24,12 +25,22 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .base import is_hooked
-from .compat import is_new
-from .int8_layers import OUTLIERS, Int8Embedding, Int8Linear, Int8Weight, initial_bias, is_valid, quantized
+from .int8_layers import (
+    Int8Linear,
+    Int8Weight,
+    initial_bias,
+    int8_modules,
+    is_embedding,
+    is_valid,
+    make_float,
+    quantized,
+    replace,
+    size_of_linear,
+)
+from .int8_products import OUTLIERS, largest_columns
 
 logger = logging.get_logger(__name__)
 METHOD = "mymodels-int8"
-LEAST = 32  # a layer with fewer inputs or outputs, such as a classifier, is not converted
 
 
 class Int8Config(QuantizationConfigMixin):
@@ -59,6 +70,10 @@ class Int8Config(QuantizationConfigMixin):
         self.quant_method: Any = METHOD
         self.activation_bits, self.modules_to_not_convert = activation_bits, modules_to_not_convert
         self.modules = modules
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """For `from_pretrained(path, config=model.config)`, where transformers expects a dictionary."""
+        return getattr(self, name, default)
 
 
 def quantize(
@@ -95,11 +110,23 @@ def quantize(
     quantizer = Int8Quantizer(config, pre_quantized=False)
     _convert(model, config)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = True
-    model.config.quantization_config = config
+    _copy_configs(model)
+    nested = {id(value) for value in vars(model.config).values()}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config._is_quantized = True
+            if id(part.config) not in nested:  # as that of T5's encoder, which can be saved alone
+                part.config.quantization_config = config
     return model
+
+
+def _copy_configs(model: PreTrainedModel) -> None:
+    """Give a model a config of its own: another one may share it."""
+    copies: dict[int, Any] = {}  # by the id of a config: a module may have a part of the model's one
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PretrainedConfig):
+                setattr(module, name, copy.deepcopy(value, copies))
 
 
 def _convert(model: PreTrainedModel, config: Int8Config) -> None:
@@ -112,13 +139,14 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
         for parameter in module._parameters.values():
             owners[id(parameter)].append(name)
     try:
-        tokens = model.get_input_embeddings()
+        tokens: Any = model.get_input_embeddings()
     except NotImplementedError:
         tokens = None
+    tokens = getattr(tokens, "weight", None)
     able = {
         name
         for name, module in modules.items()
-        if _size_of_linear(module) or (module is tokens and _is_embedding(module))
+        if size_of_linear(module) or (is_embedding(module) and module.weight is tokens)
     }
     read = {name for name in able if _is_read(name, modules)}
     changed = {name for name in able if is_hooked(modules[name]) or "weight" not in modules[name]._parameters}
@@ -131,6 +159,10 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
         raise ValueError(f"modules_to_not_convert: {type(model).__name__} has no module {', '.join(unknown)}")
     chosen = {name for name in able - read - changed if not _is_excluded(name, excluded)}
     chosen = {name for name in chosen if chosen >= set(owners[id(modules[name].weight)])}
+    if not chosen and any(hasattr(module, "_hf_hook") for module in modules.values()):
+        raise ValueError(
+            f"{type(model).__name__} was placed by a device_map: quantise and save it without one, then load that with it"
+        )
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no layer that can be quantised")
     done: dict[int, nn.Parameter] = {}  # by the float weight: tied weights stay tied
@@ -142,8 +174,9 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
         if id(weight) not in done:
             values = quantized(weight.t() if isinstance(module, Conv1D) else weight, name)
             done[id(weight)] = nn.Parameter(values, requires_grad=False)
-    large = _largest_columns(model, {name: modules[name] for name in chosen}) if config.activation_bits == 8 else {}
-    for module, new in _replace(model, {name: modules[name] for name in chosen}, config):
+    linear = [modules[name] for name in sorted(chosen) if size_of_linear(modules[name])]
+    large = largest_columns(model, linear) if linear and config.activation_bits == 8 else {}
+    for module, new in replace(model, {name: modules[name] for name in chosen}, config.activation_bits):
         new.weight = done[id(module.weight)]
         if getattr(new, "outliers", None) is not None:
             columns = large.get(id(module), new.outliers)
@@ -152,10 +185,17 @@ def _convert(model: PreTrainedModel, config: Int8Config) -> None:
 
 
 def _is_read(name: str, modules: dict[str, Any]) -> bool:
-    """Whether the code around a layer reads its weight (`self.proj.weight`), as Mamba's does, and not only calls it."""
+    """Whether the code reads a layer's weight, and not only calls the layer.
+
+    It may do so in the class around it (`self.proj.weight`), as Mamba's, or where it is an argument of the same name.
+    """
     around, _, last = name.rpartition(".")
     own = takewhile(lambda kind: kind not in (PreTrainedModel, nn.Module), type(modules[around]).__mro__)
-    return any(re.search(rf"\bself\.{re.escape(last)}\.weight\b", _source(kind)) for kind in own)
+    others = {type(module) for module in modules.values() if not isinstance(module, PreTrainedModel)}
+    read = rf"\b{re.escape(last)}\.weight\b"
+    return any(re.search(rf"\bself\.{read}", _source(kind)) for kind in own) or any(
+        re.search(rf"(?<![.\w]){read}", _source(kind)) for kind in others
+    )
 
 
 @functools.cache
@@ -164,52 +204,6 @@ def _source(kind: type) -> str:
         return inspect.getsource(kind)
     except (OSError, TypeError):
         return ""
-
-
-def _largest_columns(model: PreTrainedModel, modules: dict[str, Any]) -> dict[int, torch.Tensor]:
-    """By the id of a linear layer, the columns of its largest states in a forward pass of random tokens, if they stand out.
-
-    They belong to the model: in BERT, the same few columns of a layer are large for every token of every text.
-    """
-    largest: dict[int, torch.Tensor] = {}
-
-    def note(module: nn.Module, states: tuple[Any, ...]) -> None:
-        top = states[0].detach().flatten(0, -2).abs().amax(0)
-        largest[id(module)] = torch.maximum(top, largest.get(id(module), top))
-
-    hooks = [each.register_forward_pre_hook(note) for each in modules.values() if _size_of_linear(each)]
-    training = [each for each in model.modules() if each.training]
-    length = min(64, getattr(model.config, "max_position_embeddings", None) or 64)
-    device = next(iter(modules.values())).weight.device
-    try:
-        model.eval()
-        ids = torch.randint(model.config.vocab_size, (8, length), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            model(input_ids=ids.to(device))
-    except Exception as error:  # a model of other inputs
-        logger.warning(
-            f"quantize: {type(model).__name__} could not be run on random tokens to find its largest states ({error}): "
-            "8 bits may cost more accuracy than necessary"
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for each in training:
-            each.training = True
-    found = {key: top.topk(OUTLIERS + 1) for key, top in largest.items()}
-    # where the largest is no larger than others, nothing is gained by float products, which cost time
-    return {key: top.indices[:-1] for key, top in found.items() if top.values[0] > 1.5 * top.values[-1]}
-
-
-def _size_of_linear(module: nn.Module) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer that can be converted; None for another module."""
-    if type(module) is nn.Linear:
-        size = module.in_features, module.out_features
-    elif type(module) is Conv1D:
-        size = module.nx, module.nf
-    else:
-        return None
-    return size if min(size) >= LEAST and module.weight.is_floating_point() else None
 
 
 def _is_excluded(name: str, excluded: list[str]) -> bool:
@@ -224,84 +218,39 @@ def _patterns(chosen: set[str], others: set[str]) -> list[str]:
 
 
 def _in_folder(names: Iterable[str], patterns: list[str], prefix: str) -> set[str]:
-    """The modules that `_patterns` describes. A folder is also loaded without its head, or by a model with another one.
+    """The modules that `_patterns` describes, in the model that was quantised, its base model, a part, or another head.
 
-    So the patterns, or the modules, may have the name of the base model in front.
+    So the patterns may have more names in front than the modules, or lack the one of the base model.
     """
     names = list(names)
+    stems = {pattern[: dot.end()] for pattern in patterns for dot in re.finditer(r"\.", pattern)}
+    shorter = [[one[len(stem) :] for one in patterns if one.startswith(stem)] for stem in sorted(stems)]
     found = []
-    for each in (patterns, [prefix + one for one in patterns], [one.removeprefix(prefix) for one in patterns]):
+    for each in (patterns, [prefix + one for one in patterns], *shorter):
         regex = re.compile("|".join(re.escape(one).replace(r"\*", r"\d+") for one in each))
         found.append({name for name in names if regex.fullmatch(name)})
     return max(found, key=len)
 
 
-def _is_embedding(module: nn.Module) -> bool:
-    return type(module) is nn.Embedding and module.max_norm is None and module.weight.is_floating_point()
+def _is_new(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is not in the files, while a model is loaded: others are loaded already, or still on meta."""
+    return not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
 
 
-def _int8_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    named = model.named_modules(remove_duplicate=False)
-    return [(name, module) for name, module in named if isinstance(module, Int8Weight)]
+def _initialized(parameter: Any) -> Any:
+    parameter._is_hf_initialized = True
+    return parameter
 
 
-def _make_float(model: nn.Module, modules: dict[str, Any], values: dict[int, torch.Tensor] | None = None) -> list[Any]:
-    """Put float modules in the place of int8 ones, in training again. Returns the new modules.
-
-    Args:
-        values: float weight by the id of the int8 one; else the weights are empty.
-    """
-    weights: dict[int, nn.Parameter] = {}  # tied weights stay tied
-    made: dict[int, Any] = {}
-    for name, module in modules.items():
-        if id(module) not in made:
-            rows, columns = module.weight.shape[0], module.weight.shape[1] - 4
-            if id(module.weight) not in weights:
-                empty = torch.empty(rows, columns, dtype=module.dtype, device=module.weight.device)
-                weights[id(module.weight)] = nn.Parameter((values or {}).get(id(module.weight), empty))
-            new: Any
-            weight = weights[id(module.weight)]
-            if isinstance(module, Int8Embedding):
-                new = nn.Embedding(rows, columns, module.padding_idx, device="meta")
-            elif getattr(module, "was_conv1d", False):
-                with torch.device("meta"):
-                    new = Conv1D(rows, columns)
-                weight, new.bias = nn.Parameter(weight.detach().t().contiguous()), module.bias
-            else:
-                new = nn.Linear(columns, rows, module.bias is not None, device="meta")
-                new.bias = module.bias
-            new.weight = weight
-            made[id(module)] = new.train(module.training)
-        _set_submodule(model, name, made[id(module)])
-    return list(made.values())
-
-
-def _replace(model: nn.Module, modules: dict[str, Any], config: Int8Config) -> list[tuple[Any, Any]]:
-    """Put empty int8 modules in the place of others. Returns each with the new one."""
-    made: dict[int, tuple[Any, Any]] = {}  # a module may be there under several names
-    for name, module in modules.items():
-        if id(module) not in made:
-            made[id(module)] = module, _int8_module(module, config)
-        elif _size_of_linear(module):  # files share no tensors that the model's class does not declare as tied
-            made[id(module)][1].outliers = None
-        _set_submodule(model, name, made[id(module)][1])
-    return list(made.values())
-
-
-def _int8_module(module: Any, config: Int8Config) -> nn.Module:
-    like = {"dtype": module.weight.dtype, "device": module.weight.device}
-    new: Any
-    if size := _size_of_linear(module):
-        new = Int8Linear(*size, module.bias is not None, config.activation_bits or 16, **like)
-        new.bias, new.was_conv1d = module.bias, type(module) is Conv1D
-    else:
-        new = Int8Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, **like)
-    return new.train(module.training)
-
-
-def _set_submodule(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
+def _tied(model: Any, modules: dict[str, Any]) -> list[set[str]]:
+    """Groups of modules whose weights are tied."""
+    groups: dict[Any, set[str]] = defaultdict(set)
+    for name, module in modules.items():  # before 5.0, they are tied already
+        groups[id(module.weight)].add(name)
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():  # later, after loading
+        pair = target.removesuffix(".weight"), source.removesuffix(".weight")
+        groups[source] |= {name for name in pair if name in modules}
+    return [group for group in groups.values() if len(group) > 1]
 
 
 class Int8Quantizer(HfQuantizer):
@@ -309,10 +258,10 @@ class Int8Quantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: Any
-    missing: set[str] = set()  # before 5.0: what the files do not have
-    shapes: dict[str, torch.Size] = {}
+    expected: dict[str, nn.Parameter] = {}
+    tied: list[set[str]] = []
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         own = sys.modules.get(f"{type(model).__module__.rpartition('.')[0]}.int8")
         if own is not None and hasattr(own, "Int8Quantizer") and own.Int8Quantizer is not Int8Quantizer:
             self.__class__ = own.Int8Quantizer  # the last imported one is registered, perhaps of another folder
@@ -322,67 +271,87 @@ class Int8Quantizer(HfQuantizer):
         able: dict[str, Any] = {
             name: module
             for name, module in model.named_modules(remove_duplicate=False)
-            if _size_of_linear(module) or _is_embedding(module)
+            if size_of_linear(module) or is_embedding(module)
         }
         chosen = _in_folder(able, self.quantization_config.modules or [], f"{model.base_model_prefix}.")
-        # a head that is not in the folder may be tied: before 5.0 it is by now, later releases do so after loading
-        shared = {id(able[name].weight) for name in chosen}
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        heads = {name for name in able if tied.get(f"{name}.weight", "").removesuffix(".weight") in chosen}
-        heads = (heads | {name for name, module in able.items() if id(module.weight) in shared}) - chosen
+        # a head that is not in the folder may be tied
+        self.tied = [group for group in _tied(model, able) if group & chosen]
+        heads = set().union(*self.tied) - chosen
         chosen |= heads
         weights: dict[int, nn.Parameter] = {}
-        for module, new in _replace(model, {name: able[name] for name in chosen}, self.quantization_config):
+        bits = self.quantization_config.activation_bits or 16
+        for module, new in replace(model, {name: able[name] for name in chosen}, bits):
             new.weight = weights.setdefault(id(module.weight), new.weight)
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.expected = dict(model.named_parameters())
         for name in heads:  # the folder has no such tensor for them, and memory that nothing is loaded into is not it
             if isinstance(head := model.get_submodule(name), Int8Linear):
                 head.outliers = None
+        model.initialize_weights = functools.partial(self._initialize, model)
 
-    def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
-        """Called before 5.0, before weights are loaded and new ones initialised."""
-        modules = _int8_modules(model)
-        stored = {id(module.weight) for name, module in modules if f"{name}.weight" not in missing_keys}
-        _make_float(model, {name: each for name, each in modules if id(each.weight) not in stored})
-        for name, _ in _int8_modules(model):
-            parent, _, _ = name.rpartition(".")
-            around: Any = model.get_submodule(parent)
-            # 4.57 passes `around` to `_init_weights` even if it has all its tensors; stock GPT-2's initialises `c_proj` there
-            if not any(f"{parent}.{own}" in missing_keys for own in around._parameters):
-                around._is_hf_initialized = True
-        self.missing, self.shapes = set(missing_keys), {}  # these releases compare sizes themselves
-        gone = {f"{name}.outliers" for name, _ in modules} - {f"{name}.outliers" for name, _ in _int8_modules(model)}
-        return [key for key in missing_keys if key not in gone]
+    def _initialize(self, model: Any) -> None:
+        """Called in place of `model.initialize_weights`, when tensors that the files lack, and only these, have memory.
+
+        Int8 layers without a weight become float layers again, which the model initialises.
+        """
+        del model.initialize_weights
+        for name, parameter in model.named_parameters():
+            # 5.0 to 5.10 do not compare sizes in int8 folders, nor set the dtype of tensors whose names get a prefix
+            expected = self.expected.get(name, parameter)
+            if (read := tuple(parameter.shape)) != (size := tuple(expected.shape)):
+                raise ValueError(f"{name} has the shape {read} in the files, {size} by the config: make them agree")
+            if expected.is_floating_point() and not (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):
+                parameter.data = parameter.data.to(expected.dtype)
+        self.expected = {}
+        model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or []), r"\.outliers$"]
+        modules = dict(int8_modules(model))
+        lacking = {name for name, module in modules.items() if _is_new(module.weight)}
+        for group in self.tied:  # if one lacks its weight, so do all, but only one has memory before they are tied
+            there = {name for name in group if not modules[name].weight.is_meta} - lacking
+            lacking = lacking - group if there or not lacking & group else lacking | group
+        make_float(model, {name: modules[name] for name in lacking})
+        for name in lacking:  # before 5.0, the files' outliers are loaded after this, and need a place
+            if (columns := getattr(modules[name], "outliers", None)) is not None and columns.is_meta:
+                model.get_submodule(name).outliers = columns
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, Int8Weight)]
+        weights = [layer.weight for layer in layers]
+        for layer, weight in zip(layers, weights):
+            if getattr(layer, "bias", None) is not None and _is_new(layer.bias):
+                values = initial_bias(model, len(layer.bias)).to(layer.bias)
+                layer.bias = _initialized(nn.Parameter(values, layer.bias.requires_grad))
+            if getattr(layer, "outliers", None) is not None and _is_new(layer.outliers):
+                columns = torch.full((OUTLIERS,), -1, device=layer.outliers.device)
+                layer.outliers = _initialized(nn.Parameter(columns, requires_grad=False))
+            # a block's class may also initialise the weights of its layers, for which integers are an error
+            layer.weight = _initialized(nn.Parameter(torch.empty(weight.shape, device="meta")))
+        try:
+            model.initialize_weights()
+        finally:
+            for layer, weight in zip(layers, weights):
+                layer.weight = weight
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             _convert(model, self.quantization_config)
             return model
-        for name, parameter in model.named_parameters():  # some 5.x releases do not compare sizes in int8 folders
-            if (read := tuple(parameter.shape)) != (size := tuple(self.shapes.get(name, parameter.shape))):
-                raise ValueError(f"{name} has the shape {read} in the files, {size} by the config: make them agree")
-        modules = dict(_int8_modules(model))
-        if not all(new := [is_new(module) for module in modules.values()]):
-            missing = {name: module for (name, module), is_missing in zip(modules.items(), new) if is_missing}
-            for module in _make_float(model, missing):
-                with torch.no_grad():
-                    model._init_weights(module)
-        for name, module in _int8_modules(model):
-            for own in ("outliers", "bias"):  # which the files may lack, as those of a tied head
-                parameter = getattr(module, own, None)
-                if parameter is not None and (f"{name}.{own}" in self.missing or is_new(module, own)):
-                    with torch.no_grad():
-                        parameter.copy_(initial_bias(model, len(parameter)) if own == "bias" else torch.tensor(-1))
+        if "initialize_weights" in vars(model):
+            raise ValueError("this release of transformers does not call initialize_weights, as those up to 5.23 do")
+        for module in model.modules():
+            if "outliers" in module._parameters and not isinstance(module, Int8Linear):
+                del module.outliers
+        for name, module in int8_modules(model):
             if not module.weight.is_meta and not is_valid(module.weight):
                 raise ValueError(f"{name}.weight was not loaded: the files of this int8 model do not have it in int8")
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Called by `model.dequantize()`: convert it to a float model whose weights are those in int8, in place."""
-        modules = dict(_int8_modules(model))
+        modules = dict(int8_modules(model))
         with torch.no_grad():
             weights = {id(module.weight): module.dequantized(module.dtype) for module in modules.values()}
-            _make_float(model, modules, weights)
+            make_float(model, modules, weights)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                vars(part.config).pop("quantization_config", None)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
