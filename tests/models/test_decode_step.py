@@ -410,6 +410,95 @@ def test_crop_copy_and_reuse(plans: list[Any]) -> None:
     assert len(plans) == 5
 
 
+@pytest.fixture
+def rooms(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The tensors with room of each step that had some, also for small caches."""
+    used: list[Any] = []
+    of = attention.CacheRooms.of
+
+    def noted(own: attention.CacheRooms, past: list[torch.Tensor]) -> list[torch.Tensor]:
+        found = of(own, past)
+        used.extend([list(found)] if found else [])
+        return found
+
+    monkeypatch.setattr(attention, "LARGE_PAST", 0)
+    monkeypatch.setattr(attention.CacheRooms, "of", noted)
+    return used
+
+
+@pytest.mark.parametrize("switches", [{}, MODERN], ids=["stock", "modern"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+def test_generation_with_room_in_the_cache(switches: dict, options: dict, rooms: list[Any]) -> None:
+    model = make(**switches, initializer_range=0.3, n_positions=128)
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 80, "pad_token_id": 0, "eos_token_id": None, **options}
+
+    def found() -> torch.Tensor:
+        torch.manual_seed(0)
+        return model.generate(IDS, **given)
+
+    truth = by_modules(found)
+    assert not rooms and torch.equal(found(), truth)
+    steps = 0 if "num_beams" in options else 78  # beams are reordered at each step, which copies anyway
+    assert len(rooms) == steps and len({id(each) for step in rooms for each in step}) == (
+        3 * 2 * model.config.num_hidden_layers if steps else 0  # made anew when they are full
+    )
+
+
+CACHE_CHANGES: dict[str, Callable[[DynamicCache], Any]] = {
+    "nothing": lambda cache: None,
+    "values in place": lambda cache: cache.layers[1].keys.mul_(2),
+    "memory": lambda cache: setattr(cache.layers[1].keys, "data", cache.layers[1].keys * 2),
+    "a tensor": lambda cache: setattr(cache.layers[1], "values", cache.layers[1].values * 2),
+    "cropped": lambda cache: cache.crop(-2),
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])),
+    "one layer cropped and padded": lambda cache: setattr(
+        cache.layers[1], "keys", nn.functional.pad(cache.layers[1].keys[:, :, :-1], (0, 0, 1, 0))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHE_CHANGES)
+@torch.no_grad()
+def test_changes_of_a_cache_with_room(name: str, rooms: list[Any]) -> None:
+    model = make()
+
+    def found() -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        model(IDS[:, :3], past_key_values=cache)
+        steps = [model(IDS[:, [n]], past_key_values=cache).logits for n in (3, 4, 5)]
+        CACHE_CHANGES[name](cache)
+        steps += [model(IDS[:, [n]], past_key_values=cache).logits for n in (6, 7, 8)]
+        return torch.cat(steps, 1)
+
+    truth = by_modules(found)
+    assert not rooms and largest_difference(found(), truth) < 1e-4 and rooms
+
+
+@torch.no_grad()
+def test_what_was_taken_from_a_cache_with_room_stays(rooms: list[Any]) -> None:
+    model, cache = make(), DynamicCache(config=make().config)
+    model(IDS[:, :3], past_key_values=cache)
+    taken = []
+    for n in (3, 4, 5, 6):
+        model(IDS[:, [n]], past_key_values=cache)
+        taken.append((cache.layers[0].keys, cache.layers[0].keys.clone()))
+    other = copy.deepcopy(cache)
+    first = model(IDS[:, [7]], past_key_values=cache).logits
+    assert torch.equal(model(IDS[:, [7]], past_key_values=other).logits, first)
+    cache.crop(-3)
+    for n in (1, 1, 1):
+        model(IDS[:, [n]], past_key_values=cache)
+    assert rooms and all(torch.equal(keys, before) for keys, before in taken)
+    with torch.inference_mode():
+        fast = DynamicCache(config=model.config)
+        for part in (IDS[:, :4], *IDS[:, 4:7].split(1, 1)):
+            model(part, past_key_values=fast)
+    after = model(IDS[:, [7]], past_key_values=fast).logits  # the tensors with room cannot be written any more
+    assert largest_difference(after, first) < 1e-5
+
+
 def test_plans_end_with_their_generation() -> None:
     model = make()
     model.generate(IDS, max_new_tokens=3, pad_token_id=0)
