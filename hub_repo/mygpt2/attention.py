@@ -6,6 +6,7 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 import copy
 from collections.abc import Callable
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .compat import (
     create_sliding_window_causal_mask,
     readable,
 )
+
+LARGE_PAST = 1 << 18  # keys of one layer, in numbers, that take longer to copy than to see that they need not be copied
 
 
 def eager_attention_forward(
@@ -292,3 +295,30 @@ def with_eager_attention(config: PretrainedConfig) -> PretrainedConfig:
     config = copy.copy(config)
     config._attn_implementation_internal = "eager"
     return config
+
+
+class CacheRooms:
+    """Tensors that begin with the keys and values of a cache and have room for more: a step need not copy the past.
+
+    A step writes only behind what the cache holds. Where this does not hold the tensors of the last step (the first time,
+    or after it was reordered, cropped or copied), there are none.
+
+    Attributes:
+        last: the keys and values after the last step, of all layers.
+    """
+
+    def __init__(self) -> None:
+        self.last: list[torch.Tensor] = []
+        self._rooms: list[torch.Tensor] = []
+
+    def of(self, past: list[torch.Tensor]) -> list[torch.Tensor]:
+        """One for each tensor `[batch, kv_heads, length, head_dim]` of `past`; none if they are small, or not `last`."""
+        length = past[0].shape[2]
+        same = len(past) == len(self.last) and all(map(is_, past, self.last))
+        if not same or past[0].numel() < LARGE_PAST:
+            self._rooms = []
+        elif [each.data_ptr() for each in past] != [each.data_ptr() for each in self._rooms] or (
+            length == self._rooms[0].shape[2]
+        ):
+            self._rooms = [nn.functional.pad(each, (0, 0, 0, length // 8 + 32)) for each in past]
+        return self._rooms

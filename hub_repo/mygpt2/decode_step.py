@@ -8,7 +8,6 @@ This file is copied as it is into Hub repos and runs there without mymodels.
 """
 
 import functools
-import inspect
 import sys
 from collections.abc import Sequence
 from itertools import repeat
@@ -20,21 +19,17 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import apply_rotary
+from .attention import CacheRooms, apply_rotary
 from .base import HOOKS
 from .decoding import (
-    BLOCK_CALL,
-    CALL,
     HELPERS,
     has_released_attention,
     holds_keys,
-    in_one_function,
     is_known,
     is_one_token,
+    is_only_forward,
     is_stock,
-    is_unwrapped,
 )
 from .int8_layers import Int8Linear, joint_forms
 from .int8_products import Forms, Levels, Outliers, RowTable, levels_of, packed_product, row_product, top_level
@@ -45,7 +40,6 @@ ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu", "relu2")
 KINDS: dict[Any, int] = {type(ACT2FN[name]): place for place, name in enumerate(ACTIVATIONS)}
 FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (nn.LayerNorm, nn.RMSNorm, *KINDS)}
 WAYS: dict[Any, int] = {nn.functional.linear: 0, one_dnn: -1, turned: -2}
-FILES = inspect.getfile(in_one_function), inspect.getfile(GradientCheckpointingLayer)
 
 
 class Linear(NamedTuple):
@@ -130,12 +124,18 @@ def _activate(states: torch.Tensor, activation: int) -> torch.Tensor:
     return states if activation == 3 else torch.square(states)
 
 
+def _appended(room: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+    room.narrow(2, length, 1).copy_(new)
+    return room.narrow(2, 0, length + 1)
+
+
 def _step(
     states: torch.Tensor,
     blocks: list[Block],
     packed: "list[torch.classes.quantized.LinearPackedParamsBase]",  # type: ignore[name-defined]
     keys: list[torch.Tensor],
     values: list[torch.Tensor],
+    rooms: list[torch.Tensor],
     masks: list[torch.Tensor | None],
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
@@ -157,7 +157,11 @@ def _step(
         if rotary is not None:
             cos, sin = rotary
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        key, value = torch.cat([keys[i], key], 2), torch.cat([values[i], value], 2)
+        if len(rooms) > 0:  # these begin with all keys, then all values, and what is returned is a part of them
+            length = keys[i].size(2)
+            key, value = _appended(rooms[i], key, length), _appended(rooms[len(blocks) + i], value, length)
+        else:
+            key, value = torch.cat([keys[i], key], 2), torch.cat([values[i], value], 2)
         new_keys.append(key)
         new_values.append(value)
         query = query.view(rows, kv_heads, -1, head_dim)  # heads that share keys are queries of one head
@@ -222,13 +226,15 @@ def in_one_call(
         _PLANS[cache] = plan
     plan.count_products()
     past = [each.keys for each in caches], [each.values for each in caches]
-    arguments = hidden_states[:, 0], plan.blocks, plan.packed, *past, own_masks, kwargs["rotary"]
+    rooms = plan.rooms.of(past[0] + past[1])
+    arguments = hidden_states[:, 0], plan.blocks, plan.packed, *past, rooms, own_masks, kwargs["rotary"]
     try:
         states, keys, values = compiled(_step)(*arguments)
     except RuntimeError:  # as of shapes that do not fit: the modules raise a clearer one
         return given
     for each, key, value in zip(caches, keys, values):
         each.keys, each.values = key, value
+    plan.rooms.last = keys + values
     return states[:, None], []
 
 
@@ -240,11 +246,13 @@ class _Plan:
 
     Attributes:
         blocks, packed: arguments of `_step`; without blocks, these layers need their modules.
+        rooms: where the next keys and values are written.
     """
 
     def __init__(self, layers: list[Any], rows: int):
         self.blocks: list[Block] = []
         self.packed: list[Any] = []
+        self.rooms = CacheRooms()
         self._layers, self._given = layers, (rows, torch.get_num_threads())
         self._linears: list[Any] = []
         # each dict has this value under this name; separate lists, as they are compared by C functions, for speed
@@ -320,17 +328,19 @@ class _Plan:
                 count_product(layer.weight)
 
     def _block(self, layer: Any, rows: int) -> Block | None:
-        if not is_known(layer) or not _is_only_forward(type(layer).__call__, type(layer).forward):
+        if not is_known(layer) or not is_only_forward(type(layer).__call__, type(layer).forward):
             return None
         attention, mlp = layer.self_attn, layer.mlp
         parts, mlp_parts = attention._modules, mlp._modules
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [attention.q_norm, attention.k_norm] if attention.qk_norm else []
+        plain = all(
+            FORWARDS.get(type(each)) is type(each).forward and len(each.normalized_shape) == 1 for each in norms
+        )
         activation = _activation(mlp.act_fn)
-        if activation < 0 or type(vars(attention).get("scaling")) is not float or not all(map(_is_simple, norms)):
+        if activation < 0 or type(vars(attention).get("scaling")) is not float or not plain:
             return None
-        is_gated = "gate_proj" in mlp_parts
-        up = [mlp.gate_proj, mlp.up_proj] if is_gated else [mlp.up_proj]
+        up = [mlp.gate_proj, mlp.up_proj] if (is_gated := "gate_proj" in mlp_parts) else [mlp.up_proj]
         together = [[parts["q_proj"], parts["k_proj"], parts["v_proj"]], [attention.o_proj], up, [mlp.down_proj]]
         linears = [self._together(each, rows) for each in together]
         if not all(linears):
@@ -370,12 +380,6 @@ class _Plan:
         return Linear(biases, None, 0, len(self.packed) - 1, levels, forms.outliers)
 
 
-@functools.cache
-def _is_only_forward(call: Any, forward: Any) -> bool:
-    """Whether to call a block is to run its `forward`, and this has no decorators but ours and transformers'."""
-    return call in (CALL, BLOCK_CALL) and is_unwrapped(forward, *FILES)
-
-
 def _activation(module: Any) -> int:
     """The place of an activation in ACTIVATIONS; -1 if it is another one."""
     kind, function = type(module), module.__dict__.get("act")
@@ -387,10 +391,6 @@ def _activation(module: Any) -> int:
     elif place != 1:
         return place if function is None else -1
     return place if function is nn.functional.gelu else -1
-
-
-def _is_simple(norm: Any) -> bool:
-    return FORWARDS.get(type(norm)) is type(norm).forward and len(norm.normalized_shape) == 1
 
 
 def _as_norm(norm: Any) -> Norm:

@@ -147,6 +147,13 @@ def is_unwrapped(function: Any, *files: str) -> bool:
     return inspect.isfunction(function) and inspect.getfile(function) in files and is_unwrapped(wrapped, *files)
 
 
+@functools.cache
+def is_only_forward(call: Any, forward: Any) -> bool:
+    """Whether to call a block is to run its `forward`, and this has no decorators but ours and transformers'."""
+    files = inspect.getfile(in_one_function), inspect.getfile(GradientCheckpointingLayer)
+    return call in (CALL, BLOCK_CALL) and is_unwrapped(forward, *files)
+
+
 def _is_plain(name: str, module: Any, main: tuple[Any, ...]) -> bool:
     """Whether a module in evaluation has no hooks and is one of `main`, or known and in its place, with CPU weights."""
     if module is None:

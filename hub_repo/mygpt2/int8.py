@@ -294,13 +294,16 @@ class Int8Quantizer(HfQuantizer):
         Int8 layers without a weight become float layers again, which the model initialises.
         """
         del model.initialize_weights
-        for name, parameter in model.named_parameters():
+        keeps_float32 = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
+        for name, parameter in list(model.named_parameters()):
             # 5.0 to 5.10 do not compare sizes in int8 folders, nor set the dtype of tensors whose names get a prefix
             expected = self.expected.get(name, parameter)
             if (read := tuple(parameter.shape)) != (size := tuple(expected.shape)):
                 raise ValueError(f"{name} has the shape {read} in the files, {size} by the config: make them agree")
-            if expected.is_floating_point() and not (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):
-                parameter.data = parameter.data.to(expected.dtype)
+            if expected.is_floating_point() and parameter.dtype != expected.dtype and not keeps_float32:
+                cast = nn.Parameter(parameter.detach().to(expected.dtype), parameter.requires_grad)
+                around, _, own = name.rpartition(".")
+                setattr(model.get_submodule(around), own, cast if _is_new(parameter) else _initialized(cast))
         self.expected = {}
         model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or []), r"\.outliers$"]
         modules = dict(int8_modules(model))
