@@ -13,6 +13,9 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BartForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
     GPT2Config,
@@ -180,6 +183,18 @@ def test_a_part_of_a_model_is_saved_and_loaded(tmp_path: Path) -> None:
         assert not any(info.values())
         with torch.no_grad():
             assert torch.equal(again(IDS)[0], part(IDS)[0])
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**shape, "vocab_size": 97, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**shape, "image_size": 8, "patch_size": 4}))
+    clip = saved(clip, tmp_path / "clip", bits=16)  # transformers reads the config of the part
+    clip.text_model.save_pretrained(tmp_path / "text")
+    for folder in ("clip", "text"):
+        again = CLIPTextModel.from_pretrained(tmp_path / folder)
+        assert any(isinstance(module, Int8Linear) for module in again.modules())
+        with torch.no_grad():
+            assert torch.equal(again(IDS)[0], clip.text_model(IDS)[0])
+    whole, info = CLIPModel.from_pretrained(tmp_path / "clip", output_loading_info=True)
+    assert not any(info.values()) and is_written(whole)
     t5.dequantize()
     t5.encoder.save_pretrained(tmp_path)
     again = type(t5.encoder).from_pretrained(tmp_path)

@@ -16,7 +16,7 @@ sys.path.insert(0, release)
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import GenerationMixin, PreTrainedModel  # noqa: E402, F401  the lazy part of the import
 
 assert transformers.__file__.startswith(release), transformers.__file__
@@ -222,6 +222,44 @@ def check_other_sizes(folder: Path) -> None:
             assert model(torch.arange(2, 20)[None]).logits.isfinite().all()
 
 
+def check_bias_of_a_block() -> None:
+    """A bias that the files lack is what the class of the block around makes it."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = torch.nn.Linear(32, 64)
+
+    class Gated(PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.block = Block()
+            self.post_init()
+
+        def _init_weights(self, module):
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.zeros_(module.bias)
+            if isinstance(module, Block):
+                torch.nn.init.constant_(module.gate.bias, 1.0)
+
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    found = []
+    for kind in ("float", "int8"):
+        model = Gated(transformers.LlamaConfig())
+        model = model if kind == "float" else mymodels.quantize(model.eval(), activation_bits=16)
+        model.save_pretrained(work / f"gated-{kind}")
+        file = work / f"gated-{kind}" / "model.safetensors"
+        tensors = load_file(file)
+        del tensors["block.gate.bias"]
+        save_file(tensors, file, metadata={"format": "pt"})
+        found.append(Gated.from_pretrained(file.parent).block.gate.bias)
+    assert torch.equal(*found), found
+
+
 def check_stock_int8() -> None:
     """In the package only: stock models in int8, from a float folder too."""
     config = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 1}
@@ -253,6 +291,19 @@ def check_stock_int8() -> None:
     head = transformers.T5ForConditionalGeneration.from_pretrained(work / "eight-t5")  # tied from 5.0
     with torch.no_grad():
         assert 1e-3 < head(input_ids=ids, decoder_input_ids=ids).logits.abs().max() < 1e3
+    # a parameter that stays in float32 whatever the dtype of the model
+    shape = {"vocab_size": 97, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "intermediate_size": 64}
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**shape)).eval()
+    mamba.save_pretrained(work / "float-mamba")
+    mymodels.quantize(mamba).save_pretrained(work / "eight-mamba")
+    plain, model = (
+        type(mamba).from_pretrained(work / f"{kind}-mamba", dtype=torch.bfloat16).state_dict()
+        for kind in ("float", "eight")
+    )
+    for name, tensor in model.items():
+        if tensor.dtype is not torch.int8:
+            assert tensor.dtype is plain[name].dtype and torch.equal(tensor, plain[name]), name
+    check_bias_of_a_block()
 
 
 def check_new_weights(folder: Path, auto_class: str) -> None:
