@@ -16,6 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -111,12 +112,10 @@ def quantize(
     _convert(model, config)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
     _copy_configs(model)
-    nested = {id(value) for value in vars(model.config).values()}
     for part in model.modules():
-        if isinstance(part, PreTrainedModel):
+        if isinstance(part, PreTrainedModel):  # one that can be saved alone, or loaded out of the folder
             part.config._is_quantized = True
-            if id(part.config) not in nested:  # as that of T5's encoder, which can be saved alone
-                part.config.quantization_config = config
+            part.config.quantization_config = config
     return model
 
 
@@ -237,6 +236,12 @@ def _is_new(parameter: torch.Tensor) -> bool:
     return not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
 
 
+def _size(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the values: an int8 row ends with its scale."""
+    *rows, columns = parameter.shape or (1,)
+    return (*rows, columns - 4 if parameter.dtype is torch.int8 else columns)
+
+
 def _initialized(parameter: Any) -> Any:
     parameter._is_hf_initialized = True
     return parameter
@@ -282,7 +287,7 @@ class Int8Quantizer(HfQuantizer):
         bits = self.quantization_config.activation_bits or 16
         for module, new in replace(model, {name: able[name] for name in chosen}, bits):
             new.weight = weights.setdefault(id(module.weight), new.weight)
-        self.expected = dict(model.named_parameters())
+        self.expected = dict(model.named_parameters(remove_duplicate=False))
         for name in heads:  # the folder has no such tensor for them, and memory that nothing is loaded into is not it
             if isinstance(head := model.get_submodule(name), Int8Linear):
                 head.outliers = None
@@ -294,17 +299,17 @@ class Int8Quantizer(HfQuantizer):
         Int8 layers without a weight become float layers again, which the model initialises.
         """
         del model.initialize_weights
-        keeps_float32 = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
-        for name, parameter in list(model.named_parameters()):
-            # 5.0 to 5.10 do not compare sizes in int8 folders, nor set the dtype of tensors whose names get a prefix
-            expected = self.expected.get(name, parameter)
-            if (read := tuple(parameter.shape)) != (size := tuple(expected.shape)):
-                raise ValueError(f"{name} has the shape {read} in the files, {size} by the config: make them agree")
-            if expected.is_floating_point() and parameter.dtype != expected.dtype and not keeps_float32:
-                cast = nn.Parameter(parameter.detach().to(expected.dtype), parameter.requires_grad)
-                around, _, own = name.rpartition(".")
-                setattr(model.get_submodule(around), own, cast if _is_new(parameter) else _initialized(cast))
-        self.expected = {}
+        for name, parameter in model.named_parameters():  # 5.0 to 5.10 do not compare sizes in int8 folders
+            read, size = _size(parameter), _size(self.expected.get(name, parameter))
+            if read != size:
+                raise ValueError(
+                    f"{name} has the shape {read} in the files, {size} by the config: make them agree. In int8 folders, this "
+                    f"release of transformers ({transformers.__version__}) does not support ignore_mismatched_sizes"
+                )
+        if not self._keeps_float32(model) and hasattr(model.config, "_pre_quantization_dtype"):
+            model.config._pre_quantization_dtype = (
+                None  # before 5.0: cast no parameter to it, as that of A_log in Mamba
+            )
         model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or []), r"\.outliers$"]
         modules = dict(int8_modules(model))
         lacking = {name for name, module in modules.items() if _is_new(module.weight)}
@@ -320,7 +325,7 @@ class Int8Quantizer(HfQuantizer):
         for layer, weight in zip(layers, weights):
             if getattr(layer, "bias", None) is not None and _is_new(layer.bias):
                 values = initial_bias(model, len(layer.bias)).to(layer.bias)
-                layer.bias = _initialized(nn.Parameter(values, layer.bias.requires_grad))
+                layer.bias = nn.Parameter(values, layer.bias.requires_grad)  # which the block's class may change
             if getattr(layer, "outliers", None) is not None and _is_new(layer.outliers):
                 columns = torch.full((OUTLIERS,), -1, device=layer.outliers.device)
                 layer.outliers = _initialized(nn.Parameter(columns, requires_grad=False))
@@ -338,6 +343,7 @@ class Int8Quantizer(HfQuantizer):
             return model
         if "initialize_weights" in vars(model):
             raise ValueError("this release of transformers does not call initialize_weights, as those up to 5.23 do")
+        self._cast(model)
         for module in model.modules():
             if "outliers" in module._parameters and not isinstance(module, Int8Linear):
                 del module.outliers
@@ -345,6 +351,29 @@ class Int8Quantizer(HfQuantizer):
             if not module.weight.is_meta and not is_valid(module.weight):
                 raise ValueError(f"{name}.weight was not loaded: the files of this int8 model do not have it in int8")
         return model
+
+    def _keeps_float32(self, model: Any) -> bool:
+        return bool(model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict)
+
+    def _cast(self, model: PreTrainedModel) -> None:
+        """Give parameters the dtype that they have without int8. From 5.0 to 5.10, those whose names get a prefix lack it."""
+        cast: dict[int, nn.Parameter] = {}  # tied ones stay tied
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            expected = self.expected.get(name, parameter)
+            if not expected.is_floating_point() or parameter.is_meta or parameter.dtype == expected.dtype:
+                continue
+            if not self._keeps_float32(model):
+                values = parameter.detach().to(expected.dtype)
+                around, _, own = name.rpartition(".")
+                new = cast.setdefault(id(parameter), nn.Parameter(values, parameter.requires_grad))
+                setattr(model.get_submodule(around), own, new)
+        self.expected = {}
+
+    def update_missing_keys_after_loading(
+        self, model: PreTrainedModel, missing_keys: list[str], prefix: str
+    ) -> list[str]:
+        """Called by 4.56, whose report ignores `_keys_to_ignore_on_load_missing`."""
+        return [key for key in missing_keys if not key.endswith(".outliers")]
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Called by `model.dequantize()`: convert it to a float model whose weights are those in int8, in place."""

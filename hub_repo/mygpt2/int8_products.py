@@ -228,13 +228,14 @@ def largest_columns(model: Any, layers: Sequence[Any]) -> dict[int, torch.Tensor
     training = [each for each in model.modules() if each.training]
     config, device = model.config, layers[0].weight.device
     limit = getattr(config, "max_position_embeddings", None) or 0
-    size = 8, min(64, limit) if limit > 0 else 64  # XLNet has -1
+    size = 8, min(64, (limit + 1) // 2) if limit > 0 else 64  # RoBERTa's positions begin at 2; XLNet has -1
     try:
         model.eval()
-        ids = torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+        tokens = min(config.vocab_size, getattr(config, "decoder_vocab_size", None) or config.vocab_size)
+        ids = torch.randint(tokens, size, generator=torch.Generator().manual_seed(0))
         end: Any = getattr(config, "eos_token_id", None)
-        if end in range(config.vocab_size):  # BART's classifier needs one
-            ids[ids == end] = (end + 1) % config.vocab_size
+        if end in range(tokens):  # BART's classifier needs one
+            ids[ids == end] = (end + 1) % tokens
             ids[:, -1] = end
         names = ("input_ids", "decoder_input_ids")[: 1 + config.is_encoder_decoder]
         with torch.no_grad():
