@@ -307,9 +307,8 @@ class Int8Quantizer(HfQuantizer):
                     f"release of transformers ({transformers.__version__}) does not support ignore_mismatched_sizes"
                 )
         if not self._keeps_float32(model) and hasattr(model.config, "_pre_quantization_dtype"):
-            model.config._pre_quantization_dtype = (
-                None  # before 5.0: cast no parameter to it, as that of A_log in Mamba
-            )
+            # before 5.0: cast no parameter to it, as Mamba's A_log, which has a dtype of its own
+            model.config._pre_quantization_dtype = None
         model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or []), r"\.outliers$"]
         modules = dict(int8_modules(model))
         lacking = {name for name, module in modules.items() if _is_new(module.weight)}
