@@ -491,6 +491,15 @@ def test_layers_of_one_name_of_which_the_code_reads_one() -> None:
     assert config.quantization_config.modules == ["model.layers.1.self_attn.proj"]
 
 
+def test_quantised_in_inference_mode_it_is_as_fast() -> None:
+    with torch.inference_mode():
+        model = mymodels.quantize(made("mygpt2 stock"))
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert layers and not any(layer.weight.is_inference() for layer in layers)
+    inputs, other = batch(), mymodels.quantize(made("mygpt2 stock"))
+    assert torch.equal(outputs(model, inputs), outputs(other, inputs))
+
+
 def test_a_name_of_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match="modules_to_not_convert: LlamaForCausalLM has no module mlp_, layer"):
         mymodels.quantize(llama(), modules_to_not_convert=["mlp_", "lm_head", "layer"])
