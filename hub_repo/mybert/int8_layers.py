@@ -23,6 +23,7 @@ ROWS = 512  # of states that are multiplied at once, so that the temporary tenso
 POWERS = torch.tensor([2.0 ** max(n - 150, -149) for n in range(255)], device="cpu")  # of float32's exponents
 
 
+@torch.inference_mode(False)  # else the weight could not be packed, as changes of it would not be counted
 def quantized(weight: torch.Tensor, name: str) -> torch.Tensor:
     """The form in which a float weight `[rows, columns]` is stored: int8 `[rows, columns + 4]`, see `Int8Weight`."""
     weight = weight.detach().float()
