@@ -30,11 +30,13 @@ from transformers import (
     XLNetConfig,
     XLNetForSequenceClassification,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import mymodels
 from mymodels import Int8Config, MyBertForSequenceClassification, MyGPT2ForCausalLM
 from mymodels.models.int8_layers import Int8Embedding, Int8Linear, is_valid
 
+ROOT = Path(__file__).parents[2]
 IDS = torch.arange(5, 14)[None]
 SEQ2SEQ = {
     "vocab_size": 97,
@@ -207,6 +209,16 @@ def test_a_config_and_tensors_in_memory(tmp_path: Path) -> None:
     for how in ((tmp_path, {}), (None, {"state_dict": model.state_dict()})):
         again = MyGPT2ForCausalLM.from_pretrained(how[0], config=model.config, **how[1]).eval()
         assert torch.equal(logits(again), logits(model))
+
+
+def test_stock_models_after_the_code_of_a_folder(tmp_path: Path) -> None:
+    saved(MyGPT2ForCausalLM.from_pretrained(ROOT / "hub_repo" / "mygpt2"), tmp_path / "own")
+    kind = get_class_from_dynamic_module("modeling_mygpt2.MyGPT2ForCausalLM", tmp_path / "own")
+    remote = kind.from_pretrained(tmp_path / "own")
+    assert type(remote).__module__.startswith("transformers_modules")
+    assert type(remote.lm_head).__module__ == type(remote).__module__.replace("modeling_mygpt2", "int8_layers")
+    saved(T5Model(T5Config(**T5)), tmp_path / "stock")
+    assert isinstance(T5Model.from_pretrained(tmp_path / "stock").shared, Int8Embedding)
 
 
 def test_what_a_device_map_placed_is_refused(tmp_path: Path) -> None:
