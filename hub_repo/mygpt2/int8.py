@@ -394,5 +394,7 @@ class Int8Quantizer(HfQuantizer):
         return False
 
 
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Int8Config
-auto.AUTO_QUANTIZER_MAPPING[METHOD] = Int8Quantizer
+# the code of a folder does not take the place of the installed package's
+if not getattr(auto.AUTO_QUANTIZER_MAPPING.get(METHOD), "__module__", "").startswith("mymodels."):
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Int8Config
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = Int8Quantizer
