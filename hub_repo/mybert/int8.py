@@ -90,7 +90,7 @@ def quantize(
         activation_bits, modules_to_not_convert: see `Int8Config`.
 
     Returns:
-        The same model.
+        The same model, with a config of its own.
 
     Raises:
         ValueError: it is no transformers model, has an adapter, or is quantised already; no layer can be converted; a

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings with int8 weights.
+"""Linear layers and embeddings with int8 weights, put in the place of float ones and back.
 
 On an x86 CPU without gradients, products are those of int8_products.py; elsewhere the weight is converted to float for each
 product, which saves memory but no time.

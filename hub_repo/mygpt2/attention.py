@@ -1,4 +1,4 @@
-"""Attention functions (eager, sliding-window, on packed sequences), rotary positions and masks.
+"""Attention functions (eager, sliding-window, on packed sequences), rotary positions, masks, room in a cache.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """

@@ -1,4 +1,4 @@
-"""Products with int8 weights on the CPU by FBGEMM, torch's library for them.
+"""Products with int8 weights on the CPU by FBGEMM, torch's library for them, and the states that these keep in float.
 
 This file is copied as it is into Hub repos and runs there without mymodels.
 """
@@ -214,7 +214,7 @@ def table_pays(inputs: int, threads: int) -> bool:
 
 
 def largest_columns(model: Any, layers: Sequence[Any]) -> dict[int, torch.Tensor]:
-    """By the id of a linear layer of a model, the columns of its largest states in a forward pass of random tokens, if they stand out.
+    """By the id of a layer, the columns of its largest states in a forward pass of random tokens, if they stand out.
 
     They belong to the model: in BERT, the same few columns of a layer are large for every token of every text.
     """
